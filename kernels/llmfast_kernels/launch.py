@@ -1,0 +1,24 @@
+"""What every launch needs to know about the target it runs on."""
+
+import triton
+from triton import knobs
+from triton.runtime import driver
+
+# Written at every launch: Triton 3.10 turns contraction of a*b + c into one rounding off by default,
+# and numerics must not change with the compiler's version.
+FP_FUSION = {"enable_fp_fusion": True}
+
+
+def warps(threads: int) -> int:
+    """Warps (wavefronts on AMD) that hold `threads` threads on the current target."""
+    # The interpreter has no driver to ask, and no warps.
+    width = 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    return max(1, threads // width)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return int(triton.next_power_of_2(n))

@@ -1,0 +1,13 @@
+"""Errors at the public boundary: they name the argument, what was expected and what came."""
+
+from torch import Tensor
+
+
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def describe(t: Tensor) -> str:
+    """`(2, 3) torch.int64 on cpu`, for the end of an error message."""
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"

@@ -1,0 +1,154 @@
+"""Documents of any length to rows of one length, and the order in which training reads the rows.
+
+    stream   a a a # b b # c c c c c #        # ends a document (eot_id)
+    row 0    a a a # b                        seq_len = 4: four inputs and, one to the right, four labels
+    row 1            b b # c c
+    row 2                    c c c c #        rows share one token, so every token but the first is a label once
+
+Nothing is padded and no document is cut short; attention and positions start anew with each document by
+`document_ids` and `positions`. The order of rows is a pure function of (seed, step): a checkpoint keeps one integer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llmfast._checks import expect
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows as CPU tensors, ready for a model and a loss."""
+
+    tokens: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64: the next token, or IGNORE_INDEX where that begins another document
+    document_ids: Tensor  # (B, T) int32, counted from 0 in each row
+    positions: Tensor  # (B, T) int64, counted from 0 at each document's first token in the row
+    num_valid: int  # labels that are not IGNORE_INDEX, counted before anything is on a device
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Rows of `seq_len` inputs and labels over one stream of tokens; see `pack`."""
+
+    tokens: npt.NDArray[np.int32]  # (rows * seq_len + 1,)
+    document_starts: npt.NDArray[np.int64]  # (documents,) ascending, the first is 0
+    seq_len: int
+    dropped: int  # tokens at the end that did not fill a row
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def batch(self, indices: npt.ArrayLike) -> Batch:
+        """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond."""
+        rows = np.asarray(indices)
+        expect(rows.ndim == 1 and rows.dtype.kind in "iu", f"indices must be 1-D integers; got {_describe(rows)}")
+        rows = rows.astype(np.int64)
+        if ((rows < 0) | (rows >= len(self))).any():
+            raise IndexError(f"row indices must be in [0, {len(self)}); got {rows.min()} to {rows.max()}")
+
+        first = rows[:, None] * self.seq_len  # (B, 1)
+        where = first + np.arange(self.seq_len + 1)  # (B, T + 1), into the stream
+        window = self.tokens[where].astype(np.int64)
+        document = np.searchsorted(self.document_starts, where, side="right") - 1
+        start = np.maximum(self.document_starts[document], first)
+        same = document[:, 1:] == document[:, :-1]
+        return Batch(
+            tokens=torch.from_numpy(window[:, :-1].copy()),
+            labels=torch.from_numpy(np.where(same, window[:, 1:], IGNORE_INDEX)),
+            document_ids=torch.from_numpy((document - document[:, :1])[:, :-1].astype(np.int32)),
+            positions=torch.from_numpy((where - start)[:, :-1].copy()),
+            num_valid=int(np.count_nonzero(same)),
+        )
+
+
+def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int) -> PackedRows:
+    """Concatenate the documents, each followed by `eot_id`, and split the stream into rows.
+
+    Args:
+        documents: Token ids, (any length,) integers in [0, 2**31). Empty ones are skipped.
+        seq_len: Inputs per row. The stream's last tokens that fill no row are dropped; `dropped` counts them.
+        eot_id: The id that ends a document.
+
+    Raises:
+        ValueError: No documents, or fewer than `seq_len + 1` tokens in all.
+    """
+    expect(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}")
+    eot = np.array([eot_id], dtype=np.int64)
+    parts: list[npt.NDArray[np.integer]] = []
+    for i, document in enumerate(documents):
+        ids = np.asarray(document)
+        if ids.size:
+            expect(ids.ndim == 1 and ids.dtype.kind in "iu", f"document {i} must be 1-D integers; got {_describe(ids)}")
+            parts += [ids, eot]
+    expect(bool(parts), "documents must hold at least one that is not empty")
+
+    lengths = np.array([len(part) for part in parts]).reshape(-1, 2).sum(axis=1)
+    starts = np.cumsum(lengths) - lengths
+    stream = np.concatenate(parts, dtype=np.int64, casting="same_kind")
+    lowest, highest = stream.min(), stream.max()
+    expect(lowest >= 0 and highest < 2**31, f"token ids must be in [0, 2**31); got {lowest} to {highest}")
+    rows = (len(stream) - 1) // seq_len
+    expect(rows > 0, f"one row of seq_len={seq_len} needs {seq_len + 1} tokens; the documents have {len(stream)}")
+    used = rows * seq_len + 1
+    return PackedRows(
+        tokens=stream[:used].astype(np.int32),
+        document_starts=starts[starts < used],
+        seq_len=seq_len,
+        dropped=len(stream) - used,
+    )
+
+
+def unigram_entropy(tokens: npt.ArrayLike, vocab_size: int) -> float:
+    """Entropy of the tokens' own distribution, in nats per token: the loss of knowing frequencies but no context.
+
+    `IGNORE_INDEX` is not counted, so labels can be given as they are.
+    """
+    ids = np.asarray(tokens).ravel()
+    ids = ids[ids != IGNORE_INDEX]
+    expect(ids.size > 0, "tokens must hold at least one that is not ignored")
+    lowest, highest = ids.min(), ids.max()
+    expect(lowest >= 0 and highest < vocab_size, f"tokens must be in [0, {vocab_size}); got {lowest} to {highest}")
+    counts = np.bincount(ids)
+    share = counts[counts > 0] / ids.size
+    return float(-(share * np.log(share)).sum())
+
+
+@lru_cache(maxsize=4)  # every step of an epoch asks for the same order
+def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """A permutation of the rows, (num_rows,), keyed by (seed, epoch): read-only, the same on every machine.
+
+    Sorting raw Philox output, because NumPy fixes that stream for good but not how `permutation` uses it.
+    """
+    expect(min(num_rows, seed, epoch) >= 0, f"{num_rows=}, {seed=} and {epoch=} must not be negative")
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(step: int, batch_size: int, num_rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """The rows of global step `step`, (batch_size,): a pure function, so that resuming needs no other state.
+
+    Epochs follow each other without a gap: a batch may end one and begin the next, and each row comes once an epoch.
+    """
+    expect(step >= 0, f"step must not be negative; got {step}")
+    expect(batch_size >= 1 and num_rows >= 1, f"{batch_size=} and {num_rows=} must be at least 1")
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_rows)
+    indices = np.empty(batch_size, dtype=np.int64)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        now = epochs == epoch
+        indices[now] = epoch_order(num_rows, seed, epoch)[places[now]]
+    return indices
+
+
+def _describe(array: npt.NDArray[Any]) -> str:
+    return f"{array.shape} {array.dtype}"

@@ -1,0 +1,7 @@
+"""Losses for large vocabularies. Triton kernels on a GPU, plain torch elsewhere; `reference` says what they mean."""
+
+from llmfast.losses import reference
+from llmfast.losses.cross_entropy import cross_entropy
+from llmfast.losses.linear_cross_entropy import linear_cross_entropy
+
+__all__ = ["cross_entropy", "linear_cross_entropy", "reference"]

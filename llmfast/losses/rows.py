@@ -1,0 +1,25 @@
+"""The row operations behind every loss, wherever the tensor lives. A row is the V logits of one token."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llmfast._dispatch import use_kernels
+from llmfast.losses import plain
+
+
+class RowOps(NamedTuple):
+    cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    cross_entropy_backward: Callable[..., None]
+    scale: Callable[..., Tensor]
+
+
+def row_ops(t: Tensor) -> RowOps:
+    """The Triton launchers or their plain-torch twins, for tensors like `t`."""
+    if not use_kernels(t):
+        return RowOps(plain.cross_entropy, plain.cross_entropy_backward, plain.scale)
+    # Imported here, so that everything else works on a machine without Triton.
+    from llmfast_kernels import cross_entropy, scale
+
+    return RowOps(cross_entropy.cross_entropy, cross_entropy.cross_entropy_backward, scale.scale)

@@ -1,0 +1,46 @@
+"""What both losses do with targets, reductions and counts."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmfast._checks import describe, expect
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def check_targets(targets: Tensor, shape: torch.Size, V: int, device: torch.device, ignore_index: int) -> None:
+    """Raise ValueError or TypeError unless `targets` are class indices for rows of shape `shape`."""
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be int64 or int32 class indices; got {describe(targets)}")
+    expect(targets.shape == shape, f"targets must have shape {tuple(shape)}; got {describe(targets)}")
+    expect(targets.device == device, f"targets must be on {device}; got {describe(targets)}")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would be a host sync
+        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+        if wrong.any():
+            value = targets[wrong][0].item()
+            raise ValueError(f"targets must be in [0, {V}) or ignore_index={ignore_index}; found {value}")
+
+
+def check_reduction(reduction: str, num_valid: int | Tensor | None) -> None:
+    expect(reduction in ("mean", "sum", "none"), f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    expect(num_valid is None or reduction == "mean", f"num_valid divides a mean; reduction is {reduction!r}")
+    if isinstance(num_valid, Tensor):
+        expect(num_valid.numel() == 1, f"num_valid must hold one number; got {describe(num_valid)}")
+    elif num_valid is not None:
+        expect(num_valid >= 0, f"num_valid must not be negative; got {num_valid}")
+
+
+def denominator(targets: Tensor, ignore_index: int, num_valid: int | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a mean divides by, a 0-d tensor beside `targets`; counting stays on the device."""
+    if num_valid is None:
+        return (targets != ignore_index).sum().to(dtype)
+    if isinstance(num_valid, Tensor):
+        return num_valid.detach().to(targets.device, dtype, non_blocking=True).reshape(())
+    return torch.full((), num_valid, dtype=dtype, device=targets.device)
+
+
+def reciprocal(count: Tensor) -> Tensor:
+    """1 / count for gradients, which are zero and not NaN when nothing counts."""
+    return 1.0 / count.clamp(min=1.0)
