@@ -1,0 +1,161 @@
+"""A small decoder-only transformer: RMSNorm, RoPE, SwiGLU, scaled-dot-product attention.
+
+In training it returns hidden states, never logits: the loss takes them together with the unembedding matrix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from llmfast._checks import expect
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a `Decoder`."""
+
+    vocab_size: int
+    width: int = 192  # D
+    layers: int = 6
+    heads: int = 6
+    ffn_width: int = 0  # of the SwiGLU; 0: 8/3 of the width, rounded up to a multiple of 64
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads"):
+            expect(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
+        expect(self.width % (2 * self.heads) == 0, f"width must divide by 2 * heads; got {self.width}, {self.heads}")
+        expect(self.ffn_width >= 0, f"ffn_width must not be negative; got {self.ffn_width}")
+
+    @property
+    def hidden_ffn(self) -> int:
+        return self.ffn_width or -(-8 * self.width // (3 * 64)) * 64
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states; `unembedding` is the matrix that turns those into logits."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.apply(_init)
+        for block in self.blocks:  # residual branches start small, so that depth does not scale the stream (GPT-2)
+            for out in (block.attention.out, block.ffn.out):
+                nn.init.normal_(out.weight, std=0.02 / (2 * config.layers) ** 0.5)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """(V, D)"""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        *,
+        positions: Tensor | None = None,  # (B, T), default 0..T-1
+        document_ids: Tensor | None = None,  # (B, T); tokens attend within their document only
+    ) -> Tensor:
+        """Hidden states (B, T, D), normalised and ready for the unembedding."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        rope = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
+        mask = None
+        if document_ids is not None:
+            mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()  # (B, 1, T, T)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,  # (T,) int64, not empty
+        count: int,
+        *,
+        context: int,
+        temperature: float = 0.8,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`tokens` followed by `count` sampled ones; the model sees the last `context`. Greedy at temperature 0."""
+        for _ in range(count):
+            hidden = self(tokens[None, -context:])[0, -1]
+            logits = (self.unembedding @ hidden).float()
+            if temperature == 0:
+                token = logits.argmax(keepdim=True)
+            else:
+                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+            tokens = torch.cat([tokens, token])
+        return tokens
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:  # x: (B, T, D)
+        x = x + self.attention(self.attention_norm(x), rope, mask)
+        x = x + self.ffn(self.ffn_norm(x))
+        return x
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k = rotate(q, rope), rotate(k, rope)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out: Tensor = self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden_ffn, bias=False)
+        self.out = nn.Linear(config.hidden_ffn, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.out(F.silu(gate) * up)
+        return out
+
+
+def rotation(positions: Tensor, head_width: int, base: float) -> Tensor:
+    """Rotary angles' cosines and sines (Su 2021, arXiv:2104.09864): (2, B, 1, T, head_width / 2) float32."""
+    frequencies = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angles = rearrange(positions, "b t -> b 1 t 1").float() * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the two halves of each head, (B, H, T, head_width), by the position's angles."""
+    cos, sin = rope.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,66 @@
+"""Checkpoints of a run: one folder each, complete or absent."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Any) -> Path:
+    """Write `checkpoint-<step>` and then remove the older ones.
+
+    The folder gets its name only once everything in it is on disk, so a crash at any instant leaves either the new
+    checkpoint or the one before it.
+    """
+    from safetensors.torch import save_model
+
+    final = run / f"checkpoint-{step:08d}"
+    partial = run / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_model(model, str(partial / "model.safetensors"))
+    state = {
+        "step": step,
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **extra,
+    }
+    torch.save(state, partial / "state.pt")
+    for file in partial.iterdir():
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in _checkpoints(run):
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore the newest checkpoint into model, optimizer and random generators; returns what was saved with it.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint.
+    """
+    from safetensors.torch import load_model
+
+    checkpoints = _checkpoints(run)
+    if not checkpoints:
+        raise FileNotFoundError(f"no checkpoint in {run}")
+    newest = checkpoints[-1]
+    load_model(model, str(newest / "model.safetensors"))
+    state: dict[str, Any] = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-*"))

@@ -1,0 +1,198 @@
+"""A run's settings: one tree of dataclasses, filled from a TOML file and `section.key=value` overrides."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from llmfast._checks import expect
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass
+class ModelConfig:
+    width: int = 192
+    layers: int = 6
+    heads: int = 6
+    ffn_width: int = 0  # 0: 8/3 of the width
+    tie_embeddings: bool = True
+
+
+@dataclass
+class DataConfig:
+    sources: list[str] = field(default_factory=lambda: ["code", "prose"])  # or paths of text files and folders
+    tokenizer: str = "bpe"  # "bpe", "bytes", or the path of a tokenizer.json
+    vocab_size: int = 8192  # of a "bpe" that is trained
+    seq_len: int = 256
+    held_out: float = 0.05  # share of files that only validate
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; gains are not decayed
+    max_grad_norm: float = 1.0  # 0: no clipping
+    schedule: str = "cosine"  # after warm-up: "cosine", "linear" or "constant"
+    warmup_steps: int = 40
+    final_lr: float = 0.1  # share of lr at the last step
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 600
+    batch_size: int = 8  # rows of seq_len tokens in a micro-batch
+    accumulate: int = 1  # micro-batches a step
+    eval_every: int = 100
+    eval_rows: int = 64  # a source, at most
+    log_every: int = 10
+    save_every: int = 200
+    seed: int = 0
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
+    dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
+    sample_prompt: str = "def "
+    sample_tokens: int = 120
+
+
+@dataclass
+class Config:
+    name: str = ""  # of the run's folder; empty: the first of demo, demo-2, ... that is free
+    runs: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or makes no sense."""
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
+    """Defaults (or `base`), then the file, then the overrides, then a check of the values.
+
+    Raises:
+        ConfigError: naming the key, the value that came and the closest valid key.
+    """
+    config = base or Config()
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text())
+        except OSError as e:
+            raise ConfigError(f"cannot read {path}: {e.strerror}") from e
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path} is not TOML: {e}") from e
+        _fill(config, values, prefix="", where=str(path))
+    for override in overrides:
+        _fill(config, _parse_override(override), prefix="", where=f"--set {override}")
+    _check(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved settings as TOML."""
+    import tomli_w
+
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as nested tables; the value is TOML, or a string where it is not."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _fill(node: Any, values: dict[str, Any], prefix: str, where: str) -> None:
+    types = get_type_hints(type(node))
+    for key, value in values.items():
+        name = prefix + key
+        if key not in types:
+            raise ConfigError(f"{where}: unknown key {name} = {value!r}{_closest(name)}")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {name} = {value!r} is a section; its keys are {name}.<key>")
+            _fill(getattr(node, key), value, prefix=f"{name}.", where=where)
+        else:
+            setattr(node, key, _typed(value, types[key], name, where))
+
+
+def _typed(value: Any, wanted: Any, name: str, where: str) -> Any:
+    if get_origin(wanted) is list:
+        (item,) = get_args(wanted)
+        fits = isinstance(value, list) and all(isinstance(x, item) for x in value)
+        label = f"list of {item.__name__}"
+    else:
+        if wanted is float and type(value) is int:
+            value = float(value)
+        fits = type(value) is wanted  # not isinstance: True is no 1
+        label = wanted.__name__
+    if not fits:
+        raise ConfigError(f"{where}: {name} must be {label}; got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _closest(name: str) -> str:
+    valid = list(_names(Config(), ""))
+    # The last part counts most: `steps` alone should find `train.steps`.
+    by_leaf = difflib.get_close_matches(name.rpartition(".")[2], [v.rpartition(".")[2] for v in valid], n=1)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    near = near or [v for v in valid if by_leaf and v.rpartition(".")[2] == by_leaf[0]]
+    return f"; did you mean {near[0]}?" if near else f"; valid keys are {', '.join(valid)}"
+
+
+def _names(node: Any, prefix: str) -> Iterable[str]:
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _names(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def _check(config: Config) -> None:
+    """Values that would fail later, or do something else than meant, fail here."""
+    d, o, t = config.data, config.optimizer, config.train
+    try:
+        for name, value, least in (
+            ("data.seq_len", d.seq_len, 2),
+            ("train.steps", t.steps, 1),
+            ("train.batch_size", t.batch_size, 1),
+            ("train.accumulate", t.accumulate, 1),
+            ("train.eval_every", t.eval_every, 1),
+            ("train.eval_rows", t.eval_rows, 1),
+            ("train.log_every", t.log_every, 1),
+            ("train.save_every", t.save_every, 1),
+            ("train.sample_tokens", t.sample_tokens, 0),
+            ("optimizer.warmup_steps", o.warmup_steps, 0),
+            ("optimizer.lr", o.lr, 0),
+            ("optimizer.eps", o.eps, 0),
+            ("optimizer.weight_decay", o.weight_decay, 0),
+            ("optimizer.max_grad_norm", o.max_grad_norm, 0),
+        ):
+            expect(value >= least, f"{name} must be at least {least}; got {value}")
+        for name, value in (("beta1", o.beta1), ("beta2", o.beta2), ("final_lr", o.final_lr)):
+            expect(0 <= value <= 1 and (value < 1 or name == "final_lr"), f"optimizer.{name} is out of range: {value}")
+        expect(0 < d.held_out < 1, f"data.held_out must be between 0 and 1; got {d.held_out}")
+        expect(len(d.sources) > 0, "data.sources must name at least one source")
+        expect(o.schedule in ("cosine", "linear", "constant"), f"optimizer.schedule is unknown: {o.schedule!r}")
+        expect(t.dtype in ("auto", "float32", "bfloat16"), f"train.dtype is unknown: {t.dtype!r}")
+        expect("/" not in config.name and config.name not in (".", ".."), f"name must be a folder name: {config.name!r}")
+    except ValueError as e:
+        raise ConfigError(str(e)) from e

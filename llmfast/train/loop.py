@@ -1,0 +1,181 @@
+"""The training loop: steps, evaluation, checkpoints. Everything it needs is handed to it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from llmfast.data import Batch, Dataset, PackedRows, batch_indices
+from llmfast.losses import linear_cross_entropy
+from llmfast.models import Decoder
+from llmfast.train.checkpoint import save_checkpoint
+from llmfast.train.config import Config
+from llmfast.train.metrics import MetricsFile, ProgressDisplay, weighted_mean
+from llmfast.train.schedule import lr_at
+
+
+class Trainer:
+    """Trains `model` on `data` for `config.train.steps` steps.
+
+    The loss of a step is the sum over its tokens divided by the number of valid ones in all its micro-batches, and
+    that is also what is logged. Nothing in a step makes the host wait for the device: losses and the count of skipped
+    steps stay there until a line is logged.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        data: Dataset,
+        *,
+        run: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        console: Console,
+        metrics: MetricsFile,
+        step: int = 0,
+        tokens: int = 0,
+    ) -> None:
+        self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
+        self.run, self.device, self.dtype, self.console, self.metrics = run, device, dtype, console, metrics
+        self.step = step  # steps done
+        self.tokens = tokens  # valid labels seen
+        self.skipped = torch.zeros((), device=device)  # steps whose gradient was not finite
+        self._stop = False
+
+    def fit(self) -> bool:
+        """Run to the last step, or to the next after SIGINT or SIGTERM; False if stopped so. Ends on a checkpoint."""
+        t = self.config.train
+        if self.step == 0:
+            self._evaluate()
+        logged_step, logged_tokens, logged_time = self.step, self.tokens, time.perf_counter()
+        losses = torch.zeros((), device=self.device)
+        saved = -1
+        with self._stop_signals(), ProgressDisplay(self.console, t.steps, self.step) as display:
+            while self.step < t.steps and not self._stop:
+                lr, loss, norm = self._train_step()
+                losses += loss
+                display.advance(self.step)
+                if self.step % t.log_every == 0 or self.step == t.steps:
+                    mean = (losses / (self.step - logged_step)).item()  # the one wait for the device
+                    now = time.perf_counter()
+                    speed = (self.tokens - logged_tokens) / (now - logged_time)
+                    self._log(mean, lr, norm, speed)
+                    display.show(self.step, mean, lr, speed)
+                    losses.zero_()
+                    logged_step, logged_tokens, logged_time = self.step, self.tokens, now
+                if self.step % t.eval_every == 0 or self.step == t.steps:
+                    paused = time.perf_counter()
+                    self._evaluate()
+                    logged_time += time.perf_counter() - paused
+                if self.step % t.save_every == 0:
+                    self.save()
+                    saved = self.step
+        if saved != self.step:
+            self.save()
+        return not self._stop
+
+    def evaluate(self) -> dict[str, tuple[float, int]]:
+        """Loss and number of tokens of each source's held-out rows (the first `eval_rows`)."""
+        t = self.config.train
+        self.model.eval()
+        result = {}
+        for source, rows in self.data.validation.items():
+            total, count = 0.0, 0
+            for batch in evaluation_batches(rows, t.eval_rows, t.batch_size):
+                with torch.no_grad():
+                    total += self._loss(batch, batch.num_valid).item() * batch.num_valid
+                count += batch.num_valid
+            result[source] = (total / count, count)
+        self.model.train()
+        return result
+
+    def save(self) -> Path:
+        return save_checkpoint(self.run, self.step, self.model, self.optimizer, tokens=self.tokens)
+
+    def _train_step(self) -> tuple[float, Tensor, Tensor]:
+        """One optimizer step; the learning rate, and on the device the loss and the gradient's norm."""
+        o, t = self.config.optimizer, self.config.train
+        lr = lr_at(
+            self.step, lr=o.lr, steps=t.steps, warmup_steps=o.warmup_steps, schedule=o.schedule, final_lr=o.final_lr
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches = [
+            self.data.train.batch(batch_indices(i, t.batch_size, len(self.data.train), t.seed))
+            for i in range(self.step * t.accumulate, (self.step + 1) * t.accumulate)
+        ]
+        num_valid = sum(batch.num_valid for batch in batches)
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            part = self._loss(batch, num_valid)
+            part.backward()
+            loss += part.detach()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if o.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, o.max_grad_norm, norm)
+        # The optimizer reads this on the device and leaves everything as it is where it is not 0.
+        not_finite = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += not_finite
+        self.step += 1
+        self.tokens += num_valid
+        return lr, loss, norm
+
+    def _loss(self, batch: Batch, num_valid: int) -> Tensor:
+        tokens, labels, positions, documents = (
+            x.to(self.device, non_blocking=True)
+            for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)
+        )
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model(tokens, positions=positions, document_ids=documents)
+            return linear_cross_entropy(hidden, self.model.unembedding, labels, num_valid=num_valid)
+
+    def _evaluate(self) -> None:
+        results = self.evaluate()
+        losses = {source: loss for source, (loss, _) in results.items()}
+        self.metrics.write(
+            step=self.step, tokens=self.tokens, validation=losses, validation_mean=weighted_mean(results)
+        )
+
+    def _log(self, loss: float, lr: float, norm: Tensor, speed: float) -> None:
+        values: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_s": speed}
+        skipped = int(self.skipped.item())
+        if skipped:
+            values["skipped"] = skipped
+            self.console.print(f"[yellow]{skipped} steps so far had a gradient that is not finite and were skipped")
+        self.metrics.write(step=self.step, tokens=self.tokens, **values)
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step they come in; a second one is not caught."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = True
+            signal.signal(number, signal.default_int_handler)
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where nobody sends signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def evaluation_batches(rows: PackedRows, most: int, batch_size: int) -> Iterator[Batch]:
+    count = min(most, len(rows))
+    for start in range(0, count, batch_size):
+        yield rows.batch(list(range(start, min(start + batch_size, count))))

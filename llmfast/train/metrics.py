@@ -1,0 +1,129 @@
+"""What a run writes down and shows: metrics.jsonl, the progress bar, loss.png and the closing table."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 15.0  # between lines where the output is a file and a bar makes no sense
+
+
+class MetricsFile:
+    """One JSON object a line, written through at once."""
+
+    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+        """Keeps what is there up to step `resume_at` (after a crash there may be more) and appends."""
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class ProgressDisplay:
+    """A live bar on a terminal, a line now and then anywhere else."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console, self._steps = console, steps
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tok/s"),
+            TextColumn("lr {task.fields[lr]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done, loss="-", speed="-", lr="-")
+        self._start, self._start_step = time.monotonic(), done
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, loss: float, lr: float, speed: float) -> None:
+        self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", lr=f"{lr:.1e}", speed=f"{speed:,.0f}")
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line > PLAIN_SECONDS or step == self._steps):
+            self._last_line = now
+            left = (now - self._start) / max(1, step - self._start_step) * (self._steps - step)
+            self._console.print(
+                f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tok/s  lr {lr:.1e}  {left:.0f} s left",
+                highlight=False,
+            )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: on a GPU, of that GPU's memory; on a CPU, of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def print_summary(console: Console, rows: list[tuple[str, str]]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
+    """Training and validation loss over tokens, with the entropy of held-out token frequencies as the line to beat."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    if train:
+        axes.plot(*zip(*train), color="0.65", linewidth=1, label="training")
+    for source in sorted({name for line in lines for name in line.get("validation", {})}):
+        points = [(line["tokens"], line["validation"][source]) for line in lines if "validation" in line]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=f"validation: {source}")
+    axes.axhline(unigram_entropy, linestyle=":", color="black", linewidth=1, label="unigram entropy of held-out text")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+
+
+def weighted_mean(values: dict[str, tuple[float, int]]) -> float:
+    """Token-weighted mean of {source: (loss, tokens)}."""
+    return sum(loss * n for loss, n in values.values()) / sum(n for _, n in values.values())

@@ -1,0 +1,190 @@
+"""A run from its settings to its report: `llmfast train` is this."""
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from llmfast.data import Dataset, Tokenizer, prepare, unigram_entropy
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.optim import FusedAdamW
+from llmfast.train.checkpoint import load_checkpoint
+from llmfast.train.config import Config, ConfigError, dump_config, load_config
+from llmfast.train.loop import Trainer, evaluation_batches
+from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_summary, read_metrics
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
+    """Train as `config` says and report; returns the run's folder.
+
+    The folder holds config.toml (resolved), tokenizer.json, metrics.jsonl, checkpoint-<step>, loss.png and sample.txt.
+
+    Raises:
+        ConfigError: the settings cannot be met (device, data, shape of the model), or differ from those of the run
+            that is resumed in what cannot change.
+        FileExistsError: the named run exists, and neither `resume` nor `overwrite` was given.
+        FileNotFoundError: there is nothing to resume.
+    """
+    console = console or Console()
+    started = time.perf_counter()
+    device, dtype = choose_device(config)
+    run = _choose_run(config, resume=resume, overwrite=overwrite)
+    torch.manual_seed(config.train.seed)
+
+    console.print(f"reading {', '.join(config.data.sources)} ...", highlight=False)
+    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer)
+    model = _model(config, data.tokenizer).to(device)
+    optimizer = make_optimizer(config, model)
+    entropy = _held_out_entropy(config, data)
+    state = load_checkpoint(run, model, optimizer) if resume else {"step": 0, "tokens": 0}
+    if overwrite and run.exists():  # only now that everything else has been seen to work
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(dump_config(config))
+    data.tokenizer.save(run / "tokenizer.json")
+
+    t = config.train
+    console.print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device} in {dtype}; "
+        f"{len(data.train) * config.data.seq_len / 1e6:.2f} M training tokens, {data.tokenizer.vocab_size} kinds; "
+        f"{t.steps} steps of {t.batch_size * t.accumulate * config.data.seq_len} tokens\n"
+        f"run folder {run}, ready after {time.perf_counter() - started:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    metrics = MetricsFile(run / "metrics.jsonl", resume_at=state["step"])
+    trainer = Trainer(
+        config, model, optimizer, data, run=run, device=device, dtype=dtype, console=console, metrics=metrics,
+        step=state["step"], tokens=state["tokens"],
+    )  # fmt: skip
+    started = time.perf_counter()
+    finished = trainer.fit()
+    seconds = time.perf_counter() - started
+    metrics.close()
+
+    plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
+    if not finished:
+        again = f"llmfast train --resume --name {run.name}"
+        console.print(f"stopped after step {trainer.step} of {t.steps}; go on with: {again}", highlight=False)
+        return run
+    speed = (trainer.tokens - state["tokens"]) / seconds
+    validation = [line["validation_mean"] for line in read_metrics(run / "metrics.jsonl") if "validation_mean" in line]
+    print_summary(
+        console,
+        [
+            ("validation loss, first", f"{validation[0]:.3f} nats a token"),
+            ("validation loss, last", f"{validation[-1]:.3f}"),
+            ("unigram entropy of the same text", f"{entropy:.3f}"),
+            ("tokens a second, evaluation included", f"{speed:,.0f}"),
+            ("peak memory", f"{peak_memory_bytes(device) / 2**20:,.0f} MiB"),
+            ("steps skipped", f"{int(trainer.skipped.item())}"),
+            ("in the run folder", ", ".join(sorted(p.name for p in run.iterdir()))),
+        ],
+    )
+    if t.sample_tokens > 0:
+        text = _sample(config, model, data.tokenizer, device)
+        (run / "sample.txt").write_text(text)
+        console.rule("a sample")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return run
+
+
+def resumed_config(run: Path, overrides: list[str]) -> Config:
+    """The settings a run was started with, with overrides of what may change.
+
+    Raises:
+        ConfigError: the run has no readable settings, or an override changes the model or the data.
+    """
+    saved = load_config(run / "config.toml")
+    config = load_config(run / "config.toml", overrides)
+    for section in ("model", "data"):
+        before, after = asdict(getattr(saved, section)), asdict(getattr(config, section))
+        for key in before:
+            if before[key] != after[key]:
+                raise ConfigError(f"{section}.{key} cannot change on --resume; {run} has {before[key]!r}")
+    return config
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device to train on, and autocast's dtype there."""
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"train.device = {config.train.device!r} is not usable: {str(e).splitlines()[0]}") from e
+    low = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
+    return device, torch.bfloat16 if low else torch.float32
+
+
+def make_optimizer(config: Config, model: torch.nn.Module) -> FusedAdamW:
+    """AdamW that decays matrices and leaves gains alone."""
+    o = config.optimizer
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+
+
+def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
+    """The run's folder; refuses to touch one that exists, unless told how."""
+    runs = Path(config.runs)
+    if not config.name:
+        number = 1
+        while (runs / (name := "demo" if number == 1 else f"demo-{number}")).exists():
+            number += 1
+        config.name = name
+    run = runs / config.name
+    if resume and not (run / "config.toml").exists():
+        raise FileNotFoundError(f"nothing to resume: {run} holds no run")
+    if run.exists() and not resume:
+        if not overwrite:
+            raise FileExistsError(f"{run} exists: go on with --resume, replace it with --overwrite, or choose a --name")
+        if not (run / "config.toml").exists():
+            raise FileExistsError(f"{run} exists and is not a run of llmfast; --overwrite will not remove it")
+    return run
+
+
+def _prepare(config: Config, tokenizer: str) -> Dataset:
+    d = config.data
+    try:
+        return prepare(
+            d.sources, tokenizer=tokenizer, vocab_size=d.vocab_size, seq_len=d.seq_len, held_out=d.held_out
+        )
+    except (ValueError, FileNotFoundError) as e:
+        raise ConfigError(f"data: {e}") from e
+
+
+def _model(config: Config, tokenizer: Tokenizer) -> Decoder:
+    try:
+        return Decoder(DecoderConfig(tokenizer.vocab_size, **asdict(config.model)))
+    except ValueError as e:
+        raise ConfigError(f"model: {e}") from e
+
+
+def _held_out_entropy(config: Config, data: Dataset) -> float:
+    """Of the labels that validation looks at: the loss of a model that knows frequencies and no context."""
+    t = config.train
+    labels = [
+        batch.labels.numpy().ravel()
+        for rows in data.validation.values()
+        for batch in evaluation_batches(rows, t.eval_rows, t.batch_size)
+    ]
+    return unigram_entropy(np.concatenate(labels), data.tokenizer.vocab_size)
+
+
+def _sample(config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> str:
+    t = config.train
+    prompt = tokenizer.encode(t.sample_prompt)
+    ids = torch.as_tensor(prompt if len(prompt) else [tokenizer.eot_id], dtype=torch.int64, device=device)
+    generator = torch.Generator(device).manual_seed(t.seed)
+    model.eval()
+    return tokenizer.decode(
+        model.generate(ids, t.sample_tokens, context=config.data.seq_len, generator=generator).cpu().numpy()
+    )
