@@ -45,7 +45,7 @@ def prepare_kernel(
     mask = t < T
     active = tl.load(grads_ptr + t, mask=mask, other=0) != 0
     if found_inf_ptr is not None:
-        active = active & (tl.load(found_inf_ptr) == 0.0)
+        active = tl.where(tl.load(found_inf_ptr) == 0.0, active, False)
     step = tl.load(steps_ptr + t, mask=mask, other=0.0) + tl.where(active, 1.0, 0.0)
     tl.store(steps_ptr + t, step, mask=mask)
 

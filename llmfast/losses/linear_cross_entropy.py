@@ -101,7 +101,7 @@ class ChunkPlan:
         """As few chunks as fit `budget`, of nearly equal size, in multiples of 16 rows where possible."""
         most = max(1, budget // row_bytes)
         chunks = max(1, -(-N // most))
-        rows = -(-N // chunks)
+        rows = max(1, -(-N // chunks))
         rounded = -(-rows // 16) * 16
         return ChunkPlan(N, V, rounded if rounded <= most else rows, row_width)
 

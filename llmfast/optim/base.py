@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, use_kernels
 from llmfast.optim.table import PointerTable, Row, Signature
 
@@ -62,6 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         amp: dict[str, Tensor | None] = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
 
         if self._plan is None or not self._still_holds(self._plan):
+            self._refuse_sparse_gradients()
             self._plan = self._make_plan()
         hyper = [self._hyper(group) for group in self.param_groups]
         for table in self._plan.tables:
@@ -73,7 +75,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _still_holds(self, plan: Plan) -> bool:
-        return all(table.holds() for table in plan.tables) and all(p.grad is None for p in plan.waiting)
+        return (
+            all(table.holds() for table in plan.tables)
+            and all(p.grad is None for p in plan.waiting)
+            and not any(p.grad is not None and p.grad.is_sparse for _, params in plan.torch_groups for p in params)
+        )
+
+    def _refuse_sparse_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise ValueError(
+                        f"the gradient of parameter {i} of group {index}, {describe(p)}, is sparse; "
+                        "give that parameter to torch.optim.SparseAdam"
+                    )
 
     def _make_plan(self) -> Plan:
         signatures: dict[Signature, list[Row]] = {}

@@ -1,0 +1,51 @@
+# Each verb sets up what it needs: a fresh clone, make, git and Python >= 3.10 with venv are enough.
+# Choosing a build of torch is pip's business, e.g. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+# One stamp per set of extras: $(STAMP)-train, $(STAMP)-train,test, ... The checkout's path is part of the name, since
+# an editable install does not survive a move.
+STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: train test lint format bench clean help
+
+train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARGS="--set train.steps=200"
+	$(BIN)/llmfast train $(ARGS)
+
+test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 2"
+	$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+lint: $(STAMP)-train,dev ## check with ruff, mypy and pyright
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: $(STAMP)-train,dev ## let ruff fix and format the code
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: $(STAMP)-train,test ## run the benchmarks (kernels need a GPU)
+	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf .venv build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+help: ## list these
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP)-%: pyproject.toml $(CONSTRAINTS)
+	@rm -f $(filter-out $(STAMP)-%,$(wildcard $(VENV)/.ready-*))
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --extras $* $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+	@touch $@

@@ -1,0 +1,43 @@
+"""One pytest process for everything: kernels run in Triton's interpreter, on CPU tensors.
+
+The variable must be set before anything imports Triton. Machine code, which the interpreter cannot give, comes from
+worker processes without it: see support/machine_code.py.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import settings
+from support import interpreter
+
+from llmfast._dispatch import kernels_on_cpu
+
+interpreter.install()
+
+# Shapes are drawn, not times measured: two busy cores must not fail a test.
+settings.register_profile("llmfast", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("llmfast")
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test twice: on the plain torch path and on the kernels."""
+    with kernels_on_cpu() if request.param == "kernels" else nullcontext():
+        yield request.param
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    with kernels_on_cpu():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

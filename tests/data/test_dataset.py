@@ -1,0 +1,80 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmfast.data import BPETokenizer, ByteTokenizer, PackedRows, Tokenizer, is_held_out, load, prepare
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    words = ["lorem", "ipsum", "dolor", "sit", "amet", "été", "<|endoftext|>"]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for i in range(40):
+            text = " ".join(rng.choice(words, size=60)) + f" {folder}-{i}\n"
+            (tmp_path / folder / f"{i}.txt").write_text(text, "utf-8")
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+def stream_text(rows: PackedRows, tokenizer: Tokenizer) -> list[str]:  # by document, the last one perhaps cut
+    documents = np.split(rows.tokens, rows.document_starts[1:])
+    return [tokenizer.decode(d) for d in documents]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_every_file_is_on_its_side(folders: list[str], kind: str) -> None:
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
+    data = prepare(folders, tokenizer=kind, vocab_size=300, seq_len=16, held_out=0.2)
+    assert list(data.validation) == folders
+    documents = {f: load(f) for f in folders}
+    expected = [d.text for f in folders for d in documents[f] if not is_held_out(d, 0.2)]
+    assert stream_text(data.train, data.tokenizer)[:-1] == expected[:-1]
+    for folder, rows in data.validation.items():
+        expected = [d.text for d in documents[folder] if is_held_out(d, 0.2)]
+        assert stream_text(rows, data.tokenizer)[:-1] == expected[:-1]
+        assert rows.seq_len == 16
+
+
+def test_the_tokenizer_never_sees_validation_text(folders: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    data = prepare(folders, vocab_size=300, seq_len=16, held_out=0.2)
+    train = [d.text for f in folders for d in load(f) if not is_held_out(d, 0.2)]
+    BPETokenizer.train(train, 300).save(tmp_path / "train.json")
+    data.tokenizer.save(tmp_path / "prepared.json")
+    assert (tmp_path / "prepared.json").read_bytes() == (tmp_path / "train.json").read_bytes()
+
+    again = prepare(folders, tokenizer=str(tmp_path / "prepared.json"), seq_len=16, held_out=0.2)
+    np.testing.assert_array_equal(again.train.tokens, data.train.tokens)
+    np.testing.assert_array_equal(again.train.document_starts, data.train.document_starts)
+
+
+def test_nothing_held_out(folders: list[str]) -> None:
+    data = prepare(folders[:1], tokenizer="bytes", seq_len=16, held_out=0)
+    assert data.validation == {} and isinstance(data.tokenizer, ByteTokenizer)
+    assert len(data.train.document_starts) == 40
+
+
+def test_errors_name_the_argument(folders: list[str]) -> None:
+    one = folders[:1]
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        ([], {}, "sources must name at least one"),
+        ("code", {}, "sources must be a list of names; got the string 'code'"),
+        (one * 2, {}, "sources must differ"),
+        (["cod"], {}, "did you mean 'code'"),
+        (one, {"seq_len": 1}, "seq_len must be at least 2; got 1"),
+        (one, {"held_out": 1.0}, r"held_out must be in \[0, 1\); got 1.0"),
+        (one, {"tokenizer": "bpe", "vocab_size": 256}, "vocab_size must be at least 261; got 256"),
+        (one, {"tokenizer": "byte"}, "unknown tokenizer 'byte': expected 'bpe', 'bytes'"),
+        (one, {"seq_len": 10**6}, "the training part is too small: .*needs 1000001 tokens"),
+        (one, {"seq_len": 6000, "held_out": 0.1}, "validation part is too small"),
+        (one, {"held_out": 1e-9}, "has no file to validate on at held_out=1e-09; try more, or 0"),
+        (one, {"held_out": 1 - 1e-9}, "has no file left to train on"),
+    ]
+    usual: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "held_out": 0.2}
+    for sources, options, match in cases:
+        with pytest.raises(ValueError, match=match):
+            prepare(sources, **(usual | options))

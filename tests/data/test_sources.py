@@ -1,0 +1,155 @@
+import inspect
+import json.decoder
+import queue
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from llmfast.data import Document, is_held_out, load, python_code, python_prose, sources, text_files
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def code() -> list[Document]:
+    return list(python_code())
+
+
+@pytest.fixture(scope="module")
+def prose(code: list[Document]) -> list[Document]:
+    some = [d for d in code if d.name.startswith(("json/", "q", "te", "u"))]  # parsing all of it takes seconds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "python_code", lambda: iter(some))
+        return list(python_prose())
+
+
+def test_code_is_the_standard_library(code: list[Document]) -> None:
+    names = [d.name for d in code]
+    assert names == sorted(names) and len(set(names)) == len(names)
+    text = {d.name: d.text for d in code}
+    assert text["json/decoder.py"] == Path(json.decoder.__file__).read_text("utf-8")
+    assert len(code) > 300 and sum(len(d.text) for d in code) > 5_000_000
+
+
+def test_code_leaves_out_what_nobody_wrote(code: list[Document]) -> None:
+    folders = {folder for d in code for folder in d.name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+    names = {d.name for d in code}
+    assert "encodings/cp1252.py" not in names and "encodings/utf_8.py" in names
+    assert not any(name.startswith("_sysconfigdata") for name in names)
+
+
+def test_prose_is_topics_and_docstrings(prose: list[Document]) -> None:
+    names = [d.name for d in prose]
+    assert len(set(names)) == len(names)
+    assert {name.split("/")[0] for name in names} == {"topics", "docstrings"}
+    text = {d.name: d.text for d in prose}
+    assert text["docstrings/textwrap.py"].startswith("Text wrapping and filling.\n\n")
+    assert (inspect.getdoc(textwrap.wrap) or "missing") in text["docstrings/textwrap.py"]
+    assert "def wrap" not in text["docstrings/textwrap.py"]
+    assert min(len(d.text) for d in prose if d.name.startswith("docstrings/")) >= 200
+
+
+def test_docstrings_keep_the_order_of_the_file(prose: list[Document]) -> None:
+    text = next(d.text for d in prose if d.name == "docstrings/queue.py")
+    # A method of the first class comes before the next class.
+    places = [text.index(inspect.getdoc(x) or "") for x in (queue.Queue, queue.Queue.put, queue.PriorityQueue)]
+    assert 0 < places[0] < places[1] < places[2]
+
+
+def test_topics_do_not_repeat_each_other(prose: list[Document]) -> None:
+    paragraphs = [
+        " ".join(p.split())
+        for d in prose
+        if d.name.startswith("topics/")
+        for p in d.text.split("\n\n")
+        if len(p.split()) >= 8
+    ]
+    total = sum(map(len, paragraphs))
+    assert total > 200_000
+    assert total - sum(map(len, set(paragraphs))) < 0.02 * total  # all topics together: a fifth
+
+
+def test_text_files_in_a_folder(tmp_path: Path) -> None:
+    for name, content in {
+        "b.txt": b"b\r\nb",
+        "a/deep/x.MD": "é\n".encode(),
+        "a/bom.rst": b"\xef\xbb\xbfbom",
+        "latin.py": b"# -*- coding: latin-1 -*-\nx = '\xe9'\n",
+        "blank.txt": b" \n\t",
+        "empty.txt": b"",
+        "image.png": b"\xff\x00",
+        ".hidden/c.txt": b"c",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    expected = [
+        Document("a/bom.rst", "bom"),
+        Document("a/deep/x.MD", "é\n"),
+        Document("b.txt", "b\nb"),
+        Document("latin.py", "# -*- coding: latin-1 -*-\nx = 'é'\n"),
+    ]
+    assert list(text_files(tmp_path)) == expected == load(str(tmp_path))
+
+
+def test_text_files_takes_one_file_of_any_suffix(tmp_path: Path) -> None:
+    (tmp_path / "notes.log").write_text("hello")
+    assert load(str(tmp_path / "notes.log")) == [Document("notes.log", "hello")]
+
+
+def test_text_files_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(text_files(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"no text in .*\.md, \.py, \.rst, \.txt"):
+        list(text_files(tmp_path))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"looked for \.md, \.py"):
+        load(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no text in .*empty\.txt$"):
+        load(str(tmp_path / "empty.txt"))
+    (tmp_path / "broken.txt").write_bytes(b"ok so far \xff")
+    with pytest.raises(ValueError, match=r"broken\.txt is not UTF-8 text"):
+        load(str(tmp_path))
+
+
+def test_load_by_name(code: list[Document]) -> None:
+    assert load("code") == code
+    with pytest.raises(ValueError, match=r"unknown source 'proze': expected 'code', 'prose', .* mean 'prose'\?"):
+        load("proze")
+    with pytest.raises(ValueError, match="unknown source '': expected 'code'"):
+        load("")
+
+
+def test_load_of_an_empty_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match="source 'code' is empty"):
+        load("code")
+
+
+def test_a_file_and_its_docstrings_are_held_out_together(code: list[Document], prose: list[Document]) -> None:
+    side = {d.name: is_held_out(d, 0.3) for d in code}
+    paired = [d for d in prose if d.name.startswith("docstrings/")]
+    assert len(paired) > 20
+    assert all(is_held_out(d, 0.3) == side[d.name.removeprefix("docstrings/")] for d in paired)
+    assert 0.2 < sum(side.values()) / len(side) < 0.4
+
+
+def test_held_out_grows_with_the_fraction_and_is_fixed() -> None:
+    documents = [Document(f"{i}.txt", "") for i in range(2000)]
+    held = {f: {d.name for d in documents if is_held_out(d, f)} for f in (0, 0.05, 0.5, 0.99)}
+    assert not held[0] and held[0.05] < held[0.5] < held[0.99]
+    assert all(abs(len(names) / 2000 - f) < 0.03 for f, names in held.items())
+    # Fixed for good: moving a file between the parts would spoil comparisons with earlier runs.
+    assert [i for i in range(60) if is_held_out(Document(f"{i}.txt", ""), 0.1)] == [14, 48]
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="fraction"):
+            is_held_out(documents[0], fraction)
+
+
+def test_import_leaves_optional_packages_alone() -> None:
+    code = "import sys, llmfast.data; print(sorted({'tokenizers', 'pydoc_data.topics'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

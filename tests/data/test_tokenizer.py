@@ -1,0 +1,185 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmfast.data import SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [p.read_text("utf-8") for p in sorted(Path(json.__file__).parent.glob("*.py"))]
+ODD = [
+    "",
+    " ",
+    "  two  spaces \t\ttabs\n\n\n\r\nlines\u00a0\u2003\u200b",
+    "👩‍👩‍👧‍👦 é e\u0301 中文 \U0001d518 \x00\x7f\ufeff",
+    "def f(x):\n    return x  # 1234567890\n",
+    *SPECIAL_TOKENS,
+    f"a{SPECIAL_TOKENS[0]}b {SPECIAL_TOKENS[1]}{SPECIAL_TOKENS[0]}",
+]
+any_text = st.text() | st.lists(st.sampled_from(ODD)).map("".join)  # st.text() has no surrogates
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    pytest.importorskip("tokenizers")
+    return BPETokenizer.train(TEXTS, 600)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return ByteTokenizer() if request.param == "bytes" else request.getfixturevalue("bpe")
+
+
+def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
+    assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
+
+
+@settings(deadline=None)
+@given(text=any_text)
+def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    check_round_trip(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    check_round_trip(tokenizer, text)
+
+
+def test_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
+    texts = TEXTS[:3] + ODD
+    batch = tokenizer.encode_batch(texts)
+    assert len(batch) == len(texts)
+    for ids, text in zip(batch, texts):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_special_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.special_ids
+    assert tuple(ids) == SPECIAL_TOKENS and len(set(ids.values())) == len(SPECIAL_TOKENS)
+    assert tokenizer.eot_id == ids["<|endoftext|>"] and max(ids.values()) < tokenizer.vocab_size
+    mixed = [*ids.values(), *tokenizer.encode("héllo"), tokenizer.eot_id]
+    assert tokenizer.decode(mixed) == "héllo"
+    assert tokenizer.decode(list(ids.values())) == "" == tokenizer.decode([])
+
+
+def test_decode_of_broken_utf8_and_foreign_ids(tokenizer: Tokenizer) -> None:
+    cut = tokenizer.encode("中")[:-1] if tokenizer.vocab_size == 264 else tokenizer.encode("\U0001fae8")[:-1]
+    assert len(cut) > 0 and set(tokenizer.decode(cut)) == {"\ufffd"}
+    for ids in ([-1], [tokenizer.vocab_size]):
+        with pytest.raises(ValueError, match=rf"ids must be in \[0, {tokenizer.vocab_size}\); got \[{ids[0]}\]"):
+            tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        tokenizer.decode([[1, 2]])
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    again = load_tokenizer(path)
+    assert type(again) is type(tokenizer)
+    assert (again.vocab_size, again.special_ids) == (tokenizer.vocab_size, tokenizer.special_ids)
+    for text in TEXTS[:2] + ODD:
+        np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_pickle_keeps_special_text_ordinary(tokenizer: Tokenizer) -> None:
+    again = pickle.loads(pickle.dumps(tokenizer))
+    check_round_trip(again, f"a{SPECIAL_TOKENS[0]}b")
+    np.testing.assert_array_equal(again.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
+
+
+def test_bytes_are_bytes() -> None:
+    assert ByteTokenizer().encode("aé").tolist() == [97, 0xC3, 0xA9]
+    assert ByteTokenizer.vocab_size % 8 == 0 and ByteTokenizer.eot_id == 256
+
+
+def test_training_is_deterministic(bpe: BPETokenizer, tmp_path: Path) -> None:
+    BPETokenizer.train(iter(TEXTS), 600).save(tmp_path / "same.json")
+    bpe.save(tmp_path / "first.json")
+    first = (tmp_path / "first.json").read_bytes()
+    assert (tmp_path / "same.json").read_bytes() == first
+    # Another process has other hash seeds.
+    code = (
+        "import json, sys; from pathlib import Path; from llmfast.data import BPETokenizer; "
+        "texts = [p.read_text('utf-8') for p in sorted(Path(json.__file__).parent.glob('*.py'))]; "
+        "BPETokenizer.train(texts, 600).save(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "other.json")], check=True, cwd=ROOT)
+    assert (tmp_path / "other.json").read_bytes() == first
+
+
+def test_training_compresses_and_fills_the_vocabulary(bpe: BPETokenizer) -> None:
+    assert bpe.vocab_size == 600
+    assert len(bpe.encode(TEXTS[-1])) < 0.7 * len(TEXTS[-1])
+    assert BPETokenizer.train(["abc"], 600).vocab_size == 256 + len(SPECIAL_TOKENS)  # nothing to merge
+
+
+def test_training_on_special_text_keeps_it_ordinary() -> None:
+    pytest.importorskip("tokenizers")
+    text = " ".join(SPECIAL_TOKENS * 50)
+    check_round_trip(BPETokenizer.train([text], 400), text)
+
+
+def test_training_arguments() -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="vocab_size must be at least 261; got 260"):
+        BPETokenizer.train(TEXTS, 260)
+    with pytest.raises(ValueError, match="texts"):
+        BPETokenizer.train(["", ""])
+    with pytest.raises(TypeError, match="one string"):
+        BPETokenizer.train("text")
+
+
+def test_missing_tokenizers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install 'llmfast-torch\[data\]'"):
+        BPETokenizer.train(TEXTS, 600)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}', "null", '{"type": "llmfast-bytes"}'])
+def test_corrupt_files(tmp_path: Path, content: str) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        load_tokenizer(path)
+
+
+def test_binary_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer file"):
+        load_tokenizer(tmp_path / "broken.json")
+    with pytest.raises(FileNotFoundError):
+        load_tokenizer(tmp_path / "missing.json")
+
+
+def test_a_file_by_others(bpe: BPETokenizer, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe.save(tmp_path / "ours.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
+    assert theirs.decode(theirs.encode(TEXTS[0]).ids) == TEXTS[0]
+
+    theirs.enable_truncation(5)  # as files saved by transformers often have
+    theirs.enable_padding(length=100)
+    theirs.save(str(tmp_path / "theirs.json"))
+    np.testing.assert_array_equal(load_tokenizer(tmp_path / "theirs.json").encode(TEXTS[0]), bpe.encode(TEXTS[0]))
+
+    content = json.loads((tmp_path / "ours.json").read_text("utf-8"))
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|endoftext|>"]
+    del content["model"]["vocab"]["<|endoftext|>"]
+    (tmp_path / "no_eot.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ValueError, match=r"no <\|endoftext\|> token"):
+        load_tokenizer(tmp_path / "no_eot.json")

@@ -1,0 +1,199 @@
+"""`linear_cross_entropy` on both paths."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.numerics import assert_close_in_norm
+from torch import Tensor
+
+from llmfast.losses import cross_entropy, linear_cross_entropy, reference
+from llmfast.losses.linear_cross_entropy import ChunkPlan
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def draw(N: int, V: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(N, D).to(dtype), (torch.randn(V, D) * D**-0.5 * 2).to(dtype)
+    targets = torch.randint(0, V, (N,))
+    targets[torch.rand(N) < 0.2] = -100
+    targets[:1] = V - 1
+    return hidden, weight, targets
+
+
+def run(
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    value = loss(h, w)
+    value.backward(upstream.to(value.dtype).expand_as(value))
+    assert h.grad is not None and w.grad is not None
+    return value.detach(), h.grad, w.grad
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    N=st.integers(1, 40),
+    V=st.one_of(st.integers(1, 200), st.sampled_from([1025, 2000])),
+    D=st.integers(1, 24),
+    dtype=st.sampled_from(DTYPES),
+    reduction=st.sampled_from(REDUCTIONS),
+    rows=st.integers(1, 40),
+)
+def test_matches_float64(path: str, N: int, V: int, D: int, dtype: torch.dtype, reduction: str, rows: int) -> None:
+    hidden, weight, targets = draw(N, V, D, dtype)
+    upstream = torch.randn(N) if reduction == "none" else torch.tensor(1.5)
+    ours = run(
+        lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction, memory_budget=rows * 6 * (V + 64)),
+        hidden, weight, upstream,
+    )  # fmt: skip
+    torchs = run(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction=reduction), hidden, weight, upstream)
+    truth = run(
+        lambda h, w: reference.linear_cross_entropy(h, w, targets, reduction=reduction),
+        hidden.double(), weight.double(), upstream,
+    )  # fmt: skip
+    assert ours[0].dtype == torch.float32
+    for a, b, c in zip(ours, torchs, truth):
+        assert_close_in_norm(a, b, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_vocabulary_in_chunks(path: str, dtype: torch.dtype) -> None:
+    hidden, weight, targets = draw(7, 50257, 16, dtype)
+    one = torch.tensor(1.0)
+    ours = run(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=3 * 50304 * 6), hidden, weight, one)
+    torchs = run(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden, weight, one)
+    truth = run(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double(), one)
+    for a, b, c in zip(ours, torchs, truth):
+        assert_close_in_norm(a, b, c)
+
+
+def test_weight_gradient_accumulates_in_float32(path: str) -> None:
+    # Summing chunks in bfloat16 loses small contributions (Liger-Kernel#827): 64 chunks must not differ from one.
+    hidden, weight, targets = draw(64, 50, 8, torch.bfloat16)
+    one = torch.tensor(1.0)
+    whole = run(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, one)
+    split = run(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=1), hidden, weight, one)
+    truth = run(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double(), one)
+    for a, b, c in zip(split, whole, truth):
+        assert_close_in_norm(a, b, c, factor=1.02)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_only_the_gradients_that_are_wanted(path: str, frozen: str, reduction: str) -> None:
+    # A frozen hidden must not cost the weight its gradient, as it does in Liger-Kernel.
+    hidden, weight, targets = draw(9, 30, 8, torch.float32)
+    want = run(lambda h, w: reference.linear_cross_entropy(h, w, targets, reduction=reduction), hidden, weight, torch.tensor(1.0))
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+    torch.testing.assert_close(loss.detach(), want[0])
+    assert loss.requires_grad == (frozen != "both")
+    if frozen != "both":
+        loss.backward(torch.ones_like(loss))
+    for t, gradient in ((hidden, want[1]), (weight, want[2])):
+        if t.requires_grad:
+            torch.testing.assert_close(t.grad, gradient)
+        else:
+            assert t.grad is None
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice(path: str, reduction: str) -> None:
+    hidden, weight, targets = draw(9, 30, 8, torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum()
+    first = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, (hidden, weight))
+    for a, b, c in zip(first, kept, second):
+        assert torch.equal(a, b), "the second backward changed what the first returned"
+        torch.testing.assert_close(a, 3 * c)
+
+
+def test_autocast_casts_float32_parameters(path: str) -> None:
+    hidden, weight, targets = draw(9, 300, 16, torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), F.cross_entropy(hidden @ weight.T, targets).detach(), rtol=1e-2, atol=1e-2)
+    # Made in float32 and never rounded to bfloat16 on the way to a float32 parameter.
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+def test_matches_cross_entropy_of_the_logits(path: str) -> None:
+    hidden, weight, targets = draw(6, 90, 12, torch.float32)
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, targets, reduction="none"),
+        cross_entropy(hidden @ weight.T, targets, reduction="none"),
+    )
+
+
+def test_leading_dimensions_and_num_valid(path: str) -> None:
+    hidden, weight, targets = draw(12, 40, 8, torch.float32)
+    loss = linear_cross_entropy(hidden.view(3, 4, 8), weight, targets.view(3, 4), num_valid=torch.tensor(100))
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / 100)
+    assert linear_cross_entropy(hidden.view(3, 4, 8), weight, targets.view(3, 4), reduction="none").shape == (3, 4)
+
+
+@pytest.mark.parametrize("N", [0, 3])
+def test_nothing_to_average(path: str, N: int) -> None:
+    hidden, weight, _ = draw(N, 20, 8, torch.float32)
+    loss, *gradients = run(
+        lambda h, w: linear_cross_entropy(h, w, torch.full((N,), -100)), hidden, weight, torch.tensor(1.0)
+    )
+    assert loss.isnan()
+    assert all(g.eq(0).all() for g in gradients)
+
+
+def test_chunking_does_not_change_the_loss(path: str) -> None:
+    hidden, weight, targets = draw(37, 100, 8, torch.float32)
+    losses = {linear_cross_entropy(hidden, weight, targets, memory_budget=b).item() for b in (1, 5_000, 1 << 20)}
+    assert max(losses) - min(losses) < 1e-6
+
+
+@given(N=st.integers(0, 5000), V=st.integers(1, 10**6), budget=st.integers(1, 1 << 31))
+def test_plan_covers_every_row_once_within_the_budget(N: int, V: int, budget: int) -> None:
+    plan = ChunkPlan.make(N, V, row_bytes=2 * V, row_width=V, budget=budget)
+    chunks = list(plan)
+    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(N))
+    assert plan.rows * 2 * V <= max(budget, 2 * V)
+    fewest = -(-N // max(1, budget // (2 * V)))
+    assert len(chunks) == fewest
+
+
+def test_reference_has_the_same_arguments() -> None:
+    for function, ours_only in ((linear_cross_entropy, {"memory_budget"}), (cross_entropy, {"inplace"})):
+        ours = set(inspect.signature(function).parameters) - ours_only
+        assert ours == set(inspect.signature(getattr(reference, function.__name__)).parameters)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(9, 4)}, ValueError, r"weight must be \(V, 5\)"),
+        ({"weight": torch.zeros(5)}, ValueError, r"weight must be \(V, 5\)"),
+        ({"weight": torch.zeros(9, 5, dtype=torch.bfloat16)}, TypeError, "must share a dtype"),
+        ({"weight": torch.zeros(9, 5, device="meta")}, ValueError, "weight must be on cpu"),
+        ({"hidden": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "hidden must be floating point"),
+        ({"targets": torch.tensor([0, 1, 2, 9])}, ValueError, "found 9"),
+        ({"targets": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"targets must have shape \(4,\)"),
+        ({"memory_budget": 0}, ValueError, "memory_budget must be positive"),
+        ({"reduction": "max"}, ValueError, "reduction must be"),
+    ],
+)
+def test_refuses(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {
+        "hidden": torch.zeros(4, 5), "weight": torch.zeros(9, 5), "targets": torch.zeros(4, dtype=torch.int64)
+    } | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**arguments)  # type: ignore[arg-type]
