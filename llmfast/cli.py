@@ -1,6 +1,7 @@
 """The command line: `llmfast train`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         overrides = list(args.set)
         if args.name is not None:
-            overrides.append(f"name={args.name}")
+            overrides.append(f"name={json.dumps(args.name)}")  # quoted, so that a run can be called 7
         if args.resume:
             if not args.name:
                 return _fail("--resume needs --name, the run to go on with")

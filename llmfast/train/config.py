@@ -127,7 +127,8 @@ def _fill(node: Any, values: dict[str, Any], prefix: str, where: str) -> None:
             raise ConfigError(f"{where}: unknown key {name} = {value!r}{_closest(name)}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {name} = {value!r} is a section; its keys are {name}.<key>")
+                keys = ", ".join(_names(getattr(node, key), f"{name}."))
+                raise ConfigError(f"{where}: {name} = {value!r} is a section; its keys are {keys}")
             _fill(getattr(node, key), value, prefix=f"{name}.", where=where)
         else:
             setattr(node, key, _typed(value, types[key], name, where))
@@ -150,10 +151,11 @@ def _typed(value: Any, wanted: Any, name: str, where: str) -> Any:
 
 def _closest(name: str) -> str:
     valid = list(_names(Config(), ""))
-    # The last part counts most: `steps` alone should find `train.steps`.
-    by_leaf = difflib.get_close_matches(name.rpartition(".")[2], [v.rpartition(".")[2] for v in valid], n=1)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    near = near or [v for v in valid if by_leaf and v.rpartition(".")[2] == by_leaf[0]]
+    sections = sorted({v.partition(".")[0] for v in valid if "." in v})
+    near = difflib.get_close_matches(name, [*valid, *sections], n=1)
+    if not near:  # `steps` alone should find `train.steps`
+        leaves = {v.rpartition(".")[2]: v for v in valid}
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)]
     return f"; did you mean {near[0]}?" if near else f"; valid keys are {', '.join(valid)}"
 
 
@@ -187,12 +189,18 @@ def _check(config: Config) -> None:
             ("optimizer.max_grad_norm", o.max_grad_norm, 0),
         ):
             expect(value >= least, f"{name} must be at least {least}; got {value}")
-        for name, value in (("beta1", o.beta1), ("beta2", o.beta2), ("final_lr", o.final_lr)):
-            expect(0 <= value <= 1 and (value < 1 or name == "final_lr"), f"optimizer.{name} is out of range: {value}")
+        for name, value in (("beta1", o.beta1), ("beta2", o.beta2)):
+            expect(0 <= value < 1, f"optimizer.{name} must be in [0, 1); got {value}")
+        expect(0 <= o.final_lr <= 1, f"optimizer.final_lr must be in [0, 1]; got {o.final_lr}")
         expect(0 < d.held_out < 1, f"data.held_out must be between 0 and 1; got {d.held_out}")
         expect(len(d.sources) > 0, "data.sources must name at least one source")
-        expect(o.schedule in ("cosine", "linear", "constant"), f"optimizer.schedule is unknown: {o.schedule!r}")
-        expect(t.dtype in ("auto", "float32", "bfloat16"), f"train.dtype is unknown: {t.dtype!r}")
-        expect("/" not in config.name and config.name not in (".", ".."), f"name must be a folder name: {config.name!r}")
+        for name, choice, choices in (
+            ("optimizer.schedule", o.schedule, ("cosine", "linear", "constant")),
+            ("train.dtype", t.dtype, ("auto", "float32", "bfloat16")),
+        ):
+            expect(choice in choices, f"{name} must be one of {str(choices)[1:-1]}; got {choice!r}")
+        expect(
+            "/" not in config.name and config.name not in (".", ".."), f"name must be a folder name; got {config.name!r}"
+        )
     except ValueError as e:
         raise ConfigError(str(e)) from e

@@ -1,0 +1,121 @@
+"""The row kernels themselves: what only a launch can show."""
+
+import pytest
+import torch
+import triton
+from support.numerics import assert_no_worse
+from torch import Tensor
+
+from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels.launch import FP_FUSION
+from llmfast_kernels.scale import scale
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def padded(N: int, V: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A slab as the linear loss makes it, NaN in the padding; the slab and its (N, V) part."""
+    slab = torch.full((N, width), torch.nan, dtype=dtype)
+    slab[:, :V] = torch.randn(N, V).to(dtype)
+    return slab, slab[:, :V]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 63, 1025, 50257])
+def test_padding_is_neither_read_into_results_nor_left_dirty(dtype: torch.dtype, V: int) -> None:
+    slab, logits = padded(2, V, -(-V // 64) * 64 + 64, dtype)
+    row_width = -(-V // 64) * 64
+    targets = torch.tensor([V - 1, -100])
+    x = logits.double()
+    loss, lse = rows.cross_entropy(logits, targets, ignore_index=-100, d_logits=logits, row_width=row_width)
+    want = torch.log_softmax(x[:1], 1)
+    torch.testing.assert_close(loss.double(), torch.stack([-want[0, V - 1], torch.zeros(()).double()]), rtol=0, atol=3e-6)
+    torch.testing.assert_close(lse[:1].double(), x[:1].logsumexp(1), rtol=1e-6, atol=1e-6)
+    gradient = want.exp()
+    gradient[0, V - 1] -= 1
+    assert_no_worse(logits[:1], gradient.to(dtype), gradient, scale=1.0)
+    assert slab[:, V:row_width].eq(0).all(), "padding within row_width is zeroed"
+    assert slab[:, row_width:].isnan().all(), "columns beyond row_width are not touched"
+    assert logits[1].eq(0).all()
+
+
+@pytest.mark.parametrize("V", [1, 5, 1023, 1024, 1025, 40000])
+@pytest.mark.parametrize("row_width", ["V", "padded"])
+def test_separate_backward_equals_the_fused_gradient(V: int, row_width: str) -> None:
+    width = V if row_width == "V" else -(-V // 8) * 8
+    _, logits = padded(3, V, width, torch.float32)
+    targets = torch.tensor([0, V - 1, -100])
+    fused, apart = (torch.full((3, width), torch.nan)[:, :V] for _ in range(2))
+    d_loss = torch.tensor([2.0, 2.0, torch.nan])
+    _, lse = rows.cross_entropy(
+        logits, targets, ignore_index=-100, d_logits=fused, grad_scale=torch.tensor(2.0), row_width=width
+    )
+    rows.cross_entropy_backward(
+        logits, targets, lse, d_loss, ignore_index=-100, d_logits=apart, row_width=width
+    )
+    torch.testing.assert_close(apart, fused, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [-1, 70, 2**40])
+def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: int) -> None:
+    logits = torch.randn(3, 70)
+    targets = torch.tensor([1, target, 2])
+    d_logits, apart = torch.empty_like(logits), torch.empty_like(logits)
+    loss, lse = rows.cross_entropy(logits, targets, ignore_index=-100, d_logits=d_logits)
+    rows.cross_entropy_backward(logits, targets, lse, torch.ones(3), ignore_index=-100, d_logits=apart)
+    assert loss.isnan().tolist() == [False, True, False]
+    for gradient in (d_logits, apart):
+        assert gradient.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
+    logits, targets, out = torch.randn(1, 70), torch.tensor([70]), torch.empty(1)
+    with pytest.raises(Exception, match=r"target is neither in \[0, V\) nor ignore_index"):
+        rows.cross_entropy_kernel[(1,)](
+            logits, targets, None, out, out, None, V=70, row_width=70, logits_stride_n=70, d_logits_stride_n=0,
+            ignore_index=-100, debug=True, **rows.tile(70), **rows.vectors(70, logits, None), **FP_FUSION,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stride", "width", "vector", "tail"),
+    [
+        (torch.bfloat16, 50304, 50304, 8, True),  # the library's own slab
+        (torch.float32, 50304, 50304, 4, True),
+        (torch.bfloat16, 50304, 50257, 8, False),
+        (torch.bfloat16, 50257, 50257, 1, True),  # a user's GPT-2 logits: rows start anywhere
+        (torch.float32, 1000, 1000, 4, True),  # no multiple of 16, but of 4
+    ],
+)
+def test_widest_access_that_rows_allow(
+    dtype: torch.dtype, stride: int, width: int, vector: int, tail: bool
+) -> None:
+    logits = torch.empty(2, stride, dtype=dtype)
+    assert rows.vectors(width, logits, None) == {"VECTOR": vector, "VECTOR_TAIL": tail}
+    assert rows.vectors(width, logits, logits[:, 1:])["VECTOR"] == 1
+
+
+@pytest.mark.parametrize("V", [1, 2, 1000, 1024, 32000, 50257, 256000])
+def test_tiles_are_powers_of_two_that_the_threads_divide(V: int) -> None:
+    for meta in (rows.tile(V), rows.backward_tile(V)):
+        assert triton.next_power_of_2(meta["BLOCK_V"]) == meta["BLOCK_V"]
+        assert 1 <= meta["num_warps"] <= 32
+    assert rows.tile(V)["THREADS"] == 32 * rows.tile(V)["num_warps"]
+
+
+@pytest.mark.parametrize("numel", [0, 1, 4096, 5000])
+@pytest.mark.parametrize("out", [None, torch.bfloat16, torch.float32])
+def test_scale(numel: int, out: torch.dtype | None) -> None:
+    x = torch.randn(numel)
+    want = x * 0.3
+    result = scale(x, torch.tensor(0.3), out=None if out is None else torch.empty(numel, dtype=out))
+    torch.testing.assert_close(result, want.to(result.dtype))
+    assert (result is x) == (out is None)
+
+
+def test_scale_by_one_touches_nothing() -> None:
+    x = torch.tensor([torch.nan, 1.0])
+    x.requires_grad_(False)
+    before = x.view(torch.int32).clone()
+    scale(x, torch.tensor(1.0))
+    assert torch.equal(x.view(torch.int32), before)

@@ -1,0 +1,73 @@
+"""Settings: where they come from, and what is said about wrong ones."""
+
+from pathlib import Path
+
+import pytest
+
+from llmfast.train.config import Config, ConfigError, dump_config, load_config
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('name = "x"\n[train]\nsteps = 7\n[optimizer]\nlr = 1\n[data]\nsources = ["prose"]\n')
+    config = load_config(file, ["train.steps=9", "name=my run", "model.tie_embeddings=false", 'train.device="cpu"'])
+    assert (config.train.steps, config.name, config.model.tie_embeddings) == (9, "my run", False)
+    assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+    assert config.data.sources == ["prose"]
+    assert config.train.seed == Config().train.seed
+
+
+def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
+    config = load_config(None, ["optimizer.lr=0.5", "train.sample_prompt='a \"b\"\\n'", "name=x"])
+    file = tmp_path / "c.toml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stpes=7", "unknown key train.stpes = 7; did you mean train.steps?"),
+        ("steps=7", "unknown key steps = 7; did you mean train.steps?"),
+        ("zzz=7", "unknown key zzz = 7; valid keys are name, runs, model.width, "),
+        ("optimiser.lr=7", "unknown key optimiser = {'lr': 7}; did you mean optimizer?"),
+        ("train.steps.x=7", "train.steps must be int; got {'x': 7} (dict)"),
+        ("train.steps=many", "train.steps must be int; got 'many' (str)"),
+        ("train.steps=1.5", "train.steps must be int; got 1.5 (float)"),
+        ("train.steps=true", "train.steps must be int; got True (bool)"),
+        ("optimizer.lr=fast", "optimizer.lr must be float; got 'fast' (str)"),
+        ("data.sources=prose", "data.sources must be list of str; got 'prose' (str)"),
+        ("data.sources=[1]", "data.sources must be list of str; got [1] (list)"),
+        ("train=7", "train = 7 is a section; its keys are train.steps, "),
+        ("train.steps", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("train.steps=0", "train.steps must be at least 1; got 0"),
+        ("optimizer.lr=-1.0", "optimizer.lr must be at least 0; got -1.0"),
+        ("optimizer.lr=nan", "optimizer.lr must be at least 0; got nan"),
+        ("optimizer.beta2=1.0", "optimizer.beta2 must be in [0, 1); got 1.0"),
+        ("optimizer.schedule=cosin", "optimizer.schedule must be one of 'cosine', 'linear', 'constant'; got 'cosin'"),
+        ("train.dtype=int8", "train.dtype must be one of 'auto', 'float32', 'bfloat16'; got 'int8'"),
+        ("data.sources=[]", "data.sources must name at least one source"),
+        ("data.held_out=0.0", "data.held_out must be between 0 and 1; got 0.0"),
+        ("name=../x", "name must be a folder name; got '../x'"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+
+
+def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[optimizer]\nlearning_rate = 0.1\n")
+    with pytest.raises(ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate = 0\.1; did you mean optimizer\.lr"):
+        load_config(file)
+    file.write_text("[optimizer\n")
+    with pytest.raises(ConfigError, match=r"c\.toml is not TOML"):
+        load_config(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"c\.toml is not TOML"):
+        load_config(file)
+    with pytest.raises(ConfigError, match=r"cannot read .*nothing\.toml: No such file"):
+        load_config(tmp_path / "nothing.toml")

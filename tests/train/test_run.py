@@ -1,0 +1,223 @@
+"""Whole runs: what they leave behind, how they go on, and what they refuse."""
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from llmfast.cli import main
+from llmfast.train import checkpoint as checkpoints
+from llmfast.train import loop
+from llmfast.train.config import load_config
+from llmfast.train.metrics import MetricsFile, read_metrics
+from llmfast.train.run import train
+
+
+def run(settings: list[str], *more: str, **options: bool) -> Path:
+    return train(load_config(None, [*settings, *more]), console=Console(quiet=True), **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(next(folder.glob("checkpoint-*")) / "model.safetensors"))
+
+
+def cli(settings: list[str], *arguments: str) -> int:
+    return main(["train", *(f"--set={s}" for s in settings), *arguments])
+
+
+def test_a_run_leaves_everything_behind(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(settings, "--set=train.steps=40", "--set=optimizer.lr=0.01", "--name=first") == 0
+    folder = Path(settings[0].removeprefix("runs=")) / "first"
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.toml", "tokenizer.json", "metrics.jsonl", "checkpoint-00000040", "loss.png", "sample.txt"}
+    assert load_config(folder / "config.toml").train.steps == 40
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(2, 41, 2))
+    assert all(line.keys() >= {"tokens", "lr", "grad_norm", "tokens_per_s"} for line in losses)
+    validation = [line["validation_mean"] for line in lines if "validation_mean" in line]
+    assert validation[-1] < 0.8 * validation[0]
+
+    output = capsys.readouterr().out
+    for expected in ("validation loss, first", "unigram entropy", "tokens a second", "peak memory", "a sample"):
+        assert expected in output
+
+
+def test_the_same_settings_give_the_same_bits(settings: list[str]) -> None:
+    one, two = weights(run(settings, "name=one")), weights(run(settings, "name=two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_resuming_changes_nothing(settings: list[str]) -> None:
+    whole = run(settings, "name=whole")
+    stopped = run(settings, "name=stopped", "optimizer.schedule=cosine", "train.steps=8")
+    # Take it back to step 4, where a crash would have left it: an old checkpoint and newer metrics.
+    before = len(read_metrics(stopped / "metrics.jsonl"))
+    folder = _rewind(settings, "rewound", at=4)
+    resumed = train(load_config(folder / "config.toml"), resume=True, console=Console(quiet=True))
+    a, b = weights(whole), weights(resumed)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    lines = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(resumed / "metrics.jsonl")]
+    want = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(whole / "metrics.jsonl")]
+    assert lines == want and len(lines) == before
+
+
+def _rewind(settings: list[str], name: str, at: int) -> Path:
+    """A run that was killed right after it saved at step `at`."""
+
+    class Killed(Exception): ...
+
+    original = loop.save_checkpoint
+
+    def save_and_die(run: Path, step: int, *arguments: Any, **more: Any) -> Path:
+        original(run, step, *arguments, **more)
+        raise Killed
+
+    loop.save_checkpoint = save_and_die
+    try:
+        with pytest.raises(Killed):
+            run(settings, f"name={name}")
+    finally:
+        loop.save_checkpoint = original
+    return Path(settings[0].removeprefix("runs=")) / name
+
+
+def test_gradient_accumulation_is_the_same_batch_in_parts(settings: list[str]) -> None:
+    whole = weights(run(settings, "name=a", "train.batch_size=4", "train.steps=3"))
+    parts = weights(run(settings, "name=b", "train.batch_size=1", "train.accumulate=4", "train.steps=3"))
+    for k in whole:
+        torch.testing.assert_close(parts[k], whole[k], rtol=2e-4, atol=2e-4)
+
+
+def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    timer = threading.Timer(0.0, lambda: None)
+    original = loop.Trainer._train_step
+
+    def step(self: loop.Trainer) -> Any:
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self)
+
+    loop.Trainer._train_step = step  # type: ignore[method-assign]
+    try:
+        assert cli(settings, "--set=train.steps=50", "--name=stopped") == 0
+    finally:
+        loop.Trainer._train_step = original  # type: ignore[method-assign]
+        timer.cancel()
+    folder = Path(settings[0].removeprefix("runs=")) / "stopped"
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000004"]
+    assert "stopped after step 4 of 50; go on with: llmfast train --resume --name stopped" in capsys.readouterr().out
+    assert cli(settings[:1], "--resume", "--name=stopped", "--set=train.steps=6") == 0
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000006"]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_reported(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = loop.Trainer._loss
+
+    def loss(self: loop.Trainer, batch: Any, num_valid: int) -> torch.Tensor:
+        value = original(self, batch, num_valid)
+        return value * torch.nan if self.model.training and self.step == 2 else value
+
+    monkeypatch.setattr(loop.Trainer, "_loss", loss)
+    assert cli(settings, "--name=nan") == 0
+    folder = Path(settings[0].removeprefix("runs=")) / "nan"
+    assert all(t.isfinite().all() for t in weights(folder).values())
+    assert read_metrics(folder / "metrics.jsonl")[-2]["skipped"] == 1
+    output = capsys.readouterr().out
+    assert "1 steps so far had a gradient that is not finite" in output
+
+
+def test_names_are_found_for_runs_without_one(settings: list[str]) -> None:
+    assert [run(settings, "train.steps=1").name for _ in range(2)] == ["demo", "demo-2"]
+
+
+def test_an_existing_run_is_safe(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(settings, "name=kept")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert cli(settings, "--name=kept") == 2
+    assert "kept exists: go on with --resume, replace it with --overwrite, or choose a --name" in capsys.readouterr().err
+    # Replacing it must not begin before everything else has worked.
+    assert cli(settings, "--name=kept", "--overwrite", "--set=data.sources=['/nowhere']") == 2
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert cli(settings, "--name=kept", "--overwrite", "--set=train.steps=2") == 0
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000002"]
+
+
+def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs" / "thesis").mkdir(parents=True)
+    (tmp_path / "runs" / "thesis" / "chapter1").touch()
+    assert cli(settings, "--name=thesis", "--overwrite") == 2
+    assert "is not a run of llmfast" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "thesis" / "chapter1").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set=train.stpes=3"], "unknown key train.stpes = 3; did you mean train.steps?"),
+        (["--set=train.device=tpu7"], "train.device = 'tpu7' is not usable"),
+        (["--set=model.heads=5"], "model: width must divide by 2 * heads"),
+        (["--set=data.sources=['/nowhere']"], "data: "),
+        (["--set=data.seq_len=100000"], "data: "),
+        (["--set=data.tokenizer=nothing.json"], "data: unknown tokenizer 'nothing.json'"),
+        (["--config=nothing.toml"], "cannot read nothing.toml"),
+        (["--resume"], "--resume needs --name"),
+        (["--resume", "--name=nothing"], "nothing"),
+        (["--resume", "--name=x", "--config=c.toml"], "--resume takes its settings from the run"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli(settings, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llmfast: error: ") and message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_source_is_an_error(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert cli(settings, f"--set=data.sources=['{tmp_path / 'empty'}']") == 2
+    assert "empty" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_model_cannot_change_on_resume(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run(settings, "name=kept", "train.steps=2")
+    assert cli(settings[:1], "--resume", "--name=kept", "--set=model.layers=2") == 2
+    assert "model.layers cannot change on --resume" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    first = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer)
+    monkeypatch.setattr(checkpoints.torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_checkpoint(tmp_path, 2, model, optimizer)
+    assert checkpoints._checkpoints(tmp_path) == [first]
+    monkeypatch.undo()
+    assert checkpoints.load_checkpoint(tmp_path, model, optimizer)["step"] == 1
+    second = checkpoints.save_checkpoint(tmp_path, 2, model, optimizer)
+    assert checkpoints._checkpoints(tmp_path) == [second]
+    assert [p.name for p in tmp_path.iterdir()] == [second.name]
+
+
+def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    metrics = MetricsFile(file, resume_at=1)
+    metrics.write(step=2, loss=1.0)
+    metrics.close()
+    assert [json.loads(line)["loss"] for line in file.read_text().splitlines()] == [2.0, 1.0]
