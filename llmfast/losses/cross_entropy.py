@@ -53,7 +53,9 @@ def cross_entropy(
             "inplace=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
         )
     rows = logits.reshape(-1, logits.shape[-1])
-    loss: Tensor = _CrossEntropy.apply(rows, targets.reshape(-1), ignore_index, reduction, num_valid, inplace)
+    loss: Tensor = _CrossEntropy.apply(
+        rows, targets.reshape(-1), ignore_index, reduction, num_valid, inplace, torch.is_grad_enabled()
+    )
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -67,13 +69,14 @@ class _CrossEntropy(torch.autograd.Function):
         reduction: Reduction,
         num_valid: int | Tensor | None,
         inplace: bool,
+        grad_enabled: bool,  # in here it never is
     ) -> Tensor:
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         targets = targets.contiguous()
         ops = row_ops(logits)
         ctx.ops, ctx.ignore_index, ctx.reduction = ops, ignore_index, reduction
         ctx.d_logits, ctx.factor = None, None
-        wants_gradient = ctx.needs_input_grad[0]
+        wants_gradient = grad_enabled and ctx.needs_input_grad[0]
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         count = denominator(targets, ignore_index, num_valid, accumulate) if reduction == "mean" else None
         inverse = None if count is None else reciprocal(count)
@@ -105,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
                 raise RuntimeError("cross_entropy(inplace=True): backward ran already and its gradient is used up")
             ctx.consumed = True
             d_logits = ctx.ops.scale(ctx.d_logits, d_loss if ctx.factor is None else d_loss * ctx.factor)
-            return d_logits, None, None, None, None, None
+            return d_logits, None, None, None, None, None, None
 
         logits, targets, lse, inverse = ctx.saved_tensors
         per_row = d_loss if inverse is None else d_loss * inverse
@@ -116,4 +119,4 @@ class _CrossEntropy(torch.autograd.Function):
         )  # fmt: skip
         if ctx.inplace:
             increment_version(logits)
-        return d_logits, None, None, None, None, None
+        return d_logits, None, None, None, None, None, None

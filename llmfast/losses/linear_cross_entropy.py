@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast._dispatch import use_kernels
 from llmfast.losses.rows import RowOps, row_ops
 from llmfast.losses.targets import Reduction, check_reduction, check_targets, denominator, reciprocal
 
@@ -21,6 +23,9 @@ from llmfast.losses.targets import Reduction, check_reduction, check_targets, de
 # dW is an eighth of the GEMMs' time (modelled: 476 / rows on an H100). On a CPU the GEMMs are slower, so fewer rows do.
 DEFAULT_BUDGET = {"cpu": 64 << 20}
 DEFAULT_BUDGET_ELSEWHERE = 1 << 30
+
+# Up to this many logits in all, a CPU is done with them before the bookkeeping of chunks is.
+SMALL = 1 << 17
 
 
 def linear_cross_entropy(
@@ -67,11 +72,24 @@ def linear_cross_entropy(
     check_targets(targets, hidden.shape[:-1], weight.shape[0], hidden.device, ignore_index)
     check_reduction(reduction, num_valid)
     dtype = _compute_dtype(hidden, weight)
+    if memory_budget is None and dtype == torch.float32 and not use_kernels(hidden):
+        if targets.numel() * weight.shape[0] <= SMALL:
+            return _unfused(hidden, weight, targets, ignore_index, reduction, num_valid)
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
-        ignore_index, reduction, num_valid, memory_budget, dtype,
+        ignore_index, reduction, num_valid, memory_budget, dtype, torch.is_grad_enabled(),
     )  # fmt: skip
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _unfused(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction, num_valid: int | Tensor | None
+) -> Tensor:
+    logits, y = F.linear(hidden, weight).reshape(-1, weight.shape[0]), targets.reshape(-1).long()
+    if num_valid is None:
+        loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
+    return F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum") / num_valid
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -119,7 +137,7 @@ def default_budget(device: torch.device) -> int:
 
 class Gradients(NamedTuple):
     hidden: Tensor | None  # (N, D) in the compute dtype
-    weight: Tensor | None  # (V, D) float32
+    weight: Tensor | None  # (V, D), float32 if chunks were summed
 
 
 class Chunks:
@@ -138,8 +156,6 @@ class Chunks:
         pad = 128 // self.hidden.element_size()
         row_width = -(-V // pad) * pad
         row_bytes = row_width * self.hidden.element_size()
-        if self._upcasts():
-            row_bytes += V * 4  # the float32 copy that _add_product makes
         self.plan = ChunkPlan.make(N, V, row_bytes, row_width, budget or default_budget(hidden.device))
 
     def losses(self, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor, Gradients]:
@@ -177,12 +193,14 @@ class Chunks:
             yield rows, torch.mm(self.hidden[rows], self.weight.T, out=logits)
 
     def _empty(self, wants: tuple[bool, bool]) -> Gradients:
+        """Buffers that the chunks fill; zeros where there is no chunk."""
         make = torch.empty_like if self.plan.N > 0 else torch.zeros_like
+        # One chunk leaves nothing to accumulate, and off CUDA its product comes rounded anyway.
+        alone = self.plan.N <= self.plan.rows and not self.hidden.is_cuda
+        dtype = self.weight.dtype if alone else self._accumulate_dtype()
         return Gradients(
             make(self.hidden, memory_format=torch.contiguous_format) if wants[0] else None,
-            make(self.weight, dtype=self._accumulate_dtype(), memory_format=torch.contiguous_format)
-            if wants[1]
-            else None,
+            make(self.weight, dtype=dtype, memory_format=torch.contiguous_format) if wants[1] else None,
         )
 
     def _backpropagate(self, rows: slice, d_logits: Tensor, gradients: Gradients) -> None:
@@ -193,18 +211,16 @@ class Chunks:
 
     def _add_product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         """out (+)= a @ b, accumulated in `out`'s dtype; the first chunk overwrites, so `out` needs no zeros."""
-        if self._upcasts():
-            a, b = a.to(out.dtype), b.to(out.dtype)
         if a.dtype == out.dtype:
             torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+        elif not out.is_cuda:
+            # Only CUDA multiplies low-precision matrices into a float32 result. Elsewhere casting them would make the
+            # GEMM several times slower, so each chunk's product is rounded once and only their sum is float32.
+            out.copy_(a @ b) if first else out.add_(a @ b)
         elif first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-
-    def _upcasts(self) -> bool:
-        """Only CUDA multiplies low-precision matrices into a float32 result; elsewhere the operands are cast."""
-        return self.hidden.dtype != self._accumulate_dtype() and not self.hidden.is_cuda
 
     def _accumulate_dtype(self) -> torch.dtype:
         return torch.promote_types(self.hidden.dtype, torch.float32)
@@ -222,9 +238,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_valid: int | Tensor | None,
         memory_budget: int | None,
         dtype: torch.dtype,
+        grad_enabled: bool,  # in here it never is
     ) -> Tensor:
         chunks = Chunks(hidden, weight, targets, ignore_index, memory_budget, dtype)
-        wants = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        wants = (grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1])
         # The upstream gradient of mean and sum is one number, so their gradients can be made now and scaled later.
         now = wants if reduction != "none" else (False, False)
         loss, lse, gradients = chunks.losses(now)
@@ -233,7 +250,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         ctx.chunk_arguments = (ignore_index, memory_budget, dtype)
         ctx.wants, ctx.made = wants, gradients if any(now) else None
-        ctx.save_for_backward(hidden, weight, targets, lse, inverse)
+        if any(wants):
+            ctx.save_for_backward(hidden, weight, targets, lse, inverse)
         if reduction == "none":
             return loss
         return loss.sum() if count is None else loss.sum() / count
@@ -260,5 +278,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip

@@ -75,9 +75,9 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 def _softmax(x: Tensor, d_logits: Tensor | None, rows: slice) -> Tensor:
     """Softmax of the block `x`, straight into the gradient's buffer where the dtype allows."""
-    if d_logits is not None and d_logits.dtype == x.dtype:
-        return torch.softmax(x, 1, out=d_logits[rows])
-    return torch.softmax(x, 1)
+    if d_logits is None:
+        return torch.softmax(x, 1)
+    return torch.softmax(x, 1, out=d_logits[rows] if d_logits.dtype == x.dtype else x)
 
 
 def _subtract_one_at(columns: Tensor, p: Tensor) -> None:

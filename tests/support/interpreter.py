@@ -19,7 +19,6 @@ Known to work with Triton 3.7.1 and 3.9.0; `install()` fails where the parts it 
 
 import dataclasses
 import functools
-import inspect
 import types
 import warnings
 from collections.abc import Callable
@@ -44,9 +43,11 @@ _ALLOWED_ON_BFLOAT16 = frozenset(
 )
 
 _REPLACED = {
-    "": ("TensorHandle", "_patch_lang", "_patch_builtin", "_patch_attr", "_implicit_cvt", "interpreter_builder"),
-    "InterpreterBuilder": ("cast_impl", "create_fp_to_fp", "create_fma", "create_clampf", "binary_op")
-    + ("create_maxnumf", "create_minnumf", "create_fadd", "create_dot", "create_masked_store"),
+    "": ("TensorHandle", "_patch_lang", "_implicit_cvt", "interpreter_builder"),
+    "InterpreterBuilder": (
+        *("cast_impl", "binary_op", "create_fp_to_fp", "create_fma", "create_clampf", "create_maxnumf"),
+        *("create_minnumf", "create_fadd", "create_dot", "create_masked_store"),
+    ),
     "GridExecutor": ("__call__",),
     "InterpretedFunction": ("__call__", "rewrite"),
     "ReduceScanOpInterface": ("check_tensor",),
@@ -124,7 +125,7 @@ def _check_version(interpreter: types.ModuleType) -> None:
 
 
 def install() -> None:
-    """Patch the interpreter of this process. TRITON_INTERPRET=1 must be set before Triton and any kernel is imported."""
+    """Patch the interpreter of this process, once; TRITON_INTERPRET=1 must be set before Triton is imported."""
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("set TRITON_INTERPRET=1 before importing triton")
     import triton.runtime.interpreter as interpreter  # itself fails to load in a process that compiles
@@ -176,6 +177,10 @@ def _patch_arithmetic(interpreter: types.ModuleType) -> None:
             return stock_clamp(self, value, low, high, propagate_nan)
         return self.binary_op(self.binary_op(value, low, np.fmax), high, np.fmin)
 
+    def bfloat16_constant(self: Any, value: float) -> Any:
+        return tensor_handle(float64_to_bfloat16(np.array([value], dtype=np.float64)), tl.bfloat16)
+
+    builder.get_bf16 = bfloat16_constant  # absent before Triton 3.9
     builder.cast_impl = cast
     builder.create_fp_to_fp = fp_to_fp
     builder.create_fma = fma
@@ -218,15 +223,6 @@ def _patch_launch(interpreter: types.ModuleType) -> None:
     # A stand-in for the launched function that sees both modules a helper may see, so that helpers need no patching.
     sees_all = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
-    @functools.cache
-    def builtins_of(owner: Any) -> list[tuple[str, Any]]:
-        # Found by a walk over all attributes, the slow part of patching; first done before anything is patched.
-        return [(name, member) for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
-
-    def patch_builtins(owner: Any, builder: Any, scope: Any) -> None:
-        for name, member in builtins_of(owner):
-            interpreter._patch_attr(owner, name, member, builder, scope)
-
     def patch_language(fn: Callable[..., Any]) -> Any:
         return stock_patch_language(sees_all)
 
@@ -251,7 +247,6 @@ def _patch_launch(interpreter: types.ModuleType) -> None:
         except Exception as error:
             raise interpreter.InterpreterError(repr(error)) from error
 
-    interpreter._patch_builtin = patch_builtins
     interpreter._patch_lang = patch_language
     executor.__call__ = launch
     interpreter.InterpretedFunction.__call__ = call_helper
