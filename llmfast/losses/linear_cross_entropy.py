@@ -25,7 +25,7 @@ DEFAULT_BUDGET = {"cpu": 64 << 20}
 DEFAULT_BUDGET_ELSEWHERE = 1 << 30
 
 # Up to this many logits in all, a CPU is done with them before the bookkeeping of chunks is.
-SMALL = 1 << 17
+SMALL = 1 << 18
 
 
 def linear_cross_entropy(
@@ -153,7 +153,8 @@ class Chunks:
         self.ops: RowOps = row_ops(self.hidden)
         N, V = targets.shape[0], weight.shape[0]
         # Rows of a multiple of 128 bytes: aligned for the row kernel's 16-byte accesses and for the GEMMs' loads.
-        pad = 128 // self.hidden.element_size()
+        # Plain torch wants no padding: its softmax would copy.
+        pad = 128 // self.hidden.element_size() if use_kernels(self.hidden) else 1
         row_width = -(-V // pad) * pad
         row_bytes = row_width * self.hidden.element_size()
         self.plan = ChunkPlan.make(N, V, row_bytes, row_width, budget or default_budget(hidden.device))

@@ -1,0 +1,80 @@
+"""What the linear loss costs on a CPU, next to torch's own two ways, at GPT-2's vocabulary."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmfast.losses import linear_cross_entropy
+
+N, V, D = 512, 50257, 256
+
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ours": linear_cross_entropy,
+    "unfused": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
+}
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+    WAYS["torch's chunks"] = lambda h, w, y: F.linear_cross_entropy(
+        h, w, y, options=torch.nn.LinearCrossEntropyOptions()
+    )
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(N, D, requires_grad=True)
+    weight = (torch.randn(V, D) * D**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (N,))
+
+
+def forward_backward(way: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    hidden.grad = weight.grad = None
+    WAYS[way](hidden, weight, targets).backward()
+
+
+def test_time() -> None:
+    arguments = inputs()
+    best: dict[str, float] = {}
+    for _ in range(4):  # in turn, so that a busy moment hits all of them; the best of each, so that it does not count
+        for way in WAYS:
+            start = time.perf_counter()
+            forward_backward(way, *arguments)
+            best[way] = min(best.get(way, 1e9), time.perf_counter() - start)
+    assert best["ours"] <= 1.05 * best["unfused"], best
+    if "torch's chunks" in best:
+        assert best["ours"] < best["torch's chunks"], best
+
+
+def extra_memory(way: str) -> int:
+    """Bytes by which the process's peak rises over what it holds before; run in a process of its own."""
+    arguments = inputs()
+    status = Path("/proc/self/status")
+
+    def field(name: str) -> int:
+        return int(status.read_text().partition(f"{name}:")[2].split()[0]) * 1024
+
+    before = field("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    forward_backward(way, *arguments)
+    return field("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory() -> None:
+    def measure(way: str) -> int:
+        code = f"import test_cpu_cost; print(test_cpu_cost.extra_memory({way!r}))"
+        folder = Path(__file__).parent
+        environment = {"PYTHONPATH": f"{folder}:{folder.parents[1]}:{folder.parents[1] / 'kernels'}", "PATH": ""}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    ours, unfused = measure("ours"), measure("unfused")
+    gradient = V * D * 4  # of the weight: nobody can do without
+    assert ours < 0.5 * unfused, (ours, unfused)
+    assert ours < gradient + (64 << 20) + (30 << 20), "the budget of 64 MiB, and little else"
