@@ -21,7 +21,9 @@ class TinyModel(nn.Module):
     def __init__(self, width: int = 128, window: int = 8) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
-        self.mix = nn.Sequential(nn.Linear(window * width, width), nn.GELU(), nn.Linear(width, width), nn.RMSNorm(width))
+        self.mix = nn.Sequential(
+            nn.Linear(window * width, width), nn.GELU(), nn.Linear(width, width), nn.RMSNorm(width)
+        )
         self.head = nn.Linear(width, 256, bias=False)
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:  # (B, window) -> (B, width)

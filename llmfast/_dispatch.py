@@ -17,7 +17,7 @@ def use_kernels(t: Tensor) -> bool:
     """True where `t` goes to the Triton kernels. Everything that chooses a path asks here."""
     if t.dtype not in KERNEL_DTYPES:
         return False
-    return (t.is_cuda or t.is_xpu) and _has_triton() or _kernels_on_cpu
+    return ((t.is_cuda or t.is_xpu) and _has_triton()) or _kernels_on_cpu
 
 
 @cache

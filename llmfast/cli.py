@@ -11,7 +11,9 @@ import llmfast
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr and code 2."""
-    parser = argparse.ArgumentParser(prog="llmfast", description=llmfast.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="llmfast", description="Fused losses, optimizers and a thin trainer for LLMs."
+    )
     parser.add_argument("--version", action="version", version=f"llmfast {llmfast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(

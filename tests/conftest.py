@@ -14,9 +14,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from hypothesis import settings
-from support import interpreter
 
 from llmfast._dispatch import kernels_on_cpu
+from support import interpreter
 
 interpreter.install()
 

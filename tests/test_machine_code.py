@@ -4,8 +4,9 @@ import pkgutil
 from importlib import import_module
 from typing import Any
 
-import llmfast_kernels
 import pytest
+
+import llmfast_kernels
 from support.machine_code import TARGETS, compile_in_subprocess
 
 
@@ -50,7 +51,7 @@ def test_blocks_fit_the_target(compiled: list[dict[str, Any]]) -> None:
 
 def aligned_rows(record: dict[str, Any]) -> bool:
     """All but logits of 50257 columns without padding, whose rows start at any address."""
-    return "rows" in record["label"] and "V=50257" not in record["label"] or "slab" in record["label"]
+    return ("rows" in record["label"] and "V=50257" not in record["label"]) or "slab" in record["label"]
 
 
 def test_row_kernels_move_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:

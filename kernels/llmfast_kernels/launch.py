@@ -12,8 +12,8 @@ FP_FUSION = {"enable_fp_fusion": True}
 def warps(threads: int) -> int:
     """Warps (wavefronts on AMD) that hold `threads` threads on the current target."""
     # The interpreter has no driver to ask, and no warps.
-    width = 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
-    return max(1, threads // width)
+    target = None if knobs.runtime.interpret else driver.active.get_current_target()
+    return max(1, threads // (32 if target is None else target.warp_size))
 
 
 def cdiv(a: int, b: int) -> int:

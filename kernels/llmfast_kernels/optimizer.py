@@ -166,6 +166,11 @@ def tile() -> dict[str, int]:
     return {"CHUNK": CHUNK, "BLOCK": 1024, "num_warps": warps(128)}
 
 
+def prepare_tile() -> dict[str, int]:
+    """One tensor a thread."""
+    return {"BLOCK": 128, "num_warps": warps(128)}
+
+
 def adamw(
     table: Tensor,  # (TABLE_ROWS, T) int64
     grads: Tensor,  # (T,) int64
@@ -183,9 +188,9 @@ def adamw(
 ) -> None:
     """One AdamW step of every tensor in the table: two launches, whatever T is. All tensors share these dtypes."""
     T = table.shape[1]
-    prepare_kernel[(cdiv(T, 128),)](
+    prepare_kernel[(cdiv(T, prepare_tile()["BLOCK"]),)](
         table, grads, hyper, grad_scale, found_inf, steps, coefficients,
-        T=T, BLOCK=128, num_warps=warps(128), **FP_FUSION,
+        T=T, **prepare_tile(), **FP_FUSION,
     )  # fmt: skip
     if chunk_tensor.shape[0] > 0:
         adamw_kernel[(chunk_tensor.shape[0],)](

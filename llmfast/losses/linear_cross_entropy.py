@@ -72,9 +72,9 @@ def linear_cross_entropy(
     check_targets(targets, hidden.shape[:-1], weight.shape[0], hidden.device, ignore_index)
     check_reduction(reduction, num_valid)
     dtype = _compute_dtype(hidden, weight)
-    if memory_budget is None and dtype == torch.float32 and not use_kernels(hidden):
-        if targets.numel() * weight.shape[0] <= SMALL:
-            return _unfused(hidden, weight, targets, ignore_index, reduction, num_valid)
+    small = memory_budget is None and targets.numel() * weight.shape[0] <= SMALL
+    if small and dtype == hidden.dtype == torch.float32 and not use_kernels(hidden):
+        return _unfused(hidden, weight, targets, ignore_index, reduction, num_valid)
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
         ignore_index, reduction, num_valid, memory_budget, dtype, torch.is_grad_enabled(),
@@ -83,13 +83,19 @@ def linear_cross_entropy(
 
 
 def _unfused(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction, num_valid: int | Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: Reduction,
+    num_valid: int | Tensor | None,
 ) -> Tensor:
     logits, y = F.linear(hidden, weight).reshape(-1, weight.shape[0]), targets.reshape(-1).long()
     if num_valid is None:
         loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
-    return F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum") / num_valid
+    total = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
+    return total / denominator(targets, ignore_index, num_valid, total.dtype)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -197,7 +203,7 @@ class Chunks:
         """Buffers that the chunks fill; zeros where there is no chunk."""
         make = torch.empty_like if self.plan.N > 0 else torch.zeros_like
         # One chunk leaves nothing to accumulate, and off CUDA its product comes rounded anyway.
-        alone = self.plan.N <= self.plan.rows and not self.hidden.is_cuda
+        alone = self.plan.rows >= self.plan.N and not self.hidden.is_cuda
         dtype = self.weight.dtype if alone else self._accumulate_dtype()
         return Gradients(
             make(self.hidden, memory_format=torch.contiguous_format) if wants[0] else None,

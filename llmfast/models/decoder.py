@@ -44,11 +44,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = [Block(config) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.apply(_init)
-        for block in self.blocks:  # residual branches start small, so that depth does not scale the stream (GPT-2)
+        for block in blocks:  # residual branches start small, so that depth does not scale the stream (GPT-2)
             for out in (block.attention.out, block.ffn.out):
                 nn.init.normal_(out.weight, std=0.02 / (2 * config.layers) ** 0.5)
 

@@ -44,13 +44,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _torch_update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *, fused: bool, **amp: Tensor | None
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        *,
+        fused: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """One step of `params` by torch's function; `fused` says that its fused kernels are safe here."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Where `self.grad_scale` or `self.found_inf` are set (one-element float32 tensors, as GradScaler sets them),
@@ -158,7 +165,7 @@ def _kernels_can_take(p: Tensor) -> bool:
         use_kernels(p)
         and type(p) in (Tensor, torch.nn.Parameter)
         and _is_dense(p)
-        and (p.grad is None or _matches(p) and p.grad.dtype in KERNEL_DTYPES)
+        and (p.grad is None or (_matches(p) and p.grad.dtype in KERNEL_DTYPES))
     )
 
 

@@ -89,7 +89,9 @@ class PointerTable:
         if addresses != self._grad_addresses or hyper != self._hyper_values:
             T, shape = len(addresses), (len(hyper), len(hyper[0]))
             # Pinned memory is torch's to reuse only once the copy from it is done: its allocator sees to that.
-            host = torch.empty(T + shape[0] * shape[1], dtype=torch.int64, pin_memory=self.signature.device.type == "cuda")
+            host = torch.empty(
+                T + shape[0] * shape[1], dtype=torch.int64, pin_memory=self.signature.device.type == "cuda"
+            )
             host.numpy()[:T] = addresses
             host.numpy()[T:].view(np.float64)[:] = np.asarray(hyper, np.float64).ravel()
             if self._dynamic.shape != host.shape:

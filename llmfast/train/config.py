@@ -114,9 +114,11 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return dict(value)
+    *sections, leaf = key.strip().split(".")
+    tree: dict[str, Any] = {leaf: value}
+    for section in reversed(sections):
+        tree = {section: tree}
+    return tree
 
 
 def _fill(node: Any, values: dict[str, Any], prefix: str, where: str) -> None:
@@ -200,7 +202,8 @@ def _check(config: Config) -> None:
         ):
             expect(choice in choices, f"{name} must be one of {str(choices)[1:-1]}; got {choice!r}")
         expect(
-            "/" not in config.name and config.name not in (".", ".."), f"name must be a folder name; got {config.name!r}"
+            "/" not in config.name and config.name not in (".", ".."),
+            f"name must be a folder name; got {config.name!r}",
         )
     except ValueError as e:
         raise ConfigError(str(e)) from e

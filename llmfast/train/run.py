@@ -154,9 +154,7 @@ def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
 def _prepare(config: Config, tokenizer: str) -> Dataset:
     d = config.data
     try:
-        return prepare(
-            d.sources, tokenizer=tokenizer, vocab_size=d.vocab_size, seq_len=d.seq_len, held_out=d.held_out
-        )
+        return prepare(d.sources, tokenizer=tokenizer, vocab_size=d.vocab_size, seq_len=d.seq_len, held_out=d.held_out)
     except (ValueError, FileNotFoundError) as e:
         raise ConfigError(f"data: {e}") from e
 

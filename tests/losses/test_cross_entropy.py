@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.numerics import assert_no_worse
 from torch import Tensor
 
 from llmfast.losses import cross_entropy, reference
+from support.numerics import assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -118,7 +118,9 @@ def test_nan_spreads_through_its_row_only(path: str, poison: float) -> None:
 def test_ignored_rows_get_zeros_whatever_is_in_them(path: str, inplace: bool) -> None:
     logits, _ = draw(2, 40, torch.float32)
     logits[0] = torch.nan
-    loss, gradient = run(lambda x, **o: cross_entropy(x, torch.tensor([-100, 3]), **o), logits, torch.tensor(1.0), inplace=inplace)
+    loss, gradient = run(
+        lambda x, **o: cross_entropy(x, torch.tensor([-100, 3]), **o), logits, torch.tensor(1.0), inplace=inplace
+    )
     assert loss.isfinite() and gradient[0].eq(0).all() and gradient[1].isfinite().all()
 
 
@@ -135,7 +137,10 @@ def test_nothing_to_average(path: str, reduction: str) -> None:
 def test_no_rows(path: str, inplace: bool) -> None:
     logits = torch.empty(0, 5)
     loss, gradient = run(
-        lambda x, **o: cross_entropy(x, torch.empty(0, dtype=torch.int64), reduction="sum", **o), logits, torch.tensor(1.0), inplace=inplace
+        lambda x, **o: cross_entropy(x, torch.empty(0, dtype=torch.int64), reduction="sum", **o),
+        logits,
+        torch.tensor(1.0),
+        inplace=inplace,
     )
     assert loss == 0 and gradient.shape == (0, 5)
 

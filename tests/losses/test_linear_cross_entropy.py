@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.numerics import assert_close_in_norm
 from torch import Tensor
 
 from llmfast.losses import cross_entropy, linear_cross_entropy, reference
 from llmfast.losses.linear_cross_entropy import ChunkPlan
+from support.numerics import assert_close_in_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -94,7 +94,12 @@ def test_weight_gradient_accumulates_in_float32(path: str) -> None:
 def test_only_the_gradients_that_are_wanted(path: str, frozen: str, reduction: str) -> None:
     # A frozen hidden must not cost the weight its gradient, as it does in Liger-Kernel.
     hidden, weight, targets = draw(9, 30, 8, torch.float32)
-    want = run(lambda h, w: reference.linear_cross_entropy(h, w, targets, reduction=reduction), hidden, weight, torch.tensor(1.0))
+    want = run(
+        lambda h, w: reference.linear_cross_entropy(h, w, targets, reduction=reduction),
+        hidden,
+        weight,
+        torch.tensor(1.0),
+    )
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
     loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction)
@@ -130,7 +135,9 @@ def test_autocast_casts_float32_parameters(path: str) -> None:
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
-    torch.testing.assert_close(loss.detach(), F.cross_entropy(hidden @ weight.T, targets).detach(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        loss.detach(), F.cross_entropy(hidden @ weight.T, targets).detach(), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_matches_cross_entropy_of_the_logits(path: str) -> None:
@@ -141,9 +148,10 @@ def test_matches_cross_entropy_of_the_logits(path: str) -> None:
     )
 
 
-def test_leading_dimensions_and_num_valid(path: str) -> None:
+@pytest.mark.parametrize("num_valid", [100, torch.tensor(100), torch.tensor([100])])
+def test_leading_dimensions_and_num_valid(path: str, num_valid: int | Tensor) -> None:
     hidden, weight, targets = draw(12, 40, 8, torch.float32)
-    loss = linear_cross_entropy(hidden.view(3, 4, 8), weight, targets.view(3, 4), num_valid=torch.tensor(100))
+    loss = linear_cross_entropy(hidden.view(3, 4, 8), weight, targets.view(3, 4), num_valid=num_valid)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / 100)
     assert linear_cross_entropy(hidden.view(3, 4, 8), weight, targets.view(3, 4), reduction="none").shape == (3, 4)
 

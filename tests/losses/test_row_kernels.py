@@ -3,12 +3,12 @@
 import pytest
 import torch
 import triton
-from support.numerics import assert_no_worse
 from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels.launch import FP_FUSION
 from llmfast_kernels.scale import scale
+from support.numerics import assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,7 +29,9 @@ def test_padding_is_neither_read_into_results_nor_left_dirty(dtype: torch.dtype,
     x = logits.double()
     loss, lse = rows.cross_entropy(logits, targets, ignore_index=-100, d_logits=logits, row_width=row_width)
     want = torch.log_softmax(x[:1], 1)
-    torch.testing.assert_close(loss.double(), torch.stack([-want[0, V - 1], torch.zeros(()).double()]), rtol=0, atol=3e-6)
+    torch.testing.assert_close(
+        loss.double(), torch.stack([-want[0, V - 1], torch.zeros(()).double()]), rtol=0, atol=3e-6
+    )
     torch.testing.assert_close(lse[:1].double(), x[:1].logsumexp(1), rtol=1e-6, atol=1e-6)
     gradient = want.exp()
     gradient[0, V - 1] -= 1
@@ -50,9 +52,7 @@ def test_separate_backward_equals_the_fused_gradient(V: int, row_width: str) -> 
     _, lse = rows.cross_entropy(
         logits, targets, ignore_index=-100, d_logits=fused, grad_scale=torch.tensor(2.0), row_width=width
     )
-    rows.cross_entropy_backward(
-        logits, targets, lse, d_loss, ignore_index=-100, d_logits=apart, row_width=width
-    )
+    rows.cross_entropy_backward(logits, targets, lse, d_loss, ignore_index=-100, d_logits=apart, row_width=width)
     torch.testing.assert_close(apart, fused, rtol=1e-5, atol=1e-6)
 
 
@@ -87,9 +87,7 @@ def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
         (torch.float32, 1000, 1000, 4, True),  # no multiple of 16, but of 4
     ],
 )
-def test_widest_access_that_rows_allow(
-    dtype: torch.dtype, stride: int, width: int, vector: int, tail: bool
-) -> None:
+def test_widest_access_that_rows_allow(dtype: torch.dtype, stride: int, width: int, vector: int, tail: bool) -> None:
     logits = torch.empty(2, stride, dtype=dtype)
     assert rows.vectors(width, logits, None) == {"VECTOR": vector, "VECTOR_TAIL": tail}
     assert rows.vectors(width, logits, logits[:, 1:])["VECTOR"] == 1

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.numerics import assert_no_worse
 from torch import Tensor
 
 from llmfast.optim import FusedAdamW, reference
 from llmfast.optim.base import _is_dense
+from support.numerics import assert_no_worse
 
 # One row each, an odd size, a scalar, nothing at all, several chunks with a tail, whole tiles.
 SHAPES = [(7, 33), (5,), (), (0, 4), (9000,), (64, 32)]
@@ -320,7 +320,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes(path: str) -> None
     beside = torch.ones(4, requires_grad=True)
     optimizer = FusedAdamW([beside, *embedding.parameters()])
     (embedding(torch.tensor([1, 2])).sum() + beside.sum()).backward()
-    with pytest.raises(ValueError, match="parameter 1 of group 0.*sparse.*SparseAdam"):
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*sparse.*SparseAdam"):
         optimizer.step()
     assert torch.equal(beside.detach(), torch.ones(4))
     assert len(optimizer.state) == 0

@@ -5,13 +5,13 @@ Real launchers and real tile choices, on tensors that are never read. Add a laun
 """
 
 import torch
-from support.machine_code import label
 
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
 from llmfast.optim import FusedAdamW
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels import scale
+from support.machine_code import label
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,11 +53,18 @@ def linear_loss_launches() -> None:
             targets = torch.zeros(3, dtype=torch.int64)
             for reduction in ("mean", "none"):
                 with kernels_on_cpu(), label(f"slab {name} V={V} {reduction}"):
-                    linear_cross_entropy(hidden, weight, targets, reduction=reduction, memory_budget=2 * V * 4).sum().backward()
+                    linear_cross_entropy(
+                        hidden, weight, targets, reduction=reduction, memory_budget=2 * V * 4
+                    ).sum().backward()
 
 
 def scale_launches() -> None:
-    for x, out in ((torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)):
+    for x, out in (
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, torch.bfloat16),
+    ):
         for numel in (1 << 20, 1001):
             with label(f"scale {x} {out} {numel}"):
                 buffer = None if out is None else torch.empty(numel, dtype=out)

@@ -61,7 +61,9 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("[optimizer]\nlearning_rate = 0.1\n")
-    with pytest.raises(ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate = 0\.1; did you mean optimizer\.lr"):
+    with pytest.raises(
+        ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate = 0\.1; did you mean optimizer\.lr"
+    ):
         load_config(file)
     file.write_text("[optimizer\n")
     with pytest.raises(ConfigError, match=r"c\.toml is not TOML"):

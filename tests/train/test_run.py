@@ -145,7 +145,9 @@ def test_an_existing_run_is_safe(settings: list[str], capsys: pytest.CaptureFixt
     folder = run(settings, "name=kept")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert cli(settings, "--name=kept") == 2
-    assert "kept exists: go on with --resume, replace it with --overwrite, or choose a --name" in capsys.readouterr().err
+    assert (
+        "kept exists: go on with --resume, replace it with --overwrite, or choose a --name" in capsys.readouterr().err
+    )
     # Replacing it must not begin before everything else has worked.
     assert cli(settings, "--name=kept", "--overwrite", "--set=data.sources=['/nowhere']") == 2
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from llmfast.train.schedule import lr_at
@@ -5,11 +7,9 @@ from llmfast.train.schedule import lr_at
 
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
 def test_warms_up_and_comes_down(schedule: str, last: float) -> None:
-    rates = [
-        lr_at(i, lr=2.0, steps=50, warmup_steps=10, schedule=schedule, final_lr=0.1) for i in range(60)
-    ]
+    rates = [lr_at(i, lr=2.0, steps=50, warmup_steps=10, schedule=schedule, final_lr=0.1) for i in range(60)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert rates[49:] == pytest.approx([2.0 * last] * 11)
 
 
