@@ -226,8 +226,10 @@ class Chunks:
             out.copy_(a @ b) if first else out.add_(a @ b)
         elif first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
+        elif torch.__version__ >= "2.10":  # a TorchVersion: compared as versions are
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:  # addmm took no float32 to add to (pytorch#154086, mended by #167931)
+            out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
     def _accumulate_dtype(self) -> torch.dtype:
         return torch.promote_types(self.hidden.dtype, torch.float32)
