@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, cdiv, next_power_of_2, warps
 
@@ -221,12 +222,13 @@ def cross_entropy(
     lse = torch.empty_like(loss)
     row_width = row_width or V
     if N > 0:
-        cross_entropy_kernel[(N,)](
-            logits, targets, grad_scale, loss, lse, d_logits,
-            V=V, row_width=row_width, logits_stride_n=logits.stride(0),
-            d_logits_stride_n=0 if d_logits is None else d_logits.stride(0),
-            ignore_index=ignore_index, **tile(V), **vectors(row_width, logits, d_logits), **FP_FUSION,
-        )  # fmt: skip
+        with device_of(logits):
+            cross_entropy_kernel[(N,)](
+                logits, targets, grad_scale, loss, lse, d_logits,
+                V=V, row_width=row_width, logits_stride_n=logits.stride(0),
+                d_logits_stride_n=0 if d_logits is None else d_logits.stride(0),
+                ignore_index=ignore_index, **tile(V), **vectors(row_width, logits, d_logits), **FP_FUSION,
+            )  # fmt: skip
     return loss, lse
 
 
@@ -245,8 +247,9 @@ def cross_entropy_backward(
     row_width = row_width or V
     if N > 0:
         meta = backward_tile(V)
-        cross_entropy_backward_kernel[(N, cdiv(V, meta["BLOCK_V"]))](
-            logits, targets, lse, d_loss, d_logits,
-            V=V, row_width=row_width, logits_stride_n=logits.stride(0), d_logits_stride_n=d_logits.stride(0),
-            ignore_index=ignore_index, **meta, **vectors(row_width, logits, d_logits), **FP_FUSION,
-        )  # fmt: skip
+        with device_of(logits):
+            cross_entropy_backward_kernel[(N, cdiv(V, meta["BLOCK_V"]))](
+                logits, targets, lse, d_loss, d_logits,
+                V=V, row_width=row_width, logits_stride_n=logits.stride(0), d_logits_stride_n=d_logits.stride(0),
+                ignore_index=ignore_index, **meta, **vectors(row_width, logits, d_logits), **FP_FUSION,
+            )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, cdiv, warps
 
@@ -188,13 +189,14 @@ def adamw(
 ) -> None:
     """One AdamW step of every tensor in the table: two launches, whatever T is. All tensors share these dtypes."""
     T = table.shape[1]
-    prepare_kernel[(cdiv(T, prepare_tile()["BLOCK"]),)](
-        table, grads, hyper, grad_scale, found_inf, steps, coefficients,
-        T=T, **prepare_tile(), **FP_FUSION,
-    )  # fmt: skip
-    if chunk_tensor.shape[0] > 0:
-        adamw_kernel[(chunk_tensor.shape[0],)](
-            table, grads, coefficients, chunk_tensor, T=T,
-            PARAM_TYPE=TRITON_TYPES[param_dtype], GRAD_TYPE=TRITON_TYPES[grad_dtype],
-            STATE_TYPE=TRITON_TYPES[state_dtype], AMSGRAD=amsgrad, **tile(), **FP_FUSION,
+    with device_of(table):
+        prepare_kernel[(cdiv(T, prepare_tile()["BLOCK"]),)](
+            table, grads, hyper, grad_scale, found_inf, steps, coefficients,
+            T=T, **prepare_tile(), **FP_FUSION,
         )  # fmt: skip
+        if chunk_tensor.shape[0] > 0:
+            adamw_kernel[(chunk_tensor.shape[0],)](
+                table, grads, coefficients, chunk_tensor, T=T,
+                PARAM_TYPE=TRITON_TYPES[param_dtype], GRAD_TYPE=TRITON_TYPES[grad_dtype],
+                STATE_TYPE=TRITON_TYPES[state_dtype], AMSGRAD=amsgrad, **tile(), **FP_FUSION,
+            )  # fmt: skip

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, cdiv, warps
 
@@ -53,5 +54,6 @@ def scale(
     """factor * x into `out`, or over `x` (which costs nothing when the factor is 1)."""
     if x.numel() > 0:
         meta = tile()
-        scale_kernel[(cdiv(x.numel(), meta["BLOCK"]),)](x, factor, out, numel=x.numel(), **meta, **FP_FUSION)
+        with device_of(x):
+            scale_kernel[(cdiv(x.numel(), meta["BLOCK"]),)](x, factor, out, numel=x.numel(), **meta, **FP_FUSION)
     return x if out is None else out
