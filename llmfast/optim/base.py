@@ -136,7 +136,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p in params:
             self._state_of(p, names)
         # torch's fused CPU kernels walk parameter and gradient in memory order, right only where the orders agree.
-        safe = [p for p in params if p.device.type == "cpu" and type(p.data) is Tensor and _is_dense(p) and _matches(p)]
+        safe = [p for p in params if p.device.type == "cpu" and _is_ordinary(p) and _matches(p)]
         if safe:
             self._torch_update(group, safe, [_grad(p) for p in safe], fused=True, **amp)
         chosen = set(safe)
@@ -156,29 +156,31 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 def _grad(p: Tensor) -> Tensor:
+    """The gradient as torch's functions want it, in the parameter's dtype."""
     assert p.grad is not None
-    return p.grad
+    return p.grad.to(p.dtype)
 
 
 def _kernels_can_take(p: Tensor) -> bool:
-    return (
-        use_kernels(p)
-        and type(p) in (Tensor, torch.nn.Parameter)
-        and _is_dense(p)
-        and (p.grad is None or (_matches(p) and p.grad.dtype in KERNEL_DTYPES))
-    )
+    return use_kernels(p) and _is_ordinary(p) and (p.grad is None or (_matches(p) and p.grad.dtype in KERNEL_DTYPES))
+
+
+def _is_ordinary(p: Tensor) -> bool:
+    return type(p) in (torch.nn.Parameter, Tensor) and not p.is_complex() and _is_dense(p)
 
 
 def _matches(p: Tensor) -> bool:
-    """True if the gradient is an ordinary tensor that lies in memory as the parameter does."""
-    g = _grad(p)
-    return g.layout == torch.strided and g.stride() == p.stride() and not p.is_complex()
+    """True if the gradient lies in memory as the parameter does."""
+    g = p.grad
+    return g is not None and g.layout == torch.strided and g.stride() == p.stride()
 
 
 def _is_dense(t: Tensor) -> bool:
     """True if the elements fill their memory without gaps or overlaps, in whatever order."""
     if t.layout != torch.strided:
         return False
+    if t.is_contiguous():
+        return True
     filled = 1
     for stride, size in sorted(zip(t.stride(), t.shape)):
         if size > 1:

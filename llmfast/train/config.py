@@ -36,26 +36,26 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; gains are not decayed
     max_grad_norm: float = 1.0  # 0: no clipping
     schedule: str = "cosine"  # after warm-up: "cosine", "linear" or "constant"
-    warmup_steps: int = 40
+    warmup_steps: int = 50
     final_lr: float = 0.1  # share of lr at the last step
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 600
-    batch_size: int = 8  # rows of seq_len tokens in a micro-batch
+    steps: int = 1000
+    batch_size: int = 4  # rows of seq_len tokens in a micro-batch
     accumulate: int = 1  # micro-batches a step
-    eval_every: int = 100
+    eval_every: int = 250
     eval_rows: int = 64  # a source, at most
     log_every: int = 10
-    save_every: int = 200
+    save_every: int = 250
     seed: int = 0
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU

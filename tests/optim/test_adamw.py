@@ -202,6 +202,17 @@ def test_a_gradient_in_another_memory_order(path: str) -> None:
     assert optimizers[0].state[beside]["step"] == 4
 
 
+def test_float32_gradients_of_bfloat16_parameters(path: str) -> None:
+    p = torch.ones(2000, dtype=torch.bfloat16, requires_grad=True)
+    p.grad_dtype = torch.float32
+    p.grad = torch.linspace(-1, 1, 2000)
+    q = torch.ones(2000, requires_grad=True)
+    q.grad = p.grad.clone()
+    FusedAdamW([p], lr=0.1).step()
+    torch.optim.AdamW([q], lr=0.1).step()
+    torch.testing.assert_close(p.float(), q.detach(), rtol=1e-2, atol=1e-2)
+
+
 def test_float64_and_complex_take_torchs_own_update(path: str) -> None:
     for dtype in (torch.float64, torch.complex64):
         ours, theirs = (torch.ones(6, dtype=dtype).requires_grad_() for _ in range(2))
