@@ -189,9 +189,9 @@ def tile(V: int) -> dict[str, int]:
 
 
 def backward_tile(V: int) -> dict[str, int]:
-    """Block and warps of the separate backward: elementwise, so small programs, several to a row."""
-    block = min(max(next_power_of_2(V), 1024), 4096)
-    return {"BLOCK_V": block, "num_warps": warps(block // 16)}
+    """Block and warps of the separate backward: elementwise, so small programs, several to a row, 8 elements a thread."""
+    block = min(max(next_power_of_2(V), 1024), 2048)
+    return {"BLOCK_V": block, "num_warps": warps(block // 8)}
 
 
 def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str, int | bool]:
