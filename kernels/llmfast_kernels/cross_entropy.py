@@ -189,7 +189,7 @@ def tile(V: int) -> dict[str, int]:
 
 
 def backward_tile(V: int) -> dict[str, int]:
-    """Block and warps of the separate backward: elementwise, so small programs, several to a row, 8 elements a thread."""
+    """Block and warps of the separate backward: elementwise, so small programs of 8 elements a thread."""
     block = min(max(next_power_of_2(V), 1024), 2048)
     return {"BLOCK_V": block, "num_warps": warps(block // 8)}
 
