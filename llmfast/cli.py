@@ -53,8 +53,11 @@ def _train(args: argparse.Namespace) -> int:
         else:
             config = load_config(args.config, overrides)
         train(config, resume=args.resume, overwrite=args.overwrite)
-    except (ConfigError, FileExistsError, FileNotFoundError) as e:
+    except (ConfigError, OSError) as e:
         return _fail(str(e))
+    except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
+        print("llmfast: interrupted before training began", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -59,7 +59,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
-    sample_prompt: str = "def "
+    sample_prompt: str = "def"
     sample_tokens: int = 120
 
 

@@ -48,6 +48,7 @@ class Trainer:
         self.step = step  # steps done
         self.tokens = tokens  # valid labels seen
         self.skipped = torch.zeros((), device=device)  # steps whose gradient was not finite
+        self.seconds = 0.0  # spent on steps, without evaluation
         self._stop = False
 
     def fit(self) -> bool:
@@ -66,6 +67,7 @@ class Trainer:
                 if self.step % t.log_every == 0 or self.step == t.steps:
                     mean = (losses / (self.step - logged_step)).item()  # the one wait for the device
                     now = time.perf_counter()
+                    self.seconds += now - logged_time
                     speed = (self.tokens - logged_tokens) / (now - logged_time)
                     self._log(mean, lr, norm, speed)
                     display.show(self.step, mean, lr, speed)
@@ -147,6 +149,8 @@ class Trainer:
         self.metrics.write(
             step=self.step, tokens=self.tokens, validation=losses, validation_mean=weighted_mean(results)
         )
+        parts = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+        self.console.print(f"step {self.step}: validation loss {parts}", highlight=False, soft_wrap=True)
 
     def _log(self, loss: float, lr: float, norm: Tensor, speed: float) -> None:
         values: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_s": speed}

@@ -111,14 +111,14 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    train = [(line["tokens"] / 1e6, line["loss"]) for line in lines if "loss" in line]
     if train:
         axes.plot(*zip(*train), color="0.65", linewidth=1, label="training")
     for source in sorted({name for line in lines for name in line.get("validation", {})}):
-        points = [(line["tokens"], line["validation"][source]) for line in lines if "validation" in line]
+        points = [(line["tokens"] / 1e6, line["validation"][source]) for line in lines if "validation" in line]
         axes.plot(*zip(*points), marker="o", markersize=3, label=f"validation: {source}")
     axes.axhline(unigram_entropy, linestyle=":", color="black", linewidth=1, label="unigram entropy of held-out text")
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=120)

@@ -61,9 +61,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         config, model, optimizer, data, run=run, device=device, dtype=dtype, console=console, metrics=metrics,
         step=state["step"], tokens=state["tokens"],
     )  # fmt: skip
-    started = time.perf_counter()
     finished = trainer.fit()
-    seconds = time.perf_counter() - started
     metrics.close()
 
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
@@ -71,7 +69,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         again = f"llmfast train --resume --name {run.name}"
         console.print(f"stopped after step {trainer.step} of {t.steps}; go on with: {again}", highlight=False)
         return run
-    speed = (trainer.tokens - state["tokens"]) / seconds
+    speed = (trainer.tokens - state["tokens"]) / max(trainer.seconds, 1e-9)
     validation = [line["validation_mean"] for line in read_metrics(run / "metrics.jsonl") if "validation_mean" in line]
     print_summary(
         console,
@@ -79,7 +77,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
             ("validation loss, first", f"{validation[0]:.3f} nats a token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
             ("unigram entropy of the same text", f"{entropy:.3f}"),
-            ("tokens a second, evaluation included", f"{speed:,.0f}"),
+            ("tokens a second", f"{speed:,.0f}"),
             ("peak memory", f"{peak_memory_bytes(device) / 2**20:,.0f} MiB"),
             ("steps skipped", f"{int(trainer.skipped.item())}"),
             ("in the run folder", ", ".join(sorted(p.name for p in run.iterdir()))),
