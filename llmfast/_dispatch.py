@@ -1,14 +1,18 @@
 """Which implementation a tensor takes: Triton kernels on an accelerator, plain torch everywhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _kernels_on_cpu = False
 
@@ -23,6 +27,12 @@ def use_kernels(t: Tensor) -> bool:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, run as it is where torch.compile meets it: the graph breaks there."""
+    untraced: Callable[P, R] = torch.compiler.disable(function)
+    return untraced
 
 
 @contextmanager

@@ -7,8 +7,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
+from llmfast._dispatch import eager, use_kernels
 from llmfast.losses.rows import row_ops
-from llmfast.losses.targets import Reduction, check_reduction, check_targets, denominator, reciprocal
+from llmfast.losses.targets import (
+    Reduction,
+    check_reduction,
+    check_targets,
+    denominator,
+    reciprocal,
+    torch_cross_entropy,
+)
 
 
 def cross_entropy(
@@ -52,11 +60,17 @@ def cross_entropy(
             not (logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()),
             "inplace=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
         )
-    rows = logits.reshape(-1, logits.shape[-1])
+    if torch.compiler.is_compiling() and not inplace and not use_kernels(logits):
+        return torch_cross_entropy(logits, targets, ignore_index, reduction, num_valid)
+    return _fused(logits, targets, ignore_index, reduction, num_valid, inplace)
+
+
+@eager
+def _fused(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
     loss: Tensor = _CrossEntropy.apply(
-        rows, targets.reshape(-1), ignore_index, reduction, num_valid, inplace, torch.is_grad_enabled()
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), *options, torch.is_grad_enabled()
     )
-    return loss.view(targets.shape) if reduction == "none" else loss
+    return loss.view(targets.shape) if loss.dim() else loss
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -15,9 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import use_kernels
+from llmfast._dispatch import eager, use_kernels
 from llmfast.losses.rows import RowOps, row_ops
-from llmfast.losses.targets import Reduction, check_reduction, check_targets, denominator, reciprocal
+from llmfast.losses.targets import (
+    Reduction,
+    check_reduction,
+    check_targets,
+    denominator,
+    reciprocal,
+    torch_cross_entropy,
+)
 
 # A slab larger than this saves nothing on a GPU: at Llama-3's vocabulary it holds 4096 rows, and the traffic of W and
 # dW is an eighth of the GEMMs' time (modelled: 476 / rows on an H100). On a CPU the GEMMs are slower, so fewer rows do.
@@ -72,30 +79,18 @@ def linear_cross_entropy(
     check_targets(targets, hidden.shape[:-1], weight.shape[0], hidden.device, ignore_index)
     check_reduction(reduction, num_valid)
     dtype = _compute_dtype(hidden, weight)
-    small = memory_budget is None and targets.numel() * weight.shape[0] <= SMALL
-    if small and dtype == hidden.dtype == torch.float32 and not use_kernels(hidden):
-        return _unfused(hidden, weight, targets, ignore_index, reduction, num_valid)
+    small = memory_budget is None and dtype == torch.float32 and targets.numel() * weight.shape[0] <= SMALL
+    if (small or torch.compiler.is_compiling()) and not use_kernels(hidden):
+        return torch_cross_entropy(F.linear(hidden, weight), targets, ignore_index, reduction, num_valid)
+    return _chunked(hidden, weight, targets, ignore_index, reduction, num_valid, memory_budget, dtype)
+
+
+@eager
+def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
-        ignore_index, reduction, num_valid, memory_budget, dtype, torch.is_grad_enabled(),
-    )  # fmt: skip
-    return loss.view(targets.shape) if reduction == "none" else loss
-
-
-def _unfused(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: Reduction,
-    num_valid: int | Tensor | None,
-) -> Tensor:
-    logits, y = F.linear(hidden, weight).reshape(-1, weight.shape[0]), targets.reshape(-1).long()
-    if num_valid is None:
-        loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction=reduction)
-        return loss.view(targets.shape) if reduction == "none" else loss
-    total = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
-    return total / denominator(targets, ignore_index, num_valid, total.dtype)
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), *options, torch.is_grad_enabled()
+    )
+    return loss.view(targets.shape) if loss.dim() else loss
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
@@ -44,3 +45,20 @@ def denominator(targets: Tensor, ignore_index: int, num_valid: int | Tensor | No
 def reciprocal(count: Tensor) -> Tensor:
     """1 / count for gradients, which are zero and not NaN when nothing counts."""
     return 1.0 / count.clamp(min=1.0)
+
+
+def torch_cross_entropy(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...)
+    ignore_index: int,
+    reduction: Reduction,
+    num_valid: int | Tensor | None,
+) -> Tensor:
+    """torch's own, for where there is nothing to win: few logits on a CPU, or a compiler that fuses by itself."""
+    logits = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    y = targets.reshape(-1).long()
+    if num_valid is None:
+        loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
+    total = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
+    return total / denominator(targets, ignore_index, num_valid, total.dtype)

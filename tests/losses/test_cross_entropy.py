@@ -245,6 +245,18 @@ def test_same_bits_every_time(path: str) -> None:
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inside_torch_compile(path: str, inplace: bool) -> None:
+    logits, targets = draw(5, 40, torch.float32)
+    compiled = torch.compile(
+        lambda x: cross_entropy(x * 1.0, targets, inplace=inplace),
+        backend="aot_eager",
+        fullgraph=path == "plain" and not inplace,
+    )
+    one = torch.tensor(1.0)
+    torch.testing.assert_close(run(compiled, logits, one), run(lambda x: F.cross_entropy(x, targets), logits, one))
+
+
 def test_float64_stays_float64() -> None:
     logits, targets = draw(5, 40, torch.float64)
     loss = cross_entropy(logits, targets)
