@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ def _has_triton() -> bool:
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, run as it is where torch.compile meets it: the graph breaks there."""
-    untraced: Callable[P, R] = torch.compiler.disable(function)
-    return untraced
+    return cast("Callable[P, R]", torch.compiler.disable(function))
 
 
 @contextmanager
