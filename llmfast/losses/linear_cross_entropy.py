@@ -64,7 +64,8 @@ def linear_cross_entropy(
         and the gradients zero.
 
     Gradients are made in the forward pass, in float32 accumulation; only those that are needed. Backward with
-    `retain_graph=True` works: the second time, they are computed again.
+    `retain_graph=True` works: the second time, they are computed again. Inside `torch.compile`, a CPU takes torch's own
+    operations, which materialise the logits; the kernels are a break in the graph.
 
     Raises:
         ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together.
