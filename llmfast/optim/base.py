@@ -127,6 +127,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in names:
             if name not in state:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            elif state[name].device != p.device:
+                raise ValueError(f"state {name} is {describe(state[name])}, its parameter {describe(p)}")
             elif state[name].stride() != p.stride():  # loaded from a run where it lay otherwise
                 state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])
         return state

@@ -40,10 +40,9 @@ class PointerTable:
         self.signature = signature
         T, device = len(rows), signature.device
         self.params = [row.param for row in rows]
-        self._param_addresses = [p.data_ptr() for p in self.params]
         chunks = [-(-p.numel() // kernels.CHUNK) for p in self.params]
         table = np.zeros((kernels.TABLE_ROWS, T), np.int64)
-        table[kernels.PARAM] = self._param_addresses
+        table[kernels.PARAM] = [p.data_ptr() for p in self.params]
         for i, name in enumerate(signature.state_names):
             table[kernels.FIRST_STATE + i] = [row.state[name].data_ptr() for row in rows]
         table[kernels.NUMEL] = [p.numel() for p in self.params]
@@ -59,6 +58,8 @@ class PointerTable:
             row.state["step"] = step
         names = ("step", *signature.state_names)
         self._states = [(row.state, name, row.state[name]) for row in rows for name in names]
+        self._tensors = [*self.params, *(tensor for _, _, tensor in self._states)]
+        self._addresses = [t.data_ptr() for t in self._tensors]
 
         self._dynamic = torch.empty(0)
         self.grads = self.hyper = self._dynamic
@@ -68,14 +69,14 @@ class PointerTable:
     def holds(self) -> bool:
         """False once something the table points to is no longer what it was.
 
-        Parameters may have moved, states been replaced, or a gradient come in another dtype or memory order.
+        Parameters or states may have moved or been replaced, or a gradient come in another dtype or memory order.
         """
         _, _, grad_dtype, _, _ = self.signature
         for p in self.params:
             g = p.grad
             if g is not None and (g.dtype != grad_dtype or g.layout != torch.strided or g.stride() != p.stride()):
                 return False
-        return [p.data_ptr() for p in self.params] == self._param_addresses and all(
+        return [t.data_ptr() for t in self._tensors] == self._addresses and all(
             state.get(name) is tensor for state, name, tensor in self._states
         )
 

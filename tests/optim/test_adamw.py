@@ -162,8 +162,19 @@ def test_moved_parameters_and_replaced_states_are_noticed(path: str) -> None:
             for p in params:
                 p.data = p.data.clone()  # as offloading or module.to() would
                 optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"] * 0.5
+                optimizer.state[p]["exp_avg_sq"].data = optimizer.state[p]["exp_avg_sq"].data * 2
                 optimizer.state[p]["step"] = torch.tensor(float(optimizer.state[p]["step"]) + 1)
     torch.testing.assert_close(values(ours), values(theirs), rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_left_on_another_device_is_named(path: str) -> None:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = FusedAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to("meta")
+    with pytest.raises(ValueError, match=r"state exp_avg is \(3,\) torch.float32 on meta, its parameter .* on cpu"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("view", ["misaligned", "transposed", "channels_last"])
