@@ -127,7 +127,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in names:
             if name not in state:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            elif state[name].device != p.device:
+            elif state[name].device != p.device or state[name].shape != p.shape:  # of another model, or left behind
                 raise ValueError(f"state {name} is {describe(state[name])}, its parameter {describe(p)}")
             elif state[name].stride() != p.stride():  # loaded from a run where it lay otherwise
                 state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])

@@ -167,6 +167,18 @@ def test_moved_parameters_and_replaced_states_are_noticed(path: str) -> None:
     torch.testing.assert_close(values(ours), values(theirs), rtol=1e-6, atol=1e-6)
 
 
+def test_a_checkpoint_of_another_model_is_refused(path: str) -> None:
+    # Same strides, fewer rows: a kernel that trusted the address would write past the state's end.
+    small, large = torch.ones(10, 8, requires_grad=True), torch.ones(2000, 8, requires_grad=True)
+    source, target = FusedAdamW([small]), FusedAdamW([large])
+    small.grad, large.grad = torch.ones_like(small), torch.ones_like(large)
+    source.step()
+    target.load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match=r"state exp_avg is \(10, 8\).*its parameter \(2000, 8\)"):
+        target.step()
+    assert torch.equal(large.detach(), torch.ones(2000, 8))
+
+
 def test_a_state_left_on_another_device_is_named(path: str) -> None:
     p = torch.ones(3, requires_grad=True)
     optimizer = FusedAdamW([p])
