@@ -56,7 +56,7 @@ def _train(args: argparse.Namespace) -> int:
     except (ConfigError, OSError) as e:
         return _fail(str(e))
     except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
-        print("llmfast: interrupted before training began", file=sys.stderr)
+        print("llmfast: interrupted", file=sys.stderr)
         return 130
     return 0
 

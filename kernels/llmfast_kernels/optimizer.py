@@ -20,7 +20,7 @@ TABLE_ROWS = 7
 # What a parameter group says (float64) ...
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign")
 # ... and what the update needs to know of a tensor (float32).
-COEFFICIENTS = 8
+COEFFICIENTS = 9
 
 CHUNK = 8192  # elements a program updates: small models still fill a GPU, and the table stays a rounding error
 
@@ -36,7 +36,7 @@ def prepare_kernel(
     # in and out
     steps_ptr,  # (T,) f32
     # out
-    coefficients_ptr,  # (T, 8) f32
+    coefficients_ptr,  # (T, 9) f32
     # sizes
     T,
     # tile
@@ -63,7 +63,7 @@ def prepare_kernel(
     step = step.to(tl.float64)
     correction1 = 1.0 - tl.where(beta1 > 0.0, tl.exp2(step * tl.log2(tl.where(beta1 > 0.0, beta1, 1.0))), 0.0)
     correction2 = 1.0 - tl.where(beta2 > 0.0, tl.exp2(step * tl.log2(tl.where(beta2 > 0.0, beta2, 1.0))), 0.0)
-    out = coefficients_ptr + t * 8
+    out = coefficients_ptr + t * 9
     tl.store(out + 0, tl.where(active, sign, 0.0).to(tl.float32), mask=mask)  # 0 says: leave this tensor alone
     tl.store(out + 1, (lr * weight_decay).to(tl.float32), mask=mask)
     tl.store(out + 2, (1.0 - beta1).to(tl.float32), mask=mask)
@@ -72,16 +72,19 @@ def prepare_kernel(
     tl.store(out + 5, (lr / correction1).to(tl.float32), mask=mask)
     tl.store(out + 6, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
     tl.store(out + 7, eps.to(tl.float32), mask=mask)
+    tl.store(out + 8, beta1.to(tl.float32), mask=mask)
 
 
 @triton.jit
-def adamw_tile(p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, mask, sign, decay, rate1, beta2, rate2, step_size, root2, eps):
+def adamw_tile(
+    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, mask, sign, decay, beta1, rate1, beta2, rate2, step_size, root2, eps
+):
     """Decoupled decay, then Adam (Loshchilov & Hutter 2019), with torch's placement of eps; float32 throughout."""
     p = tl.load(p_ptr, mask=mask).to(tl.float32)
     g = tl.load(g_ptr, mask=mask).to(tl.float32) * sign
     m = tl.load(m_ptr, mask=mask).to(tl.float32)
     v = tl.load(v_ptr, mask=mask).to(tl.float32)
-    m += rate1 * (g - m)
+    m = beta1 * m + rate1 * g  # not m + rate1 * (g - m), which loses a small g beside a large m
     v = beta2 * v + rate2 * g * g
     tl.store(m_ptr, m.to(m_ptr.dtype.element_ty), mask=mask)
     tl.store(v_ptr, v.to(v_ptr.dtype.element_ty), mask=mask)
@@ -104,7 +107,7 @@ def adamw_kernel(
     # in
     table_ptr,  # (TABLE_ROWS, T) int64
     grads_ptr,  # (T,) int64 addresses
-    coefficients_ptr,  # (T, 8) f32
+    coefficients_ptr,  # (T, 9) f32
     chunk_tensor_ptr,  # (programs,) int32: the column of the table whose tensor a program works on
     # sizes
     T,
@@ -119,12 +122,12 @@ def adamw_kernel(
 ):
     chunk = tl.program_id(0)
     t = tl.load(chunk_tensor_ptr + chunk)
-    c = coefficients_ptr + t * 8
+    c = coefficients_ptr + t * 9
     sign = tl.load(c)
     if sign == 0.0:
         return
     decay, rate1, beta2, rate2 = tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
-    step_size, root2, eps = tl.load(c + 5), tl.load(c + 6), tl.load(c + 7)
+    step_size, root2, eps, beta1 = tl.load(c + 5), tl.load(c + 6), tl.load(c + 7), tl.load(c + 8)
 
     p = tl.load(table_ptr + t)
     m = tl.load(table_ptr + T + t)
@@ -145,7 +148,7 @@ def adamw_kernel(
             aligned_pointer(v, STATE_TYPE) + start + offset + i,
             aligned_pointer(vmax, STATE_TYPE) + start + offset + i if AMSGRAD else None,
             None,
-            sign, decay, rate1, beta2, rate2, step_size, root2, eps,
+            sign, decay, beta1, rate1, beta2, rate2, step_size, root2, eps,
         )  # fmt: skip
     for offset in range(whole, count, BLOCK):
         adamw_tile(
@@ -155,7 +158,7 @@ def adamw_kernel(
             v.to(tl.pointer_type(STATE_TYPE)) + start + offset + i,
             vmax.to(tl.pointer_type(STATE_TYPE)) + start + offset + i if AMSGRAD else None,
             offset + i < count,
-            sign, decay, rate1, beta2, rate2, step_size, root2, eps,
+            sign, decay, beta1, rate1, beta2, rate2, step_size, root2, eps,
         )  # fmt: skip
 
 
@@ -177,7 +180,7 @@ def adamw(
     grads: Tensor,  # (T,) int64
     hyper: Tensor,  # (G, 6) f64
     steps: Tensor,  # (T,) f32, counted up where there is a gradient
-    coefficients: Tensor,  # (T, 8) f32, scratch
+    coefficients: Tensor,  # (T, 9) f32, scratch
     chunk_tensor: Tensor,  # (programs,) int32
     *,
     param_dtype: torch.dtype,

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe
-from llmfast._dispatch import KERNEL_DTYPES, use_kernels
+from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
 from llmfast.optim.table import PointerTable, Row, Signature
 
 
 class Plan(NamedTuple):
     """Who goes where, until something changes."""
 
+    groups: list[tuple[tuple[str, ...], list[int]]]  # state names and parameters' ids, as the plan found them
     tables: list[PointerTable]  # through the kernels, one launch each
     torch_groups: list[tuple[int, list[Tensor]]]  # through torch's own functions: group index and parameters
     waiting: list[Tensor]  # had no gradient yet
@@ -57,6 +58,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
+    @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -83,7 +85,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _still_holds(self, plan: Plan) -> bool:
         return (
-            all(table.holds() for table in plan.tables)
+            self._groups() == plan.groups
+            and all(table.holds(self.state) for table in plan.tables)
             and all(p.grad is None for p in plan.waiting)
             and not any(p.grad is not None and p.grad.is_sparse for _, params in plan.torch_groups for p in params)
         )
@@ -97,6 +100,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                         "give that parameter to torch.optim.SparseAdam"
                     )
 
+    def _groups(self) -> list[tuple[tuple[str, ...], list[int]]]:
+        """What shows that somebody added, removed or replaced parameters, or switched an option that adds a state."""
+        return [(self._state_names(group), [id(p) for p in group["params"]]) for group in self.param_groups]
+
     def _make_plan(self) -> Plan:
         signatures: dict[Signature, list[Row]] = {}
         torch_groups: list[tuple[int, list[Tensor]]] = []
@@ -107,8 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None and "step" not in self.state.get(p, {}):
                     waiting.append(p)
-                elif _kernels_can_take(p):
-                    state = self._state_of(p, names)
+                elif _kernels_can_take(p) and _share_dtype(state := self._state_of(p, names), names):
                     grad_dtype = p.dtype if p.grad is None else p.grad.dtype
                     signature = Signature(p.device, p.dtype, grad_dtype, state[names[0]].dtype, names)
                     signatures.setdefault(signature, []).append(Row(p, index, state))
@@ -117,7 +123,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if others:
                 torch_groups.append((index, others))
         tables = [PointerTable(signature, rows) for signature, rows in signatures.items()]
-        return Plan(tables, torch_groups, waiting)
+        return Plan(self._groups(), tables, torch_groups, waiting)
 
     def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
         """The parameter's state, made where missing, in the parameter's memory order."""
@@ -165,6 +171,10 @@ def _grad(p: Tensor) -> Tensor:
 
 def _kernels_can_take(p: Tensor) -> bool:
     return use_kernels(p) and _is_ordinary(p) and (p.grad is None or (_matches(p) and p.grad.dtype in KERNEL_DTYPES))
+
+
+def _share_dtype(state: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return len({state[name].dtype for name in names}) == 1 and state[names[0]].dtype in KERNEL_DTYPES
 
 
 def _is_ordinary(p: Tensor) -> bool:

@@ -4,6 +4,7 @@ Parameters, states and sizes are written into it once. What changes from step to
 hyperparameters, shares one small buffer: refreshing it is one asynchronous copy, or none where nothing changed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,11 +42,13 @@ class PointerTable:
         T, device = len(rows), signature.device
         self.params = [row.param for row in rows]
         chunks = [-(-p.numel() // kernels.CHUNK) for p in self.params]
+        self._rows = rows
         table = np.zeros((kernels.TABLE_ROWS, T), np.int64)
         table[kernels.PARAM] = [p.data_ptr() for p in self.params]
         for i, name in enumerate(signature.state_names):
             table[kernels.FIRST_STATE + i] = [row.state[name].data_ptr() for row in rows]
-        table[kernels.NUMEL] = [p.numel() for p in self.params]
+        self._numels = [p.numel() for p in self.params]
+        table[kernels.NUMEL] = self._numels
         table[kernels.FIRST_CHUNK] = np.cumsum([0, *chunks[:-1]])
         table[kernels.GROUP] = [row.group for row in rows]
         self.table = torch.from_numpy(table).to(device)  # (TABLE_ROWS, T)
@@ -66,8 +69,8 @@ class PointerTable:
         self._grad_addresses: list[int] = []
         self._hyper_values: list[list[float]] = []
 
-    def holds(self) -> bool:
-        """False once something the table points to is no longer what it was.
+    def holds(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """False once something the table points to is no longer what it was; `states` are the optimizer's.
 
         Parameters or states may have moved or been replaced, or a gradient come in another dtype or memory order.
         """
@@ -76,8 +79,11 @@ class PointerTable:
             g = p.grad
             if g is not None and (g.dtype != grad_dtype or g.layout != torch.strided or g.stride() != p.stride()):
                 return False
-        return [t.data_ptr() for t in self._tensors] == self._addresses and all(
-            state.get(name) is tensor for state, name, tensor in self._states
+        return (
+            [t.data_ptr() for t in self._tensors] == self._addresses
+            and [p.numel() for p in self.params] == self._numels
+            and all(states.get(row.param) is row.state for row in self._rows)
+            and all(state.get(name) is tensor for state, name, tensor in self._states)
         )
 
     def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,75 @@ def test_moved_parameters_and_replaced_states_are_noticed(path: str) -> None:
                 optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"] * 0.5
                 optimizer.state[p]["exp_avg_sq"].data = optimizer.state[p]["exp_avg_sq"].data * 2
                 optimizer.state[p]["step"] = torch.tensor(float(optimizer.state[p]["step"]) + 1)
+    torch.testing.assert_close(values(ours), values(theirs), rtol=1e-6, atol=1e-6)
+
+
+def replace_parameter(optimizer: torch.optim.Optimizer, other: Tensor) -> None:
+    optimizer.param_groups[0]["params"][0] = other
+
+
+def append_parameter(optimizer: torch.optim.Optimizer, other: Tensor) -> None:
+    optimizer.param_groups[0]["params"].append(other)
+
+
+def remove_first_group(optimizer: torch.optim.Optimizer, other: Tensor) -> None:
+    del optimizer.param_groups[0]
+
+
+def forget_all_states(optimizer: torch.optim.Optimizer, other: Tensor) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def forget_one_state(optimizer: torch.optim.Optimizer, other: Tensor) -> None:
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = {}
+
+
+@pytest.mark.parametrize(
+    "change", [replace_parameter, append_parameter, remove_first_group, forget_all_states, forget_one_state]
+)
+def test_changes_behind_its_back_are_noticed(
+    path: str, change: Callable[[torch.optim.Optimizer, Tensor], None]
+) -> None:
+    def run(cls: type[torch.optim.AdamW]) -> Tensor:
+        params = [torch.ones(4, requires_grad=True) for _ in range(3)]
+        optimizer = cls([{"params": [params[0]], "lr": 0.3}, {"params": [params[1]], "lr": 0.1}])
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = torch.full((4,), (-1.0) ** step * (i + 1))
+            optimizer.step()
+            if step == 1:
+                change(optimizer, params[2])
+        return values(params)
+
+    torch.testing.assert_close(run(FusedAdamW), run(torch.optim.AdamW), rtol=1e-6, atol=1e-6)
+
+
+def test_a_small_gradient_after_a_large_one(path: str) -> None:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = FusedAdamW([p], betas=(0.0, 0.99))
+    for g in (1e6, 1e-3):
+        p.grad = torch.full((3,), g)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((3,), 1e-3))
+
+
+def test_states_of_two_dtypes_do_not_reach_a_kernel(path: str) -> None:
+    p = torch.ones(8, requires_grad=True)
+    optimizer = FusedAdamW([p])
+    p.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].bfloat16()
+    with pytest.raises(RuntimeError, match="BFloat16"):  # torch's own
+        optimizer.step()
+
+
+def test_a_compiled_step(path: str) -> None:
+    ours, theirs = parameters(), parameters()
+    optimizers = FusedAdamW(ours), torch.optim.AdamW(theirs)
+    step = torch.compile(optimizers[0].step, backend="eager")
+    for i in range(3):
+        gradients(i, ours), gradients(i, theirs)
+        step(), optimizers[1].step()
     torch.testing.assert_close(values(ours), values(theirs), rtol=1e-6, atol=1e-6)
 
 
