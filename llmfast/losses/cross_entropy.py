@@ -15,6 +15,7 @@ from llmfast.losses.targets import (
     check_targets,
     denominator,
     reciprocal,
+    refuse_second_derivative,
     torch_cross_entropy,
 )
 
@@ -38,7 +39,8 @@ def cross_entropy(
         num_valid: what the mean divides by instead, as an int or a one-element tensor: the number of valid tokens
             of the whole step under gradient accumulation or data parallelism.
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
-            second buffer. Their values are gone afterwards and their version counter says so. Backward runs once.
+            second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their
+            memory must be left alone until backward, which runs once.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or (...) for "none". With nothing to average the mean is NaN
@@ -56,8 +58,9 @@ def cross_entropy(
     check_reduction(reduction, num_valid)
     if inplace:
         expect(logits.is_contiguous(), f"inplace=True needs contiguous logits; got strides {logits.stride()}")
+        owner = logits if logits._base is None else logits._base
         expect(
-            not (logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()),
+            not (owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()),
             "inplace=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
         )
     if torch.compiler.is_compiling() and not inplace and not use_kernels(logits):
@@ -89,7 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
         targets = targets.contiguous()
         ops = row_ops(logits)
         ctx.ops, ctx.ignore_index, ctx.reduction = ops, ignore_index, reduction
-        ctx.d_logits, ctx.factor = None, None
+        ctx.holds_gradient = False
         wants_gradient = grad_enabled and ctx.needs_input_grad[0]
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         count = denominator(targets, ignore_index, num_valid, accumulate) if reduction == "mean" else None
@@ -103,8 +106,8 @@ class _CrossEntropy(torch.autograd.Function):
                 logits, targets, ignore_index=ignore_index, d_logits=logits, grad_scale=inverse if folds else None
             )
             increment_version(logits)
-            ctx.d_logits, ctx.factor = logits, None if folds else inverse
-            ctx.consumed = False
+            ctx.save_for_backward(logits, None if folds else inverse)  # who writes to them before backward is told so
+            ctx.holds_gradient, ctx.consumed = True, False
         else:
             loss, lse = ops.cross_entropy(logits, targets, ignore_index=ignore_index)
             if wants_gradient:
@@ -116,12 +119,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         (d_loss,) = d_losses
-        if ctx.d_logits is not None:
+        if ctx.holds_gradient:
             if ctx.consumed:
                 raise RuntimeError("cross_entropy(inplace=True): backward ran already and its gradient is used up")
             ctx.consumed = True
-            d_logits = ctx.ops.scale(ctx.d_logits, d_loss if ctx.factor is None else d_loss * ctx.factor)
+            gradient, factor = ctx.saved_tensors
+            d_logits = ctx.ops.scale(gradient.detach(), d_loss if factor is None else d_loss * factor)
             return d_logits, None, None, None, None, None, None
 
         logits, targets, lse, inverse = ctx.saved_tensors

@@ -23,6 +23,7 @@ from llmfast.losses.targets import (
     check_targets,
     denominator,
     reciprocal,
+    refuse_second_derivative,
     torch_cross_entropy,
 )
 
@@ -70,7 +71,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together.
     """
-    expect(hidden.dim() >= 1, f"hidden must be (..., D); got {describe(hidden)}")
+    expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, f"hidden must be (..., D) with D > 0; got {describe(hidden)}")
     expect(
         weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and weight.shape[0] > 0,
         f"weight must be (V, {hidden.shape[-1]}) with V > 0; got {describe(weight)}",
@@ -198,8 +199,8 @@ class Chunks:
     def _empty(self, wants: tuple[bool, bool]) -> Gradients:
         """Buffers that the chunks fill; zeros where there is no chunk."""
         make = torch.empty_like if self.plan.N > 0 else torch.zeros_like
-        # One chunk leaves nothing to accumulate, and off CUDA its product comes rounded anyway.
-        alone = self.plan.rows >= self.plan.N and not self.hidden.is_cuda
+        # One chunk leaves nothing to accumulate, and its product may come rounded anyway.
+        alone = self.plan.rows >= self.plan.N and not self._float32_products()
         dtype = self.weight.dtype if alone else self._accumulate_dtype()
         return Gradients(
             make(self.hidden, memory_format=torch.contiguous_format) if wants[0] else None,
@@ -216,9 +217,9 @@ class Chunks:
         """out (+)= a @ b, accumulated in `out`'s dtype; the first chunk overwrites, so `out` needs no zeros."""
         if a.dtype == out.dtype:
             torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-        elif not out.is_cuda:
-            # Only CUDA multiplies low-precision matrices into a float32 result. Elsewhere casting them would make the
-            # GEMM several times slower, so each chunk's product is rounded once and only their sum is float32.
+        elif not self._float32_products():
+            # Casting the matrices would make the GEMM several times slower, so each chunk's product is rounded once
+            # and only their sum is float32.
             out.copy_(a @ b) if first else out.add_(a @ b)
         elif first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -226,6 +227,10 @@ class Chunks:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:  # addmm took no float32 to add to (pytorch#154086, mended by #167931)
             out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+    def _float32_products(self) -> bool:
+        """Whether low-precision matrices can be multiplied into a float32 result: on CUDA, not on CPUs or ROCm."""
+        return self.hidden.is_cuda and torch.version.hip is None
 
     def _accumulate_dtype(self) -> torch.dtype:
         return torch.promote_types(self.hidden.dtype, torch.float32)
@@ -263,6 +268,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         (d_loss,) = d_losses
         hidden, weight, targets, lse, inverse = ctx.saved_tensors
         factor = d_loss if inverse is None else d_loss * inverse

@@ -38,13 +38,19 @@ def denominator(targets: Tensor, ignore_index: int, num_valid: int | Tensor | No
     if num_valid is None:
         return (targets != ignore_index).sum().to(dtype)
     if isinstance(num_valid, Tensor):
-        return num_valid.detach().to(targets.device, dtype, non_blocking=True).reshape(())
+        return num_valid.detach().to(targets.device, dtype, non_blocking=targets.device.type != "cpu").reshape(())
     return torch.full((), num_valid, dtype=dtype, device=targets.device)
 
 
 def reciprocal(count: Tensor) -> Tensor:
     """1 / count for gradients, which are zero and not NaN when nothing counts."""
-    return 1.0 / count.clamp(min=1.0)
+    return torch.where(count > 0, 1.0 / count, 0.0)
+
+
+def refuse_second_derivative() -> None:
+    """Called in a backward: the gradients made there are no functions that autograd could differentiate again."""
+    if torch.is_grad_enabled():  # only under create_graph=True
+        raise RuntimeError("this loss cannot be differentiated twice; use torch.nn.functional.cross_entropy for that")
 
 
 def torch_cross_entropy(
@@ -61,4 +67,5 @@ def torch_cross_entropy(
         loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
     total = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
-    return total / denominator(targets, ignore_index, num_valid, total.dtype)
+    count = denominator(targets, ignore_index, num_valid, total.dtype)
+    return torch.where(count > 0, total * reciprocal(count), total.detach() / count)

@@ -10,6 +10,8 @@ from torch.optim.adamw import adamw
 from llmfast.optim.base import FusedOptimizer
 from llmfast.optim.table import PointerTable
 
+ON_DEVICE = -1.0  # stands for a learning rate that the host does not look at
+
 
 class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
     """`torch.optim.AdamW` with all tensors of a dtype signature updated by one launch.
@@ -56,7 +58,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         sign = -1.0 if group["maximize"] else 1.0
-        return [0.0 if on_device else float(lr), *group["betas"], group["eps"], group["weight_decay"], sign]
+        return [ON_DEVICE if on_device else float(lr), *group["betas"], group["eps"], group["weight_decay"], sign]
 
     def _launch(self, table: PointerTable, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         from llmfast_kernels import optimizer as kernels

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
     from safetensors.torch import save_model
 
     final = run / f"checkpoint-{step:08d}"
+    if final.exists():  # nothing was trained since
+        return final
     partial = run / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in run.glob(".checkpoint-*.partial"):
+        shutil.rmtree(stale)
     partial.mkdir()
     save_model(model, str(partial / "model.safetensors"))
     state = {
@@ -33,8 +37,10 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
     for file in partial.iterdir():
         with file.open("rb") as f:
             os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    folder = os.open(run, os.O_RDONLY)
+    os.fsync(folder)  # the new name is on disk before the old ones go
+    os.close(folder)
     for old in _checkpoints(run):
         if old != final:
             shutil.rmtree(old)
@@ -46,19 +52,24 @@ def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
+        OSError: the checkpoint cannot be read.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     checkpoints = _checkpoints(run)
     if not checkpoints:
         raise FileNotFoundError(f"no checkpoint in {run}")
     newest = checkpoints[-1]
-    load_model(model, str(newest / "model.safetensors"))
-    state: dict[str, Any] = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        load_model(model, str(newest / "model.safetensors"))
+        state: dict[str, Any] = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as e:
+        raise OSError(f"{newest} is damaged or of another model: {str(e).splitlines()[0]}") from e
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
     return state
 
 

@@ -154,10 +154,10 @@ def _typed(value: Any, wanted: Any, name: str, where: str) -> Any:
 def _closest(name: str) -> str:
     valid = list(_names(Config(), ""))
     sections = sorted({v.partition(".")[0] for v in valid if "." in v})
-    near = difflib.get_close_matches(name, [*valid, *sections], n=1)
-    if not near:  # `steps` alone should find `train.steps`
-        leaves = {v.rpartition(".")[2]: v for v in valid}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)]
+    leaves = {v.rpartition(".")[2]: v for v in valid}
+    leaf = name.rpartition(".")[2]  # `steps` and `data.steps` should find `train.steps`
+    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(name, [*valid, *sections], n=1)
+    near = near or [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
     return f"; did you mean {near[0]}?" if near else f"; valid keys are {', '.join(valid)}"
 
 
@@ -184,6 +184,7 @@ def _check(config: Config) -> None:
             ("train.log_every", t.log_every, 1),
             ("train.save_every", t.save_every, 1),
             ("train.sample_tokens", t.sample_tokens, 0),
+            ("train.seed", t.seed, 0),
             ("optimizer.warmup_steps", o.warmup_steps, 0),
             ("optimizer.lr", o.lr, 0),
             ("optimizer.eps", o.eps, 0),
@@ -191,6 +192,7 @@ def _check(config: Config) -> None:
             ("optimizer.max_grad_norm", o.max_grad_norm, 0),
         ):
             expect(value >= least, f"{name} must be at least {least}; got {value}")
+            expect(value < 2**63, f"{name} is too large: {value}")
         for name, value in (("beta1", o.beta1), ("beta2", o.beta2)):
             expect(0 <= value < 1, f"optimizer.{name} must be in [0, 1); got {value}")
         expect(0 <= o.final_lr <= 1, f"optimizer.final_lr must be in [0, 1]; got {o.final_lr}")

@@ -16,7 +16,7 @@ from llmfast.losses import linear_cross_entropy
 from llmfast.models import Decoder
 from llmfast.train.checkpoint import save_checkpoint
 from llmfast.train.config import Config
-from llmfast.train.metrics import MetricsFile, ProgressDisplay, weighted_mean
+from llmfast.train.metrics import MetricsFile, ProgressDisplay, say, weighted_mean
 from llmfast.train.schedule import lr_at
 
 
@@ -135,8 +135,9 @@ class Trainer:
         return lr, loss, norm
 
     def _loss(self, batch: Batch, num_valid: int) -> Tensor:
+        on_gpu = self.device.type == "cuda"
         tokens, labels, positions, documents = (
-            x.to(self.device, non_blocking=True)
+            (x.pin_memory() if on_gpu else x).to(self.device, non_blocking=True)
             for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)
         )
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -150,14 +151,14 @@ class Trainer:
             step=self.step, tokens=self.tokens, validation=losses, validation_mean=weighted_mean(results)
         )
         parts = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
-        self.console.print(f"step {self.step}: validation loss {parts}", highlight=False, soft_wrap=True)
+        say(self.console, f"step {self.step}: validation loss {parts}")
 
     def _log(self, loss: float, lr: float, norm: Tensor, speed: float) -> None:
         values: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_s": speed}
         skipped = int(self.skipped.item())
         if skipped:
             values["skipped"] = skipped
-            self.console.print(f"[yellow]{skipped} steps so far had a gradient that is not finite and were skipped")
+            say(self.console, f"{skipped} steps so far had a gradient that is not finite and were skipped")
         self.metrics.write(step=self.step, tokens=self.tokens, **values)
 
     @contextmanager

@@ -81,9 +81,9 @@ class ProgressDisplay:
         if not self._console.is_terminal and (now - self._last_line > PLAIN_SECONDS or step == self._steps):
             self._last_line = now
             left = (now - self._start) / max(1, step - self._start_step) * (self._steps - step)
-            self._console.print(
+            say(
+                self._console,
                 f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tok/s  lr {lr:.1e}  {left:.0f} s left",
-                highlight=False,
             )
 
 
@@ -93,6 +93,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: nothing in it is markup, and terminals may wrap it."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_summary(console: Console, rows: list[tuple[str, str]]) -> None:

@@ -1,5 +1,6 @@
 """A run from its settings to its report: `llmfast train` is this."""
 
+import shlex
 import shutil
 import time
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from llmfast.optim import FusedAdamW
 from llmfast.train.checkpoint import load_checkpoint
 from llmfast.train.config import Config, ConfigError, dump_config, load_config
 from llmfast.train.loop import Trainer, evaluation_batches
-from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_summary, read_metrics
+from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_summary, read_metrics, say
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -35,7 +36,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     run = _choose_run(config, resume=resume, overwrite=overwrite)
     torch.manual_seed(config.train.seed)
 
-    console.print(f"reading {', '.join(config.data.sources)} ...", highlight=False)
+    say(console, f"reading {', '.join(config.data.sources)} ...")
     data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer)
     model = _model(config, data.tokenizer).to(device)
     optimizer = make_optimizer(config, model)
@@ -48,13 +49,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     data.tokenizer.save(run / "tokenizer.json")
 
     t = config.train
-    console.print(
+    say(
+        console,
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device} in {dtype}; "
         f"{len(data.train) * config.data.seq_len / 1e6:.2f} M training tokens, {data.tokenizer.vocab_size} kinds; "
         f"{t.steps} steps of {t.batch_size * t.accumulate * config.data.seq_len} tokens\n"
         f"run folder {run}, ready after {time.perf_counter() - started:.0f} s",
-        highlight=False,
-        soft_wrap=True,
     )
     metrics = MetricsFile(run / "metrics.jsonl", resume_at=state["step"])
     trainer = Trainer(
@@ -66,8 +66,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
 
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
     if not finished:
-        again = f"llmfast train --resume --name {run.name}"
-        console.print(f"stopped after step {trainer.step} of {t.steps}; go on with: {again}", highlight=False)
+        elsewhere = [] if config.runs == Config().runs else ["--set", f"runs={config.runs}"]
+        again = shlex.join(["llmfast", "train", "--resume", "--name", run.name, *elsewhere])
+        say(console, f"stopped after step {trainer.step} of {t.steps}; go on with: {again}")
         return run
     speed = (trainer.tokens - state["tokens"]) / max(trainer.seconds, 1e-9)
     validation = [line["validation_mean"] for line in read_metrics(run / "metrics.jsonl") if "validation_mean" in line]
@@ -77,7 +78,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
             ("validation loss, first", f"{validation[0]:.3f} nats a token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
             ("unigram entropy of the same text", f"{entropy:.3f}"),
-            ("tokens a second", f"{speed:,.0f}"),
+            ("tokens a second", f"{speed:,.0f}" if trainer.seconds else "-"),
             ("peak memory", f"{peak_memory_bytes(device) / 2**20:,.0f} MiB"),
             ("steps skipped", f"{int(trainer.skipped.item())}"),
             ("in the run folder", ", ".join(sorted(p.name for p in run.iterdir()))),
@@ -87,7 +88,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         text = _sample(config, model, data.tokenizer, device)
         (run / "sample.txt").write_text(text)
         console.rule("a sample")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
     return run
 
 
@@ -114,8 +115,8 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"train.device = {config.train.device!r} is not usable: {str(e).splitlines()[0]}") from e
     low = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
     return device, torch.bfloat16 if low else torch.float32

@@ -166,11 +166,11 @@ def test_strided_logits(path: str) -> None:
     assert torch.equal(cross_entropy(tall[::2], targets), want)
 
 
-@pytest.mark.parametrize("num_valid", [7, torch.tensor(7), torch.tensor([7.0])])
+@pytest.mark.parametrize("num_valid", [7, torch.tensor(7), torch.tensor([7.0]), 0.25])
 def test_num_valid_replaces_the_count(path: str, num_valid: int | Tensor) -> None:
     logits, targets = draw(6, 20, torch.float32)
     loss, gradient = run(lambda x: cross_entropy(x, targets, num_valid=num_valid), logits, torch.tensor(1.0))
-    truth = run(lambda x: F.cross_entropy(x, targets, reduction="sum") / 7, logits, torch.tensor(1.0))
+    truth = run(lambda x: F.cross_entropy(x, targets, reduction="sum") / float(num_valid), logits, torch.tensor(1.0))
     torch.testing.assert_close((loss, gradient), truth)
 
 
@@ -213,6 +213,28 @@ def test_inplace_spoils_what_others_saved_and_torch_notices(path: str) -> None:
     loss = cross_entropy(logits, targets, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_inplace_gradient_spoilt_before_backward_is_noticed(path: str) -> None:
+    leaf, targets = draw(4, 30, torch.float32)
+    logits = leaf.requires_grad_() * 1.0
+    loss = cross_entropy(logits, targets, inplace=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_does_not_overwrite_a_parameter_through_a_view(path: str) -> None:
+    weight = torch.randn(4, 6, requires_grad=True)
+    with pytest.raises(ValueError, match="leaf of the graph"):
+        cross_entropy(weight.view(2, 2, 6), torch.zeros(2, 2, dtype=torch.int64), inplace=True)
+
+
+def test_a_second_derivative_is_refused(path: str) -> None:
+    leaf, targets = draw(4, 3000, torch.float32)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(cross_entropy(leaf.requires_grad_(), targets), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

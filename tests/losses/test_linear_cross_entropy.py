@@ -127,6 +127,26 @@ def test_backward_twice(path: str, reduction: str) -> None:
         torch.testing.assert_close(a, 3 * c)
 
 
+def test_a_second_derivative_is_refused(path: str) -> None:
+    hidden, weight, targets = draw(200, 3000, 8, torch.float32)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("num_valid", [0, 0.25])
+def test_few_and_many_logits_agree_on_odd_counts(path: str, num_valid: float) -> None:
+    hidden, weight, targets = draw(9, 30, 8, torch.float32)
+    ways = [
+        run(
+            lambda h, w, b=budget: linear_cross_entropy(h, w, targets, num_valid=num_valid, memory_budget=b),
+            hidden, weight, torch.tensor(1.0),
+        )
+        for budget in (None, 1000)
+    ]  # fmt: skip
+    torch.testing.assert_close(ways[0], ways[1])
+
+
 def test_autocast_casts_float32_parameters(path: str) -> None:
     hidden, weight, targets = draw(9, 300, 16, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -212,6 +232,7 @@ def test_reference_has_the_same_arguments() -> None:
         ({"hidden": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "hidden must be floating point"),
         ({"targets": torch.tensor([0, 1, 2, 9])}, ValueError, "found 9"),
         ({"targets": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"targets must have shape \(4,\)"),
+        ({"hidden": torch.zeros(4, 0), "weight": torch.zeros(9, 0)}, ValueError, "D > 0"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be positive"),
         ({"reduction": "max"}, ValueError, "reduction must be"),
     ],

@@ -29,6 +29,7 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
     [
         ("train.stpes=7", "unknown key train.stpes = 7; did you mean train.steps?"),
         ("steps=7", "unknown key steps = 7; did you mean train.steps?"),
+        ("train.lr=7", "unknown key train.lr = 7; did you mean optimizer.lr?"),
         ("zzz=7", "unknown key zzz = 7; valid keys are name, runs, model.width, "),
         ("optimiser.lr=7", "unknown key optimiser = {'lr': 7}; did you mean optimizer?"),
         ("train.steps.x=7", "train.steps must be int; got {'x': 7} (dict)"),

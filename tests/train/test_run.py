@@ -114,7 +114,10 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
         timer.cancel()
     folder = Path(settings[0].removeprefix("runs=")) / "stopped"
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000004"]
-    assert "stopped after step 4 of 50; go on with: llmfast train --resume --name stopped" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert (
+        f"stopped after step 4 of 50; go on with: llmfast train --resume --name stopped --set {settings[0]}" in output
+    )
     assert cli(settings[:1], "--resume", "--name=stopped", "--set=train.steps=6") == 0
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000006"]
 
@@ -168,6 +171,10 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
     [
         (["--set=train.stpes=3"], "unknown key train.stpes = 3; did you mean train.steps?"),
         (["--set=train.device=tpu7"], "train.device = 'tpu7' is not usable"),
+        (["--set=train.device=meta"], "train.device = 'meta' is not usable"),
+        (["--set=train.seed=-1"], "train.seed must be at least 0; got -1"),
+        (["--set=optimizer.lr=inf"], "optimizer.lr is too large: inf"),
+        (["--set=data.sources=['src[/red]']"], "src[/red]"),
         (["--set=model.heads=5"], "model: width must divide by 2 * heads"),
         (["--set=data.sources=['/nowhere']"], "data: "),
         (["--set=data.seq_len=100000"], "data: "),
@@ -214,6 +221,14 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.
     second = checkpoints.save_checkpoint(tmp_path, 2, model, optimizer)
     assert checkpoints._checkpoints(tmp_path) == [second]
     assert [p.name for p in tmp_path.iterdir()] == [second.name]
+
+
+def test_a_damaged_checkpoint_is_one_line(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(settings, "name=kept", "train.steps=2")
+    state = folder / "checkpoint-00000002" / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    assert cli(settings[:1], "--resume", "--name=kept", "--set=train.steps=4") == 2
+    assert "checkpoint-00000002 is damaged or of another model" in capsys.readouterr().err
 
 
 def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
