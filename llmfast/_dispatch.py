@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import ParamSpec, TypeVar, cast
 
@@ -31,7 +31,16 @@ def _has_triton() -> bool:
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, run as it is where torch.compile meets it: the graph breaks there."""
-    return cast("Callable[P, R]", torch.compiler.disable(function))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            from llmfast._untraced import call
+
+            return cast("R", call(function, *args, **kwargs))
+        return function(*args, **kwargs)
+
+    return run
 
 
 @contextmanager

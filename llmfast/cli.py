@@ -41,18 +41,16 @@ def _train(args: argparse.Namespace) -> int:
     try:
         overrides = list(args.set)
         if args.name is not None:
-            overrides.append(
-                f"name={json.dumps(args.name, ensure_ascii=False)}"
-            )  # quoted, so that a run can be called 7
+            # Quoted, so that a run can be called 7.
+            overrides.append(f"name={json.dumps(args.name, ensure_ascii=False)}")
         if args.resume:
             if not args.name:
                 return _fail("--resume needs --name, the run to go on with")
             if args.config is not None:
                 return _fail("--resume takes its settings from the run; change some with --set")
             # Where runs are kept is the only setting that is needed to find the others.
-            runs = load_config(
-                None, [o for o in overrides if o.partition("=")[0].strip() == "runs"], base=Config()
-            ).runs
+            where = [o for o in overrides if o.partition("=")[0].strip() == "runs"]
+            runs = load_config(None, where, base=Config()).runs
             config = resumed_config(Path(runs) / args.name, overrides)
         else:
             config = load_config(args.config, overrides)

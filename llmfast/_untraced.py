@@ -1,0 +1,11 @@
+"""Imported only while torch.compile traces: making this function imports the compiler, which takes most of a second."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
