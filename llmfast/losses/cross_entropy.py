@@ -15,6 +15,7 @@ from llmfast.losses.targets import (
     check_targets,
     denominator,
     reciprocal,
+    reduced,
     refuse_second_derivative,
     torch_cross_entropy,
 )
@@ -113,9 +114,7 @@ class _CrossEntropy(torch.autograd.Function):
             if wants_gradient:
                 ctx.inplace = inplace
                 ctx.save_for_backward(logits, targets, lse, inverse)
-        if reduction == "none":
-            return loss
-        return loss.sum() if count is None else loss.sum() / count
+        return reduced(loss, reduction, count)
 
     @staticmethod
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
 
         logits, targets, lse, inverse = ctx.saved_tensors
         per_row = d_loss if inverse is None else d_loss * inverse
-        d_logits = logits if ctx.inplace else torch.empty_like(logits)
+        d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.ops.cross_entropy_backward(
             logits, targets, lse, per_row.to(lse.dtype).expand_as(lse).contiguous(),
             ignore_index=ctx.ignore_index, d_logits=d_logits,

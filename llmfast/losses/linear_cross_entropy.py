@@ -23,6 +23,7 @@ from llmfast.losses.targets import (
     check_targets,
     denominator,
     reciprocal,
+    reduced,
     refuse_second_derivative,
     torch_cross_entropy,
 )
@@ -262,9 +263,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.wants, ctx.made = wants, gradients if any(now) else None
         if any(wants):
             ctx.save_for_backward(hidden, weight, targets, lse, inverse)
-        if reduction == "none":
-            return loss
-        return loss.sum() if count is None else loss.sum() / count
+        return reduced(loss, reduction, count)
 
     @staticmethod
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:

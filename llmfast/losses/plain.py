@@ -85,6 +85,6 @@ def _subtract_one_at(columns: Tensor, p: Tensor) -> None:
 
 
 def _store(p: Tensor, ignored: Tensor, d_logits: Tensor) -> None:
-    p.index_fill_(0, ignored.nonzero()[:, 0], 0.0)
+    p.masked_fill_(ignored[:, None], 0.0)
     if p.data_ptr() != d_logits.data_ptr():
         d_logits.copy_(p)

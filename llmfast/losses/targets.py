@@ -47,6 +47,13 @@ def reciprocal(count: Tensor) -> Tensor:
     return torch.where(count > 0, 1.0 / count, 0.0)
 
 
+def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
+    """The losses of all rows, (N,), as the caller asked for them."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if count is None else loss.sum() / count
+
+
 def refuse_second_derivative() -> None:
     """Called in a backward: the gradients made there are no functions that autograd could differentiate again."""
     if torch.is_grad_enabled():  # only under create_graph=True

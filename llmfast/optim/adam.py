@@ -75,10 +75,8 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
-        *,
         fused: bool,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        amp: dict[str, Tensor | None],
     ) -> None:
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
@@ -89,7 +87,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
-            foreach=False, fused=fused, grad_scale=grad_scale, found_inf=found_inf,
+            foreach=False, fused=fused, grad_scale=amp.get("grad_scale"), found_inf=amp.get("found_inf"),
             has_complex=any(p.is_complex() for p in params),
             amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"],

@@ -1,5 +1,6 @@
 """What every fused optimizer shares: which parameter takes which path, and the step itself."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Plan(NamedTuple):
     waiting: list[Tensor]  # had no gradient yet
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(torch.optim.Optimizer, ABC):
     """Comes before a torch optimizer among the bases; constructor, groups, state names and state_dict stay torch's.
 
     Parameters on an accelerator go through pointer tables, one update launch per dtype signature for all groups. The
@@ -32,30 +33,31 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
 
+    @abstractmethod
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the states that are shaped like the parameter, in the order of the table's rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hyper(self, group: dict[str, Any]) -> list[float]:
         """The group's hyperparameters in the order the kernels read them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _launch(self, table: PointerTable, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of all tensors of the table, by the kernels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _torch_update(
         self,
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
-        *,
         fused: bool,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        amp: dict[str, Tensor | None],
     ) -> None:
-        """One step of `params` by torch's function; `fused` says that its fused kernels are safe here."""
-        raise NotImplementedError
+        """One step of `params` by torch's function; `fused` says that its fused kernels are safe here.
+
+        `amp` holds `grad_scale` and `found_inf`, which only the fused kernels know: it is empty for the others.
+        """
 
     @torch.no_grad()
     @eager
@@ -146,13 +148,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         # torch's fused CPU kernels walk parameter and gradient in memory order, right only where the orders agree.
         safe = [p for p in params if p.device.type == "cpu" and _is_ordinary(p) and _matches(p)]
         if safe:
-            self._torch_update(group, safe, [_grad(p) for p in safe], fused=True, **amp)
+            self._torch_update(group, safe, [_grad(p) for p in safe], fused=True, amp=amp)
         chosen = set(safe)
         odd = [p for p in params if p not in chosen]
         if odd and (amp["found_inf"] is None or not bool(amp["found_inf"])):
             scale = amp["grad_scale"]
             grads = [_grad(p) if scale is None else _grad(p) / scale.to(p.device) for p in odd]
-            self._torch_update(group, odd, grads, fused=False)
+            self._torch_update(group, odd, grads, fused=False, amp={})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
