@@ -23,7 +23,7 @@ train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARG
 	$(BIN)/llmfast train $(ARGS)
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 2"
-	$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+	$(PY) -m pytest --machine-code $(PYTEST_FLAGS) $(ARGS)
 
 lint: $(STAMP)-train,dev ## check with ruff, mypy and pyright
 	$(PY) -m ruff check

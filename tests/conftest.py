@@ -1,7 +1,7 @@
 """One pytest process for everything: kernels run in Triton's interpreter, on CPU tensors.
 
-The variable must be set before anything imports Triton. Machine code, which the interpreter cannot give, comes from
-worker processes without it: see support/machine_code.py.
+The variable must be set before anything imports Triton. Machine code, which the interpreter cannot give, is looked at
+after the tests, by worker processes: see support/launched.py.
 """
 
 import os
@@ -15,11 +15,17 @@ import pytest
 import torch
 from hypothesis import settings
 
+from evidence import interpreter
+from evidence.sanitizer import sanitizing
 from llmfast._dispatch import kernels_on_cpu
-from support import interpreter
+from support.launched import (  # noqa: F401  pytest finds its hooks here
+    pytest_addoption,
+    pytest_runtestloop,
+    pytest_sessionfinish,
+    pytest_testnodedown,
+)
 
 interpreter.install()
-
 # Shapes are drawn, not times measured: two busy cores must not fail a test.
 settings.register_profile("llmfast", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("llmfast")
@@ -28,13 +34,14 @@ settings.load_profile("llmfast")
 @pytest.fixture(params=["plain", "kernels"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test twice: on the plain torch path and on the kernels."""
-    with kernels_on_cpu() if request.param == "kernels" else nullcontext():
+    with kernels_on_cpu() if request.param == "kernels" else nullcontext(), sanitizing():
         yield request.param
 
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    with kernels_on_cpu():
+    """Sends CPU tensors to the kernels, and watches what these do."""
+    with kernels_on_cpu(), sanitizing():
         yield
 
 

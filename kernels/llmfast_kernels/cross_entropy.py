@@ -20,6 +20,10 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite, so that a row (or a lane) of -inf logits makes no inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 
+# What the kernels need to know of these numbers comes as VECTOR; a binary for each that is 1 or a multiple of 16 would
+# be no better.
+SIZES = ["V", "row_width", "logits_stride_n", "d_logits_stride_n", "ignore_index"]
+
 
 @triton.jit
 def add_tile(x, peak, total, VECTOR: tl.constexpr):
@@ -41,19 +45,19 @@ def probabilities_tile(x, peak, factor):
     return tl.exp2(tl.fma(x, LOG2E, -peak)) * factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_kernel(
     # in
-    logits_ptr,  # (N, V)
+    logits_ptr,  # (N, row_width)
     targets_ptr,  # (N,) int32 or int64
     grad_scale_ptr,  # () f32 that the gradient is multiplied by, or None for 1
     # out
     loss_ptr,  # (N,) f32, 0 where ignored
     lse_ptr,  # (N,) f32, 0 where ignored
-    d_logits_ptr,  # (N, V) gradient of grad_scale * sum(loss), or None; may be logits_ptr
+    d_logits_ptr,  # (N, row_width) gradient of grad_scale * sum(loss), or None; may be logits_ptr
     # sizes
     V,
-    row_width,  # columns of a row that may be touched, >= V; columns from V on are padding
+    row_width,  # columns of the buffers, >= V; those from V on are padding
     # strides
     logits_stride_n,
     d_logits_stride_n,
@@ -127,15 +131,15 @@ def cross_entropy_kernel(
             tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_backward_kernel(
     # in
-    logits_ptr,  # (N, V)
+    logits_ptr,  # (N, row_width)
     targets_ptr,  # (N,) int32 or int64
     lse_ptr,  # (N,) f32
     d_loss_ptr,  # (N,) f32
     # out
-    d_logits_ptr,  # (N, V); may be logits_ptr
+    d_logits_ptr,  # (N, row_width); may be logits_ptr
     # sizes
     V,
     row_width,
@@ -204,23 +208,23 @@ def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str
 
 
 def cross_entropy(
-    logits: Tensor,  # (N, V)
+    logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
     targets: Tensor,  # (N,) int32 or int64
     *,
+    V: int | None = None,
     ignore_index: int,
-    d_logits: Tensor | None = None,  # (N, V), filled; may be `logits`
+    d_logits: Tensor | None = None,  # like `logits`, filled; may be `logits`
     grad_scale: Tensor | None = None,  # () f32
-    row_width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and lse of every row, both (N,) float32; fills `d_logits` with the gradient of grad_scale * sum(loss).
 
-    `row_width` says how many columns of a row may be read and overwritten when the buffers pad their rows: with a
-    multiple of 8 there and in the strides, rows of any V are accessed 16 bytes at a time.
+    Padding is read, ignored, and overwritten with zeros in `d_logits`: where it rounds the rows up to 16 bytes, rows of
+    any V are accessed 16 bytes at a time.
     """
-    N, V = logits.shape
+    N, row_width = logits.shape
+    V = V or row_width
     loss = logits.new_empty(N, dtype=torch.float32)
     lse = torch.empty_like(loss)
-    row_width = row_width or V
     if N > 0:
         with device_of(logits):
             cross_entropy_kernel[(N,)](
@@ -233,18 +237,18 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    logits: Tensor,  # (N, V)
+    logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
     targets: Tensor,  # (N,) int32 or int64
     lse: Tensor,  # (N,) f32
     d_loss: Tensor,  # (N,) f32
     *,
+    V: int | None = None,
     ignore_index: int,
-    d_logits: Tensor,  # (N, V), filled; may be `logits`
-    row_width: int | None = None,
+    d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
-    """Fill `d_logits` with d_loss[n] * (softmax(logits[n]) - onehot(targets[n]))."""
-    N, V = logits.shape
-    row_width = row_width or V
+    """Fill `d_logits` with d_loss[n] * (softmax(logits[n]) - onehot(targets[n])), its padding with zeros."""
+    N, row_width = logits.shape
+    V = V or row_width
     if N > 0:
         meta = backward_tile(V)
         with device_of(logits):

@@ -25,7 +25,7 @@ COEFFICIENTS = 9
 CHUNK = 8192  # elements a program updates: small models still fill a GPU, and the table stays a rounding error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     # in
     table_ptr,  # (TABLE_ROWS, T) int64
@@ -102,7 +102,7 @@ def aligned_pointer(address, TYPE: tl.constexpr):
     return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def adamw_kernel(
     # in
     table_ptr,  # (TABLE_ROWS, T) int64

@@ -8,7 +8,7 @@ from torch.cuda import device_of
 from llmfast_kernels.launch import FP_FUSION, cdiv, warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def scale_kernel(
     # in
     x_ptr,  # (numel,)

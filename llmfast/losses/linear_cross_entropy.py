@@ -168,8 +168,8 @@ class Chunks:
         losses, lses, gradients = [], [], self._empty(wants)
         for rows, logits in self._logits():
             loss, lse = self.ops.cross_entropy(
-                logits, self.targets[rows], ignore_index=self.ignore_index,
-                d_logits=logits if any(wants) else None, row_width=self.plan.row_width,
+                logits, self.targets[rows], V=self.plan.V, ignore_index=self.ignore_index,
+                d_logits=logits if any(wants) else None,
             )  # fmt: skip
             losses.append(loss)
             lses.append(lse)
@@ -185,17 +185,18 @@ class Chunks:
         for rows, logits in self._logits():
             self.ops.cross_entropy_backward(
                 logits, self.targets[rows], lse[rows], d_loss[rows],
-                ignore_index=self.ignore_index, d_logits=logits, row_width=self.plan.row_width,
+                V=self.plan.V, ignore_index=self.ignore_index, d_logits=logits,
             )  # fmt: skip
             self._backpropagate(rows, logits, gradients)
         return gradients
 
     def _logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk's rows with their logits, all in one slab."""
+        """Each chunk's rows with their logits, (rows, row_width), all in one slab."""
         slab = self.hidden.new_empty(self.plan.rows, self.plan.row_width)
         for rows in self.plan:
-            logits = slab[: rows.stop - rows.start, : self.plan.V]  # (rows, V)
-            yield rows, torch.mm(self.hidden[rows], self.weight.T, out=logits)
+            logits = slab[: rows.stop - rows.start]
+            torch.mm(self.hidden[rows], self.weight.T, out=logits[:, : self.plan.V])
+            yield rows, logits
 
     def _empty(self, wants: tuple[bool, bool]) -> Gradients:
         """Buffers that the chunks fill; zeros where there is no chunk."""
@@ -209,6 +210,7 @@ class Chunks:
         )
 
     def _backpropagate(self, rows: slice, d_logits: Tensor, gradients: Gradients) -> None:
+        d_logits = d_logits[:, : self.plan.V]
         if gradients.hidden is not None:
             torch.mm(d_logits, self.weight, out=gradients.hidden[rows])
         if gradients.weight is not None:

@@ -13,15 +13,16 @@ BLOCK_BYTES = 2 << 20  # rows are worked through in blocks of this size: several
 
 
 def cross_entropy(
-    logits: Tensor,  # (N, V)
+    logits: Tensor,  # (N, V or more)
     targets: Tensor,  # (N,) int32 or int64
     *,
+    V: int | None = None,  # columns from V on are padding
     ignore_index: int,
-    d_logits: Tensor | None = None,  # (N, V), filled; may be `logits`
+    d_logits: Tensor | None = None,  # like `logits`, filled; may be `logits`
     grad_scale: Tensor | None = None,  # ()
-    row_width: int | None = None,  # only the kernels need it
 ) -> tuple[Tensor, Tensor]:
     """Loss and lse of every row, both (N,); fills `d_logits` with the gradient of grad_scale * sum(loss)."""
+    logits, d_logits = logits[:, :V], None if d_logits is None else d_logits[:, :V]
     ignored = targets == ignore_index
     columns = targets.masked_fill(ignored, 0).long()[:, None]
     loss = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -43,16 +44,17 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    logits: Tensor,  # (N, V)
+    logits: Tensor,  # (N, V or more)
     targets: Tensor,  # (N,) int32 or int64
     lse: Tensor,  # (N,)
     d_loss: Tensor,  # (N,)
     *,
+    V: int | None = None,  # columns from V on are padding
     ignore_index: int,
-    d_logits: Tensor,  # (N, V), filled; may be `logits`
-    row_width: int | None = None,
+    d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
     """Fill `d_logits` with d_loss[n] * (softmax(logits[n]) - onehot(targets[n]))."""
+    logits, d_logits = logits[:, :V], d_logits[:, :V]
     ignored = targets == ignore_index
     columns = targets.masked_fill(ignored, 0).long()[:, None]
     for rows in _blocks(logits):

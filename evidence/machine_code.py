@@ -1,142 +1,19 @@
-"""Facts about the machine code that Triton makes of our launches, for GPUs that are not here.
+"""What can be read off a compiled Triton kernel: registers, spills, and what its loops are made of.
 
-    with capture("sm_90") as launches:        # in a process without TRITON_INTERPRET
-        with label("bfloat16, padded"):
-            library_function(tensors_on_cpu_or_meta)
-    for launch in launches:
-        print(launch.kernel, facts(launch.compiled))
-
-Inside `capture` a launch is specialised and compiled as a GPU would have it, on the types, sizes and alignments of
-the real arguments, and then not run. The test process interprets kernels, and an interpreting process cannot compile:
-tests call `compile_in_subprocess`, which does the above in worker processes.
+NVIDIA's binaries are disassembled (SASS); AMD's assembly comes with the kernel.
 """
 
-import contextlib
 import dataclasses
 import functools
-import importlib
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
-
-_ROOT = Path(__file__).resolve().parents[2]
-
-
-# What a launch was made of.
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One launch, compiled and not run."""
-
-    kernel: str
-    label: str | None
-    target: str
-    grid: tuple[int, ...]
-    signature: dict[str, str]  # "*bf16:16" is a bfloat16 pointer known to be divisible by 16
-    constants: dict[str, Any]  # constexprs, and integer arguments that are 1
-    options: dict[str, Any]
-    compiled: Any
-
-
-_labels: list[str] = []
-
-
-@contextlib.contextmanager
-def label(name: str) -> Iterator[None]:
-    """Mark the launches made inside; nested names are joined by a slash."""
-    _labels.append(name)
-    try:
-        yield
-    finally:
-        _labels.pop()
-
-
-class _CompileOnlyDriver:
-    """Answers what Triton asks its driver on the way to a compiled kernel."""
-
-    def __init__(self, target: str) -> None:
-        self.target = _gpu_target(target)
-        self.device = f"compile only: {target}"  # Triton caches kernels per device: one cache for each target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.device
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-
-def _gpu_target(name: str) -> GPUTarget:
-    if name not in TARGETS:
-        raise ValueError(f"unknown target {name!r}, expected one of {', '.join(TARGETS)}")
-    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
-
-
-@contextlib.contextmanager
-def capture(target: str) -> Iterator[list[Launch]]:
-    """Compile every Triton launch made inside for `target` instead of running it; yields the growing list of them."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile; use compile_in_subprocess")
-    launches: list[Launch] = []
-    stock_run, stock_driver = JITFunction.run, driver._active
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
-        if callable(grid):
-            known = {name: value for name, value in kwargs.items() if name in self.arg_names}
-            bound = self.signature.bind(*args, **known)
-            bound.apply_defaults()
-            grid = grid(bound.arguments)
-        launches.append(_describe(self, compiled, target, tuple(grid or ())))
-        return compiled
-
-    JITFunction.run = run
-    driver.set_active(_CompileOnlyDriver(target))
-    try:
-        yield launches
-    finally:
-        JITFunction.run = stock_run
-        driver._active = stock_driver
-
-
-def _describe(function: Any, compiled: Any, target: str, grid: tuple[int, ...]) -> Launch:
-    source, metadata, names = compiled.src, compiled.metadata, function.arg_names
-    aligned = {path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
-    return Launch(
-        kernel=function.fn.__name__,
-        label="/".join(_labels) or None,
-        target=target,
-        grid=grid,
-        signature={
-            name: str(kind) + (":16" if (index,) in aligned else "")
-            for index, (name, kind) in enumerate(source.signature.items())
-        },
-        constants={".".join([names[path[0]], *map(str, path[1:])]): v for path, v in source.constants.items()},
-        options={name: getattr(metadata, name) for name in OPTIONS if hasattr(metadata, name)},
-        compiled=compiled,
-    )
-
-
-# What the compiler made of it.
+from triton import knobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +24,7 @@ class Code:
     load_bits: dict[int, int]  # width in bits of a thread's access to global memory -> instructions of that width
     store_bits: dict[int, int]
     transcendentals: int  # exp2, log2, reciprocal, square root, ... : MUFU on NVIDIA
+    tensor_cores: int  # matrix multiply-adds
     shuffles: int
     barriers: int
     opcodes: dict[str, int]
@@ -165,6 +43,7 @@ class KernelFacts:
     shared_bytes: int  # per program
     registers: int  # per thread; on AMD vector registers
     spill_bytes: int  # per thread, stored and loaded together; on AMD 4 for each spilled vector register
+    occupancy: float  # share of the threads a multiprocessor can hold that fit there together
     stack_bytes: int  # per thread
     scalar_spills: int  # registers; always 0 on NVIDIA
     code: Code
@@ -231,8 +110,8 @@ def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instructio
     reached = _closure({0}, successors)
     predecessors: list[set[int]] = [set() for _ in successors]
     for block in reached:
-        for after in successors[block]:
-            predecessors[after].add(block)
+        for successor in successors[block]:
+            predecessors[successor].add(block)
 
     loops: dict[int, set[int]] = {}
     for header in reached:
@@ -258,59 +137,56 @@ def _closure(begin: Iterable[int], edges: Sequence[Iterable[int]], without: int 
     return seen
 
 
-# NVIDIA: SASS from the binary, spills from assembling the PTX once more.
+# NVIDIA: SASS and the use of resources, from the binary.
 
 _SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 _SASS_JUMPS = ("BRA", "JMP", "CALL")
 _SASS_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 _SASS_WIDTH = re.compile(r"\.[US]?(8|16|32|64|128|256)(?=\.|$)")
+_SASS_TENSOR_CORE = re.compile(r"(?:[HIQBDO]|UTC[HIQO])G?MMA$")
+_SASS_LOCAL = ("LDL", "STL")  # memory of a thread's own, to which registers are spilled
+
+# Of a multiprocessor: threads, programs, KiB of shared memory. Registers are 65536 on all of them.
+_NVIDIA_LIMITS = {80: (2048, 32, 164), 90: (2048, 32, 228), 100: (2048, 32, 228)}
 
 
-def _read_nvidia(compiled: Any) -> tuple[list[Instruction], dict[str, int]]:
+def _read_nvidia(compiled: Any) -> tuple[list[Instruction], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        dump = _output_of(triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", binary)
+        dump = _output_of(knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", binary)
     name = re.escape(compiled.metadata.name)
     _, _, code = re.split(rf"^\s*Function : ({name})$", dump, maxsplit=1, flags=re.MULTILINE)
     instructions = _parse_sass(re.split(r"^\s*Function : ", code, maxsplit=1, flags=re.MULTILINE)[0])
-    registers = int(re.search(rf"Function {name}:\s+REG:(\d+)", dump)[1])
-
-    log = _ptxas_log(compiled)
-    properties = re.search(
-        rf"Function properties for {name}\n"
-        r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        log,
+    used = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", dump)
+    if used is None:
+        raise RuntimeError(f"no use of resources by {compiled.metadata.name} in what cuobjdump says:\n{dump[:2000]}")
+    registers, stack = map(int, used.groups())
+    spilled = [_sass_bits(i.opcode) // 8 for i in instructions if i.opcode.split(".")[0] in _SASS_LOCAL]
+    return instructions, dict(
+        registers=registers,
+        spill_bytes=sum(spilled),
+        stack_bytes=stack,
+        scalar_spills=0,
+        occupancy=_nvidia_occupancy(compiled.metadata, registers),
     )
-    assembled = re.search(r"Used (\d+) registers", log)
-    if properties is None or assembled is None or int(assembled[1]) != registers:
-        raise RuntimeError(f"ptxas does not reproduce Triton's binary of {registers} registers; it says:\n{log}")
-    stack, stored, loaded = map(int, properties.groups())
-    return instructions, dict(registers=registers, spill_bytes=stored + loaded, stack_bytes=stack, scalar_spills=0)
 
 
-def _ptxas_log(compiled: Any) -> str:
-    """What ptxas says with -v, run as Triton runs it: the binary does not tell its spills."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def _nvidia_occupancy(metadata: Any, registers: int) -> float:
+    threads, programs, shared_kib = _NVIDIA_LIMITS[metadata.target.arch]
+    registers_a_warp = -(-registers * 32 // 256) * 256
+    fit = min(
+        programs,
+        threads // (32 * metadata.num_warps),
+        65536 // (registers_a_warp * metadata.num_warps),
+        (shared_kib << 10) // (metadata.shared + 1024),  # the system takes 1 KiB a program
+    )
+    return float(fit * 32 * metadata.num_warps / threads)
 
-    text = compiled.asm["ptx"]
-    architecture = re.search(r"^\.target\s+(\w+)", text, flags=re.MULTILINE)[1]
-    fusion = [] if compiled.metadata.enable_fp_fusion else ["--fmad=false"]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(text)
-        return _output_of(
-            get_ptxas(compiled.metadata.target.arch).path,
-            *(
-                "-v",
-                *fusion,
-                "--regAllocOptLevel=2",
-                f"--gpu-name={architecture}",
-                source,
-                "-o",
-                source.with_suffix(".o"),
-            ),
-        )
+
+def _sass_bits(opcode: str) -> int:
+    width = _SASS_WIDTH.search(opcode)
+    return int(width[1]) if width else 32
 
 
 def _output_of(*command: str | Path) -> str:
@@ -346,13 +222,13 @@ def _count_nvidia(instructions: Sequence[Instruction]) -> Code:
     for instruction in instructions:
         family = instruction.opcode.split(".")[0]
         if family in ("LDG", "LDGSTS", "STG"):
-            width = _SASS_WIDTH.search(instruction.opcode)
-            (stores if family == "STG" else loads)[int(width[1]) if width else 32] += 1
+            (stores if family == "STG" else loads)[_sass_bits(instruction.opcode)] += 1
     return Code(
         instructions=len(instructions),
         load_bits=dict(loads),
         store_bits=dict(stores),
         transcendentals=opcodes["MUFU"],
+        tensor_cores=sum(count for name, count in opcodes.items() if _SASS_TENSOR_CORE.match(name)),
         shuffles=opcodes["SHFL"],
         barriers=opcodes["BAR"],
         opcodes=dict(opcodes),
@@ -361,6 +237,7 @@ def _count_nvidia(instructions: Sequence[Instruction]) -> Code:
 
 # AMD: the assembly holds everything.
 
+_AMD_WAVES = 8  # a SIMD of CDNA 3 or 4 holds
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+)")
 _AMD_WIDTHS = (
     (r"dwordx(\d)", lambda digits: 32 * int(digits)),
@@ -370,10 +247,11 @@ _AMD_WIDTHS = (
     (r"(?:[us]?byte|[ui]8)", lambda digits: 8),
 )
 _AMD_TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+_AMD_TENSOR_CORE = re.compile(r"v_s?mfma|v_wmma")
 _AMD_SHUFFLE = re.compile(r"ds_b?permute|ds_swizzle|v_permlane|\w+_dpp$")
 
 
-def _read_amd(compiled: Any) -> tuple[list[Instruction], dict[str, int]]:
+def _read_amd(compiled: Any) -> tuple[list[Instruction], dict[str, Any]]:
     text = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -385,11 +263,15 @@ def _read_amd(compiled: Any) -> tuple[list[Instruction], dict[str, int]]:
     body = re.search(rf"^{re.escape(compiled.metadata.name)}:(.*?)^\.Lfunc_end", text, flags=re.MULTILINE | re.DOTALL)
     if body is None:
         raise RuntimeError(f"no code of {compiled.metadata.name} in the assembly")
+    waves = re.search(r"^; Occupancy: (\d+)", text, flags=re.MULTILINE)  # by registers and shared memory
+    if waves is None:
+        raise RuntimeError(f"no occupancy of {compiled.metadata.name} in the assembly")
     return _parse_amd(body[1]), dict(
         registers=field("vgpr_count"),
         spill_bytes=4 * field("vgpr_spill_count"),
         stack_bytes=field("private_segment_fixed_size"),
         scalar_spills=field("sgpr_spill_count"),
+        occupancy=min(1.0, int(waves[1]) / _AMD_WAVES),
     )
 
 
@@ -427,6 +309,7 @@ def _count_amd(instructions: Sequence[Instruction]) -> Code:
         load_bits=dict(widths["load"]),
         store_bits=dict(widths["store"]),
         transcendentals=total(_AMD_TRANSCENDENTAL),
+        tensor_cores=total(_AMD_TENSOR_CORE),
         shuffles=total(_AMD_SHUFFLE),
         barriers=opcodes["s_barrier"],
         opcodes=dict(opcodes),
@@ -439,55 +322,3 @@ def _amd_bits(suffix: str) -> int:
         if found := re.match(pattern, suffix):
             return bits(found[1] if found.re.groups else "")
     raise RuntimeError(f"unknown width of an access: {suffix}")
-
-
-# Worker processes.
-
-
-def compile_in_subprocess(module_function: str, targets: Sequence[str]) -> list[dict[str, Any]]:
-    """Compile the launches of `module_function` ("package.module:function") for each target; one record per kernel.
-
-    The function takes no argument and launches on CPU or meta tensors. A record holds the fields of `Launch`, of the
-    first launch of this compiled kernel under this label, with `facts`, a `KernelFacts`, in place of `compiled`.
-    Constants that JSON does not know come back as strings. Two workers share the targets.
-    """
-    shares = [share for share in (targets[0::2], targets[1::2]) if share]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        records = [record for share in pool.map(_run_worker, [module_function] * 2, shares) for record in share]
-    for record in records:
-        record["grid"] = tuple(record["grid"])
-        record["facts"] = KernelFacts.from_json(record["facts"])
-    return sorted(records, key=lambda record: targets.index(record["target"]))
-
-
-def _run_worker(module_function: str, targets: Sequence[str]) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(_ROOT), str(_ROOT / "kernels"), str(_ROOT / "tests"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "records.json")
-        # Not run as a script: the launching module must find its `label` in the very module that captures.
-        start = "import sys; from support.machine_code import _work; _work(*sys.argv[1:])"
-        command = [sys.executable, "-c", start, str(answer), module_function, *targets]
-        done = subprocess.run(command, env=environment, cwd=_ROOT, text=True, capture_output=True)
-        if done.returncode:
-            raise RuntimeError(f"compiling {module_function} for {', '.join(targets)} failed:\n{done.stderr}")
-        return json.loads(answer.read_text())
-
-
-def _work(answer: str, module_function: str, *targets: str) -> None:
-    module, function = module_function.split(":")
-    launch_all = getattr(importlib.import_module(module), function)
-    facts_of: dict[str, KernelFacts] = {}
-    records: dict[tuple[str | None, str], dict[str, Any]] = {}
-    for target in targets:
-        with capture(target) as launches:
-            launch_all()
-        for launch in launches:
-            key = launch.compiled.hash
-            if key not in facts_of:
-                facts_of[key] = facts(launch.compiled)
-            fields = {field.name: getattr(launch, field.name) for field in dataclasses.fields(launch)}
-            del fields["compiled"]
-            records.setdefault((launch.label, key), {**fields, "facts": dataclasses.asdict(facts_of[key])})
-    Path(answer).write_text(json.dumps(list(records.values()), default=str))

@@ -12,9 +12,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.runtime.errors import InterpreterError
 
-from support import interpreter
+from evidence import interpreter
 
 interpreter.install()
 
@@ -112,9 +113,6 @@ def bfloat16_kernel(source, target, OPERATION: tl.constexpr):
         y = tl.fma(x, x, x)
     elif OPERATION == "sum":
         y = tl.sum(x, axis=0) + tl.zeros([8], tl.float32)
-    elif OPERATION == "dot":
-        square = x[:, None] + tl.zeros([8, 8], tl.float32)
-        y = tl.sum(tl.dot(square.to(tl.bfloat16), square.to(tl.bfloat16)), axis=0)
     elif OPERATION == "atomic":
         tl.atomic_add(target + offsets, x)
         y = x
@@ -131,7 +129,6 @@ def bfloat16_kernel(source, target, OPERATION: tl.constexpr):
         ("abs", "fabs"),
         ("fma", "fma"),
         ("sum", "reduction or scan"),
-        ("dot", "dot"),
         ("atomic", "atomic_rmw"),
     ],
 )
@@ -139,6 +136,82 @@ def test_bfloat16_arithmetic_is_refused(operation, named):
     x = torch.ones(8, dtype=torch.bfloat16)
     with pytest.raises(InterpreterError, match=rf"{named}.* bfloat16 values"):
         bfloat16_kernel[(1,)](x, x.clone(), OPERATION=operation)
+
+
+def test_bfloat16_arithmetic_can_be_emulated():
+    x = torch.randn(8).to(torch.bfloat16)
+    for operation, expected in [
+        ("add", x + x),
+        ("scale", x * 2.0),
+        ("compare", torch.zeros_like(x)),
+        ("negate", -x),
+        ("abs", x.abs()),
+        ("fma", (x.double() * x.double() + x.double()).to(torch.bfloat16)),
+    ]:
+        target = torch.empty_like(x)
+        with interpreter.bfloat16_arithmetic():
+            bfloat16_kernel[(1,)](x, target, OPERATION=operation)
+        same_bfloat16(target, expected)
+    for operation in ("sum", "atomic"):
+        with interpreter.bfloat16_arithmetic(), pytest.raises(InterpreterError, match="bfloat16 values"):
+            bfloat16_kernel[(1,)](x, x.clone(), OPERATION=operation)
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, c_ptr):
+    row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    at = row * 16 + column
+    c = tl.load(c_ptr + at)
+    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dot_multiplies_low_precision_exactly_and_adds_in_float32(dtype):
+    a, b, c = torch.randn(3, 16, 16)
+    a, b = a.to(dtype), b.to(dtype)
+    expected = a.double() @ b.double() + c.double()
+    dot_kernel[(1,)](a, b, c)
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=1e-5)
+
+
+@triton.jit
+def hint_kernel(x_ptr, target, DIVISOR: tl.constexpr):
+    tl.store(target, tl.load(tl.multiple_of(x_ptr, DIVISOR)))
+
+
+def test_a_false_hint_is_refused():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    target = torch.empty(1)
+    hint_kernel[(1,)](x, target, DIVISOR=16)
+    assert target.item() == 1.0
+    with pytest.raises(InterpreterError, match=r"tl.multiple_of\(16\) of \d+, which is none"):
+        hint_kernel[(1,)](x[1:], target, DIVISOR=16)
+
+
+@triton.jit
+def libdevice_kernel(x_ptr, target):
+    offsets = tl.arange(0, 8)
+    x = tl.load(x_ptr + offsets)
+    tl.store(target + offsets, libdevice.tanh(x))
+    tl.store(target + 8 + offsets, libdevice.pow(x, 2.0))
+    tl.store(target + 16 + offsets, libdevice.isnan(x))
+
+
+def test_libdevice():
+    x = torch.tensor([0.0, 1.0, -2.0, math.nan, math.inf, 0.5, 3.0, -0.1])
+    target = torch.empty(3, 8)
+    libdevice_kernel[(1,)](x, target)
+    torch.testing.assert_close(target, torch.stack([x.tanh(), x**2, x.isnan().float()]), equal_nan=True)
+
+
+def test_a_function_of_libdevice_that_is_not_emulated_is_named():
+    with pytest.raises(InterpreterError, match=r"NotImplementedError.*libdevice.byte_perm"):
+        unknown_libdevice_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+@triton.jit
+def unknown_libdevice_kernel(x_ptr):
+    tl.store(x_ptr, libdevice.byte_perm(tl.load(x_ptr), 0, 0))
 
 
 @triton.jit

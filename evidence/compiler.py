@@ -1,0 +1,203 @@
+"""Recorded launches, compiled for GPUs that are not here.
+
+The tests' process interprets kernels, and an interpreting process cannot compile: worker processes do. There, each kind
+of launch is made again with stand-ins for its arguments, and Triton specialises and compiles as a GPU would have it.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from evidence.launches import Fields, Specialization
+from evidence.machine_code import KernelFacts
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class Compiled(NamedTuple):
+    """One kind of launch on one target."""
+
+    kind: Specialization
+    target: str
+    facts: KernelFacts
+
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.target.startswith("gfx") else 32
+
+    def __str__(self) -> str:
+        return f"{self.kind} for {self.target}"
+
+
+def compile_launches(kinds: Sequence[Specialization], targets: Sequence[str] = TARGETS) -> list[Compiled]:
+    """Compile every kind of launch for every target, in two worker processes.
+
+    Raises:
+        RuntimeError: something did not compile; the message has the compiler's own.
+    """
+    jobs = [(kind, target) for target in targets for kind in kinds]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        halves = pool.map(_run_worker, [jobs[0::2], jobs[1::2]])
+    found = {(kind.key, target): facts for half in halves for kind, target, facts in half}
+    return [Compiled(kind, target, found[kind.key, target]) for kind, target in jobs]
+
+
+def _run_worker(jobs: list[tuple[Specialization, str]]) -> list[Compiled]:
+    if not jobs:
+        return []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), *sys.path]))
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder, "jobs.json"), Path(folder, "answer.json")
+        given.write_text(json.dumps([(dataclasses.asdict(kind), target) for kind, target in jobs]))
+        command = [sys.executable, "-m", "evidence.compiler", str(given), str(answer)]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True)
+        if done.returncode:
+            raise RuntimeError(f"compiling launches failed:\n{done.stderr[-8000:]}")
+        facts = map(KernelFacts.from_json, json.loads(answer.read_text()))
+        return [Compiled(kind, target, fact) for (kind, target), fact in zip(jobs, facts)]
+
+
+# In the worker.
+
+
+def _work(given: str, answer: str) -> None:
+    facts = []
+    for fields, target in json.loads(Path(given).read_text()):
+        kind = Specialization(**fields)
+        try:
+            facts.append(_facts(kind, target))
+        except Exception as error:
+            raise RuntimeError(f"{kind} for {target}, launched by {kind.first_test}") from error
+    Path(answer).write_text(json.dumps(facts))
+
+
+def _facts(kind: Specialization, target: str) -> Fields:
+    """As JSON has them; kept beside Triton's own cache, as disassembling takes longer than compiling."""
+    from triton import knobs
+
+    from evidence import machine_code
+
+    compiled = _compile(kind, target)
+    reader = sha256(Path(machine_code.__file__).read_bytes()).hexdigest()[:16]
+    kept = Path(knobs.cache.dir) / "llmfast-facts" / reader / f"{compiled.hash}.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(dataclasses.asdict(machine_code.facts(compiled)), file)
+        os.replace(file.name, kept)
+    fields: Fields = json.loads(kept.read_text())
+    return fields
+
+
+def _compile(kind: Specialization, target: str) -> Any:
+    """The binary that Triton makes for this launch, and does not launch."""
+    kernel = _resolve(kind.kernel)
+    with _compiling_for(target):
+        arguments = {name: _decode(value) for name, value in kind.arguments.items()}
+        options = dict(kind.options)
+        if kind.kernel.startswith("llmfast_kernels."):
+            from llmfast_kernels.launch import warps  # recorded where a warp has 32 threads
+
+            options["num_warps"] = warps(32 * options["num_warps"])
+        return kernel.run(grid=(1,), warmup=True, **arguments, **options)
+
+
+def _resolve(name: str) -> Any:
+    """The @triton.jit function "package.module:name", from under its heuristics and autotuners."""
+    module, attribute = name.split(":")
+    function = getattr(importlib.import_module(module), attribute)
+    while hasattr(function.fn, "fn"):
+        function = function.fn
+    return function
+
+
+class _Pointer:
+    """Stands for a tensor."""
+
+    def __init__(self, dtype: str, aligned: bool, below_2_gib: bool) -> None:
+        import torch
+
+        self.dtype = getattr(torch, dtype)
+        self._address = 0 if aligned else self.dtype.itemsize
+        self._bytes = 2**30 if below_2_gib else 2**40
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def ptr_range(self) -> int:  # asked for by Triton's AMD backend
+        return self._bytes
+
+
+def _decode(value: Any) -> Any:
+    """An argument that Triton treats as it would have treated the recorded one."""
+    import triton.language as tl
+
+    if isinstance(value, list):
+        return tuple(map(_decode, value))
+    if not isinstance(value, dict):
+        return value
+    if "dtype" in value:
+        return _Pointer(**value)
+    if "triton_type" in value:
+        return tl.dtype(value["triton_type"])
+    if "function" in value:
+        return _resolve(value["function"])
+    if "tuple" in value:
+        return tuple(map(_decode, value["tuple"]))
+    return _decode(value["constant"])
+
+
+class _CompileOnlyDriver:
+    """Answers what Triton asks its driver on the way to a compiled kernel."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        nvidia = target.startswith("sm_")
+        self.target = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+        self.device = f"compile only: {target}"  # Triton caches kernels per device: one cache for each target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+_driver = cache(_CompileOnlyDriver)
+
+
+@contextmanager
+def _compiling_for(target: str) -> Iterator[None]:
+    from triton import knobs
+    from triton.runtime import driver
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile; use compile_launches")
+    before = driver._active
+    driver.set_active(cast(Any, _driver(target)))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])

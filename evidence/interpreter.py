@@ -1,0 +1,481 @@
+"""Make Triton's CPU interpreter numerically honest, observable, and quicker.
+
+The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integer. Rounding to bfloat16 truncates, and
+`a + b` adds the integers: wrong numbers, no error. `install()` repairs what our kernels rely on and refuses the rest.
+
+* Conversions to and from bfloat16, the implicit ones of `tl.store` too, round to nearest even.
+* `tl.dot` multiplies low-precision operands exactly and adds in float32, as tensor cores do.
+* Every other operation on bfloat16 values is an error. Our kernels upcast right after the load and round only at the
+  store, so emulating bfloat16 arithmetic would hide a mistake rather than help. Other people's kernels may do
+  otherwise: inside `bfloat16_arithmetic()` each operation is done in float32 and rounded.
+* `tl.multiple_of` checks what it is told. A GPU would take a false hint for a fact.
+* The functions of libdevice exist, as far as NumPy has them.
+* `tl.fma` rounds once in float32 and float16. (float64 is left to Triton: before 3.9 it rounds twice.)
+* `tl.minimum`, `tl.maximum` and `tl.clamp` skip a NaN operand unless told to propagate it, as the compiled code does.
+* A `float` argument of a launch is a float32 inside the kernel, not a Python float.
+* `debug=True` at a launch turns `tl.device_assert` on, as it does for compiled kernels; stock Triton drops the option.
+* NumPy's floating-point warnings are silent inside a kernel: overflow to infinity is the kernel's own business.
+* The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, `tl.sum` and `tl.max`
+  included. Here a launch patches it once.
+* `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
+
+Known to work with Triton 3.7.1 and 3.9.0; `install()` fails where the parts it replaces are missing.
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton import knobs
+
+from evidence import observers
+from evidence.observers import Access, Array, Launch, lanes
+
+# What may touch a bfloat16 value: operations that move or reinterpret bits, and the conversions we implement.
+_ALLOWED_ON_BFLOAT16 = frozenset(
+    "create_" + name
+    for name in (
+        *("load", "store", "masked_load", "masked_store", "descriptor_load", "descriptor_store"),
+        *("bitcast", "fp_ext", "fp_trunc", "fp_to_fp", "fp_to_si", "fp_to_ui", "si_to_fp", "ui_to_fp"),
+        *("reshape", "trans", "expand_dims", "broadcast", "splat", "unsplat", "cat", "join", "split"),
+        *("select", "gather", "print", "dot"),
+    )
+)
+# These work on memory, where a bfloat16 is no float32: nothing to emulate them by.
+_NEVER_ON_BFLOAT16 = ("create_atomic_rmw", "create_atomic_cas")
+# Where a pointer is made of a pointer: the latter's place among the arguments.
+_POINTERS_FROM_POINTERS = {"addptr": 0, "bitcast": 0, "broadcast": 0, "expand_dims": 0, "reshape": 0, "trans": 0}
+_POINTERS_FROM_POINTERS |= {"splat": 1, "unsplat": 0}
+
+_REPLACED = {
+    "": ("TensorHandle", "_patch_lang", "_implicit_cvt", "interpreter_builder", "interpreter_semantic"),
+    "InterpreterBuilder": (
+        *("cast_impl", "binary_op", "create_fp_to_fp", "create_fma", "create_clampf", "create_maxnumf"),
+        *("create_minnumf", "create_fadd", "create_dot", "create_masked_store", "create_masked_load"),
+        *("create_atomic_rmw", "create_atomic_cas"),
+        *("create_" + name for name in _POINTERS_FROM_POINTERS),
+    ),
+    "GridExecutor": ("__call__",),
+    "InterpretedFunction": ("__call__", "rewrite"),
+    "ReduceScanOpInterface": ("check_tensor",),
+}
+
+
+def bfloat16_to_float32(stored: Array) -> Array:
+    """The float32 values of bfloat16 bit patterns held as uint16; exact."""
+    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def float32_to_bfloat16(values: Array) -> Array:
+    """The uint16 patterns of the bfloat16 values nearest to float32 ones, ties to even; NaN stays NaN."""
+    word = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    last_kept = (word >> np.uint32(16)) & np.uint32(1)
+    rounded = (word + np.uint32(0x7FFF) + last_kept) >> np.uint32(16)
+    # The carry of the addition above would turn a NaN with a large payload into an infinity or a zero.
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
+
+
+def _round_to_odd(rounded: Array, error: Array) -> Array:
+    """Step `rounded` towards the exact value `rounded + error` where it is inexact and its last bit is even.
+
+    A value rounded to odd can be rounded again to a format at least two bits narrower as if it had been exact.
+    """
+    word = rounded.view(f"uint{8 * rounded.itemsize}")
+    inexact_even = (error != 0) & ~np.isnan(error) & (word % 2 == 0)
+    towards = np.copysign(rounded.dtype.type(np.inf), error.astype(rounded.dtype))
+    return np.where(inexact_even, np.nextafter(rounded, towards), rounded)
+
+
+def float64_to_bfloat16(values: Array) -> Array:
+    """As `float32_to_bfloat16`, with a single rounding although float32 is passed on the way."""
+    nearest = values.astype(np.float32)
+    return float32_to_bfloat16(_round_to_odd(nearest, values - nearest))
+
+
+def fma_float32(x: Array, y: Array, z: Array) -> Array:
+    """`x * y + z` rounded once, for float32 or narrower operands; the result is in the type of `z`."""
+    product = x.astype(np.float64) * y.astype(np.float64)  # exact: 24 + 24 bits fit in 53
+    addend = z.astype(np.float64)
+    total = product + addend
+    # Knuth's two-sum: `total + error` is the sum without rounding.
+    shadow = total - product
+    error = (product - (total - shadow)) + (addend - shadow)
+    return _round_to_odd(total, error).astype(z.dtype)
+
+
+_emulate_bfloat16 = False
+
+
+@contextmanager
+def bfloat16_arithmetic() -> Iterator[None]:
+    """Let kernels that are not ours compute with bfloat16 values: each operation in float32, then rounded."""
+    global _emulate_bfloat16
+    before, _emulate_bfloat16 = _emulate_bfloat16, True
+    try:
+        yield
+    finally:
+        _emulate_bfloat16 = before
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return bool(hasattr(value, "dtype") and value.dtype.scalar == tl.bfloat16)
+
+
+def _widened(handle: Any) -> Any:
+    return dataclasses.replace(handle, data=bfloat16_to_float32(handle.data), dtype=tl.float32)
+
+
+def _guard_bfloat16(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if not any(map(_is_bfloat16, args)):
+            return method(*args, **kwargs)
+        if not _emulate_bfloat16 or name in _NEVER_ON_BFLOAT16:
+            operation = name.removeprefix("create_")
+            raise NotImplementedError(f"{operation} on bfloat16 values: upcast to float32 right after the load")
+        result = method(*(_widened(arg) if _is_bfloat16(arg) else arg for arg in args), **kwargs)
+        if result.data.dtype == np.bool_:
+            return dataclasses.replace(result, dtype=tl.int1)
+        return dataclasses.replace(result, data=float32_to_bfloat16(result.data), dtype=tl.bfloat16)
+
+    return guarded
+
+
+def _check_version(interpreter: Any) -> None:
+    missing = [
+        f"{owner}.{name}".lstrip(".")
+        for owner, names in _REPLACED.items()
+        for name in names
+        if not hasattr(getattr(interpreter, owner, None) if owner else interpreter, name)
+    ]
+    if missing:
+        raise RuntimeError(
+            f"support.interpreter cannot patch the interpreter of triton {triton.__version__}: no {', '.join(missing)}"
+        )
+
+
+def install() -> None:
+    """Patch the interpreter of this process, once; TRITON_INTERPRET=1 must be set before Triton is imported."""
+    if not knobs.runtime.interpret:
+        raise RuntimeError("set TRITON_INTERPRET=1 before importing triton")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")  # fails in a process that compiles
+    if getattr(interpreter, "_patched_by_llmfast", False):
+        return
+    _check_version(interpreter)
+    _patch_arithmetic(interpreter)
+    _patch_memory(interpreter)
+    _patch_arguments(interpreter)
+    _patch_launch(interpreter)
+    _patch_libdevice(interpreter)
+    interpreter._patched_by_llmfast = True
+
+
+def _patch_arithmetic(interpreter: Any) -> None:
+    builder = interpreter.InterpreterBuilder
+    tensor_handle = interpreter.TensorHandle
+    rounding = interpreter._ir.ROUNDING_MODE
+    stock_cast, stock_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    stock_fma, stock_clamp, stock_dot = builder.create_fma, builder.create_clampf, builder.create_dot
+
+    def cast(self: Any, source: Any, target_type: tl.dtype) -> Any:
+        source_type, target_type = source.dtype.scalar, target_type.scalar
+        if source_type == target_type:
+            return source
+        if source_type == tl.bfloat16:
+            source = tensor_handle(bfloat16_to_float32(source.data), tl.float32)
+            return source if target_type == tl.float32 else stock_cast(self, source, target_type)
+        if target_type == tl.bfloat16:
+            # Integers take the way through float64: exact up to 2**53, and then one rounding.
+            narrow = source_type in (tl.float16, tl.float32)
+            convert = float32_to_bfloat16 if narrow else float64_to_bfloat16
+            return tensor_handle(convert(source.data.astype(np.float32 if narrow else np.float64)), tl.bfloat16)
+        return stock_cast(self, source, target_type)
+
+    def fp_to_fp(self: Any, source: Any, target_type: tl.dtype, rounding_mode: Any) -> Any:
+        if tl.bfloat16 not in (source.dtype.scalar, target_type.scalar):
+            return stock_fp_to_fp(self, source, target_type, rounding_mode)
+        if rounding_mode not in (None, rounding.RTNE):
+            raise NotImplementedError(f"bfloat16 conversion with rounding mode {rounding_mode}")
+        return cast(self, source, target_type)
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar not in (tl.float16, tl.float32):
+            return stock_fma(self, x, y, z)
+        return tensor_handle(fma_float32(x.data, y.data, z.data), z.dtype.scalar)
+
+    def clamp(self: Any, value: Any, low: Any, high: Any, propagate_nan: Any) -> Any:
+        if propagate_nan != tl.PropagateNan.NONE:
+            return stock_clamp(self, value, low, high, propagate_nan)
+        return self.binary_op(self.binary_op(value, low, np.fmax), high, np.fmin)
+
+    def dot(self: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
+        if not all(x.dtype.scalar in (tl.float16, tl.bfloat16, tl.float32) for x in (a, b, c)):
+            return stock_dot(self, a, b, c, *options)
+        wide = [cast(self, x, tl.float32).data for x in (a, b, c)]
+        return cast(self, tensor_handle(np.matmul(wide[0], wide[1]) + wide[2], tl.float32), c.dtype)
+
+    def bfloat16_constant(self: Any, value: float) -> Any:
+        return tensor_handle(float64_to_bfloat16(np.array([value], dtype=np.float64)), tl.bfloat16)
+
+    builder.get_bf16 = bfloat16_constant  # absent before Triton 3.9
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = fp_to_fp
+    builder.create_fma = fma
+    builder.create_clampf = clamp
+    builder.create_dot = dot
+    builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+    builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+
+    # Refusing all but a list keeps operations that a later Triton adds on the safe side.
+    for name, method in list(vars(builder).items()):
+        if name.startswith("create_"):
+            guarded = method if name in _ALLOWED_ON_BFLOAT16 else _guard_bfloat16(name, method)
+            setattr(builder, name, _heard(name.removeprefix("create_"), guarded))
+
+    # Reductions and scans work on the arrays without asking the builder. (tl.max and tl.min upcast bfloat16 first.)
+    reductions = interpreter.ReduceScanOpInterface
+    stock_check = reductions.check_tensor
+
+    def check_tensor(self: Any, inputs: tuple[Any, ...]) -> None:
+        if any(map(_is_bfloat16, inputs)):
+            raise NotImplementedError("reduction or scan of bfloat16 values: upcast to float32 right after the load")
+        for observer in observers.computing:
+            observer.compute("reduce", sum(value.handle.data.size for value in inputs))
+        stock_check(self, inputs)
+
+    reductions.check_tensor = check_tensor
+
+
+def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The builder's method, and the observers are told of it."""
+
+    @functools.wraps(method)
+    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if observers.computing and hasattr(result, "data"):
+            elements = result.data.size * (args[0].data.shape[-1] if operation == "dot" else 1)
+            for observer in observers.computing:
+                observer.compute(operation, elements)
+        return result
+
+    return heard
+
+
+def _patch_memory(interpreter: Any) -> None:
+    builder = interpreter.InterpreterBuilder
+    stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
+    stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
+    relaxed = interpreter._ir.MEM_SEMANTIC.RELAXED
+
+    def array(mask: Any) -> Array:
+        values: Array = mask.data if isinstance(mask, interpreter.TensorHandle) else mask
+        return values
+
+    def load(self: Any, pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        if not observers.active:
+            return stock_load(self, pointers, mask, *args, **kwargs)
+        access = lanes(pointers, array(mask))
+        for observer in observers.active:
+            observer.load(access)
+        result = stock_load(self, pointers, mask, *args, **kwargs)
+        values = np.ravel(result.data[array(mask)])
+        for observer in observers.active:
+            observer.loaded(access, values)
+        return result
+
+    def store(self: Any, pointers: Any, values: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        if observers.active:
+            access = lanes(pointers, array(mask))
+            stored = np.ravel(np.broadcast_to(values.data, pointers.data.shape)[array(mask)])
+            for observer in observers.active:
+                observer.store(access, stored)
+        return stock_store(self, pointers, values, mask, *args, **kwargs)
+
+    def tell_atomic(access: Access, semantics: Any) -> None:
+        for observer in observers.active:
+            observer.atomic(access, semantics != relaxed)
+
+    def rmw(self: Any, operation: Any, pointers: Any, values: Any, mask: Any, semantics: Any, *args: Any) -> Any:
+        if observers.active:
+            tell_atomic(lanes(pointers, array(mask)), semantics)
+        return stock_rmw(self, operation, pointers, values, mask, semantics, *args)
+
+    def cas(self: Any, pointers: Any, compare: Any, values: Any, semantics: Any, *args: Any) -> Any:
+        if observers.active:
+            tell_atomic(lanes(pointers, None), semantics)
+        return stock_cas(self, pointers, compare, values, semantics, *args)
+
+    def remembering(method: Callable[..., Any], position: int) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(self, *args, **kwargs)
+            argument = args[position].attr.get("argument")
+            if argument is not None:
+                result.attr["argument"] = argument
+            return result
+
+        return run
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+    builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
+    for name, position in _POINTERS_FROM_POINTERS.items():
+        setattr(builder, "create_" + name, remembering(getattr(builder, "create_" + name), position))
+
+
+def _patch_arguments(interpreter: Any) -> None:
+    stock_convert = interpreter._implicit_cvt
+
+    def convert(argument: Any) -> Any:
+        if isinstance(argument, float):
+            handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
+            return tl.tensor(handle, tl.float32)
+        return stock_convert(argument)
+
+    interpreter._implicit_cvt = convert
+
+
+def _patch_launch(interpreter: Any) -> None:
+    executor = interpreter.GridExecutor
+    stock_patch_language = interpreter._patch_lang
+    # A stand-in for the launched function that sees both modules a helper may see, so that helpers need no patching.
+    sees_all = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def patch_language(fn: Callable[..., Any]) -> Any:
+        scope = stock_patch_language(sees_all)
+        for module in (tl, tl.core):
+            scope.set_attr(module, "multiple_of", _checked_multiple_of(module.multiple_of))
+        return scope
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        grid: Any
+        given = {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        arguments = inspect.getcallargs(self.fn, *args, **given)
+        for hook in self.pre_run_hooks:
+            hook(**arguments)
+        grid = self.grid(arguments) if callable(self.grid) else self.grid
+        x, y, z = (*map(int, grid), 1, 1)[:3]
+        kernel = f"{self.fn.__module__}:{self.fn.__name__}"
+        unspecialized = _names(self.fn, "do_not_specialize", self.arg_names)
+        described = Launch(kernel, arguments, frozenset(self.constexprs), unspecialized, options, (x, y, z))
+        for name, tensor in described.tensors():
+            if not tensor.is_cpu:
+                raise TypeError(f"{described.name}: the interpreter runs on CPU tensors; {name} is on {tensor.device}")
+
+        builder = interpreter.interpreter_builder
+        stock_options = builder.options
+        debug = bool(options.get("debug")) or knobs.runtime.debug
+        builder.options = dataclasses.replace(stock_options, debug=debug)
+        scope = interpreter._patch_lang(self.fn)
+        builder.set_grid_dim(x, y, z)
+        try:
+            values = {
+                name: value if name in self.constexprs else _named(interpreter._implicit_cvt(value), name)
+                for name, value in arguments.items()
+            }
+
+            def run_programs(programs: Sequence[int]) -> None:
+                for index in programs:
+                    builder.set_grid_idx(index // (y * z), index // z % y, index % z)
+                    for observer in observers.active:
+                        observer.program(index)
+                    call(self.fn, **values)
+
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="All-NaN slice", category=RuntimeWarning)
+                observers.run_launch(described, run_programs)
+        finally:
+            scope.restore()
+            builder.options = stock_options
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (interpreter.InterpreterError, observers.Objection):
+            raise  # once named is enough; stock Triton would wrap it again at each level
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter._patch_lang = patch_language
+    executor.__call__ = launch
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: call(self.rewrite(), *args, **kwargs)
+
+
+def _names(function: Callable[..., Any], option: str, parameters: Sequence[str]) -> frozenset[str]:
+    """The parameters in an option of @triton.jit, which takes names and positions."""
+    decorated: Any = function.__globals__.get(function.__name__)
+    while hasattr(decorated, "fn") and not hasattr(decorated, "rewriter"):
+        decorated = decorated.fn  # from under heuristics and autotuners
+    given = getattr(decorated, "kwargs", {}).get(option) or ()
+    return frozenset(parameters[name] if isinstance(name, int) else name for name in given)
+
+
+def _named(value: Any, name: str) -> Any:
+    """Let pointers remember the argument they are, or come from."""
+    if isinstance(value, tuple):
+        for index, member in enumerate(value):
+            _named(member, f"{name}[{index}]")
+    elif isinstance(value, tl.tensor) and isinstance(value.type, tl.pointer_type):
+        value.handle.attr["argument"] = name
+    return value
+
+
+def _checked_multiple_of(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def multiple_of(value: Any, divisors: Any) -> Any:
+        if isinstance(value, tl.tensor):
+            first = int(value.handle.data.flat[0])
+            for divisor in divisors if isinstance(divisors, list | tuple) else [divisors]:
+                if first % (divisor.value if isinstance(divisor, tl.constexpr) else divisor):
+                    raise ValueError(f"tl.multiple_of({divisors}) of {first}, which is none")
+        return stock(value, divisors)
+
+    return multiple_of
+
+
+# Where NumPy's name differs. The other functions of libdevice are looked up in NumPy by their own.
+_LIBDEVICE: dict[str, Callable[..., Array]] = {
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "exp10": lambda x: np.power(10.0, x),
+    "pow": np.power,
+    "atan2": np.arctan2,
+    **{name: getattr(np, "arc" + name[1:]) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
+    **{f"fast_{name}f": getattr(np, name) for name in ("exp", "log", "log2", "log10", "sin", "cos", "tan", "tanh")},
+    **{name: np.divide for name in ("div_rn", "fast_dividef")},
+    "sqrt_rn": np.sqrt,
+}
+
+
+def _patch_libdevice(interpreter: Any) -> None:
+    """Kernels import these functions by name, so this comes before their modules are imported."""
+    from triton.language.extra import libdevice
+
+    def emulated(name: str, function: Callable[..., Array] | None) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if function is None:
+                raise NotImplementedError(f"libdevice.{name} in the interpreter")
+            values = [interpreter.interpreter_semantic.to_tensor(arg) for arg in args]
+            if any(map(_is_bfloat16, values)):
+                raise NotImplementedError(f"libdevice.{name} on bfloat16 values: it takes float32 and float64")
+            result = function(*(value.handle.data for value in values))
+            dtype = tl.int32 if result.dtype == np.bool_ else values[0].dtype.scalar
+            result = result.astype(np.int32 if result.dtype == np.bool_ else values[0].handle.data.dtype)
+            for observer in observers.computing:
+                observer.compute("libdevice", result.size)
+            shape = max((value.type for value in values), key=lambda kind: kind.is_block())
+            kind = tl.block_type(dtype, [int(n) for n in shape.shape]) if shape.is_block() else dtype
+            return tl.tensor(interpreter.TensorHandle(result, dtype), kind)
+
+        return call
+
+    for name, stub in inspect.getmembers(libdevice, inspect.isfunction):
+        if stub.__module__ == libdevice.__name__:
+            setattr(libdevice, name, emulated(name, _LIBDEVICE.get(name, getattr(np, name, None))))

@@ -1,0 +1,141 @@
+"""What can be heard of an interpreted kernel: its launch, its programs, their accesses to memory, their arithmetic.
+
+The sanitizer, the traffic counter and the recorder of launches are observers. They see any Triton code that runs in the
+interpreter that `evidence.interpreter` patched, and none of it needs to know.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Run = Callable[[Sequence[int]], None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel. Programs are numbered in the order in which they run by default."""
+
+    kernel: str  # "package.module:name"
+    arguments: dict[str, Any]  # as given, by name, in the order of the kernel's parameters
+    constexprs: frozenset[str]  # which of them are compile-time constants
+    unspecialized: frozenset[str]  # which integers Triton is told not to look at
+    options: dict[str, Any]  # num_warps, enable_fp_fusion, ...
+    grid: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.split(":")[1]
+
+    @property
+    def programs(self) -> int:
+        x, y, z = self.grid
+        return x * y * z
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """The arguments that are tensors, each with its name; members of tuples as `name[0]`, ..."""
+        for name, value in self.arguments.items():
+            members = [(name, value)]
+            if isinstance(value, tuple):
+                members = [(f"{name}[{i}]", member) for i, member in enumerate(value)]
+            for member_name, member in members:
+                tensor = getattr(member, "base", member)  # of a tensor descriptor
+                if hasattr(tensor, "data_ptr"):
+                    yield member_name, tensor
+
+
+@dataclass(frozen=True)
+class Access:
+    """One memory operation of one program."""
+
+    addresses: Array  # of the lanes that are not masked off, uint64, flat
+    lanes: int  # masked or not
+    size: int  # bytes of an element
+    argument: str | None  # the argument whose pointer the addresses were computed from, where that is known
+
+
+class Observer:
+    """Does nothing at anything. Override what matters."""
+
+    def launch(self, launch: Launch, programs: Sequence[int], run: Run) -> None:
+        """Around a launch of `programs`: `run` runs those it is given, in that order, and may be called again."""
+        run(programs)
+
+    def program(self, index: int) -> None:
+        """Before a program."""
+
+    def load(self, access: Access) -> None:
+        """Before a load."""
+
+    def loaded(self, access: Access, values: Array) -> None:
+        """After it, with what the active lanes got, as NumPy holds it: bfloat16 is uint16."""
+
+    def store(self, access: Access, values: Array) -> None:
+        """Before a store of `values` by the active lanes."""
+
+    def atomic(self, access: Access, ordered: bool) -> None:
+        """Before an atomic read-modify-write; `ordered` unless its memory semantics are relaxed."""
+
+    def compute(self, operation: str, elements: int) -> None:
+        """After an operation of `evidence.interpreter` on values: its name there, and how many results it made.
+
+        For "reduce" the number of operands, for "dot" that of multiply-adds.
+        """
+
+
+class Objection(Exception):
+    """What an observer raises to stop a kernel: the interpreter passes it on as it is."""
+
+
+active: list[Observer] = []
+computing: list[Observer] = []  # those of them that listen to arithmetic, which is heard too often to call the others
+
+
+def _set_active(listening: list[Observer]) -> None:
+    active[:] = listening
+    computing[:] = [observer for observer in listening if type(observer).compute is not Observer.compute]
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Let `observer` hear all that is interpreted meanwhile. The last to come is the innermost around a launch."""
+    _set_active([*active, observer])
+    try:
+        yield
+    finally:
+        _set_active([other for other in active if other is not observer])
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Nobody hears what happens meanwhile; for running programs again."""
+    before = active[:]
+    _set_active([])
+    try:
+        yield
+    finally:
+        _set_active(before)
+
+
+def run_launch(launch: Launch, run_programs: Run) -> None:
+    """Run all programs of a launch, as far as the observers let it."""
+
+    def around(observer: Observer, inner: Run) -> Run:
+        return lambda programs: observer.launch(launch, programs, inner) if observer in active else inner(programs)
+
+    run = run_programs
+    for observer in reversed(active):
+        run = around(observer, run)
+    run(range(launch.programs))
+
+
+def lanes(pointers: Any, mask: Any) -> Access:
+    """The access that TensorHandles of pointers and a mask stand for; no mask is a mask of ones."""
+    addresses = pointers.data
+    kept = addresses if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
+    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    return Access(np.ravel(kept), addresses.size, size, pointers.attr.get("argument"))

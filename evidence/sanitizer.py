@@ -1,0 +1,410 @@
+"""Wrong accesses of interpreted kernels, which a GPU would mostly carry out in silence.
+
+    with sanitizer.sanitizing():
+        library_function(tensors)  # raises Fault at the first
+
+* An access outside the elements of the tensor whose pointer it was computed from; for pointers that came as numbers (an
+  optimizer's table of addresses), outside every tensor there is.
+* Two programs that touch the same element without an order between them, unless both only read it or both are atomic.
+  Atomic operations order programs as they do on a GPU, so locks and "the last one adds up" are understood.
+* One store that writes two values to one address.
+* A result that depends on memory nobody wrote. New tensors are filled with a pattern; where a kernel reads it, its
+  programs run again over another pattern. (Reading padding and masking it away is fine, so reads alone are no fault.)
+* An output that a launch fills only in part.
+* A result that depends on the order of the programs: the first launch of each kind runs again backwards.
+
+Limits: what happens between the threads of a program is not modelled, and only what a test runs is seen.
+"""
+
+import ctypes
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evidence.launches import specialization
+from evidence.observers import Access, Array, Launch, Objection, Observer, Run, observing, unobserved
+
+# Repeated through new memory. A NaN in every floating-point type; as an integer, an index that is out of bounds.
+PATTERN = 0x7FF5
+OTHER_PATTERN = 0x3C3C  # an ordinary number in all of them
+
+
+class Fault(Objection):
+    """A kernel did something that is never right."""
+
+
+@contextmanager
+def sanitizing() -> Iterator[None]:
+    """Watch every launch made meanwhile, and fill the memory that torch hands out."""
+    with observing(Sanitizer()), _filled_allocations():
+        yield
+
+
+Index = slice | Array
+
+
+@dataclass
+class _Memory:
+    """A stretch of memory that one or more tensors cover, and who touched which of its elements in this launch."""
+
+    low: int
+    high: int
+    granule: int  # bytes of the smallest element that lies here
+    name: str
+    bytes: Array = field(init=False)  # the memory itself
+    before: Array = field(init=False)  # what it held before the launch
+    # Per element, 1 + the program that touched it last; for loads -1 once programs without an order did.
+    stored: Array = field(init=False)
+    loaded: Array = field(init=False)
+    updated: Array = field(init=False)  # atomically
+
+    def __post_init__(self) -> None:
+        self.bytes = _memory_at(self.low, self.high - self.low)
+        self.before = self.bytes.copy()
+        elements = -(-(self.high - self.low) // self.granule)
+        self.stored, self.loaded, self.updated = (np.zeros(elements, np.int32) for _ in range(3))
+
+    def words(self) -> Array:
+        """The memory by elements, as unsigned integers."""
+        whole = self.bytes.size // self.granule * self.granule
+        return self.bytes[:whole].view(f"u{self.granule}")
+
+    def written(self) -> Array:
+        either: Array = (self.stored != 0) | (self.updated != 0)
+        return either
+
+
+@dataclass
+class _Bounds:
+    """Where the elements of one tensor lie."""
+
+    low: int
+    high: int
+    size: int
+    axes: tuple[tuple[int, int], ...]  # (stride, length), widest first; empty if the tensor has no gaps
+
+    @classmethod
+    def of(cls, t: Tensor) -> "_Bounds":
+        axes = sorted(((stride, n) for n, stride in zip(t.shape, t.stride()) if stride > 0 and n > 1), reverse=True)
+        span = 1 + sum((n - 1) * stride for stride, n in axes)
+        dense = span == t.numel()
+        low = t.data_ptr()
+        return cls(low, low + span * t.element_size(), t.element_size(), () if dense else tuple(axes))
+
+    def contain(self, elements: Array) -> Array:
+        """Whether offsets from the first element, within the span, are those of elements."""
+        inside = np.ones(elements.shape, bool)
+        for stride, length in self.axes:
+            inside &= elements // stride < length
+            elements = elements % stride
+        return inside & (elements == 0) if self.axes else inside
+
+    def outside(self, access: Access) -> Array:
+        """The addresses that are not the tensor's."""
+        addresses = access.addresses.astype(np.int64)
+        wrong = (addresses < self.low) | (addresses + access.size > self.high)
+        if not wrong.any():
+            wrong = ~self.contain((addresses - self.low) // self.size)
+        return addresses[wrong]
+
+    def meets(self, memory: _Memory) -> bool:
+        return self.low < memory.high and memory.low < self.high
+
+
+class Sanitizer(Observer):
+    """Raises `Fault`. Install it last: it is the innermost observer, since it runs programs more than once."""
+
+    def __init__(self) -> None:
+        self._known_order: set[str] = set()
+        self._hidden = _HiddenTensors()
+
+    # A launch.
+
+    def launch(self, launch: Launch, programs: Sequence[int], run: Run) -> None:
+        self._launch = launch
+        tensors = [(name, t) for name, t in launch.tensors() if t.numel() > 0]
+        self._bounds = {name: _Bounds.of(t) for name, t in tensors}
+        self._memories: list[_Memory] = []
+        self._add_memories(tensors)
+        self._released: dict[int, set[int]] = {}
+        self._undefined: list[tuple[str, Array, int]] = []  # argument, addresses and element size of such loads
+
+        run(programs)
+        self._check_outputs()
+        if self._undefined:
+            self._check_influence(programs, run)
+        kind = specialization(launch).key
+        if len(programs) > 1 and kind not in self._known_order:
+            self._known_order.add(kind)
+            self._check_order(programs, run)
+
+    def _add_memories(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Make memories of the tensors, one of those that overlap."""
+        spans = sorted((b.low, b.high, b.size, name) for name, t in tensors for b in [_Bounds.of(t)])
+        merged: list[tuple[int, int, int, str]] = []
+        for low, high, size, name in spans:
+            if merged and low < merged[-1][1]:
+                before = merged.pop()
+                low, high = before[0], max(before[1], high)
+                size, name = min(before[2], size), f"{before[3]}|{name}"
+            merged.append((low, high, size, name))
+        self._memories = sorted([*self._memories, *(_Memory(*span) for span in merged)], key=lambda m: m.low)
+        self._lows = np.array([memory.low for memory in self._memories], dtype=np.int64)
+
+    def _check_outputs(self) -> None:
+        for memory in self._memories:
+            if not memory.stored.any() or memory.granule == 1:
+                continue
+            unwritten = (memory.words() == _repeated(PATTERN, memory.granule)) & ~memory.written()
+            for name, bounds in self._bounds.items():
+                if not memory.low <= bounds.low < memory.high or bounds.size != memory.granule:
+                    continue
+                part = unwritten[(bounds.low - memory.low) // bounds.size :][
+                    : (bounds.high - bounds.low) // bounds.size
+                ]
+                part = part & bounds.contain(np.arange(part.size))
+                if part.any():
+                    self._fail(f"leaves {part.sum()} of {part.size} elements of {name} unwritten", int(part.argmax()))
+
+    def _check_influence(self, programs: Sequence[int], run: Run) -> None:
+        """Run again over other undefined memory; nothing that was written may change."""
+        results = self._swap([memory.before for memory in self._memories])
+        for _, addresses, size in self._undefined:
+            for address in np.unique(addresses):
+                _memory_at(int(address), size).view(f"u{size}")[:] = _repeated(OTHER_PATTERN, size)
+        with unobserved():
+            run(programs)
+        again = self._swap(results)
+        for memory, first, second in zip(self._memories, results, again):
+            changed = _differs(first, second, memory.granule) & memory.written()
+            if changed.any():
+                name, addresses, size = self._undefined[0]
+                low = self._bounds[name].low if name in self._bounds else memory.low
+                self._fail(
+                    f"writes {memory.name} as it read {name}, which nobody wrote", (int(addresses[0]) - low) // size
+                )
+
+    def _check_order(self, programs: Sequence[int], run: Run) -> None:
+        results = self._swap([memory.before for memory in self._memories])
+        with unobserved():
+            run(list(reversed(programs)))
+        backwards = self._swap(results)
+        for memory, first, second in zip(self._memories, results, backwards):
+            changed = _differs(first, second, memory.granule)
+            if changed.any():
+                self._fail(f"writes other bits to {memory.name} when its programs run backwards", int(changed.argmax()))
+
+    def _swap(self, contents: list[Array]) -> list[Array]:
+        """Put `contents` into the memories, and return what they held."""
+        held = [memory.bytes.copy() for memory in self._memories]
+        for memory, content in zip(self._memories, contents):
+            memory.bytes[:] = content
+        return held
+
+    # A program's accesses.
+
+    def program(self, index: int) -> None:
+        self._program = index
+        self._ordered: set[int] = set()  # programs that are known to have come before, as 1 + number
+
+    def load(self, access: Access) -> None:
+        for memory, at in self._find(access, "load"):
+            self._refuse_unordered(memory.stored, at, memory, "loads", "stored")
+            self._refuse_unordered(memory.updated, at, memory, "loads", "updated")
+            others = self._unordered(memory.loaded[at])
+            memory.loaded[at] = np.where(others, -1, self._program + 1)
+
+    def loaded(self, access: Access, values: Array) -> None:
+        if access.size > 1 and values.itemsize == access.size:
+            undefined = values.view(f"u{access.size}") == _repeated(PATTERN, access.size)
+            if undefined.any():
+                self._undefined.append((access.argument or "memory", access.addresses[undefined], access.size))
+
+    def store(self, access: Access, values: Array) -> None:
+        for memory, at in self._find(access, "store"):
+            self._refuse_unordered(memory.stored, at, memory, "stores", "stored")
+            self._refuse_unordered(memory.loaded, at, memory, "stores", "loaded")
+            self._refuse_unordered(memory.updated, at, memory, "stores", "updated")
+            memory.stored[at] = self._program + 1
+        if not _consecutive(access):
+            order = np.argsort(access.addresses, kind="stable")
+            addresses, words = access.addresses[order], values[order].view(f"u{values.itemsize}")
+            twice = (addresses[1:] == addresses[:-1]) & (words[1:] != words[:-1])
+            if twice.any():
+                self._fail_at("stores two values at once", addresses[1:][twice][0], access)
+
+    def atomic(self, access: Access, ordered: bool) -> None:
+        for memory, at in self._find(access, "update"):
+            self._refuse_unordered(memory.stored, at, memory, "updates", "stored")
+            self._refuse_unordered(memory.loaded, at, memory, "updates", "loaded")
+            memory.updated[at] = self._program + 1
+        if ordered and access.addresses.size == 1:
+            released = self._released.setdefault(int(access.addresses[0]), set())
+            self._ordered |= released
+            released |= self._ordered | {self._program + 1}
+
+    def _find(self, access: Access, verb: str) -> list[tuple[_Memory, Index]]:
+        """The memories an access goes to, with the elements it touches there."""
+        if access.addresses.size == 0:
+            return []
+        if access.argument is not None:
+            bounds = self._bounds.get(access.argument)
+            wrong = access.addresses if bounds is None else bounds.outside(access)
+            if wrong.size:
+                self._fail_at(f"would {verb} outside", wrong[0], access)
+        elif self._in_no_memory(access).size:
+            self._search_hidden_tensors(access)
+            if (wrong := self._in_no_memory(access)).size:
+                self._fail_at(f"would {verb} outside of all tensors", wrong[0], access)
+        addresses = access.addresses.astype(np.int64)
+        owners = np.searchsorted(self._lows, addresses, side="right") - 1
+        found: list[tuple[_Memory, Index]] = []
+        for owner in [owners[0]] if owners[0] == owners[-1] and _consecutive(access) else np.unique(owners):
+            memory = self._memories[owner]
+            if memory.granule == access.size and _consecutive(access):
+                begin = int(addresses[0] - memory.low) // access.size
+                found.append((memory, slice(begin, begin + addresses.size)))
+            else:
+                first = (addresses[owners == owner] - memory.low) // memory.granule
+                parts = np.arange(-(-access.size // memory.granule))
+                found.append((memory, np.unique(first[:, None] + parts)))
+        return found
+
+    def _in_no_memory(self, access: Access) -> Array:
+        addresses = access.addresses.astype(np.int64)
+        owners = np.searchsorted(self._lows, addresses, side="right") - 1
+        highs = np.array([memory.high for memory in self._memories], dtype=np.int64)
+        return addresses[(owners < 0) | (addresses + access.size > highs[np.maximum(owners, 0)])]
+
+    def _search_hidden_tensors(self, access: Access) -> None:
+        """Add the tensors that the addresses lie in: of a tensor and its views the smallest that fits."""
+        for address in (wanted := self._in_no_memory(access)):
+            if not self._in_no_memory(access).size:
+                return
+            tensor = self._hidden.covering(int(address))
+            if tensor is not None and not any(_Bounds.of(tensor).meets(memory) for memory in self._memories):
+                self._add_memories([("memory", tensor)])
+            elif address == wanted[0]:
+                return  # a stray address in front; do not look for each of its neighbours
+
+    # Order and faults.
+
+    def _unordered(self, programs: Array) -> Array:
+        """True where another program that is not known to have come before touched an element."""
+        others: Array = (programs != 0) & (programs != self._program + 1)
+        if self._ordered and others.any():
+            others &= ~np.isin(programs, list(self._ordered))
+        return others
+
+    def _refuse_unordered(self, programs: Array, at: Index, memory: _Memory, verb: str, other_verb: str) -> None:
+        touched = programs[at]
+        others = self._unordered(touched)
+        if others.any():
+            element = at.start + int(others.argmax()) if isinstance(at, slice) else int(at[others.argmax()])
+            other = int(touched[others.argmax()])
+            who = f"program {other - 1}" if other > 0 else "several others"
+            self._fail(f"{verb} what {who} {other_verb}, in {memory.name}", element)
+
+    def _fail_at(self, what: str, address: int, access: Access) -> None:
+        bounds = self._bounds.get(access.argument or "")
+        if bounds is None:
+            self._fail(f"{what}, at address {int(address)}")
+        else:
+            elements = (bounds.high - bounds.low) // bounds.size
+            self._fail(f"{what} {access.argument}, of {elements} elements", (int(address) - bounds.low) // bounds.size)
+
+    def _fail(self, what: str, element: int | None = None) -> NoReturn:
+        where = "" if element is None else f": element {element}"
+        raise Fault(f"{self._launch.name}, program {self._program} of {self._launch.programs}, {what}{where}")
+
+
+def _memory_at(address: int, size: int) -> Array:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def _repeated(pattern: int, size: int) -> int:
+    return int.from_bytes(pattern.to_bytes(2, "little") * (size // 2), "little")
+
+
+def _differs(first: Array, second: Array, granule: int) -> Array:
+    """Per element, whether two contents of a memory differ."""
+    different = np.zeros((-(-first.size // granule), granule), dtype=bool)
+    different.reshape(-1)[: first.size] = first != second
+    return np.asarray(different.any(axis=1))
+
+
+def _consecutive(access: Access) -> bool:
+    addresses = access.addresses
+    return bool(
+        addresses.size <= 1
+        or (
+            int(addresses[-1]) - int(addresses[0]) == (addresses.size - 1) * access.size
+            and (addresses[1:] - addresses[:-1] == access.size).all()
+        )
+    )
+
+
+class _HiddenTensors:
+    """Tensors that a kernel reaches through addresses in memory. Nobody passes them, so Python is asked for all."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._lows = self._highs = np.zeros(0, np.int64)
+        self._tensors: list[weakref.ref[Tensor]] = []
+
+    def covering(self, address: int) -> Tensor | None:
+        """The smallest tensor with an element there."""
+        # Young generations of the collector first: few objects, and a step's gradients are new.
+        for generation in (None, 0, 1, 2):
+            if generation is not None:
+                self._collect(gc.get_objects(generation))
+            covers = np.flatnonzero((self._lows <= address) & (address < self._highs))
+            alive = [t for i in covers if (t := self._tensors[i]()) is not None and self._lows[i] == t.data_ptr()]
+            if alive:
+                return min(alive, key=Tensor.numel)
+        return None
+
+    def _collect(self, objects: list[Any]) -> None:
+        kinds = (Tensor, torch.nn.Parameter)
+        fresh = [o for o in objects if type(o) in kinds and o.is_cpu and o.layout == torch.strided and o.numel() > 0]
+        self._known |= {id(t): weakref.ref(t) for t in fresh}
+        self._known = {key: reference for key, reference in self._known.items() if reference() is not None}
+        self._tensors = list(self._known.values())
+        spans = [
+            (b.low, b.high) for reference in self._tensors if (t := reference()) is not None for b in [_Bounds.of(t)]
+        ]
+        self._lows, self._highs = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+
+
+@contextmanager
+def _filled_allocations() -> Iterator[None]:
+    """Fill what torch leaves undefined with `PATTERN`."""
+
+    def filling(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(allocate)
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            t = allocate(*args, **kwargs)
+            if not torch.compiler.is_compiling() and type(t) is Tensor and t.is_cpu and t.element_size() > 1:
+                storage = t.untyped_storage()
+                _memory_at(storage.data_ptr(), storage.nbytes() // 2 * 2).view(np.uint16)[:] = PATTERN
+            return t
+
+        return run
+
+    with ExitStack() as patches:
+        for owner, names in (
+            (torch, ("empty", "empty_like", "empty_strided")),
+            (Tensor, ("new_empty", "new_empty_strided")),
+        ):
+            for name in names:
+                patches.enter_context(mock.patch.object(owner, name, filling(getattr(owner, name))))
+        yield

@@ -1,0 +1,177 @@
+"""Launches recorded in the interpreter and compiled for real, on kernels whose properties are known."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # as in the rest of the suite: the workers must cope
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from evidence.compiler import Compiled, _compiling_for, compile_launches
+from llmfast_kernels import cross_entropy as rows
+from support.budgets import violations
+
+
+def _import_samples():
+    """As a module that workers can import too: `sys.path` goes with them."""
+    folder = str(Path(__file__).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("sample_kernels")
+
+
+samples = _import_samples()
+recorded = samples.recorded
+
+
+X = torch.zeros(65536)
+HALF = torch.zeros(64, 4096, dtype=torch.bfloat16)
+TARGETS = ["sm_90", "gfx942"]
+
+
+def row_launch(logits: Tensor) -> None:
+    rows.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), ignore_index=-100)
+
+
+LAUNCHES: dict[str, Callable[[], object]] = {
+    "aligned": lambda: samples.add(4096),
+    "unaligned bound": lambda: samples.add(4095),
+    "unaligned pointer": lambda: samples.add(4096, offset=1),
+    "loops": lambda: samples.rows_kernel[(8,)](X, X, 8, 4096, BLOCK=1024, num_warps=4),
+    "fits": lambda: samples.spill_kernel[(1,)](X, X, BLOCK=1024, num_warps=2),
+    "spills": lambda: samples.spill_kernel[(1,)](X, X, BLOCK=65536, num_warps=2),
+    "function": lambda: samples.apply_kernel[(1,)](X, X, RULE=samples.square, KIND=tl.float32, BLOCK=tl.constexpr(16)),
+    "rows": lambda: row_launch(HALF),
+    "matmul": lambda: samples.matmul_kernel[(1, 1)](HALF, HALF, HALF, 64, 64, 64, **samples.GEMM_TILE),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], Compiled]:
+    """By name and target. One call for all: most of the time goes into starting the workers."""
+    kinds = {name: recorded(launch)[0] for name, launch in LAUNCHES.items()}
+    # A launcher that promises 16-byte accesses for rows that do not start on 16 bytes.
+    arguments = kinds["rows"].arguments
+    lie = arguments | {"logits_ptr": arguments["logits_ptr"] | {"aligned": False}}
+    kinds["planted"] = replace(kinds["rows"], arguments=lie)
+    found = compile_launches(list(kinds.values()), TARGETS)
+    return {(name, c.target): c for c in found for name, kind in kinds.items() if kind.key == c.kind.key}
+
+
+def test_what_decides_the_binary_is_recorded():
+    (kind,) = recorded(partial(samples.add, 4096))
+    assert kind.kernel == "sample_kernels:add_kernel"
+    pointer = {"dtype": "float32", "aligned": True, "below_2_gib": True}
+    assert kind.arguments == {**dict.fromkeys(("x", "y", "total"), pointer), "count": 16, "BLOCK": {"constant": 1024}}
+    assert kind.options == {}
+    assert kind.first_test.endswith("test_compiler.py::test_what_decides_the_binary_is_recorded")
+    assert str(kind) == "add_kernel(x=*float32:16, y=*float32:16, total=*float32:16, count=16, BLOCK=1024)"
+
+
+def test_launches_of_one_kind_are_counted_together():
+    def launch():
+        for count in (4096, 8192, 4095, 1, 4097, 16):
+            samples.add(count)
+        samples.add(4096, offset=1)
+        samples.add_kernel[(1,)](*[torch.zeros(16)] * 3, 16, BLOCK=1024, num_warps=8)
+
+    kinds = recorded(launch)
+    counts = {(k.arguments["count"], k.arguments["x"]["aligned"], k.options.get("num_warps")): k.count for k in kinds}
+    assert counts == {
+        (16, True, None): 3, (3, True, None): 2, (1, True, None): 1, (16, False, None): 1, (16, True, 8): 1
+    }  # fmt: skip
+
+
+def test_sizes_that_triton_does_not_look_at_make_no_kinds():
+    def launch():
+        for V, ignore_index in ((1, 1), (17, 16), (33, 17)):
+            rows.cross_entropy(HALF[:2, :V], torch.zeros(2, dtype=torch.int64), ignore_index=ignore_index)
+
+    (kind,) = recorded(launch)
+    assert [kind.arguments[name] for name in ("V", "row_width", "ignore_index")] == [3, 3, 3] and kind.count == 3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligned_sizes_are_accessed_by_vectors(compiled, target: str):
+    facts = compiled["aligned", target].facts
+    assert facts.code.access_bits == {128}
+    assert sum(facts.code.load_bits.values()) == 2 * sum(facts.code.store_bits.values())
+    assert facts.spill_bytes == facts.stack_bytes == facts.shared_bytes == facts.scalar_spills == 0
+    assert 8 <= facts.registers <= 64 and facts.num_warps == 4 and facts.occupancy == 1
+    assert facts.hot_loops == () and facts.code.tensor_cores == 0
+    for name in ("unaligned bound", "unaligned pointer"):
+        assert compiled[name, target].facts.code.access_bits == {32}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_innermost_loops_of_a_kernel(compiled, target: str):
+    facts = compiled["loops", target].facts
+    assert facts.shared_bytes > 0 and facts.code.barriers > 0 and facts.code.shuffles > 0
+    first, second = facts.hot_loops
+    assert first.store_bits == {}
+    assert second.load_bits.keys() == second.store_bits.keys() == first.load_bits.keys() == {128}
+    for loop in facts.hot_loops:
+        assert loop.transcendentals > 0
+        assert loop.shuffles == loop.barriers == 0
+        assert loop.instructions == sum(loop.opcodes.values()) < facts.code.instructions
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tensor_cores_are_seen(compiled, target: str):
+    assert compiled["matmul", target].facts.hot_loops[0].tensor_cores > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_spills_are_seen_and_break_the_budget(compiled, target: str):
+    few, many = compiled["fits", target], compiled["spills", target]
+    assert few.facts.spill_bytes == 0 < many.facts.spill_bytes
+    assert not any("spills" in problem for problem in violations(few))
+    assert any(problem.startswith(f"spills {many.facts.spill_bytes} bytes") for problem in violations(many))
+    assert "does not say enable_fp_fusion=True" in list(violations(few))
+    assert any(problem.startswith("has no budget") for problem in violations(few))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_unaligned_pointer_breaks_the_budget(compiled, target: str):
+    assert list(violations(compiled["rows", target])) == []
+    problems = list(violations(compiled["planted", target]))
+    assert any("accesses {16} bits at a time in a loop, not 128" in problem for problem in problems)
+
+
+def test_functions_and_types_are_constants_too(compiled):
+    one = compiled["function", "sm_90"]
+    assert one.kind.arguments["RULE"] == {"constant": {"function": "sample_kernels:square"}}
+    assert one.kind.arguments["KIND"] == {"constant": {"triton_type": "fp32"}}
+    assert one.facts.code.opcodes["FMUL"] == 1
+
+
+def test_a_warp_of_amd_has_64_threads(compiled):
+    nvidia, amd = compiled["rows", "sm_90"], compiled["rows", "gfx942"]
+    assert nvidia.kind.options["num_warps"] == nvidia.facts.num_warps == 2 * amd.facts.num_warps > 1
+    assert nvidia.warp_size * nvidia.facts.num_warps == amd.warp_size * amd.facts.num_warps
+
+
+def test_a_failure_names_the_launch_and_has_the_compilers_words():
+    kinds = recorded(lambda: samples.never_compiles_kernel[(1,)](torch.zeros(1)))
+    message = r"(?s)type stays consistent.*never_compiles_kernel\(x=\*float32:16\) for sm_90, launched by tests"
+    with pytest.raises(RuntimeError, match=message):
+        compile_launches(kinds, ["sm_90"])
+
+
+def test_an_interpreting_process_cannot_compile():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), _compiling_for("sm_90"):
+        pass
+
+
+def test_a_launch_that_cannot_be_recorded_is_named():
+    with pytest.raises(TypeError, match="argument of type dict cannot be recorded"):
+        recorded(lambda: samples.add_kernel[(1,)](*[torch.zeros(16)] * 3, {}, BLOCK=16))

@@ -1,0 +1,69 @@
+"""The search for loops against small graphs, and the readers of assembly against lines of it."""
+
+import pytest
+
+from evidence.machine_code import Instruction, _amd_bits, _count_nvidia, _parse_sass, innermost_loops
+
+
+def graph(*lines: tuple[int | None, bool]) -> list[Instruction]:
+    return [Instruction(str(index), target, falls_through) for index, (target, falls_through) in enumerate(lines)]
+
+
+NEXT, END = (None, True), (None, False)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "loops"),
+    [
+        pytest.param(graph(NEXT, NEXT, (1, True), END), ["12"], id="one"),
+        pytest.param(graph(NEXT, (1, True), END), ["1"], id="of one instruction"),
+        pytest.param(graph((0, True), END), ["0"], id="at the entry"),
+        pytest.param(graph(NEXT, NEXT, (2, True), (1, True), END), ["2"], id="nested"),
+        pytest.param(graph(NEXT, (1, True), NEXT, (3, True), (0, True), END), ["1", "3"], id="two in one"),
+        pytest.param(graph(NEXT, (4, True), (1, True), (1, True), END), ["123"], id="two jumps to one header"),
+        # 1 jumps out to 5, which jumps back to 2: backwards, and not a loop.
+        pytest.param(graph(NEXT, (5, True), NEXT, NEXT, END, (2, False)), [], id="unlikely code behind the end"),
+        # The same inside a loop of 1 to 3, which the unlikely code belongs to.
+        pytest.param(graph(NEXT, (5, True), NEXT, (1, True), END, (2, False)), ["1235"], id="unlikely code in a loop"),
+        # 0 jumps to the test at 3, behind its body.
+        pytest.param(graph((3, False), NEXT, NEXT, (1, True), END), ["123"], id="test at the bottom"),
+        pytest.param(graph(END, (1, False)), [], id="padding behind the end"),
+    ],
+)
+def test_innermost_loops(instructions, loops):
+    assert ["".join(instruction.opcode for instruction in loop) for loop in innermost_loops(instructions)] == loops
+
+
+def test_sass_is_parsed():
+    code = _parse_sass("""
+        /*0000*/                   LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64] ;       /* 0x0000000402087981 */
+                                                                                   /* 0x000ea8000c1e9d00 */
+        /*0010*/              @!P1 LDG.E.U16.CONSTANT R7, desc[UR4][R2.64] ;       /* 0x0 */
+        /*0020*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], [R2.64] ;     /* 0x0 */
+        /*0030*/                   STG.E desc[UR4][R2.64], R7 ;                    /* 0x0 */
+        /*0040*/               @P0 BRA 0x10 ;                                      /* 0x0 */
+        /*0050*/                   BRA.DIV UR4, 0x0 ;                              /* 0x0 */
+        /*0060*/                   EXIT ;                                          /* 0x0 */
+        /*0070*/                   BRA 0x70;                                       /* 0x0 */
+    """)
+    assert [instruction.target for instruction in code] == [None, None, None, None, 1, 0, None, 7]
+    assert [instruction.falls_through for instruction in code] == [True] * 6 + [False] * 2
+    counts = _count_nvidia(code)
+    assert counts.load_bits == {256: 1, 16: 1, 128: 1}
+    assert counts.store_bits == {32: 1}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bits"),
+    [
+        ("dwordx4", 128),
+        ("dword", 32),
+        ("ushort", 16),
+        ("short_d16_hi", 16),
+        ("ubyte", 8),
+        ("b128", 128),
+        ("d16_b16", 16),
+    ],
+)
+def test_amd_widths(suffix, bits):
+    assert _amd_bits(suffix) == bits

@@ -1,0 +1,230 @@
+"""Planted faults, each of which must be found, and correct kernels that look suspicious, none of which may be."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, for a run of this file without a conftest
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evidence import interpreter
+from evidence.sanitizer import Fault, sanitizing
+
+interpreter.install()
+
+
+@triton.jit
+def copy_kernel(x_ptr, out_ptr, load_bound, store_bound, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < load_bound), mask=i < store_bound)
+
+
+def copy(numel: int, load_bound: int, store_bound: int) -> None:
+    x = torch.randn(numel)
+    copy_kernel[(triton.cdiv(numel, 16),)](x, torch.empty_like(x), load_bound, store_bound, BLOCK=16)
+
+
+def test_an_exact_mask_is_fine() -> None:
+    with sanitizing():
+        for numel in (1, 16, 30, 33):
+            copy(numel, numel, numel)
+
+
+@pytest.mark.parametrize(
+    ("load_bound", "store_bound", "message"),
+    [
+        (31, 30, r"copy_kernel, program 1 of 2, would load outside x_ptr, of 30 elements: element 30"),
+        (30, 31, r"copy_kernel, program 1 of 2, would store outside out_ptr, of 30 elements: element 30"),
+        (30, 29, r"leaves 1 of 30 elements of out_ptr unwritten: element 29"),
+        (30, 16, r"leaves 14 of 30 elements of out_ptr unwritten: element 16"),
+    ],
+)
+def test_wrong_masks(load_bound: int, store_bound: int, message: str) -> None:
+    with sanitizing(), pytest.raises(Fault, match=message):
+        copy(30, load_bound, store_bound)
+
+
+def test_what_one_pointer_reaches_of_another_tensor_is_outside() -> None:
+    storage = torch.zeros(64)
+    with sanitizing(), pytest.raises(Fault, match=r"would load outside x_ptr, of 16 elements: element 16"):
+        copy_kernel[(2,)](storage[:16], storage[16:48], 32, 32, BLOCK=16)
+
+
+@triton.jit
+def rows_kernel(x_ptr, columns, stride, value, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + tl.program_id(0) * stride + i, value + i * 0.0, mask=i < columns)
+
+
+def test_the_gap_between_the_rows_of_a_view_is_outside() -> None:
+    view = torch.zeros(4, 24)[:, :20]
+    with sanitizing():
+        rows_kernel[(4,)](view, 20, 24, 1.0, BLOCK=32)
+        with pytest.raises(Fault, match=r"would store outside x_ptr, of 92 elements: element 20"):
+            rows_kernel[(4,)](view, 21, 24, 1.0, BLOCK=32)
+
+
+@triton.jit
+def table_kernel(table_ptr, numel, BLOCK: tl.constexpr):
+    x_ptr = tl.load(table_ptr + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, tl.load(x_ptr + i, mask=i < numel) + 1.0, mask=i < numel)
+
+
+def test_addresses_from_memory_reach_tensors_and_nothing_else() -> None:
+    tensors = [torch.zeros(20), torch.zeros(20)]
+    flat = torch.zeros(60)
+    tensors += [flat[:20], flat[20:40]]
+    with sanitizing():
+        table_kernel[(4,)](torch.tensor([t.data_ptr() for t in tensors]), 20, BLOCK=32)
+        assert all(t.eq(1).all() for t in tensors)
+        with pytest.raises(Fault, match=r"would load outside of all tensors, at address"):
+            table_kernel[(2,)](torch.tensor([t.data_ptr() for t in tensors[:2]]), 21, BLOCK=32)
+        with pytest.raises(Fault, match=r"would load outside of all tensors, at address 16"):
+            table_kernel[(1,)](torch.tensor([16]), 20, BLOCK=32)
+
+
+@triton.jit
+def sum_kernel(x_ptr, total_ptr, HOW: tl.constexpr, BLOCK: tl.constexpr):
+    part = tl.sum(tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)), axis=0)
+    if HOW == "load and store":
+        tl.store(total_ptr, tl.load(total_ptr) + part)
+    elif HOW == "store":
+        tl.store(total_ptr, part)
+    elif HOW == "atomic":
+        tl.atomic_add(total_ptr, part)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("load and store", r"sum_kernel, program 1 of 4, loads what program 0 stored, in total_ptr: element 0"),
+        ("store", r"program 1 of 4, stores what program 0 stored, in total_ptr: element 0"),
+        ("atomic", r"writes other bits to total_ptr when its programs run backwards: element 0"),
+    ],
+)
+def test_racing_accumulations(how: str, message: str) -> None:
+    x = torch.tensor([1e8, 1.0, -1e8, 1.0]).repeat_interleave(64)  # sums to 64 forwards and to 0 backwards
+    with sanitizing(), pytest.raises(Fault, match=message):
+        sum_kernel[(4,)](x, torch.zeros(1), HOW=how, BLOCK=64)
+
+
+def test_integer_atomics_are_fine() -> None:
+    total = torch.zeros(1, dtype=torch.int32)
+    with sanitizing():
+        sum_kernel[(4,)](torch.ones(256, dtype=torch.int32), total, HOW="atomic", BLOCK=64)
+    assert total.item() == 256
+
+
+@triton.jit
+def shift_kernel(x_ptr, BLOCK: tl.constexpr):
+    """In place, each program reads one element of its right neighbour."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, tl.load(x_ptr + i + 1))
+
+
+def test_a_neighbour_that_is_read_in_place() -> None:
+    with sanitizing(), pytest.raises(Fault, match=r"program 1 of 2, stores what program 0 loaded, in x_ptr: element 8"):
+        shift_kernel[(2,)](torch.randn(17), BLOCK=8)
+
+
+@triton.jit
+def duplicate_kernel(x_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i // 2, i.to(tl.float32))
+
+
+def test_two_values_for_one_address() -> None:
+    with sanitizing(), pytest.raises(Fault, match=r"stores two values at once x_ptr, of 8 elements: element 0"):
+        duplicate_kernel[(1,)](torch.empty(8), BLOCK=16)
+
+
+@triton.jit
+def padded_sum_kernel(x_ptr, out_ptr, V, USE_PADDING: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i).to(tl.float32)
+    tl.store(out_ptr, tl.sum(x if USE_PADDING else tl.where(i < V, x, 0.0), axis=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32])
+def test_undefined_memory_may_be_read_but_not_used(dtype: torch.dtype) -> None:
+    with sanitizing():
+        x = torch.empty(16, dtype=dtype)
+        x[:10] = torch.arange(10)
+        padded_sum_kernel[(1,)](x, out := torch.empty(1), 10, USE_PADDING=False, BLOCK=16)
+        assert out.item() == 45
+        with pytest.raises(Fault, match=r"writes out_ptr as it read x_ptr, which nobody wrote: element 10"):
+            padded_sum_kernel[(1,)](x, out, 10, USE_PADDING=True, BLOCK=16)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda x: torch.empty(x.shape),
+        lambda x: torch.empty_like(x),
+        lambda x: x.new_empty(x.shape),
+        lambda x: torch.empty_strided(x.shape, x.stride()),
+        lambda x: x.new_empty_strided(x.shape, x.stride()),
+    ],
+)
+def test_every_way_to_allocate_is_filled(allocate: Callable[[Tensor], Tensor]) -> None:
+    x = torch.zeros(5)
+    with sanitizing():
+        assert allocate(x).isnan().all()
+    assert torch.zeros(3).eq(0).all()
+
+
+@triton.jit
+def locked_sum_kernel(x_ptr, total_ptr, lock_ptr, BLOCK: tl.constexpr):
+    part = tl.sum(tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)), axis=0)
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+    tl.store(total_ptr, tl.load(total_ptr) + part)
+    tl.atomic_xchg(lock_ptr, 0)
+
+
+def test_a_lock_orders_programs() -> None:
+    total, lock = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with sanitizing():
+        locked_sum_kernel[(4,)](torch.ones(256, dtype=torch.int32), total, lock, BLOCK=64)
+    assert total.item() == 256
+
+
+@triton.jit
+def last_adds_up_kernel(x_ptr, parts_ptr, done_ptr, total_ptr, SEM: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0)
+    tl.store(parts_ptr + n, tl.sum(tl.load(x_ptr + n * BLOCK + tl.arange(0, BLOCK)), axis=0))
+    if tl.atomic_add(done_ptr, 1, sem=SEM) == tl.num_programs(0) - 1:
+        tl.store(total_ptr, tl.sum(tl.load(parts_ptr + tl.arange(0, 4)), axis=0))
+
+
+def test_the_last_program_may_read_what_the_others_stored() -> None:
+    x = torch.randn(256)
+    with sanitizing():
+        total = torch.empty(1)
+        last_adds_up_kernel[(4,)](x, torch.empty(4), torch.zeros(1, dtype=torch.int32), total, SEM="acq_rel", BLOCK=64)
+        torch.testing.assert_close(total[0], x.sum())
+        with pytest.raises(Fault, match=r"program 3 of 4, loads what program 0 stored, in parts_ptr: element 0"):
+            last_adds_up_kernel[(4,)](
+                x, torch.empty(4), torch.zeros(1, dtype=torch.int32), total, SEM="relaxed", BLOCK=64
+            )
+
+
+def test_running_again_leaves_the_first_results() -> None:
+    """Of a kernel in place, that a second run would spoil."""
+    rows = list(torch.zeros(4, 20))
+    with sanitizing():
+        table_kernel[(4,)](torch.tensor([row.data_ptr() for row in rows]), 20, BLOCK=32)
+    assert all(row.eq(1).all() for row in rows)
+
+
+def test_nothing_is_watched_afterwards() -> None:
+    with sanitizing():
+        pass
+    copy(30, 31, 30)
+    assert torch.empty.__name__ == "empty" and not hasattr(torch.empty, "__wrapped__")

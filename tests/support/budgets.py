@@ -1,0 +1,93 @@
+"""What the machine code of each kernel must be like, for every kind of launch that the tests made."""
+
+from collections.abc import Callable, Iterator
+
+from evidence.compiler import Compiled
+
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float64": 64}
+
+
+def violations(compiled: Compiled) -> Iterator[str]:
+    """Sentences on what is wrong with the machine code of one kind of launch."""
+    kind, facts = compiled.kind, compiled.facts
+    if kind.options.get("debug"):
+        return  # assertions cost what they cost
+    if facts.spill_bytes or facts.stack_bytes:
+        yield f"spills {facts.spill_bytes} bytes, with a stack of {facts.stack_bytes}"
+    if facts.shared_bytes > 48 << 10:
+        yield f"takes {facts.shared_bytes} bytes of shared memory"
+    if facts.num_warps * compiled.warp_size > 1024:
+        yield f"has {facts.num_warps} warps of {compiled.warp_size} threads"
+    if kind.options.get("enable_fp_fusion") is not True:
+        yield "does not say enable_fp_fusion=True"
+    if kind.name in BUDGETS:
+        yield from BUDGETS[kind.name](compiled)
+    else:
+        yield f"has no budget: add one to {__file__}"
+
+
+def _constant(compiled: Compiled, name: str) -> int:
+    value: int = compiled.kind.arguments[name]["constant"]
+    return value
+
+
+def _row_bits(compiled: Compiled) -> int:
+    """The width of access that the rows' strides and addresses allow, as the launcher worked it out."""
+    return _constant(compiled, "VECTOR") * _BITS[compiled.kind.arguments["logits_ptr"]["dtype"]]
+
+
+def _rows(compiled: Compiled) -> Iterator[str]:
+    """All loops as wide as the rows allow, and a thread folds its own logits: it waits for nobody inside a loop."""
+    bits = _row_bits(compiled)
+    if not compiled.facts.hot_loops:
+        yield "has no loop"
+    for loop in compiled.facts.hot_loops:
+        if loop.access_bits != {bits}:
+            yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
+        if loop.shuffles or loop.barriers:
+            yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
+
+
+def _rows_backward(compiled: Compiled) -> Iterator[str]:
+    """No loop; logits also in other widths, at the row's end."""
+    code, bits = compiled.facts.code, _row_bits(compiled)
+    if bits not in code.load_bits or bits not in code.store_bits:
+        yield f"loads {code.load_bits} and stores {code.store_bits}, none of {bits} bits"
+
+
+def _update(compiled: Compiled) -> Iterator[str]:
+    """One loop for whole tiles, 16 bytes at a time, that loads nothing twice; one for ends and misaligned views."""
+    loops = compiled.facts.hot_loops
+    wide = [loop for loop in loops if loop.access_bits == {128}]
+    if len(loops) != 2 or len(wide) != 1:
+        yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops"
+        return
+    states = 3 if _constant(compiled, "AMSGRAD") else 2
+    types = [
+        compiled.kind.arguments[name]["constant"] for name in ("PARAM_TYPE", "GRAD_TYPE", *["STATE_TYPE"] * states)
+    ]
+    bits = sum({"fp32": 32, "bf16": 16, "fp16": 16}[kind["triton_type"]] for kind in types)
+    elements = _constant(compiled, "BLOCK") // (compiled.facts.num_warps * compiled.warp_size)
+    if sum(wide[0].load_bits.values()) * 128 != elements * bits:
+        yield f"loads {wide[0].load_bits} in its wide loop, for {elements} elements of {bits} bits"
+
+
+def _scale(compiled: Compiled) -> Iterator[str]:
+    """Whole tiles 16 bytes at a time."""
+    tensors = [a for a in compiled.kind.arguments.values() if isinstance(a, dict) and a.get("dtype") and a["aligned"]]
+    if len(tensors) >= 2 and 128 not in compiled.facts.code.load_bits:
+        yield f"loads {compiled.facts.code.load_bits}"
+
+
+def _anything(compiled: Compiled) -> Iterator[str]:
+    """A kernel that works on a number or two a tensor."""
+    return iter(())
+
+
+BUDGETS: dict[str, Callable[[Compiled], Iterator[str]]] = {
+    "cross_entropy_kernel": _rows,
+    "cross_entropy_backward_kernel": _rows_backward,
+    "scale_kernel": _scale,
+    "prepare_kernel": _anything,
+    "adamw_kernel": _update,
+}

@@ -1,0 +1,97 @@
+"""After the tests, with `--machine-code`: compile whatever they launched for five GPUs, and hold it to its budget.
+
+Nobody keeps a list of launches. The recorder hears of every one in the interpreter, in all of xdist's workers; each
+kernel on each target is then reported like a test. pytest finds the functions here through `tests/conftest.py`.
+"""
+
+import dataclasses
+import pkgutil
+import time
+from collections.abc import Generator
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+import llmfast_kernels
+from evidence.compiler import TARGETS, Compiled, compile_launches
+from evidence.launches import Recorder, Specialization
+from evidence.observers import observing
+from support.budgets import violations
+
+recorder = Recorder()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--machine-code", action="store_true", help="compile what the tests launched for five GPUs, and check that"
+    )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    with observing(recorder):
+        result = yield
+    is_worker = hasattr(session.config, "workeroutput")
+    if session.config.option.machine_code and not session.config.option.collectonly and not is_worker:
+        check(session)
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["launches"] = [dataclasses.asdict(kind) for kind in recorder.kinds.values()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    for fields in getattr(node, "workeroutput", {}).get("launches", []):
+        recorder.add(Specialization(**fields))
+
+
+def check(session: pytest.Session) -> None:
+    """Report the machine code of every kernel on every target, and the kernels that no test launched."""
+    kinds = [kind for kind in recorder.kinds.values() if kind.kernel.startswith(f"{llmfast_kernels.__name__}.")]
+    if is_whole_suite(session):
+        launched = {kind.kernel for kind in kinds}
+        missing = sorted(all_kernels() - launched)
+        report(session, "every kernel is launched by a test", [f"{kernel} is not" for kernel in missing])
+    start = time.perf_counter()
+    compiled = compile_launches(kinds)
+    seconds = time.perf_counter() - start
+    for target in TARGETS:
+        for name in sorted({kind.name for kind in kinds}):
+            mine = [c for c in compiled if (c.target, c.kind.name) == (target, name)]
+            report(session, f"{target}-{name}", failures(mine), seconds * len(mine) / len(compiled))
+
+
+def failures(compiled: list[Compiled]) -> list[str]:
+    return [f"{c} {problem}\n    launched by {c.kind.first_test}" for c in compiled for problem in violations(c)]
+
+
+def all_kernels() -> set[str]:
+    """Every kernel of the library, as "package.module:name"."""
+    modules = [import_module(f"llmfast_kernels.{m.name}") for m in pkgutil.iter_modules(llmfast_kernels.__path__)]
+    return {f"{module.__name__}:{name}" for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def is_whole_suite(session: pytest.Session) -> bool:
+    config = session.config
+    chosen = config.option.keyword or config.option.markexpr or config.option.deselect or config.option.lf
+    return not chosen and not session.shouldstop and config.args_source == pytest.Config.ArgsSource.TESTPATHS
+
+
+def report(session: pytest.Session, name: str, problems: list[str], seconds: float = 0.0) -> None:
+    """As if a test of this name had passed, or failed for these reasons."""
+    session.testscollected += 1
+    session.config.hook.pytest_runtest_logreport(
+        report=pytest.TestReport(
+            nodeid=f"machine code::{name}",
+            location=("machine code", None, name),
+            keywords={},
+            outcome="failed" if problems else "passed",
+            longrepr="\n".join(problems) or None,
+            when="call",
+            duration=seconds,
+        )
+    )

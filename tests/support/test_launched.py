@@ -1,0 +1,90 @@
+"""The check of machine code after the tests, on a session that is none."""
+
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evidence.compiler import Compiled
+from evidence.launches import Recorder, Specialization
+from evidence.machine_code import Code, KernelFacts
+from support import launched
+
+CODE = Code(10, {128: 2}, {128: 2}, 1, 0, 0, 0, {})
+FACTS = KernelFacts(
+    num_warps=4, shared_bytes=0, registers=32, spill_bytes=0, occupancy=1.0, stack_bytes=0, scalar_spills=0,
+    code=CODE, hot_loops=(CODE,),
+)  # fmt: skip
+KIND = Specialization("llmfast_kernels.optimizer:prepare_kernel", {}, {"enable_fp_fusion": True}, "tests/a.py::test_b")
+
+
+class Session(SimpleNamespace):
+    def __init__(self, *, whole: bool) -> None:
+        source = pytest.Config.ArgsSource.TESTPATHS if whole else pytest.Config.ArgsSource.ARGS
+        options = SimpleNamespace(keyword="", markexpr="", deselect=None, lf=False)
+        self.reports: list[pytest.TestReport] = []
+        hook = SimpleNamespace(pytest_runtest_logreport=lambda report: self.reports.append(report))
+        super().__init__(
+            config=SimpleNamespace(option=options, args_source=source, hook=hook), testscollected=0, shouldstop=False
+        )
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(launched, "recorder", recorder)
+    monkeypatch.setattr(launched, "TARGETS", ("sm_90", "gfx942"))
+    return recorder
+
+
+def check(monkeypatch: pytest.MonkeyPatch, facts: KernelFacts, *, whole: bool = False) -> dict[str, pytest.TestReport]:
+    def compiled(kinds: list[Specialization]) -> list[Compiled]:
+        return [Compiled(kind, target, facts) for target in launched.TARGETS for kind in kinds]
+
+    monkeypatch.setattr(launched, "compile_launches", compiled)
+    session: Any = Session(whole=whole)
+    launched.check(session)
+    assert session.testscollected == len(session.reports)
+    return {report.nodeid: report for report in session.reports}
+
+
+def test_each_kernel_on_each_target_is_reported(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder.add(KIND)
+    recorder.add(replace(KIND, kernel="elsewhere:other_kernel"))
+    reports = check(monkeypatch, FACTS)
+    assert {name: report.outcome for name, report in reports.items()} == {
+        "machine code::sm_90-prepare_kernel": "passed",
+        "machine code::gfx942-prepare_kernel": "passed",
+    }
+
+
+def test_a_broken_budget_fails_and_names_the_test(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder.add(KIND)
+    report = check(monkeypatch, replace(FACTS, spill_bytes=16))["machine code::sm_90-prepare_kernel"]
+    assert report.outcome == "failed"
+    assert "prepare_kernel(enable_fp_fusion=True) for sm_90 spills 16 bytes" in str(report.longrepr)
+    assert "launched by tests/a.py::test_b" in str(report.longrepr)
+
+
+def test_a_kernel_that_no_test_launches_fails_the_whole_suite(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder.add(KIND)
+    assert not any("launched" in name for name in check(monkeypatch, FACTS))
+    report = check(monkeypatch, FACTS, whole=True)["machine code::every kernel is launched by a test"]
+    assert report.outcome == "failed"
+    missing = str(report.longrepr).splitlines()
+    assert "llmfast_kernels.scale:scale_kernel is not" in missing
+    assert not any("prepare_kernel" in line for line in missing)
+    monkeypatch.setattr(launched, "violations", lambda compiled: iter(()))
+    for kernel in launched.all_kernels():
+        recorder.add(replace(KIND, kernel=kernel))
+    assert check(monkeypatch, FACTS, whole=True)["machine code::every kernel is launched by a test"].outcome == "passed"
+
+
+def test_launches_of_other_processes_are_added(recorder: Recorder) -> None:
+    recorder.add(KIND)
+    launched.pytest_testnodedown(SimpleNamespace(workeroutput={"launches": [asdict(replace(KIND, count=3))]}), None)
+    launched.pytest_testnodedown(SimpleNamespace(), "crashed")
+    assert [kind.count for kind in recorder.kinds.values()] == [4]
