@@ -15,6 +15,7 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
 * A `float` argument of a launch is a float32 inside the kernel, not a Python float.
 * `debug=True` at a launch turns `tl.device_assert` on, as it does for compiled kernels; stock Triton drops the option.
 * NumPy's floating-point warnings are silent inside a kernel: overflow to infinity is the kernel's own business.
+* `tl.reduce` with a function of one's own combines arrays, not elements one by one.
 * The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, `tl.sum` and `tl.max`
   included. Here a launch patches it once.
 * `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
@@ -67,6 +68,7 @@ _REPLACED = {
     "GridExecutor": ("__call__",),
     "InterpretedFunction": ("__call__", "rewrite"),
     "ReduceScanOpInterface": ("check_tensor",),
+    "ReduceOps": ("generic_reduce",),
 }
 
 
@@ -249,10 +251,50 @@ def _patch_arithmetic(interpreter: Any) -> None:
         if any(map(_is_bfloat16, inputs)):
             raise NotImplementedError("reduction or scan of bfloat16 values: upcast to float32 right after the load")
         for observer in observers.computing:
-            observer.compute("reduce", sum(value.handle.data.size for value in inputs))
+            observer.compute("reduce", sum(value.handle.data.size for value in inputs), _dtype_name(inputs[0]))
         stock_check(self, inputs)
 
     reductions.check_tensor = check_tensor
+    interpreter.ReduceOps.generic_reduce = _reduce_by_halves(interpreter)
+
+
+def _reduce_by_halves(interpreter: Any) -> Callable[..., Any]:
+    """`tl.reduce` with a function of one's own: whole arrays at a time, not element by element."""
+
+    def tensor(data: Array, dtype: tl.dtype) -> Any:
+        kind = tl.block_type(dtype, list(data.shape)) if data.shape else dtype
+        return tl.tensor(interpreter.TensorHandle(data if data.shape else data.reshape(1), dtype.scalar), kind)
+
+    def reduce(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
+        arrays = [value.handle.data for value in inputs]
+        dimensions = arrays[0].ndim
+        arrays = [a.reshape(-1) if self.axis is None else np.moveaxis(a, self.axis, -1) for a in arrays]
+        while (length := arrays[0].shape[-1]) > 1:
+            even = length // 2 * 2
+            pairs = [
+                tensor(np.ascontiguousarray(a[..., first:even:2]), value.dtype)
+                for first in (0, 1)
+                for a, value in zip(arrays, inputs)
+            ]
+            combined = self.combine_fn.fn(*pairs)
+            combined = combined if isinstance(combined, tuple | tl.tuple) else (combined,)
+            halves = [np.broadcast_to(c.handle.data, p.handle.data.shape) for c, p in zip(combined, pairs)]
+            arrays = [np.concatenate([half, a[..., even:]], axis=-1) for half, a in zip(halves, arrays)]
+        results = []
+        for a, value in zip(arrays, inputs):
+            result = a[..., 0]
+            if self.keep_dims:
+                result = result.reshape((1,) * dimensions) if self.axis is None else np.expand_dims(result, self.axis)
+            results.append(tensor(result, value.dtype))
+        return results
+
+    return reduce
+
+
+def _dtype_name(value: Any) -> str:
+    """Torch's name of the type of a tl.tensor or TensorHandle."""
+    kind = getattr(getattr(value, "dtype", None), "scalar", None)
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(str(kind), str(kind))
 
 
 def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,7 +306,7 @@ def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
         if observers.computing and hasattr(result, "data"):
             elements = result.data.size * (args[0].data.shape[-1] if operation == "dot" else 1)
             for observer in observers.computing:
-                observer.compute(operation, elements)
+                observer.compute(operation, elements, _dtype_name(args[0]))
         return result
 
     return heard
@@ -469,7 +511,7 @@ def _patch_libdevice(interpreter: Any) -> None:
             dtype = tl.int32 if result.dtype == np.bool_ else values[0].dtype.scalar
             result = result.astype(np.int32 if result.dtype == np.bool_ else values[0].handle.data.dtype)
             for observer in observers.computing:
-                observer.compute("libdevice", result.size)
+                observer.compute("libdevice", result.size, _dtype_name(values[0]))
             shape = max((value.type for value in values), key=lambda kind: kind.is_block())
             kind = tl.block_type(dtype, [int(n) for n in shape.shape]) if shape.is_block() else dtype
             return tl.tensor(interpreter.TensorHandle(result, dtype), kind)

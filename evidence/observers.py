@@ -80,10 +80,10 @@ class Observer:
     def atomic(self, access: Access, ordered: bool) -> None:
         """Before an atomic read-modify-write; `ordered` unless its memory semantics are relaxed."""
 
-    def compute(self, operation: str, elements: int) -> None:
-        """After an operation of `evidence.interpreter` on values: its name there, and how many results it made.
+    def compute(self, operation: str, elements: int, dtype: str) -> None:
+        """After an operation on values, such as "fadd" or "exp2": how many results it made, and torch's name of a type.
 
-        For "reduce" the number of operands, for "dot" that of multiply-adds.
+        For "reduce" the number is that of operands, for "dot" that of multiply-adds; the type is the first operand's.
         """
 
 

@@ -215,6 +215,32 @@ def unknown_libdevice_kernel(x_ptr):
 
 
 @triton.jit
+def first_largest(x, i, y, j):
+    better = (y > x) | ((y == x) & (j < i))
+    return tl.where(better, y, x), tl.where(better, j, i)
+
+
+@triton.jit
+def reduce_kernel(x_ptr, values, places, whole):
+    row, column = tl.arange(0, 4)[:, None], tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + row * 16 + column)
+    value, place = tl.reduce((x, column + row * 0), 1, first_largest)
+    tl.store(values + tl.arange(0, 4), value)
+    tl.store(places + tl.arange(0, 4), place)
+    value, place = tl.reduce((x, row * 16 + column), None, first_largest)
+    tl.store(whole, place)
+
+
+def test_reductions_of_ones_own():
+    x = torch.randint(0, 5, (4, 16)).float()  # with ties
+    values, places, whole = torch.empty(4), torch.empty(4, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    reduce_kernel[(1,)](x, values, places, whole)
+    assert values.tolist() == x.amax(1).tolist()
+    assert places.tolist() == x.argmax(1).tolist()
+    assert whole.item() == x.argmax()
+
+
+@triton.jit
 def moves_kernel(source, target):
     offsets = tl.arange(0, 8)
     x = tl.load(source + offsets, mask=offsets < 6, other=-float("inf"))

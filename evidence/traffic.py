@@ -1,0 +1,389 @@
+"""Bytes moved and operations done: by Triton kernels while they are interpreted, and by torch between them.
+
+    with traffic.counting() as counts:
+        loss = linear_cross_entropy(hidden, weight, targets)
+        loss.backward()
+    print(counts.table(per=N * V))
+
+Of a kernel every access is seen, so its numbers are exact. Three ways to look at its bytes: those its lanes ask for
+(`loaded`, `stored`, `updated`: what moves if no cache helps), 32-byte sectors that its accesses touch one by one
+(`sectors`: what badly aligned or scattered accesses cost), and different bytes per launch (`unique_...`: what moves
+if the caches keep everything during a launch and nothing from one launch to the next). `dram`, the sum of the unique
+ones, is the figure to compare. Other people's kernels are counted as they are.
+
+Of torch's operators the tensors are seen: each is read and written once, whole, unless the operator is known to touch
+less. Matrix products' FLOPs are counted, of the others none.
+
+`counting(dry=True)` is for sizes that no CPU can compute: operators on large tensors are counted and not run, of a
+launch a sample of programs runs and stands for the rest, and large memory is reserved, not taken. Numbers that depend
+on the values of large tensors mean nothing then.
+"""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from evidence.dry_run import run_dry
+from evidence.observers import Access, Array, Launch, Observer, Run, observing
+from evidence.pretend_cuda import PRODUCTS_INTO_OTHER_DTYPES
+
+SECTOR = 32  # bytes, the least that GPUs move between memory and the L2 cache
+
+
+@dataclass
+class Traffic:
+    """What one kernel launch or torch operator did, or several of them together. Bytes, unless it says otherwise."""
+
+    name: str
+    by: str  # "triton" or "torch"
+    calls: int = 1
+    loaded: float = 0
+    stored: float = 0
+    updated: float = 0  # by atomic operations, counted once
+    unique_loaded: float = 0  # with what atomic operations read
+    unique_stored: float = 0
+    sectors: float = 0
+    dot_flops: Counter[str] = field(default_factory=Counter)  # of matrix products, by the operands' dtype
+    flops: float = 0  # of other float arithmetic; a fused multiply-add is two
+    transcendentals: float = 0  # exp2, log2, square root, division, tanh, ...: what the special function units do
+    syncs: int = 0  # operators for which the host waits on a GPU
+
+    @property
+    def moved(self) -> float:
+        return self.loaded + self.stored + 2 * self.updated
+
+    @property
+    def dram(self) -> float:
+        return self.unique_loaded + self.unique_stored
+
+    def add(self, other: "Traffic", weight: float = 1) -> None:
+        """Add what another did, `weight` times; its calls and waits once."""
+        for name in ("loaded", "stored", "updated", "unique_loaded", "unique_stored", "sectors", "flops"):
+            setattr(self, name, getattr(self, name) + weight * getattr(other, name))
+        self.transcendentals += weight * other.transcendentals
+        self.dot_flops.update({dtype: round(weight * flops) for dtype, flops in other.dot_flops.items()})
+        self.calls += other.calls
+        self.syncs += other.syncs
+
+
+@dataclass
+class Counts:
+    """All that was counted, in order."""
+
+    traffic: list[Traffic] = field(default_factory=list)
+    peak_bytes: int = 0  # the most that tensors made meanwhile took at a time
+
+    def total(self, by: str | None = None) -> Traffic:
+        """The sum, of one kind if `by` is "triton" or "torch"."""
+        total = Traffic("total", by or "both", calls=0)
+        for t in self.traffic:
+            if by in (None, t.by):
+                total.add(t)
+        return total
+
+    def by_name(self) -> dict[str, Traffic]:
+        """Sums by name, those that move most first."""
+        sums: dict[str, Traffic] = {}
+        for t in self.traffic:
+            sums.setdefault(t.name, Traffic(t.name, t.by, calls=0)).add(t)
+        return dict(sorted(sums.items(), key=lambda item: -item[1].dram))
+
+    def table(self, per: float = 1.0) -> str:
+        """A table by name, all numbers but the calls divided by `per`."""
+        head = ("calls", "loaded", "stored", "updated", "dram", "sectors", "dot flops", "flops", "special")
+        lines = [f"{'':44}" + "".join(f"{name:>14}" for name in head)]
+        for t in [*self.by_name().values(), self.total()]:
+            numbers = (t.loaded, t.stored, t.updated, t.dram, t.sectors, sum(t.dot_flops.values()), t.flops)
+            row = "".join(f"{n / per:14,.3f}" for n in (*numbers, t.transcendentals))
+            lines.append(f"{t.name[:43]:44}{t.calls:14,}{row}")
+        return "\n".join([*lines, f"peak of tensors made meanwhile: {self.peak_bytes:,} bytes"])
+
+
+@contextmanager
+def counting(*, dry: bool = False) -> Iterator[Counts]:
+    """Count what kernels and torch do meanwhile, forward and backward."""
+    counts = Counts()
+    with observing(_KernelCounter(counts, dry)), _TorchCounter(counts, dry):
+        yield counts
+
+
+# Triton.
+
+_SPECIAL = (
+    *("exp", "exp2", "log", "log2", "sin", "cos", "erf", "sqrt", "precise_sqrt", "rsqrt", "libdevice"),
+    *("fdiv", "frem", "precise_divf", "approx_divf"),
+)
+_FLOPS = {"fadd": 1, "fsub": 1, "fmul": 1, "fneg": 1, "fma": 2, "minimumf": 1, "maximumf": 1, "minnumf": 1}
+_FLOPS |= {"maxnumf": 1, "clampf": 2, "reduce": 1}
+
+
+class _Ranges:
+    """A set of byte addresses, as runs from `begin` to `end`."""
+
+    def __init__(self) -> None:
+        self._begins: list[Array] = []
+        self._ends: list[Array] = []
+
+    def add(self, begins: Array, ends: Array) -> None:
+        self._begins.append(begins)
+        self._ends.append(ends)
+        if len(self._begins) > 4096:
+            self._merge()
+
+    def _merge(self) -> None:
+        begins, ends = np.concatenate(self._begins), np.concatenate(self._ends)
+        order = np.argsort(begins, kind="stable")
+        begins, ends = begins[order], np.maximum.accumulate(ends[order])
+        first = np.append(True, begins[1:] > ends[:-1])  # of a run that does not touch the one before
+        last = np.append(first[1:], True)
+        self._begins, self._ends = [begins[first]], [ends[last]]
+
+    def bytes(self) -> int:
+        if not self._begins:
+            return 0
+        self._merge()
+        return int((self._ends[0] - self._begins[0]).sum())
+
+
+def _runs(access: Access) -> tuple[Array, Array]:
+    """The runs of neighbouring bytes that an access covers, each byte once."""
+    addresses = access.addresses.astype(np.int64)
+    steps = addresses[1:] - addresses[:-1]
+    if (steps != access.size).any():
+        addresses = np.unique(addresses)
+        steps = addresses[1:] - addresses[:-1]
+    breaks = np.flatnonzero(steps != access.size)
+    return addresses[np.append(0, breaks + 1)], addresses[np.append(breaks, -1)] + access.size
+
+
+class _KernelCounter(Observer):
+    def __init__(self, counts: Counts, dry: bool) -> None:
+        self._counts = counts
+        self._dry = dry
+        self._known: dict[object, Traffic] = {}  # of launches in a dry run, by all that they were made of
+
+    def launch(self, launch: Launch, programs: Sequence[int], run: Run) -> None:
+        if self._dry:
+            traffic = self._sampled(launch, run)
+        else:
+            traffic = self._begin(launch.name)
+            run(programs)
+            traffic.unique_loaded = sum(ranges.bytes() for ranges in self._loads.values())
+            traffic.unique_stored = sum(ranges.bytes() for ranges in self._stores.values())
+        self._counts.traffic.append(traffic)
+
+    def _begin(self, name: str) -> Traffic:
+        self._now = Traffic(name, "triton")
+        # All together, and in a dry run by the argument whose tensor they are of.
+        self._loads: dict[str | None, _Ranges] = {}
+        self._stores: dict[str | None, _Ranges] = {}
+        return self._now
+
+    def _sampled(self, launch: Launch, run: Run) -> Traffic:
+        """Counts of some programs, each multiplied by how many it stands for."""
+        known = (launch.kernel, launch.grid, *((name, _outline(v)) for name, v in launch.arguments.items()))
+        if known not in self._known:
+            total = Traffic(launch.name, "triton", calls=0)
+            loads: Counter[str | None] = Counter()
+            stores: Counter[str | None] = Counter()
+            for program, weight in sample(launch.grid):
+                traffic = self._begin(launch.name)
+                run([program])
+                total.add(traffic, weight)
+                for unique, sets in ((loads, self._loads), (stores, self._stores)):
+                    for argument, ranges in sets.items():
+                        unique[argument] += round(weight * ranges.bytes())
+            # Programs may share what they touch, but no launch touches more of a tensor than there is.
+            most = {name: t.numel() * t.element_size() for name, t in launch.tensors()}
+            total.calls = 1
+            total.unique_loaded = sum(min(n, most.get(argument or "", n)) for argument, n in loads.items())
+            total.unique_stored = sum(min(n, most.get(argument or "", n)) for argument, n in stores.items())
+            self._known[known] = total
+        return self._known[known]
+
+    def load(self, access: Access) -> None:
+        self._now.loaded += access.addresses.size * access.size
+        self._touch(access, self._loads)
+
+    def store(self, access: Access, values: Array) -> None:
+        self._now.stored += access.addresses.size * access.size
+        self._touch(access, self._stores)
+
+    def atomic(self, access: Access, ordered: bool) -> None:
+        self._now.updated += access.addresses.size * access.size
+        self._touch(access, self._loads, self._stores)
+
+    def _touch(self, access: Access, *sets: dict[str | None, _Ranges]) -> None:
+        if access.addresses.size:
+            begins, ends = _runs(access)
+            first, last = begins // SECTOR, (ends - 1) // SECTOR
+            sectors = (last - first + 1).sum() - (first[1:] == last[:-1]).sum()
+            self._now.sectors += int(sectors) * SECTOR * len(sets)
+            for ranges in sets:
+                ranges.setdefault(access.argument if self._dry else None, _Ranges()).add(begins, ends)
+
+    def compute(self, operation: str, elements: int, dtype: str) -> None:
+        if operation == "dot":
+            self._now.dot_flops[dtype] += 2 * elements
+        elif operation in _SPECIAL:
+            self._now.transcendentals += elements
+        else:
+            self._now.flops += elements * _FLOPS.get(operation, 0)
+
+
+def sample(grid: tuple[int, int, int]) -> list[tuple[int, float]]:
+    """Programs that stand for all of a grid, each with how many it stands for.
+
+    Of a short axis all, of a long one the last, which may have less to do, and a few of the others.
+    """
+    short = 8 if sum(n > 1 for n in grid) == 1 else 3
+
+    def along(n: int) -> list[tuple[int, float]]:
+        if n <= short:
+            return [(i, 1.0) for i in range(n)]
+        few = min(4, short - 1)
+        return [(i * (n - 1) // few, (n - 1) / few) for i in range(few)] + [(n - 1, 1.0)]
+
+    return [((x * grid[1] + y) * grid[2] + z, wx * wy * wz) for (x, wx), (y, wy), (z, wz) in product(*map(along, grid))]
+
+
+def _outline(value: Any) -> object:
+    """What decides the traffic of a launch with this argument, but for the values of tensors."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 128
+    if isinstance(value, tuple):
+        return tuple(map(_outline, value))
+    return getattr(value, "value", value)
+
+
+# torch.
+
+_aten = torch.ops.aten
+_SYNCS = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.is_nonzero, _aten.masked_select, _aten._unique2}
+_WRITE_ONLY = {_aten.fill_, _aten.zero_, _aten.copy_, _aten.normal_, _aten.uniform_, _aten.random_, _aten.bernoulli_}
+_NO_TRAFFIC = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_NO_TRAFFIC |= {_aten._unsafe_view, _aten.detach, _aten.alias, _aten.lift_fresh, _aten.set_, _aten.resize_}
+_INPUT_IS_A_MODEL = {
+    _aten.zeros_like,
+    _aten.ones_like,
+    _aten.full_like,
+    _aten.new_zeros,
+    _aten.new_full,
+    _aten.new_ones,
+}
+_INPUT_IS_A_MODEL |= {_aten.rand_like, _aten.randn_like}
+
+# Operators that touch only part of a tensor: what they read of their arguments, by name, as multiples of another's.
+_PICKS = {_aten.gather: "self", _aten.index_select: "self", _aten.index: "self", _aten.embedding: "weight"}
+_PICKS |= {_aten.nll_loss_forward: "self", _aten.take: "self"}
+_SCATTERS = {_aten.index_add_: "source", _aten.scatter_add_: "src", _aten.scatter_: "src", _aten.index_put_: "values"}
+_SCATTERS |= {_aten.index_copy_: "source", _aten.scatter_reduce_: "src"}
+
+
+# Matrix products that torch's own table of FLOPs lacks.
+_PRODUCTS_IN_PLACE = {_aten.addmm_: ("mat1", "mat2")}
+
+
+def _bytes(t: Tensor) -> int:
+    """Of the different elements of a tensor: an expanded dimension counts once."""
+    return math.prod(n for n, stride in zip(t.shape, t.stride()) if stride != 0) * t.element_size()
+
+
+class _TorchCounter(TorchDispatchMode):
+    def __init__(self, counts: Counts, dry: bool) -> None:
+        super().__init__()
+        self._counts = counts
+        self._dry = dry
+        self._alive = 0
+        self._storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (custom := OPDEFS.get(func._schema.name)) is not None:
+            with self:  # made of operators too
+                return custom._init_fn(*args, **kwargs)
+        outputs = run_dry(func, args, kwargs) if self._dry else func(*args, **kwargs)
+        inputs, results = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), outputs))
+        given = {t.untyped_storage()._cdata for t in inputs}
+        for t in results:
+            if t.untyped_storage()._cdata not in given:
+                self._track(t)
+        if not (func.is_view or func._overloadpacket in _NO_TRAFFIC) and (inputs or results):
+            self._counts.traffic.append(_operator_traffic(func, args, kwargs, results))
+        return outputs
+
+    def _track(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+
+        def freed() -> None:
+            self._alive -= self._storages.pop(key)
+
+        self._storages[key] = size
+        self._alive += size
+        self._counts.peak_bytes = max(self._counts.peak_bytes, self._alive)
+        weakref.finalize(storage, freed)
+
+
+def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Traffic:
+    packet = func._overloadpacket
+    schema = func._schema
+    bound = dict(zip((a.name for a in schema.arguments), args)) | kwargs
+    read: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    written: list[Tensor] = []
+    for argument in schema.arguments:
+        tensors = [t for t in tree_leaves(bound.get(argument.name)) if isinstance(t, Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            written += tensors
+        if not (writes and (argument.is_out or packet in _WRITE_ONLY)) and packet not in _INPUT_IS_A_MODEL:
+            read |= {(t.data_ptr(), tuple(t.shape)): t for t in tensors}
+    loaded, stored = sum(map(_bytes, read.values())), sum(map(_bytes, written or results))
+    if packet in _PICKS:
+        whole = bound[_PICKS[packet]]
+        loaded += min(0, _picked(packet, bound, results) - _bytes(whole))
+    elif packet in _SCATTERS:
+        touched = _bytes(source) if isinstance(source := bound.get(_SCATTERS[packet]), Tensor) else 0
+        loaded += min(0, touched - _bytes(bound["self"]))
+        stored = min(touched, stored)
+    elif packet is _aten.nll_loss_backward:
+        loaded -= _bytes(bound["self"])  # only its shape is looked at
+    traffic = Traffic(schema.name.split("::")[1], "torch", loaded=loaded, stored=stored)
+    traffic.unique_loaded, traffic.unique_stored = loaded, stored
+    traffic.sectors = loaded + stored
+    traffic.syncs = int(packet in _SYNCS)
+    if factors := PRODUCTS_INTO_OTHER_DTYPES.get(func) or _PRODUCTS_IN_PLACE.get(packet):
+        a, b = (bound[name] for name in factors)
+        traffic.dot_flops[_name(a.dtype)] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    elif packet in flop_registry:
+        dtype = next(t.dtype for t in read.values())
+        operands = [bound[a.name] for a in schema.arguments if a.name in bound and not a.kwarg_only]
+        flops = flop_registry[packet](*operands, out_val=results[0] if len(results) == 1 else tuple(results))
+        traffic.dot_flops[_name(dtype)] += int(flops)
+    return traffic
+
+
+def _picked(packet: Any, bound: dict[str, Any], results: list[Tensor]) -> int:
+    """Bytes that are read of the tensor from which elements are picked."""
+    if packet is _aten.nll_loss_forward:
+        return int(bound["target"].numel() * bound["self"].element_size())
+    return sum(map(_bytes, results))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

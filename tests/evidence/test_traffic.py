@@ -1,0 +1,325 @@
+"""Counts where the answer is known by hand."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, for a run of this file without a conftest
+
+import resource
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from evidence import interpreter
+from evidence.dry_run import reserve
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, Traffic, counting, sample
+from llmfast._dispatch import kernels_on_cpu
+from llmfast.losses import cross_entropy, linear_cross_entropy
+from llmfast.optim import FusedAdamW
+
+interpreter.install()
+
+
+def counted(run: Callable[[], object], *, dry: bool = False) -> Counts:
+    with counting(dry=dry) as counts:
+        run()
+    return counts
+
+
+# Kernels.
+
+
+@triton.jit
+def softmax_kernel(x_ptr, y_ptr, columns, stride, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * stride + i, mask=i < columns, other=-float("inf"))
+    e = tl.exp(x - tl.max(x, axis=0))
+    tl.store(y_ptr + tl.program_id(0) * stride + i, e / tl.sum(e, axis=0), mask=i < columns)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_softmax_reads_and_writes_each_element_once(dry: bool) -> None:
+    rows, columns = 24, 96
+    x = torch.randn(rows, columns)
+    counts = counted(lambda: softmax_kernel[(rows,)](x, torch.empty_like(x), columns, columns, BLOCK=128), dry=dry)
+    (kernel,) = [t for t in counts.traffic if t.by == "triton"]
+    n = rows * columns
+    assert (kernel.loaded, kernel.stored, kernel.updated) == (4 * n, 4 * n, 0)
+    assert kernel.dram == kernel.moved == kernel.sectors == 8 * n
+    # Masked lanes compute too: exponential and quotient; difference, maximum and sum.
+    assert kernel.transcendentals == 2 * rows * 128
+    assert kernel.flops == 3 * rows * 128
+
+
+@triton.jit
+def strided_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * stride))
+
+
+@pytest.mark.parametrize(("stride", "offset", "sectors"), [(1, 0, 8), (1, 1, 9), (2, 0, 16), (8, 0, 64), (9, 0, 64)])
+def test_sectors_show_what_scattered_and_unaligned_accesses_cost(stride: int, offset: int, sectors: int) -> None:
+    x = torch.zeros(1024)[offset:]
+    counts = counted(lambda: strided_kernel[(1,)](x, torch.empty(64), stride, BLOCK=64))
+    kernel = counts.by_name()["strided_kernel"]
+    assert kernel.loaded == kernel.unique_loaded == 4 * 64
+    assert kernel.sectors == 32 * (sectors + 8)
+
+
+@triton.jit
+def matmul_kernel(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        total = tl.dot(tl.load(a + m * K + k[None, :]), tl.load(b + k[:, None] * N + n), total)
+    tl.store(c + m * N + n, total.to(c.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tiled_matmul(dtype: torch.dtype, dry: bool) -> None:
+    M, N, K = 192, 64, 96
+    a, b, c = torch.zeros(M, K, dtype=dtype), torch.zeros(K, N, dtype=dtype), torch.empty(M, N, dtype=dtype)
+    blocks = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32}
+    counts = counted(lambda: matmul_kernel[(M // 32, N // 16)](a, b, c, M, N, K, **blocks), dry=dry)
+    kernel = counts.by_name()["matmul_kernel"]
+    size = dtype.itemsize
+    assert kernel.dot_flops == {str(dtype).removeprefix("torch."): 2 * M * N * K}
+    assert kernel.loaded == (N // 16 * M * K + M // 32 * K * N) * size  # a once a column of tiles, b once a row
+    assert kernel.unique_loaded == (M * K + K * N) * size
+    assert kernel.stored == kernel.unique_stored == M * N * size
+
+
+@triton.jit
+def histogram_kernel(x_ptr, bins_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.atomic_add(bins_ptr + x, 1)
+
+
+def test_atomics_read_and_write() -> None:
+    x, bins = torch.arange(64) % 4, torch.zeros(4, dtype=torch.int32)
+    counts = counted(lambda: histogram_kernel[(2,)](x, bins, BLOCK=32))
+    kernel = counts.by_name()["histogram_kernel"]
+    assert (kernel.loaded, kernel.stored, kernel.updated) == (8 * 64, 0, 4 * 64)
+    assert kernel.moved == 8 * 64 + 2 * 4 * 64
+    assert (kernel.unique_loaded, kernel.unique_stored) == (8 * 64 + 16, 16)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_a_parameter"), [(torch.float32, 28), (torch.bfloat16, 14)])
+@pytest.mark.parametrize("dry", [False, True])
+def test_adamw(dtype: torch.dtype, bytes_a_parameter: int, dry: bool) -> None:
+    """Reads parameter, gradient and two moments, writes all but the gradient."""
+    p = torch.zeros(1 << 17, dtype=dtype, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = FusedAdamW([p])
+    with kernels_on_cpu():
+        optimizer.step()
+        counts = counted(optimizer.step, dry=dry)
+    kernel = counts.by_name()["adamw_kernel"]
+    assert bytes_a_parameter <= kernel.dram / p.numel() < bytes_a_parameter + 0.01  # and a table
+    assert bytes_a_parameter <= counts.total().dram / p.numel() < bytes_a_parameter + 0.01
+
+
+# torch.
+
+
+def torch_traffic(run: Callable[[], object]) -> Traffic:
+    counts = counted(run)
+    assert all(t.by == "torch" for t in counts.traffic)
+    return counts.total()
+
+
+X, Y = torch.randn(30, 40), torch.randn(40, 50)
+INDEX = torch.randint(0, 30, (7,))
+n, m = 4 * 30 * 40, 4 * 7 * 40  # bytes of X, and of its rows at INDEX
+
+
+@pytest.mark.parametrize(
+    ("run", "loaded", "stored"),
+    [
+        (lambda: X + X, n, n),  # the same tensor twice is read once
+        (lambda: X + X.T.contiguous().T, 3 * n, 2 * n),
+        (lambda: X.t().reshape(8, 150).view(-1), n, n),  # the reshape copies
+        (lambda: X[3:].T.unsqueeze(0), 0, 0),
+        (lambda: torch.empty_like(X), 0, 0),
+        (lambda: torch.zeros_like(X), 0, n),
+        (lambda: X.clone().zero_(), n, 2 * n),
+        (lambda: torch.empty_like(X).copy_(X), n, n),
+        (lambda: X.clone().mul_(2), 2 * n, 2 * n),
+        (lambda: torch.mul(X, 2, out=torch.empty_like(X)), n, n),
+        (lambda: X + torch.ones(1).expand(30, 40), n + 4, n + 4),
+        (lambda: X[INDEX], m + 56, m),
+        (lambda: X.index_select(0, INDEX), m + 56, m),
+        (lambda: F.embedding(INDEX, X), m + 56, m),
+        (lambda: X.gather(0, INDEX[:, None]), 28 + 56, 28),
+        (lambda: torch.zeros_like(X).index_add_(0, INDEX, X[INDEX]), (m + 56) + 2 * m + 56, n + m + m),
+        (lambda: X.to(torch.bfloat16), n, n // 2),
+        (lambda: torch._foreach_mul_([X.clone(), X.clone()], 1.0), 4 * n, 4 * n),
+    ],
+)
+def test_bytes_of_torchs_operators(run: Callable[[], object], loaded: int, stored: int) -> None:
+    total = torch_traffic(run)
+    assert (total.loaded, total.stored) == (loaded, stored)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: X @ Y,
+        lambda: torch.mm(X, Y, out=torch.empty(30, 50)),
+        lambda: torch.addmm(torch.zeros(50), X, Y),
+        lambda: torch.zeros(30, 50).addmm_(X, Y),
+        lambda: F.linear(X, Y.T),
+    ],
+)
+def test_flops_of_torchs_matrix_products(run: Callable[[], object]) -> None:
+    assert torch_traffic(run).dot_flops == {"float32": 2 * 30 * 40 * 50}
+
+
+def test_products_into_float32() -> None:
+    a, b, c = torch.zeros(30, 40, dtype=torch.bfloat16), torch.zeros(40, 50, dtype=torch.bfloat16), torch.zeros(30, 50)
+    with pretending_cuda():
+        total = torch_traffic(lambda: torch.addmm(c, a, b, out_dtype=torch.float32, out=c))
+    assert total.dot_flops == {"bfloat16": 2 * 30 * 40 * 50}
+    assert (total.loaded, total.stored) == (2 * (30 * 40 + 40 * 50) + 4 * 1500, 4 * 1500)
+
+
+def test_cross_entropy_picks_its_targets() -> None:
+    """Not the whole matrix is read for one logit a row."""
+    x = torch.randn(30, 1000, requires_grad=True)
+    y = torch.randint(0, 1000, (30,))
+    total = torch_traffic(lambda: F.cross_entropy(x, y).backward())
+    # log_softmax 1 + 1; its target; backward of the target 1 written; of log_softmax 2 + 1
+    assert total.dram / x.numel() / 4 == pytest.approx(6, abs=0.02)
+
+
+def test_waits_for_the_gpu_are_counted() -> None:
+    x = torch.tensor([1.0, 0.0])
+    assert torch_traffic(lambda: x.sum() * 2).syncs == 0
+    assert torch_traffic(lambda: x.sum().item()).syncs == 1
+    assert torch_traffic(lambda: x.nonzero()).syncs == 1
+    assert torch_traffic(lambda: torch.equal(x, x)).syncs == 1
+
+
+def test_peak_of_tensors_made_meanwhile() -> None:
+    def run() -> None:
+        a = torch.empty(1000)
+        b = a.view(10, 100)  # shares
+        del a
+        c = b + 1
+        del b
+        torch.zeros(1500, dtype=torch.int8), c
+
+    assert counted(run).peak_bytes == 8000
+    assert counted(lambda: X.t()).peak_bytes == 0
+
+
+def test_an_operator_of_python_is_counted_by_what_it_is_made_of() -> None:
+    @torch.library.custom_op("llmfast_tests::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x.exp() + x
+
+    counts = counted(lambda: twice(X))
+    assert [t.name for t in counts.traffic] == ["exp", "add"]
+
+
+# Dry runs.
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_dry_run_counts_the_same(chunks: int) -> None:
+    N, D, V = 48, 32, 700
+
+    def run() -> None:
+        hidden = torch.zeros(N, D, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.zeros(V, D, dtype=torch.bfloat16, requires_grad=True)
+        loss = linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), memory_budget=N * 1408 // chunks)
+        loss.backward()
+
+    with pretending_cuda():
+        real, dry = counted(run), counted(run, dry=True)
+    assert [t.name for t in real.traffic] == [t.name for t in dry.traffic]
+    for a, b in zip(real.traffic, dry.traffic):
+        for name in ("loaded", "stored", "dram", "sectors", "dot_flops", "flops", "transcendentals", "calls"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name)), (a.name, name)
+    assert real.peak_bytes == dry.peak_bytes
+
+
+def test_a_dry_run_of_a_large_model_takes_no_memory_and_no_time() -> None:
+    N, D, V = 65536, 4096, 128256
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pretending_cuda(), counting(dry=True) as counts:
+        hidden = reserve(N, D, dtype=torch.bfloat16).requires_grad_()
+        weight = reserve(V, D, dtype=torch.bfloat16).requires_grad_()
+        targets = torch.zeros(N, dtype=torch.int64)
+        linear_cross_entropy(hidden, weight, targets, memory_budget=1 << 30).backward()
+    assert counts.total().dot_flops == {"bfloat16": 6 * N * D * V}
+    assert counts.peak_bytes > 3 << 30  # the slab, and dW in float32
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_a_dry_run_computes_what_is_small() -> None:
+    x = reserve(1 << 11, 1 << 11)
+
+    def run() -> None:
+        assert (torch.arange(5) * 2).sum().item() == 20
+        assert X.nonzero().shape[1] == 2
+        assert (x + x).shape == x.shape and (x @ x).dtype == x.dtype
+        assert x.mul_(2) is x
+        assert torch.zeros(1 << 11, 1 << 11).stride() == x.stride()
+        x[0, :4] = 7
+        assert x[0, :5].tolist() == [7, 7, 7, 7, 0]
+
+    counted(run, dry=True)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (7, 1, 1), (8, 1, 1), (1000, 1, 1), (5, 9, 1), (1000, 3, 2)])
+def test_a_sample_stands_for_the_whole_grid(grid: tuple[int, int, int]) -> None:
+    programs = sample(grid)
+    total = grid[0] * grid[1] * grid[2]
+    assert sum(weight for _, weight in programs) == pytest.approx(total)
+    numbers = [program for program, _ in programs]
+    assert len(set(numbers)) == len(numbers) <= 60 and max(numbers) == total - 1 and min(numbers) == 0
+
+
+# The library's own, against the least there is to move.
+
+
+def rows(inplace: bool, grad: bool, V: int) -> Callable[[], None]:
+    def run() -> None:
+        logits = torch.zeros(64, V, dtype=torch.bfloat16, requires_grad=grad)
+        loss = cross_entropy(logits * 1 if inplace else logits, torch.zeros(64, dtype=torch.int64), inplace=inplace)
+        if grad:
+            loss.backward()
+
+    return run
+
+
+@pytest.mark.parametrize("V", [4096, 50257])
+@pytest.mark.parametrize(
+    ("inplace", "grad", "bytes_a_logit"),
+    [(False, False, 2), (True, True, 4), (False, True, 6)],
+)
+def test_row_kernels_move_little_more_than_they_must(inplace: bool, grad: bool, bytes_a_logit: int, V: int) -> None:
+    with kernels_on_cpu():
+        counts = counted(rows(inplace, grad, V), dry=True)
+    assert bytes_a_logit <= counts.total("triton").dram / (64 * V) < 1.02 * bytes_a_logit
+
+
+def test_the_linear_loss_in_four_chunks() -> None:
+    N, D, V = 1024, 256, 16384
+    with pretending_cuda(), counting(dry=True) as counts:
+        hidden = reserve(N, D, dtype=torch.bfloat16).requires_grad_()
+        weight = reserve(V, D, dtype=torch.bfloat16).requires_grad_()
+        linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), memory_budget=N * V * 2 // 4).backward()
+    total = counts.total()
+    assert total.dram / (N * V) < 26
+    assert total.dot_flops == {"bfloat16": 6 * N * D * V}
+    assert total.syncs == 0
