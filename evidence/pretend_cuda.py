@@ -3,8 +3,9 @@
     with pretending_cuda():
         loss = linear_cross_entropy(hidden, weight, targets)  # takes the kernels; its GEMMs accumulate in float32
 
-Inside, `tensor.device` is cuda:0 and `tensor.is_cuda` is true, for Python code. The tensors stay where they are, kernels
-run in the interpreter, and what torch has on GPUs only (matrix products of low precision into float32) is emulated.
+Inside, `tensor.device` is cuda:0 and `tensor.is_cuda` is true, for Python code. The tensors stay where they are,
+kernels run in the interpreter, and what torch has on GPUs only, matrix products of low precision into float32, is
+emulated.
 This is for running and counting the code of the GPU path. How fast it is, it cannot tell.
 """
 

@@ -163,7 +163,8 @@ def _runs(access: Access) -> tuple[Array, Array]:
     addresses = access.addresses.astype(np.int64)
     steps = addresses[1:] - addresses[:-1]
     if (steps != access.size).any():
-        addresses = np.unique(addresses)
+        addresses = np.sort(addresses)
+        addresses = addresses[np.append(True, addresses[1:] != addresses[:-1])]
         steps = addresses[1:] - addresses[:-1]
     breaks = np.flatnonzero(steps != access.size)
     return addresses[np.append(0, breaks + 1)], addresses[np.append(breaks, -1)] + access.size
@@ -247,15 +248,14 @@ class _KernelCounter(Observer):
 def sample(grid: tuple[int, int, int]) -> list[tuple[int, float]]:
     """Programs that stand for all of a grid, each with how many it stands for.
 
-    Of a short axis all, of a long one the last, which may have less to do, and a few of the others.
+    Of a short axis all, of a long one the last, which may have less to do, and two of the others.
     """
     short = 8 if sum(n > 1 for n in grid) == 1 else 3
 
     def along(n: int) -> list[tuple[int, float]]:
         if n <= short:
             return [(i, 1.0) for i in range(n)]
-        few = min(4, short - 1)
-        return [(i * (n - 1) // few, (n - 1) / few) for i in range(few)] + [(n - 1, 1.0)]
+        return [(0, (n - 1) / 2), ((n - 1) // 2, (n - 1) / 2), (n - 1, 1.0)]
 
     return [((x * grid[1] + y) * grid[2] + z, wx * wy * wz) for (x, wx), (y, wy), (z, wz) in product(*map(along, grid))]
 
@@ -263,7 +263,7 @@ def sample(grid: tuple[int, int, int]) -> list[tuple[int, float]]:
 def _outline(value: Any) -> object:
     """What decides the traffic of a launch with this argument, but for the values of tensors."""
     if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 128
+        return value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % SECTOR
     if isinstance(value, tuple):
         return tuple(map(_outline, value))
     return getattr(value, "value", value)
@@ -293,6 +293,8 @@ _SCATTERS = {_aten.index_add_: "source", _aten.scatter_add_: "src", _aten.scatte
 _SCATTERS |= {_aten.index_copy_: "source", _aten.scatter_reduce_: "src"}
 
 
+# Updates of many tensors, which say that they write the gradients too.
+_FUSED_UPDATES = {_aten._fused_adamw_, _aten._fused_adam_, _aten._fused_sgd_, _aten._fused_adagrad_}
 # Matrix products that torch's own table of FLOPs lacks.
 _PRODUCTS_IN_PLACE = {_aten.addmm_: ("mat1", "mat2")}
 
@@ -349,6 +351,8 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
     for argument in schema.arguments:
         tensors = [t for t in tree_leaves(bound.get(argument.name)) if isinstance(t, Tensor)]
         writes = argument.alias_info is not None and argument.alias_info.is_write
+        if packet in _FUSED_UPDATES and argument.name == "grads":
+            writes = bound.get("grad_scale") is not None  # then they are unscaled in place
         if writes:
             written += tensors
         if not (writes and (argument.is_out or packet in _WRITE_ONLY)) and packet not in _INPUT_IS_A_MODEL:

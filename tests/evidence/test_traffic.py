@@ -127,6 +127,18 @@ def test_adamw(dtype: torch.dtype, bytes_a_parameter: int, dry: bool) -> None:
     assert bytes_a_parameter <= counts.total().dram / p.numel() < bytes_a_parameter + 0.01
 
 
+@pytest.mark.parametrize(("scaled", "bytes_a_parameter"), [(False, 28), (True, 32)])
+def test_torchs_fused_adamw(scaled: bool, bytes_a_parameter: int) -> None:
+    p = torch.zeros(1 << 12, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW([p], fused=True)
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer.step()
+    total = counted(optimizer.step).total()
+    assert bytes_a_parameter <= total.dram / p.numel() < bytes_a_parameter + 0.01
+
+
 # torch.
 
 

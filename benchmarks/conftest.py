@@ -1,0 +1,108 @@
+"""Three tiers in one command, `make bench`, and one page of results.
+
+On any machine: the clock, on the CPU; and counts, by processes that interpret kernels (`benchmarks/counted.py`). On a
+GPU also the kernels, by wall time. A run of the whole suite writes what it found under `benchmarks/results/`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import report
+from benchmarks.clock import Run, Timing, compare, timed
+from benchmarks.counted import Job, Result, count
+
+PATIENCE = 10.0  # seconds that a way gets beside the first one; one that takes longer gets fewer rounds
+RESULTS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="folder to write results to, also of a part of the suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = []
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")  # counts take no time
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    folder: Path | None = config.option.results
+    if folder is None and _is_whole_suite(session) and exitstatus == pytest.ExitCode.OK:
+        folder = report.default_folder()
+    if folder is not None and config.stash[RESULTS]:
+        report.write(folder, config.stash[RESULTS])
+        terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+        terminal.ensure_newline()
+        terminal.write_line(f"results: {folder / 'README.md'}")
+
+
+def _is_whole_suite(session: pytest.Session) -> bool:
+    option = session.config.option
+    chosen = option.keyword or option.markexpr or option.deselect or getattr(option, "lf", False)
+    whole = [Path(argument).resolve() for argument in session.config.args] == [Path(__file__).parent]
+    return whole and not chosen and not option.collectonly and not option.benchmark_disable
+
+
+Add = Callable[..., None]
+Race = Callable[..., dict[str, Timing]]
+
+
+@pytest.fixture
+def add(request: pytest.FixtureRequest) -> Add:
+    """Adds a row to the results: `add("clock", operation=..., way=..., seconds=...)`."""
+    rows = request.config.stash[RESULTS]
+    return lambda section, **fields: rows.append({"section": section, **fields})
+
+
+@pytest.fixture
+def race(benchmark: BenchmarkFixture) -> Race:
+    """Times ways in turn, so that a busy moment hits all of them; pytest-benchmark's table shows the first."""
+
+    def run(ways: dict[str, Run], rounds: int = 5, warm: bool = False) -> dict[str, Timing]:
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        (first, ours), *others = ways.items()
+
+        def others_before() -> None:
+            for name, other in others:
+                if sum(times[name]) < PATIENCE:
+                    times[name].append(timed(other))
+
+        for way in ways.values():
+            if not warm:
+                way()
+        benchmark.pedantic(lambda: times[first].append(timed(ours)), setup=others_before, rounds=rounds)
+        timings = compare(times)
+        benchmark.extra_info |= {f"time / {name}'s": round(t.ratio, 3) for name, t in timings.items() if name != first}
+        return timings
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def counted(request: pytest.FixtureRequest) -> dict[Job, Result]:
+    """Results of all jobs that the chosen benchmarks have among their parameters, counted at once by two processes."""
+    jobs: dict[str, Job] = {}
+    for item in request.session.items:
+        params = getattr(item, "callspec", None)
+        for value in params.params.values() if params else ():
+            for job in value if isinstance(value, list) else [value]:
+                if isinstance(job, Job):
+                    jobs[repr(job)] = job
+    results = count(list(jobs.values()))
+    return _ByJob(zip(jobs.values(), results))
+
+
+class _ByJob(dict[Job, Result]):
+    """Jobs hold dicts, so they are found by what they look like."""
+
+    def __init__(self, pairs: Any) -> None:
+        super().__init__()
+        for job, result in pairs:
+            super().__setitem__(repr(job), result)  # type: ignore[index]
+
+    def __getitem__(self, job: Job) -> Result:
+        return super().__getitem__(repr(job))  # type: ignore[index]

@@ -1,0 +1,38 @@
+"""The sizes that the benchmarks use: output layers and parameter lists of models that people train."""
+
+# Hidden width and vocabulary.
+MODELS = {
+    "GPT-2": (768, 50257),
+    "Llama-3": (4096, 128256),
+    "Gemma-2": (2304, 256000),
+    "Qwen-3": (2560, 151936),
+}
+TOKENS = (1024, 4096, 16384, 65536)
+
+# Small enough to compute in the interpreter, with the proportions of a large vocabulary.
+SMALL = {"N": 1024, "D": 256, "V": 16384}
+
+
+def _gpt2() -> list[tuple[int, ...]]:
+    layer: list[tuple[int, ...]] = [
+        *((768,), (768,), (2304, 768), (2304,), (768, 768), (768,)),
+        *((768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)),
+    ]
+    return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
+
+
+def _llama(width: int, hidden: int, key_value: int, layers: int, *, tied: bool) -> list[tuple[int, ...]]:
+    layer: list[tuple[int, ...]] = [
+        *((width, width), (key_value, width), (key_value, width), (width, width)),
+        *((hidden, width), (hidden, width), (width, hidden), (width,), (width,)),
+    ]
+    embeddings: list[tuple[int, ...]] = [(128256, width)] * (1 if tied else 2)
+    return [*embeddings, *layer * layers, (width,)]
+
+
+# The shapes of all parameters.
+PARAMETERS = {
+    "124M": _gpt2(),  # GPT-2
+    "1B": _llama(2048, 8192, 512, 16, tied=True),  # Llama-3.2 1B
+    "8B": _llama(4096, 14336, 1024, 32, tied=False),  # Llama-3 8B
+}

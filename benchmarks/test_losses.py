@@ -1,0 +1,111 @@
+"""Losses forward and backward by wall clock, next to every other way there is here. On a GPU also at real sizes."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.clock import copy_bandwidth, device, peak_bytes, timed
+from benchmarks.conftest import Add, Race
+from benchmarks.shapes import MODELS, TOKENS
+from benchmarks.ways import ways
+
+GPU = torch.cuda.is_available()
+TIER = "gpu" if GPU else "cpu"
+DTYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
+# N, D, V. On a CPU: the demo, GPT-2's and Llama-3's vocabularies.
+LINEAR = (
+    {f"{model} N={N}": (N, *MODELS[model]) for model in MODELS for N in TOKENS}
+    if GPU
+    else {"demo": (2048, 192, 8192), "GPT-2's V": (1024, 512, 50257), "Llama-3's V": (128, 256, 128256)}
+)
+ROWS = {f"{model} N={N}": (N, V) for model, (_, V) in MODELS.items() for N in TOKENS} if GPU else {
+    "demo": (2048, 8192), "GPT-2's V": (512, 50257), "Llama-3's V": (256, 128256)
+}  # fmt: skip
+
+
+def race_losses(
+    add: Add,
+    race: Race,
+    operation: str,
+    shape: str,
+    size: dict[str, int],
+    dtype: torch.dtype,
+    leaves: Any,
+    targets: Any,
+) -> None:
+    """Time all ways on the same tensors, those that the device has memory for, and record what they take."""
+    runs, peaks = {}, {}
+    for name, way in ways(operation, TIER, dtype).items():
+
+        def run(way: Any = way.run) -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            way(*leaves, targets).backward()
+
+        try:
+            if GPU:
+                run()  # compiles, where there is something to compile
+            peaks[name] = peak_bytes(run)
+            runs[name] = run
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            add("clock", operation=operation, shape=shape, dtype=str(dtype), way=name, failure="out of memory")
+    if "llmfast" not in runs:
+        pytest.skip("not enough memory")
+    for name, timing in race(runs, warm=True).items():
+        add(
+            "clock", operation=operation, shape=shape, size=size, dtype=str(dtype), way=name, seconds=timing.seconds,
+            ratio=timing.ratio, spread=timing.spread, peak_bytes=peaks[name],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LINEAR)
+def test_linear_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dtype) -> None:
+    N, D, V = LINEAR[shape]
+    if GPU and 0.8 * torch.cuda.get_device_properties(0).total_memory < 6 * V * D + 4 * N * D:
+        pytest.skip("not enough memory")
+    hidden = torch.randn(N, D, device=device()).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, device=device()) * D**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=device())
+    size = {"N": N, "D": D, "V": V}
+    race_losses(add, race, "linear_cross_entropy", shape, size, dtype, [hidden, weight], targets)
+    if GPU:  # what the three matrix products take by themselves
+        gemms = gemm_seconds(hidden.detach(), weight.detach())
+        add("roof", operation="linear_cross_entropy", shape=shape, dtype=str(dtype), seconds=gemms, what="cuBLAS")
+
+
+def gemm_seconds(hidden: torch.Tensor, weight: torch.Tensor) -> float:
+    """Of the three products of a linear layer's forward and backward, by the device's own library, in slices."""
+    rows = max(1, min(len(hidden), (4 << 30) // (weight.shape[0] * hidden.element_size())))
+    seconds = 0.0
+    for start in range(0, len(hidden), rows):
+        h = hidden[start : start + rows]
+        logits = h @ weight.T
+        for a, b in ((h, weight.T), (logits, weight), (logits.T, h)):
+            seconds += timed(partial(torch.mm, a, b))
+    return seconds
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROWS)
+def test_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dtype) -> None:
+    N, V = ROWS[shape]
+    if GPU and 0.8 * torch.cuda.get_device_properties(0).total_memory < 8 * N * V:
+        pytest.skip("not enough memory")
+    logits = torch.randn(N, V, device=device()).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=device())
+    # Ways that write over the logits are counted, not timed: they need new ones every time.
+    race_losses(add, race, "cross_entropy", shape, {"N": N, "V": V}, dtype, [logits], targets)
+    if GPU:
+        floor = 6 * N * V / copy_bandwidth()
+        add(
+            "roof",
+            operation="cross_entropy",
+            shape=shape,
+            dtype=str(dtype),
+            seconds=floor,
+            what="copying 6 bytes a logit",
+        )

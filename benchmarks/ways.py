@@ -1,0 +1,183 @@
+"""Every way to compute the same thing: ours, torch's, and other people's libraries, as their users call them.
+
+A way is a plain function of the tensors. What is not installed is left out; `make bench` installs those that run in the
+interpreter (the extra `bench`), and a GPU machine may have more.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmfast import losses, optim
+
+EVERYWHERE = frozenset({"cpu", "counted", "gpu"})
+KERNELS = frozenset({"counted", "gpu"})  # needs Triton: on a GPU, or in the interpreter
+GPU_ONLY = frozenset({"gpu"})
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a way belongs to."""
+
+    module: str  # must be there to import
+    distribution: str  # to ask for the version
+
+    def installed(self) -> bool:
+        try:
+            return find_spec(self.module) is not None
+        except (ImportError, ValueError):  # a parent that is something else by the same name
+            return False
+
+
+LLMFAST = Library("llmfast", "llmfast-torch")
+TORCH = Library("torch", "torch")
+LIGER = Library("liger_kernel", "liger-kernel")
+CCE = Library("cut_cross_entropy", "cut-cross-entropy")
+QUACK = Library("quack", "quack-kernels")
+OPTIMI = Library("optimi", "torch-optimi")
+FLASHOPTIM = Library("flashoptim", "flashoptim")
+APEX = Library("apex.optimizers", "apex")
+BITSANDBYTES = Library("bitsandbytes", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One library's way to do an operation, or one mode of it."""
+
+    name: str
+    run: Callable[..., Any]
+    library: Library
+    tiers: frozenset[str]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+
+def ways(operation: str, tier: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Way]:
+    """The installed ways to do an operation in a tier ("cpu", "counted" or "gpu"), ours first."""
+    found = (w for w in _WAYS[operation] if tier in w.tiers and dtype in w.dtypes and w.library.installed())
+    return {way.name: way for way in found}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the ways use, where installed."""
+    libraries = {way.library for ways in _WAYS.values() for way in ways if way.library.installed()}
+    return {name: metadata.version(name) for name in sorted({"triton", *(one.distribution for one in libraries)})}
+
+
+def _load(module: str, name: str) -> Any:
+    """At the first call, not when this is imported: others may not be installed, or need patches before."""
+    return getattr(import_module(module), name)
+
+
+# Cross-entropy from logits: (logits (N, V), targets (N,)) -> loss.
+
+
+def _liger_cross_entropy(logits: Tensor, targets: Tensor) -> Any:
+    return _load("liger_kernel.transformers.functional", "liger_cross_entropy")(logits, targets)
+
+
+def _quack_cross_entropy(logits: Tensor, targets: Tensor) -> Any:
+    return _load("quack", "cross_entropy")(logits, targets, reduction="mean")
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled at the first call, for each set of shapes by itself."""
+    made: list[Callable[..., Tensor]] = []
+
+    def run(*tensors: Tensor) -> Tensor:
+        if not made:
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*tensors)
+
+    return run
+
+
+# Linear cross-entropy: (hidden (N, D), weight (V, D), targets (N,)) -> loss.
+
+
+def _unfused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def _unfused_float32(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As training loops mostly do it: logits to float32 first."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def _torch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    # Since torch 2.13.
+    options = _load("torch.nn", "LinearCrossEntropyOptions")()
+    return _load("torch.nn.functional", "linear_cross_entropy")(hidden, weight, targets, options=options)
+
+
+def _liger(accumulate: torch.dtype | None) -> Callable[..., Any]:
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+        loss = _load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+        return loss(hidden, weight, targets, accum_dtype=accumulate)
+
+    return run
+
+
+def _cut_cross_entropy(**options: Any) -> Callable[..., Any]:
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+        return _load("cut_cross_entropy", "linear_cross_entropy")(hidden, weight, targets, **options)
+
+    return run
+
+
+def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    return _load("quack.linear_cross_entropy", "chunked_linear_cross_entropy")(hidden, weight, targets)
+
+
+# AdamW: parameters -> optimizer.
+
+Parameters = Iterable[Tensor]
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+
+def _adamw(module: str, name: str, **options: Any) -> Callable[[Parameters], Any]:
+    return lambda params: _load(module, name)(params, **SETTINGS, **options)
+
+
+_WAYS: dict[str, list[Way]] = {
+    "cross_entropy": [
+        Way("llmfast", losses.cross_entropy, LLMFAST, EVERYWHERE),
+        Way("llmfast in place", lambda x, y: losses.cross_entropy(x, y, inplace=True), LLMFAST, frozenset({"counted"})),
+        Way("torch", F.cross_entropy, TORCH, EVERYWHERE),
+        Way("torch compiled", _compiled(F.cross_entropy), TORCH, GPU_ONLY),
+        Way("Liger", _liger_cross_entropy, LIGER, KERNELS),  # in place too; it takes leaves, and overwrites them
+        Way("Quack", _quack_cross_entropy, QUACK, GPU_ONLY),
+    ],
+    "linear_cross_entropy": [
+        Way("llmfast", losses.linear_cross_entropy, LLMFAST, EVERYWHERE),
+        Way("torch", _unfused, TORCH, EVERYWHERE),
+        Way("torch, float32 logits", _unfused_float32, TORCH, KERNELS),
+        Way("torch compiled", _compiled(_unfused_float32), TORCH, GPU_ONLY),
+        *(
+            [Way("torch linear_cross_entropy", _torch_chunks, TORCH, EVERYWHERE)]
+            if hasattr(torch.nn, "LinearCrossEntropyOptions")
+            else []
+        ),
+        Way("Liger", _liger(None), LIGER, KERNELS),
+        Way("Liger, float32 sums", _liger(torch.float32), LIGER, KERNELS),
+        Way("cut-cross-entropy", _cut_cross_entropy(), CCE, KERNELS),
+        # Counts the same on random numbers, of which the filter drops nothing.
+        Way("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
+        Way("Quack", _quack, QUACK, GPU_ONLY),
+    ],
+    "adamw": [
+        Way("llmfast", lambda params: optim.FusedAdamW(params, **SETTINGS), LLMFAST, EVERYWHERE),
+        Way("torch fused", _adamw("torch.optim", "AdamW", fused=True), TORCH, EVERYWHERE),
+        Way("torch foreach", _adamw("torch.optim", "AdamW", foreach=True), TORCH, EVERYWHERE),
+        Way("torch, one by one", _adamw("torch.optim", "AdamW", foreach=False), TORCH, EVERYWHERE),
+        Way("optimi", _adamw("optimi", "AdamW", triton=True), OPTIMI, KERNELS),
+        Way("FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, KERNELS, (torch.bfloat16,)),
+        Way("apex", _adamw("apex.optimizers", "FusedAdam", adam_w_mode=True), APEX, GPU_ONLY),
+        Way("bitsandbytes, 8-bit states", _adamw("bitsandbytes.optim", "AdamW8bit"), BITSANDBYTES, GPU_ONLY),
+    ],
+}

@@ -1,0 +1,50 @@
+"""The arithmetic of comparisons, and the benchmarks for GPUs, whose code has nowhere else to run."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import clock, test_kernels
+from evidence.pretend_cuda import pretending_cuda
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # The machine is twice as slow in the second round, and the third way missed it.
+    timings = clock.compare({"ours": [1.0, 2.0, 1.0], "other": [2.0, 4.0, 2.0], "slow": [10.0]})
+    assert timings["ours"].ratio == 1 and timings["other"].ratio == 0.5 and timings["slow"].ratio == 0.1
+    assert timings["other"].spread == 0 and timings["slow"].seconds == 10
+
+
+def test_time_and_memory() -> None:
+    assert 0.01 <= clock.timed(lambda: time.sleep(0.01)) < 1
+    assert clock.peak_bytes(lambda: torch.empty(1000) + 1) == 8000
+    assert clock.copy_bandwidth(1 << 20) > 1e6
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setattr(test_kernels, "kernel_seconds", lambda run: run() is None or 2.0)
+    monkeypatch.setattr(test_kernels, "copy_bandwidth", lambda: 1e3)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("run", "least_bytes"),
+    [
+        (lambda add: test_kernels.time_rows(add, "loss", 2, 100, "shape"), 2 * 2 * 128),
+        (lambda add: test_kernels.time_rows(add, "loss and gradient", 2, 100, "shape"), 4 * 2 * 128),
+        (lambda add: test_kernels.time_rows(add, "gradient later", 2, 100, "shape"), 4 * 2 * 128),
+        (lambda add: test_kernels.time_adamw(add, 1000, torch.float32), 28 * 1000),
+        (lambda add: test_kernels.time_adamw(add, 1000, torch.bfloat16), 14 * 1000),
+        (lambda add: test_kernels.time_scale(add, 1000), 6 * 1000),
+    ],
+)
+def test_kernels_for_a_gpu_run(added: list[dict[str, Any]], run: Any, least_bytes: int) -> None:
+    with pretending_cuda():
+        run(lambda section, **fields: added.append({"section": section, **fields}))
+    (row,) = added
+    seconds = row["seconds"]
+    assert row["section"] == "kernels" and row["bandwidth"] == least_bytes / seconds
+    assert row["share"] == row["bandwidth"] / 1e3

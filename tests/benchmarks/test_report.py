@@ -1,0 +1,90 @@
+"""The page of results, from rows that are made up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.shapes import MODELS, TOKENS
+
+GPU_SECONDS = {gpu.name: 0.01 for gpu in report.GPUS}
+
+
+def rows() -> list[dict[str, Any]]:
+    counted = dict(dtype="bfloat16", moved=3e9, calls=9, syncs=1, peak_bytes=3 << 30, seconds=GPU_SECONDS)
+    loss = counted | dict(operation="linear_cross_entropy", dot_flops=6e12, by_name={"mm": 2e9, "x_kernel": 1e9})
+    found: list[dict[str, Any]] = []
+    for way in ("llmfast", "Liger"):
+        found.append(
+            dict(
+                section="compared", way=way, size={"N": 1024, "D": 256, "V": 16384}, dram=22.5 * 1024 * 16384,
+                errors={"loss": 1e-6, "hidden": 2e-3, "weight": 3e-3},
+            ) | loss
+        )  # fmt: skip
+        for D, V in MODELS.values():
+            for N in TOKENS:
+                found.append(dict(section="real sizes", way=way, size={"N": N, "D": D, "V": V}, dram=3e9) | loss)
+        for size in ("124M", "8B"):
+            adamw = counted | dict(operation="adamw", by_name={}, dot_flops=0, dtype="float32")
+            found.append(dict(section="optimizers", way=way, size={"parameters": size}, dram=28 * 8030261248) | adamw)
+    for way, seconds in (("llmfast", 0.5), ("torch", 1.0)):
+        found.append(
+            dict(section="clock", operation="adamw", shape="10M", dtype="torch.float32", way=way, seconds=seconds,
+                 ratio=0.5 / seconds, spread=0.01)
+        )  # fmt: skip
+    found.append(dict(section="clock", operation="adamw", shape="8B", way="torch", failure="out of memory"))
+    found.append(dict(section="kernels", kernel="rows", shape="N=1", seconds=2e-5, bandwidth=2e12, share=0.913))
+    for launch in ("f(x=1)", "f(x=2)"):  # look the same
+        for target in ("sm_80", "sm_90"):
+            found.append(
+                dict(section="machine code", kernel="f", launch=launch, target=target, ways=["Liger, float32 sums"],
+                     registers=40, spill_bytes=0, shared_bytes=64, warps=4, occupancy=0.5, access_bits=[32, 128],
+                     loops=[{"instructions": 9, "access_bits": [128], "tensor_cores": 0}])
+            )  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    report.write(folder, rows())
+    return folder
+
+
+def test_the_page_says_what_was_found(folder: Path) -> None:
+    page = (folder / "README.md").read_text()
+    assert "| llmfast | 22.50 |" in page
+    assert "| torch | 10M, float32" not in page and "| 10M, float32 | torch | 1e+03 ms | 0.50 ± 0.01 |" in page
+    assert "| 8B | torch | out of memory |" in page
+    assert "| rows | N=1 | 20 µs | 2,000 | 91% |" in page
+    assert page.count("| `f` | Liger | 40 40 | 0 0 | 64 | 50% | 32/128 | 9 of 128 bits |") == 1
+    assert "modelled seconds = sum over launches" in page and "*modelled*" in page
+    assert "NaN" not in page and "nan" not in page
+
+
+def test_its_pictures_are_there_and_reproducible(folder: Path) -> None:
+    page = (folder / "README.md").read_text()
+    pictures = {
+        name: (folder / name).read_bytes() for name in ("time.svg", "bytes.svg", "memory.svg", "optimizers.svg")
+    }
+    for name, content in pictures.items():
+        assert f"]({name})" in page and content.startswith(b"<?xml")
+    report.draw(folder)
+    assert pictures == {name: (folder / name).read_bytes() for name in pictures}
+    assert page == (folder / "README.md").read_text()
+
+
+def test_results_are_data_a_line_a_row(folder: Path) -> None:
+    text = (folder / "results.json").read_text()
+    results = json.loads(text)
+    assert results["rows"] == rows() and len(text.splitlines()) == len(rows()) + 3
+    about = results["about"]
+    assert about["versions"]["torch"] and about["cpu"] and len(about["date"]) == 10
+
+
+def test_a_page_of_a_part_of_the_suite(tmp_path: Path) -> None:
+    report.write(tmp_path, [row for row in rows() if row["section"] == "clock"])
+    page = (tmp_path / "README.md").read_text()
+    assert "By the clock" in page and "Machine code" not in page and ".svg" not in page

@@ -1,0 +1,43 @@
+"""The model, on numbers small enough to work out by hand."""
+
+from collections import Counter
+
+import pytest
+
+from evidence.roofline import GPUS, H100, LAUNCH, Gpu
+from evidence.traffic import Traffic
+
+UNIT = Gpu("unit", bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
+
+
+def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0, dtype: str = "bfloat16") -> Traffic:
+    return Traffic(
+        "x", "triton", unique_loaded=dram, dot_flops=Counter({dtype: int(dot)}), flops=flops, transcendentals=special
+    )
+
+
+@pytest.mark.parametrize(
+    ("traffic", "seconds"),
+    [
+        (launch(dram=9, dot=6.0), 10),
+        (launch(dram=9, dot=14), 20),
+        (launch(dram=9, dot=14, flops=25), 25),
+        (launch(dram=9, special=11), 11),
+        (launch(dot=7, flops=2, dtype="float32"), 9),  # float32 products take the ordinary units
+    ],
+)
+def test_a_launch_takes_what_binds_it(traffic: Traffic, seconds: float) -> None:
+    assert UNIT.seconds([traffic]) == pytest.approx(seconds + LAUNCH)
+
+
+def test_launches_follow_one_another() -> None:
+    assert UNIT.seconds([launch(dram=9), launch(dot=7)]) == pytest.approx(20 + 2 * LAUNCH)
+    assert UNIT.seconds([]) == 0
+
+
+def test_known_orders_of_magnitude() -> None:
+    """An 8192 x 4096 x 128256 GEMM on an H100 is about 12 ms, and 28 GB of AdamW about 9 ms."""
+    gemm = launch(dot=2 * 8192 * 4096 * 128256, dram=2 * (8192 * 4096 + 4096 * 128256 + 8192 * 128256))
+    assert 0.010 < H100.seconds([gemm]) < 0.014
+    assert 0.008 < H100.seconds([launch(dram=28e9)]) < 0.010
+    assert [gpu.name.split()[0] for gpu in GPUS] == ["A100", "H100", "B200", "MI300X"]
