@@ -35,7 +35,7 @@ format: $(STAMP)-train,dev ## let ruff fix and format the code
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/: make bench ARGS="-k counted"
+bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 clean: ## remove .venv, caches and builds; runs/ stays

@@ -187,10 +187,10 @@ def optimizers(rows: list[Row], folder: Path) -> str:
             cells += [f"{large[0]['seconds'][H100.name] * 1e3:.1f}" if large else ""]
             cells += [f"{large[0]['peak_bytes'] / 2**30:.1f}" if large else ""]
         body.append([way, *cells])
-    columns = [f"{dtype}: {what}" for dtype in ("fp32", "bf16") for what in ("bytes", "launches", "ms", "GiB")]
+    columns = [f"{dtype}: {what}" for dtype in ("fp32", "bf16") for what in ("bytes", "calls", "ms", "GiB")]
     picture("optimizers.svg", folder, lambda figure: draw_optimizers(figure, mine), (9, 3.6))
     return (
-        f"## AdamW\n\nCounted bytes a parameter; launches of a step of GPT-2 {smallest}; modelled ms on an "
+        f"## AdamW\n\nCounted bytes a parameter; calls of kernels and operators in a step of GPT-2 {smallest}; modelled ms on an "
         f"{H100.name}, and tensors made meanwhile, of one of Llama-3 {largest}. Parameters, gradients and states have "
         f"one dtype, unless the name says otherwise.\n\n{table(['', *columns], body)}\n\n"
         "![bytes a parameter](optimizers.svg)"
@@ -293,7 +293,7 @@ def how_it_was_made(rows: list[Row]) -> str:
 
 
 def duration(seconds: float) -> str:
-    scale, unit = (1, "s") if seconds >= 10 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
     return f"{seconds * scale:.3g} {unit}"
 
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_says_what_was_found(folder: Path) -> None:
     page = (folder / "README.md").read_text()
     assert "| llmfast | 22.50 |" in page
-    assert "| torch | 10M, float32" not in page and "| 10M, float32 | torch | 1e+03 ms | 0.50 ± 0.01 |" in page
+    assert "| torch | 10M, float32" not in page and "| 10M, float32 | torch | 1 s | 0.50 ± 0.01 |" in page
     assert "| 8B | torch | out of memory |" in page
     assert "| rows | N=1 | 20 µs | 2,000 | 91% |" in page
     assert page.count("| `f` | Liger | 40 40 | 0 0 | 64 | 50% | 32/128 | 9 of 128 bits |") == 1
