@@ -190,9 +190,9 @@ def optimizers(rows: list[Row], folder: Path) -> str:
     columns = [f"{dtype}: {what}" for dtype in ("fp32", "bf16") for what in ("bytes", "calls", "ms", "GiB")]
     picture("optimizers.svg", folder, lambda figure: draw_optimizers(figure, mine), (9, 3.6))
     return (
-        f"## AdamW\n\nCounted bytes a parameter; calls of kernels and operators in a step of GPT-2 {smallest}; modelled ms on an "
-        f"{H100.name}, and tensors made meanwhile, of one of Llama-3 {largest}. Parameters, gradients and states have "
-        f"one dtype, unless the name says otherwise.\n\n{table(['', *columns], body)}\n\n"
+        f"## AdamW\n\nCounted bytes a parameter; calls of kernels and operators in a step of GPT-2 {smallest}; "
+        f"modelled ms on an {H100.name}, and tensors made meanwhile, of one of Llama-3 {largest}. Parameters, gradients "
+        f"and states have one dtype, unless the name says otherwise.\n\n{table(['', *columns], body)}\n\n"
         "![bytes a parameter](optimizers.svg)"
     )
 

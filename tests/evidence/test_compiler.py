@@ -4,12 +4,9 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # as in the rest of the suite: the workers must cope
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +15,9 @@ from torch import Tensor
 
 from evidence.compiler import Compiled, _compiling_for, compile_launches
 from llmfast_kernels import cross_entropy as rows
+from support import sample_kernels as samples
 from support.budgets import violations
 
-
-def _import_samples():
-    """As a module that workers can import too: `sys.path` goes with them."""
-    folder = str(Path(__file__).parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module("sample_kernels")
-
-
-samples = _import_samples()
 recorded = samples.recorded
 
 
@@ -69,7 +57,7 @@ def compiled() -> dict[tuple[str, str], Compiled]:
 
 def test_what_decides_the_binary_is_recorded():
     (kind,) = recorded(partial(samples.add, 4096))
-    assert kind.kernel == "sample_kernels:add_kernel"
+    assert kind.kernel == "support.sample_kernels:add_kernel"
     pointer = {"dtype": "float32", "aligned": True, "below_2_gib": True}
     assert kind.arguments == {**dict.fromkeys(("x", "y", "total"), pointer), "count": 16, "BLOCK": {"constant": 1024}}
     assert kind.options == {}
@@ -149,7 +137,7 @@ def test_an_unaligned_pointer_breaks_the_budget(compiled, target: str):
 
 def test_functions_and_types_are_constants_too(compiled):
     one = compiled["function", "sm_90"]
-    assert one.kind.arguments["RULE"] == {"constant": {"function": "sample_kernels:square"}}
+    assert one.kind.arguments["RULE"] == {"constant": {"function": "support.sample_kernels:square"}}
     assert one.kind.arguments["KIND"] == {"constant": {"triton_type": "fp32"}}
     assert one.facts.code.opcodes["FMUL"] == 1
 

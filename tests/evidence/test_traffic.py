@@ -21,6 +21,7 @@ from evidence.traffic import Counts, Traffic, counting, sample
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.optim import FusedAdamW
+from support.sample_kernels import matmul_kernel
 
 interpreter.install()
 
@@ -69,17 +70,6 @@ def test_sectors_show_what_scattered_and_unaligned_accesses_cost(stride: int, of
     kernel = counts.by_name()["strided_kernel"]
     assert kernel.loaded == kernel.unique_loaded == 4 * 64
     assert kernel.sectors == 32 * (sectors + 8)
-
-
-@triton.jit
-def matmul_kernel(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        total = tl.dot(tl.load(a + m * K + k[None, :]), tl.load(b + k[:, None] * N + n), total)
-    tl.store(c + m * N + n, total.to(c.dtype.element_ty))
 
 
 @pytest.mark.parametrize("dry", [False, True])
