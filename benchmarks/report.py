@@ -191,8 +191,8 @@ def optimizers(rows: list[Row], folder: Path) -> str:
     picture("optimizers.svg", folder, lambda figure: draw_optimizers(figure, mine), (9, 3.6))
     return (
         f"## AdamW\n\nCounted bytes a parameter; calls of kernels and operators in a step of GPT-2 {smallest}; "
-        f"modelled ms on an {H100.name}, and tensors made meanwhile, of one of Llama-3 {largest}. Parameters, gradients "
-        f"and states have one dtype, unless the name says otherwise.\n\n{table(['', *columns], body)}\n\n"
+        f"modelled ms on an {H100.name}, and tensors made meanwhile, of one of Llama-3 {largest}. Parameters, "
+        f"gradients and states have one dtype, unless the name says otherwise.\n\n{table(['', *columns], body)}\n\n"
         "![bytes a parameter](optimizers.svg)"
     )
 
