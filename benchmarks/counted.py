@@ -128,7 +128,7 @@ def run(job: Job) -> Result:
     from evidence.launches import Recorder
     from evidence.observers import observing
     from evidence.pretend_cuda import pretending_cuda
-    from evidence.roofline import GPUS
+    from evidence.roofline import GPUS, seconds
     from evidence.traffic import counting
 
     dtype = getattr(torch, job.dtype)
@@ -151,7 +151,7 @@ def run(job: Job) -> Result:
         calls=total.calls,
         syncs=total.syncs,
         peak_bytes=counts.peak_bytes,
-        seconds={gpu.name: gpu.seconds(counts.traffic) for gpu in GPUS},
+        seconds={gpu.name: seconds(gpu, counts.traffic) for gpu in GPUS},
         counting_took=time.perf_counter() - start,
         errors={} if job.dry else operation.errors(),
         kinds=list(recorder.kinds.values()),

@@ -11,48 +11,29 @@ bandwidth or on latency.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from evidence.traffic import Traffic
+from llmfast._gpus import A100, B200, BANDWIDTH_SHARE, GPUS, H100, LAUNCH, MI300X, TENSOR_CORE_SHARE, Gpu
+
+__all__ = ["A100", "B200", "FORMULA", "GPUS", "H100", "MI300X", "Gpu", "bounds", "seconds"]
 
 FORMULA = (
     "modelled seconds = sum over launches of (2 µs + max(DRAM bytes / (0.9 · bandwidth), dot FLOPs / (0.7 · tensor "
     "cores), other FLOPs / float32 rate, special functions / special function rate))"
 )
 
-LAUNCH = 2e-6  # seconds from one kernel's end to the next one's work; assumed, the same for all
-BANDWIDTH_SHARE = 0.9
-TENSOR_CORE_SHARE = 0.7
+
+def bounds(gpu: Gpu, traffic: Traffic) -> dict[str, float]:
+    """Seconds by what could bind, for one launch."""
+    low = sum(flops for dtype, flops in traffic.dot_flops.items() if dtype in ("bfloat16", "float16"))
+    return {
+        "bytes": traffic.dram / (BANDWIDTH_SHARE * gpu.bandwidth),
+        "tensor cores": low / (TENSOR_CORE_SHARE * gpu.tensor_cores),
+        "float32": (traffic.flops + traffic.dot_flops.total() - low) / gpu.float32,
+        "special functions": traffic.transcendentals / gpu.special,
+    }
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates a second, dense, from the maker's data sheet."""
-
-    name: str
-    bandwidth: float  # bytes
-    tensor_cores: float  # FLOPs of bfloat16 and float16 matrix products
-    float32: float  # FLOPs of the ordinary units, and of float32 matrix products without TF32
-    special: float  # exponentials, reciprocals, ...
-
-    def bounds(self, traffic: Traffic) -> dict[str, float]:
-        """Seconds by what could bind, for one launch."""
-        low = sum(flops for dtype, flops in traffic.dot_flops.items() if dtype in ("bfloat16", "float16"))
-        return {
-            "bytes": traffic.dram / (BANDWIDTH_SHARE * self.bandwidth),
-            "tensor cores": low / (TENSOR_CORE_SHARE * self.tensor_cores),
-            "float32": (traffic.flops + traffic.dot_flops.total() - low) / self.float32,
-            "special functions": traffic.transcendentals / self.special,
-        }
-
-    def seconds(self, launches: Iterable[Traffic]) -> float:
-        """Modelled time of launches one after the other."""
-        return sum(launch.calls * LAUNCH + max(self.bounds(launch).values()) for launch in launches)
-
-
-# Special functions: 16 a clock on each of NVIDIA's multiprocessors and AMD's compute units.
-A100 = Gpu("A100 80 GB SXM", bandwidth=2.039e12, tensor_cores=312e12, float32=19.5e12, special=108 * 16 * 1.41e9)
-H100 = Gpu("H100 SXM", bandwidth=3.35e12, tensor_cores=989e12, float32=66.9e12, special=132 * 16 * 1.98e9)
-B200 = Gpu("B200", bandwidth=8.0e12, tensor_cores=2250e12, float32=74.5e12, special=148 * 16 * 1.965e9)
-MI300X = Gpu("MI300X", bandwidth=5.3e12, tensor_cores=1307e12, float32=163.4e12, special=304 * 16 * 2.1e9)
-GPUS = (A100, H100, B200, MI300X)
+def seconds(gpu: Gpu, launches: Iterable[Traffic]) -> float:
+    """Modelled time of launches one after the other."""
+    return sum(launch.calls * LAUNCH + max(bounds(gpu, launch).values()) for launch in launches)

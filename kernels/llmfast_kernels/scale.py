@@ -1,4 +1,4 @@
-"""Multiply a buffer by a scalar that lives on the device, in place or into another dtype."""
+"""Multiply a buffer by a scalar that lives on the device: in place, into another dtype, or added to a buffer."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,8 @@ def scale_kernel(
     out_ptr,  # (numel,), or None to write over x
     # sizes
     numel,
+    # flags
+    ADD: tl.constexpr,  # to what is in out
     # tile
     BLOCK: tl.constexpr,
 ):
@@ -31,12 +33,16 @@ def scale_kernel(
         if out_ptr is None:
             tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty))
         else:
+            if ADD:
+                x += tl.load(out_ptr + i).to(tl.float32)
             tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty))
     else:
         x = tl.load(x_ptr + i, mask=i < numel, other=0.0).to(tl.float32) * factor
         if out_ptr is None:
             tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty), mask=i < numel)
         else:
+            if ADD:
+                x += tl.load(out_ptr + i, mask=i < numel, other=0.0).to(tl.float32)
             tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty), mask=i < numel)
 
 
@@ -50,10 +56,13 @@ def scale(
     factor: Tensor,  # () f32
     *,
     out: Tensor | None = None,  # like x, any float dtype
+    add: bool = False,
 ) -> Tensor:
-    """factor * x into `out`, or over `x` (which costs nothing when the factor is 1)."""
+    """factor * x into `out` (or added to it), or over `x` (which costs nothing when the factor is 1)."""
     if x.numel() > 0:
         meta = tile()
         with device_of(x):
-            scale_kernel[(cdiv(x.numel(), meta["BLOCK"]),)](x, factor, out, numel=x.numel(), **meta, **FP_FUSION)
+            scale_kernel[(cdiv(x.numel(), meta["BLOCK"]),)](
+                x, factor, out, numel=x.numel(), ADD=add, **meta, **FP_FUSION
+            )
     return x if out is None else out

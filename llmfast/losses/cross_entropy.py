@@ -1,62 +1,121 @@
 """Cross-entropy from logits."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, use_kernels
+from llmfast._dispatch import eager
+from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    LossStats,
+    Options,
     Reduction,
-    check_reduction,
-    check_targets,
+    accuracy,
     denominator,
+    per_row,
     reciprocal,
     reduced,
     refuse_second_derivative,
-    torch_cross_entropy,
+    restore,
 )
+from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
 
 
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, LossStats]: ...
 def cross_entropy(
     logits: Tensor,  # (..., V)
-    targets: Tensor,  # (...)
+    targets: Tensor,  # (...) or (..., K)
     *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     num_valid: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    class_weights: Tensor | None = None,  # (V,)
+    token_weights: Tensor | None = None,  # (...)
+    target_weights: Tensor | None = None,  # (K,) or (..., K)
+    shift: int = 0,
+    document_ids: Tensor | None = None,  # (...)
+    return_stats: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
     inplace: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of `logits` against class indices `targets`.
+
+    The loss of a token with logits z is, with x = softcap * tanh(logit_scale * z / softcap),
+
+        token_weight * (sum_k target_weight_k * CE(x, target_k) + z_loss * logsumexp(x)^2)
+
+    where CE has torch's class weights and label smoothing. The mean divides by the sum of all weights of what is not
+    ignored (class x target x token), which is the number of valid targets where nothing is weighted.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64; any leading dimensions. `-inf` entries are legal.
-        targets: (...), int64 or int32, in [0, V) or `ignore_index`.
-        ignore_index: target value of tokens that count in neither the sum nor the mean.
-        reduction: "mean" over the tokens that are not ignored, "sum", or "none" for one loss per token.
+        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
+        ignore_index: target value that counts in neither the sum nor the mean.
+        reduction: "mean", "sum", or "none" for one loss per token.
         num_valid: what the mean divides by instead, as an int or a one-element tensor: the number of valid tokens
             of the whole step under gradient accumulation or data parallelism.
+        label_smoothing: share of each target spread evenly over the classes, in [0, 1].
+        z_loss: coefficient of logsumexp^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
+            Once per token that has a valid target; class and target weights do not touch it.
+        softcap: bounds logits to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2.1).
+        logit_scale: factor on the logits, before softcap: 1 / temperature.
+        class_weights: (V,), as `weight` of torch's.
+        token_weights: (...), of each row's loss.
+        target_weights: (K,) or (..., K), with K targets: sparse soft labels, or the weights of several heads.
+        shift: the target of token t is `targets[..., t + shift]` of the same sequence (the last leading dimension);
+            the last `shift` tokens are ignored. With shift=1, labels may be the input tokens themselves.
+        document_ids: (...), integers; with `shift`, tokens whose target lies in another document are ignored.
+        return_stats: also return `LossStats`: per-token loss, lse, entropy, argmax and accuracy.
+        process_group: logits hold only this rank's classes, in rank order, split as by `torch.chunk` (vocab-parallel);
+            everything else is the same on all ranks, and so is what comes back. Two all-reduces of a few numbers a
+            token; `class_weights` are those of all classes.
+        vocab_size: with `process_group`, the number of all classes, if it does not divide evenly.
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
             second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their
-            memory must be left alone until backward, which runs once.
+            memory must be left alone until backward, which runs once. Inside `torch.compile`, which plans memory
+            itself, it does nothing.
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...) for "none". With nothing to average the mean is NaN
-        and the gradient zero, as in `torch.nn.functional.cross_entropy`.
+        float32 (float64 for float64 logits): a scalar, or (...) for "none"; with `return_stats` a pair of that and
+        `LossStats`. With nothing to average the mean is NaN and the gradient zero, as in
+        `torch.nn.functional.cross_entropy`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or (CPU tensors) a target is out of range. On a
             GPU looking at targets would stall the device: an out-of-range target makes that token's loss and
             gradient NaN, and with `TRITON_DEBUG=1` in the environment it is a device-side assert.
     """
-    expect(logits.dim() >= 1 and logits.shape[-1] > 0, f"logits must be (..., V) with V > 0; got {describe(logits)}")
+    expect(logits.dim() >= 1, f"logits must be (..., V) with V > 0; got {describe(logits)}")
+    expect(logits.shape[-1] > 0 or process_group is not None, f"logits must have V > 0; got {describe(logits)}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point; got {describe(logits)}")
-    check_targets(targets, logits.shape[:-1], logits.shape[-1], logits.device, ignore_index)
-    check_reduction(reduction, num_valid)
+    V, v_start = logits.shape[-1], 0
+    if process_group is not None:
+        V, v_start = own_columns(process_group, V, vocab_size)
+    else:
+        expect(vocab_size in (None, V), f"vocab_size={vocab_size} needs a process_group; logits are {describe(logits)}")
+    options = Options(
+        ignore_index, reduction, num_valid, label_smoothing, z_loss, softcap, logit_scale, class_weights, token_weights,
+        target_weights, shift, document_ids,
+    )  # fmt: skip
+    shape = logits.shape[:-1]
+    options.check(targets, shape, V, logits.device)
     if inplace:
         expect(logits.is_contiguous(), f"inplace=True needs contiguous logits; got strides {logits.stride()}")
         owner = logits if logits._base is None else logits._base
@@ -64,17 +123,37 @@ def cross_entropy(
             not (owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()),
             "inplace=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
         )
-    if torch.compiler.is_compiling() and not inplace and not use_kernels(logits):
-        return torch_cross_entropy(logits, targets, ignore_index, reduction, num_valid)
-    return _fused(logits, targets, ignore_index, reduction, num_valid, inplace)
+
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    resolved = options.resolve(targets, shape, dtype)
+    terms = options.terms(V, dtype, v_start=v_start, own=logits.shape[-1])
+    flat = logits.reshape(-1, logits.shape[-1])
+    if torch.compiler.is_compiling() and process_group is None:
+        from llmfast.losses import operators
+
+        loss, rows = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)
+    else:
+        loss, rows = _fused(flat, resolved, terms, reduction, num_valid, return_stats, process_group, inplace)
+    return finish(loss, rows, resolved, ignore_index, shape, return_stats, squeeze=targets.dim() == len(shape))
+
+
+def finish(
+    loss: Tensor, rows: Rows, targets: Targets, ignore_index: int, shape: torch.Size, return_stats: bool, squeeze: bool
+) -> Any:
+    """What the user gets, in the user's shape."""
+    loss = restore(loss, shape)
+    if not return_stats:
+        return loss
+    assert rows.entropy is not None and rows.argmax is not None
+    hits = accuracy(rows.argmax, targets, ignore_index)
+    per_token = (t.view(shape) for t in (rows.loss, rows.lse, rows.entropy, rows.argmax))
+    return loss, LossStats(*per_token, hits[0] if squeeze else hits)
 
 
 @eager
-def _fused(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
-    loss: Tensor = _CrossEntropy.apply(
-        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), *options, torch.is_grad_enabled()
-    )
-    return loss.view(targets.shape) if loss.dim() else loss
+def _fused(logits: Tensor, *call: Any) -> tuple[Tensor, Rows]:
+    loss, *rows = _CrossEntropy.apply(logits, *call, torch.is_grad_enabled())
+    return loss, Rows(*rows)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -82,59 +161,74 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,  # (N, V)
-        targets: Tensor,  # (N,)
-        ignore_index: int,
+        targets: Targets,
+        terms: Terms,
         reduction: Reduction,
         num_valid: int | Tensor | None,
+        stats: bool,
+        group: Any,
         inplace: bool,
         grad_enabled: bool,  # in here it never is
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, ...]:
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        targets = targets.contiguous()
         ops = row_ops(logits)
-        ctx.ops, ctx.ignore_index, ctx.reduction = ops, ignore_index, reduction
-        ctx.holds_gradient = False
+        ctx.ops, ctx.reduction, ctx.holds_gradient, ctx.inplace = ops, reduction, False, inplace
+        ctx.set_materialize_grads(False)
         wants_gradient = grad_enabled and ctx.needs_input_grad[0]
         accumulate = torch.promote_types(logits.dtype, torch.float32)
-        count = denominator(targets, ignore_index, num_valid, accumulate) if reduction == "mean" else None
+        count = denominator(targets, terms, num_valid, accumulate) if reduction == "mean" else None
         inverse = None if count is None else reciprocal(count)
+        tensors, ctx.numbers = pack(targets, terms)
 
-        if inplace and reduction != "none" and wants_gradient:
+        if inplace and reduction != "none" and wants_gradient and not stats and group is None:
             # 1 / count goes into the gradient as it is written, so that an upstream gradient of 1 leaves nothing to
             # do; but float16 would underflow, and waits for the loss scale to come down from upstream.
             folds = logits.dtype != torch.float16
-            loss, _ = ops.cross_entropy(
-                logits, targets, ignore_index=ignore_index, d_logits=logits, grad_scale=inverse if folds else None
-            )
+            rows = ops.cross_entropy(logits, targets, terms, d_logits=logits, grad_scale=inverse if folds else None)
             increment_version(logits)
             ctx.save_for_backward(logits, None if folds else inverse)  # who writes to them before backward is told so
             ctx.holds_gradient, ctx.consumed = True, False
+            return reduced(rows.loss, reduction, count), None, None, None, None
+
+        if group is None:
+            rows = ops.cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
         else:
-            loss, lse = ops.cross_entropy(logits, targets, ignore_index=ignore_index)
-            if wants_gradient:
-                ctx.inplace = inplace
-                ctx.save_for_backward(logits, targets, lse, inverse)
-        return reduced(loss, reduction, count)
+            rows = parallel_rows(
+                ops, logits, targets, terms, group, V=logits.shape[1], entropy=stats, argmax=stats
+            )  # fmt: skip
+        if wants_gradient:
+            ctx.save_for_backward(logits, rows.lse, rows.entropy, inverse, *tensors)
+        loss = reduced(rows.loss, reduction, count)
+        if not stats:
+            return loss, None, None, None, None
+        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
+        ctx.mark_non_differentiable(token_loss, rows.argmax)
+        return loss, token_loss, rows.lse, rows.entropy, rows.argmax
 
     @staticmethod
-    def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        (d_loss,) = d_losses
+        d_loss, _, d_lse, d_entropy, _ = upstream
+        nothing = (None,) * 8
         if ctx.holds_gradient:
             if ctx.consumed:
                 raise RuntimeError("cross_entropy(inplace=True): backward ran already and its gradient is used up")
             ctx.consumed = True
             gradient, factor = ctx.saved_tensors
             d_logits = ctx.ops.scale(gradient.detach(), d_loss if factor is None else d_loss * factor)
-            return d_logits, None, None, None, None, None, None
+            return d_logits, *nothing
 
-        logits, targets, lse, inverse = ctx.saved_tensors
-        per_row = d_loss if inverse is None else d_loss * inverse
+        logits, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        targets, terms = unpack(tensors, ctx.numbers)
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.ops.cross_entropy_backward(
-            logits, targets, lse, per_row.to(lse.dtype).expand_as(lse).contiguous(),
-            ignore_index=ctx.ignore_index, d_logits=d_logits,
+            logits, targets, terms, lse, per_row(d_loss, inverse, lse), d_lse=contiguous(d_lse), entropy=entropy,
+            d_entropy=contiguous(d_entropy), d_logits=d_logits,
         )  # fmt: skip
         if ctx.inplace:
             increment_version(logits)
-        return d_logits, None, None, None, None, None, None
+        return d_logits, *nothing
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()

@@ -1,14 +1,13 @@
-"""Cross-entropy of `hidden @ weight.T` in chunks of tokens: the logits never exist at once.
+"""Cross-entropy of `hidden @ weight.T`: the logits need never exist at once.
 
-One slab of logits is reused by all chunks. The row kernel turns it, in place, into the gradient with respect to the
-logits (not yet divided by any count), two GEMMs turn that into the gradients of `hidden` and `weight`, and a last pass
-multiplies by upstream / count while casting. What costs is reading W and updating dW once a chunk, so the fewer
-chunks the better: the budget is in bytes, and decides how many rows a chunk has.
+The plan (`plan.py`) says how many rows of logits do. In chunks of rows, one slab is reused: the row kernel turns logits,
+in place, into their gradients (not yet divided by any count), two GEMMs turn those into the gradients of `hidden` and
+`weight`, and a last pass multiplies by upstream / count while casting. What costs is reading W and updating dW once a
+chunk, so the fewer chunks the better.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,84 +15,154 @@ from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast._dispatch import eager, use_kernels
-from llmfast.losses.rows import RowOps, row_ops
+from llmfast.losses.cross_entropy import contiguous, finish
+from llmfast.losses.parallel import ProcessGroup, local_weight, own_columns, parallel_rows, sum_over_ranks
+from llmfast.losses.plan import LinearCrossEntropyPlan
+from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    LossStats,
+    Options,
     Reduction,
-    check_reduction,
-    check_targets,
     denominator,
+    per_row,
     reciprocal,
     reduced,
     refuse_second_derivative,
-    torch_cross_entropy,
 )
-
-# A slab larger than this saves nothing on a GPU: at Llama-3's vocabulary it holds 4096 rows, and the traffic of W and
-# dW is an eighth of the GEMMs' time (modelled: 476 / rows on an H100). On a CPU the GEMMs are slower, so fewer rows do.
-DEFAULT_BUDGET = {"cpu": 64 << 20}
-DEFAULT_BUDGET_ELSEWHERE = 1 << 30
+from llmfast_kernels.terms import GROUP, Rows, Targets, Terms, pack, unpack
 
 # Up to this many logits in all, a CPU is done with them before the bookkeeping of chunks is.
 SMALL = 1 << 18
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, LossStats]: ...
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
-    targets: Tensor,  # (...)
+    targets: Tensor,  # (...) or (..., K)
     *,
+    bias: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     num_valid: int | Tensor | None = None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """Cross-entropy of the logits `hidden @ weight.T`, without ever holding them all.
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    class_weights: Tensor | None = None,  # (V,)
+    token_weights: Tensor | None = None,  # (...)
+    target_weights: Tensor | None = None,  # (K,) or (..., K)
+    shift: int = 0,
+    document_ids: Tensor | None = None,  # (...)
+    return_stats: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
+    memory_budget: int | Literal["auto"] = "auto",
+    slab_dtype: torch.dtype | None = None,
+    accumulate_into: Tensor | None = None,  # (V, D) float32
+    grad_filter: float | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Cross-entropy of the logits `hidden @ weight.T + bias`, without ever holding them all.
+
+    All options of `cross_entropy` mean the same here; logits are softcap(logit_scale * (hidden @ weight.T + bias)).
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64; any leading dimensions.
-        weight: (V, D), of the same dtype; under autocast both are cast once to autocast's dtype.
-        targets: (...), int64 or int32, in [0, V) or `ignore_index`.
-        ignore_index: target value of tokens that count in neither the sum nor the mean.
-        reduction: "mean" over the tokens that are not ignored, "sum", or "none" for one loss per token (its backward
-            computes the logits a second time).
-        num_valid: what the mean divides by instead, as an int or a one-element tensor: the number of valid tokens
-            of the whole step under gradient accumulation or data parallelism.
-        memory_budget: bytes that logits may take at any time; at least one row is always held. Default: 64 MiB on a
-            CPU, 1 GiB elsewhere but never more than a tenth of the device's memory.
+        weight: (V, D), of the same dtype; under autocast both are cast once to autocast's dtype. A DTensor sharded on
+            dim 0 over a mesh on which `hidden` is a replicated DTensor is taken as vocab-parallel; with a plain
+            `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
+        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
+        bias: (V,), any floating point dtype.
+        num_valid: as in `cross_entropy`. An int below the number of tokens says besides that no more of them than that
+            are valid, and so many rows are gathered before the matrix products, without waiting for the device.
+            If more are valid the loss is NaN (ValueError on a CPU): to divide by something else, divide a sum.
+        process_group: `weight` and `bias` hold only this rank's classes, in rank order, split as by `torch.chunk`.
+            `hidden` is the same on all ranks and so is its gradient, which takes one more all-reduce, of (N, D).
+        memory_budget: bytes that logits may take at any time; at least one row is always held. "auto": 64 MiB on a
+            CPU, 1 GiB elsewhere but never more than a tenth of the device's memory. `LinearCrossEntropyPlan` shows what
+            it leads to.
+        slab_dtype: torch.float32 keeps the logits unrounded between the matrix product and the softmax: for low
+            precision inputs with large logits, at 6 bytes a logit instead of 2.
+        accumulate_into: a (V, D) float32 `main_grad` that the weight's gradient is added to in backward; `weight.grad`
+            stays None. Not with `process_group` over DTensors.
+        grad_filter: skip what 128 x 128 blocks of logits add to the gradients where none of their gradients (not yet
+            divided by a count) reaches this, e.g. 2.4e-4. Deterministic, approximate, and wrong early in training: at
+            initialisation all of them are 1 / V, below such a threshold, and nothing but targets would be learnt from.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or (...) for "none". With nothing to average the mean is NaN
-        and the gradients zero.
+        As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero.
 
-    Gradients are made in the forward pass, in float32 accumulation; only those that are needed. Backward with
-    `retain_graph=True` works: the second time, they are computed again. Inside `torch.compile`, a CPU takes torch's own
-    operations, which materialise the logits; the kernels are a break in the graph.
+    For mean and sum, gradients are made in the forward pass if the logits do not fit `memory_budget`; only those that
+    are needed, in float32 accumulation. Losses per token, and gradients through `LossStats`, compute the logits twice
+    then. Backward with `retain_graph=True` works: the second time, gradients are computed again. Inside
+    `torch.compile` this is one operator, with `process_group`, DTensors or `accumulate_into` a break in the graph.
 
     Raises:
         ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together.
     """
     expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, f"hidden must be (..., D) with D > 0; got {describe(hidden)}")
     expect(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and weight.shape[0] > 0,
+        weight.dim() == 2
+        and weight.shape[1] == hidden.shape[-1]
+        and (weight.shape[0] > 0 or process_group is not None),
         f"weight must be (V, {hidden.shape[-1]}) with V > 0; got {describe(weight)}",
     )
     expect(weight.device == hidden.device, f"weight must be on {hidden.device}; got {describe(weight)}")
-    expect(memory_budget is None or memory_budget > 0, f"memory_budget must be positive; got {memory_budget}")
-    check_targets(targets, hidden.shape[:-1], weight.shape[0], hidden.device, ignore_index)
-    check_reduction(reduction, num_valid)
-    dtype = _compute_dtype(hidden, weight)
-    small = memory_budget is None and dtype == torch.float32 and targets.numel() * weight.shape[0] <= SMALL
-    if (small or torch.compiler.is_compiling()) and not use_kernels(hidden):
-        return torch_cross_entropy(F.linear(hidden, weight), targets, ignore_index, reduction, num_valid)
-    return _chunked(hidden, weight, targets, ignore_index, reduction, num_valid, memory_budget, dtype)
-
-
-@eager
-def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), *options, torch.is_grad_enabled()
+    hidden, weight, bias, process_group, vocab_size = local_weight(hidden, weight, bias, process_group, vocab_size)
+    own = weight.shape[0]
+    V, v_start = (own, 0) if process_group is None else own_columns(process_group, own, vocab_size)
+    expect(process_group is not None or vocab_size in (None, V), f"vocab_size={vocab_size} needs a process_group")
+    expect(
+        memory_budget == "auto" or memory_budget > 0, f"memory_budget must be positive or 'auto'; got {memory_budget}"
     )
-    return loss.view(targets.shape) if loss.dim() else loss
+    dtype = _compute_dtype(hidden, weight)
+    if bias is not None:
+        expect(bias.shape == (own,) and bias.device == hidden.device, f"bias must be ({own},); got {describe(bias)}")
+    if slab_dtype not in (None, dtype, torch.float32):
+        raise TypeError(f"slab_dtype must be torch.float32 or the inputs' dtype; got {slab_dtype}")
+    if accumulate_into is not None:
+        fits = accumulate_into.shape == weight.shape and accumulate_into.device == weight.device
+        expect(fits, f"accumulate_into must be {describe(weight)}, in float32; got {describe(accumulate_into)}")
+        if accumulate_into.dtype != torch.promote_types(dtype, torch.float32):
+            raise TypeError(f"accumulate_into must be float32; got {describe(accumulate_into)}")
+    if grad_filter is not None:
+        expect(grad_filter > 0, f"grad_filter must be positive; got {grad_filter}")
+        expect(reduction != "none", "grad_filter needs reduction 'mean' or 'sum'")
+        expect(process_group is None, "grad_filter does not work with process_group")
+    options = Options(
+        ignore_index, reduction, num_valid, label_smoothing, z_loss, softcap, logit_scale, class_weights, token_weights,
+        target_weights, shift, document_ids,
+    )  # fmt: skip
+    shape = hidden.shape[:-1]
+    options.check(targets, shape, V, hidden.device)
+
+    plain = options == Options(ignore_index, reduction) and targets.dim() == len(shape)
+    special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
+    if (
+        plain and not special and memory_budget == "auto" and dtype == torch.float32
+        and targets.numel() * V <= SMALL and not use_kernels(hidden)
+    ):  # fmt: skip
+        logits = F.linear(hidden, weight, bias).reshape(-1, V)
+        loss = F.cross_entropy(logits, targets.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction)
+        return loss.view(shape) if reduction == "none" else loss
+
+    wide = torch.promote_types(dtype, torch.float32)
+    call = Call(
+        options.resolve(targets, shape, wide),
+        options.terms(V, wide, v_start=v_start, own=own),
+        reduction, num_valid, return_stats, process_group, memory_budget, dtype, slab_dtype or dtype, accumulate_into,
+        grad_filter,
+    )  # fmt: skip
+    rows_2d = hidden.reshape(-1, hidden.shape[-1])
+    loss, rows = _on_valid_rows(rows_2d, weight, bias, call)
+    return finish(loss, rows, call.targets, ignore_index, shape, return_stats, squeeze=targets.dim() == len(shape))
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -110,133 +179,273 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
-    """How many rows of logits are alive at a time."""
+class Call:
+    """What one call asks for, beside the tensors that get gradients."""
 
-    N: int
-    V: int
-    rows: int  # of a chunk; the last may have fewer
-    row_width: int  # columns of the slab, V padded so that rows start aligned
+    targets: Targets
+    terms: Terms  # without the bias
+    reduction: Reduction
+    num_valid: int | Tensor | None
+    stats: bool
+    group: Any
+    budget: int | Literal["auto"]
+    dtype: torch.dtype  # of the matrix products
+    slab_dtype: torch.dtype
+    accumulate_into: Tensor | None = None
+    grad_filter: float | None = None
 
-    @staticmethod
-    def make(N: int, V: int, row_bytes: int, row_width: int, budget: int) -> "ChunkPlan":
-        """As few chunks as fit `budget`, of nearly equal size, in multiples of 16 rows where possible."""
-        most = max(1, budget // row_bytes)
-        chunks = max(1, -(-N // most))
-        rows = max(1, -(-N // chunks))
-        rounded = -(-rows // 16) * 16
-        return ChunkPlan(N, V, rounded if rounded <= most else rows, row_width)
-
-    def __iter__(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
+    def plan(self, hidden: Tensor, weight: Tensor, wants: tuple[bool, bool]) -> LinearCrossEntropyPlan:
+        kernels = use_kernels(hidden) and self.dtype != torch.float64
+        return LinearCrossEntropyPlan.make(
+            hidden.shape[0], hidden.shape[1], weight.shape[0], dtype=self.dtype, slab_dtype=self.slab_dtype,
+            weight_dtype=weight.dtype, device=hidden.device, memory_budget=self.budget, reduction=self.reduction,
+            wants=wants, kernels=kernels, filtered=self.grad_filter is not None,
+            float32_products=hidden.is_cuda and torch.version.hip is None,
+        )  # fmt: skip
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes. A tenth of the memory there is, not of what happens to be free: chunking must not change between runs."""
-    budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_ELSEWHERE)
-    if device.type == "cuda":
-        budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 10)
-    return budget
+def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+    """The loss, over the rows that count alone where their number is known on the host."""
+    from dataclasses import replace
+
+    classes, ignore_index = call.targets.classes, call.terms.ignore_index
+    N = classes.shape[0]
+    hint = call.num_valid if isinstance(call.num_valid, int) and not isinstance(call.num_valid, bool) else None
+    on_cpu = classes.device.type == "cpu" and not torch.compiler.is_compiling() and not use_kernels(hidden)
+    if N == 0 or (not on_cpu and (hint is None or hint >= N)):
+        return _dispatch(hidden, weight, bias, call)
+    valid = (classes != ignore_index).any(1)
+    count = valid.sum()
+    if on_cpu:
+        size = int(count)
+        if hint is not None:
+            expect(size <= hint, f"num_valid={hint}, but {size} tokens are valid; to divide otherwise, divide a sum")
+        if size == N:
+            return _dispatch(hidden, weight, bias, call)
+    else:
+        assert hint is not None
+        size = hint
+    index = torch.nonzero_static(valid, size=size, fill_value=0)[:, 0]
+    surplus = torch.arange(size, device=count.device) >= count  # rows gathered in vain
+    targets = call.targets[index]
+    targets = replace(targets, classes=targets.classes.masked_fill(surplus[:, None], ignore_index))
+    loss, rows = _dispatch(hidden.index_select(0, index), weight, bias, replace(call, targets=targets))
+    home = torch.where(surplus, N, index)  # those end beyond the last row
+
+    def spread(t: Tensor, empty: float) -> Tensor:
+        return t.new_full((N + 1,), empty).index_copy(0, home, t)[:N]
+
+    poison = torch.where(count > size, torch.nan, 0.0)  # the rest of the rows would be lost
+    loss = (spread(loss, 0.0) if loss.dim() else loss) + poison.to(loss.dtype)
+    if call.stats:
+        assert rows.entropy is not None and rows.argmax is not None
+        rows = Rows(
+            spread(rows.loss, 0.0), spread(rows.lse, 0.0), spread(rows.entropy, 0.0), spread(rows.argmax, -1)
+        )  # fmt: skip
+    return loss, rows
+
+
+def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+    if torch.compiler.is_compiling() and call.group is None and call.accumulate_into is None:
+        from llmfast.losses import operators
+
+        return operators.linear_cross_entropy(hidden, weight, bias, call)
+    return _planned(hidden, weight, bias, call)
+
+
+@eager
+def _planned(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+    loss, *rows = _LinearCrossEntropy.apply(hidden, weight, bias, call, torch.is_grad_enabled())
+    return loss, Rows(*rows)
 
 
 class Gradients(NamedTuple):
-    hidden: Tensor | None  # (N, D) in the compute dtype
-    weight: Tensor | None  # (V, D), float32 if chunks were summed
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,) float32
 
 
-class Chunks:
-    """One call's tensors in the compute dtype, and the loop over chunks of tokens."""
+class Loop:
+    """One call's tensors in the compute dtype, cut by a plan."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, budget: int | None, dtype: torch.dtype
-    ) -> None:
-        self.hidden = hidden.to(dtype)  # (N, D)
-        self.weight = weight.to(dtype)  # (V, D)
-        self.targets = targets.contiguous()  # (N,)
-        self.ignore_index = ignore_index
-        self.ops: RowOps = row_ops(self.hidden)
-        N, V = targets.shape[0], weight.shape[0]
-        # Rows of a multiple of 128 bytes: aligned for the row kernel's 16-byte accesses and for the GEMMs' loads.
-        # Plain torch wants no padding: its softmax would copy.
-        pad = 128 // self.hidden.element_size() if use_kernels(self.hidden) else 1
-        row_width = -(-V // pad) * pad
-        row_bytes = row_width * self.hidden.element_size()
-        self.plan = ChunkPlan.make(N, V, row_bytes, row_width, budget or default_budget(hidden.device))
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, plan: LinearCrossEntropyPlan,
+        wants_bias: bool,
+    ) -> None:  # fmt: skip
+        self.hidden = hidden.to(plan.dtype)  # (N, D)
+        self.weight = weight.to(plan.dtype)  # (V, D)
+        self.call, self.plan, self.wants_bias = call, plan, wants_bias
+        self.terms = call.terms if bias is None else Terms(**(vars(call.terms) | {"bias": bias.detach()}))
+        self.ops = row_ops(self.hidden)
 
-    def losses(self, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor, Gradients]:
-        """Loss and lse, (N,), and the gradients of sum(loss) for the inputs that want one."""
-        losses, lses, gradients = [], [], self._empty(wants)
-        for rows, logits in self._logits():
-            loss, lse = self.ops.cross_entropy(
-                logits, self.targets[rows], V=self.plan.V, ignore_index=self.ignore_index,
-                d_logits=logits if any(wants) else None,
-            )  # fmt: skip
-            losses.append(loss)
-            lses.append(lse)
-            self._backpropagate(rows, logits, gradients)
-        if not losses:
-            empty = self.hidden.new_empty(0, dtype=self._accumulate_dtype())
-            return empty, empty, gradients
-        return torch.cat(losses), torch.cat(lses), gradients
-
-    def gradients(self, wants: tuple[bool, bool], lse: Tensor, d_loss: Tensor) -> Gradients:
-        """The gradients of sum(d_loss * loss), from logits computed again."""
-        gradients = self._empty(wants)
-        for rows, logits in self._logits():
-            self.ops.cross_entropy_backward(
-                logits, self.targets[rows], lse[rows], d_loss[rows],
-                V=self.plan.V, ignore_index=self.ignore_index, d_logits=logits,
-            )  # fmt: skip
-            self._backpropagate(rows, logits, gradients)
-        return gradients
-
-    def _logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk's rows with their logits, (rows, row_width), all in one slab."""
-        slab = self.hidden.new_empty(self.plan.rows, self.plan.row_width)
-        for rows in self.plan:
-            logits = slab[: rows.stop - rows.start]
-            torch.mm(self.hidden[rows], self.weight.T, out=logits[:, : self.plan.V])
-            yield rows, logits
-
-    def _empty(self, wants: tuple[bool, bool]) -> Gradients:
-        """Buffers that the chunks fill; zeros where there is no chunk."""
-        make = torch.empty_like if self.plan.N > 0 else torch.zeros_like
-        # One chunk leaves nothing to accumulate, and its product may come rounded anyway.
-        alone = self.plan.rows >= self.plan.N and not self._float32_products()
-        dtype = self.weight.dtype if alone else self._accumulate_dtype()
-        return Gradients(
-            make(self.hidden, memory_format=torch.contiguous_format) if wants[0] else None,
-            make(self.weight, dtype=dtype, memory_format=torch.contiguous_format) if wants[1] else None,
+    def forward(self, *, gradients: bool) -> tuple[Rows, Gradients, Tensor | None]:
+        """Rows, the gradients of sum(loss) if they are to be made now, and the logits if they are to be kept."""
+        plan, call = self.plan, self.call
+        made = self._empty_gradients() if gradients else Gradients(None, None, None)
+        parts: list[Rows] = []
+        slab = self._slab(min(plan.rows, plan.N), plan.row_width)
+        logits = slab
+        low = slab if slab.dtype == plan.dtype or not gradients else slab.new_empty(slab.shape, dtype=plan.dtype)
+        for rows in plan:
+            n = rows.stop - rows.start
+            logits = slab[:n]
+            self._logits(self.hidden[rows], self.weight, out=logits[:, : plan.V])
+            d_logits = low[:n] if gradients else None
+            targets = call.targets[rows]
+            if call.group is not None:
+                part = parallel_rows(
+                    self.ops, logits, targets, self.terms, call.group, V=plan.V, entropy=call.stats, argmax=call.stats
+                )
+                if d_logits is not None:
+                    self.ops.cross_entropy_backward(
+                        logits, targets, self.terms, part.lse, torch.ones_like(part.lse), V=plan.V, d_logits=d_logits
+                    )
+                alive = None
+            else:
+                filtered = gradients and call.grad_filter is not None
+                alive = slab.new_empty(n, plan.row_width // GROUP, dtype=torch.int8) if filtered else None
+                part = self.ops.cross_entropy(
+                    logits, targets, self.terms, V=plan.V, entropy=call.stats, argmax=call.stats, d_logits=d_logits,
+                    alive=alive, threshold=call.grad_filter if filtered else None,
+                )  # fmt: skip
+            parts.append(part)
+            if d_logits is not None:
+                self._backpropagate(rows, d_logits[:, : plan.V], made, alive)
+        return (
+            _joined(parts, self._empty_rows()),
+            self._over_ranks(made),
+            logits if plan.mode == "materialise" else None,
         )
 
-    def _backpropagate(self, rows: slice, d_logits: Tensor, gradients: Gradients) -> None:
-        d_logits = d_logits[:, : self.plan.V]
-        if gradients.hidden is not None:
-            torch.mm(d_logits, self.weight, out=gradients.hidden[rows])
-        if gradients.weight is not None:
-            self._add_product(gradients.weight, d_logits.T, self.hidden[rows], first=rows.start == 0)
+    def backward(
+        self,
+        logits: Tensor | None,
+        lse: Tensor,
+        d_loss: Tensor,
+        entropy: Tensor | None,
+        d_lse: Tensor | None,
+        d_entropy: Tensor | None,
+    ) -> Gradients:
+        """The gradients of sum(d_loss * loss + d_lse * lse + d_entropy * entropy), from `logits` or from new ones."""
+        plan, call = self.plan, self.call
+        made = self._empty_gradients()
+        kept = logits is not None
+        low = None
+        for columns in [slice(0, plan.V)] if kept else plan.column_slabs():
+            width = columns.stop - columns.start
+            weight = self.weight[columns]
+            if not kept:
+                pad = 128 // plan.dtype.itemsize
+                slab = self._slab(plan.N, min(plan.columns, plan.row_width)) if logits is None else logits
+                logits = slab
+                block = slab[:, : min(slab.shape[1], -(-width // pad) * pad)]
+                self._logits(self.hidden, weight, out=block[:, :width])
+            else:
+                assert logits is not None
+                block = logits
+            if block.dtype == plan.dtype:
+                d_logits = block
+            else:
+                low = block.new_empty(block.shape, dtype=plan.dtype) if low is None else low
+                d_logits = low[:, : block.shape[1]]
+            self.ops.cross_entropy_backward(
+                block, call.targets, self.terms.columns(columns), lse, d_loss, V=width, d_lse=d_lse, entropy=entropy,
+                d_entropy=d_entropy, d_logits=d_logits,
+            )  # fmt: skip
+            d_logits = d_logits[:, :width]
+            if made.hidden is not None:
+                self._product(d_logits, weight, out=made.hidden, add=columns.start > 0)
+            if made.weight is not None:
+                add = call.accumulate_into is not None
+                self._product(d_logits.T, self.hidden, out=made.weight[columns], add=add)
+            if made.bias is not None:
+                torch.sum(d_logits, 0, dtype=made.bias.dtype, out=made.bias[columns])
+        return self._over_ranks(made)
 
-    def _add_product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-        """out (+)= a @ b, accumulated in `out`'s dtype; the first chunk overwrites, so `out` needs no zeros."""
+    def _slab(self, rows: int, width: int) -> Tensor:
+        return self.hidden.new_empty(rows, width, dtype=self.plan.slab_dtype)
+
+    def _empty_rows(self) -> Rows:
+        empty = self.hidden.new_empty(0, dtype=self.plan.accumulate_dtype)
+        return Rows(empty, empty, empty, empty.long()) if self.call.stats else Rows(empty, empty, None, None)
+
+    def _empty_gradients(self) -> Gradients:
+        """Buffers that the products fill; zeros where there is none."""
+        plan = self.plan
+        make = torch.empty_like if plan.N > 0 and plan.V > 0 else torch.zeros_like
+        summed = plan.mode == "recompute" or self.call.group is not None
+        given = self.call.accumulate_into if plan.mode != "chunk" else None
+        d_weight = None
+        if plan.wants[1]:
+            d_weight = (
+                make(self.weight, dtype=plan.weight_gradient_dtype, memory_format=torch.contiguous_format)
+                if given is None else given
+            )  # fmt: skip
+        return Gradients(
+            make(
+                self.hidden, dtype=plan.accumulate_dtype if summed else None, memory_format=torch.contiguous_format
+            ) if plan.wants[0] else None,
+            d_weight,
+            self.hidden.new_zeros(plan.V, dtype=plan.accumulate_dtype) if self.wants_bias else None,
+        )  # fmt: skip
+
+    def _backpropagate(self, rows: slice, d_logits: Tensor, made: Gradients, alive: Tensor | None) -> None:
+        """What a chunk of rows adds."""
+        first = rows.start == 0
+        if made.bias is not None:
+            made.bias.add_(d_logits.sum(0, dtype=made.bias.dtype))
+        if alive is None:
+            if made.hidden is not None:
+                self._product(d_logits, self.weight, out=made.hidden[rows])
+            if made.weight is not None:
+                self._product(d_logits.T, self.hidden[rows], out=made.weight, add=not first)
+            return
+        # Blocks of GROUP rows and columns.
+        n, groups = alive.shape
+        blocks = F.pad(alive, (0, 0, 0, -n % GROUP)).view(-1, GROUP, groups).amax(1)
+        if use_kernels(d_logits):
+            from llmfast_kernels.filtered_matmul import filtered_matmul
+
+            if made.hidden is not None:
+                filtered_matmul(d_logits, self.weight, blocks, out=made.hidden[rows])
+            if made.weight is not None:
+                filtered_matmul(d_logits.T, self.hidden[rows], blocks.T, out=made.weight, add=not first)
+        else:
+            keep = blocks.repeat_interleave(GROUP, 0)[:n].repeat_interleave(GROUP, 1)[:, : d_logits.shape[1]]
+            self._backpropagate(rows, d_logits * keep, made._replace(bias=None), None)
+
+    def _logits(self, hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
+        if out.dtype != hidden.dtype and not self.plan.float32_products:
+            out.copy_(hidden.to(out.dtype) @ weight.T.to(out.dtype))  # slow, but who wants them rounded does not ask
+        else:
+            self._product(hidden, weight.T, out=out)
+
+    def _product(self, a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
+        """out (+)= a @ b, accumulated in `out`'s dtype."""
         if a.dtype == out.dtype:
-            torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-        elif not self._float32_products():
-            # Casting the matrices would make the GEMM several times slower, so each chunk's product is rounded once
-            # and only their sum is float32.
-            out.copy_(a @ b) if first else out.add_(a @ b)
-        elif first:
+            out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+        elif not self.plan.float32_products:
+            # Casting the matrices would make the GEMM several times slower, so each chunk's product is rounded once and
+            # only their sum is float32.
+            out.add_(a @ b) if add else out.copy_(a @ b)
+        elif not add:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         elif torch.__version__ >= "2.10":  # a TorchVersion: compared as versions are
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:  # addmm took no float32 to add to (pytorch#154086, mended by #167931)
             out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
-    def _float32_products(self) -> bool:
-        """Whether low-precision matrices can be multiplied into a float32 result: on CUDA, not on CPUs or ROCm."""
-        return self.hidden.is_cuda and torch.version.hip is None
+    def _over_ranks(self, made: Gradients) -> Gradients:
+        """Every rank has its columns' part of the hidden states' gradient."""
+        if self.call.group is not None and made.hidden is not None:
+            sum_over_ranks(made.hidden, self.call.group)
+        return made
 
-    def _accumulate_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+def _joined(parts: list[Rows], empty: Rows) -> Rows:
+    if len(parts) <= 1:
+        return parts[0] if parts else empty
+    return Rows(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -245,50 +454,87 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
-        targets: Tensor,  # (N,)
-        ignore_index: int,
-        reduction: Reduction,
-        num_valid: int | Tensor | None,
-        memory_budget: int | None,
-        dtype: torch.dtype,
+        bias: Tensor | None,  # (V,)
+        call: Call,
         grad_enabled: bool,  # in here it never is
-    ) -> Tensor:
-        chunks = Chunks(hidden, weight, targets, ignore_index, memory_budget, dtype)
-        wants = (grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1])
-        # The upstream gradient of mean and sum is one number, so their gradients can be made now and scaled later.
-        now = wants if reduction != "none" else (False, False)
-        loss, lse, gradients = chunks.losses(now)
-        count = denominator(targets, ignore_index, num_valid, loss.dtype) if reduction == "mean" else None
+    ) -> tuple[Tensor | None, ...]:
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        plan = call.plan(hidden, weight, (needs[0], needs[1]))
+        loop = Loop(hidden, weight, bias, call, plan, needs[2])
+        now = any(needs) and plan.mode == "chunk" and call.reduction != "none"
+        rows, made, logits = loop.forward(gradients=now)
+        count = None
+        if call.reduction == "mean":
+            count = denominator(call.targets, call.terms, call.num_valid, plan.accumulate_dtype)
         inverse = None if count is None else reciprocal(count)
 
-        ctx.chunk_arguments = (ignore_index, memory_budget, dtype)
-        ctx.wants, ctx.made = wants, gradients if any(now) else None
-        if any(wants):
-            ctx.save_for_backward(hidden, weight, targets, lse, inverse)
-        return reduced(loss, reduction, count)
+        ctx.set_materialize_grads(False)
+        if any(needs):
+            tensors, ctx.numbers = pack(call.targets, call.terms)
+            ctx.save_for_backward(hidden, weight, bias, rows.lse, rows.entropy, inverse, *tensors)
+            ctx.call, ctx.plan, ctx.needs = call, plan, needs
+            ctx.made, ctx.logits = made if now else None, logits
+            cast = plan.mode != "chunk" and (loop.hidden is not hidden or loop.weight is not weight)
+            ctx.cast = (loop.hidden, loop.weight) if cast else None
+        loss = reduced(rows.loss, call.reduction, count)
+        if not call.stats:
+            return loss, None, None, None, None
+        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
+        ctx.mark_non_differentiable(token_loss, rows.argmax)
+        return loss, token_loss, rows.lse, rows.entropy, rows.argmax
 
     @staticmethod
-    def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        (d_loss,) = d_losses
-        hidden, weight, targets, lse, inverse = ctx.saved_tensors
-        factor = d_loss if inverse is None else d_loss * inverse
-        if ctx.made is not None:
+        d_loss, _, d_lse, d_entropy, _ = upstream
+        hidden, weight, bias, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        call: Call = ctx.call
+        given = call.accumulate_into
+        if ctx.made is not None and d_lse is None and d_entropy is None:
             # Scaled in place, so what was made in forward is used up.
-            (d_hidden, d_weight), ctx.made = ctx.made, None
-            scale = row_ops(hidden).scale
-            if d_hidden is not None:
-                d_hidden = scale(d_hidden, factor)
-            if d_weight is not None:
-                same = d_weight.dtype == weight.dtype
-                d_weight = scale(d_weight, factor, out=None if same else torch.empty_like(d_weight, dtype=weight.dtype))
+            made, ctx.made = ctx.made, None
+            factor = d_loss if inverse is None else d_loss * inverse
+            d_hidden, d_weight, d_bias = scaled(made, factor, hidden, weight, given)
         else:
-            per_row = factor.to(lse.dtype).expand_as(lse).contiguous()
-            d_hidden, d_weight = Chunks(hidden, weight, targets, *ctx.chunk_arguments).gradients(
-                ctx.wants, lse, per_row
+            plan: LinearCrossEntropyPlan = ctx.plan
+            logits, ctx.logits, ctx.made = ctx.logits, None, None
+            if logits is None and plan.mode != "recompute":
+                plan = plan.cut("recompute")
+            targets, terms = unpack(tensors, ctx.numbers)
+            operands = (hidden, weight) if ctx.cast is None else ctx.cast
+            loop = Loop(
+                *operands, bias, Call(**(vars(call) | {"targets": targets, "terms": terms})), plan, ctx.needs[2]
             )
+            d_hidden, d_weight, d_bias = loop.backward(
+                logits, lse, per_row(d_loss, inverse, lse), entropy, contiguous(d_lse), contiguous(d_entropy)
+            )
+            if given is not None:
+                d_weight = None
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
-            None, None, None, None, None, None, None,
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None, None,
         )  # fmt: skip
+
+
+def scaled(made: Gradients, factor: Tensor, hidden: Tensor, weight: Tensor, given: Tensor | None) -> Gradients:
+    """Gradients of sum(loss), times `factor`, in the parameters' dtypes; or the weight's added to `given`."""
+    scale = row_ops(hidden).scale
+
+    def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if t is None:
+            return None
+        return scale(t, factor, out=None if t.dtype == dtype else torch.empty_like(t, dtype=dtype))
+
+    d_weight = None
+    if made.weight is not None and given is not None:
+        scale(made.weight, factor, out=given, add=True)
+    else:
+        d_weight = cast(made.weight, weight.dtype)
+    d_hidden = made.hidden if made.hidden is None or made.hidden.dtype == hidden.dtype else made.hidden
+    return Gradients(
+        cast(d_hidden, made.hidden.dtype if made.hidden is not None else hidden.dtype),
+        d_weight,
+        None if made.bias is None else made.bias * factor,
+    )

@@ -1,72 +1,225 @@
 """Cross-entropy of rows in plain torch: what CPU tensors (and any device without Triton) take.
 
 Built on softmax, by far the fastest row operation torch has on a CPU: 13 ms for 1024 x 50257 float32 where one `exp_`
-takes 20 and `logsumexp` 27 (two cores, torch 2.13). The signatures are those of the Triton launchers.
+takes 20 and `logsumexp` 27 (two cores, torch 2.13). The signatures are those of the Triton launchers, and
+`llmfast_kernels.cross_entropy` says what they compute.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
 
 BLOCK_BYTES = 2 << 20  # rows are worked through in blocks of this size: several passes over it stay in a CPU's caches
 
 
+class _Weights:
+    """Per row and target: what weighs how much. None stands for 1, or for nothing to smooth."""
+
+    def __init__(self, targets: Targets, terms: Terms, V: int, dtype: torch.dtype) -> None:
+        classes = targets.classes
+        self.counts = classes != terms.ignore_index  # (N, K)
+        self.ignored = ~self.counts.any(1)  # (N,)
+        self.here = self.counts & (classes >= terms.v_start) & (classes < terms.v_start + V)
+        self.columns = torch.where(self.here, classes - terms.v_start, 0).long()  # (N, K)
+        known = torch.where(self.counts, classes, 0).long()
+        plain = classes.shape[1] == 1 and targets.weights is None and terms.class_weights is None
+        self.a = None  # (N, K)
+        self.b = None  # (N,)
+        weights = self.counts.to(dtype)
+        if targets.weights is not None:
+            weights = weights * targets.weights
+        if terms.label_smoothing is not None:
+            self.b = weights.sum(1) * (terms.label_smoothing / terms.V)
+            weights = weights * (1 - terms.label_smoothing)
+        if terms.class_weights is not None:
+            weights = weights * terms.class_weights[known]
+        if not (plain and terms.label_smoothing is None):
+            self.a = weights
+        self.c = None if terms.class_weights is None else terms.class_weights[terms.v_start : terms.v_start + V]
+        self.t = targets.token_weights
+        self.terms = terms
+        self.V = V
+
+    def mass(self, *, everywhere: bool) -> Tensor | None:
+        """(N,) weight of lse in the loss; of the columns here only, or of all."""
+        if self.a is None:
+            return None if everywhere or self.V == self.terms.V else self.here[:, 0].to(torch.float32)
+        mass = self.a.sum(1) if everywhere else torch.where(self.here, self.a, 0).sum(1)
+        if self.b is not None:
+            sums = self.terms.class_weight_sums
+            mass = mass + self.b * ((self.terms.V if everywhere else self.V) if sums is None else sums[int(everywhere)])
+        return mass
+
+    def pull(self, x: Tensor, y_x: Tensor, peak: Tensor, rows: slice) -> Tensor:
+        """(rows,) sum of a x[y] + b sum(c x), less the same of the peak."""
+        below = torch.where(self.here[rows], y_x - peak[:, None], 0)
+        pull = (below if self.a is None else below * self.a[rows]).sum(1)
+        if self.b is not None:
+            ones = self.V if self.terms.class_weight_sums is None else self.terms.class_weight_sums[0]
+            smoothed = x.sum(1) if self.c is None else x @ self.c
+            pull = pull + self.b[rows] * (smoothed - ones * peak)
+        return pull
+
+    def subtract(self, d: Tensor, rows: slice) -> None:
+        """Take the pull's gradient off `d`."""
+        if self.b is not None:
+            d -= self.b[rows, None] if self.c is None else self.b[rows, None] * self.c
+        if self.a is None and self.V == self.terms.V:
+            d.scatter_add_(1, self.columns[rows], d.new_full((), -1.0).expand_as(self.columns[rows]))
+        else:
+            weights = self.here.to(d.dtype) if self.a is None else torch.where(self.here, self.a, 0)
+            d.scatter_add_(1, self.columns[rows], -weights[rows])
+
+
 def cross_entropy(
     logits: Tensor,  # (N, V or more)
-    targets: Tensor,  # (N,) int32 or int64
+    targets: Targets,
+    terms: Terms,
     *,
     V: int | None = None,  # columns from V on are padding
-    ignore_index: int,
+    entropy: bool = False,
+    argmax: bool = False,
     d_logits: Tensor | None = None,  # like `logits`, filled; may be `logits`
     grad_scale: Tensor | None = None,  # ()
-) -> tuple[Tensor, Tensor]:
-    """Loss and lse of every row, both (N,); fills `d_logits` with the gradient of grad_scale * sum(loss)."""
+    alive: Tensor | None = None,  # (N, columns // GROUP) int8, filled
+    threshold: float | None = None,
+) -> Rows:
     logits, d_logits = logits[:, :V], None if d_logits is None else d_logits[:, :V]
-    ignored = targets == ignore_index
-    columns = targets.masked_fill(ignored, 0).long()[:, None]
-    loss = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    N, width = logits.shape
+    loss = logits.new_empty(N, dtype=torch.promote_types(logits.dtype, torch.float32))
     lse = torch.empty_like(loss)
+    H = torch.empty_like(loss) if entropy else None
+    best = torch.empty_like(loss, dtype=torch.int64) if argmax else None
+    weights = _Weights(targets, terms, width, loss.dtype)
+    mass = weights.mass(everywhere=True)
+    scaled = [t for t in (weights.t, grad_scale) if t is not None]
     for rows in _blocks(logits):
-        x = logits[rows].to(loss.dtype)
+        given = logits[rows]
+        x = _logits(given, terms, loss.dtype)
         peak = x.amax(1)
-        y_below_peak = x.gather(1, columns[rows])[:, 0] - peak
-        p = _softmax(x, d_logits, rows)
+        pull = weights.pull(x, x.gather(1, weights.columns[rows]), peak, rows)
+        if best is not None:
+            best[rows] = x.argmax(1)
+        needs_x = entropy or (d_logits is not None and terms.softcap is not None)
+        p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows])
         log_total = -p.amax(1).log()  # the largest probability is 1 / sum(exp(x - peak))
-        loss[rows] = log_total - y_below_peak
-        lse[rows] = log_total + peak
+        total = log_total + peak
+        lse[rows] = total
+        loss[rows] = (log_total if mass is None else mass[rows] * log_total) - pull
+        if terms.z_loss is not None:
+            loss[rows] += terms.z_loss * total * total
+        if H is not None:
+            H[rows] = total - (p * torch.where(p > 0, x, 0)).sum(1)
         if d_logits is not None:
-            _subtract_one_at(columns[rows], p)
-            if grad_scale is not None:
-                p *= grad_scale
-            _store(p, ignored[rows], d_logits[rows])
-    return loss.masked_fill_(ignored, 0.0), lse.masked_fill_(ignored, 0.0)
+            slope = _slope(None if mass is None else mass[rows], terms, total)
+            if slope is not None:
+                p *= slope[:, None]
+            weights.subtract(p, rows)
+            for factor in scaled:
+                p *= factor if factor.dim() == 0 else factor[rows, None]
+            _through(p, x, terms)
+            _store(p, weights.ignored[rows], d_logits[rows])
+            if alive is not None:
+                groups = _groups(p) >= threshold
+                alive[rows] = F.pad(groups, (0, alive.shape[1] - groups.shape[1]))
+    if weights.t is not None:
+        loss *= weights.t
+    for t in (loss, lse, H):
+        if t is not None:
+            t.masked_fill_(weights.ignored, 0.0)
+    return Rows(loss, lse, H, None if best is None else best.masked_fill_(weights.ignored, -1))
+
+
+def cross_entropy_partials(
+    logits: Tensor,  # (N, V or more)
+    targets: Targets,
+    terms: Terms,
+    *,
+    V: int | None = None,
+    entropy: bool = False,
+    argmax: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    logits = logits[:, :V]
+    N, width = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    partials = logits.new_zeros(5, N, dtype=dtype)
+    best = torch.zeros_like(partials[0], dtype=torch.int64) if argmax else None
+    weights = _Weights(targets, terms, width, dtype)
+    for rows in _blocks(logits):
+        x = _logits(logits[rows], terms, dtype)
+        peak, where = x.max(1)
+        finite = peak.clamp(min=-1e38)
+        terms_of = (x - finite[:, None]).exp()
+        partials[0, rows] = finite * math.log2(math.e)
+        partials[1, rows] = terms_of.sum(1)
+        partials[2, rows] = (terms_of * torch.where(terms_of > 0, x - finite[:, None], 0)).sum(1)
+        partials[3, rows] = weights.pull(x, x.gather(1, weights.columns[rows]), finite, rows)
+        if best is not None:
+            best[rows] = where + terms.v_start
+    mass = weights.mass(everywhere=False)
+    partials[4] = 1.0 if mass is None else mass
+    partials.masked_fill_(weights.ignored, 0.0)
+    return partials, best
 
 
 def cross_entropy_backward(
     logits: Tensor,  # (N, V or more)
-    targets: Tensor,  # (N,) int32 or int64
+    targets: Targets,
+    terms: Terms,
     lse: Tensor,  # (N,)
     d_loss: Tensor,  # (N,)
     *,
-    V: int | None = None,  # columns from V on are padding
-    ignore_index: int,
+    V: int | None = None,
+    d_lse: Tensor | None = None,  # (N,)
+    entropy: Tensor | None = None,  # (N,)
+    d_entropy: Tensor | None = None,  # (N,)
     d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
-    """Fill `d_logits` with d_loss[n] * (softmax(logits[n]) - onehot(targets[n]))."""
     logits, d_logits = logits[:, :V], d_logits[:, :V]
-    ignored = targets == ignore_index
-    columns = targets.masked_fill(ignored, 0).long()[:, None]
+    weights = _Weights(targets, terms, logits.shape[1], lse.dtype)
+    mass = weights.mass(everywhere=True)
+    upstream = d_loss if weights.t is None else d_loss * weights.t
     for rows in _blocks(logits):
-        p = _softmax(logits[rows].to(lse.dtype), d_logits, rows)  # again: faster than exp(x - lse)
-        _subtract_one_at(columns[rows], p)
-        p *= d_loss[rows, None]
-        _store(p, ignored[rows], d_logits[rows])
+        given = logits[rows]
+        x = _logits(given, terms, lse.dtype)
+        needs_x = d_entropy is not None or terms.softcap is not None
+        if logits.shape[1] == terms.V:
+            # Again: faster than exp(x - lse).
+            p = torch.softmax(x, 1) if needs_x else _softmax(x, given, d_logits[rows])
+        else:
+            p = (x - lse[rows, None]).exp_()
+        extra = None
+        if d_entropy is not None and entropy is not None:
+            shift = (entropy - lse)[rows, None]
+            extra = torch.where(p > 0, p * (x + shift), 0) * -d_entropy[rows, None]
+        slope = _slope(None if mass is None else mass[rows], terms, lse[rows])
+        if d_lse is None:
+            if slope is not None:
+                p *= slope[:, None]
+            weights.subtract(p, rows)
+            p *= upstream[rows, None]
+        else:
+            pulls = torch.zeros_like(p)
+            weights.subtract(pulls, rows)
+            factor = upstream[rows] if slope is None else upstream[rows] * slope
+            p *= (factor + d_lse[rows])[:, None]
+            p += pulls * upstream[rows, None]
+        if extra is not None:
+            p += extra
+        _through(p, x, terms)
+        _store(p, weights.ignored[rows], d_logits[rows])
 
 
-def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """factor * x into `out`, or over `x`."""
-    return x.mul_(factor) if out is None else torch.mul(x, factor, out=out)
+def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """factor * x into `out` (or added to it), or over `x`."""
+    if out is None:
+        return x.mul_(factor)
+    return out.add_(x * factor) if add else torch.mul(x, factor, out=out)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -75,15 +228,40 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, N)) for start in range(0, N, step))
 
 
-def _softmax(x: Tensor, d_logits: Tensor | None, rows: slice) -> Tensor:
-    """Softmax of the block `x`, straight into the gradient's buffer where the dtype allows."""
-    if d_logits is None:
-        return torch.softmax(x, 1)
-    return torch.softmax(x, 1, out=d_logits[rows] if d_logits.dtype == x.dtype else x)
+def _logits(given: Tensor, terms: Terms, dtype: torch.dtype) -> Tensor:
+    """softcap(logit_scale * (given + bias)); `given` itself where that is all it takes."""
+    x = given.to(dtype)
+    if terms.bias is not None:
+        x = x + terms.bias
+    if terms.logit_scale is not None:
+        x = x * terms.logit_scale
+    return x if terms.softcap is None else (x / terms.softcap).tanh_().mul_(terms.softcap)
 
 
-def _subtract_one_at(columns: Tensor, p: Tensor) -> None:
-    p.scatter_add_(1, columns, p.new_full((), -1.0).expand_as(columns))
+def _through(d: Tensor, x: Tensor, terms: Terms) -> None:
+    """From the gradient of x to that of the given logits, in place."""
+    if terms.softcap is not None:
+        d *= 1 - (x / terms.softcap) ** 2
+    if terms.logit_scale is not None:
+        d *= terms.logit_scale
+
+
+def _slope(mass: Tensor | None, terms: Terms, lse: Tensor) -> Tensor | None:
+    """Of the loss in lse, (rows,), or None for 1."""
+    if terms.z_loss is None:
+        return mass
+    return (1.0 if mass is None else mass) + 2.0 * terms.z_loss * lse
+
+
+def _softmax(x: Tensor, given: Tensor, d_logits: Tensor | None) -> Tensor:
+    """Softmax of the block `x`, into the gradient's buffer where there is one and the dtype allows; else over x."""
+    out = d_logits if d_logits is not None and d_logits.dtype == x.dtype else None if x is given else x
+    return torch.softmax(x, 1) if d_logits is None or out is None else torch.softmax(x, 1, out=out)
+
+
+def _groups(d: Tensor) -> Tensor:
+    """Largest absolute value of each GROUP columns."""
+    return F.pad(d.abs(), (0, -d.shape[1] % GROUP)).view(d.shape[0], -1, GROUP).amax(2)
 
 
 def _store(p: Tensor, ignored: Tensor, d_logits: Tensor) -> None:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from llmfast._dispatch import use_kernels
 from llmfast.losses import plain
+from llmfast_kernels.terms import Rows
 
 
 class RowOps(NamedTuple):
-    cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    cross_entropy: Callable[..., Rows]
+    cross_entropy_partials: Callable[..., tuple[Tensor, Tensor | None]]
     cross_entropy_backward: Callable[..., None]
     scale: Callable[..., Tensor]
 
@@ -18,8 +20,9 @@ class RowOps(NamedTuple):
 def row_ops(t: Tensor) -> RowOps:
     """The Triton launchers or their plain-torch twins, for tensors like `t`."""
     if not use_kernels(t):
-        return RowOps(plain.cross_entropy, plain.cross_entropy_backward, plain.scale)
+        return RowOps(plain.cross_entropy, plain.cross_entropy_partials, plain.cross_entropy_backward, plain.scale)
     # Imported here, so that everything else works on a machine without Triton.
-    from llmfast_kernels import cross_entropy, scale
+    from llmfast_kernels import cross_entropy as rows
+    from llmfast_kernels.scale import scale
 
-    return RowOps(cross_entropy.cross_entropy, cross_entropy.cross_entropy_backward, scale.scale)
+    return RowOps(rows.cross_entropy, rows.cross_entropy_partials, rows.cross_entropy_backward, scale)

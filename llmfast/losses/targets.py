@@ -1,21 +1,91 @@
-"""What both losses do with targets, reductions and counts."""
+"""What both losses do with targets, options, reductions and counts, before and after the rows."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast_kernels.terms import Targets, Terms
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+class LossStats(NamedTuple):
+    """What `return_stats=True` adds to the loss. Where a token's targets are all ignored: 0, and an argmax of -1."""
+
+    token_loss: Tensor  # (...) float32, detached
+    lse: Tensor  # (...) float32 logsumexp of the logits, differentiable
+    entropy: Tensor  # (...) float32 of the softmax, in nats, differentiable
+    argmax: Tensor  # (...) int64: the most probable class, the first of equals
+    accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that are the argmax
+
+
+class Options(NamedTuple):
+    """The options that both losses share, as the user gave them."""
+
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    num_valid: int | Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float | None = None
+    class_weights: Tensor | None = None  # (V,)
+    token_weights: Tensor | None = None  # (...)
+    target_weights: Tensor | None = None  # (K,) or (..., K)
+    shift: int = 0
+    document_ids: Tensor | None = None  # (...)
+
+    def check(self, targets: Tensor, shape: torch.Size, V: int, device: torch.device) -> None:
+        """Raise ValueError or TypeError unless everything fits rows of shape `shape` over `V` classes."""
+        check_targets(targets, shape, V, device, self.ignore_index)
+        check_reduction(self.reduction, self.num_valid)
+        expect(0 <= self.label_smoothing <= 1, f"label_smoothing must be in [0, 1]; got {self.label_smoothing}")
+        expect(self.softcap is None or self.softcap > 0, f"softcap must be positive; got {self.softcap}")
+        expect(self.shift >= 0, f"shift must not be negative; got {self.shift}")
+        expect(self.shift == 0 or len(shape) > 0, "shift needs a token axis; logits of one token have none")
+        expect(self.document_ids is None or self.shift > 0, "document_ids bound a shift; shift is 0")
+        K = targets.shape[-1] if targets.dim() > len(shape) else None
+        expect(self.target_weights is None or K is not None, "target_weights need targets of shape (..., K)")
+        _check_like("class_weights", self.class_weights, [(V,)], device)
+        _check_like("token_weights", self.token_weights, [tuple(shape)], device)
+        _check_like("target_weights", self.target_weights, [(K or 1,), (*shape, K or 1)], device)
+        _check_like("document_ids", self.document_ids, [tuple(shape)], device, floating=False)
+
+    def resolve(self, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
+        """Targets of the flattened rows, shifted, with their weights in `dtype`."""
+        if self.shift:
+            targets = shifted(targets, self.shift, self.document_ids, self.ignore_index, axis=len(shape) - 1)
+        K = targets.shape[-1] if targets.dim() > len(shape) else 1
+        weights, tokens = self.target_weights, self.token_weights
+        return Targets(
+            targets.reshape(-1, K).contiguous(),
+            None if weights is None else weights.to(dtype).reshape(-1, K).contiguous(),
+            None if tokens is None else tokens.to(dtype).reshape(-1).contiguous(),
+        )
+
+    def terms(self, V: int, dtype: torch.dtype, bias: Tensor | None = None, v_start: int = 0, own: int = 0) -> Terms:
+        """For rows over `V` classes, of which a buffer holds `own` (0 for all) from `v_start` on."""
+        weights = None if self.class_weights is None else self.class_weights.to(dtype)
+        sums = None
+        if weights is not None and self.label_smoothing:
+            here = weights if own == 0 else weights[v_start : v_start + own]
+            sums = torch.stack([here.sum(), weights.sum()])
+        return Terms(
+            V, self.ignore_index, v_start, bias, weights, sums, self.label_smoothing or None, self.z_loss or None,
+            None if self.logit_scale == 1.0 else self.logit_scale, self.softcap,
+        )  # fmt: skip
 
 
 def check_targets(targets: Tensor, shape: torch.Size, V: int, device: torch.device, ignore_index: int) -> None:
     """Raise ValueError or TypeError unless `targets` are class indices for rows of shape `shape`."""
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets must be int64 or int32 class indices; got {describe(targets)}")
-    expect(targets.shape == shape, f"targets must have shape {tuple(shape)}; got {describe(targets)}")
+    expect(
+        targets.shape == shape or (targets.shape[:-1] == shape and targets.dim() > 0 and targets.shape[-1] > 0),
+        f"targets must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}",
+    )
     expect(targets.device == device, f"targets must be on {device}; got {describe(targets)}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would be a host sync
         wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
@@ -33,18 +103,55 @@ def check_reduction(reduction: str, num_valid: int | Tensor | None) -> None:
         expect(num_valid >= 0, f"num_valid must not be negative; got {num_valid}")
 
 
-def denominator(targets: Tensor, ignore_index: int, num_valid: int | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What a mean divides by, a 0-d tensor beside `targets`; counting stays on the device."""
-    if num_valid is None:
-        return (targets != ignore_index).sum().to(dtype)
+def _check_like(
+    name: str, t: Tensor | None, shapes: list[tuple[int, ...]], device: torch.device, *, floating: bool = True
+) -> None:
+    if t is None:
+        return
+    wanted = " or ".join(str(shape) for shape in shapes)
+    expect(tuple(t.shape) in shapes and t.device == device, f"{name} must be {wanted} on {device}; got {describe(t)}")
+    if t.is_floating_point() != floating:
+        raise TypeError(f"{name} must be {'floating point' if floating else 'integers'}; got {describe(t)}")
+    expect(
+        not (t.requires_grad and torch.is_grad_enabled()),
+        f"{name} gets no gradient here; detach it, or weigh the losses of reduction='none'",
+    )
+
+
+def shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_index: int, axis: int) -> Tensor:
+    """Each token's target is the one `shift` tokens on; ignored past the end of its sequence or document."""
+    length = targets.shape[axis]
+    keep = max(0, length - shift)
+    moved = targets.narrow(axis, length - keep, keep)
+    if document_ids is not None:
+        same = document_ids.narrow(axis, 0, keep) == document_ids.narrow(axis, length - keep, keep)
+        moved = torch.where(same if moved.dim() == same.dim() else same[..., None], moved, ignore_index)
+    tail = targets.new_full((*targets.shape[:axis], length - keep, *targets.shape[axis + 1 :]), ignore_index)
+    return torch.cat([moved, tail], dim=axis)
+
+
+def denominator(targets: Targets, terms: Terms, num_valid: int | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a mean divides by, a 0-d tensor beside the targets: the sum of all weights that count, on the device."""
+    classes = targets.classes
     if isinstance(num_valid, Tensor):
-        return num_valid.detach().to(targets.device, dtype, non_blocking=targets.device.type != "cpu").reshape(())
-    return torch.full((), num_valid, dtype=dtype, device=targets.device)
+        return num_valid.detach().to(classes.device, dtype, non_blocking=classes.device.type != "cpu").reshape(())
+    if num_valid is not None:
+        return torch.full((), num_valid, dtype=dtype, device=classes.device)
+    counts = classes != terms.ignore_index
+    weights: Tensor = counts
+    if terms.class_weights is not None:
+        known = counts & (classes >= 0) & (classes < terms.V)
+        weights = torch.where(known, terms.class_weights[torch.where(known, classes, 0).long()], 0.0)
+    if targets.weights is not None:
+        weights = weights * targets.weights
+    if targets.token_weights is not None:
+        weights = weights * targets.token_weights[:, None]
+    return weights.sum().to(dtype)
 
 
 def reciprocal(count: Tensor) -> Tensor:
     """1 / count for gradients, which are zero and not NaN when nothing counts."""
-    return torch.where(count > 0, 1.0 / count, 0.0)
+    return torch.where(count != 0, 1.0 / count, 0.0)
 
 
 def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
@@ -54,25 +161,25 @@ def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
     return loss.sum() if count is None else loss.sum() / count
 
 
+def accuracy(argmax: Tensor, targets: Targets, ignore_index: int) -> Tensor:
+    """Share of the valid targets that are their row's argmax: (K,) for (N, K) targets. NaN where none is valid."""
+    valid = targets.classes != ignore_index
+    return (valid & (targets.classes == argmax[:, None])).sum(0) / valid.sum(0)
+
+
 def refuse_second_derivative() -> None:
     """Called in a backward: the gradients made there are no functions that autograd could differentiate again."""
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError("this loss cannot be differentiated twice; use torch.nn.functional.cross_entropy for that")
 
 
-def torch_cross_entropy(
-    logits: Tensor,  # (..., V)
-    targets: Tensor,  # (...)
-    ignore_index: int,
-    reduction: Reduction,
-    num_valid: int | Tensor | None,
-) -> Tensor:
-    """torch's own, for where there is nothing to win: few logits on a CPU, or a compiler that fuses by itself."""
-    logits = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
-    y = targets.reshape(-1).long()
-    if num_valid is None:
-        loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction=reduction)
-        return loss.view(targets.shape) if reduction == "none" else loss
-    total = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
-    count = denominator(targets, ignore_index, num_valid, total.dtype)
-    return torch.where(count > 0, total * reciprocal(count), total.detach() / count)
+def per_row(d_loss: Tensor | None, factor: Tensor | None, like: Tensor) -> Tensor:
+    """The upstream gradient of every row's loss, (N,), from that of the reduced loss."""
+    if d_loss is None:
+        return torch.zeros_like(like)
+    return (d_loss if factor is None else d_loss * factor).to(like.dtype).expand_as(like).contiguous()
+
+
+def restore(t: Tensor, shape: torch.Size) -> Tensor:
+    """(N,) to the user's leading dimensions; scalars stay."""
+    return t.view(shape) if t.dim() else t

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from evidence.roofline import GPUS, H100, LAUNCH, Gpu
+from evidence.roofline import GPUS, H100, Gpu, seconds
 from evidence.traffic import Traffic
+from llmfast._gpus import LAUNCH
 
 UNIT = Gpu("unit", bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
 
@@ -17,7 +18,7 @@ def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0
 
 
 @pytest.mark.parametrize(
-    ("traffic", "seconds"),
+    ("traffic", "expected"),
     [
         (launch(dram=9, dot=6.0), 10),
         (launch(dram=9, dot=14), 20),
@@ -26,18 +27,18 @@ def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0
         (launch(dot=7, flops=2, dtype="float32"), 9),  # float32 products take the ordinary units
     ],
 )
-def test_a_launch_takes_what_binds_it(traffic: Traffic, seconds: float) -> None:
-    assert UNIT.seconds([traffic]) == pytest.approx(seconds + LAUNCH)
+def test_a_launch_takes_what_binds_it(traffic: Traffic, expected: float) -> None:
+    assert seconds(UNIT, [traffic]) == pytest.approx(expected + LAUNCH)
 
 
 def test_launches_follow_one_another() -> None:
-    assert UNIT.seconds([launch(dram=9), launch(dot=7)]) == pytest.approx(20 + 2 * LAUNCH)
-    assert UNIT.seconds([]) == 0
+    assert seconds(UNIT, [launch(dram=9), launch(dot=7)]) == pytest.approx(20 + 2 * LAUNCH)
+    assert seconds(UNIT, []) == 0
 
 
 def test_known_orders_of_magnitude() -> None:
     """An 8192 x 4096 x 128256 GEMM on an H100 is about 12 ms, and 28 GB of AdamW about 9 ms."""
     gemm = launch(dot=2 * 8192 * 4096 * 128256, dram=2 * (8192 * 4096 + 4096 * 128256 + 8192 * 128256))
-    assert 0.010 < H100.seconds([gemm]) < 0.014
-    assert 0.008 < H100.seconds([launch(dram=28e9)]) < 0.010
+    assert 0.010 < seconds(H100, [gemm]) < 0.014
+    assert 0.008 < seconds(H100, [launch(dram=28e9)]) < 0.010
     assert [gpu.name.split()[0] for gpu in GPUS] == ["A100", "H100", "B200", "MI300X"]

@@ -273,7 +273,7 @@ def test_inside_torch_compile(path: str, inplace: bool) -> None:
     compiled = torch.compile(
         lambda x: cross_entropy(x * 1.0, targets, inplace=inplace),
         backend="aot_eager",
-        fullgraph=path == "plain" and not inplace,
+        fullgraph=True,
     )
     one = torch.tensor(1.0)
     torch.testing.assert_close(run(compiled, logits, one), run(lambda x: F.cross_entropy(x, targets), logits, one))
@@ -298,7 +298,7 @@ def test_reference_is_what_torch_means() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"targets must have shape \(4,\); got \(3,\)"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"targets must have shape \(4,\), .*; got \(3,\)"),
         ({"targets": torch.zeros(4)}, TypeError, "targets must be int64 or int32"),
         ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "targets must be on cpu"),
         ({"targets": torch.tensor([0, 1, 2, 9])}, ValueError, r"targets must be in \[0, 9\).*found 9"),

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmfast.losses import cross_entropy, linear_cross_entropy, reference
-from llmfast.losses.linear_cross_entropy import ChunkPlan
+from llmfast.losses import LinearCrossEntropyPlan, cross_entropy, linear_cross_entropy, reference
 from support.numerics import assert_close_in_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
+PARALLEL = ("process_group", "vocab_size")
 
 
 def draw(N: int, V: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,8 @@ def test_real_vocabulary_in_chunks(path: str, dtype: torch.dtype) -> None:
     torchs = run(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden, weight, one)
     truth = run(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double(), one)
     for a, b, c in zip(ours, torchs, truth):
-        assert_close_in_norm(a, b, c, factor=tolerance(dtype))
+        # A product of three rows adds 50257 terms in another order than one of seven; the CPU's BLAS is up to 2x off.
+        assert_close_in_norm(a, b, c, factor=max(2.5, tolerance(dtype)))
 
 
 def test_weight_gradient_accumulates_in_float32(path: str) -> None:
@@ -134,15 +135,15 @@ def test_a_second_derivative_is_refused(path: str) -> None:
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("num_valid", [0, 0.25])
-def test_few_and_many_logits_agree_on_odd_counts(path: str, num_valid: float) -> None:
+@pytest.mark.parametrize("num_valid", [torch.tensor(0), 0.25])
+def test_few_and_many_logits_agree_on_odd_counts(path: str, num_valid: float | Tensor) -> None:
     hidden, weight, targets = draw(9, 30, 8, torch.float32)
     ways = [
         run(
             lambda h, w, b=budget: linear_cross_entropy(h, w, targets, num_valid=num_valid, memory_budget=b),
             hidden, weight, torch.tensor(1.0),
         )
-        for budget in (None, 1000)
+        for budget in ("auto", 1000)
     ]  # fmt: skip
     torch.testing.assert_close(ways[0], ways[1])
 
@@ -198,7 +199,7 @@ def test_inside_torch_compile(path: str, V: int) -> None:
     one = torch.tensor(1.0)
     # On a CPU the compiler gets torch's own operations; the kernels are a break in the graph.
     compiled = torch.compile(
-        lambda h, w: linear_cross_entropy(h * 1.0, w, targets), backend="aot_eager", fullgraph=path == "plain"
+        lambda h, w: linear_cross_entropy(h * 1.0, w, targets), backend="aot_eager", fullgraph=True
     )
     torch.testing.assert_close(
         run(compiled, hidden, weight, one),
@@ -208,16 +209,24 @@ def test_inside_torch_compile(path: str, V: int) -> None:
 
 @given(N=st.integers(0, 5000), V=st.integers(1, 10**6), budget=st.integers(1, 1 << 31))
 def test_plan_covers_every_row_once_within_the_budget(N: int, V: int, budget: int) -> None:
-    plan = ChunkPlan.make(N, V, row_bytes=2 * V, row_width=V, budget=budget)
+    plan = LinearCrossEntropyPlan.make(N, 8, V, memory_budget=budget, mode="chunk")
     chunks = list(plan)
     assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(N))
-    assert plan.rows * 2 * V <= max(budget, 2 * V)
-    fewest = -(-N // max(1, budget // (2 * V)))
-    assert len(chunks) == fewest
+    row = 2 * plan.row_width
+    assert plan.slab_bytes <= max(budget, row)
+    assert len(chunks) == -(-N // max(1, budget // row))
+    recompute = plan.cut("recompute")
+    columns = list(recompute.column_slabs())
+    assert [c.start for c in columns] == [0, *(c.stop for c in columns[:-1])]
+    assert columns[-1].stop == V
+    assert recompute.slab_bytes <= max(budget, row, 2 * 128 * N)
 
 
 def test_reference_has_the_same_arguments() -> None:
-    for function, ours_only in ((linear_cross_entropy, {"memory_budget"}), (cross_entropy, {"inplace"})):
+    for function, ours_only in (
+        (linear_cross_entropy, {"memory_budget", "slab_dtype", "accumulate_into", "grad_filter", *PARALLEL}),
+        (cross_entropy, {"inplace", *PARALLEL}),
+    ):
         ours = set(inspect.signature(function).parameters) - ours_only
         assert ours == set(inspect.signature(getattr(reference, function.__name__)).parameters)
 

@@ -1,0 +1,184 @@
+"""A matrix product that skips blocks of its left factor: the gradient filter of the linear loss.
+
+Most of the gradient of the logits is too small to count. `alive` says which blocks of it, 128 by 128, do; the others
+are taken as zeros and never read. A program owns one tile of the result, adds up the living blocks of its block-row
+from left to right, and writes once. Nothing is atomic, so the same input gives the same bits.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.cuda import device_of
+
+from llmfast_kernels.launch import FP_FUSION, cdiv, warps
+
+BLOCK = 128  # rows and columns of `a` that are kept or dropped together
+
+
+@triton.jit
+def add_slices(
+    total, begin, end, blocks_row, a_tile, b_tile, a_offsets, b_offsets, a_stride_k, b_stride_k, m_inside, d_inside,
+    k_end, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add the products of slices `begin` to `end`, BLOCK_K wide, counted over living blocks alone.
+
+    One loop over slices, not one over blocks and one inside: Triton overlaps loads with products within a loop only.
+    Masks and k_end are None for whole tiles and blocks.
+    """
+    SLICES: tl.constexpr = BLOCK // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    # A turn ahead: nobody waits for a number that addresses are made of. The last one read is no block's.
+    block = tl.load(blocks_row + begin // SLICES)
+    for i in range(begin, end):
+        k_start = (block * BLOCK + i % SLICES * BLOCK_K).to(tl.int64)  # K * D can pass 2**31
+        block = tl.load(blocks_row + (i + 1) // SLICES)
+        a_slice = a_tile + k_start * a_stride_k + a_offsets
+        b_slice = b_tile + k_start * b_stride_k + b_offsets
+        if k_end is None:
+            a, b = tl.load(a_slice), tl.load(b_slice)
+        else:
+            k_inside = k_start + k < k_end
+            a = tl.load(a_slice, mask=m_inside & k_inside[None, :], other=0.0)
+            b = tl.load(b_slice, mask=k_inside[:, None] & d_inside, other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def put(out, total, inside, ADD: tl.constexpr):
+    if ADD:
+        total += tl.load(out, mask=inside).to(tl.float32)
+    tl.store(out, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "K", "D", "a_stride", "b_stride_k", "out_stride_m"])
+def filtered_matmul_kernel(
+    # in
+    a_ptr,  # (M, K)
+    b_ptr,  # (K, D)
+    blocks_ptr,  # (M / BLOCK, K / BLOCK + 1) int32: in a row the living blocks, ascending, the dead, and how many live
+    # out
+    out_ptr,  # (M, D)
+    # sizes
+    M,
+    K,
+    D,
+    # strides
+    a_stride,  # from row to row, or where TRANSPOSED from column to column; the other one is 1
+    b_stride_k,
+    out_stride_m,
+    # flags
+    ADD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    # tile
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements an access may move at once: D and the strides are multiples of it
+    VECTOR_TAIL: tl.constexpr,  # so is the length of a's rows, or where TRANSPOSED of its columns
+):
+    a_stride = a_stride // VECTOR * VECTOR  # says to the compiler what the comment says
+    b_stride_k = b_stride_k // VECTOR * VECTOR
+    out_stride_m = out_stride_m // VECTOR * VECTOR
+    D = D // VECTOR * VECTOR
+    # Programs that run at the same time share rows of a and columns of b: the L2 cache serves all but the first.
+    m_tile, d_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    m_start, d_start = m_tile.to(tl.int64) * BLOCK, d_tile * BLOCK_D
+    K_blocks = tl.cdiv(K, BLOCK)
+    blocks_row = blocks_ptr + m_tile.to(tl.int64) * (K_blocks + 1)
+    count = tl.load(blocks_row + K_blocks)
+    if ADD:
+        if count == 0:
+            return
+
+    # Within a tile offsets fit in 32 bits and stay the same; 64-bit scalars move on.
+    m, k, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    a_stride_m = 1 if TRANSPOSED else a_stride
+    a_stride_k = a_stride if TRANSPOSED else 1
+    a_tile, b_tile = a_ptr + m_start * a_stride_m, b_ptr + d_start
+    a_offsets = m[:, None] * a_stride_m + k[None, :] * a_stride_k
+    b_offsets = k[:, None] * b_stride_k + d[None, :]
+
+    m_end, k_end = M - m_start, K
+    if VECTOR_TAIL:
+        if TRANSPOSED:
+            m_end = M // VECTOR * VECTOR - m_start
+        else:
+            k_end = K // VECTOR * VECTOR
+    m_inside, d_inside = (m < m_end)[:, None], (d_start + d < D)[None, :]
+
+    # Slices that need no mask come first: none where the tile is cut off, and not the block that K cuts off.
+    SLICES: tl.constexpr = BLOCK // BLOCK_K
+    whole = count
+    if count > 0:
+        if tl.load(blocks_row + count - 1) == K // BLOCK:
+            whole -= 1
+    if (m_start + BLOCK > M) | (d_start + BLOCK_D > D):
+        whole = 0
+    total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    total = add_slices(
+        total, 0, whole * SLICES, blocks_row, a_tile, b_tile, a_offsets, b_offsets, a_stride_k, b_stride_k,
+        None, None, None, BLOCK, BLOCK_K,
+    )  # fmt: skip
+    total = add_slices(
+        total, whole * SLICES, count * SLICES, blocks_row, a_tile, b_tile, a_offsets, b_offsets, a_stride_k, b_stride_k,
+        m_inside, d_inside, k_end, BLOCK, BLOCK_K,
+    )  # fmt: skip
+
+    # In two halves: with all of the old `out` in registers too, only one program would fit on a multiprocessor.
+    HALF: tl.constexpr = BLOCK_D // 2
+    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK, 2, HALF)), (0, 2, 1)))
+    d = d_start + tl.arange(0, HALF)
+    out = out_ptr + m_start * out_stride_m + m[:, None] * out_stride_m + d[None, :]
+    put(out, left, m_inside & (d < D)[None, :], ADD)
+    put(out + HALF, right, m_inside & (d + HALF < D)[None, :], ADD)
+
+
+def tile(dtype: torch.dtype, vector: int) -> dict[str, int]:
+    """Blocks, warps and stages: four slices, of 8 KiB for each factor, are in the air or being multiplied.
+
+    That is 64 KiB of shared memory on an H100, which then holds two programs: one multiplies while the other starts or
+    ends. AMD's GPUs keep three slices, in 48 of the 64 KiB they have. Accesses of less than 16 bytes are more accesses,
+    and their addresses take the registers of half of the tile.
+    """
+    whole = vector * dtype.itemsize == 16
+    return {"BLOCK_K": 64 // dtype.itemsize, "BLOCK_D": 128 if whole else 64, "num_warps": warps(256), "num_stages": 4}
+
+
+def vectors(a: Tensor, b: Tensor, out: Tensor) -> dict[str, int]:
+    """The widest access, up to 16 bytes of `a`, that D, strides and addresses allow, in elements."""
+    transposed = a.stride(1) != 1
+    width = math.gcd(16 // a.element_size(), b.shape[1], a.stride(1 if transposed else 0), b.stride(0), out.stride(0))
+    if any(t.data_ptr() % 16 for t in (a, b, out)):
+        width = 1  # all that Triton asks of an address is whether it is a multiple of 16 bytes
+    return {"VECTOR": width, "VECTOR_TAIL": a.shape[0 if transposed else 1] % width == 0}
+
+
+def filtered_matmul(
+    a: Tensor,  # (M, K), one of its strides 1
+    b: Tensor,  # (K, D) in a's dtype, stride(1) == 1
+    alive: Tensor,  # (M / BLOCK, K / BLOCK), rounded up; bool, or int8 of 0 and 1: blocks of `a` that count
+    *,
+    out: Tensor,  # (M, D) f32 or in a's dtype, stride(1) == 1; filled
+    add: bool = False,  # to `out` instead
+) -> None:
+    """Fill `out` with a @ b, blocks of `a` that are not alive taken as zeros; summed in float32 and rounded once."""
+    (M, K), D = a.shape, b.shape[1]
+    if M == 0 or D == 0:
+        return
+    transposed = a.stride(1) != 1
+    access = vectors(a, b, out)
+    meta = tile(a.dtype, access["VECTOR"])
+    # Sorted and counted on the device: the host waits for nothing.
+    alive = alive.to(torch.int8)
+    order = alive.argsort(dim=1, descending=True, stable=True)
+    blocks = torch.cat([order, alive.sum(1, keepdim=True)], 1).to(torch.int32)
+    with device_of(a):
+        filtered_matmul_kernel[(cdiv(D, meta["BLOCK_D"]), cdiv(M, BLOCK))](
+            a, b, blocks, out, M=M, K=K, D=D,
+            a_stride=a.stride(1 if transposed else 0), b_stride_k=b.stride(0), out_stride_m=out.stride(0),
+            ADD=add, TRANSPOSED=transposed, BLOCK=BLOCK, **access, **meta, **FP_FUSION,
+        )  # fmt: skip

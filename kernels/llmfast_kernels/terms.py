@@ -1,0 +1,79 @@
+"""What a row's loss is made of beside its logits, and what comes of it. No Triton: the plain-torch path has the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+GROUP = 128  # columns that the gradient filter keeps or drops together
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of N rows. K > 1 is for several weighted targets on the same logits."""
+
+    classes: Tensor  # (N, K) int64 or int32, contiguous
+    weights: Tensor | None = None  # (N, K) or (1, K) f32 with stride 1 over K, or None for 1
+    token_weights: Tensor | None = None  # (N,) f32, or None for 1
+
+    def __getitem__(self, rows: "slice | Tensor") -> "Targets":
+        weights = self.weights
+        return Targets(
+            self.classes[rows],
+            weights[rows] if weights is not None and len(weights) > 1 else weights,
+            None if self.token_weights is None else self.token_weights[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The same for every row. None: without."""
+
+    V: int  # classes in all, also where a buffer holds only some of them
+    ignore_index: int = -100
+    v_start: int = 0  # number of the buffer's first column
+    bias: Tensor | None = None  # (columns of the buffer,), any float dtype
+    class_weights: Tensor | None = None  # (V,) f32
+    class_weight_sums: Tensor | None = None  # (2,) f32: over the buffer's columns, over all
+    label_smoothing: float | None = None
+    z_loss: float | None = None
+    logit_scale: float | None = None
+    softcap: float | None = None
+
+    def columns(self, columns: slice) -> "Terms":
+        """For a buffer of these columns of the present one."""
+        bias = None if self.bias is None else self.bias[columns]
+        return replace(self, v_start=self.v_start + columns.start, bias=bias)
+
+
+class Rows(NamedTuple):
+    """What comes of N rows, all (N,); 0, and an argmax of -1, where every target is ignored."""
+
+    loss: Tensor  # f32
+    lse: Tensor  # f32
+    entropy: Tensor | None  # f32
+    argmax: Tensor | None  # int64
+
+
+def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:
+    """Flat, as autograd saves and operators take them: tensors and numbers, for `unpack`."""
+    return (
+        [targets.classes, targets.weights, targets.token_weights, terms.class_weights, terms.class_weight_sums],
+        [
+            *(terms.V, terms.ignore_index, terms.v_start),
+            *(terms.label_smoothing, terms.z_loss, terms.logit_scale, terms.softcap),
+        ],
+    )
+
+
+def unpack(
+    tensors: Sequence[Tensor | None], numbers: Sequence[Any], bias: Tensor | None = None
+) -> tuple[Targets, Terms]:
+    classes, weights, token_weights, class_weights, class_weight_sums = tensors
+    V, ignore_index, v_start, *floats = numbers
+    assert classes is not None
+    return (
+        Targets(classes, weights, token_weights),
+        Terms(V, ignore_index, v_start, bias, class_weights, class_weight_sums, *floats),
+    )

@@ -1,0 +1,273 @@
+"""The losses as operators of torch, which is how torch.compile takes them whole.
+
+Imported only while torch.compile traces: outside, the way through torch's dispatcher would cost more host time than the
+launches. Operators take and return tensors and numbers, so `pack` and `unpack` stand at their doors. What a call does
+not have comes back empty. They write over nothing and alias nothing, so the compiler may plan memory around them;
+`inplace=True` therefore means nothing here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmfast.losses.cross_entropy import contiguous
+from llmfast.losses.linear_cross_entropy import Call, Loop
+from llmfast.losses.rows import row_ops
+from llmfast.losses.targets import Reduction, denominator, per_row, reciprocal, reduced
+from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
+
+_TARGETS = "Tensor classes, Tensor? weights, Tensor? token_weights, Tensor? class_weights, Tensor? class_weight_sums"
+_NUMBERS = (
+    "SymInt V, int ignore_index, int v_start, float? label_smoothing, float? z_loss, float? logit_scale, float? softcap"
+)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+# Cross-entropy from logits: the rows. What is reduced and divided, the compiler sees and fuses.
+
+
+def cross_entropy(
+    logits: Tensor,  # (N, V)
+    targets: Targets,
+    terms: Terms,
+    reduction: Reduction,
+    num_valid: int | Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Rows]:
+    tensors, numbers = pack(targets, terms)
+    loss, lse, entropy, argmax = torch.ops.llmfast.cross_entropy(logits, *tensors, *numbers, stats)
+    count = denominator(targets, terms, num_valid, loss.dtype) if reduction == "mean" else None
+    value = reduced(loss, reduction, count)
+    if count is not None:
+        value = torch.where(count != 0, loss.sum() * reciprocal(count), value.detach())  # no gradient of 0 / 0
+    return value, Rows(loss.detach(), lse, entropy, argmax)
+
+
+@torch.library.custom_op(
+    "llmfast::cross_entropy",
+    mutates_args=(),
+    schema=f"(Tensor logits, {_TARGETS}, {_NUMBERS}, bool stats) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _cross_entropy(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    targets, terms = unpack(call[:5], call[5:12])
+    stats = call[12]
+    logits = _rows_together(logits)
+    rows = row_ops(logits).cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
+    return _filled(rows)
+
+
+@_cross_entropy.register_fake
+def _(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
+    return _fake_rows(logits, call[0].shape[0], call[12])
+
+
+@torch.library.custom_op(
+    "llmfast::cross_entropy_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor logits, Tensor lse, Tensor entropy, Tensor d_loss, Tensor? d_lse, Tensor? d_entropy, {_TARGETS}, "
+        f"{_NUMBERS}) -> Tensor"
+    ),
+)
+def _cross_entropy_backward(
+    logits: Tensor, lse: Tensor, entropy: Tensor, d_loss: Tensor, d_lse: Tensor | None, d_entropy: Tensor | None,
+    *call: Any,
+) -> Tensor:  # fmt: skip
+    targets, terms = unpack(call[:5], call[5:12])
+    logits = _rows_together(logits)
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    row_ops(logits).cross_entropy_backward(
+        logits, targets, terms, lse, d_loss.contiguous(), d_lse=contiguous(d_lse), entropy=entropy,
+        d_entropy=contiguous(d_entropy), d_logits=d_logits,
+    )  # fmt: skip
+    return d_logits
+
+
+@_cross_entropy_backward.register_fake
+def _(logits: Tensor, *call: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, *call = inputs
+    loss, lse, entropy, argmax = output
+    ctx.save_for_backward(logits, lse, entropy, *call[:5])
+    ctx.numbers = call[5:12]
+    ctx.mark_non_differentiable(argmax)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rows(
+    ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, d_argmax: None
+) -> tuple[Tensor | None, ...]:
+    logits, lse, entropy, *tensors = ctx.saved_tensors
+    d_loss = torch.zeros_like(lse) if d_loss is None else d_loss
+    d_entropy = None if d_entropy is None or entropy.numel() == 0 else d_entropy
+    arguments = (logits, lse, entropy, d_loss, d_lse, d_entropy, *tensors, *ctx.numbers)
+    return torch.ops.llmfast.cross_entropy_backward(*arguments), *(None,) * 13
+
+
+_cross_entropy.register_autograd(_backward_rows, setup_context=_setup_rows)
+
+
+# Linear cross-entropy: forward with whatever gradients can be made there, backward with the others.
+
+_LINEAR = (
+    f"Tensor hidden, Tensor weight, Tensor? bias, {_TARGETS}, {_NUMBERS}, Tensor? count, str reduction, bool stats, "
+    "int budget, ScalarType dtype, ScalarType slab_dtype, float? grad_filter"
+)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+    tensors, numbers = pack(call.targets, call.terms)
+    wide = torch.promote_types(call.dtype, torch.float32)
+    count = denominator(call.targets, call.terms, call.num_valid, wide) if call.reduction == "mean" else None
+    wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss, *rows, _, _, _ = torch.ops.llmfast.linear_cross_entropy(
+        hidden, weight, bias, *tensors, *numbers, count, call.reduction, call.stats,
+        -1 if call.budget == "auto" else call.budget, call.dtype, call.slab_dtype, call.grad_filter, wants,
+    )  # fmt: skip
+    return loss, Rows(rows[0].detach(), *rows[1:])
+
+
+def _call(call: tuple[Any, ...]) -> Call:
+    targets, terms = unpack(call[:5], call[5:12])
+    _, reduction, stats, budget, dtype, slab_dtype, grad_filter = call[12:19]
+    return Call(
+        targets, terms, reduction, None, stats, None, "auto" if budget < 0 else budget, dtype, slab_dtype, None,
+        grad_filter,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "llmfast::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_LINEAR}, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
+    call, wants = _call(flat[:19]), flat[19]
+    plan = call.plan(hidden, weight, (wants[0], wants[1]))
+    now = any(wants) and call.reduction != "none"
+    plan = plan.cut("chunk")  # logits kept for backward would have to be copied there, to be written over
+    rows, made, _ = Loop(hidden, weight, bias, call, plan, wants[2]).forward(gradients=now)
+    loss = reduced(rows.loss, call.reduction, flat[12])
+    filled = _filled(rows)
+    d_weight = None if made.weight is None else made.weight.to(plan.accumulate_dtype)
+    return (
+        loss.clone() if loss is rows.loss else loss,
+        *filled,
+        *(hidden.new_empty(0) if g is None else g for g in (made.hidden, d_weight, made.bias)),
+    )
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
+    call, wants = _call(flat[:19]), flat[19]
+    N = call.targets.classes.shape[0]
+    rows = _fake_rows(hidden.new_empty(0, dtype=call.dtype), N, call.stats)
+    loss = rows[0].new_empty(N if call.reduction == "none" else ())
+    now = call.reduction != "none"
+    wide = torch.promote_types(call.dtype, torch.float32)
+    return (
+        loss,
+        *rows,
+        hidden.new_empty(hidden.shape, dtype=call.dtype) if now and wants[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=wide) if now and wants[1] else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0], dtype=wide) if now and wants[2] else hidden.new_empty(0),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "llmfast::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema=(
+        f"({_LINEAR}, bool[] wants, Tensor lse, Tensor entropy, Tensor d_loss, Tensor? d_lse, Tensor? d_entropy) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _linear_cross_entropy_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any
+) -> tuple[Tensor, ...]:
+    call, wants = _call(flat[:19]), flat[19]
+    lse, entropy, d_loss, d_lse, d_entropy = flat[20:]
+    plan = call.plan(hidden, weight, (wants[0], wants[1])).cut("recompute")
+    made = Loop(hidden, weight, bias, call, plan, wants[2]).backward(
+        None, lse, d_loss.contiguous(), entropy, contiguous(d_lse), contiguous(d_entropy)
+    )
+    likes = (hidden, weight, bias)
+    return tuple(hidden.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in zip(made, likes))
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape) if want and t is not None else hidden.new_empty(0)
+        for t, want in zip((hidden, weight, bias), flat[19])
+    )
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, *flat = inputs
+    _, _, lse, entropy, argmax, *made = output
+    ctx.save_for_backward(hidden, weight, bias, lse, entropy, flat[12], *made, *flat[:5])
+    ctx.rest = (flat[5:12], flat[13:])
+    ctx.mark_non_differentiable(output[1], argmax, *made)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_linear(
+    ctx: Any, d_loss: Tensor | None, _: None, d_lse: Tensor | None, d_entropy: Tensor | None, *nothing: None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, lse, entropy, count, *rest = ctx.saved_tensors
+    made, tensors = rest[:3], rest[3:]
+    numbers, settings = ctx.rest
+    reduction, wants = settings[0], settings[6]
+    inverse = None if count is None else reciprocal(count)
+    d_entropy = None if d_entropy is None or entropy.numel() == 0 else d_entropy
+    likes = (hidden, weight, bias)
+    if reduction != "none" and d_lse is None and d_entropy is None and d_loss is not None:
+        factor = d_loss if inverse is None else d_loss * inverse
+        wide = torch.promote_types(factor.dtype, torch.float32)
+        gradients = [
+            (g.to(wide) * factor).to(t.dtype) if want and t is not None else None
+            for g, t, want in zip(made, likes, wants)
+        ]
+    else:
+        found = torch.ops.llmfast.linear_cross_entropy_backward(
+            hidden, weight, bias, *tensors, *numbers, count, *settings, lse, entropy, per_row(d_loss, inverse, lse),
+            d_lse, d_entropy,
+        )  # fmt: skip
+        gradients = [g if want else None for g, want in zip(found, wants)]
+    return *gradients, *(None,) * 20
+
+
+_linear_cross_entropy.register_autograd(_backward_linear, setup_context=_setup_linear)
+
+
+def _filled(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, lse, entropy, argmax = rows
+    return (
+        loss,
+        lse,
+        loss.new_empty(0) if entropy is None else entropy,
+        loss.new_empty(0, dtype=torch.int64) if argmax is None else argmax,
+    )
+
+
+def _fake_rows(logits: Tensor, N: Any, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    some = N if stats else 0
+    wide = _wide(logits)
+    return (
+        logits.new_empty(N, dtype=wide),
+        logits.new_empty(N, dtype=wide),
+        logits.new_empty(some, dtype=wide),
+        logits.new_empty(some, dtype=torch.int64),
+    )
+
+
+def _rows_together(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()

@@ -1,0 +1,136 @@
+"""Rows that lie on several devices: each holds some columns of the logits (vocab-parallel)."""
+
+import math
+import sys
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmfast._checks import expect
+from llmfast.losses.rows import RowOps
+from llmfast_kernels.terms import Rows, Targets, Terms
+
+ProcessGroup: TypeAlias = "dist.ProcessGroup"
+
+
+def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, int]:
+    """V of all ranks and this rank's first column, split as `torch.chunk` and DTensor split.
+
+    Raises:
+        ValueError: this rank does not hold as many columns as it would then.
+    """
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    V = columns * world if vocab_size is None else vocab_size
+    share = -(-V // world)
+    start = min(rank * share, V)
+    own = min(share, V - start)
+    expect(
+        columns == own,
+        f"rank {rank} of {world} must hold {own} of {V} classes (the first ranks {share} each); it holds {columns}"
+        + ("; pass vocab_size where the ranks' shares differ" if vocab_size is None else ""),
+    )
+    return V, start
+
+
+def parallel_rows(
+    ops: RowOps,
+    logits: Tensor,  # (N, own columns), or wider with padding
+    targets: Targets,
+    terms: Terms,
+    group: Any,
+    *,
+    V: int,
+    entropy: bool = False,
+    argmax: bool = False,
+) -> Rows:
+    """`RowOps.cross_entropy` of all ranks' columns, the same on every rank, by two all-reduces of a few (N,)."""
+    partials, best = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
+    own_peak = partials[0]
+    peak = own_peak.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    shift = own_peak - peak  # in powers of two
+    total, moment, pull, mass = partials[1:]
+    rescale = shift.exp2()
+    sums = torch.stack([
+        total * rescale,
+        (moment + total * shift * math.log(2)) * rescale,
+        pull + mass * shift * math.log(2),
+        mass,
+    ])  # fmt: skip
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    total, moment, pull, mass = sums
+    log_total = total.log()
+    lse = peak * math.log(2) + log_total
+    loss = mass * log_total - pull
+    if terms.z_loss is not None:
+        loss += terms.z_loss * lse * lse
+    if targets.token_weights is not None:
+        loss *= targets.token_weights
+    if best is not None:
+        best = torch.where(own_peak == peak, best, terms.V)
+        dist.all_reduce(best, dist.ReduceOp.MIN, group)
+    ignored = (targets.classes == terms.ignore_index).all(1)
+    return Rows(
+        loss.masked_fill_(ignored, 0.0),
+        lse.masked_fill_(ignored, 0.0),
+        (log_total - moment / total).masked_fill_(ignored, 0.0) if entropy else None,
+        None if best is None else best.masked_fill_(ignored, -1),
+    )
+
+
+def sum_over_ranks(t: Tensor, group: Any) -> None:
+    dist.all_reduce(t, dist.ReduceOp.SUM, group)
+
+
+def local_weight(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, Any, int | None]:
+    """Plain tensors, and the group that the classes are split over, from whatever DTensors are among them."""
+    if not any(_is_dtensor(t) for t in (hidden, weight, bias)):
+        return hidden, weight, bias, group, vocab_size
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    expect(isinstance(weight, DTensor) and group is None, "weight must be a DTensor too, and process_group None")
+    assert isinstance(weight, DTensor)
+    mesh = weight.device_mesh
+    own_classes = [i for i, placement in enumerate(weight.placements) if placement == Shard(0)]
+    others = [p for p in weight.placements if p not in (Shard(0), Replicate())]
+    expect(not others, f"weight must be sharded on dim 0 or replicated; its placements are {weight.placements}")
+    if isinstance(hidden, DTensor) and own_classes:
+        expect(
+            hidden.device_mesh == mesh and all(hidden.placements[i] == Replicate() for i in own_classes),
+            f"hidden must be replicated over the mesh that weight is sharded on; its placements are {hidden.placements}",
+        )
+        expect(len(own_classes) == 1, "weight may be sharded over one dimension of its mesh")
+        vocab_size = weight.shape[0]
+        group = mesh.get_group(own_classes[0])
+        return (
+            hidden.to_local(),
+            weight.to_local(),
+            bias.to_local() if isinstance(bias, DTensor) else bias,
+            group,
+            vocab_size,
+        )
+    # Each rank has tokens of its own (FSDP2): the whole weight, and a gradient averaged over the mesh.
+    average = [Partial("avg")] * mesh.ndim
+
+    def gathered(t: Tensor) -> Tensor:
+        if not isinstance(t, DTensor):
+            return t
+        return t.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=average)
+
+    return (
+        hidden.to_local() if isinstance(hidden, DTensor) else hidden,
+        gathered(weight),
+        None if bias is None else gathered(bias),
+        None,
+        vocab_size,
+    )
+
+
+def _is_dtensor(t: Tensor | None) -> bool:
+    # A DTensor cannot exist before its module does, whose import takes long.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)

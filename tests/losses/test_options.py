@@ -1,0 +1,246 @@
+"""All options of both losses, in combinations, against the float64 reference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, reference
+
+Options = dict[str, Any]
+NAMES = (
+    *("label_smoothing", "z_loss", "softcap", "logit_scale", "class_weights", "token_weights", "target_weights"),
+    *("shift", "document_ids", "num_valid", "ignore_index"),
+)
+
+
+def draw(names: list[str], shape: tuple[int, ...], V: int, K: int) -> tuple[Tensor, Options]:
+    """Targets, about a fifth of them ignored, and values for the options named."""
+    full = (*shape, K) if K > 1 else shape
+    targets = torch.randint(0, V, full)
+    values: Options = {
+        "label_smoothing": 0.2,
+        "z_loss": 0.03,
+        "softcap": 0.7 if V % 2 else 5.0,
+        "logit_scale": 1.7,
+        "class_weights": torch.rand(V) + 0.1,
+        "token_weights": torch.rand(shape),
+        "target_weights": torch.rand(full if V % 3 else K),
+        "shift": 1 + V % 2,
+        "document_ids": torch.arange(shape[-1]).div(3, rounding_mode="floor").expand(shape),
+        "num_valid": torch.tensor(7),
+        "ignore_index": V - 1,
+    }
+    options = {name: values[name] for name in names}
+    if K == 1:
+        options.pop("target_weights", None)
+    if "shift" not in options:
+        options.pop("document_ids", None)
+    targets[torch.rand(full) < 0.2] = options.get("ignore_index", -100)
+    return targets, options
+
+
+def in_float64(options: Options) -> Options:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+
+def objective(loss: Callable[..., Any], inputs: list[Tensor], stats: bool, upstream: list[Tensor]) -> list[Tensor]:
+    """The loss and what else comes back, then the gradients of a weighted sum of all that has one."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    result = loss(*leaves)
+    value, told = result if stats else (result, None)
+    total = (value * upstream[0].to(value.dtype).expand_as(value)).sum()
+    if told is not None:
+        assert isinstance(told, LossStats)
+        total = total + (told.lse * upstream[1]).sum() + (told.entropy * upstream[2]).sum()
+    gradients = torch.autograd.grad(total, leaves)
+    return [value.detach(), *([] if told is None else [told.token_loss, told.lse, told.entropy]), *gradients]
+
+
+def compare(
+    ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], dtype: torch.dtype, logits: torch.dtype
+) -> None:
+    """`plain` is the reference in the inputs' own dtype, as torch would compute it; `logits`, what those round to."""
+    if truth[0].isnan().any():  # nothing to average
+        assert ours[0].isnan().all()
+        assert all(t.isfinite().all() for t in ours[1:])
+        return
+    for a, b, c in zip(ours, plain, truth):
+        assert a.shape == c.shape
+        error, allowed = (a - c).detach().double().norm(), (b - c).detach().double().norm()
+        # A rounding of the result and some of what it is made from, which torch can be lucky with.
+        slack = 4 * torch.finfo(a.dtype if logits == torch.float32 and a.dtype != dtype else dtype).eps * (c.norm() + 1)
+        assert error <= 1.5 * allowed + slack, f"error {error:.3g}, torch's {allowed:.3g}, slack {slack:.3g}"
+
+
+cases = {
+    "names": st.lists(st.sampled_from(NAMES), unique=True),
+    "shape": st.sampled_from([(1,), (9,), (3, 4), (2, 2, 3)]),
+    "V": st.sampled_from([1, 2, 5, 127, 128, 1000, 1025]),
+    "K": st.sampled_from([1, 1, 3]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    "reduction": st.sampled_from(["mean", "sum", "none"]),
+    "stats": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(**cases, inplace=st.booleans())
+def test_cross_entropy(
+    path: str, names: list[str], shape: tuple[int, ...], V: int, K: int, dtype: torch.dtype, reduction: str,
+    stats: bool, seed: int, inplace: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    targets, options = draw(names, shape, V, K)
+    if reduction != "mean":
+        options.pop("num_valid", None)
+    logits = (torch.randn(*shape, V) * 2).to(dtype)
+    upstream = [
+        torch.randn(shape) if reduction == "none" else torch.tensor(1.5),
+        torch.randn(shape),
+        torch.randn(shape),
+    ]
+    settings = {"reduction": reduction, "return_stats": stats}
+
+    def run(loss: Callable[..., Any], x: Tensor, options: Options) -> list[Tensor]:
+        return objective(lambda x: loss(x, targets, **settings, **options), [x], stats, upstream)
+
+    def ours(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        return cross_entropy(x * 1.0 if inplace else x, *arguments, inplace=inplace, **options)
+
+    compare(
+        run(ours, logits, options),
+        run(reference.cross_entropy, logits, options),
+        run(reference.cross_entropy, logits.double(), in_float64(options)),
+        dtype, torch.float32,
+    )  # fmt: skip
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    **cases,
+    bias=st.booleans(),
+    rows=st.integers(1, 12),
+    slab_dtype=st.sampled_from([None, torch.float32]),
+)
+def test_linear_cross_entropy(
+    path: str, names: list[str], shape: tuple[int, ...], V: int, K: int, dtype: torch.dtype, reduction: str,
+    stats: bool, seed: int, bias: bool, rows: int, slab_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    targets, options = draw(names, shape, V, K)
+    if reduction != "mean":
+        options.pop("num_valid", None)
+    hidden, weight = torch.randn(*shape, 6).to(dtype), torch.randn(V, 6).to(dtype)
+    inputs = [hidden, weight, torch.randn(V).to(dtype)] if bias else [hidden, weight]
+    upstream = [
+        torch.randn(shape) if reduction == "none" else torch.tensor(1.5),
+        torch.randn(shape),
+        torch.randn(shape),
+    ]
+    settings = {"reduction": reduction, "return_stats": stats}
+
+    def run(loss: Callable[..., Any], inputs: list[Tensor], options: Options) -> list[Tensor]:
+        def call(h: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
+            return loss(h, w, targets, bias=b, **settings, **options)
+
+        return objective(call, inputs, stats, upstream)
+
+    def ours(*arguments: Any, **options: Any) -> Any:
+        budget = rows * (V + 64) * 6
+        return linear_cross_entropy(*arguments, memory_budget=budget, slab_dtype=slab_dtype, **options)
+
+    compare(
+        run(ours, inputs, options),
+        run(reference.linear_cross_entropy, inputs, options),
+        run(reference.linear_cross_entropy, [t.double() for t in inputs], in_float64(options)),
+        dtype, slab_dtype or dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_argmax_and_accuracy(path: str, K: int) -> None:
+    logits = torch.randn(2, 5, 40)
+    targets = torch.randint(0, 40, (2, 5, K) if K > 1 else (2, 5))
+    targets[0, 0] = logits[0, 0].argmax()
+    targets[1, 1] = -100
+    _, stats = cross_entropy(logits, targets, return_stats=True)
+    _, truth = reference.cross_entropy(logits, targets, return_stats=True)
+    assert torch.equal(stats.argmax, truth.argmax)
+    torch.testing.assert_close(stats.accuracy, truth.accuracy)
+    assert stats.argmax[1, 1] == -1
+    assert not stats.token_loss.requires_grad
+
+
+def test_the_first_of_equal_logits_is_the_argmax(path: str) -> None:
+    logits = torch.zeros(3, 5000)
+    logits[1, [700, 4000]] = 1.0
+    logits[2] = -torch.inf
+    logits[2, 4999] = -3.0
+    _, stats = cross_entropy(logits, torch.zeros(3, dtype=torch.int64), return_stats=True, reduction="sum")
+    assert stats.argmax.tolist() == [0, 700, 4999]
+
+
+def test_shift_is_what_slicing_does(path: str) -> None:
+    logits, tokens = torch.randn(2, 7, 30), torch.randint(0, 30, (2, 7))
+    for shift in (1, 3):
+        got = cross_entropy(logits, tokens, shift=shift)
+        want = torch.nn.functional.cross_entropy(logits[:, :-shift].reshape(-1, 30), tokens[:, shift:].reshape(-1))
+        torch.testing.assert_close(got, want)
+    assert cross_entropy(logits, tokens, shift=7, reduction="sum") == 0
+    assert cross_entropy(logits, tokens, shift=9, reduction="sum") == 0
+
+
+def test_a_shift_does_not_cross_documents(path: str) -> None:
+    logits, tokens = torch.randn(6, 30), torch.randint(0, 30, (6,))
+    ids = torch.tensor([4, 4, 4, 9, 9, 4])
+    losses = cross_entropy(logits, tokens, shift=1, document_ids=ids, reduction="none")
+    assert losses.ne(0).tolist() == [True, True, False, True, False, False]
+    losses = cross_entropy(logits, tokens, shift=2, document_ids=ids, reduction="none")
+    assert losses.ne(0).tolist() == [True, False, False, False, False, False]
+
+
+def test_softcap_below_one_with_padding(path: str) -> None:
+    # cut-cross-entropy and Liger-Kernel count padded columns as logits of -softcap.
+    hidden, weight = torch.randn(4, 8), torch.randn(130, 8)
+    targets = torch.randint(0, 130, (4,))
+    got = linear_cross_entropy(hidden, weight, targets, softcap=0.5)
+    want = reference.linear_cross_entropy(hidden.double(), weight.double(), targets, softcap=0.5)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_z_loss_sees_neither_class_weights_nor_the_number_of_targets(path: str) -> None:
+    logits, targets = torch.randn(4, 20), torch.randint(0, 20, (4, 3))
+    weights = torch.rand(20)
+    plain = cross_entropy(logits, targets, class_weights=weights, reduction="none")
+    added = cross_entropy(logits, targets, class_weights=weights, z_loss=0.5, reduction="none")
+    torch.testing.assert_close(added - plain, 0.5 * logits.logsumexp(1) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive"),
+        ({"shift": -1}, ValueError, "shift must not be negative"),
+        ({"document_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, "document_ids bound a shift"),
+        ({"shift": 1, "document_ids": torch.zeros(4)}, TypeError, "document_ids must be integers"),
+        ({"class_weights": torch.ones(8)}, ValueError, r"class_weights must be \(9,\)"),
+        ({"class_weights": torch.ones(9, dtype=torch.int64)}, TypeError, "class_weights must be floating point"),
+        ({"token_weights": torch.ones(4, 1)}, ValueError, r"token_weights must be \(4,\)"),
+        ({"token_weights": torch.ones(4, requires_grad=True)}, ValueError, "token_weights gets no gradient here"),
+        ({"target_weights": torch.ones(1)}, ValueError, "target_weights need targets of shape"),
+        ({"vocab_size": 10}, ValueError, "vocab_size=10 needs a process_group"),
+    ],
+)
+def test_refuses(change: Options, error: type[Exception], message: str) -> None:
+    targets = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        cross_entropy(torch.zeros(4, 9), targets, **change)
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(torch.zeros(4, 5), torch.zeros(9, 5), targets, **change)
