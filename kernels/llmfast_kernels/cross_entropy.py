@@ -69,11 +69,7 @@ def read_logits(row_ptr, bias_ptr, v, readable, inside, logit_scale, softcap):
 @triton.jit
 def read_class_weights(class_weights_ptr, v, inside, SMOOTH: tl.constexpr):
     """c of columns `v`, where smoothing needs them."""
-    if SMOOTH and class_weights_ptr is not None:
-        c = tl.load(class_weights_ptr + v, mask=inside)
-    else:
-        c = 1.0
-    return c
+    return tl.load(class_weights_ptr + v, mask=inside) if SMOOTH and class_weights_ptr is not None else 1.0
 
 
 @triton.jit
@@ -226,14 +222,14 @@ def cross_entropy_kernel(
         row_width = row_width // VECTOR * VECTOR
     columns = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V  # tiles below this need no mask, so they load 16 bytes at a time whatever V is
-    SMOOTH: tl.constexpr = label_smoothing is not None
+    SMOOTH: tl.constexpr = label_smoothing is not None  # pyright: ignore[reportAssignmentType]
     alive_row = alive_ptr
     if alive_ptr is not None:
         alive_row += n * (row_width // GROUP)
     c_row = class_weights_ptr
     if class_weights_ptr is not None:
         c_row += v_start // START_VECTOR * START_VECTOR
-    y, counts, a, b, sane = read_targets(
+    y, counts, a, b, sane = read_targets(  # pyright: ignore[reportGeneralTypeIssues]
         n, targets_ptr, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total,
         ignore_index, K, BLOCK_K,
     )  # fmt: skip
@@ -432,11 +428,11 @@ def cross_entropy_backward_kernel(
     v = start + tl.arange(0, BLOCK_V)
     logits_row = logits_ptr + n * (logits_stride_n // VECTOR) * VECTOR
     d_logits_row = d_logits_ptr + n * (d_logits_stride_n // VECTOR) * VECTOR
-    SMOOTH: tl.constexpr = label_smoothing is not None
+    SMOOTH: tl.constexpr = label_smoothing is not None  # pyright: ignore[reportAssignmentType]
     c_row = class_weights_ptr
     if class_weights_ptr is not None:
         c_row += v_start // START_VECTOR * START_VECTOR
-    y, counts, a, b, t = read_targets(
+    y, counts, a, b, t = read_targets(  # pyright: ignore[reportGeneralTypeIssues]
         n, targets_ptr, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total,
         ignore_index, K, BLOCK_K,
     )  # fmt: skip

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, cdiv, warps
+from llmfast_kernels.terms import GROUP
 
-BLOCK = 128  # rows and columns of `a` that are kept or dropped together
+BLOCK = GROUP  # rows and columns of `a` that are kept or dropped together
 
 
 @triton.jit
@@ -33,7 +34,8 @@ def add_slices(
     # A turn ahead: nobody waits for a number that addresses are made of. The last one read is no block's.
     block = tl.load(blocks_row + begin // SLICES)
     for i in range(begin, end):
-        k_start = (block * BLOCK + i % SLICES * BLOCK_K).to(tl.int64)  # K * D can pass 2**31
+        # K * D can pass 2**31.
+        k_start = (block * BLOCK + i % SLICES * BLOCK_K).to(tl.int64)  # pyright: ignore[reportOperatorIssue]
         block = tl.load(blocks_row + (i + 1) // SLICES)
         a_slice = a_tile + k_start * a_stride_k + a_offsets
         b_slice = b_tile + k_start * b_stride_k + b_offsets
@@ -85,7 +87,9 @@ def filtered_matmul_kernel(
     out_stride_m = out_stride_m // VECTOR * VECTOR
     D = D // VECTOR * VECTOR
     # Programs that run at the same time share rows of a and columns of b: the L2 cache serves all but the first.
-    m_tile, d_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    m_tile, d_tile = tl.swizzle2d(  # pyright: ignore[reportGeneralTypeIssues]
+        tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8
+    )
     m_start, d_start = m_tile.to(tl.int64) * BLOCK, d_tile * BLOCK_D
     K_blocks = tl.cdiv(K, BLOCK)
     blocks_row = blocks_ptr + m_tile.to(tl.int64) * (K_blocks + 1)

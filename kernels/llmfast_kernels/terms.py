@@ -1,4 +1,4 @@
-"""What a row's loss is made of beside its logits, and what comes of it. No Triton: the plain-torch path has the same."""
+"""What a row's loss is made of beside its logits, and what comes of it. No Triton: plain torch has the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
 """Cross-entropy from logits."""
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
     LossStats,
     Options,
+    OptionsGiven,
     Reduction,
     accuracy,
     denominator,
@@ -24,14 +25,23 @@ from llmfast.losses.targets import (
 )
 from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CrossEntropyOptions(OptionsGiven, total=False):
+    """Keyword arguments, for type checkers."""
+
+    inplace: bool
+
 
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: Any
+    logits: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: "Unpack[CrossEntropyOptions]"
 ) -> Tensor: ...
 @overload
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Any
+    logits: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: "Unpack[CrossEntropyOptions]"
 ) -> tuple[Tensor, LossStats]: ...
 def cross_entropy(
     logits: Tensor,  # (..., V)
@@ -108,8 +118,8 @@ def cross_entropy(
     V, v_start = logits.shape[-1], 0
     if process_group is not None:
         V, v_start = own_columns(process_group, V, vocab_size)
-    else:
-        expect(vocab_size in (None, V), f"vocab_size={vocab_size} needs a process_group; logits are {describe(logits)}")
+    elif vocab_size not in (None, V):
+        raise ValueError(f"vocab_size={vocab_size} needs a process_group")
     options = Options(
         ignore_index, reduction, num_valid, label_smoothing, z_loss, softcap, logit_scale, class_weights, token_weights,
         target_weights, shift, document_ids,
@@ -139,15 +149,15 @@ def cross_entropy(
 
 def finish(
     loss: Tensor, rows: Rows, targets: Targets, ignore_index: int, shape: torch.Size, return_stats: bool, squeeze: bool
-) -> Any:
+) -> Tensor | tuple[Tensor, LossStats]:
     """What the user gets, in the user's shape."""
     loss = restore(loss, shape)
     if not return_stats:
         return loss
     assert rows.entropy is not None and rows.argmax is not None
     hits = accuracy(rows.argmax, targets, ignore_index)
-    per_token = (t.view(shape) for t in (rows.loss, rows.lse, rows.entropy, rows.argmax))
-    return loss, LossStats(*per_token, hits[0] if squeeze else hits)
+    token_loss, lse, entropy, argmax = (t.view(shape) for t in (rows.loss, rows.lse, rows.entropy, rows.argmax))
+    return loss, LossStats(token_loss, lse, entropy, argmax, hits[0] if squeeze else hits)
 
 
 @eager

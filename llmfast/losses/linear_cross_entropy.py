@@ -1,13 +1,13 @@
 """Cross-entropy of `hidden @ weight.T`: the logits need never exist at once.
 
-The plan (`plan.py`) says how many rows of logits do. In chunks of rows, one slab is reused: the row kernel turns logits,
-in place, into their gradients (not yet divided by any count), two GEMMs turn those into the gradients of `hidden` and
+The plan (`plan.py`) says how many rows of logits do. In chunks of rows, one slab is reused: the row kernel turns
+logits, in place, into their gradients (not yet divided by any count), two GEMMs turn those into the gradients of `hidden` and
 `weight`, and a last pass multiplies by upstream / count while casting. What costs is reading W and updating dW once a
 chunk, so the fewer chunks the better.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
     LossStats,
     Options,
+    OptionsGiven,
     Reduction,
     denominator,
     per_row,
@@ -31,17 +32,40 @@ from llmfast.losses.targets import (
 )
 from llmfast_kernels.terms import GROUP, Rows, Targets, Terms, pack, unpack
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # Up to this many logits in all, a CPU is done with them before the bookkeeping of chunks is.
 SMALL = 1 << 18
 
 
+class LinearCrossEntropyOptions(OptionsGiven, total=False):
+    """Keyword arguments, for type checkers."""
+
+    bias: Tensor | None
+    memory_budget: int | Literal["auto"]
+    slab_dtype: torch.dtype | None
+    accumulate_into: Tensor | None
+    grad_filter: float | None
+
+
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Literal[False] = False, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: "Unpack[LinearCrossEntropyOptions]",
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: "Unpack[LinearCrossEntropyOptions]",
 ) -> tuple[Tensor, LossStats]: ...
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
@@ -118,10 +142,10 @@ def linear_cross_entropy(
     hidden, weight, bias, process_group, vocab_size = local_weight(hidden, weight, bias, process_group, vocab_size)
     own = weight.shape[0]
     V, v_start = (own, 0) if process_group is None else own_columns(process_group, own, vocab_size)
-    expect(process_group is not None or vocab_size in (None, V), f"vocab_size={vocab_size} needs a process_group")
-    expect(
-        memory_budget == "auto" or memory_budget > 0, f"memory_budget must be positive or 'auto'; got {memory_budget}"
-    )
+    if process_group is None and vocab_size not in (None, V):
+        raise ValueError(f"vocab_size={vocab_size} needs a process_group")
+    if memory_budget != "auto" and not memory_budget > 0:
+        raise ValueError(f"memory_budget must be positive or 'auto'; got {memory_budget}")
     dtype = _compute_dtype(hidden, weight)
     if bias is not None:
         expect(bias.shape == (own,) and bias.device == hidden.device, f"bias must be ({own},); got {describe(bias)}")
@@ -133,7 +157,8 @@ def linear_cross_entropy(
         if accumulate_into.dtype != torch.promote_types(dtype, torch.float32):
             raise TypeError(f"accumulate_into must be float32; got {describe(accumulate_into)}")
     if grad_filter is not None:
-        expect(grad_filter > 0, f"grad_filter must be positive; got {grad_filter}")
+        if not grad_filter > 0:
+            raise ValueError(f"grad_filter must be positive; got {grad_filter}")
         expect(reduction != "none", "grad_filter needs reduction 'mean' or 'sum'")
         expect(process_group is None, "grad_filter does not work with process_group")
     options = Options(
@@ -206,8 +231,6 @@ class Call:
 
 def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
     """The loss, over the rows that count alone where their number is known on the host."""
-    from dataclasses import replace
-
     classes, ignore_index = call.targets.classes, call.terms.ignore_index
     N = classes.shape[0]
     hint = call.num_valid if isinstance(call.num_valid, int) and not isinstance(call.num_valid, bool) else None
@@ -275,7 +298,7 @@ class Loop:
         self.hidden = hidden.to(plan.dtype)  # (N, D)
         self.weight = weight.to(plan.dtype)  # (V, D)
         self.call, self.plan, self.wants_bias = call, plan, wants_bias
-        self.terms = call.terms if bias is None else Terms(**(vars(call.terms) | {"bias": bias.detach()}))
+        self.terms = call.terms if bias is None else replace(call.terms, bias=bias.detach())
         self.ops = row_ops(self.hidden)
 
     def forward(self, *, gradients: bool) -> tuple[Rows, Gradients, Tensor | None]:
@@ -445,7 +468,12 @@ class Loop:
 def _joined(parts: list[Rows], empty: Rows) -> Rows:
     if len(parts) <= 1:
         return parts[0] if parts else empty
-    return Rows(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+
+    def join(name: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        return None if columns[0] is None else torch.cat(columns)
+
+    return Rows(join("loss"), join("lse"), join("entropy"), join("argmax"))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -493,6 +521,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.made is not None and d_lse is None and d_entropy is None:
             # Scaled in place, so what was made in forward is used up.
             made, ctx.made = ctx.made, None
+            assert d_loss is not None  # or backward would not run
             factor = d_loss if inverse is None else d_loss * inverse
             d_hidden, d_weight, d_bias = scaled(made, factor, hidden, weight, given)
         else:
@@ -501,10 +530,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if logits is None and plan.mode != "recompute":
                 plan = plan.cut("recompute")
             targets, terms = unpack(tensors, ctx.numbers)
-            operands = (hidden, weight) if ctx.cast is None else ctx.cast
-            loop = Loop(
-                *operands, bias, Call(**(vars(call) | {"targets": targets, "terms": terms})), plan, ctx.needs[2]
-            )
+            used_hidden, used_weight = (hidden, weight) if ctx.cast is None else ctx.cast
+            call = replace(call, targets=targets, terms=terms)
+            loop = Loop(used_hidden, used_weight, bias, call, plan, ctx.needs[2])
             d_hidden, d_weight, d_bias = loop.backward(
                 logits, lse, per_row(d_loss, inverse, lse), entropy, contiguous(d_lse), contiguous(d_entropy)
             )
@@ -532,9 +560,6 @@ def scaled(made: Gradients, factor: Tensor, hidden: Tensor, weight: Tensor, give
         scale(made.weight, factor, out=given, add=True)
     else:
         d_weight = cast(made.weight, weight.dtype)
-    d_hidden = made.hidden if made.hidden is None or made.hidden.dtype == hidden.dtype else made.hidden
     return Gradients(
-        cast(d_hidden, made.hidden.dtype if made.hidden is not None else hidden.dtype),
-        d_weight,
-        None if made.bias is None else made.bias * factor,
-    )
+        cast(made.hidden, hidden.dtype), d_weight, None if made.bias is None else made.bias * factor
+    )  # fmt: skip

@@ -94,7 +94,7 @@ def _(logits: Tensor, *call: Any) -> Tensor:
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, *call = inputs
-    loss, lse, entropy, argmax = output
+    _, lse, entropy, argmax = output
     ctx.save_for_backward(logits, lse, entropy, *call[:5])
     ctx.numbers = call[5:12]
     ctx.mark_non_differentiable(argmax)

@@ -101,7 +101,7 @@ def local_weight(
     if isinstance(hidden, DTensor) and own_classes:
         expect(
             hidden.device_mesh == mesh and all(hidden.placements[i] == Replicate() for i in own_classes),
-            f"hidden must be replicated over the mesh that weight is sharded on; its placements are {hidden.placements}",
+            f"hidden must be replicated over the mesh that weight is sharded on; it is {hidden.placements}",
         )
         expect(len(own_classes) == 1, "weight may be sharded over one dimension of its mesh")
         vocab_size = weight.shape[0]

@@ -124,7 +124,7 @@ def cross_entropy(
                 p *= factor if factor.dim() == 0 else factor[rows, None]
             _through(p, x, terms)
             _store(p, weights.ignored[rows], d_logits[rows])
-            if alive is not None:
+            if alive is not None and threshold is not None:
                 groups = _groups(p) >= threshold
                 alive[rows] = F.pad(groups, (0, alive.shape[1] - groups.shape[1]))
     if weights.t is not None:

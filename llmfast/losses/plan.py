@@ -98,7 +98,7 @@ class LinearCrossEntropyPlan:
             float32_products=float32_products, gpu=gpu,
         )  # fmt: skip
         if mode is None:
-            fits = plan.N <= plan._most_rows()
+            fits = plan._most_rows() >= plan.N
             if not any(wants):
                 mode = "chunk"
             elif reduction == "none":

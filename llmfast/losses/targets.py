@@ -1,11 +1,12 @@
 """What both losses do with targets, options, reductions and counts, before and after the rows."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast.losses.parallel import ProcessGroup
 from llmfast_kernels.terms import Targets, Terms
 
 Reduction = Literal["mean", "sum", "none"]
@@ -19,6 +20,25 @@ class LossStats(NamedTuple):
     entropy: Tensor  # (...) float32 of the softmax, in nats, differentiable
     argmax: Tensor  # (...) int64: the most probable class, the first of equals
     accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that are the argmax
+
+
+class OptionsGiven(TypedDict, total=False):
+    """Keyword arguments that both losses take, for type checkers; `Options` has them checked."""
+
+    ignore_index: int
+    reduction: Reduction
+    num_valid: int | Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float | None
+    class_weights: Tensor | None
+    token_weights: Tensor | None
+    target_weights: Tensor | None
+    shift: int
+    document_ids: Tensor | None
+    process_group: "ProcessGroup | None"
+    vocab_size: int | None
 
 
 class Options(NamedTuple):
@@ -41,9 +61,13 @@ class Options(NamedTuple):
         """Raise ValueError or TypeError unless everything fits rows of shape `shape` over `V` classes."""
         check_targets(targets, shape, V, device, self.ignore_index)
         check_reduction(self.reduction, self.num_valid)
-        expect(0 <= self.label_smoothing <= 1, f"label_smoothing must be in [0, 1]; got {self.label_smoothing}")
-        expect(self.softcap is None or self.softcap > 0, f"softcap must be positive; got {self.softcap}")
-        expect(self.shift >= 0, f"shift must not be negative; got {self.shift}")
+        # Numbers may be symbols to torch.compile, which makes no messages of those.
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1]; got {self.label_smoothing}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive; got {self.softcap}")
+        if self.shift < 0:
+            raise ValueError(f"shift must not be negative; got {self.shift}")
         expect(self.shift == 0 or len(shape) > 0, "shift needs a token axis; logits of one token have none")
         expect(self.document_ids is None or self.shift > 0, "document_ids bound a shift; shift is 0")
         K = targets.shape[-1] if targets.dim() > len(shape) else None
@@ -99,8 +123,8 @@ def check_reduction(reduction: str, num_valid: int | Tensor | None) -> None:
     expect(num_valid is None or reduction == "mean", f"num_valid divides a mean; reduction is {reduction!r}")
     if isinstance(num_valid, Tensor):
         expect(num_valid.numel() == 1, f"num_valid must hold one number; got {describe(num_valid)}")
-    elif num_valid is not None:
-        expect(num_valid >= 0, f"num_valid must not be negative; got {num_valid}")
+    elif num_valid is not None and not num_valid >= 0:
+        raise ValueError(f"num_valid must not be negative; got {num_valid}")
 
 
 def _check_like(

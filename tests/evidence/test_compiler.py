@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evidence.compiler import Compiled, _compiling_for, compile_launches
 from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels.terms import Targets, Terms
 from support import sample_kernels as samples
 from support.budgets import violations
 
@@ -22,12 +23,18 @@ recorded = samples.recorded
 
 
 X = torch.zeros(65536)
+
+
+def zeros(N: int) -> Targets:
+    return Targets(torch.zeros(N, 1, dtype=torch.int64))
+
+
 HALF = torch.zeros(64, 4096, dtype=torch.bfloat16)
 TARGETS = ["sm_90", "gfx942"]
 
 
 def row_launch(logits: Tensor) -> None:
-    rows.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), ignore_index=-100)
+    rows.cross_entropy(logits, zeros(len(logits)), Terms(logits.shape[1]))
 
 
 LAUNCHES: dict[str, Callable[[], object]] = {
@@ -82,7 +89,7 @@ def test_launches_of_one_kind_are_counted_together():
 def test_sizes_that_triton_does_not_look_at_make_no_kinds():
     def launch():
         for V, ignore_index in ((1, 1), (17, 16), (33, 17)):
-            rows.cross_entropy(HALF[:2, :V], torch.zeros(2, dtype=torch.int64), ignore_index=ignore_index)
+            rows.cross_entropy(HALF[:2, :V], zeros(2), Terms(V, ignore_index))
 
     (kind,) = recorded(launch)
     assert [kind.arguments[name] for name in ("V", "row_width", "ignore_index")] == [3, 3, 3] and kind.count == 3

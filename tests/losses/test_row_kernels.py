@@ -1,18 +1,32 @@
 """The row kernels themselves: what only a launch can show."""
 
+from typing import Any
+
 import pytest
 import torch
 import triton
 from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
-from llmfast_kernels.launch import FP_FUSION
 from llmfast_kernels.scale import scale
+from llmfast_kernels.terms import Rows, Targets, Terms
 from support.numerics import assert_no_worse
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def one_each(targets: Tensor) -> Targets:
+    return Targets(targets[:, None].contiguous())
+
+
+def forward(logits: Tensor, targets: Tensor, V: int, **more: Any) -> Rows:
+    return rows.cross_entropy(logits, one_each(targets), Terms(V), V=V, **more)
+
+
+def backward(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, V: int, **more: Any) -> None:
+    rows.cross_entropy_backward(logits, one_each(targets), Terms(V), lse, d_loss, V=V, **more)
 
 
 def padded(N: int, V: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -31,7 +45,7 @@ def test_padding_is_neither_read_into_results_nor_left_dirty(dtype: torch.dtype,
     logits = slab[:, :V]
     x = logits.double()
     given = slab[:, :row_width]
-    loss, lse = rows.cross_entropy(given, targets, V=V, ignore_index=-100, d_logits=given)
+    loss, lse, *_ = forward(given, targets, V, d_logits=given)
     want = torch.log_softmax(x[:1], 1)
     torch.testing.assert_close(
         loss.double(), torch.stack([-want[0, V - 1], torch.zeros(()).double()]), rtol=0, atol=3e-6
@@ -52,8 +66,8 @@ def test_separate_backward_equals_the_fused_gradient(V: int, multiple: int) -> N
     targets = torch.tensor([0, V - 1, -100])
     fused, apart = torch.empty_like(logits), torch.empty_like(logits)
     d_loss = torch.tensor([2.0, 2.0, torch.nan])
-    _, lse = rows.cross_entropy(logits, targets, V=V, ignore_index=-100, d_logits=fused, grad_scale=torch.tensor(2.0))
-    rows.cross_entropy_backward(logits, targets, lse, d_loss, V=V, ignore_index=-100, d_logits=apart)
+    _, lse, *_ = forward(logits, targets, V, d_logits=fused, grad_scale=torch.tensor(2.0))
+    backward(logits, targets, lse, d_loss, V, d_logits=apart)
     torch.testing.assert_close(apart, fused, rtol=1e-5, atol=1e-6)
 
 
@@ -62,19 +76,21 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: 
     logits = torch.randn(3, 70)
     targets = torch.tensor([1, target, 2])
     d_logits, apart = torch.empty_like(logits), torch.empty_like(logits)
-    loss, lse = rows.cross_entropy(logits, targets, ignore_index=-100, d_logits=d_logits)
-    rows.cross_entropy_backward(logits, targets, lse, torch.ones(3), ignore_index=-100, d_logits=apart)
+    loss, lse, *_ = forward(logits, targets, 70, d_logits=d_logits)
+    backward(logits, targets, lse, torch.ones(3), 70, d_logits=apart)
     assert loss.isnan().tolist() == [False, True, False]
     for gradient in (d_logits, apart):
         assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
 def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
-    logits, targets, out = torch.randn(1, 70), torch.tensor([70]), torch.empty(1)
+    logits, out = torch.randn(1, 70), torch.empty(1)
+    arguments = rows.arguments(logits, one_each(torch.tensor([70])), Terms(70), 70)
     with pytest.raises(Exception, match=r"target is neither in \[0, V\) nor ignore_index"):
         rows.cross_entropy_kernel[(1,)](
-            logits, targets, None, out, out, None, V=70, row_width=70, logits_stride_n=70, d_logits_stride_n=0,
-            ignore_index=-100, debug=True, **rows.tile(70), **rows.vectors(70, logits, None), **FP_FUSION,
+            **arguments, grad_scale_ptr=None, loss_ptr=out, lse_ptr=out, entropy_ptr=None, argmax_ptr=None,
+            partials_ptr=None, d_logits_ptr=None, alive_ptr=None, d_logits_stride_n=0, threshold=None, ENTROPY=False,
+            GROUP=128, debug=True, **rows.tile(70), **rows.vectors(70, logits, None),
         )  # fmt: skip
 
 

@@ -1,0 +1,147 @@
+"""Both losses inside torch.compile, and what no loss may do on a GPU: wait for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evidence.pretend_cuda import pretending_cuda
+from llmfast.losses import cross_entropy, linear_cross_entropy
+from llmfast.losses.linear_cross_entropy import Call
+from llmfast_kernels.terms import Targets, Terms, pack
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "stats": {"return_stats": True},
+    "everything": {
+        "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 1.3, "shift": 1,
+        "token_weights": torch.rand(40), "num_valid": 21, "class_weights": torch.rand(300),
+    },
+}  # fmt: skip
+
+
+def tensors(N: int = 40, V: int = 300, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    targets = torch.randint(0, V, (N,))
+    targets[1:19] = -100
+    return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), targets
+
+
+def outcome(loss: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
+    result = loss(*leaves)
+    value, stats = result if isinstance(result, tuple) else (result, None)
+    total = value.sum() if stats is None else value.sum() + stats.lse.sum() + 0.5 * stats.entropy.sum()
+    return [value.detach(), *torch.autograd.grad(total, leaves)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_whole_graphs(path: str, name: str) -> None:
+    hidden, weight, targets = tensors()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    options = OPTIONS[name]
+
+    def from_logits(x: Tensor) -> Any:
+        return cross_entropy(x * 1.0, targets, **options)
+
+    def linear(h: Tensor, w: Tensor) -> Any:
+        return linear_cross_entropy(h * 1.0, w, targets, memory_budget=20000, **options)
+
+    for loss, leaves in ((from_logits, [logits]), (linear, [hidden, weight])):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        for a, b in zip(outcome(compiled, *leaves), outcome(loss, *leaves)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_inductor(path: str) -> None:
+    hidden, weight, targets = tensors()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda h, w: linear_cross_entropy(h, w, targets), fullgraph=True)
+    for a, b in zip(
+        outcome(compiled, hidden, weight), outcome(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight)
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
+    _, weight, _ = tensors()
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(
+        lambda h, w, y, x: linear_cross_entropy(h, w, y) + cross_entropy(x, y), backend=count, dynamic=True,
+        fullgraph=True,
+    )  # fmt: skip
+    for N in (40, 41, 77, 1000):
+        hidden, _, targets = tensors(N)
+        compiled(hidden, weight, targets, torch.randn(N, 300))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operators_keep_their_promises(path: str, reduction: str) -> None:
+    """torch's own checks: schema, fakes, autograd registration, and tracing with static and dynamic shapes."""
+    from llmfast.losses import operators  # noqa: F401  registers them
+
+    hidden, weight, targets = tensors(12, 30)
+    flat, numbers = pack(Targets(targets[:, None].contiguous(), token_weights=torch.rand(12)), Terms(30, z_loss=0.1))
+    torch.library.opcheck(
+        torch.ops.llmfast.cross_entropy.default, (torch.randn(12, 30, requires_grad=True), *flat, *numbers, True)
+    )
+    settings = (torch.tensor(9.0), reduction, True, -1, torch.float32, torch.float32, None)
+    torch.library.opcheck(
+        torch.ops.llmfast.linear_cross_entropy.default,
+        (hidden, weight, torch.randn(30, requires_grad=True), *flat, *numbers, *settings, [True, True, True]),
+    )
+    rows = [torch.randn(12) for _ in range(5)]
+    torch.library.opcheck(
+        torch.ops.llmfast.cross_entropy_backward.default, (torch.randn(12, 30), *rows, *flat, *numbers)
+    )
+    torch.library.opcheck(
+        torch.ops.llmfast.linear_cross_entropy_backward.default,
+        (hidden.detach(), weight.detach(), None, *flat, *numbers, *settings, [True, True, False], *rows),
+    )
+    assert Call.__doc__
+
+
+class NoSyncs(TorchDispatchMode):
+    """Fails on whatever would make the host wait for a GPU, or make a shape of data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique"), name
+        if name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            raise AssertionError("a mask as an index has a shape made of data")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("budget", ["auto", 20000])
+def test_nothing_waits_for_the_device(kernels: None, name: str, budget: Any) -> None:
+    hidden, weight, targets = tensors()
+    logits = torch.randn(40, 300, requires_grad=True)
+    with pretending_cuda(), NoSyncs():
+        outcome(lambda x: cross_entropy(x, targets, **OPTIONS[name]), logits)
+        outcome(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=budget, **OPTIONS[name]), hidden, weight)
+        if "none" not in name:
+            outcome(lambda h, w: linear_cross_entropy(h, w, targets, grad_filter=1e-3, **OPTIONS[name]), hidden, weight)
+
+
+def test_a_wait_would_be_noticed() -> None:
+    with NoSyncs():
+        for wait in (
+            lambda: torch.ones(1).item(),
+            lambda: torch.ones(3).nonzero(),
+            lambda: torch.ones(3)[torch.ones(3) > 0],
+        ):
+            with pytest.raises(AssertionError):
+                wait()
