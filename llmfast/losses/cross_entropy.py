@@ -137,7 +137,7 @@ def cross_entropy(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     resolved = options.resolve(targets, shape, dtype)
     terms = options.terms(V, dtype, v_start=v_start, own=logits.shape[-1])
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = logits.reshape(shape.numel(), logits.shape[-1])
     if torch.compiler.is_compiling() and process_group is None:
         from llmfast.losses import operators
 
@@ -229,6 +229,8 @@ class _CrossEntropy(torch.autograd.Function):
             return d_logits, *nothing
 
         logits, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        if logits.numel() == 0:
+            return torch.zeros_like(logits), *nothing
         targets, terms = unpack(tensors, ctx.numbers)
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.ops.cross_entropy_backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmfast._checks import describe, expect
 from llmfast._dispatch import eager, use_kernels
 from llmfast.losses.cross_entropy import contiguous, finish
-from llmfast.losses.parallel import ProcessGroup, local_weight, own_columns, parallel_rows, sum_over_ranks
+from llmfast.losses.parallel import ProcessGroup, group_size, local_weight, own_columns, parallel_rows, sum_over_ranks
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
@@ -171,7 +171,7 @@ def linear_cross_entropy(
     plain = options == Options(ignore_index, reduction) and targets.dim() == len(shape)
     special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
     if (
-        plain and not special and memory_budget == "auto" and dtype == torch.float32
+        not torch.compiler.is_compiling() and plain and not special and memory_budget == "auto" and dtype == torch.float32
         and targets.numel() * V <= SMALL and not use_kernels(hidden)
     ):  # fmt: skip
         logits = F.linear(hidden, weight, bias).reshape(-1, V)
@@ -225,6 +225,7 @@ class Call:
             hidden.shape[0], hidden.shape[1], weight.shape[0], dtype=self.dtype, slab_dtype=self.slab_dtype,
             weight_dtype=weight.dtype, device=hidden.device, memory_budget=self.budget, reduction=self.reduction,
             wants=wants, kernels=kernels, filtered=self.grad_filter is not None,
+            widest=0 if self.group is None else -(-self.terms.V // group_size(self.group)),
             float32_products=hidden.is_cuda and torch.version.hip is None,
         )  # fmt: skip
 
@@ -319,7 +320,7 @@ class Loop:
                 part = parallel_rows(
                     self.ops, logits, targets, self.terms, call.group, V=plan.V, entropy=call.stats, argmax=call.stats
                 )
-                if d_logits is not None:
+                if d_logits is not None and plan.V > 0:
                     self.ops.cross_entropy_backward(
                         logits, targets, self.terms, part.lse, torch.ones_like(part.lse), V=plan.V, d_logits=d_logits
                     )
@@ -354,7 +355,7 @@ class Loop:
         made = self._empty_gradients()
         kept = logits is not None
         low = None
-        for columns in [slice(0, plan.V)] if kept else plan.column_slabs():
+        for columns in [slice(0, plan.V)][: plan.V] if kept else plan.column_slabs():
             width = columns.stop - columns.start
             weight = self.weight[columns]
             if not kept:

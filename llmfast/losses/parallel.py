@@ -46,7 +46,12 @@ def parallel_rows(
     argmax: bool = False,
 ) -> Rows:
     """`RowOps.cross_entropy` of all ranks' columns, the same on every rank, by two all-reduces of a few (N,)."""
-    partials, best = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
+    if V == 0:  # fewer classes than ranks
+        partials = logits.new_zeros(5, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+        partials[0] = -3e38
+        best = logits.new_zeros(logits.shape[0], dtype=torch.int64) if argmax else None
+    else:
+        partials, best = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
     own_peak = partials[0]
     peak = own_peak.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
@@ -78,6 +83,10 @@ def parallel_rows(
         (log_total - moment / total).masked_fill_(ignored, 0.0) if entropy else None,
         None if best is None else best.masked_fill_(ignored, -1),
     )
+
+
+def group_size(group: Any) -> int:
+    return dist.get_world_size(group)
 
 
 def sum_over_ranks(t: Tensor, group: Any) -> None:

@@ -79,10 +79,13 @@ class LinearCrossEntropyPlan:
         mode: Mode | None = None,
         kernels: bool = True,
         filtered: bool = False,
+        widest: int = 0,
         float32_products: bool = True,
         gpu: Gpu = H100,
     ) -> "LinearCrossEntropyPlan":
         """The plan for these shapes; `mode` None chooses by `memory_budget` and by the gradients asked for.
+
+        `widest`, the most classes that a rank has where they are split: all must take the same number of chunks.
 
         All rows at once are materialised on a GPU, where a second softmax costs less than adding up a weight gradient
         in float32; not float16 ones, whose gradients must not be divided by a count before they are summed. Losses per
@@ -93,7 +96,7 @@ class LinearCrossEntropyPlan:
         pad = GROUP if filtered else 128 // dtype.itemsize if kernels else 1
         plan = LinearCrossEntropyPlan(
             mode or "chunk", N, D, V, dtype, slab_dtype or dtype, weight_dtype or dtype, wants,
-            row_width=-(-V // pad) * pad,
+            row_width=-(-max(V, widest) // pad) * pad,
             budget=default_budget(torch.device(device)) if memory_budget == "auto" else memory_budget,
             float32_products=float32_products, gpu=gpu,
         )  # fmt: skip

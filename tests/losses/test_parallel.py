@@ -1,0 +1,154 @@
+"""Vocab-parallel losses over real processes (gloo), against one process that holds everything."""
+
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from llmfast._dispatch import kernels_on_cpu
+from llmfast.losses import cross_entropy, linear_cross_entropy, reference
+
+N, D = 7, 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "stats": {"return_stats": True},
+    "everything": {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 1.3, "shift": 1},
+    "weights": {"label_smoothing": 0.2, "class_weights": True, "token_weights": torch.linspace(0.1, 1, N)},
+}
+
+
+def inputs(V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(V)
+    hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in ((N, D), (V, D), (V,)))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[2] = -100
+    return hidden, weight, bias, targets
+
+
+def total(result: Any) -> Tensor:
+    if not isinstance(result, tuple):
+        return (result * torch.linspace(0.5, 1.5, result.numel()).view(result.shape)).sum()
+    loss, stats = result
+    return loss + stats.lse.sum() + 0.5 * stats.entropy.sum()
+
+
+def check_rank(rank: int, world: int, V: int) -> None:
+    hidden, weight, bias, targets = inputs(V)
+    share = -(-V // world)
+    own = slice(min(rank * share, V), min((rank + 1) * share, V))
+    for name, given in OPTIONS.items():
+        options = dict(given)
+        if options.get("class_weights"):
+            options["class_weights"] = torch.linspace(0.5, 1.5, V)
+        h, w, b = (t.clone().double().requires_grad_() for t in (hidden, weight, bias))
+        truth = reference.linear_cross_entropy(h, w, targets, bias=b, **options)
+        want = torch.autograd.grad(total(truth), (h, w, b))
+        for budget in ("auto", 60, 600):
+            h1, w1, b1 = (t.clone().requires_grad_() for t in (hidden, weight[own], bias[own]))
+            found = linear_cross_entropy(
+                h1, w1, targets, bias=b1, process_group=dist.group.WORLD, vocab_size=V, memory_budget=budget, **options
+            )
+            got = torch.autograd.grad(total(found), (h1, w1, b1))
+            for a, c in zip(got, (want[0], want[1][own], want[2][own])):
+                torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5, msg=f"{name} {budget} {rank}")
+            compare_values(found, truth)
+        logits = (hidden @ weight.T + bias).double().requires_grad_()
+        truth = reference.cross_entropy(logits, targets, **options)
+        (want_logits,) = torch.autograd.grad(total(truth), logits)
+        x = (hidden @ weight.T + bias)[:, own].clone().requires_grad_()
+        found = cross_entropy(x, targets, process_group=dist.group.WORLD, vocab_size=V, **options)
+        (got_logits,) = torch.autograd.grad(total(found), x)
+        torch.testing.assert_close(got_logits.double(), want_logits[:, own], rtol=1e-5, atol=1e-5)
+        compare_values(found, truth)
+    with pytest.raises(ValueError, match="must hold"):
+        cross_entropy(torch.zeros(N, 1), targets, process_group=dist.group.WORLD, vocab_size=V + 3 * world)
+
+
+def compare_values(found: Any, truth: Any) -> None:
+    if isinstance(found, tuple):
+        assert torch.equal(found[1].argmax, truth[1].argmax)
+        torch.testing.assert_close(found[1].accuracy, truth[1].accuracy)
+        found, truth = found[0], truth[0]
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def check_dtensors(rank: int, world: int, V: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    hidden, weight, _, targets = inputs(V)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    want = reference.linear_cross_entropy(h, w, targets)
+    assert isinstance(want, Tensor)
+    want_h, want_w = torch.autograd.grad(want, (h, w))
+
+    # Tensor parallel: hidden replicated, classes sharded.
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    replicated = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
+    loss = linear_cross_entropy(replicated, sharded, targets)
+    loss.backward()
+    assert isinstance(sharded.grad, DTensor) and isinstance(replicated.grad, DTensor)
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sharded.grad.full_tensor(), want_w, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(replicated.grad.to_local(), want_h, rtol=1e-4, atol=1e-6)
+
+    # FSDP2: every rank has tokens of its own, and gradients are averaged.
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    mine = (hidden * (rank + 1)).requires_grad_()
+    loss = linear_cross_entropy(mine, sharded, targets)
+    loss.backward()
+    w = weight.clone().requires_grad_()
+    losses = [reference.linear_cross_entropy(hidden * (r + 1), w, targets) for r in range(world)]
+    torch.testing.assert_close(loss, losses[rank].detach(), rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
+    (sum(losses) / world).backward()  # type: ignore[arg-type, operator]
+    assert isinstance(sharded.grad, DTensor)
+    torch.testing.assert_close(sharded.grad.full_tensor(), w.grad, rtol=1e-4, atol=1e-6)
+
+
+def work(rank: int, world: int, V: int, store: str, kernels: bool, failures: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        if kernels:
+            from evidence import interpreter
+
+            interpreter.install()
+            with kernels_on_cpu():
+                check_rank(rank, world, V)
+        else:
+            check_rank(rank, world, V)
+            check_dtensors(rank, world, V)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        failures.put(traceback.format_exc())
+        raise
+
+
+# 10 classes over 3 ranks: 4, 4, 2; 5 over 4: 2, 2, 1 and none; 300 over 2.
+@pytest.mark.parametrize(("world", "V"), [(3, 10), (4, 5), (2, 300)])
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+def test_ranks_agree_with_one_process(tmp_path: Path, world: int, V: int, kernels: bool) -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    context = mp.get_context("spawn")
+    failures = context.Queue()
+    processes = [
+        context.Process(target=work, args=(rank, world, V, str(tmp_path / "store"), kernels, failures))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * world, "\n".join(failures.get() for _ in range(failures.qsize()))
