@@ -3,7 +3,16 @@
 from llmfast.losses import reference
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
+from llmfast.losses.modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.targets import LossStats
 
-__all__ = ["LinearCrossEntropyPlan", "LossStats", "cross_entropy", "linear_cross_entropy", "reference"]
+__all__ = [
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyPlan",
+    "LossStats",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "reference",
+]

@@ -1,0 +1,255 @@
+"""How the linear loss is cut: modes that agree, what they hold, what they skip, and what the plan says of it."""
+
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import counting
+from llmfast.losses import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    LinearCrossEntropyPlan,
+    linear_cross_entropy,
+    reference,
+)
+from support.numerics import assert_close_in_norm
+
+MODES = ["materialise", "chunk", "recompute"]
+
+
+def tensors(N: int = 40, V: int = 300, D: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    targets = torch.randint(0, V, (N,))
+    targets[3:9] = -100
+    return torch.randn(N, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_(), targets
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, leaves)
+
+
+def forced(mode: str) -> Any:
+    """Every plan takes this mode."""
+    make = LinearCrossEntropyPlan.make
+    return mock.patch.object(
+        LinearCrossEntropyPlan, "make", staticmethod(lambda *a, **k: make(*a, **(k | {"mode": mode})))
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("budget", [1, 9000, 1 << 30])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_modes_and_slabs_agree(path: str, mode: str, budget: int, reduction: str) -> None:
+    hidden, weight, targets = tensors()
+    bias = torch.randn(300, requires_grad=True)
+    options: dict[str, Any] = {"bias": bias, "reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.01}
+    truth = reference.linear_cross_entropy(hidden, weight, targets, **options)
+    with forced(mode):
+        loss = linear_cross_entropy(hidden, weight, targets, memory_budget=budget, **options)
+        got = gradients(loss, hidden, weight, bias)
+    torch.testing.assert_close(loss, truth)
+    for a, b in zip(got, gradients(cast(Tensor, truth), hidden, weight, bias)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "mode"),
+    [
+        ({}, "chunk"),
+        ({"N": 1024}, "materialise"),
+        ({"N": 1024, "dtype": torch.float16}, "chunk"),
+        ({"N": 1024, "device": "cpu", "kernels": False}, "chunk"),
+        ({"reduction": "none"}, "recompute"),
+        ({"reduction": "none", "memory_budget": 1 << 40}, "materialise"),
+        ({"wants": (False, False)}, "chunk"),
+    ],
+)
+def test_the_mode_follows_from_budget_and_gradients(change: dict[str, Any], mode: str) -> None:
+    arguments = {"N": 16384, "D": 4096, "V": 128256, "memory_budget": 1 << 30} | change
+    plan = LinearCrossEntropyPlan.make(arguments.pop("N"), arguments.pop("D"), arguments.pop("V"), **arguments)
+    assert plan.mode == mode
+
+
+def test_the_plan_prints_what_the_other_modes_cost() -> None:
+    plan = LinearCrossEntropyPlan.make(16384, 4096, 128256, memory_budget=1 << 30)
+    text = str(plan)
+    assert "chunk *" in text and "materialise" in text and "recompute" in text and "modelled on H100" in text
+    assert plan.flops == 6 * 16384 * 4096 * 128256
+    assert {p.mode: p.flops / plan.flops for p in plan.alternatives} == {"materialise": 1.0, "recompute": 8 / 6}
+    assert plan.slab_bytes <= 1 << 30
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("slab_dtype", [torch.bfloat16, torch.float32])
+def test_peak_memory_and_bytes_are_what_the_plan_says(mode: str, slab_dtype: torch.dtype) -> None:
+    N, D, V = 2048, 256, 16384
+    arguments: dict[str, Any] = {"memory_budget": N * V // 2, "slab_dtype": slab_dtype}
+    with pretending_cuda():
+        hidden = torch.randn(N, D, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(V, D, dtype=torch.bfloat16).requires_grad_()
+        targets = torch.zeros(N, dtype=torch.int64)
+        with forced(mode), counting(dry=True) as counts:
+            linear_cross_entropy(hidden, weight, targets, **arguments).backward()
+    plan = LinearCrossEntropyPlan.make(N, D, V, mode=cast(Any, mode), **arguments)
+    assert counts.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.05)
+    total = counts.total()
+    assert total.dram == pytest.approx(plan.hbm_bytes, rel=0.05)
+    assert total.dot_flops.total() == plan.flops
+
+
+def test_a_masked_row_takes_no_part_in_the_products(path: str) -> None:
+    hidden, weight, targets = tensors()
+    valid = int((targets != -100).sum())
+    hint = None if path == "plain" else valid  # a CPU counts by itself
+    truth = reference.linear_cross_entropy(hidden, weight, targets, return_stats=True)
+    with counting() as counts:
+        loss, stats = linear_cross_entropy(
+            hidden, weight, targets, num_valid=hint, return_stats=True, memory_budget=1 << 20
+        )
+    assert counts.total().dot_flops.total() in (2 * valid * 8 * 300, 6 * valid * 8 * 300)
+    torch.testing.assert_close(loss, truth[0])
+    for a, b in zip(stats, truth[1]):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(loss, hidden, weight), gradients(cast(Tensor, truth[0]), hidden, weight)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_rows_gathered_in_vain_change_nothing(kernels: None, spare: int) -> None:
+    hidden, weight, targets = tensors()
+    valid = int((targets != -100).sum())
+    for reduction in ("mean", "none"):
+        hint = valid + spare if reduction == "mean" else None
+        loss = linear_cross_entropy(hidden, weight, targets, num_valid=hint, reduction=cast(Any, reduction))
+        truth = cast(
+            Tensor, reference.linear_cross_entropy(hidden, weight, targets, num_valid=hint, reduction=reduction)
+        )
+        torch.testing.assert_close(loss, truth)
+        up = torch.ones_like(loss)
+        for a, b in zip(
+            torch.autograd.grad(loss, (hidden, weight), up), torch.autograd.grad(truth, (hidden, weight), up)
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_more_valid_rows_than_said_are_not_lost_silently(path: str) -> None:
+    hidden, weight, targets = tensors()
+    if path == "plain":
+        with pytest.raises(ValueError, match="num_valid=5, but 34 tokens are valid"):
+            linear_cross_entropy(hidden, weight, targets, num_valid=5, memory_budget=1 << 20)
+    else:
+        assert linear_cross_entropy(hidden, weight, targets, num_valid=5).isnan()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulates_into_a_main_grad(path: str, mode: str) -> None:
+    hidden, weight, targets = tensors(dtype=torch.bfloat16)
+    main_grad = torch.full((300, 8), 2.0)
+    with forced(mode):
+        for _ in range(2):
+            loss = linear_cross_entropy(hidden, weight, targets, accumulate_into=main_grad, memory_budget=9000)
+            (0.5 * loss).backward()
+    assert weight.grad is None and hidden.grad is not None
+    h, w = hidden.detach().double(), weight.detach().double().requires_grad_()
+    (want,) = gradients(cast(Tensor, reference.linear_cross_entropy(h, w, targets)), w)
+    plain = gradients(cast(Tensor, reference.linear_cross_entropy(hidden, weight, targets)), weight)[0]
+    assert_close_in_norm(main_grad - 2.0, plain, want, factor=2.0)
+
+
+def test_accumulate_into_is_checked() -> None:
+    hidden, weight, targets = tensors()
+    with pytest.raises(TypeError, match="accumulate_into must be float32"):
+        linear_cross_entropy(hidden, weight, targets, accumulate_into=torch.zeros(300, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"accumulate_into must be \(300, 8\)"):
+        linear_cross_entropy(hidden, weight, targets, accumulate_into=torch.zeros(8, 300))
+
+
+class Casts(TorchDispatchMode):
+    """Counts copies of the weight into another dtype."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy" and out.shape == self.shape and out.dtype == torch.bfloat16:
+            self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_casts_the_weight_once(path: str, mode: str) -> None:
+    hidden, weight, targets = tensors()
+    with forced(mode), Casts(weight.shape) as casts:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden, weight, targets, memory_budget=9000)
+        loss.backward()
+    assert casts.count == 1
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+def blocks(d_logits: Tensor, threshold: float) -> Tensor:
+    """`d_logits` without the 128 x 128 blocks that nowhere reach the threshold."""
+    kept = torch.zeros_like(d_logits)
+    for n in range(0, d_logits.shape[0], 128):
+        for v in range(0, d_logits.shape[1], 128):
+            block = d_logits[n : n + 128, v : v + 128]
+            if block.abs().max() >= threshold:
+                kept[n : n + 128, v : v + 128] = block
+    return kept
+
+
+@pytest.mark.parametrize("V", [512, 1000])
+def test_gradient_filter_drops_blocks_below_the_threshold(path: str, V: int) -> None:
+    N, D, threshold = 300, 16, 1e-3
+    torch.manual_seed(1)
+    hidden = torch.randn(N, D).requires_grad_()
+    weight = torch.randn(V, D)
+    weight[128:384] -= 2 * hidden.detach()[128:256].mean(0)  # classes that most rows rule out
+    hidden.data[128:256, 0] = 30.0
+    weight[128:384, 0] = -1.0
+    weight.requires_grad_()
+    targets = torch.randint(0, 128, (N,))
+    logits = (hidden @ weight.T).detach().double().requires_grad_()
+    (d_logits,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
+    kept = blocks(d_logits, threshold)
+    assert kept.count_nonzero() < d_logits.count_nonzero()
+    first = gradients(
+        linear_cross_entropy(hidden, weight, targets, reduction="sum", grad_filter=threshold), hidden, weight
+    )
+    again = gradients(
+        linear_cross_entropy(hidden, weight, targets, reduction="sum", grad_filter=threshold), hidden, weight
+    )
+    for a, b, want in zip(first, again, (kept @ weight.double(), kept.T @ hidden.double())):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_filter_is_refused_where_it_cannot_work() -> None:
+    hidden, weight, targets = tensors()
+    with pytest.raises(ValueError, match="grad_filter needs reduction"):
+        linear_cross_entropy(hidden, weight, targets, reduction="none", grad_filter=1e-3)
+    with pytest.raises(ValueError, match="grad_filter must be positive"):
+        linear_cross_entropy(hidden, weight, targets, grad_filter=0.0)
+
+
+def test_modules_are_torchs(path: str) -> None:
+    logits, targets = torch.randn(2, 9, 5), torch.randint(0, 9, (2, 5))
+    for options in ({}, {"weight": torch.rand(9), "label_smoothing": 0.1}, {"reduction": "none", "ignore_index": 3}):
+        torch.testing.assert_close(
+            CrossEntropyLoss(**options)(logits, targets), torch.nn.CrossEntropyLoss(**options)(logits, targets)
+        )
+    if not hasattr(torch.nn, "LinearCrossEntropyLoss"):  # torch 2.13
+        return
+    theirs = torch.nn.LinearCrossEntropyLoss(6, 9, bias=True, label_smoothing=0.1)
+    ours = LinearCrossEntropyLoss(6, 9, bias=True, label_smoothing=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    x, y = torch.randn(7, 6), torch.randint(0, 9, (7,))
+    torch.testing.assert_close(ours(x, y), theirs(x, y))
+    with pytest.raises(ValueError, match="out_features"):
+        LinearCrossEntropyLoss(6, 9, out_features=(2,))
