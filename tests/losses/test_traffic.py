@@ -1,0 +1,52 @@
+"""Bytes and FLOPs of the losses, counted as a GPU would move them."""
+
+import pytest
+import torch
+
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, counting
+from llmfast.losses import cross_entropy, linear_cross_entropy
+
+
+@pytest.mark.parametrize("V", [16384, 50257])
+def test_rows_are_read_once_and_written_once(V: int) -> None:
+    N = 64
+    logits_bytes = 2 * N * V
+    with pretending_cuda():
+        logits = torch.randn(N, V, dtype=torch.bfloat16).requires_grad_() * 1.0
+        targets = torch.randint(0, V, (N,))
+        with counting(dry=True) as forward, torch.no_grad():
+            cross_entropy(logits, targets, label_smoothing=0.1, z_loss=1e-4, softcap=30.0, return_stats=True)
+        with counting(dry=True) as in_place:
+            cross_entropy(logits, targets, label_smoothing=0.1, z_loss=1e-4, inplace=True)
+    assert kernel_bytes(forward) <= 1.02 * logits_bytes
+    assert kernel_bytes(in_place) <= 1.02 * 2 * logits_bytes
+
+
+def kernel_bytes(counts: Counts) -> float:
+    return sum(t.dram for t in counts.traffic if "cross_entropy" in t.name)
+
+
+def test_linear_loss_with_a_slab_of_a_quarter() -> None:
+    N, D, V = 1024, 256, 16384
+    with pretending_cuda():
+        hidden = torch.randn(N, D, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(V, D, dtype=torch.bfloat16).requires_grad_()
+        targets = torch.randint(0, V, (N,))
+        with counting(dry=True) as counts:
+            linear_cross_entropy(hidden, weight, targets, memory_budget=N * V * 2 // 4).backward()
+    total = counts.total()
+    assert total.dram <= 26 * N * V
+    assert total.dot_flops.total() == 6 * N * D * V
+    assert total.syncs == 0
+
+
+def test_frozen_inputs_cost_nothing() -> None:
+    N, D, V = 256, 64, 4096
+    with pretending_cuda():
+        for wants_hidden, wants_weight in ((True, False), (False, True)):
+            hidden = torch.randn(N, D, dtype=torch.bfloat16).requires_grad_(wants_hidden)
+            weight = torch.randn(V, D, dtype=torch.bfloat16).requires_grad_(wants_weight)
+            with counting(dry=True) as counts:
+                linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), memory_budget=N * V).backward()
+            assert counts.total().dot_flops.total() == 4 * N * D * V
