@@ -1,0 +1,38 @@
+"""Rows so far apart that their offsets pass 2^31, in memory that is promised and, but for the rows, never touched."""
+
+import mmap
+import sys
+
+import pytest
+import torch
+
+from llmfast._dispatch import kernels_on_cpu
+from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels.terms import Targets, Terms
+
+STRIDE = 1 << 30  # fits 32 bits; three of them do not
+V = 70
+NORESERVE = 0x4000  # Linux; the module has a name for it since Python 3.13
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not reserved")
+def test_offsets_past_two_to_the_31() -> None:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (3 * STRIDE + 4096), flags=flags), dtype=torch.bfloat16)
+    far = memory.as_strided((4, V), (STRIDE, 1))
+    near = torch.randn(4, V).bfloat16()
+    targets, terms = Targets(torch.tensor([[0], [V - 1], [-100], [7]])), Terms(V, softcap=3.0)
+    with kernels_on_cpu():
+        want = rows.cross_entropy(near, targets, terms, entropy=True, argmax=True)
+        d_near = torch.empty_like(near)
+        rows.cross_entropy_backward(near, targets, terms, want.lse, torch.ones(4), d_logits=d_near)
+
+        far.copy_(near)
+        got = rows.cross_entropy(far, targets, terms, entropy=True, argmax=True)
+        rows.cross_entropy_backward(far, targets, terms, got.lse, torch.ones(4), d_logits=far)
+        torch.testing.assert_close(far, d_near, rtol=2e-2, atol=1e-5)
+        far.copy_(near)
+        rows.cross_entropy(far, targets, terms, d_logits=far)
+        torch.testing.assert_close(far, d_near, rtol=2e-2, atol=1e-5)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
