@@ -1,9 +1,9 @@
 """Cross-entropy of `hidden @ weight.T`: the logits need never exist at once.
 
 The plan (`plan.py`) says how many rows of logits do. In chunks of rows, one slab is reused: the row kernel turns
-logits, in place, into their gradients (not yet divided by any count), two GEMMs turn those into the gradients of `hidden` and
-`weight`, and a last pass multiplies by upstream / count while casting. What costs is reading W and updating dW once a
-chunk, so the fewer chunks the better.
+logits, in place, into their gradients (not yet divided by any count), two GEMMs turn those into the gradients of
+`hidden` and `weight`, and a last pass multiplies by upstream / count while casting. What costs is reading W and updating
+dW once a chunk, so the fewer chunks the better.
 """
 
 from dataclasses import dataclass, replace
@@ -171,8 +171,8 @@ def linear_cross_entropy(
     plain = options == Options(ignore_index, reduction) and targets.dim() == len(shape)
     special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
     if (
-        not torch.compiler.is_compiling() and plain and not special and memory_budget == "auto" and dtype == torch.float32
-        and targets.numel() * V <= SMALL and not use_kernels(hidden)
+        not torch.compiler.is_compiling() and not use_kernels(hidden) and plain and not special
+        and memory_budget == "auto" and dtype == torch.float32 and targets.numel() * V <= SMALL
     ):  # fmt: skip
         logits = F.linear(hidden, weight, bias).reshape(-1, V)
         loss = F.cross_entropy(logits, targets.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction)

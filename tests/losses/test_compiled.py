@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import counting
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.losses.linear_cross_entropy import Call
 from llmfast_kernels.terms import Targets, Terms, pack
@@ -129,11 +130,12 @@ class NoSyncs(TorchDispatchMode):
 def test_nothing_waits_for_the_device(kernels: None, name: str, budget: Any) -> None:
     hidden, weight, targets = tensors()
     logits = torch.randn(40, 300, requires_grad=True)
-    with pretending_cuda(), NoSyncs():
+    with pretending_cuda(), counting() as counts, NoSyncs():
         outcome(lambda x: cross_entropy(x, targets, **OPTIONS[name]), logits)
         outcome(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=budget, **OPTIONS[name]), hidden, weight)
         if "none" not in name:
             outcome(lambda h, w: linear_cross_entropy(h, w, targets, grad_filter=1e-3, **OPTIONS[name]), hidden, weight)
+    assert counts.total().syncs == 0, "copies to the host, besides"
 
 
 def test_a_wait_would_be_noticed() -> None:

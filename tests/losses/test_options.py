@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, reference
+from support.launched import unrecorded
 
 Options = dict[str, Any]
 NAMES = (
@@ -91,6 +92,7 @@ cases = {
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(**cases, inplace=st.booleans())
+@unrecorded()
 def test_cross_entropy(
     path: str, names: list[str], shape: tuple[int, ...], V: int, K: int, dtype: torch.dtype, reduction: str,
     stats: bool, seed: int, inplace: bool,
@@ -128,6 +130,7 @@ def test_cross_entropy(
     rows=st.integers(1, 12),
     slab_dtype=st.sampled_from([None, torch.float32]),
 )
+@unrecorded()
 def test_linear_cross_entropy(
     path: str, names: list[str], shape: tuple[int, ...], V: int, K: int, dtype: torch.dtype, reduction: str,
     stats: bool, seed: int, bias: bool, rows: int, slab_dtype: torch.dtype | None,
@@ -161,6 +164,28 @@ def test_linear_cross_entropy(
         run(reference.linear_cross_entropy, [t.double() for t in inputs], in_float64(options)),
         dtype, slab_dtype or dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("names", [[], *([name] for name in NAMES[:7]), NAMES[:7]], ids=str)
+def test_machine_code_of_each_term_alone_and_all_together(kernels: None, names: list[str], dtype: torch.dtype) -> None:
+    """What is launched here is compiled after the tests; the random combinations are not."""
+    targets, options = draw(list(names), (3,), 1024, 3 if "target_weights" in names else 1)
+    inputs = [torch.randn(3, 8).to(dtype), torch.randn(1024, 8).to(dtype)]
+    many = len(names) > 1
+    if many:
+        inputs.append(torch.randn(1024))
+    upstream = [torch.ones(()), torch.ones(3), torch.ones(3)]
+
+    def call(h: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
+        return linear_cross_entropy(h, w, targets, bias=b, return_stats=many, memory_budget=1, **options)
+
+    def without_stats(h: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
+        return linear_cross_entropy(h, w, targets, bias=b, memory_budget=1 << 20, **options)
+
+    found = objective(call, inputs, many, upstream)
+    again = objective(without_stats, inputs, False, upstream)
+    torch.testing.assert_close(found[0], again[0])
 
 
 @pytest.mark.parametrize("K", [1, 3])

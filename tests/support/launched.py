@@ -7,7 +7,8 @@ kernel on each target is then reported like a test. pytest finds the functions h
 import dataclasses
 import pkgutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -16,10 +17,33 @@ import pytest
 import llmfast_kernels
 from evidence.compiler import TARGETS, Compiled, compile_launches
 from evidence.launches import Recorder, Specialization
-from evidence.observers import observing
+from evidence.observers import Launch, Run, observing
 from support.budgets import violations
 
-recorder = Recorder()
+
+class PausingRecorder(Recorder):
+    """Hears of nothing inside `unrecorded()`."""
+
+    paused = False
+
+    def launch(self, launch: Launch, programs: Sequence[int], run: Run) -> None:
+        if self.paused:
+            run(programs)
+        else:
+            super().launch(launch, programs, run)
+
+
+recorder = PausingRecorder()
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """For tests that combine options at random: there would be hundreds of binaries, and no more to learn from them."""
+    recorder.paused = True
+    try:
+        yield
+    finally:
+        recorder.paused = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
