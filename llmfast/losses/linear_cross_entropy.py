@@ -2,8 +2,8 @@
 
 The plan (`plan.py`) says how many rows of logits do. In chunks of rows, one slab is reused: the row kernel turns
 logits, in place, into their gradients (not yet divided by any count), two GEMMs turn those into the gradients of
-`hidden` and `weight`, and a last pass multiplies by upstream / count while casting. What costs is reading W and updating
-dW once a chunk, so the fewer chunks the better.
+`hidden` and `weight`, and a last pass multiplies by upstream / count while casting. What costs is reading W and
+updating dW once a chunk, so the fewer chunks the better.
 """
 
 from dataclasses import dataclass, replace

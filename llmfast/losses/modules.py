@@ -15,6 +15,7 @@ class CrossEntropyLoss(nn.Module):
     """`torch.nn.CrossEntropyLoss` for class indices, on logits (N, V) or (V,); further keywords as `cross_entropy`."""
 
     weight: Tensor | None
+    reduction: Reduction
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class LinearCrossEntropyLoss(nn.Module):
     """
 
     weight: Tensor | None
+    reduction: Reduction
 
     def __init__(
         self,

@@ -65,7 +65,10 @@ def test_the_linear_loss_as_a_gpu_runs_it(dtype: torch.dtype, chunks: int) -> No
     with pretending_cuda(), sanitizing(), observing(recorder):
         loss = linear_cross_entropy(hidden, weight, targets, memory_budget=N * 512 * hidden.element_size() // chunks)
         loss.backward()
-    assert {kind.name for kind in recorder.kinds.values()} == {"cross_entropy_kernel", "scale_kernel"}
+    # Logits that fit wait for the gradient upstream; those of float16 must not be divided before they are summed.
+    waits = chunks == 1 and dtype != torch.float16
+    later = "cross_entropy_backward_kernel" if waits else "scale_kernel"
+    assert {kind.name for kind in recorder.kinds.values()} == {"cross_entropy_kernel", later}
 
     h64, w64 = (t.detach().double().requires_grad_() for t in (hidden, weight))
     F.cross_entropy(h64 @ w64.T, targets).backward()
