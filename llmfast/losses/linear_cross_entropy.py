@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
 from llmfast._dispatch import eager, use_kernels
@@ -154,6 +155,10 @@ def linear_cross_entropy(
     if accumulate_into is not None:
         fits = accumulate_into.shape == weight.shape and accumulate_into.device == weight.device
         expect(fits, f"accumulate_into must be {describe(weight)}, in float32; got {describe(accumulate_into)}")
+        expect(
+            weight.requires_grad or not torch.is_grad_enabled(),
+            "accumulate_into is for the gradient of a weight that requires one",
+        )
         if accumulate_into.dtype != torch.promote_types(dtype, torch.float32):
             raise TypeError(f"accumulate_into must be float32; got {describe(accumulate_into)}")
     if grad_filter is not None:
@@ -559,6 +564,7 @@ def scaled(made: Gradients, factor: Tensor, hidden: Tensor, weight: Tensor, give
     d_weight = None
     if made.weight is not None and given is not None:
         scale(made.weight, factor, out=given, add=True)
+        increment_version(given)  # which a kernel does not do
     else:
         d_weight = cast(made.weight, weight.dtype)
     return Gradients(

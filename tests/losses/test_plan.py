@@ -166,6 +166,8 @@ def test_accumulate_into_is_checked() -> None:
         linear_cross_entropy(hidden, weight, targets, accumulate_into=torch.zeros(300, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"accumulate_into must be \(300, 8\)"):
         linear_cross_entropy(hidden, weight, targets, accumulate_into=torch.zeros(8, 300))
+    with pytest.raises(ValueError, match="a weight that requires one"):
+        linear_cross_entropy(hidden, weight.detach(), targets, accumulate_into=torch.zeros(300, 8))
 
 
 class Casts(TorchDispatchMode):

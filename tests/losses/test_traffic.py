@@ -5,6 +5,7 @@ import torch
 
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
+from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy
 
 
@@ -50,3 +51,13 @@ def test_frozen_inputs_cost_nothing() -> None:
             with counting(dry=True) as counts:
                 linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), memory_budget=N * V).backward()
             assert counts.total().dot_flops.total() == 4 * N * D * V
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(1e9, 0.0), (1e-30, 1.0)])
+def test_gradient_filter_pays_for_surviving_blocks(threshold: float, share: float) -> None:
+    N, D, V = 256, 128, 512
+    with kernels_on_cpu():
+        hidden, weight = torch.randn(N, D).requires_grad_(), torch.randn(V, D).requires_grad_()
+        with counting() as counts:
+            linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), grad_filter=threshold).backward()
+    assert counts.total().dot_flops.total() == (2 + 4 * share) * N * D * V
