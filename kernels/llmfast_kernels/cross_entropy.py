@@ -73,28 +73,34 @@ def read_class_weights(class_weights_ptr, v, inside, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def read_targets(
-    n, targets_ptr, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total,
-    ignore_index, K: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Row n's targets, which of them count, their a_k, the row's b, and 1 (NaN if a target is no class)."""
+def read_targets(n, targets_ptr, V_total, ignore_index, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Row n's targets: classes, -1 for what is none, -2 where ignored. One register each, all the way along the row."""
     k = tl.arange(0, BLOCK_K)
     y = tl.load(targets_ptr + n * K + k, mask=k < K, other=ignore_index).to(tl.int64)
-    counts = (y != ignore_index) & (k < K)
     known = (y >= 0) & (y < V_total)
-    tl.device_assert(known | ~counts, "cross_entropy: target is neither in [0, V) nor ignore_index")
-    a = tl.where(counts, 1.0, 0.0)
+    tl.device_assert(known | (y == ignore_index), "cross_entropy: target is neither in [0, V) nor ignore_index")
+    return tl.where((y == ignore_index) | (k >= K), -2, tl.where(known, y, -1)).to(tl.int32)
+
+
+@triton.jit
+def weigh_targets(
+    n, y, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Their a_k, the row's b, and 1 (NaN if a target is no class)."""
+    a = tl.where(y != -2, 1.0, 0.0)
     if target_weights_ptr is not None:
-        a = tl.load(target_weights_ptr + n * target_weights_stride_n + k, mask=counts, other=0.0)
+        k = tl.arange(0, BLOCK_K)
+        a = tl.load(target_weights_ptr + n * target_weights_stride_n + k, mask=y != -2, other=0.0)
     b = 0.0
     if label_smoothing is not None:
         b = tl.sum(a, axis=0) * label_smoothing / V_total
         a *= 1.0 - label_smoothing
     if class_weights_ptr is not None:
-        a *= tl.load(class_weights_ptr + y, mask=counts & known, other=0.0)
+        a *= tl.load(class_weights_ptr + y, mask=y >= 0, other=0.0)
     # Without TRITON_DEBUG=1 nothing asserts: the row becomes NaN, which no training loop overlooks.
-    sane = tl.where(tl.sum((counts & ~known).to(tl.int32), axis=0) > 0, float("nan"), 1.0)
-    return y, counts, a, b, sane
+    sane = tl.where(tl.sum((y == -1).to(tl.int32), axis=0) > 0, float("nan"), 1.0)
+    return a, b, sane
 
 
 @triton.jit
@@ -229,12 +235,9 @@ def cross_entropy_kernel(
     c_row = class_weights_ptr
     if class_weights_ptr is not None:
         c_row += v_start // START_VECTOR * START_VECTOR
-    y, counts, a, b, sane = read_targets(  # pyright: ignore[reportGeneralTypeIssues]
-        n, targets_ptr, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total,
-        ignore_index, K, BLOCK_K,
-    )  # fmt: skip
+    y = read_targets(n, targets_ptr, V_total, ignore_index, K, BLOCK_K)
 
-    if tl.sum(counts.to(tl.int32), axis=0) == 0:
+    if tl.max(y, axis=0) == -2:
         if loss_ptr is not None:
             tl.store(loss_ptr + n, 0.0)
             tl.store(lse_ptr + n, 0.0)
@@ -257,11 +260,6 @@ def cross_entropy_kernel(
                     tl.store(alive_row + g, 0, mask=g < row_width // GROUP)
         return
 
-    here = counts & (y >= v_start) & (y < v_start + V)
-    own_y = tl.where(here, y - v_start, 0)
-    x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
-    a_here = tl.where(here, a, 0.0)
-
     peak = tl.full((THREADS,), LOWEST, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     moment = tl.zeros((THREADS,), tl.float32)
@@ -281,6 +279,15 @@ def cross_entropy_kernel(
         peak, total, moment, pull, best = add_tile(
             x, pulled, full, peak, total, moment, pull, best, SMOOTH, ENTROPY, argmax_ptr is not None, VECTOR
         )
+
+    # Not before the loop: what lives through it takes registers. The reductions hide the wait.
+    a, b, sane = weigh_targets(
+        n, y, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total, BLOCK_K
+    )
+    here = (y >= 0) & (y >= v_start) & (y < v_start + V)
+    own_y = tl.where(here, y - v_start, 0)
+    a_here = tl.where(here, a, 0.0)
+    x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
 
     row_peak = tl.max(peak, axis=0)
     rescale = tl.exp2(peak - row_peak)
@@ -432,11 +439,8 @@ def cross_entropy_backward_kernel(
     c_row = class_weights_ptr
     if class_weights_ptr is not None:
         c_row += v_start // START_VECTOR * START_VECTOR
-    y, counts, a, b, t = read_targets(  # pyright: ignore[reportGeneralTypeIssues]
-        n, targets_ptr, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total,
-        ignore_index, K, BLOCK_K,
-    )  # fmt: skip
-    if tl.sum(counts.to(tl.int32), axis=0) == 0:  # zeros even where the upstream gradient or the logits are not finite
+    y = read_targets(n, targets_ptr, V_total, ignore_index, K, BLOCK_K)
+    if tl.max(y, axis=0) == -2:  # zeros even where the upstream gradient or the logits are not finite
         zeros = tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty)
         if start + BLOCK_V <= V:
             tl.store(d_logits_row + v, zeros)
@@ -444,6 +448,9 @@ def cross_entropy_backward_kernel(
             tl.store(d_logits_row + v, zeros, mask=v < row_width)
         return
 
+    a, b, t = weigh_targets(
+        n, y, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total, BLOCK_K
+    )
     lse = tl.load(lse_ptr + n)
     peak = lse * LOG2E
     t *= tl.load(d_loss_ptr + n)
@@ -468,7 +475,7 @@ def cross_entropy_backward_kernel(
     smooth = t * b if SMOOTH else None
 
     own_y = y - v_start
-    here = counts & (own_y >= start) & (own_y < start + BLOCK_V) & (own_y < V)
+    here = (y >= 0) & (own_y >= start) & (own_y < start + BLOCK_V) & (own_y < V)
     own_y = tl.where(here, own_y, 0)
     has_targets = tl.sum(here.to(tl.int32), axis=0) > 0
     x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)

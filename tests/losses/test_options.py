@@ -90,7 +90,7 @@ cases = {
 }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(**cases, inplace=st.booleans())
 @unrecorded()
 def test_cross_entropy(
@@ -123,7 +123,7 @@ def test_cross_entropy(
     )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(
     **cases,
     bias=st.booleans(),

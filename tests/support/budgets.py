@@ -39,28 +39,38 @@ def _constant(compiled: Compiled, name: str) -> int:
     return value
 
 
-def _row_bits(compiled: Compiled) -> int:
+def _row_bits(compiled: Compiled, name: str = "logits_ptr") -> int:
     """The width of access that the rows' strides and addresses allow, as the launcher worked it out."""
-    return _constant(compiled, "VECTOR") * _BITS[compiled.kind.arguments["logits_ptr"]["dtype"]]
+    return _constant(compiled, "VECTOR") * _BITS[compiled.kind.arguments[name]["dtype"]]
+
+
+def _has(compiled: Compiled, name: str) -> bool:
+    return isinstance(compiled.kind.arguments[name], dict) and "dtype" in compiled.kind.arguments[name]
 
 
 def _rows(compiled: Compiled) -> Iterator[str]:
     """All loops as wide as the rows allow, and a thread folds its own logits: it waits for nobody inside a loop."""
     bits = _row_bits(compiled)
+    others = {128} if _has(compiled, "bias_ptr") or _has(compiled, "class_weights_ptr") else set()
+    if _has(compiled, "d_logits_ptr"):
+        others.add(_row_bits(compiled, "d_logits_ptr"))
+    filtered = _has(compiled, "alive_ptr")  # looks at groups of columns, and writes a byte for each
+    # Class weights lie on 16 bytes also where rows do not, and change threads to meet them.
+    mixed = bits < 128 and _has(compiled, "class_weights_ptr")
     if not compiled.facts.hot_loops:
         yield "has no loop"
     for loop in compiled.facts.hot_loops:
-        if loop.access_bits != {bits}:
+        if not loop.access_bits <= {bits} | others | ({8} if filtered else set()):
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
-        if loop.shuffles or loop.barriers:
+        if (loop.shuffles or loop.barriers) and not filtered and not mixed:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
 
 
 def _rows_backward(compiled: Compiled) -> Iterator[str]:
     """No loop; logits also in other widths, at the row's end."""
-    code, bits = compiled.facts.code, _row_bits(compiled)
-    if bits not in code.load_bits or bits not in code.store_bits:
-        yield f"loads {code.load_bits} and stores {code.store_bits}, none of {bits} bits"
+    code, bits, out = compiled.facts.code, _row_bits(compiled), _row_bits(compiled, "d_logits_ptr")
+    if bits not in code.load_bits or out not in code.store_bits:
+        yield f"loads {code.load_bits} and stores {code.store_bits}, none of {bits} and {out} bits"
 
 
 def _update(compiled: Compiled) -> Iterator[str]:
