@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +14,9 @@ from evidence.traffic import counting
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.losses.linear_cross_entropy import Call
 from llmfast_kernels.terms import Targets, Terms, pack
+
+# Dynamo looks torch's functions up in a table that it makes once: before tests put others in their places.
+torch._dynamo.trace_rules.get_torch_obj_rule_map()
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
