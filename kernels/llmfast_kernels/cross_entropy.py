@@ -344,20 +344,11 @@ def cross_entropy_kernel(
         factor = t * slope / row_total
         smooth = t * b if SMOOTH else None
         # Backwards through the row: what was read last is what the caches still hold.
-        if full < V:
+        if full < row_width:
             v = full + columns
             x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)
-            d = gradient(
-                x,
-                read_class_weights(c_row, v, v < V, SMOOTH),
-                row_peak,
-                factor,
-                smooth,
-                None,
-                None,
-                logit_scale,
-                softcap,
-            )
+            c = read_class_weights(c_row, v, v < V, SMOOTH)
+            d = gradient(x, c, row_peak, factor, smooth, None, None, logit_scale, softcap)
             d = tl.where(v < V, d, 0.0)
             tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty), mask=v < row_width)
             if alive_ptr is not None:
@@ -367,17 +358,8 @@ def cross_entropy_kernel(
         for done in range(BLOCK_V, full + BLOCK_V, BLOCK_V):
             v = full - done + columns
             x = read_logits(logits_row, bias_ptr, v, None, None, logit_scale, softcap)
-            d = gradient(
-                x,
-                read_class_weights(c_row, v, None, SMOOTH),
-                row_peak,
-                factor,
-                smooth,
-                None,
-                None,
-                logit_scale,
-                softcap,
-            )
+            c = read_class_weights(c_row, v, None, SMOOTH)
+            d = gradient(x, c, row_peak, factor, smooth, None, None, logit_scale, softcap)
             tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty))
             if alive_ptr is not None:
                 g = (full - done) // GROUP + tl.arange(0, BLOCK_V // GROUP)
@@ -650,9 +632,9 @@ def cross_entropy_backward(
     N, row_width = logits.shape
     if N == 0:
         return
-    meta = backward_tile(V or row_width)
+    meta = backward_tile(row_width)
     with device_of(logits):
-        cross_entropy_backward_kernel[(N, cdiv(V or row_width, meta["BLOCK_V"]))](
+        cross_entropy_backward_kernel[(N, cdiv(row_width, meta["BLOCK_V"]))](
             **arguments(logits, targets, terms, V),
             lse_ptr=lse, entropy_ptr=entropy, d_loss_ptr=d_loss, d_lse_ptr=d_lse, d_entropy_ptr=d_entropy,
             d_logits_ptr=d_logits, d_logits_stride_n=d_logits.stride(0),

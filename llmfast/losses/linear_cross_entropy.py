@@ -312,8 +312,8 @@ class Loop:
         plan, call = self.plan, self.call
         made = self._empty_gradients() if gradients else Gradients(None, None, None)
         parts: list[Rows] = []
-        slab = self._slab(min(plan.rows, plan.N), plan.row_width)
-        logits = slab
+        # Other ranks may have more classes, and wider rows.
+        logits = slab = self._slab(min(plan.rows, plan.N), plan.row_width)[:, : plan.padded(plan.V)]
         low = slab if slab.dtype == plan.dtype or not gradients else slab.new_empty(slab.shape, dtype=plan.dtype)
         for rows in plan:
             n = rows.stop - rows.start
@@ -358,30 +358,18 @@ class Loop:
         """The gradients of sum(d_loss * loss + d_lse * lse + d_entropy * entropy), from `logits` or from new ones."""
         plan, call = self.plan, self.call
         made = self._empty_gradients()
-        kept = logits is not None
-        low = None
-        for columns in [slice(0, plan.V)][: plan.V] if kept else plan.column_slabs():
-            width = columns.stop - columns.start
-            weight = self.weight[columns]
-            if not kept:
-                pad = 128 // plan.dtype.itemsize
-                slab = self._slab(plan.N, min(plan.columns, plan.row_width)) if logits is None else logits
-                logits = slab
-                block = slab[:, : min(slab.shape[1], -(-width // pad) * pad)]
+        slab = self._slab(plan.N, plan.backward_width) if logits is None else logits
+        low = slab if slab.dtype == plan.dtype else slab.new_empty(slab.shape, dtype=plan.dtype)
+        for columns in plan.column_slabs():
+            width, weight = columns.stop - columns.start, self.weight[columns]
+            block, d_block = (t[:, : plan.padded(width)] for t in (slab, low))
+            if logits is None:
                 self._logits(self.hidden, weight, out=block[:, :width])
-            else:
-                assert logits is not None
-                block = logits
-            if block.dtype == plan.dtype:
-                d_logits = block
-            else:
-                low = block.new_empty(block.shape, dtype=plan.dtype) if low is None else low
-                d_logits = low[:, : block.shape[1]]
             self.ops.cross_entropy_backward(
                 block, call.targets, self.terms.columns(columns), lse, d_loss, V=width, d_lse=d_lse, entropy=entropy,
-                d_entropy=d_entropy, d_logits=d_logits,
+                d_entropy=d_entropy, d_logits=d_block,
             )  # fmt: skip
-            d_logits = d_logits[:, :width]
+            d_logits = d_block[:, :width]
             if made.hidden is not None:
                 self._product(d_logits, weight, out=made.hidden, add=columns.start > 0)
             if made.weight is not None:
@@ -403,20 +391,17 @@ class Loop:
         plan = self.plan
         make = torch.empty_like if plan.N > 0 and plan.V > 0 else torch.zeros_like
         summed = plan.mode == "recompute" or self.call.group is not None
-        given = self.call.accumulate_into if plan.mode != "chunk" else None
-        d_weight = None
-        if plan.wants[1]:
-            d_weight = (
-                make(self.weight, dtype=plan.weight_gradient_dtype, memory_format=torch.contiguous_format)
-                if given is None else given
-            )  # fmt: skip
-        return Gradients(
-            make(
-                self.hidden, dtype=plan.accumulate_dtype if summed else None, memory_format=torch.contiguous_format
-            ) if plan.wants[0] else None,
-            d_weight,
-            self.hidden.new_zeros(plan.V, dtype=plan.accumulate_dtype) if self.wants_bias else None,
-        )  # fmt: skip
+        d_hidden = d_weight = d_bias = None
+        if plan.wants[0]:
+            dtype = plan.accumulate_dtype if summed else plan.dtype
+            d_hidden = make(self.hidden, dtype=dtype, memory_format=torch.contiguous_format)
+        if plan.wants[1] and self.call.accumulate_into is not None and plan.mode != "chunk":
+            d_weight = self.call.accumulate_into  # chunks' gradients wait for the count
+        elif plan.wants[1]:
+            d_weight = make(self.weight, dtype=plan.weight_gradient_dtype, memory_format=torch.contiguous_format)
+        if self.wants_bias:
+            d_bias = self.hidden.new_zeros(plan.V, dtype=plan.accumulate_dtype)
+        return Gradients(d_hidden, d_weight, d_bias)
 
     def _backpropagate(self, rows: slice, d_logits: Tensor, made: Gradients, alive: Tensor | None) -> None:
         """What a chunk of rows adds."""

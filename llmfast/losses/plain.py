@@ -154,10 +154,11 @@ def cross_entropy_partials(
         x = _logits(logits[rows], terms, dtype)
         peak, where = x.max(1)
         finite = peak.clamp(min=-1e38)
-        terms_of = (x - finite[:, None]).exp()
+        below = x - finite[:, None]
+        exponentials = below.exp()
         partials[0, rows] = finite * math.log2(math.e)
-        partials[1, rows] = terms_of.sum(1)
-        partials[2, rows] = (terms_of * torch.where(terms_of > 0, x - finite[:, None], 0)).sum(1)
+        partials[1, rows] = exponentials.sum(1)
+        partials[2, rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
         partials[3, rows] = weights.pull(x, x.gather(1, weights.columns[rows]), finite, rows)
         if best is not None:
             best[rows] = where + terms.v_start

@@ -138,6 +138,15 @@ class LinearCrossEntropyPlan:
     def column_slabs(self) -> Iterator[slice]:
         return (slice(start, min(start + self.columns, self.V)) for start in range(0, self.V, self.columns))
 
+    def padded(self, columns: int) -> int:
+        """Columns of a buffer for so many classes: a multiple of GROUP, which is one of any alignment's."""
+        return min(self.row_width, -(-columns // GROUP) * GROUP)
+
+    @property
+    def backward_width(self) -> int:
+        """Columns of a backward slab. Fewer than all are a multiple of GROUP anyway."""
+        return self.row_width if self.columns >= self.V else self.columns
+
     @property
     def accumulate_dtype(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
@@ -154,7 +163,7 @@ class LinearCrossEntropyPlan:
     def slab_bytes(self) -> int:
         """Of the largest slab."""
         forward = min(self.rows, self.N) * self.row_width * self._element()
-        backward = self.N * self.columns * self._element() if self.mode == "recompute" and any(self.wants) else 0
+        backward = self.N * self.backward_width * self._element() if self.mode == "recompute" and any(self.wants) else 0
         return max(forward, backward)
 
     @property

@@ -211,6 +211,23 @@ def test_the_first_of_equal_logits_is_the_argmax(path: str) -> None:
     assert stats.argmax.tolist() == [0, 700, 4999]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_statistics_of_a_masked_vocabulary(path: str, inplace: bool) -> None:
+    logits, targets = torch.randn(5, 3000), torch.tensor([7, 0, 99, -100, 50])
+    logits[:, 100:] = -torch.inf
+    upstream = [torch.tensor(1.5), torch.randn(5), torch.randn(5)]
+    options: Options = {"z_loss": 0.1, "return_stats": True}
+
+    def ours(x: Tensor) -> Any:
+        return cross_entropy(x * 1.0 if inplace else x, targets, inplace=inplace, **options)
+
+    found = objective(ours, [logits], True, upstream)
+    truth = objective(lambda x: reference.cross_entropy(x, targets, **options), [logits.double()], True, upstream)
+    for a, b in zip(found, truth):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    assert found[-1][:, 100:].eq(0).all()
+
+
 def test_shift_is_what_slicing_does(path: str) -> None:
     logits, tokens = torch.randn(2, 7, 30), torch.randint(0, 30, (2, 7))
     for shift in (1, 3):

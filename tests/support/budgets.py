@@ -60,7 +60,7 @@ def _rows(compiled: Compiled) -> Iterator[str]:
     if not compiled.facts.hot_loops:
         yield "has no loop"
     for loop in compiled.facts.hot_loops:
-        if not loop.access_bits <= {bits} | others | ({8} if filtered else set()):
+        if not loop.access_bits or not loop.access_bits <= {bits} | others | ({8} if filtered else set()):
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
         if (loop.shuffles or loop.barriers) and not filtered and not mixed:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
