@@ -284,7 +284,7 @@ def cross_entropy_kernel(
     a, b, sane = weigh_targets(
         n, y, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total, BLOCK_K
     )
-    here = (y >= 0) & (y >= v_start) & (y < v_start + V)
+    here = (y >= v_start) & (y < v_start + V)  # -1 and -2 lie before any start
     own_y = tl.where(here, y - v_start, 0)
     a_here = tl.where(here, a, 0.0)
     x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
@@ -457,7 +457,7 @@ def cross_entropy_backward_kernel(
     smooth = t * b if SMOOTH else None
 
     own_y = y - v_start
-    here = (y >= 0) & (own_y >= start) & (own_y < start + BLOCK_V) & (own_y < V)
+    here = (own_y >= start) & (own_y < start + BLOCK_V) & (own_y < V)
     own_y = tl.where(here, own_y, 0)
     has_targets = tl.sum(here.to(tl.int32), axis=0) > 0
     x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
@@ -551,7 +551,7 @@ def cross_entropy(
     """Loss, lse and on request more of every row; fills `d_logits` with the gradient of grad_scale * sum(loss).
 
     Padding is read, ignored, and overwritten with zeros in `d_logits`: where it rounds the rows up to 16 bytes, rows of
-    any V are accessed 16 bytes at a time. `alive` says which groups of GROUP columns of `d_logits` hold a gradient of
+    any V are accessed 16 bytes at a time. It ends before the second multiple of 1024 from V on. `alive` says which groups of GROUP columns of `d_logits` hold a gradient of
     `threshold` or more.
     """
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
