@@ -551,8 +551,8 @@ def cross_entropy(
     """Loss, lse and on request more of every row; fills `d_logits` with the gradient of grad_scale * sum(loss).
 
     Padding is read, ignored, and overwritten with zeros in `d_logits`: where it rounds the rows up to 16 bytes, rows of
-    any V are accessed 16 bytes at a time. It ends before the second multiple of 1024 from V on. `alive` says which groups of GROUP columns of `d_logits` hold a gradient of
-    `threshold` or more.
+    any V are accessed 16 bytes at a time. It ends before the second multiple of 1024 from V on. `alive` says which
+    groups of GROUP columns of `d_logits` hold a gradient of `threshold` or more.
     """
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     rows = Rows(

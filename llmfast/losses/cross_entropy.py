@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import eager
+from llmfast._dispatch import eager, use_kernels
 from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    SMALL,
     LossStats,
     Options,
     OptionsGiven,
@@ -134,6 +135,12 @@ def cross_entropy(
             "inplace=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
         )
 
+    if (
+        not torch.compiler.is_compiling() and not use_kernels(logits) and logits.dtype == torch.float32
+        and not (inplace or return_stats or process_group is not None)
+        and logits.numel() <= SMALL["logits"] and options.are_torchs(targets, shape)
+    ):  # fmt: skip
+        return options.torch_cross_entropy(logits, targets)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     resolved = options.resolve(targets, shape, dtype)
     terms = options.terms(V, dtype, v_start=v_start, own=logits.shape[-1])

@@ -21,6 +21,7 @@ from llmfast.losses.parallel import ProcessGroup, group_size, local_weight, own_
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    SMALL,
     LossStats,
     Options,
     OptionsGiven,
@@ -35,9 +36,6 @@ from llmfast_kernels.terms import GROUP, Rows, Targets, Terms, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# Up to this many logits in all, a CPU is done with them before the bookkeeping of chunks is.
-SMALL = 1 << 18
 
 
 class LinearCrossEntropyOptions(OptionsGiven, total=False):
@@ -173,15 +171,12 @@ def linear_cross_entropy(
     shape = hidden.shape[:-1]
     options.check(targets, shape, V, hidden.device)
 
-    plain = options == Options(ignore_index, reduction) and targets.dim() == len(shape)
     special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
     if (
-        not torch.compiler.is_compiling() and not use_kernels(hidden) and plain and not special
-        and memory_budget == "auto" and dtype == torch.float32 and targets.numel() * V <= SMALL
+        not torch.compiler.is_compiling() and not use_kernels(hidden) and dtype == torch.float32 and not special
+        and memory_budget == "auto" and targets.numel() * V <= SMALL["hidden"] and options.are_torchs(targets, shape)
     ):  # fmt: skip
-        logits = F.linear(hidden, weight, bias).reshape(-1, V)
-        loss = F.cross_entropy(logits, targets.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction)
-        return loss.view(shape) if reduction == "none" else loss
+        return options.torch_cross_entropy(F.linear(hidden, weight, bias), targets)
 
     wide = torch.promote_types(dtype, torch.float32)
     call = Call(

@@ -266,6 +266,7 @@ def _groups(d: Tensor) -> Tensor:
 
 
 def _store(p: Tensor, ignored: Tensor, d_logits: Tensor) -> None:
-    p.masked_fill_(ignored[:, None], 0.0)
+    if not p.is_cpu or ignored.any():  # on a CPU looking is cheaper than a pass over all of p
+        p.masked_fill_(ignored[:, None], 0.0)
     if p.data_ptr() != d_logits.data_ptr():
         d_logits.copy_(p)

@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
@@ -10,6 +11,10 @@ from llmfast.losses.parallel import ProcessGroup
 from llmfast_kernels.terms import Targets, Terms
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+# Up to so many logits in all, given or made of hidden states, torch's own loss is the faster on a CPU.
+SMALL = {"logits": 1 << 22, "hidden": 1 << 18}
 
 
 class LossStats(NamedTuple):
@@ -76,6 +81,17 @@ class Options(NamedTuple):
         _check_like("token_weights", self.token_weights, [tuple(shape)], device)
         _check_like("target_weights", self.target_weights, [(K or 1,), (*shape, K or 1)], device)
         _check_like("document_ids", self.document_ids, [tuple(shape)], device, floating=False)
+
+    def are_torchs(self, targets: Tensor, shape: torch.Size) -> bool:
+        """Whether they are no more than what `torch.nn.functional.cross_entropy` does as fast."""
+        return targets.dim() == len(shape) and self == Options(self.ignore_index, self.reduction)
+
+    def torch_cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        flat = logits.reshape(-1, logits.shape[-1])
+        loss = F.cross_entropy(
+            flat, targets.reshape(-1).long(), ignore_index=self.ignore_index, reduction=self.reduction
+        )
+        return restore(loss, targets.shape)
 
     def resolve(self, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
         """Targets of the flattened rows, shifted, with their weights in `dtype`."""

@@ -279,6 +279,16 @@ def test_inside_torch_compile(path: str, inplace: bool) -> None:
     torch.testing.assert_close(run(compiled, logits, one), run(lambda x: F.cross_entropy(x, targets), logits, one))
 
 
+def test_small_logits_on_a_cpu_are_torchs() -> None:
+    logits, targets = draw(5, 40, torch.float32)
+    leaf = logits.requires_grad_()
+    for reduction in REDUCTIONS:
+        loss = cross_entropy(leaf, targets, reduction=reduction)
+        assert torch.equal(loss, F.cross_entropy(leaf, targets, reduction=reduction))
+    shaped = cross_entropy(leaf.view(5, 1, 40), targets.view(5, 1).int(), reduction="none")
+    assert shaped.shape == (5, 1)
+
+
 def test_float64_stays_float64() -> None:
     logits, targets = draw(5, 40, torch.float64)
     loss = cross_entropy(logits, targets)
