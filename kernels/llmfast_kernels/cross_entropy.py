@@ -260,6 +260,10 @@ def cross_entropy_kernel(
                     tl.store(alive_row + g, 0, mask=g < row_width // GROUP)
         return
 
+    own_y = y - v_start  # of a target that is no class, or ignored: before the first column
+    here = (own_y >= 0) & (own_y < V)
+    x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
+
     peak = tl.full((THREADS,), LOWEST, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     moment = tl.zeros((THREADS,), tl.float32)
@@ -280,14 +284,11 @@ def cross_entropy_kernel(
             x, pulled, full, peak, total, moment, pull, best, SMOOTH, ENTROPY, argmax_ptr is not None, VECTOR
         )
 
-    # Not before the loop: what lives through it takes registers. The reductions hide the wait.
+    # Not before the loop: what lives through it takes registers.
     a, b, sane = weigh_targets(
         n, y, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total, BLOCK_K
     )
-    here = (y >= v_start) & (y < v_start + V)  # -1 and -2 lie before any start
-    own_y = tl.where(here, y - v_start, 0)
     a_here = tl.where(here, a, 0.0)
-    x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
 
     row_peak = tl.max(peak, axis=0)
     rescale = tl.exp2(peak - row_peak)
@@ -458,7 +459,6 @@ def cross_entropy_backward_kernel(
 
     own_y = y - v_start
     here = (own_y >= start) & (own_y < start + BLOCK_V) & (own_y < V)
-    own_y = tl.where(here, own_y, 0)
     has_targets = tl.sum(here.to(tl.int32), axis=0) > 0
     x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
     if has_targets:
@@ -484,7 +484,7 @@ def tile(V: int, *, many_terms: bool = False) -> dict[str, int]:
 
     Long rows get 1024 threads, so that few rows are in flight at once and the gradient's second pass over each finds
     it in the L2 cache; 16 elements a thread keep two 16-byte loads of bfloat16 in the air without spilling. Softcap,
-    bias and class weights take registers, and leave them for 8.
+    bias, class weights and smoothing take registers, and leave them for 8.
     """
     elements = 8 if many_terms else 16
     block = min(max(next_power_of_2(V), 1024), 1024 * elements)
@@ -602,7 +602,7 @@ def _launch(
     N, row_width = logits.shape
     if N == 0:
         return
-    many_terms = any(term is not None for term in (terms.softcap, terms.bias, terms.class_weights))
+    many_terms = any(t is not None for t in (terms.softcap, terms.bias, terms.class_weights, terms.label_smoothing))
     meta = tile(V or row_width, many_terms=many_terms)
     with device_of(logits):
         cross_entropy_kernel[(N,)](

@@ -99,8 +99,8 @@ def linear_cross_entropy(
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64; any leading dimensions.
         weight: (V, D), of the same dtype; under autocast both are cast once to autocast's dtype. A DTensor sharded on
-            dim 0 over a mesh on which `hidden` is a replicated DTensor is taken as vocab-parallel; with a plain
-            `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
+            dim 0 is vocab-parallel if `hidden` is a DTensor replicated over its mesh, or `process_group` is given. With
+            a plain `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
         bias: (V,), any floating point dtype.
         num_valid: as in `cross_entropy`. An int below the number of tokens says besides that no more of them than that

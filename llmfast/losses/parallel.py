@@ -101,7 +101,12 @@ def local_weight(
         return hidden, weight, bias, group, vocab_size
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    expect(isinstance(weight, DTensor) and group is None, "weight must be a DTensor too, and process_group None")
+    def local(t: Any) -> Any:
+        return t.to_local() if isinstance(t, DTensor) else t
+
+    if group is not None:  # whoever names it says that the classes are split over it
+        return local(hidden), local(weight), local(bias), group, vocab_size or weight.shape[0]
+    expect(isinstance(weight, DTensor), "weight must be a DTensor where hidden or bias is one")
     assert isinstance(weight, DTensor)
     mesh = weight.device_mesh
     own_classes = [i for i, placement in enumerate(weight.placements) if placement == Shard(0)]
@@ -113,30 +118,16 @@ def local_weight(
             f"hidden must be replicated over the mesh that weight is sharded on; it is {hidden.placements}",
         )
         expect(len(own_classes) == 1, "weight may be sharded over one dimension of its mesh")
-        vocab_size = weight.shape[0]
-        group = mesh.get_group(own_classes[0])
-        return (
-            hidden.to_local(),
-            weight.to_local(),
-            bias.to_local() if isinstance(bias, DTensor) else bias,
-            group,
-            vocab_size,
-        )
+        return local(hidden), local(weight), local(bias), mesh.get_group(own_classes[0]), weight.shape[0]
     # Each rank has tokens of its own (FSDP2): the whole weight, and a gradient averaged over the mesh.
     average = [Partial("avg")] * mesh.ndim
 
-    def gathered(t: Tensor) -> Tensor:
+    def gathered(t: Any) -> Any:
         if not isinstance(t, DTensor):
             return t
         return t.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=average)
 
-    return (
-        hidden.to_local() if isinstance(hidden, DTensor) else hidden,
-        gathered(weight),
-        None if bias is None else gathered(bias),
-        None,
-        vocab_size,
-    )
+    return local(hidden), gathered(weight), gathered(bias), None, vocab_size
 
 
 def _is_dtensor(t: Tensor | None) -> bool:

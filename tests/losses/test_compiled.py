@@ -14,6 +14,7 @@ from evidence.traffic import counting
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.losses.linear_cross_entropy import Call
 from llmfast_kernels.terms import Targets, Terms, pack
+from support.launched import unrecorded
 
 # Dynamo looks torch's functions up in a table that it makes once: before tests put others in their places.
 torch._dynamo.trace_rules.get_torch_obj_rule_map()
@@ -44,6 +45,7 @@ def outcome(loss: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@unrecorded()
 def test_whole_graphs(path: str, name: str) -> None:
     hidden, weight, targets = tensors()
     logits = (hidden @ weight.T).detach().requires_grad_()
@@ -93,6 +95,7 @@ def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@unrecorded()
 def test_operators_keep_their_promises(path: str, reduction: str) -> None:
     """torch's own checks: schema, fakes, autograd registration, and tracing with static and dynamic shapes."""
     from llmfast.losses import operators  # noqa: F401  registers them

@@ -100,7 +100,17 @@ def check_dtensors(rank: int, world: int, V: int) -> None:
     torch.testing.assert_close(sharded.grad.full_tensor(), want_w, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(replicated.grad.to_local(), want_h, rtol=1e-4, atol=1e-6)
 
-    # FSDP2: every rank has tokens of its own, and gradients are averaged.
+    # The same with a plain hidden state, and a group that says what is meant.
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    plain = hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(plain, sharded, targets, process_group=mesh.get_group())
+    loss.backward()
+    assert isinstance(sharded.grad, DTensor)
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sharded.grad.full_tensor(), want_w, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(plain.grad, want_h, rtol=1e-4, atol=1e-6)
+
+    # As under FSDP2: every rank has tokens of its own, and gradients are averaged.
     sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
     mine = (hidden * (rank + 1)).requires_grad_()
     loss = linear_cross_entropy(mine, sharded, targets)
@@ -111,6 +121,37 @@ def check_dtensors(rank: int, world: int, V: int) -> None:
     (sum(losses) / world).backward()  # type: ignore[arg-type, operator]
     assert isinstance(sharded.grad, DTensor)
     torch.testing.assert_close(sharded.grad.full_tensor(), w.grad, rtol=1e-4, atol=1e-6)
+
+
+def check_fsdp(rank: int, world: int, V: int) -> None:
+    """A head that FSDP2 has sharded, or gathered already, when the loss takes its weight."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    hidden, weight, _, targets = inputs(V)
+    x = torch.stack([hidden * (r + 1) for r in range(world)])
+    for reshard in (False, True):
+        model = torch.nn.Sequential(torch.nn.Linear(D, D, bias=False), torch.nn.Linear(D, V, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.eye(D))
+            model[1].weight.copy_(weight)
+        trunk, head = model[0].weight.detach().clone(), weight.clone()
+        for t in (trunk, head):
+            t.requires_grad_()
+        losses = [reference.linear_cross_entropy(x[r] @ trunk.T, head, targets) for r in range(world)]
+        (sum(losses) / world).backward()  # type: ignore[arg-type, operator]
+
+        fully_shard(model[0], mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(model[1], mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        loss = linear_cross_entropy(model[0](x[rank]), model[1].weight, targets)
+        loss.backward()
+        torch.testing.assert_close(loss, losses[rank].detach(), rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
+        for layer, want in ((model[0], trunk.grad), (model[1], head.grad)):
+            assert isinstance(layer.weight.grad, DTensor)
+            torch.testing.assert_close(layer.weight.grad.full_tensor(), want, rtol=1e-4, atol=1e-6)
 
 
 def work(rank: int, world: int, V: int, store: str, kernels: bool, failures: Any) -> None:
@@ -126,6 +167,7 @@ def work(rank: int, world: int, V: int, store: str, kernels: bool, failures: Any
         else:
             check_rank(rank, world, V)
             check_dtensors(rank, world, V)
+            check_fsdp(rank, world, V)
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

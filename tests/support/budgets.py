@@ -57,9 +57,15 @@ def _rows(compiled: Compiled) -> Iterator[str]:
     filtered = _has(compiled, "alive_ptr")  # looks at groups of columns, and writes a byte for each
     # Class weights lie on 16 bytes also where rows do not, and change threads to meet them.
     mixed = bits < 128 and _has(compiled, "class_weights_ptr")
-    if not compiled.facts.hot_loops:
+    loops = compiled.facts.hot_loops
+    if compiled.target.startswith("gfx"):
+        # AMD's compiler may make a loop, over addresses, of the one store of the targets' gradients.
+        loops = [
+            loop for loop in loops if loop.load_bits or sum(loop.store_bits.values()) > 1 or loop.instructions > 16
+        ]
+    if not loops:
         yield "has no loop"
-    for loop in compiled.facts.hot_loops:
+    for loop in loops:
         if not loop.access_bits or not loop.access_bits <= {bits} | others | ({8} if filtered else set()):
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
         if (loop.shuffles or loop.barriers) and not filtered and not mixed:
