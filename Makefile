@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -22,7 +22,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
 
-test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 2"
+test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
 	$(PY) -m pytest --machine-code $(PYTEST_FLAGS) $(ARGS)
 
 lint: $(STAMP)-train,dev ## check with ruff, mypy and pyright
