@@ -116,9 +116,9 @@ def cross_entropy(
     expect(logits.shape[-1] > 0 or process_group is not None, f"logits must have V > 0; got {describe(logits)}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point; got {describe(logits)}")
-    V, v_start = logits.shape[-1], 0
+    V, columns = logits.shape[-1], slice(0, logits.shape[-1])
     if process_group is not None:
-        V, v_start = own_columns(process_group, V, vocab_size)
+        V, columns = own_columns(process_group, V, vocab_size)
     elif vocab_size not in (None, V):
         raise ValueError(f"vocab_size={vocab_size} needs a process_group")
     options = Options(
@@ -143,7 +143,7 @@ def cross_entropy(
         return options.torch_cross_entropy(logits, targets)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     resolved = options.resolve(targets, shape, dtype)
-    terms = options.terms(V, dtype, v_start=v_start, own=logits.shape[-1])
+    terms = options.terms(V, columns, dtype)
     flat = logits.reshape(shape.numel(), logits.shape[-1])
     if torch.compiler.is_compiling() and process_group is None:
         from llmfast.losses import operators

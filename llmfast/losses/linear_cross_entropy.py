@@ -140,7 +140,7 @@ def linear_cross_entropy(
     expect(weight.device == hidden.device, f"weight must be on {hidden.device}; got {describe(weight)}")
     hidden, weight, bias, process_group, vocab_size = local_weight(hidden, weight, bias, process_group, vocab_size)
     own = weight.shape[0]
-    V, v_start = (own, 0) if process_group is None else own_columns(process_group, own, vocab_size)
+    V, columns = (own, slice(0, own)) if process_group is None else own_columns(process_group, own, vocab_size)
     if process_group is None and vocab_size not in (None, V):
         raise ValueError(f"vocab_size={vocab_size} needs a process_group")
     if memory_budget != "auto" and not memory_budget > 0:
@@ -181,7 +181,7 @@ def linear_cross_entropy(
     wide = torch.promote_types(dtype, torch.float32)
     call = Call(
         options.resolve(targets, shape, wide),
-        options.terms(V, wide, v_start=v_start, own=own),
+        options.terms(V, columns, wide),
         reduction, num_valid, return_stats, process_group, memory_budget, dtype, slab_dtype or dtype, accumulate_into,
         grad_filter,
     )  # fmt: skip

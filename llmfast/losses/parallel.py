@@ -15,8 +15,8 @@ from llmfast_kernels.terms import Rows, Targets, Terms
 ProcessGroup: TypeAlias = "dist.ProcessGroup"
 
 
-def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, int]:
-    """V of all ranks and this rank's first column, split as `torch.chunk` and DTensor split.
+def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, slice]:
+    """V of all ranks and this rank's columns, split as `torch.chunk` and DTensor split.
 
     Raises:
         ValueError: this rank does not hold as many columns as it would then.
@@ -31,7 +31,7 @@ def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, 
         f"rank {rank} of {world} must hold {own} of {V} classes (the first ranks {share} each); it holds {columns}"
         + ("; pass vocab_size where the ranks' shares differ" if vocab_size is None else ""),
     )
-    return V, start
+    return V, slice(start, start + own)
 
 
 def parallel_rows(

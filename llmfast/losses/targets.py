@@ -105,15 +105,14 @@ class Options(NamedTuple):
             None if tokens is None else tokens.to(dtype).reshape(-1).contiguous(),
         )
 
-    def terms(self, V: int, dtype: torch.dtype, bias: Tensor | None = None, v_start: int = 0, own: int = 0) -> Terms:
-        """For rows over `V` classes, of which a buffer holds `own` (0 for all) from `v_start` on."""
+    def terms(self, V: int, columns: slice, dtype: torch.dtype) -> Terms:
+        """For rows over `V` classes, of which this rank holds `columns`."""
         weights = None if self.class_weights is None else self.class_weights.to(dtype)
         sums = None
         if weights is not None and self.label_smoothing:
-            here = weights if own == 0 else weights[v_start : v_start + own]
-            sums = torch.stack([here.sum(), weights.sum()])
+            sums = torch.stack([weights[columns].sum(), weights.sum()])
         return Terms(
-            V, self.ignore_index, v_start, bias, weights, sums, self.label_smoothing or None, self.z_loss or None,
+            V, self.ignore_index, columns.start, None, weights, sums, self.label_smoothing or None, self.z_loss or None,
             None if self.logit_scale == 1.0 else self.logit_scale, self.softcap,
         )  # fmt: skip
 
