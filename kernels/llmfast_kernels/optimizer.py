@@ -1,8 +1,9 @@
 """Optimizer updates for many tensors in one launch. See `kernels/README.md` for how to read it.
 
 The tensors come as a table of addresses on the device, a row of coefficients each; a program updates one chunk of one
-tensor. `prepare_kernel` turns step counters and hyperparameters into the coefficients, in float64 and on the device,
-so that the update has no powers to take and the host nothing to wait for.
+tensor, whatever the rule: `adam`, `sgd`, `rmsprop` and `adagrad` below are what differs. `prepare_kernel` turns step
+counters and hyperparameters into the coefficients, in float64 and on the device, so that the update has no powers to
+take and the host nothing to wait for. With `norm_kernel` before it, gradients are clipped on the way.
 """
 
 import torch
@@ -11,163 +12,408 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
+from llmfast_kernels.formats import (
+    GROUP,
+    decoded,
+    encoded,
+    joined,
+    noise,
+    noise_keys,
+    rounded_stochastically,
+    scrambled,
+    split,
+)
 from llmfast_kernels.launch import FP_FUSION, cdiv, warps
 
-# Rows of the table (int64, one column a tensor). The gradient's row is kept apart, because it changes every step.
-PARAM, FIRST_STATE, _, _, NUMEL, FIRST_CHUNK, GROUP = range(7)
-TABLE_ROWS = 7
+# The table (int64): a row a tensor, with addresses (0 for what it lacks) ...
+PARAM = tl.constexpr(0)
+STATES = tl.constexpr(1)  # three
+SCALES = tl.constexpr(4)  # three: of 8-bit states
+LOW = tl.constexpr(7)  # master copy, low bits or compensation of the parameter
+EMA = tl.constexpr(8)
+# ... and numbers.
+NUMEL = tl.constexpr(9)
+FIRST_CHUNK = tl.constexpr(10)
+HYPER = tl.constexpr(11)  # row of the hyperparameters
+IDENTITY = tl.constexpr(12)  # keeps the noise of two tensors apart
+# Element e of this piece is element e // RUN * STRIDE + e % RUN + OFFSET of the whole tensor.
+RUN, STRIDE, OFFSET = tl.constexpr(13), tl.constexpr(14), tl.constexpr(15)
+COLUMNS = tl.constexpr(16)
 
-# What a parameter group says (float64) ...
-HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign")
-# ... and what the update needs to know of a tensor (float32).
-COEFFICIENTS = 9
+# What a parameter group says (float64). The last four mean what the rule takes them for: see `prepare_kernel`.
+HYPERPARAMETERS = tl.constexpr(13)
+HYPER_NAMES = (
+    *("lr", "sign", "decay_by_lr", "decay", "l2", "ema_rate", "max_norm", "seed", "eps"),
+    *("first", "second", "third", "fourth"),
+)
+
+# What the update needs to know of a tensor (float32; the keys are integers).
+ACTIVE, GRAD_FACTOR, DECAY, L2, EMA_RATE = (tl.constexpr(i) for i in range(5))
+KEYS = tl.constexpr(5)  # two
+RULE_COEFFICIENTS = tl.constexpr(7)  # seven
+COEFFICIENTS = tl.constexpr(14)
 
 CHUNK = 8192  # elements a program updates: small models still fill a GPU, and the table stays a rounding error
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "SUMS"])
 def prepare_kernel(
     # in
-    table_ptr,  # (TABLE_ROWS, T) int64
+    table_ptr,  # (T, COLUMNS) int64
     grads_ptr,  # (T,) int64 addresses, 0 where there is no gradient
-    hyper_ptr,  # (G, 6) f64: HYPERPARAMETERS
+    hyper_ptr,  # (G, HYPERPARAMETERS) f64
     grad_scale_ptr,  # () f32 that gradients were multiplied by, or None
     found_inf_ptr,  # () f32, not 0 if the step must change nothing, or None
+    sums_ptr,  # (SUMS,) f64, squares of all gradients; or None, which clips nothing
     # in and out
     steps_ptr,  # (T,) f32
     # out
-    coefficients_ptr,  # (T, 9) f32
+    coefficients_ptr,  # (T, COEFFICIENTS) f32
+    norm_ptr,  # () f32, of the gradients before clipping
     # sizes
     T,
+    SUMS,
+    # flags
+    RULE: tl.constexpr,
     # tile
     BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = t < T
+    row = table_ptr + t * COLUMNS
+    hyper = hyper_ptr + tl.load(row + HYPER, mask=mask, other=0) * HYPERPARAMETERS
+    lr = tl.load(hyper + 0, mask=mask, other=0.0)
+    factor = tl.load(hyper + 1, mask=mask, other=0.0)
     active = tl.load(grads_ptr + t, mask=mask, other=0) != 0
     if found_inf_ptr is not None:
         active = tl.where(tl.load(found_inf_ptr) == 0.0, active, False)
+    if grad_scale_ptr is not None:
+        factor = factor / tl.load(grad_scale_ptr).to(tl.float64)
+    if sums_ptr is not None:
+        total = tl.load(sums_ptr)
+        for i in range(1, SUMS):
+            total += tl.load(sums_ptr + i)
+        norm = tl.sqrt(total)
+        if grad_scale_ptr is not None:
+            norm = norm / tl.load(grad_scale_ptr).to(tl.float64)
+        if tl.program_id(0) == 0:
+            tl.store(norm_ptr, norm.to(tl.float32))
+        active = tl.where(norm < float("inf"), active, False)  # not NaN either
+        factor *= tl.minimum(tl.load(hyper + 6, mask=mask, other=0.0) / (norm + 1e-6), 1.0)
     step = tl.load(steps_ptr + t, mask=mask, other=0.0) + tl.where(active, 1.0, 0.0)
     tl.store(steps_ptr + t, step, mask=mask)
 
-    hyper = hyper_ptr + tl.load(table_ptr + 6 * T + t, mask=mask, other=0) * 6
-    lr = tl.load(hyper + 0, mask=mask, other=0.0)
-    beta1 = tl.load(hyper + 1, mask=mask, other=0.0)
-    beta2 = tl.load(hyper + 2, mask=mask, other=0.0)
-    eps = tl.load(hyper + 3, mask=mask, other=0.0)
-    weight_decay = tl.load(hyper + 4, mask=mask, other=0.0)
-    sign = tl.load(hyper + 5, mask=mask, other=0.0)
-    if grad_scale_ptr is not None:
-        sign = sign / tl.load(grad_scale_ptr).to(tl.float64)
+    out = coefficients_ptr + t * COEFFICIENTS
+    tl.store(out + ACTIVE, tl.where(active, 1.0, 0.0), mask=mask)
+    tl.store(out + GRAD_FACTOR, factor.to(tl.float32), mask=mask)
+    decay = tl.load(hyper + 2, mask=mask, other=0.0) * lr + tl.load(hyper + 3, mask=mask, other=0.0)
+    tl.store(out + DECAY, tl.where(lr == 0.0, 0.0, decay).to(tl.float32), mask=mask)  # lr 0 moves nothing
+    tl.store(out + L2, tl.load(hyper + 4, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    tl.store(out + EMA_RATE, tl.load(hyper + 5, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    seed = tl.load(hyper + 7, mask=mask, other=0.0).to(tl.int64)
+    identity = tl.load(row + IDENTITY, mask=mask, other=0).to(tl.uint32)
+    key0, key1 = noise_keys(seed, step.to(tl.int32).to(tl.uint32), identity)
+    keys = (out + KEYS).to(tl.pointer_type(tl.uint32))
+    tl.store(keys, key0, mask=mask)
+    tl.store(keys + 1, key1, mask=mask)
 
     step = step.to(tl.float64)
-    correction1 = 1.0 - tl.where(beta1 > 0.0, tl.exp2(step * tl.log2(tl.where(beta1 > 0.0, beta1, 1.0))), 0.0)
-    correction2 = 1.0 - tl.where(beta2 > 0.0, tl.exp2(step * tl.log2(tl.where(beta2 > 0.0, beta2, 1.0))), 0.0)
-    out = coefficients_ptr + t * 9
-    tl.store(out + 0, tl.where(active, sign, 0.0).to(tl.float32), mask=mask)  # 0 says: leave this tensor alone
-    tl.store(out + 1, (lr * weight_decay).to(tl.float32), mask=mask)
-    tl.store(out + 2, (1.0 - beta1).to(tl.float32), mask=mask)
-    tl.store(out + 3, beta2.to(tl.float32), mask=mask)
-    tl.store(out + 4, (1.0 - beta2).to(tl.float32), mask=mask)
-    tl.store(out + 5, (lr / correction1).to(tl.float32), mask=mask)
-    tl.store(out + 6, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
-    tl.store(out + 7, eps.to(tl.float32), mask=mask)
-    tl.store(out + 8, beta1.to(tl.float32), mask=mask)
+    eps = tl.load(hyper + 8, mask=mask, other=0.0)
+    first = tl.load(hyper + 9, mask=mask, other=0.0)
+    second = tl.load(hyper + 10, mask=mask, other=0.0)
+    third = tl.load(hyper + 11, mask=mask, other=0.0)
+    zero = tl.zeros_like(lr)
+    if RULE == "adam":  # beta1, beta2
+        correction1 = 1.0 - tl.where(first > 0.0, tl.exp2(step * tl.log2(tl.where(first > 0.0, first, 1.0))), 0.0)
+        correction2 = 1.0 - tl.where(second > 0.0, tl.exp2(step * tl.log2(tl.where(second > 0.0, second, 1.0))), 0.0)
+        c = first, 1.0 - first, second, 1.0 - second, lr / correction1, 1.0 / tl.sqrt(correction2), eps
+    elif RULE == "sgd":  # momentum, dampening, whether Nesterov's; the first gradient is not damped
+        rate = tl.where(step > 1.0, 1.0 - second, 1.0)
+        c = first, rate, third, tl.where(third != 0.0, first, 1.0), lr, zero, zero
+    elif RULE == "rmsprop":  # alpha, momentum
+        c = first, 1.0 - first, second, lr, eps, zero, zero
+    else:  # adagrad: lr_decay
+        c = lr / (1.0 + (step - 1.0) * first), eps, zero, zero, zero, zero, zero
+    for i in tl.static_range(7):
+        tl.store(out + RULE_COEFFICIENTS + i, c[i].to(tl.float32), mask=mask)
+
+
+# The rules: gradient and states (float32, None where there is none) -> by how much the parameter falls, and the states.
 
 
 @triton.jit
-def adamw_tile(
-    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, mask, sign, decay, beta1, rate1, beta2, rate2, step_size, root2, eps
-):
-    """Decoupled decay, then Adam (Loshchilov & Hutter 2019), with torch's placement of eps; float32 throughout."""
-    p = tl.load(p_ptr, mask=mask).to(tl.float32)
-    g = tl.load(g_ptr, mask=mask).to(tl.float32) * sign
-    m = tl.load(m_ptr, mask=mask).to(tl.float32)
-    v = tl.load(v_ptr, mask=mask).to(tl.float32)
+def adam(g, m, v, vmax, c):
+    """Adam (Kingma & Ba 2015) with torch's placement of eps; with `vmax`, AMSGrad (Reddi et al. 2018)."""
+    beta1, rate1, beta2, rate2, step_size, root2, eps = c
     m = beta1 * m + rate1 * g  # not m + rate1 * (g - m), which loses a small g beside a large m
     v = beta2 * v + rate2 * g * g
-    tl.store(m_ptr, m.to(m_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_ptr, v.to(v_ptr.dtype.element_ty), mask=mask)
-    if vmax_ptr is not None:
-        v = tl.maximum(v, tl.load(vmax_ptr, mask=mask).to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
-        tl.store(vmax_ptr, v.to(vmax_ptr.dtype.element_ty), mask=mask)
-    p -= decay * p + step_size * tl.div_rn(m, tl.sqrt_rn(v) * root2 + eps)  # one rounding at p's own size
-    tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=mask)
+    second = v
+    if vmax is not None:
+        vmax = tl.maximum(v, vmax, propagate_nan=tl.PropagateNan.ALL)
+        second = vmax
+    return step_size * tl.div_rn(m, tl.sqrt_rn(second) * root2 + eps), m, v, vmax
 
 
 @triton.jit
-def aligned_pointer(address, TYPE: tl.constexpr):
-    """The address as a pointer that the compiler knows to be a multiple of 16 bytes."""
-    # Rounding makes it a value of its own: the hint must not reach pointers made from the same address elsewhere.
-    return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
+def sgd(g, buffer, none1, none2, c):
+    """Gradient descent, with momentum where there is a buffer (Sutskever et al. 2013 for Nesterov's)."""
+    momentum, rate, own, carried, lr, _, _ = c
+    change = g
+    if buffer is not None:
+        buffer = momentum * buffer + rate * g
+        change = own * g + carried * buffer
+    return lr * change, buffer, none1, none2
+
+
+@triton.jit
+def rmsprop(g, square, buffer, mean, c):
+    """RMSProp (Hinton 2012); with `mean` centered (Graves 2013), with `buffer` momentum over scaled gradients."""
+    alpha, rate, momentum, lr, eps, _, _ = c
+    square = alpha * square + rate * g * g
+    variance = square
+    if mean is not None:
+        mean = alpha * mean + rate * g
+        # Rounding must not make it less than nothing.
+        variance = tl.maximum(square - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    change = tl.div_rn(g, tl.sqrt_rn(variance) + eps)
+    if buffer is not None:
+        buffer = momentum * buffer + change
+        change = buffer
+    return lr * change, square, buffer, mean
+
+
+@triton.jit
+def adagrad(g, total, none1, none2, c):
+    """AdaGrad (Duchi et al. 2011)."""
+    lr, eps, _, _, _, _, _ = c
+    total += g * g
+    return lr * tl.div_rn(g, tl.sqrt_rn(total) + eps), total, none1, none2
+
+
+# What tensors hold, read into float32 and written back.
+
+
+@triton.jit
+def elements(address, start, i, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to elements start + i; with ALIGNED the compiler knows the address for a multiple of 16 bytes."""
+    ptr = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        # Rounding makes it a value of its own: the hint must not reach pointers made from the same address elsewhere.
+        ptr = tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
+    return ptr + start + i
+
+
+@triton.jit
+def read_param(p_ptr, low_ptr, mask, MASTER: tl.constexpr):
+    if MASTER == "fp32":
+        p = tl.load(low_ptr, mask=mask)
+    elif MASTER == "split16":
+        p = joined(tl.load(p_ptr, mask=mask), tl.load(low_ptr, mask=mask), 16)
+    elif MASTER == "split8":
+        p = joined(tl.load(p_ptr, mask=mask), tl.load(low_ptr, mask=mask), 8)
+    else:
+        p = tl.load(p_ptr, mask=mask).to(tl.float32)
+        if MASTER == "kahan":
+            p += tl.load(low_ptr, mask=mask).to(tl.float32)
+    return p
+
+
+@triton.jit
+def write_param(p_ptr, low_ptr, p, random, mask, MASTER: tl.constexpr):
+    TYPE: tl.constexpr = p_ptr.dtype.element_ty
+    if MASTER == "stochastic":
+        tl.store(p_ptr, rounded_stochastically(p, random), mask=mask)
+    elif MASTER == "split16":
+        high, low = split(p, 16)
+        tl.store(p_ptr, high, mask=mask)
+        tl.store(low_ptr, low.to(tl.int16), mask=mask)
+    elif MASTER == "split8":
+        high, low = split(p, 8)
+        tl.store(p_ptr, high, mask=mask)
+        tl.store(low_ptr, low.to(tl.int8), mask=mask)
+    else:
+        rounded = p.to(TYPE)
+        tl.store(p_ptr, rounded, mask=mask)
+        if MASTER == "fp32":
+            tl.store(low_ptr, p, mask=mask)
+        elif MASTER == "kahan":
+            missed = p - rounded.to(tl.float32)
+            tl.store(low_ptr, tl.where(tl.abs(missed) <= LARGEST, missed, 0.0).to(TYPE), mask=mask)
+
+
+@triton.jit
+def read_state(ptr, scale_ptr, mask, group_mask):
+    if ptr is None:
+        x = None
+    elif ptr.dtype.element_ty.is_int():
+        scale = tl.load(scale_ptr, mask=group_mask)
+        x = decoded(tl.load(ptr, mask=mask), scale, ptr.dtype.element_ty.is_int_signed())
+    else:
+        x = tl.load(ptr, mask=mask).to(tl.float32)
+    return x
+
+
+@triton.jit
+def write_state(ptr, scale_ptr, x, random, SHIFT: tl.constexpr, mask, group_mask):
+    if ptr is not None:
+        if ptr.dtype.element_ty.is_int():
+            x = x if mask is None else tl.where(mask, x, 0.0)
+            code, scale = encoded(x, random >> SHIFT, ptr.dtype.element_ty.is_int_signed())
+            tl.store(ptr, code, mask=mask)
+            tl.store(scale_ptr, scale, mask=group_mask)
+        else:
+            tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def update_tile(
+    g_address, row, start, count, c, factors, keys,
+    RULE: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    STATE0: tl.constexpr, STATE1: tl.constexpr, STATE2: tl.constexpr,
+    MASTER: tl.constexpr, LOW_TYPE: tl.constexpr, NOISE: tl.constexpr, STRIDED: tl.constexpr,
+    AVERAGED: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements from `start` on, all of them there if ALIGNED, else `count`."""
+    p_address, s0_address, s1_address, s2_address, scale0, scale1, scale2, low_address, ema_address = row
+    factor, decay, l2, ema_rate = factors
+    group = tl.arange(0, BLOCK // GROUP)
+    i = tl.arange(0, BLOCK)
+    mask = None if ALIGNED else i < count
+    group_mask = None if ALIGNED else group * GROUP < count
+
+    p_ptr = elements(p_address, start, i, PARAM_TYPE, ALIGNED)
+    g_ptr = elements(g_address, start, i, GRAD_TYPE, ALIGNED)
+    s0_ptr = None if STATE0 is None else elements(s0_address, start, i, STATE0, ALIGNED)
+    s1_ptr = None if STATE1 is None else elements(s1_address, start, i, STATE1, ALIGNED)
+    s2_ptr = None if STATE2 is None else elements(s2_address, start, i, STATE2, ALIGNED)
+    low_ptr = None if LOW_TYPE is None else elements(low_address, start, i, LOW_TYPE, ALIGNED)
+    scale0_ptr = elements(scale0, start // GROUP, group, tl.float32, False)
+    scale1_ptr = elements(scale1, start // GROUP, group, tl.float32, False)
+    scale2_ptr = elements(scale2, start // GROUP, group, tl.float32, False)
+
+    g = tl.load(g_ptr, mask=mask).to(tl.float32) * factor
+    p = read_param(p_ptr, low_ptr, mask, MASTER)
+    s0 = read_state(s0_ptr, scale0_ptr, mask, group_mask)
+    s1 = read_state(s1_ptr, scale1_ptr, mask, group_mask)
+    s2 = read_state(s2_ptr, scale2_ptr, mask, group_mask)
+    bounded = tl.clamp(p, -LARGEST, LARGEST)  # an infinite weight, less its decay, is infinite and not NaN
+    g += l2 * bounded
+    if RULE == "adam":
+        change, s0, s1, s2 = adam(g, s0, s1, s2, c)
+    elif RULE == "sgd":
+        change, s0, s1, s2 = sgd(g, s0, s1, s2, c)
+    elif RULE == "rmsprop":
+        change, s0, s1, s2 = rmsprop(g, s0, s1, s2, c)
+    else:
+        change, s0, s1, s2 = adagrad(g, s0, s1, s2, c)
+    p -= decay * bounded + change  # one rounding at p's own size
+
+    bits = None
+    more = None
+    if NOISE:
+        key0, key1, run, stride, offset = keys
+        e = start + i
+        e = e // run * stride + e % run + offset if STRIDED else e + offset
+        bits = noise(e, key0, key1)
+        more = scrambled(bits ^ 0x68E31DA4)
+    write_param(p_ptr, low_ptr, p, bits, mask, MASTER)
+    write_state(s0_ptr, scale0_ptr, s0, more, 0, mask, group_mask)
+    write_state(s1_ptr, scale1_ptr, s1, more, 16, mask, group_mask)
+    write_state(s2_ptr, scale2_ptr, s2, bits, 16, mask, group_mask)
+    if AVERAGED:
+        ema_ptr = elements(ema_address, start, i, tl.float32, ALIGNED)
+        ema = tl.load(ema_ptr, mask=mask)
+        tl.store(ema_ptr, ema + ema_rate * (p - ema), mask=mask)
+    if ZERO:
+        tl.store(g_ptr, tl.zeros_like(i).to(GRAD_TYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def adamw_kernel(
+def update_kernel(
     # in
-    table_ptr,  # (TABLE_ROWS, T) int64
+    table_ptr,  # (T, COLUMNS) int64
     grads_ptr,  # (T,) int64 addresses
-    coefficients_ptr,  # (T, 9) f32
-    chunk_tensor_ptr,  # (programs,) int32: the column of the table whose tensor a program works on
+    coefficients_ptr,  # (T, COEFFICIENTS) f32
+    chunk_tensor_ptr,  # (programs,) int32: the row of the table whose tensor a program works on
     # sizes
     T,
     # flags
+    RULE: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
-    STATE_TYPE: tl.constexpr,
-    AMSGRAD: tl.constexpr,
+    STATE0: tl.constexpr,  # types of the states, None for those that there are not
+    STATE1: tl.constexpr,
+    STATE2: tl.constexpr,
+    MASTER: tl.constexpr,  # how a parameter has more bits than its own: "fp32", "split16", ... or ""
+    LOW_TYPE: tl.constexpr,  # of what holds them, or None
+    NOISE: tl.constexpr,  # whether something is rounded stochastically
+    STRIDED: tl.constexpr,  # whether tensors are pieces whose elements do not follow on each other in the whole
+    AVERAGED: tl.constexpr,  # whether an average of the parameter is kept
+    ZERO: tl.constexpr,  # whether to leave zeros in the gradient
     # tile
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     t = tl.load(chunk_tensor_ptr + chunk)
-    c = coefficients_ptr + t * 9
-    sign = tl.load(c)
-    if sign == 0.0:
-        return
-    decay, rate1, beta2, rate2 = tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
-    step_size, root2, eps, beta1 = tl.load(c + 5), tl.load(c + 6), tl.load(c + 7), tl.load(c + 8)
-
-    p = tl.load(table_ptr + t)
-    m = tl.load(table_ptr + T + t)
-    v = tl.load(table_ptr + 2 * T + t)
-    vmax = tl.load(table_ptr + 3 * T + t)  # 0 without amsgrad
+    row = table_ptr + t * COLUMNS
     g = tl.load(grads_ptr + t)
-    start = (chunk - tl.load(table_ptr + 5 * T + t)) * CHUNK  # int64: a tensor can pass 2**31 elements
-    count = tl.minimum(tl.load(table_ptr + 4 * T + t) - start, CHUNK).to(tl.int32)
+    start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK  # int64: a tensor can pass 2**31 elements
+    count = tl.minimum(tl.load(row + NUMEL) - start, CHUNK).to(tl.int32)
+    c = coefficients_ptr + t * COEFFICIENTS
+    if tl.load(c + ACTIVE) == 0.0:
+        if ZERO:
+            if g != 0:
+                for offset in range(0, count, BLOCK):
+                    i = offset + tl.arange(0, BLOCK)
+                    tl.store(elements(g, start, i, GRAD_TYPE, False), tl.zeros_like(i).to(GRAD_TYPE), mask=i < count)
+        return
+
+    factors = tl.load(c + GRAD_FACTOR), tl.load(c + DECAY), tl.load(c + L2), tl.load(c + EMA_RATE)
+    key_ptr = c.to(tl.pointer_type(tl.uint32)) + KEYS
+    keys = tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(row + RUN), tl.load(row + STRIDE), tl.load(row + OFFSET)
+    c += RULE_COEFFICIENTS
+    rule = (
+        tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4), tl.load(c + 5), tl.load(c + 6),
+    )  # fmt: skip
+    p = tl.load(row + PARAM)
+    s0, s1, s2 = tl.load(row + STATES), tl.load(row + STATES + 1), tl.load(row + STATES + 2)
+    scale0, scale1, scale2 = tl.load(row + SCALES), tl.load(row + SCALES + 1), tl.load(row + SCALES + 2)
+    low, ema = tl.load(row + LOW), tl.load(row + EMA)
+    addresses = p, s0, s1, s2, scale0, scale1, scale2, low, ema
     # Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
-    aligned = ((p | g | m | v | vmax) & 15) == 0
+    aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0
     whole = tl.where(aligned, count // BLOCK * BLOCK, 0)
-    i = tl.arange(0, BLOCK)
     for offset in range(0, whole, BLOCK):
-        adamw_tile(
-            aligned_pointer(p, PARAM_TYPE) + start + offset + i,
-            aligned_pointer(g, GRAD_TYPE) + start + offset + i,
-            aligned_pointer(m, STATE_TYPE) + start + offset + i,
-            aligned_pointer(v, STATE_TYPE) + start + offset + i,
-            aligned_pointer(vmax, STATE_TYPE) + start + offset + i if AMSGRAD else None,
-            None,
-            sign, decay, beta1, rate1, beta2, rate2, step_size, root2, eps,
+        update_tile(
+            g, addresses, start + offset, BLOCK, rule, factors, keys,
+            RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
+            BLOCK, True,
         )  # fmt: skip
     for offset in range(whole, count, BLOCK):
-        adamw_tile(
-            p.to(tl.pointer_type(PARAM_TYPE)) + start + offset + i,
-            g.to(tl.pointer_type(GRAD_TYPE)) + start + offset + i,
-            m.to(tl.pointer_type(STATE_TYPE)) + start + offset + i,
-            v.to(tl.pointer_type(STATE_TYPE)) + start + offset + i,
-            vmax.to(tl.pointer_type(STATE_TYPE)) + start + offset + i if AMSGRAD else None,
-            offset + i < count,
-            sign, decay, beta1, rate1, beta2, rate2, step_size, root2, eps,
+        update_tile(
+            g, addresses, start + offset, count - offset, rule, factors, keys,
+            RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
+            BLOCK, False,
         )  # fmt: skip
 
 
-TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int16: tl.int16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
 
 
-def tile() -> dict[str, int]:
-    """8 elements a thread: two 16-byte loads of each float32 tensor in the air, four tensors at a time."""
-    return {"CHUNK": CHUNK, "BLOCK": 1024, "num_warps": warps(128)}
+def tile(narrowest: int) -> dict[str, int]:
+    """16 bytes a thread of the narrowest tensor, and at least 8 elements: a few loads of each tensor in the air."""
+    elements = max(8, 16 // narrowest)
+    return {"CHUNK": CHUNK, "BLOCK": 128 * elements, "num_warps": warps(128)}
 
 
 def prepare_tile() -> dict[str, int]:
@@ -175,31 +421,54 @@ def prepare_tile() -> dict[str, int]:
     return {"BLOCK": 128, "num_warps": warps(128)}
 
 
-def adamw(
-    table: Tensor,  # (TABLE_ROWS, T) int64
+def prepare(
+    table: Tensor,  # (T, COLUMNS) int64
     grads: Tensor,  # (T,) int64
-    hyper: Tensor,  # (G, 6) f64
+    hyper: Tensor,  # (G, HYPERPARAMETERS) f64
     steps: Tensor,  # (T,) f32, counted up where there is a gradient
-    coefficients: Tensor,  # (T, 9) f32, scratch
-    chunk_tensor: Tensor,  # (programs,) int32
+    coefficients: Tensor,  # (T, COEFFICIENTS) f32, written
     *,
-    param_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    amsgrad: bool,
+    rule: str,
     grad_scale: Tensor | None = None,  # () f32
     found_inf: Tensor | None = None,  # () f32
+    sums: Tensor | None = None,  # (S,) f64, of squares of gradients
+    norm: Tensor | None = None,  # () f32, written where there are sums
 ) -> None:
-    """One AdamW step of every tensor in the table: two launches, whatever T is. All tensors share these dtypes."""
-    T = table.shape[1]
+    """What `update` needs to know, worked out on the device. Hyperparameters as in HYPER_NAMES."""
+    T = table.shape[0]
     with device_of(table):
         prepare_kernel[(cdiv(T, prepare_tile()["BLOCK"]),)](
-            table, grads, hyper, grad_scale, found_inf, steps, coefficients,
-            T=T, **prepare_tile(), **FP_FUSION,
+            table, grads, hyper, grad_scale, found_inf, sums, steps, coefficients, norm,
+            T=T, SUMS=0 if sums is None else sums.numel(), RULE=rule, **prepare_tile(), **FP_FUSION,
         )  # fmt: skip
-        if chunk_tensor.shape[0] > 0:
-            adamw_kernel[(chunk_tensor.shape[0],)](
-                table, grads, coefficients, chunk_tensor, T=T,
-                PARAM_TYPE=TRITON_TYPES[param_dtype], GRAD_TYPE=TRITON_TYPES[grad_dtype],
-                STATE_TYPE=TRITON_TYPES[state_dtype], AMSGRAD=amsgrad, **tile(), **FP_FUSION,
+
+
+def update(
+    table: Tensor,  # (T, COLUMNS) int64
+    grads: Tensor,  # (T,) int64
+    coefficients: Tensor,  # (T, COEFFICIENTS) f32
+    chunk_tensor: Tensor,  # (programs,) int32
+    *,
+    rule: str,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtypes: tuple[torch.dtype | None, ...],  # three
+    master: str | None,
+    low_dtype: torch.dtype | None,
+    strided: bool,
+    averaged: bool,
+    zero: bool,
+) -> None:
+    """One step of every tensor in the table by one launch, whatever T is. All tensors share these dtypes."""
+    dtypes = [param_dtype, grad_dtype, *state_dtypes, low_dtype]
+    coded = any(dtype in (torch.int8, torch.uint8) for dtype in state_dtypes)
+    param_type, grad_type, *state_types, low_type = [None if d is None else TRITON_TYPES[d] for d in dtypes]
+    if chunk_tensor.shape[0] > 0:
+        with device_of(table):
+            update_kernel[(chunk_tensor.shape[0],)](
+                table, grads, coefficients, chunk_tensor, T=table.shape[0],
+                RULE=rule, PARAM_TYPE=param_type, GRAD_TYPE=grad_type,
+                STATE0=state_types[0], STATE1=state_types[1], STATE2=state_types[2],
+                MASTER=master or "", LOW_TYPE=low_type, NOISE=coded or master == "stochastic", STRIDED=strided,
+                AVERAGED=averaged, ZERO=zero, **tile(min(d.itemsize for d in dtypes if d is not None)), **FP_FUSION,
             )  # fmt: skip

@@ -1,6 +1,24 @@
 """Optimizers that are drop-ins for `torch.optim`, with one update launch a step."""
 
 from llmfast.optim import reference
-from llmfast.optim.adam import FusedAdamW
+from llmfast.optim.adagrad import FusedAdagrad
+from llmfast.optim.adam import FusedAdam, FusedAdamW
+from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.options import Extras
+from llmfast.optim.release import optimizer_in_backward
+from llmfast.optim.rmsprop import FusedRMSprop
+from llmfast.optim.scaling import scale_lr
+from llmfast.optim.sgd import FusedSGD
 
-__all__ = ["FusedAdamW", "reference"]
+__all__ = [
+    "Extras",
+    "FusedAdagrad",
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedOptimizer",
+    "FusedRMSprop",
+    "FusedSGD",
+    "optimizer_in_backward",
+    "reference",
+    "scale_lr",
+]

@@ -1,35 +1,144 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+"""Adam (Kingma & Ba 2015, arXiv:1412.6980) and AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.optim.adam import adam
 
+from llmfast._checks import expect
 from llmfast.optim.base import FusedOptimizer
-from llmfast.optim.table import PointerTable
+from llmfast.optim.options import Extras
+from llmfast.optim.state import Names
 
-ON_DEVICE = -1.0  # stands for a learning rate that the host does not look at
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Decay = Literal["lr", "independent", "relative"]
 
 
-class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
-    """`torch.optim.AdamW` with all tensors of a dtype signature updated by one launch.
+class _Adam(FusedOptimizer):
+    rule = "adam"
+    squares = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+    own_group_keys = ("lr_max",)
+    decay: Decay = "lr"
 
-    Same constructor, parameter groups, state names and state_dict, so checkpoints go both ways, and schedulers,
-    hooks, closures, GradScaler, `maximize` and `amsgrad` work. Moments have the parameter's dtype; arithmetic is
-    float32, bias corrections float64. Step counters live on the parameter's device, and a step waits for nothing
-    there; a learning rate given as a device tensor is read there.
+    def _state_names(self, group: dict[str, Any]) -> Names:
+        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
+
+    def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+
+    def _decay(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        weight_decay = float(group["weight_decay"])
+        if not group["decoupled_weight_decay"]:
+            return 0.0, 0.0, weight_decay
+        if self.decay == "relative":
+            return weight_decay / group["lr_max"], 0.0, 0.0
+        return (weight_decay, 0.0, 0.0) if self.decay == "lr" else (0.0, weight_decay, 0.0)
+
+    def _decay_before_torch(self, group: dict[str, Any]) -> bool:
+        return bool(group["decoupled_weight_decay"]) and self.decay != "lr"
+
+    def _torch_update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        *,
+        fused: bool,
+        grad_scale: Tensor | None,
+        differentiable: bool,
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        adam(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            foreach=False, fused=fused, grad_scale=grad_scale, differentiable=differentiable,
+            has_complex=any(p.is_complex() for p in params), decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=group["maximize"],
+        )  # fmt: skip
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if self.decay == "relative" and "lr_max" not in group:
+            group["lr_max"] = float(group["lr"])
+            if group["lr_max"] <= 0:
+                self.param_groups.pop()
+                raise ValueError(f"decay='relative' needs a group's lr, or lr_max, above 0; got {group['lr_max']}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "decay": self.decay}
+
+
+class FusedAdam(_Adam, torch.optim.Adam):
+    """`torch.optim.Adam` with all tensors of a dtype signature updated by one launch; weight decay is an L2 penalty.
+
+    Same constructor, parameter groups, state names and state_dict, so checkpoints go both ways, and schedulers, hooks,
+    closures, GradScaler, `maximize` and `amsgrad` work. Arithmetic is float32 whatever the dtypes, bias corrections
+    float64; gradients may have any dtype. Step counters live on the parameter's device, and a step waits for nothing
+    there; a learning rate given as a device tensor is read there. A step can be captured in a CUDA graph.
 
     Args:
-        params: parameters or groups of them, as for any torch optimizer.
+        params: parameters or groups of them, named or not, as for any torch optimizer.
         lr: float, or a one-element tensor.
-        betas, eps, weight_decay, amsgrad, maximize: as in torch.
+        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
+        differentiable: torch's own update, through which gradients can flow.
         foreach, capturable, fused: accepted so that existing calls work, and without effect: there is one path.
-        differentiable: only False; `torch.optim.AdamW` can be differentiated through.
+        extras: see `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or `differentiable=True`.
+        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
+        TypeError: an unknown keyword.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **extras: "Unpack[Extras]",
+    ) -> None:
+        self._take(extras)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+
+
+class FusedAdamW(_Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in torch.
+        foreach, capturable, fused: accepted so that existing calls work, and without effect: there is one path.
+        decay: what share of itself a parameter loses in a step. "lr": lr * weight_decay, as in torch. "independent":
+            weight_decay, whatever lr is (but nothing at lr 0). "relative": weight_decay * lr / lr_max, where `lr_max`
+            is a group's key and otherwise its first lr; this is Loshchilov & Hutter's, whose schedule multiplies both.
+        extras: see `llmfast.optim.Extras`.
+
+    Raises:
+        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
+        TypeError: an unknown keyword.
     """
 
     def __init__(
@@ -46,49 +155,12 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decay: Decay = "lr",
+        **extras: "Unpack[Extras]",
     ) -> None:
-        if differentiable:
-            raise ValueError("differentiable=True is not fused; use torch.optim.AdamW")
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
-
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-
-    def _hyper(self, group: dict[str, Any]) -> list[float]:
-        lr = group["lr"]
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-        sign = -1.0 if group["maximize"] else 1.0
-        return [ON_DEVICE if on_device else float(lr), *group["betas"], group["eps"], group["weight_decay"], sign]
-
-    def _launch(self, table: PointerTable, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        from llmfast_kernels import optimizer as kernels
-
-        signature = table.signature
-        kernels.adamw(
-            table.table, table.grads, table.hyper, table.steps, table.coefficients, table.chunk_tensor,
-            param_dtype=signature.param_dtype, grad_dtype=signature.grad_dtype, state_dtype=signature.state_dtype,
-            amsgrad="max_exp_avg_sq" in signature.state_names, grad_scale=grad_scale, found_inf=found_inf,
-        )  # fmt: skip
-
-    def _torch_update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        fused: bool,
-        amp: dict[str, Tensor | None],
-    ) -> None:
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
-            foreach=False, fused=fused, grad_scale=amp.get("grad_scale"), found_inf=amp.get("found_inf"),
-            has_complex=any(p.is_complex() for p in params),
-            amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=group["maximize"],
-        )  # fmt: skip
+        expect(decay in get_args(Decay), f"decay must be one of {get_args(Decay)}; got {decay!r}")
+        self._take(extras)
+        self.decay = decay
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable
+        )

@@ -1,49 +1,54 @@
 """What every fused optimizer shares: which parameter takes which path, and the step itself."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
-from llmfast.optim.table import PointerTable, Row, Signature
+from llmfast.optim.plain import Amount, update_plainly
+from llmfast.optim.row import Bucket, Row, is_dense, is_dtensor
+from llmfast.optim.state import StateKeeper
+from llmfast.optim.table import PointerTable, Signature, signature
+
+KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
 class Plan(NamedTuple):
     """Who goes where, until something changes."""
 
-    groups: list[tuple[tuple[str, ...], list[int]]]  # state names and parameters' ids, as the plan found them
-    tables: list[PointerTable]  # through the kernels, one launch each
-    torch_groups: list[tuple[int, list[Tensor]]]  # through torch's own functions: group index and parameters
+    groups: Any  # what the plan was made for: see `FusedOptimizer._groups`; None for a plan of one parameter
+    tables: list[PointerTable]  # through the kernels, one update launch each
+    torch_rows: list[Row]  # through torch's own functions
+    plain_rows: list[Row]  # through `update_plainly`
     waiting: list[Tensor]  # had no gradient yet
 
 
-class FusedOptimizer(torch.optim.Optimizer, ABC):
+class FusedOptimizer(StateKeeper):
     """Comes before a torch optimizer among the bases; constructor, groups, state names and state_dict stay torch's.
 
-    Parameters on an accelerator go through pointer tables, one update launch per dtype signature for all groups. The
-    rest goes through torch's own update for that parameter alone: CPU tensors through its fused CPU kernels, and
-    whatever neither can take (float64 on a GPU, tensor subclasses, gradients of another memory order) one by one.
+    Parameters on an accelerator go through pointer tables, one update launch per dtype signature for all groups. What
+    is on a CPU goes through torch's fused CPU kernels where these are right. Whatever neither can take goes one by
+    one, through torch's own update or through the same rule in plain torch.
     """
 
     # torch.amp.GradScaler then leaves `grad_scale` and `found_inf` on the device for `step` to read.
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
 
-    @abstractmethod
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the states that are shaped like the parameter, in the order of the table's rows."""
+    steps_in_backward = False  # see `optimizer_in_backward`
+    takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
+    has_cpu_kernel: ClassVar[bool] = True
+
+    grad_norm: Tensor | None = None
+    """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device."""
 
     @abstractmethod
-    def _hyper(self, group: dict[str, Any]) -> list[float]:
-        """The group's hyperparameters in the order the kernels read them."""
-
-    @abstractmethod
-    def _launch(self, table: PointerTable, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """One step of all tensors of the table, by the kernels."""
+    def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
+        """What the rule needs to know beside lr: arguments of `reference`'s function, in the order of the kernels'."""
 
     @abstractmethod
     def _torch_update(
@@ -51,13 +56,21 @@ class FusedOptimizer(torch.optim.Optimizer, ABC):
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        *,
         fused: bool,
-        amp: dict[str, Tensor | None],
+        grad_scale: Tensor | None,
+        differentiable: bool,
     ) -> None:
-        """One step of `params` by torch's function; `fused` says that its fused kernels are safe here.
+        """One step of `params` by torch's function, which fails to know `grad_scale` unless it is fused."""
 
-        `amp` holds `grad_scale` and `found_inf`, which only the fused kernels know: it is empty for the others.
-        """
+    def _decay(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        """Weight decay: what is lost for each unit of lr, what is lost at any lr but 0, and the L2 penalty."""
+        return 0.0, 0.0, float(group["weight_decay"])
+
+    def _decay_before_torch(self, group: dict[str, Any]) -> bool:
+        """True if torch's own update knows no decay like this group's."""
+        return False
 
     @torch.no_grad()
     @eager
@@ -65,96 +78,219 @@ class FusedOptimizer(torch.optim.Optimizer, ABC):
         """Update every parameter that has a gradient.
 
         Where `self.grad_scale` or `self.found_inf` are set (one-element float32 tensors, as GradScaler sets them),
-        gradients count as divided by the first, and nothing at all changes if the second is not 0.
+        gradients count as divided by the first, and nothing at all changes if the second is not 0. Gradients stay as
+        they are; only torch's fused CPU kernels divide and clip them in place, as they do in torch.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        amp: dict[str, Tensor | None] = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-
-        if self._plan is None or not self._still_holds(self._plan):
-            self._refuse_sparse_gradients()
-            self._plan = self._make_plan()
-        hyper = [self._hyper(group) for group in self.param_groups]
-        for table in self._plan.tables:
-            table.refresh(hyper, [group["lr"] for group in self.param_groups])
-            device = table.signature.device
-            self._launch(table, **{k: None if v is None else v.to(device, non_blocking=True) for k, v in amp.items()})
-        for index, params in self._plan.torch_groups:
-            self._torch_step(self.param_groups[index], [p for p in params if p.grad is not None], amp)
+        if self.steps_in_backward:
+            return loss
+        if self._plan is None or not self.still_holds(self._plan):
+            self._plan = self.make_plan()
+        self.follow(self._plan)
         return loss
 
-    def _still_holds(self, plan: Plan) -> bool:
+    def follow(self, plan: Plan) -> None:
+        amp: tuple[Tensor | None, Tensor | None] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if plan.tables:
+            hyper, lrs = [self._hyper(group) for group in self.param_groups], [g["lr"] for g in self.param_groups]
+            for table in plan.tables:
+                table.refresh(hyper, lrs)
+        sums = {} if self.options.max_grad_norm is None else self._sums(plan)
+        for table in plan.tables:
+            device = table.signature.device
+            norm = table.step(sums.get(device), self.options.zero_grads, *(_on(device, t) for t in amp))
+            self.grad_norm = norm if sums else None
+        for rows, update in ((plan.torch_rows, self._step_by_torch), (plan.plain_rows, self._step_plainly)):
+            for device in dict.fromkeys(row.local.device for row in rows):
+                here = [row for row in rows if row.local.device == device and row.param.grad is not None]
+                amount = Amount.of(
+                    _on(device, amp[0]), _on(device, amp[1]), sums.get(device), self.options.max_grad_norm
+                )
+                if here and not amount.skipped:
+                    update(here, amount)
+                if sums:
+                    self.grad_norm = amount.norm
+                if self.options.zero_grads:
+                    for row in here:
+                        cast(Tensor, row.param.grad).zero_()
+
+    # Without kernels.
+
+    def _step_by_torch(self, rows: list[Row], amount: Amount) -> None:
+        if amount.skip is not None and bool(amount.skip):  # on a GPU, of sparse and complex tensors: it waits
+            return
+        for index, group in enumerate(self.param_groups):
+            mine = [row for row in rows if row.group == index]
+            # torch's fused CPU kernels walk parameter and gradient in memory order, right only where these agree.
+            fused = [row for row in mine if self._is_for_cpu_kernel(row) and row.matches(row.grad)]
+            self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
+            chosen = {id(row) for row in fused}
+            others = [row for row in mine if id(row) not in chosen]
+            self._call_torch(group, others, [amount.scaled(cast(Tensor, row.grad)) for row in others], False, None)
+
+    def _call_torch(
+        self, group: dict[str, Any], rows: list[Row], grads: list[Tensor], fused: bool, grad_scale: Tensor | None
+    ) -> None:
+        if not rows:
+            return
+        params = [row.local for row in rows]
+        if self._decay_before_torch(group):
+            torch._foreach_mul_(params, 1 - self._total_decay(group))
+            group = group | {"weight_decay": 0.0}
+        differentiable = bool(group["differentiable"])
+        with torch.set_grad_enabled(differentiable):
+            self._torch_update(
+                group, params, grads, [row.named_states() for row in rows],
+                fused=fused, grad_scale=grad_scale, differentiable=differentiable,
+            )  # fmt: skip
+        for row in rows:
+            if row.ema is not None and self.options.ema_decay is not None:
+                row.ema.lerp_(row.local.float(), 1 - self.options.ema_decay)
+
+    def _total_decay(self, group: dict[str, Any]) -> Any:
+        by_lr, decay, _ = self._decay(group)
+        lr = group["lr"]
+        return by_lr * lr + decay * (lr != 0)
+
+    def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
+        for row in rows:
+            group = self.param_groups[row.group]
+            arguments = self._rule_arguments(group) | {"lr": group["lr"]}
+            arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
+            update_plainly(self.rule, row, amount, arguments, -1.0 if group["maximize"] else 1.0, self.options)
+
+    # With kernels.
+
+    def _hyper(self, group: dict[str, Any]) -> list[float]:
+        """The group's hyperparameters in the order of the kernels' HYPER_NAMES."""
+        o, lr = self.options, group["lr"]
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        arguments = self._rule_arguments(group)
+        eps = arguments.pop("eps", 0.0)
+        return [
+            -1.0 if on_device else float(lr),  # a learning rate on the device is not the host's to look at
+            -1.0 if group["maximize"] else 1.0,
+            *self._decay(group),
+            0.0 if o.ema_decay is None else 1.0 - o.ema_decay,
+            0.0 if o.max_grad_norm is None else o.max_grad_norm,
+            o.seed,
+            eps,
+            *arguments.values(),
+            *[0.0] * (4 - len(arguments)),
+        ]
+
+    def _sums(self, plan: Plan) -> dict[torch.device, Tensor]:
+        """On every device there is, float64 numbers that add up to the square of the norm of all gradients."""
+        parts: dict[Bucket | None, list[Tensor]] = {}
+        for table in plan.tables:
+            parts.setdefault(table.signature.bucket, []).append(table.sum_squares())
+        others = [*plan.torch_rows, *plan.plain_rows]
+        for row in others:
+            parts.setdefault(row.shard.bucket, []).append(_square(row))
+        total: list[Tensor] = []
+        for bucket, sums in parts.items():
+            if bucket is None:
+                total += sums
+                continue
+            # One number, however the pieces are divided into tables here: on other ranks they may be otherwise.
+            total.append(torch.stack(_all_on(sums[0].device, sums)).sum())
+            for dim in bucket.dims:
+                torch.distributed.all_reduce(total[-1], group=bucket.mesh.get_group(dim))
+        devices = dict.fromkeys([*(t.signature.device for t in plan.tables), *(row.local.device for row in others)])
+        return {device: torch.stack(_all_on(device, total)) for device in devices}
+
+    # Who goes where.
+
+    def still_holds(self, plan: Plan) -> bool:
         return (
-            self._groups() == plan.groups
+            (plan.groups is None or self._groups() == plan.groups)
             and all(table.holds(self.state) for table in plan.tables)
             and all(p.grad is None for p in plan.waiting)
-            and not any(p.grad is not None and p.grad.is_sparse for _, params in plan.torch_groups for p in params)
+            and all(row.holds(self.state.get(row.param)) for row in (*plan.torch_rows, *plan.plain_rows))
         )
 
-    def _refuse_sparse_gradients(self) -> None:
+    def _groups(self) -> Any:
+        """What shows that somebody added, removed or replaced parameters, or switched an option that adds a state."""
+        o = self.options
+        groups = [
+            (self._state_names(group), group["differentiable"], [id(p) for p in group["params"]])
+            for group in self.param_groups
+        ]
+        return groups, o.master_weights, o.state_dtype, o.ema_decay is None
+
+    def make_plan(self, chosen: Tensor | None = None) -> Plan:
+        """For all parameters, or for one."""
+        self._refuse_what_no_path_takes()
+        signatures: dict[Signature, list[Row]] = {}
+        plan = Plan(self._groups() if chosen is None else None, [], [], [], [])
+        identity = -1
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                identity += 1
+                if chosen is not None and p is not chosen:
+                    continue
+                if p.grad is None and not self.state.get(p):
+                    plan.waiting.append(p)
+                    continue
+                row = self._row(p, index, identity)
+                if self._is_for_kernels(row, group):
+                    signatures.setdefault(signature(row), []).append(row)
+                elif self._is_for_torch(row, group):
+                    plan.torch_rows.append(row)
+                else:
+                    plan.plain_rows.append(row)
+        plan.tables.extend(PointerTable(key, rows, self.rule) for key, rows in signatures.items())
+        return plan
+
+    def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
+        p, g = row.local, row.grad
+        plain = type(row.param) in (torch.nn.Parameter, Tensor) or is_dtensor(row.param)
+        states = [t for t in (*row.states, row.low, row.ema) if t is not None]
+        return (
+            use_kernels(p)
+            and plain
+            and not group["differentiable"]
+            and is_dense(p)
+            and (g is None or (row.matches(g) and g.dtype in KERNEL_DTYPES))
+            and all(t.dtype in KERNEL_STATES and t.stride() == p.stride() for t in states)
+        )
+
+    def _is_for_torch(self, row: Row, group: dict[str, Any]) -> bool:
+        g = row.param.grad
+        sparse = g is not None and g.layout != torch.strided
+        return sparse or row.local.is_complex() or group["differentiable"] or self._is_for_cpu_kernel(row)
+
+    def _is_for_cpu_kernel(self, row: Row) -> bool:
+        """True if torch's CPU kernel, where it has one, makes this very update: all is kept in the same dtype."""
+        p, g = row.local, row.param.grad
+        return (
+            self.has_cpu_kernel
+            and p.device.type == "cpu"
+            and not p.is_complex()
+            and row.master is None
+            and (g is None or (g.dtype == p.dtype and g.layout == torch.strided))
+            and all(t is None or t.dtype == p.dtype for t in row.states)
+            and not self.param_groups[row.group]["differentiable"]
+        )
+
+    def _refuse_what_no_path_takes(self) -> None:
+        """Before anything changes."""
+        o = self.options
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.is_sparse:
+                if p.grad is None:
+                    continue
+                name, sparse = f"parameter {i} of group {index}, {describe(p)}", p.grad.layout != torch.strided
+                if sparse and not self.takes_sparse:
                     raise ValueError(
-                        f"the gradient of parameter {i} of group {index}, {describe(p)}, is sparse; "
-                        "give that parameter to torch.optim.SparseAdam"
+                        f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam"
                     )
-
-    def _groups(self) -> list[tuple[tuple[str, ...], list[int]]]:
-        """What shows that somebody added, removed or replaced parameters, or switched an option that adds a state."""
-        return [(self._state_names(group), [id(p) for p in group["params"]]) for group in self.param_groups]
-
-    def _make_plan(self) -> Plan:
-        signatures: dict[Signature, list[Row]] = {}
-        torch_groups: list[tuple[int, list[Tensor]]] = []
-        waiting: list[Tensor] = []
-        for index, group in enumerate(self.param_groups):
-            names = self._state_names(group)
-            others: list[Tensor] = []
-            for p in group["params"]:
-                if p.grad is None and "step" not in self.state.get(p, {}):
-                    waiting.append(p)
-                elif _kernels_can_take(p) and _share_dtype(state := self._state_of(p, names), names):
-                    grad_dtype = p.dtype if p.grad is None else p.grad.dtype
-                    signature = Signature(p.device, p.dtype, grad_dtype, state[names[0]].dtype, names)
-                    signatures.setdefault(signature, []).append(Row(p, index, state))
-                else:
-                    others.append(p)
-            if others:
-                torch_groups.append((index, others))
-        tables = [PointerTable(signature, rows) for signature, rows in signatures.items()]
-        return Plan(self._groups(), tables, torch_groups, waiting)
-
-    def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-        """The parameter's state, made where missing, in the parameter's memory order."""
-        state: dict[str, Any] = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            elif state[name].device != p.device or state[name].shape != p.shape:  # of another model, or left behind
-                raise ValueError(f"state {name} is {describe(state[name])}, its parameter {describe(p)}")
-            elif state[name].stride() != p.stride():  # loaded from a run where it lay otherwise
-                state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])
-        return state
-
-    def _torch_step(self, group: dict[str, Any], params: list[Tensor], amp: dict[str, Tensor | None]) -> None:
-        names = self._state_names(group)
-        for p in params:
-            self._state_of(p, names)
-        # torch's fused CPU kernels walk parameter and gradient in memory order, right only where the orders agree.
-        safe = [p for p in params if p.device.type == "cpu" and _is_ordinary(p) and _matches(p)]
-        if safe:
-            self._torch_update(group, safe, [_grad(p) for p in safe], fused=True, amp=amp)
-        chosen = set(safe)
-        odd = [p for p in params if p not in chosen]
-        if odd and (amp["found_inf"] is None or not bool(amp["found_inf"])):
-            scale = amp["grad_scale"]
-            grads = [_grad(p) if scale is None else _grad(p) / scale.to(p.device) for p in odd]
-            self._torch_update(group, odd, grads, fused=False, amp={})
+                odd = "is sparse" if sparse else "is of a differentiable group" if group["differentiable"] else None
+                if odd and (o.master_of(p) is not None or o.state_dtype is not None):
+                    raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -165,40 +301,20 @@ class FusedOptimizer(torch.optim.Optimizer, ABC):
         self._plan = None
 
 
-def _grad(p: Tensor) -> Tensor:
-    """The gradient as torch's functions want it, in the parameter's dtype."""
-    assert p.grad is not None
-    return p.grad.to(p.dtype)
+def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(device, non_blocking=True)
 
 
-def _kernels_can_take(p: Tensor) -> bool:
-    return use_kernels(p) and _is_ordinary(p) and (p.grad is None or (_matches(p) and p.grad.dtype in KERNEL_DTYPES))
+def _all_on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.to(device, non_blocking=True) for t in tensors]
 
 
-def _share_dtype(state: dict[str, Any], names: tuple[str, ...]) -> bool:
-    return len({state[name].dtype for name in names}) == 1 and state[names[0]].dtype in KERNEL_DTYPES
-
-
-def _is_ordinary(p: Tensor) -> bool:
-    return type(p) in (torch.nn.Parameter, Tensor) and not p.is_complex() and _is_dense(p)
-
-
-def _matches(p: Tensor) -> bool:
-    """True if the gradient lies in memory as the parameter does."""
-    g = p.grad
-    return g is not None and g.layout == torch.strided and g.stride() == p.stride()
-
-
-def _is_dense(t: Tensor) -> bool:
-    """True if the elements fill their memory without gaps or overlaps, in whatever order."""
-    if t.layout != torch.strided:
-        return False
-    if t.is_contiguous():
-        return True
-    filled = 1
-    for stride, size in sorted(zip(t.stride(), t.shape)):
-        if size > 1:
-            if stride != filled:
-                return False
-            filled *= size
-    return True
+def _square(row: Row) -> Tensor:
+    """The sum of the squares of a gradient, of the piece of it that is here, in float64."""
+    g = row.grad
+    if g is None:
+        return torch.zeros((), dtype=torch.float64, device=row.local.device)
+    if g.layout != torch.strided:
+        g = g.coalesce().values()
+    norm: Tensor = torch.linalg.vector_norm(g)
+    return norm.double() ** 2

@@ -1,33 +1,120 @@
-"""Update rules as plain functions of one tensor, in the dtype they are given. The tests hold the kernels to these."""
+"""Update rules as plain functions of one tensor, in the dtype they are given.
+
+The tests hold the kernels to these, and tensors that no kernel can take are updated by them. All work in place. `l2` is
+added to the gradient, times the parameter; `decay` is the share of itself that the parameter loses beside the update.
+`step` counts from 1 at the first update; it may be a tensor, as may `lr` and `decay`.
+"""
 
 import torch
 from torch import Tensor
 
+Number = float | Tensor
 
-def adamw(
+
+def adam(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None = None,
     *,
-    step: int,  # of this update, counted from 1
-    lr: float,
+    step: Number,
+    lr: Number,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
-    maximize: bool = False,
+    l2: float = 0.0,
+    decay: Number = 0.0,
 ) -> None:
-    """AdamW as `torch.optim.AdamW` does it, in place: decay, moments, eps after the bias correction."""
-    if maximize:
-        grad = -grad
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
+    """Adam (Kingma & Ba 2015) with eps after the bias correction; AdamW is `decay=lr * weight_decay`."""
+    grad = _with_l2(grad, param, l2)
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
-        torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-        second = max_exp_avg_sq
+        second = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
     denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    _fall(param, decay, lr / (1 - beta1**step) * (exp_avg / denominator))
+
+
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    step: Number,
+    lr: Number,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Gradient descent; the first gradient enters the buffer undamped, as in torch."""
+    grad = _with_l2(grad, param, l2)
+    change = grad
+    if momentum_buffer is not None:
+        rate = 1 - dampening * (torch.as_tensor(step, device=grad.device) > 1)
+        momentum_buffer.mul_(momentum).add_(rate * grad)
+        change = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+    _fall(param, decay, lr * change)
+
+
+def rmsprop(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    momentum_buffer: Tensor | None = None,
+    grad_avg: Tensor | None = None,
+    *,
+    step: Number,
+    lr: Number,
+    alpha: float,
+    eps: float,
+    momentum: float = 0.0,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """RMSProp (Hinton 2012), eps outside the root; centered (Graves 2013) with `grad_avg`."""
+    grad = _with_l2(grad, param, l2)
+    square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+    variance = square_avg
+    if grad_avg is not None:
+        grad_avg.mul_(alpha).add_(grad, alpha=1 - alpha)
+        variance = (square_avg - grad_avg * grad_avg).clamp(min=0)  # rounding must not make it negative
+    change = grad / (variance.sqrt() + eps)
+    if momentum_buffer is not None:
+        change = momentum_buffer.mul_(momentum).add_(change)
+    _fall(param, decay, lr * change)
+
+
+def adagrad(
+    param: Tensor,
+    grad: Tensor,
+    sum: Tensor,
+    *,
+    step: Number,
+    lr: Number,
+    lr_decay: float = 0.0,
+    eps: float,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """AdaGrad (Duchi et al. 2011)."""
+    grad = _with_l2(grad, param, l2)
+    sum.addcmul_(grad, grad)
+    _fall(param, decay, lr / (1 + (step - 1) * lr_decay) * (grad / (sum.sqrt() + eps)))
+
+
+def _bounded(param: Tensor) -> Tensor:
+    """An infinite weight, less a share of it, must be infinite and not NaN."""
+    largest = torch.finfo(param.dtype).max
+    return param.clamp(-largest, largest)
+
+
+def _with_l2(grad: Tensor, param: Tensor, l2: float) -> Tensor:
+    return grad + l2 * _bounded(param) if l2 else grad
+
+
+def _fall(param: Tensor, decay: Number, change: Tensor) -> None:
+    param.sub_(decay * _bounded(param) + change)

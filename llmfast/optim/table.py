@@ -5,12 +5,13 @@ hyperparameters, shares one small buffer: refreshing it is one asynchronous copy
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from llmfast.optim.row import Bucket, Row, grad_of, local
 
 
 class Signature(NamedTuple):
@@ -19,52 +20,71 @@ class Signature(NamedTuple):
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
-    state_dtype: torch.dtype
-    state_names: tuple[str, ...]
+    state_dtypes: tuple[torch.dtype | None, ...]  # three; None for those that there are not
+    master: str | None
+    low_dtype: torch.dtype | None
+    averaged: bool
+    strided: bool
+    bucket: Bucket | None  # of ranks that hold the other pieces of these tensors
 
 
-@dataclass
-class Row:
-    """One parameter, the index of its group, and its entry in the optimizer's state."""
-
-    param: Tensor
-    group: int
-    state: dict[str, Any]
+def signature(row: Row) -> Signature:
+    g = row.grad
+    return Signature(
+        device=row.local.device,
+        param_dtype=row.local.dtype,
+        grad_dtype=row.local.dtype if g is None else g.dtype,
+        state_dtypes=tuple(None if state is None else state.dtype for state in row.states),
+        master=row.master,
+        low_dtype=None if row.low is None else row.low.dtype,
+        averaged=row.ema is not None,
+        strided=row.shard.strided,
+        bucket=row.shard.bucket,
+    )
 
 
 class PointerTable:
     """Addresses, sizes and step counters of tensors of one signature, on their device."""
 
-    def __init__(self, signature: Signature, rows: list[Row]) -> None:
+    def __init__(self, signature: Signature, rows: list[Row], rule: str) -> None:
         from llmfast_kernels import optimizer as kernels
 
-        self.signature = signature
-        T, device = len(rows), signature.device
-        self.params = [row.param for row in rows]
-        chunks = [-(-p.numel() // kernels.CHUNK) for p in self.params]
-        self._rows = rows
-        table = np.zeros((kernels.TABLE_ROWS, T), np.int64)
-        table[kernels.PARAM] = [p.data_ptr() for p in self.params]
-        for i, name in enumerate(signature.state_names):
-            table[kernels.FIRST_STATE + i] = [row.state[name].data_ptr() for row in rows]
-        self._numels = [p.numel() for p in self.params]
-        table[kernels.NUMEL] = self._numels
-        table[kernels.FIRST_CHUNK] = np.cumsum([0, *chunks[:-1]])
-        table[kernels.GROUP] = [row.group for row in rows]
-        self.table = torch.from_numpy(table).to(device)  # (TABLE_ROWS, T)
+        self.signature, self.rule = signature, rule
+        self.rows = rows
+        device = signature.device
+        T = len(rows)
+        self._params = [row.param for row in rows]
+        self._locals = [row.local for row in rows]
+        self._are_dtensors = any(row.param is not row.local for row in rows)
+        self._numels = [p.numel() for p in self._locals]
+        self._strides = [p.stride() for p in self._locals]
+        chunks = [-(-numel // kernels.CHUNK) for numel in self._numels]
+        table = np.zeros((T, kernels.COLUMNS.value), np.int64)
+        for t, row in enumerate(rows):
+            addresses = row.local, *row.states, *row.scales, row.low, row.ema  # from column PARAM to EMA
+            table[t, : len(addresses)] = [0 if a is None else a.data_ptr() for a in addresses]
+        table[:, kernels.NUMEL.value] = self._numels
+        table[:, kernels.FIRST_CHUNK.value] = np.cumsum([0, *chunks[:-1]])
+        table[:, kernels.HYPER.value] = [row.group for row in rows]
+        table[:, kernels.IDENTITY.value] = [row.identity for row in rows]
+        for i, name in enumerate(("run", "stride", "offset")):
+            table[:, kernels.RUN.value + i] = [getattr(row.shard, name) for row in rows]
+        self.table = torch.from_numpy(table).to(device)  # (T, COLUMNS)
         self.chunk_tensor = torch.from_numpy(np.repeat(np.arange(T, dtype=np.int32), chunks)).to(device)  # (programs,)
-        self.coefficients = torch.empty(T, kernels.COEFFICIENTS, dtype=torch.float32, device=device)
+        self.coefficients = torch.empty(T, kernels.COEFFICIENTS.value, dtype=torch.float32, device=device)
+        self.squares = torch.empty(sum(chunks), dtype=torch.float32, device=device)  # of gradients, for their norm
 
         # Each state's `step` becomes a view of one buffer, so that one kernel counts them all.
         self.steps = torch.stack([row.state["step"].to(device, torch.float32).reshape(()) for row in rows])  # (T,)
         for row, step in zip(rows, self.steps.unbind()):
             row.state["step"] = step
-        names = ("step", *signature.state_names)
-        self._states = [(row.state, name, row.state[name]) for row in rows for name in names]
-        self._tensors = [*self.params, *(tensor for _, _, tensor in self._states)]
+        # What the table points to, to be looked at again before every step.
+        self._entries = [(row.state, len(row.state), tuple(row.state.items())) for row in rows]
+        tensors = [local(t) for _, _, items in self._entries for _, t in items if isinstance(t, Tensor)]
+        self._tensors = [*self._locals, *tensors]
         self._addresses = [t.data_ptr() for t in self._tensors]
 
-        self._dynamic = torch.empty(0)
+        self._host = self._dynamic = torch.empty(0)
         self.grads = self.hyper = self._dynamic
         self._grad_addresses: list[int] = []
         self._hyper_values: list[list[float]] = []
@@ -74,17 +94,26 @@ class PointerTable:
 
         Parameters or states may have moved or been replaced, or a gradient come in another dtype or memory order.
         """
-        _, _, grad_dtype, _, _ = self.signature
-        for p in self.params:
-            g = p.grad
-            if g is not None and (g.dtype != grad_dtype or g.layout != torch.strided or g.stride() != p.stride()):
+        dtype = self.signature.grad_dtype
+        for g, strides in zip(self._gradients(), self._strides):
+            if g is not None and (g.stride() != strides or g.dtype is not dtype or g.layout is not torch.strided):
                 return False
-        return (
-            [t.data_ptr() for t in self._tensors] == self._addresses
-            and [p.numel() for p in self.params] == self._numels
-            and all(states.get(row.param) is row.state for row in self._rows)
-            and all(state.get(name) is tensor for state, name, tensor in self._states)
-        )
+        if self._are_dtensors and any(local(p) is not piece for p, piece in zip(self._params, self._locals)):
+            return False
+        if [t.data_ptr() for t in self._tensors] != self._addresses:
+            return False
+        if [p.numel() for p in self._locals] != self._numels:
+            return False
+        for p, (state, length, items) in zip(self._params, self._entries):
+            if states.get(p) is not state or len(state) != length:
+                return False
+            for name, value in items:
+                if state.get(name) is not value:
+                    return False
+        return True
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [grad_of(p) for p in self._params] if self._are_dtensors else [p.grad for p in self._params]
 
     def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> None:
         """Bring gradient addresses (0 for none) and hyperparameters, one list a group, up to date on the device.
@@ -92,21 +121,71 @@ class PointerTable:
         A learning rate that lives on the device is copied there, unseen by the host.
         """
         # An empty gradient has no address, but is one.
-        addresses = [0 if (g := p.grad) is None else g.data_ptr() or 1 for p in self.params]
-        if addresses != self._grad_addresses or hyper != self._hyper_values:
-            T, shape = len(addresses), (len(hyper), len(hyper[0]))
-            # Pinned memory is torch's to reuse only once the copy from it is done: its allocator sees to that.
-            host = torch.empty(
-                T + shape[0] * shape[1], dtype=torch.int64, pin_memory=self.signature.device.type == "cuda"
-            )
-            host.numpy()[:T] = addresses
-            host.numpy()[T:].view(np.float64)[:] = np.asarray(hyper, np.float64).ravel()
-            if self._dynamic.shape != host.shape:
-                self._dynamic = torch.empty_like(host, device=self.signature.device, pin_memory=False)
-                self.grads = self._dynamic[:T]  # (T,)
-                self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, hyperparameters)
-            self._dynamic.copy_(host, non_blocking=True)
-            self._grad_addresses, self._hyper_values = addresses, hyper
+        addresses = [0 if g is None else g.data_ptr() or 1 for g in self._gradients()]
+        capturing = self.signature.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing or addresses != self._grad_addresses or hyper != self._hyper_values:
+            self._upload(addresses, hyper, capturing)
         for row, lr in enumerate(lrs):
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 self.hyper[row, 0].copy_(lr.reshape(()), non_blocking=True)
+
+    def _upload(self, addresses: list[int], hyper: list[list[float]], capturing: bool) -> None:
+        T, shape = len(addresses), (len(hyper), len(hyper[0]))
+        size = T + shape[0] * shape[1]
+        pinned = self.signature.device.type == "cuda"
+        if capturing:
+            # A graph copies from this memory at every replay, so that it becomes the graph's, as does the buffer it is
+            # copied to. Steps outside the graph take others. The step before has laid the memory by.
+            host, self._host, self._dynamic = self._host, torch.empty(0), torch.empty(0)
+            if host.numel() != size:
+                raise RuntimeError("take one step before a CUDA graph is captured, and one before each further capture")
+            self._captured = [*getattr(self, "_captured", []), host]
+        else:
+            # Pinned memory is torch's to reuse only once the copy from it is done: its allocator sees to that.
+            host = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
+            if pinned and self._host.numel() != size:
+                self._host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        host.numpy()[:T] = addresses
+        host.numpy()[T:].view(np.float64)[:] = np.asarray(hyper, np.float64).ravel()
+        if self._dynamic.shape != host.shape:
+            self._dynamic = torch.empty_like(host, device=self.signature.device, pin_memory=False)
+            self.grads = self._dynamic[:T]  # (T,)
+            self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, hyperparameters)
+        self._dynamic.copy_(host, non_blocking=True)
+        # A graph's buffer is written at its replays; the next step outside must not trust what it finds.
+        self._grad_addresses, self._hyper_values = ([], []) if capturing else (addresses, hyper)
+        if capturing:
+            self._captured.append(self._dynamic)
+            self._dynamic = torch.empty(0)
+
+    def sum_squares(self) -> Tensor:
+        """The sum of the squares of all gradients, as a float64 scalar on the device."""
+        from llmfast_kernels import grad_norm
+
+        total = torch.empty((), dtype=torch.float64, device=self.signature.device)
+        grad_norm.sum_of_squares(
+            self.table, self.grads, self.chunk_tensor, self.squares, total, grad_dtype=self.signature.grad_dtype
+        )
+        return total
+
+    def step(
+        self, sums: Tensor | None, zero: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor | None:
+        """One step of every tensor of the table, by two launches; with sums of squares, clipped to their root.
+
+        Returns that root.
+        """
+        from llmfast_kernels import optimizer as kernels
+
+        _, param_dtype, grad_dtype, state_dtypes, master, low_dtype, averaged, strided, _ = self.signature
+        norm = None if sums is None else torch.empty((), dtype=torch.float32, device=self.signature.device)
+        kernels.prepare(
+            self.table, self.grads, self.hyper, self.steps, self.coefficients, rule=self.rule,
+            grad_scale=grad_scale, found_inf=found_inf, sums=sums, norm=norm,
+        )  # fmt: skip
+        kernels.update(
+            self.table, self.grads, self.coefficients, self.chunk_tensor,
+            rule=self.rule, param_dtype=param_dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes,
+            master=master, low_dtype=low_dtype, strided=strided, averaged=averaged, zero=zero,
+        )  # fmt: skip
+        return norm

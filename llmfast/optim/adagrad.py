@@ -1,0 +1,88 @@
+"""AdaGrad (Duchi, Hazan & Singer 2011, JMLR 12)."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad
+
+from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.options import Extras
+from llmfast.optim.state import Names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
+    """`torch.optim.Adagrad` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+
+    As in torch, states are there from the start, so that `share_memory` can share them.
+
+    Args:
+        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize, differentiable: as in torch.
+        foreach, fused: accepted so that existing calls work, and without effect: there is one path.
+        extras: see `llmfast.optim.Extras`.
+
+    Raises:
+        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
+        TypeError: an unknown keyword.
+    """
+
+    rule = "adagrad"
+    squares = frozenset({"sum"})
+    takes_sparse = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extras: "Unpack[Extras]",
+    ) -> None:
+        self._take(extras)
+        super().__init__(
+            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps,
+            maximize=maximize, differentiable=differentiable,
+        )  # fmt: skip
+
+    def _state_names(self, group: dict[str, Any]) -> Names:
+        return "sum", None, None
+
+    def _first_value(self, group: dict[str, Any]) -> float:
+        return float(group["initial_accumulator_value"])
+
+    def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
+        return {name: group[name] for name in ("lr_decay", "eps")}
+
+    def _torch_update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        *,
+        fused: bool,
+        grad_scale: Tensor | None,
+        differentiable: bool,
+    ) -> None:
+        adagrad(
+            params,
+            grads,
+            [state["sum"] for state in states],
+            [state["step"] for state in states],
+            foreach=False, fused=fused, grad_scale=grad_scale, differentiable=differentiable,
+            has_sparse_grad=any(g.layout != torch.strided for g in grads),
+            has_complex=any(p.is_complex() for p in params),
+            lr=group["lr"], weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],
+            maximize=group["maximize"],
+        )  # fmt: skip

@@ -1,0 +1,158 @@
+"""Updates without kernels: of tensors on a CPU in formats torch's optimizers do not know, and of what is odd."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmfast.optim import formats, reference
+from llmfast.optim.options import Options
+from llmfast.optim.row import Row
+
+
+@dataclass
+class Amount:
+    """How much of the gradients counts: scaled, clipped, or not at all. Tensors are scalars on the device."""
+
+    factor: Tensor | None = None  # float64
+    skip: Tensor | None = None  # bool
+    norm: Tensor | None = None  # float32, before clipping
+
+    @classmethod
+    def of(
+        cls, grad_scale: Tensor | None, found_inf: Tensor | None, sums: Tensor | None, max_norm: float | None
+    ) -> "Amount":
+        amount = cls()
+        if grad_scale is not None:
+            amount.factor = 1 / grad_scale.double().reshape(())
+        if found_inf is not None:
+            amount.skip = found_inf.reshape(()) != 0
+        if sums is not None and max_norm is not None:
+            scale = 1.0 if amount.factor is None else amount.factor
+            norm = sums.sum().sqrt() * scale
+            amount.norm = norm.float()
+            amount.factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * scale
+            overflow = ~norm.isfinite()
+            amount.skip = overflow if amount.skip is None else amount.skip | overflow
+        return amount
+
+    @property
+    def skipped(self) -> bool:
+        """True if it is known here, without waiting for a device, that nothing may change."""
+        return self.skip is not None and self.skip.device.type == "cpu" and bool(self.skip)
+
+    def divisor(self) -> Tensor | None:
+        """What torch's fused CPU kernels divide gradients by, in place."""
+        return None if self.factor is None or self.factor == 1 else (1 / self.factor).float()
+
+    def scaled(self, g: Tensor) -> Tensor:
+        return g if self.factor is None else g * self.factor.to(g.dtype)
+
+
+@contextmanager
+def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
+    """What happens inside leaves no trace where `skip`, a scalar on the device, says so. Waits for nothing."""
+    if skip is None or skip.device.type == "cpu":  # known before
+        yield
+        return
+    before = [t.clone() for t in tensors]
+    yield
+    for t, old in zip(tensors, before):
+        t.copy_(torch.where(skip, old, t))
+
+
+def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any], sign: float, o: Options) -> None:
+    """One step of one tensor, in float32 (float64 for float64), by `reference`'s function of that name."""
+    if amount.skipped:
+        return
+    p, g = row.local, row.grad
+    assert g is not None
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    with undone_if(amount.skip, row.tensors):
+        step = row.state["step"].add_(1)
+        states = [None if t is None else _read(t, scale, p, dtype) for t, scale in zip(row.states, row.scales)]
+        value = _read_param(row, dtype)
+        getattr(reference, rule)(
+            value, amount.scaled(g.to(dtype)) * sign, *_without_trailing_none(states), step=step.double(), **arguments
+        )
+        noise = None
+        if row.master == "stochastic" or any(scale is not None for scale in row.scales):
+            noise = _noise(row, step, o.seed)
+        _write_param(row, value, noise)
+        for i, (t, scale, x) in enumerate(zip(row.states, row.scales, states)):
+            if t is not None and x is not None:
+                _write(t, scale, x, noise, i)
+        if row.ema is not None and o.ema_decay is not None:
+            row.ema.lerp_(value.float(), 1 - o.ema_decay)
+
+
+def _without_trailing_none(states: list[Tensor | None]) -> list[Tensor | None]:
+    while states and states[-1] is None:
+        states = states[:-1]
+    return states
+
+
+def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Random bits of every element, flat, in memory order."""
+    run, stride, offset, _ = row.shard
+    e = torch.arange(row.local.numel(), device=row.local.device)
+    e = e // run * stride + e % run + offset
+    return formats.noise(e, formats.noise_keys(seed, step.to(row.local.device), row.identity))
+
+
+def _flat_like(stored: Tensor, x: Tensor) -> Tensor:
+    """`x`, whose shape is that of `stored`, flat in the memory order of `stored`."""
+    return formats.in_memory_order(torch.empty_like(stored, dtype=x.dtype).copy_(x))
+
+
+def _read_param(row: Row, dtype: torch.dtype) -> Tensor:
+    p, low = row.local, row.low
+    if row.master == "fp32" and low is not None:
+        return low.clone()
+    if row.master == "kahan" and low is not None:
+        return p.float() + low.float()
+    if row.master in formats.BITS and low is not None:
+        return formats.joined(p.detach(), low, formats.BITS[row.master])
+    return p.detach().to(dtype, copy=True)
+
+
+def _write_param(row: Row, value: Tensor, noise: tuple[Tensor, Tensor] | None) -> None:
+    p, low = row.local, row.low
+    if row.master == "stochastic" and noise is not None:
+        target = torch.empty_like(p)
+        formats.in_memory_order(target).copy_(formats.rounded_stochastically(_flat_like(target, value), noise[0]))
+        p.copy_(target)
+    elif row.master in formats.BITS and low is not None:
+        high, rest = formats.split(value, formats.BITS[row.master])
+        p.copy_(high)
+        low.copy_(rest)
+    else:
+        p.copy_(value)
+        if row.master == "fp32" and low is not None:
+            low.copy_(value)
+        elif row.master == "kahan" and low is not None:
+            missed = value - p.float()
+            low.copy_(torch.where(missed.isfinite(), missed, 0))
+
+
+def _read(t: Tensor, scale: Tensor | None, p: Tensor, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return t.to(dtype, copy=True)
+    value = torch.empty_like(t, dtype=torch.float32)
+    formats.in_memory_order(value).copy_(formats.decoded(formats.in_memory_order(t), scale))
+    return value
+
+
+def _write(t: Tensor, scale: Tensor | None, x: Tensor, noise: tuple[Tensor, Tensor] | None, index: int) -> None:
+    """The third state takes what noise the parameter has left, as in the kernel."""
+    if scale is None:
+        t.copy_(x)
+        return
+    assert noise is not None
+    random = (noise[1], noise[1] >> 16, noise[0] >> 16)[index]
+    code, new = formats.encoded(_flat_like(t, x), random, t.dtype == torch.int8)
+    formats.in_memory_order(t).copy_(code)
+    scale.copy_(new)

@@ -1,0 +1,89 @@
+"""RMSProp (Hinton 2012, "Neural Networks for Machine Learning", 6e); centered: Graves 2013, arXiv:1308.0850."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.rmsprop import rmsprop
+
+from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.options import Extras
+from llmfast.optim.state import Names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
+    """`torch.optim.RMSprop` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+
+    Where `centered` subtracts nearly equal numbers and rounding would make a variance negative, which in torch makes
+    NaN, it is zero.
+
+    Args:
+        params, lr, alpha, eps, weight_decay, momentum, centered, maximize, differentiable: as in torch.
+        capturable, foreach: accepted so that existing calls work, and without effect: there is one path.
+        extras: see `llmfast.optim.Extras`.
+
+    Raises:
+        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
+        TypeError: an unknown keyword.
+    """
+
+    rule = "rmsprop"
+    squares = frozenset({"square_avg"})
+    has_cpu_kernel = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **extras: "Unpack[Extras]",
+    ) -> None:
+        self._take(extras)
+        super().__init__(
+            params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize, differentiable=differentiable
+        )
+
+    def _state_names(self, group: dict[str, Any]) -> Names:
+        return (
+            "square_avg",
+            "momentum_buffer" if group["momentum"] > 0 else None,
+            "grad_avg" if group["centered"] else None,
+        )
+
+    def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
+        return {name: group[name] for name in ("alpha", "momentum", "eps")}
+
+    def _torch_update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        *,
+        fused: bool,
+        grad_scale: Tensor | None,
+        differentiable: bool,
+    ) -> None:
+        rmsprop(
+            params,
+            grads,
+            [state["square_avg"] for state in states],
+            [state["grad_avg"] for state in states] if group["centered"] else [],
+            [state["momentum_buffer"] for state in states] if group["momentum"] > 0 else [],
+            [state["step"] for state in states],
+            foreach=False, differentiable=differentiable, has_complex=any(p.is_complex() for p in params),
+            lr=group["lr"], alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"],
+            momentum=group["momentum"], centered=group["centered"], maximize=group["maximize"],
+        )  # fmt: skip

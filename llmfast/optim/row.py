@@ -1,0 +1,144 @@
+"""One parameter as an optimizer sees it: the piece of it that is here, and what is kept beside it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmfast.optim.formats import MasterWeights
+
+
+class Bucket(NamedTuple):
+    """Where the pieces of a tensor are: a device mesh, and its dimensions along which it is cut."""
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+
+class Shard(NamedTuple):
+    """Element e of a piece is element e // run * stride + e % run + offset of the whole tensor."""
+
+    run: int = 1
+    stride: int = 1
+    offset: int = 0
+    bucket: Bucket | None = None
+
+    @property
+    def strided(self) -> bool:
+        return self.run != self.stride
+
+
+@dataclass
+class Row:
+    """One parameter, the index of its group, its place among all, and its entry in the optimizer's state.
+
+    `local`, `states` and the rest are plain tensors: of a DTensor, the piece that is here.
+    """
+
+    param: Tensor
+    group: int
+    identity: int
+    state: dict[str, Any]
+    local: Tensor
+    shard: Shard
+    master: MasterWeights | None
+    names: tuple[str | None, ...]
+    states: tuple[Tensor | None, ...]
+    scales: tuple[Tensor | None, ...]
+    low: Tensor | None
+    ema: Tensor | None
+
+    def __post_init__(self) -> None:
+        self._items = tuple(self.state.items())
+        self._seen_grad = _looks(self.param.grad)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return grad_of(self.param)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [self.local, *(local(t) for t in self.state.values() if isinstance(t, Tensor))]
+
+    def named_states(self) -> dict[str, Tensor]:
+        """The state, as far as torch's own update knows it."""
+        found = {name: t for name, t in zip(self.names, self.states) if name is not None and t is not None}
+        return found | {"step": self.state["step"]}
+
+    def holds(self, state: dict[str, Any] | None) -> bool:
+        """False once parameter, state or kind of gradient are no longer what they were."""
+        g = self.param.grad
+        return (
+            local(self.param) is self.local
+            and state is self.state
+            and len(state) == len(self._items)
+            and all(state.get(name) is value for name, value in self._items)
+            and (g is None or _looks(g) == self._seen_grad)
+        )
+
+    def matches(self, g: Tensor | None) -> bool:
+        """True if such a gradient lies in memory as the parameter does, and neither has gaps."""
+        fits = g is not None and g.layout == torch.strided and g.stride() == self.local.stride()
+        return fits and is_dense(self.local)
+
+
+def _looks(g: Tensor | None) -> Any:
+    return None if g is None else (g.dtype, g.layout, g.stride() if g.layout == torch.strided else None)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    return type(t) not in (torch.nn.Parameter, Tensor) and hasattr(t, "_local_tensor") and hasattr(t, "placements")
+
+
+def local(t: Tensor) -> Tensor:
+    """The piece of a DTensor that is here, which shares its memory; any other tensor as it is."""
+    piece: Tensor = getattr(t, "_local_tensor", t)
+    return piece
+
+
+def grad_of(p: Tensor) -> Tensor | None:
+    """The gradient of the piece of `p` that is here."""
+    g: Any = p.grad
+    if g is None or g is local(g):
+        return g
+    placements = p.placements  # type: ignore[attr-defined]
+    return local(g if g.placements == placements else g.redistribute(placements=placements))
+
+
+def shard_of(p: Tensor) -> Shard:
+    """Where the piece of `p` that is here lies in the whole."""
+    if not is_dtensor(p):
+        return Shard()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements, shape = p.device_mesh, p.placements, p.shape  # type: ignore[attr-defined]
+    dims = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
+    bucket = Bucket(mesh, dims) if dims else None
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    strides = [1] * len(shape)
+    for d in reversed(range(len(shape) - 1)):
+        strides[d] = strides[d + 1] * shape[d + 1]
+    offset = sum(offset * stride for offset, stride in zip(offsets, strides))
+    # Elements follow on each other from the first dimension on that is cut, other than dimension 0. Pieces that are
+    # cut along two of those are numbered as if along the last alone, which is as good for everything but comparing.
+    cut = [d for d in range(1, len(shape)) if sizes[d] != shape[d]]
+    if not cut:
+        return Shard(1, 1, offset, bucket)
+    return Shard(max(sizes[cut[-1]], 1) * strides[cut[-1]], strides[cut[-1] - 1], offset, bucket)
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill their memory without gaps or overlaps, in whatever order."""
+    if t.layout != torch.strided:
+        return False
+    if t.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True

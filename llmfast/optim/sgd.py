@@ -1,0 +1,102 @@
+"""Stochastic gradient descent, with momentum, dampening and Nesterov's momentum (Sutskever et al. 2013)."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.options import Extras
+from llmfast.optim.state import Names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class FusedSGD(FusedOptimizer, torch.optim.SGD):
+    """`torch.optim.SGD` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+
+    As in torch, the first gradient of a parameter enters its momentum buffer undamped, whenever it comes.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in torch.
+        foreach, fused: accepted so that existing calls work, and without effect: there is one path.
+        extras: see `llmfast.optim.Extras`.
+
+    Raises:
+        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
+        TypeError: an unknown keyword.
+    """
+
+    rule = "sgd"
+    takes_sparse = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extras: "Unpack[Extras]",
+    ) -> None:
+        self._take(extras)
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, differentiable=differentiable
+        )
+
+    def _state_names(self, group: dict[str, Any]) -> Names:
+        return "momentum_buffer" if group["momentum"] != 0 else None, None, None
+
+    def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
+        return {name: group[name] for name in ("momentum", "dampening", "nesterov")}
+
+    def _torch_update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        *,
+        fused: bool,
+        grad_scale: Tensor | None,
+        differentiable: bool,
+    ) -> None:
+        # Torch has no buffer before the first gradient, which it does not damp; here it is there, and zero.
+        damped = [bool(group["dampening"]) and bool(state["step"] == 0) for state in states]
+        for first in (False, True):
+            chosen = [i for i, is_first in enumerate(damped) if is_first == first]
+            if not chosen:
+                continue
+            mine = [states[i] for i in chosen]
+            sgd(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [state.get("momentum_buffer") for state in mine],
+                has_sparse_grad=any(grads[i].layout != torch.strided for i in chosen),
+                foreach=False, fused=fused, grad_scale=grad_scale,
+                weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
+                dampening=0.0 if first else group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+            )  # fmt: skip
+            for state in mine:
+                state["step"] += 1
+
+    def _exported(self, p: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
+        """As torch has it: no buffer before the first step, and no counter but where rounding depends on it."""
+        exported = super()._exported(p, state)
+        if p is None or "step" not in state:
+            return exported
+        if "momentum_buffer" in exported and float(state["step"]) == 0:
+            del exported["momentum_buffer"]
+            exported.pop("momentum_buffer_scale", None)
+        if not (self.options.master_weights == "stochastic" or self.options.state_dtype == "8bit"):
+            del exported["step"]
+        return exported
