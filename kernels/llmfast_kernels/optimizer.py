@@ -28,17 +28,17 @@ from llmfast_kernels.launch import FP_FUSION, cdiv, warps
 # The table (int64): a row a tensor, with addresses (0 for what it lacks) ...
 PARAM = tl.constexpr(0)
 STATES = tl.constexpr(1)  # three
-SCALES = tl.constexpr(4)  # three: of 8-bit states
-LOW = tl.constexpr(7)  # master copy, low bits or compensation of the parameter
-EMA = tl.constexpr(8)
+SCALES = tl.constexpr(4)  # two: of the first two states, where they have 8 bits
+LOW = tl.constexpr(6)  # master copy, low bits or compensation of the parameter
+EMA = tl.constexpr(7)
 # ... and numbers.
-NUMEL = tl.constexpr(9)
-FIRST_CHUNK = tl.constexpr(10)
-HYPER = tl.constexpr(11)  # row of the hyperparameters
-IDENTITY = tl.constexpr(12)  # keeps the noise of two tensors apart
+NUMEL = tl.constexpr(8)
+FIRST_CHUNK = tl.constexpr(9)
+HYPER = tl.constexpr(10)  # row of the hyperparameters
+IDENTITY = tl.constexpr(11)  # keeps the noise of two tensors apart
 # Element e of this piece is element e // RUN * STRIDE + e % RUN + OFFSET of the whole tensor.
-RUN, STRIDE, OFFSET = tl.constexpr(13), tl.constexpr(14), tl.constexpr(15)
-COLUMNS = tl.constexpr(16)
+RUN, STRIDE, OFFSET = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
+COLUMNS = tl.constexpr(15)
 
 # What a parameter group says (float64). The last four mean what the rule takes them for: see `prepare_kernel`.
 HYPERPARAMETERS = tl.constexpr(13)
@@ -53,7 +53,7 @@ KEYS = tl.constexpr(5)  # two
 RULE_COEFFICIENTS = tl.constexpr(7)  # seven
 COEFFICIENTS = tl.constexpr(14)
 
-CHUNK = 8192  # elements a program updates: small models still fill a GPU, and the table stays a rounding error
+CHUNK = 4096  # elements a program updates: small models still fill a GPU, and the table stays a rounding error
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -276,7 +276,7 @@ def update_tile(
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements from `start` on, all of them there if ALIGNED, else `count`."""
-    p_address, s0_address, s1_address, s2_address, scale0, scale1, scale2, low_address, ema_address = row
+    p_address, s0_address, s1_address, s2_address, scale0, scale1, low_address, ema_address = row
     factor, decay, l2, ema_rate = factors
     group = tl.arange(0, BLOCK // GROUP)
     i = tl.arange(0, BLOCK)
@@ -291,13 +291,12 @@ def update_tile(
     low_ptr = None if LOW_TYPE is None else elements(low_address, start, i, LOW_TYPE, ALIGNED)
     scale0_ptr = elements(scale0, start // GROUP, group, tl.float32, False)
     scale1_ptr = elements(scale1, start // GROUP, group, tl.float32, False)
-    scale2_ptr = elements(scale2, start // GROUP, group, tl.float32, False)
 
     g = tl.load(g_ptr, mask=mask).to(tl.float32) * factor
     p = read_param(p_ptr, low_ptr, mask, MASTER)
     s0 = read_state(s0_ptr, scale0_ptr, mask, group_mask)
     s1 = read_state(s1_ptr, scale1_ptr, mask, group_mask)
-    s2 = read_state(s2_ptr, scale2_ptr, mask, group_mask)
+    s2 = read_state(s2_ptr, None, mask, None)
     bounded = tl.clamp(p, -LARGEST, LARGEST)  # an infinite weight, less its decay, is infinite and not NaN
     g += l2 * bounded
     if RULE == "adam":
@@ -321,7 +320,7 @@ def update_tile(
     write_param(p_ptr, low_ptr, p, bits, mask, MASTER)
     write_state(s0_ptr, scale0_ptr, s0, more, 0, mask, group_mask)
     write_state(s1_ptr, scale1_ptr, s1, more, 16, mask, group_mask)
-    write_state(s2_ptr, scale2_ptr, s2, bits, 16, mask, group_mask)
+    write_state(s2_ptr, None, s2, None, 0, mask, None)
     if AVERAGED:
         ema_ptr = elements(ema_address, start, i, tl.float32, ALIGNED)
         ema = tl.load(ema_ptr, mask=mask)
@@ -380,9 +379,9 @@ def update_kernel(
     )  # fmt: skip
     p = tl.load(row + PARAM)
     s0, s1, s2 = tl.load(row + STATES), tl.load(row + STATES + 1), tl.load(row + STATES + 2)
-    scale0, scale1, scale2 = tl.load(row + SCALES), tl.load(row + SCALES + 1), tl.load(row + SCALES + 2)
+    scale0, scale1 = tl.load(row + SCALES), tl.load(row + SCALES + 1)
     low, ema = tl.load(row + LOW), tl.load(row + EMA)
-    addresses = p, s0, s1, s2, scale0, scale1, scale2, low, ema
+    addresses = p, s0, s1, s2, scale0, scale1, low, ema
     # Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
     aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0
     whole = tl.where(aligned, count // BLOCK * BLOCK, 0)
@@ -410,10 +409,13 @@ TRITON_TYPES = {
 }
 
 
-def tile(narrowest: int) -> dict[str, int]:
-    """16 bytes a thread of the narrowest tensor, and at least 8 elements: a few loads of each tensor in the air."""
-    elements = max(8, 16 // narrowest)
-    return {"CHUNK": CHUNK, "BLOCK": 128 * elements, "num_warps": warps(128)}
+def tile() -> dict[str, int]:
+    """8 elements a thread: two 16-byte loads of each float32 tensor in the air, all tensors at a time.
+
+    Few threads: tensors of different widths are loaded by different threads and change hands inside the loop, for
+    which all threads wait for each other.
+    """
+    return {"CHUNK": CHUNK, "BLOCK": 512, "num_warps": warps(64)}
 
 
 def prepare_tile() -> dict[str, int]:
@@ -470,5 +472,5 @@ def update(
                 RULE=rule, PARAM_TYPE=param_type, GRAD_TYPE=grad_type,
                 STATE0=state_types[0], STATE1=state_types[1], STATE2=state_types[2],
                 MASTER=master or "", LOW_TYPE=low_type, NOISE=coded or master == "stochastic", STRIDED=strided,
-                AVERAGED=averaged, ZERO=zero, **tile(min(d.itemsize for d in dtypes if d is not None)), **FP_FUSION,
+                AVERAGED=averaged, ZERO=zero, **tile(), **FP_FUSION,
             )  # fmt: skip

@@ -20,7 +20,8 @@ Decay = Literal["lr", "independent", "relative"]
 
 class _Adam(FusedOptimizer):
     rule = "adam"
-    squares = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+    squares = frozenset({"exp_avg_sq"})
+    never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would keep whatever rounding adds
     own_group_keys = ("lr_max",)
     decay: Decay = "lr"
 

@@ -26,7 +26,8 @@ class Extras(TypedDict, total=False):
         parameter's dtype, is added back before the next step. "stochastic": nothing beside it, but rounding up or down
         with the odds that make it right on average; bfloat16 only. Float32 parameters need none of it.
     state_dtype: of the moments, in place of the parameter's: float32, bfloat16, float16, or "8bit", where 128 elements
-        share a float32 scale and every element is rounded stochastically.
+        share a float32 scale and every element is rounded stochastically. (A maximum would keep whatever that adds:
+        `max_exp_avg_sq` is float32 then.)
     ema_decay: keep a float32 average of each parameter, ema = ema_decay * ema + (1 - ema_decay) * p, in
         `state[p]["ema_param"]`; see `ema_weights`.
     zero_grads: leave zeros in the gradients, also when a step is skipped, so that no `zero_grad` is needed.

@@ -73,18 +73,19 @@ def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     with undone_if(amount.skip, row.tensors):
         step = row.state["step"].add_(1)
-        states = [None if t is None else _read(t, scale, p, dtype) for t, scale in zip(row.states, row.scales)]
+        scales = (*row.scales, None)
+        states = [None if t is None else _read(t, scale, dtype) for t, scale in zip(row.states, scales)]
         value = _read_param(row, dtype)
         getattr(reference, rule)(
             value, amount.scaled(g.to(dtype)) * sign, *_without_trailing_none(states), step=step.double(), **arguments
         )
         noise = None
-        if row.master == "stochastic" or any(scale is not None for scale in row.scales):
+        if row.master == "stochastic" or any(scale is not None for scale in scales):
             noise = _noise(row, step, o.seed)
         _write_param(row, value, noise)
-        for i, (t, scale, x) in enumerate(zip(row.states, row.scales, states)):
+        for i, (t, scale, x) in enumerate(zip(row.states, scales, states)):
             if t is not None and x is not None:
-                _write(t, scale, x, noise, i)
+                _write(t, scale, x, None if noise is None else noise[1] >> 16 * i)
         if row.ema is not None and o.ema_decay is not None:
             row.ema.lerp_(value.float(), 1 - o.ema_decay)
 
@@ -138,7 +139,7 @@ def _write_param(row: Row, value: Tensor, noise: tuple[Tensor, Tensor] | None) -
             low.copy_(torch.where(missed.isfinite(), missed, 0))
 
 
-def _read(t: Tensor, scale: Tensor | None, p: Tensor, dtype: torch.dtype) -> Tensor:
+def _read(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return t.to(dtype, copy=True)
     value = torch.empty_like(t, dtype=torch.float32)
@@ -146,13 +147,10 @@ def _read(t: Tensor, scale: Tensor | None, p: Tensor, dtype: torch.dtype) -> Ten
     return value
 
 
-def _write(t: Tensor, scale: Tensor | None, x: Tensor, noise: tuple[Tensor, Tensor] | None, index: int) -> None:
-    """The third state takes what noise the parameter has left, as in the kernel."""
+def _write(t: Tensor, scale: Tensor | None, x: Tensor, random: Tensor | None) -> None:
     if scale is None:
         t.copy_(x)
         return
-    assert noise is not None
-    random = (noise[1], noise[1] >> 16, noise[0] >> 16)[index]
     code, new = formats.encoded(_flat_like(t, x), random, t.dtype == torch.int8)
     formats.in_memory_order(t).copy_(code)
     scale.copy_(new)

@@ -27,7 +27,8 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         extras: see `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
+        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says;
+            `centered` with `state_dtype="8bit"`, whose rounding is larger than a small variance.
         TypeError: an unknown keyword.
     """
 
@@ -54,6 +55,12 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize, differentiable=differentiable
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self.options.state_dtype == "8bit" and self.param_groups[-1]["centered"]:
+            self.param_groups.pop()
+            raise ValueError('centered=True takes a difference for which state_dtype="8bit" is too coarse')
 
     def _state_names(self, group: dict[str, Any]) -> Names:
         return (

@@ -44,8 +44,8 @@ class Row:
     shard: Shard
     master: MasterWeights | None
     names: tuple[str | None, ...]
-    states: tuple[Tensor | None, ...]
-    scales: tuple[Tensor | None, ...]
+    states: tuple[Tensor | None, ...]  # three
+    scales: tuple[Tensor | None, ...]  # of the first two, where they have 8 bits
     low: Tensor | None
     ema: Tensor | None
 

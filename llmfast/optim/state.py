@@ -29,6 +29,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     rule: ClassVar[str]  # the kernels' name of it
     # States that are squares, and so without a sign.
     squares: ClassVar[frozenset[str]] = frozenset()
+    # States that 8 bits are too few for: they are float32 then.
+    never_coded: ClassVar[frozenset[str]] = frozenset()
     # Keys of groups that torch's optimizer does not have.
     own_group_keys: ClassVar[tuple[str, ...]] = ()
 
@@ -72,7 +74,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return Row(
             p, index, identity, state, local(p), shard_of(p), master, names,
             states=tuple(None if name is None else pieces[name] for name in names),
-            scales=tuple(None if name is None else pieces.get(f"{name}_scale") for name in names),
+            scales=tuple(None if name is None else pieces.get(f"{name}_scale") for name in names[:2]),
             low=pieces[LOW[master][0]] if master in LOW else None,
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
@@ -91,6 +93,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     def _keep_state(self, p: Tensor, state: dict[str, Any], name: str, first: float) -> None:
         """Make the state, or bring it to the dtype that the options ask for and to the parameter's memory order."""
         t, wanted = state.get(name), self.options.state_dtype
+        if wanted == "8bit" and name in self.never_coded:
+            wanted = torch.float32
         if wanted == "8bit":
             dtype = CODES[name not in self.squares]
             if t is None or t.dtype != dtype or not _lies_like(t, p):

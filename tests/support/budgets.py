@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from evidence.compiler import Compiled
+from evidence.launches import Specialization
 
+_TYPE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int16": 16, "int8": 8, "uint8": 8}
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float64": 64}
 
 
@@ -80,20 +82,37 @@ def _rows_backward(compiled: Compiled) -> Iterator[str]:
 
 
 def _update(compiled: Compiled) -> Iterator[str]:
-    """One loop for whole tiles, 16 bytes at a time, that loads nothing twice; one for ends and misaligned views."""
-    loops = compiled.facts.hot_loops
-    wide = [loop for loop in loops if loop.access_bits == {128}]
-    if len(loops) != 2 or len(wide) != 1:
-        yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops"
-        return
-    states = 3 if _constant(compiled, "AMSGRAD") else 2
-    types = [
-        compiled.kind.arguments[name]["constant"] for name in ("PARAM_TYPE", "GRAD_TYPE", *["STATE_TYPE"] * states)
-    ]
-    bits = sum({"fp32": 32, "bf16": 16, "fp16": 16}[kind["triton_type"]] for kind in types)
+    """One loop for whole tiles, all accesses as wide as 8 elements allow; one for ends and misaligned views."""
+    kind = compiled.kind
+    loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]  # one more may store zeros alone
+    widths = {name: _TYPE_BITS[kind.arguments[name]["constant"]["triton_type"]] for name in _tensors_of_update(kind)}
     elements = _constant(compiled, "BLOCK") // (compiled.facts.num_warps * compiled.warp_size)
-    if sum(wide[0].load_bits.values()) * 128 != elements * bits:
-        yield f"loads {wide[0].load_bits} in its wide loop, for {elements} elements of {bits} bits"
+    coded = any(widths.get(name) == 8 for name in ("STATE0", "STATE1"))
+    expected = {min(128, elements * bits) for bits in widths.values()} | ({32} if coded else set())  # scales of groups
+    if _constant(compiled, "AVERAGED"):
+        expected.add(128)
+    wide = [loop for loop in loops if loop.access_bits == expected]
+    if len(loops) != 2 or len(wide) != 1:
+        yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops, not {expected} in one"
+        return
+    if len(set(widths.values())) == 1 and not coded and not _constant(compiled, "AVERAGED") and wide[0].barriers:
+        yield f"has {wide[0].barriers} barriers in a loop"
+    limit = 100 if _constant(compiled, "RULE") == "adam" and set(widths.values()) == {32} else 220
+    if wide[0].instructions > limit * elements:
+        yield f"takes {wide[0].instructions / elements} instructions an element"
+
+
+def _tensors_of_update(kind: Specialization) -> list[str]:
+    """Those that there are; the parameter itself is not read where a float32 copy is."""
+    names = ["PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "LOW_TYPE"]
+    return [name for name in names if kind.arguments[name]["constant"] is not None]
+
+
+def _norm(compiled: Compiled) -> Iterator[str]:
+    """One loop for whole tiles, 16 bytes at a time; one for ends and misaligned views."""
+    loops = compiled.facts.hot_loops
+    if len(loops) != 2 or {128} not in [loop.access_bits for loop in loops]:
+        yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops"
 
 
 def _scale(compiled: Compiled) -> Iterator[str]:
@@ -130,5 +149,7 @@ BUDGETS: dict[str, Callable[[Compiled], Iterator[str]]] = {
     "scale_kernel": _scale,
     "filtered_matmul_kernel": _filtered_matmul,
     "prepare_kernel": _anything,
-    "adamw_kernel": _update,
+    "norm_kernel": _norm,
+    "sum_kernel": _anything,
+    "update_kernel": _update,
 }
