@@ -89,14 +89,15 @@ def prepare_kernel(
     if found_inf_ptr is not None:
         active = tl.where(tl.load(found_inf_ptr) == 0.0, active, False)
     if grad_scale_ptr is not None:
-        factor = factor / tl.load(grad_scale_ptr).to(tl.float64)
+        inverse_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr)).to(tl.float64)
+        factor *= inverse_scale
     if sums_ptr is not None:
         total = tl.load(sums_ptr)
         for i in range(1, SUMS):
             total += tl.load(sums_ptr + i)
         norm = tl.sqrt(total)
         if grad_scale_ptr is not None:
-            norm = norm / tl.load(grad_scale_ptr).to(tl.float64)
+            norm *= inverse_scale
         if tl.program_id(0) == 0:
             tl.store(norm_ptr, norm.to(tl.float32))
         active = tl.where(norm < float("inf"), active, False)  # not NaN either
