@@ -54,6 +54,7 @@ def pretending_cuda() -> Iterator[None]:
             "get_device_properties": PROPERTIES,
             "get_device_name": PROPERTIES.name,
             "synchronize": None,
+            "is_current_stream_capturing": False,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, _answering(answer)))
         stack.enter_context(mock.patch.object(driver, "_active", cast(Any, _Driver())))

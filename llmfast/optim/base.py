@@ -13,6 +13,7 @@ from llmfast.optim.plain import Amount, update_plainly
 from llmfast.optim.row import Bucket, Row, is_dense, is_dtensor
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, signature
+from llmfast.optim.watch import Watch
 
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
@@ -20,7 +21,8 @@ KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 class Plan(NamedTuple):
     """Who goes where, until something changes."""
 
-    groups: Any  # what the plan was made for: see `FusedOptimizer._groups`; None for a plan of one parameter
+    settings: Any  # of groups and options, that decide what the plan looks like
+    watch: Watch
     tables: list[PointerTable]  # through the kernels, one update launch each
     torch_rows: list[Row]  # through torch's own functions
     plain_rows: list[Row]  # through `update_plainly`
@@ -196,36 +198,35 @@ class FusedOptimizer(StateKeeper):
                 total += sums
                 continue
             # One number, however the pieces are divided into tables here: on other ranks they may be otherwise.
-            total.append(torch.stack(_all_on(sums[0].device, sums)).sum())
+            total.append(_stacked(_all_on(sums[0].device, sums)).sum())
             for dim in bucket.dims:
                 torch.distributed.all_reduce(total[-1], group=bucket.mesh.get_group(dim))
         devices = dict.fromkeys([*(t.signature.device for t in plan.tables), *(row.local.device for row in others)])
-        return {device: torch.stack(_all_on(device, total)) for device in devices}
+        return {device: _stacked(_all_on(device, total)) for device in devices}
 
     # Who goes where.
 
     def still_holds(self, plan: Plan) -> bool:
         return (
-            (plan.groups is None or self._groups() == plan.groups)
-            and all(table.holds(self.state) for table in plan.tables)
+            plan.settings == self._settings()
+            and all(table.looks() for table in plan.tables)
+            and all(row.looks() for row in (*plan.torch_rows, *plan.plain_rows))
             and all(p.grad is None for p in plan.waiting)
-            and all(row.holds(self.state.get(row.param)) for row in (*plan.torch_rows, *plan.plain_rows))
+            and plan.watch.holds(self.param_groups, self.state)
         )
 
-    def _groups(self) -> Any:
-        """What shows that somebody added, removed or replaced parameters, or switched an option that adds a state."""
+    def _settings(self) -> Any:
         o = self.options
-        groups = [
-            (self._state_names(group), group["differentiable"], [id(p) for p in group["params"]])
-            for group in self.param_groups
-        ]
+        groups = [(self._state_names(group), group["differentiable"]) for group in self.param_groups]
         return groups, o.master_weights, o.state_dtype, o.ema_decay is None
 
     def make_plan(self, chosen: Tensor | None = None) -> Plan:
         """For all parameters, or for one."""
         self._refuse_what_no_path_takes()
         signatures: dict[Signature, list[Row]] = {}
-        plan = Plan(self._groups() if chosen is None else None, [], [], [], [])
+        torch_rows: list[Row] = []
+        plain_rows: list[Row] = []
+        waiting: list[Tensor] = []
         identity = -1
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -233,17 +234,20 @@ class FusedOptimizer(StateKeeper):
                 if chosen is not None and p is not chosen:
                     continue
                 if p.grad is None and not self.state.get(p):
-                    plan.waiting.append(p)
+                    waiting.append(p)
                     continue
                 row = self._row(p, index, identity)
                 if self._is_for_kernels(row, group):
                     signatures.setdefault(signature(row), []).append(row)
                 elif self._is_for_torch(row, group):
-                    plan.torch_rows.append(row)
+                    torch_rows.append(row)
                 else:
-                    plan.plain_rows.append(row)
-        plan.tables.extend(PointerTable(key, rows, self.rule) for key, rows in signatures.items())
-        return plan
+                    plain_rows.append(row)
+        tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
+        for table in tables:
+            table.looks()
+        watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
+        return Plan(self._settings(), watch, tables, torch_rows, plain_rows, waiting)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
         p, g = row.local, row.grad
@@ -307,6 +311,10 @@ def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
 
 def _all_on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to(device, non_blocking=True) for t in tensors]
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].reshape(1) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _square(row: Row) -> Tensor:

@@ -4,14 +4,16 @@ Parameters, states and sizes are written into it once. What changes from step to
 hyperparameters, shares one small buffer: refreshing it is one asynchronous copy, or none where nothing changed.
 """
 
-from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmfast.optim.row import Bucket, Row, grad_of, local
+from llmfast.optim.row import Bucket, Row, grad_of
+
+_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 
 class Signature(NamedTuple):
@@ -50,20 +52,20 @@ class PointerTable:
         from llmfast_kernels import optimizer as kernels
 
         self.signature, self.rule = signature, rule
-        self.rows = rows
         device = signature.device
         T = len(rows)
         self._params = [row.param for row in rows]
         self._locals = [row.local for row in rows]
         self._are_dtensors = any(row.param is not row.local for row in rows)
-        self._numels = [p.numel() for p in self._locals]
         self._strides = [p.stride() for p in self._locals]
-        chunks = [-(-numel // kernels.CHUNK) for numel in self._numels]
+        self._contiguous = all(p.is_contiguous() for p in self._locals)
+        numels = [p.numel() for p in self._locals]
+        chunks = [-(-numel // kernels.CHUNK) for numel in numels]
         table = np.zeros((T, kernels.COLUMNS.value), np.int64)
         for t, row in enumerate(rows):
             addresses = row.local, *row.states, *row.scales, row.low, row.ema  # from column PARAM to EMA
             table[t, : len(addresses)] = [0 if a is None else a.data_ptr() for a in addresses]
-        table[:, kernels.NUMEL.value] = self._numels
+        table[:, kernels.NUMEL.value] = numels
         table[:, kernels.FIRST_CHUNK.value] = np.cumsum([0, *chunks[:-1]])
         table[:, kernels.HYPER.value] = [row.group for row in rows]
         table[:, kernels.IDENTITY.value] = [row.identity for row in rows]
@@ -78,52 +80,50 @@ class PointerTable:
         self.steps = torch.stack([row.state["step"].to(device, torch.float32).reshape(()) for row in rows])  # (T,)
         for row, step in zip(rows, self.steps.unbind()):
             row.state["step"] = step
-        # What the table points to, to be looked at again before every step.
-        self._entries = [(row.state, len(row.state), tuple(row.state.items())) for row in rows]
-        tensors = [local(t) for _, _, items in self._entries for _, t in items if isinstance(t, Tensor)]
-        self._tensors = [*self._locals, *tensors]
-        self._addresses = [t.data_ptr() for t in self._tensors]
-
         self._host = self._dynamic = torch.empty(0)
         self.grads = self.hyper = self._dynamic
-        self._grad_addresses: list[int] = []
+        self._addresses_now: list[int] = []  # of the gradients
+        self._addresses: list[int] = []  # those that the device knows
         self._hyper_values: list[list[float]] = []
 
-    def holds(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """False once something the table points to is no longer what it was; `states` are the optimizer's.
+    def looks(self) -> bool:
+        """Take notice of the gradients; False if one has come in another dtype or memory order than the table's."""
+        grads: list[Any] = list(map(grad_of if self._are_dtensors else _grad, self._params))
+        strides = self._strides
+        try:
+            addresses = self._addresses_of(grads, strides)
+        except TypeError:  # some have no gradient
+            there = [g for g in grads if g is not None]
+            addresses = self._addresses_of(there, [s for s, g in zip(strides, grads) if g is not None])
+            if addresses is not None:
+                left = iter(addresses)
+                addresses = [0 if g is None else next(left) for g in grads]
+        self._addresses_now = addresses or []
+        return addresses is not None
 
-        Parameters or states may have moved or been replaced, or a gradient come in another dtype or memory order.
-        """
-        dtype = self.signature.grad_dtype
-        for g, strides in zip(self._gradients(), self._strides):
-            if g is not None and (g.stride() != strides or g.dtype is not dtype or g.layout is not torch.strided):
-                return False
-        if self._are_dtensors and any(local(p) is not piece for p, piece in zip(self._params, self._locals)):
-            return False
-        if [t.data_ptr() for t in self._tensors] != self._addresses:
-            return False
-        if [p.numel() for p in self._locals] != self._numels:
-            return False
-        for p, (state, length, items) in zip(self._params, self._entries):
-            if states.get(p) is not state or len(state) != length:
-                return False
-            for name, value in items:
-                if state.get(name) is not value:
-                    return False
-        return True
-
-    def _gradients(self) -> list[Tensor | None]:
-        return [grad_of(p) for p in self._params] if self._are_dtensors else [p.grad for p in self._params]
+    def _addresses_of(self, grads: list[Tensor], strides: list[tuple[int, ...]]) -> list[int] | None:
+        """Of such gradients; None if the table cannot take them."""
+        try:
+            if self._contiguous:
+                fits = all(map(Tensor.is_contiguous, grads))
+            else:
+                fits = list(map(Tensor.stride, grads)) == strides
+            addresses = list(map(Tensor.data_ptr, grads))
+        except (RuntimeError, NotImplementedError):  # a sparse one has neither
+            return None
+        if not fits or list(map(_dtype, grads)).count(self.signature.grad_dtype) != len(grads):
+            return None
+        # An empty gradient has no address, but is one.
+        return [address or 1 for address in addresses] if 0 in addresses else addresses
 
     def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> None:
         """Bring gradient addresses (0 for none) and hyperparameters, one list a group, up to date on the device.
 
-        A learning rate that lives on the device is copied there, unseen by the host.
+        To be called when `looks` has. A learning rate that lives on the device is copied there, unseen by the host.
         """
-        # An empty gradient has no address, but is one.
-        addresses = [0 if g is None else g.data_ptr() or 1 for g in self._gradients()]
+        addresses = self._addresses_now
         capturing = self.signature.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing or addresses != self._grad_addresses or hyper != self._hyper_values:
+        if capturing or addresses != self._addresses or hyper != self._hyper_values:
             self._upload(addresses, hyper, capturing)
         for row, lr in enumerate(lrs):
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
@@ -153,7 +153,7 @@ class PointerTable:
             self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, hyperparameters)
         self._dynamic.copy_(host, non_blocking=True)
         # A graph's buffer is written at its replays; the next step outside must not trust what it finds.
-        self._grad_addresses, self._hyper_values = ([], []) if capturing else (addresses, hyper)
+        self._addresses, self._hyper_values = ([], []) if capturing else (addresses, hyper)
         if capturing:
             self._captured.append(self._dynamic)
             self._dynamic = torch.empty(0)

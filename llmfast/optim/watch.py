@@ -1,0 +1,50 @@
+"""Whether parameters and states are still those, and still where, that a plan was made for.
+
+Kernels take addresses, so everything is looked at before every step, and a step of hundreds of small tensors is as fast
+as the looking. Hence what may look odd here: `map` over functions written in C is the fastest loop that Python has.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from llmfast.optim.row import is_dtensor, local
+
+
+class Watch:
+    """Parameters in their groups, and their states: all of them, or those of one parameter."""
+
+    def __init__(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], only: Tensor | None) -> None:
+        self._only = only
+        self._params = [list(group["params"]) for group in groups]
+        watched = list(chain.from_iterable(self._params)) if only is None else [only]
+        self._dtensors = [(p, local(p)) for p in watched if is_dtensor(p)]
+        self._locals = [local(p) for p in watched]
+        self._params_at, self._states_at = self._look(state)
+
+    def holds(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> bool:
+        if self._only is None:
+            if len(groups) != len(self._params):
+                return False
+            for group, params in zip(groups, self._params):
+                now = group["params"]
+                if len(now) != len(params) or not all(map(is_, now, params)):
+                    return False
+        if not all(local(p) is piece for p, piece in self._dtensors):
+            return False
+        return self._look(state) == (self._params_at, self._states_at)
+
+    def _look(self, state: dict[Any, dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Addresses of the parameters, and of all that is in the states."""
+        states = state.values() if self._only is None else [state.get(self._only, {})]
+        values: Iterable[Any] = chain.from_iterable(map(dict.values, states))
+        if self._dtensors:
+            values = map(local, values)
+        try:
+            return list(map(Tensor.data_ptr, self._locals)), list(map(Tensor.data_ptr, values))
+        except TypeError:  # somebody keeps something else there
+            found = chain.from_iterable(map(dict.values, states))
+            return [], [local(t).data_ptr() if isinstance(t, Tensor) else id(t) for t in (*self._locals, *found)]

@@ -1,0 +1,71 @@
+"""Bytes a parameter that a step moves, tables and all, counted as a GPU would move them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, counting
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRMSprop, FusedSGD
+
+TENSORS = 200
+SHAPE = (72, 72)
+NUMEL = TENSORS * 72 * 72  # more than a million
+F32, BF16 = torch.float32, torch.bfloat16
+MOMENTUM = {"momentum": 0.9}
+
+# Optimizer, dtype of parameters and gradients, options, bytes a parameter: what must be moved, and a little.
+BUDGETS: list[tuple[Callable[..., torch.optim.Optimizer], torch.dtype, dict[str, Any], float]] = [
+    (FusedAdamW, F32, {}, 28.3),
+    (FusedAdam, F32, {"weight_decay": 0.1}, 28.3),
+    (FusedAdamW, F32, {"amsgrad": True}, 36.3),
+    (FusedAdamW, F32, {"max_grad_norm": 1.0}, 32.4),
+    (FusedAdamW, F32, {"ema_decay": 0.99}, 36.3),
+    (FusedAdamW, F32, {"zero_grads": True}, 32.3),
+    (FusedSGD, F32, {}, 12.3),
+    (FusedSGD, F32, MOMENTUM, 20.3),
+    (FusedRMSprop, F32, {}, 20.3),
+    (FusedRMSprop, F32, {"centered": True, **MOMENTUM}, 36.3),
+    (FusedAdagrad, F32, {}, 20.3),
+    (FusedAdamW, BF16, {"master_weights": "fp32", "state_dtype": F32}, 28.3),
+    (FusedAdamW, BF16, {"master_weights": "split16", "state_dtype": F32}, 26.3),
+    (FusedAdamW, BF16, {"master_weights": "split16", "state_dtype": BF16}, 18.3),
+    (FusedAdamW, BF16, {"master_weights": "split8", "state_dtype": BF16}, 16.3),
+    (FusedAdamW, BF16, {"master_weights": "kahan"}, 18.3),
+    (FusedAdamW, BF16, {"master_weights": "stochastic"}, 14.3),
+    (FusedAdamW, BF16, {"master_weights": "stochastic", "state_dtype": "8bit"}, 10.5),
+    (FusedAdamW, BF16, {"state_dtype": "8bit"}, 10.5),
+]
+
+
+def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, Any]) -> Counts:
+    with pretending_cuda():
+        params = [torch.zeros(SHAPE, dtype=dtype, requires_grad=True) for _ in range(TENSORS)]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer = make(params, **options)
+        with counting(dry=True):
+            optimizer.step()  # makes the states
+        with counting(dry=True) as counts:
+            optimizer.step()
+    return counts
+
+
+@pytest.mark.parametrize(("make", "dtype", "options", "budget"), BUDGETS)
+def test_bytes_a_parameter(
+    make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, Any], budget: float
+) -> None:
+    total = step_of(make, dtype, options).total()
+    print(f"{total.dram / NUMEL:.2f} bytes a parameter")
+    assert total.dram <= budget * NUMEL
+    assert total.calls == (4 if "max_grad_norm" in options else 2)
+    assert not total.syncs
+
+
+def test_torchs_own_ways_move_more() -> None:
+    ours = step_of(FusedAdamW, F32, {}).total().dram
+    assert step_of(torch.optim.AdamW, F32, {"foreach": True}).total().dram > 2.5 * ours
+    rmsprop = step_of(torch.optim.RMSprop, F32, {"foreach": True}).total().dram
+    assert rmsprop > 2.5 * step_of(FusedRMSprop, F32, {}).total().dram
