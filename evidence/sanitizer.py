@@ -224,7 +224,8 @@ class Sanitizer(Observer):
             memory.loaded[at] = np.where(others, -1, self._program + 1)
 
     def loaded(self, access: Access, values: Array) -> None:
-        if access.size > 1 and values.itemsize == access.size:
+        # Any 16 bits are an ordinary integer: only as a number with a fraction, or in more bits, is the pattern odd.
+        if access.size > 1 and values.itemsize == access.size and values.dtype != np.int16:
             undefined = values.view(f"u{access.size}") == _repeated(PATTERN, access.size)
             if undefined.any():
                 self._undefined.append((access.argument or "memory", access.addresses[undefined], access.size))
