@@ -33,6 +33,7 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
     rule = "adagrad"
     squares = frozenset({"sum"})
     takes_sparse = True
+    cpu_kernel_dtypes = (torch.float32, torch.float64, torch.bfloat16)  # in float16 its eps is 0, and 0 / 0 is NaN
 
     def __init__(
         self,

@@ -10,9 +10,9 @@ from torch import Tensor
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
 from llmfast.optim.plain import Amount, update_plainly
-from llmfast.optim.row import Bucket, Row, is_dense, is_dtensor
+from llmfast.optim.row import Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
 from llmfast.optim.state import StateKeeper
-from llmfast.optim.table import PointerTable, Signature, signature
+from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
 
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
@@ -27,6 +27,8 @@ class Plan(NamedTuple):
     torch_rows: list[Row]  # through torch's own functions
     plain_rows: list[Row]  # through `update_plainly`
     waiting: list[Tensor]  # had no gradient yet
+    dtensors: list[Tensor]  # whichever way they go
+    buckets: dict[Bucket, torch.device]  # of these: the same on all ranks, whatever gradients each of them has
 
 
 class FusedOptimizer(StateKeeper):
@@ -41,9 +43,11 @@ class FusedOptimizer(StateKeeper):
     _step_supports_amp_scaling = True
     _plan: Plan | None = None
 
+    _in_graphs: tuple[PointerTable, ...] = ()
     steps_in_backward = False  # see `optimizer_in_backward`
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
-    has_cpu_kernel: ClassVar[bool] = True
+    # In which torch's fused CPU kernel is right.
+    cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
 
     grad_norm: Tensor | None = None
     """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device."""
@@ -87,8 +91,10 @@ class FusedOptimizer(StateKeeper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.steps_in_backward:
+        if self.steps_in_backward and all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
+        if self._plan is not None:
+            bring_together(self._plan.dtensors)
         if self._plan is None or not self.still_holds(self._plan):
             self._plan = self.make_plan()
         self.follow(self._plan)
@@ -99,8 +105,10 @@ class FusedOptimizer(StateKeeper):
         if plan.tables:
             hyper, lrs = [self._hyper(group) for group in self.param_groups], [g["lr"] for g in self.param_groups]
             for table in plan.tables:
-                table.refresh(hyper, lrs)
+                if table.refresh(hyper, lrs):
+                    self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
         sums = {} if self.options.max_grad_norm is None else self._sums(plan)
+        self.grad_norm = None
         for table in plan.tables:
             device = table.signature.device
             norm = table.step(sums.get(device), self.options.zero_grads, *(_on(device, t) for t in amp))
@@ -118,6 +126,8 @@ class FusedOptimizer(StateKeeper):
                 if self.options.zero_grads:
                     for row in here:
                         cast(Tensor, row.param.grad).zero_()
+        if sums and self.grad_norm is None:  # the gradients are all on other ranks
+            self.grad_norm = Amount.of(amp[0], None, next(iter(sums.values())), self.options.max_grad_norm).norm
 
     # Without kernels.
 
@@ -126,8 +136,7 @@ class FusedOptimizer(StateKeeper):
             return
         for index, group in enumerate(self.param_groups):
             mine = [row for row in rows if row.group == index]
-            # torch's fused CPU kernels walk parameter and gradient in memory order, right only where these agree.
-            fused = [row for row in mine if self._is_for_cpu_kernel(row) and row.matches(row.grad)]
+            fused = [row for row in mine if self._is_for_cpu_kernel(row)]
             self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
             chosen = {id(row) for row in fused}
             others = [row for row in mine if id(row) not in chosen]
@@ -154,13 +163,13 @@ class FusedOptimizer(StateKeeper):
 
     def _total_decay(self, group: dict[str, Any]) -> Any:
         by_lr, decay, _ = self._decay(group)
-        lr = group["lr"]
+        lr = _scalar(group["lr"])
         return by_lr * lr + decay * (lr != 0)
 
     def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
         for row in rows:
             group = self.param_groups[row.group]
-            arguments = self._rule_arguments(group) | {"lr": group["lr"]}
+            arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
             arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
             update_plainly(self.rule, row, amount, arguments, -1.0 if group["maximize"] else 1.0, self.options)
 
@@ -186,7 +195,7 @@ class FusedOptimizer(StateKeeper):
 
     def _sums(self, plan: Plan) -> dict[torch.device, Tensor]:
         """On every device there is, float64 numbers that add up to the square of the norm of all gradients."""
-        parts: dict[Bucket | None, list[Tensor]] = {}
+        parts: dict[Bucket | None, list[Tensor]] = {bucket: [] for bucket in plan.buckets}
         for table in plan.tables:
             parts.setdefault(table.signature.bucket, []).append(table.sum_squares())
         others = [*plan.torch_rows, *plan.plain_rows]
@@ -198,10 +207,12 @@ class FusedOptimizer(StateKeeper):
                 total += sums
                 continue
             # One number, however the pieces are divided into tables here: on other ranks they may be otherwise.
+            sums = sums or [_zero(plan.buckets[bucket])]
             total.append(_stacked(_all_on(sums[0].device, sums)).sum())
             for dim in bucket.dims:
                 torch.distributed.all_reduce(total[-1], group=bucket.mesh.get_group(dim))
         devices = dict.fromkeys([*(t.signature.device for t in plan.tables), *(row.local.device for row in others)])
+        devices |= dict.fromkeys(plan.buckets.values())
         return {device: _stacked(_all_on(device, total)) for device in devices}
 
     # Who goes where.
@@ -222,7 +233,14 @@ class FusedOptimizer(StateKeeper):
 
     def make_plan(self, chosen: Tensor | None = None) -> Plan:
         """For all parameters, or for one."""
+        if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
+            raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         self._refuse_what_no_path_takes()
+        params = [p for group in self.param_groups for p in group["params"]] if chosen is None else [chosen]
+        dtensors = [p for p in params if is_dtensor(p)]
+        bring_together(dtensors)
+        shards = [(shard_of(p).bucket, local(p).device) for p in dtensors]
+        buckets = {bucket: device for bucket, device in shards if bucket is not None}
         signatures: dict[Signature, list[Row]] = {}
         torch_rows: list[Row] = []
         plain_rows: list[Row] = []
@@ -247,7 +265,7 @@ class FusedOptimizer(StateKeeper):
         for table in tables:
             table.looks()
         watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
-        return Plan(self._settings(), watch, tables, torch_rows, plain_rows, waiting)
+        return Plan(self._settings(), watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
         p, g = row.local, row.grad
@@ -269,13 +287,13 @@ class FusedOptimizer(StateKeeper):
 
     def _is_for_cpu_kernel(self, row: Row) -> bool:
         """True if torch's CPU kernel, where it has one, makes this very update: all is kept in the same dtype."""
-        p, g = row.local, row.param.grad
+        p, g = row.local, row.grad
         return (
-            self.has_cpu_kernel
+            p.dtype in self.cpu_kernel_dtypes
             and p.device.type == "cpu"
-            and not p.is_complex()
             and row.master is None
-            and (g is None or (g.dtype == p.dtype and g.layout == torch.strided))
+            # They walk parameter and gradient in memory order, right only where these agree.
+            and (g is None or (g.dtype == p.dtype and row.matches(g)))
             and all(t is None or t.dtype == p.dtype for t in row.states)
             and not self.param_groups[row.group]["differentiable"]
         )
@@ -305,6 +323,11 @@ class FusedOptimizer(StateKeeper):
         self._plan = None
 
 
+def _scalar(lr: float | Tensor) -> float | Tensor:
+    """Without dimensions, which would broadcast, where a tensor's one element may have some."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
 def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(device, non_blocking=True)
 
@@ -317,12 +340,16 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].reshape(1) if len(tensors) == 1 else torch.stack(tensors)
 
 
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=device)
+
+
 def _square(row: Row) -> Tensor:
     """The sum of the squares of a gradient, of the piece of it that is here, in float64."""
     g = row.grad
     if g is None:
-        return torch.zeros((), dtype=torch.float64, device=row.local.device)
+        return _zero(row.local.device)
     if g.layout != torch.strided:
         g = g.coalesce().values()
-    norm: Tensor = torch.linalg.vector_norm(g)
+    norm: Tensor = torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
     return norm.double() ** 2

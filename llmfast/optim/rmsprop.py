@@ -34,7 +34,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     rule = "rmsprop"
     squares = frozenset({"square_avg"})
-    has_cpu_kernel = False
+    cpu_kernel_dtypes = ()
 
     def __init__(
         self,

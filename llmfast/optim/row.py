@@ -92,12 +92,23 @@ def local(t: Tensor) -> Tensor:
 
 
 def grad_of(p: Tensor) -> Tensor | None:
-    """The gradient of the piece of `p` that is here."""
+    """The gradient of the piece of `p` that is here.
+
+    A gradient that is spread otherwise, as one that ranks have parts of, is brought together first, and stays so.
+    """
     g: Any = p.grad
     if g is None or g is local(g):
         return g
     placements = p.placements  # type: ignore[attr-defined]
-    return local(g if g.placements == placements else g.redistribute(placements=placements))
+    if g.placements != placements:
+        p.grad = g = g.redistribute(placements=placements)
+    return local(g)
+
+
+def bring_together(dtensors: list[Tensor]) -> None:
+    """Gradients that are spread otherwise than their parameters, in an order that is the same on all ranks."""
+    for p in dtensors:
+        grad_of(p)
 
 
 def shard_of(p: Tensor) -> Shard:

@@ -32,6 +32,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
     rule = "sgd"
     takes_sparse = True
+    cpu_kernel_dtypes = (torch.float32, torch.float64)  # of fewer bits, whole vectors stay as they are: pytorch#191763
 
     def __init__(
         self,
@@ -70,24 +71,27 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         grad_scale: Tensor | None,
         differentiable: bool,
     ) -> None:
-        # Torch has no buffer before the first gradient, which it does not damp; here it is there, and zero.
-        damped = [bool(group["dampening"]) and bool(state["step"] == 0) for state in states]
+        # Torch has no buffer before the first gradient, which it neither damps nor differentiates; here it is there.
+        started = [bool(state["step"] > 0) for state in states]
         for first in (False, True):
-            chosen = [i for i, is_first in enumerate(damped) if is_first == first]
+            chosen = [i for i, has in enumerate(started) if has != first]
             if not chosen:
                 continue
             mine = [states[i] for i in chosen]
+            buffers = [None if first else state.get("momentum_buffer") for state in mine]
             sgd(
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
-                [state.get("momentum_buffer") for state in mine],
+                buffers,
                 has_sparse_grad=any(grads[i].layout != torch.strided for i in chosen),
                 foreach=False, fused=fused, grad_scale=grad_scale,
                 weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
-                dampening=0.0 if first else group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+                dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
             )  # fmt: skip
-            for state in mine:
+            for state, buffer in zip(mine, buffers):
                 state["step"] += 1
+                if first and buffer is not None:
+                    state["momentum_buffer"].copy_(buffer)
 
     def _exported(self, p: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
         """As torch has it: no buffer before the first step, and no counter but where rounding depends on it."""

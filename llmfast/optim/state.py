@@ -60,7 +60,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             self._check(p, name, state)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
             before = state.get("momentum_buffer") is not None and self.rule == "sgd"
-            state["step"] = torch.tensor(float(before))
+            state["step"] = torch.tensor(float(before), dtype=torch.float32)
         if p.device.type != "cpu" and state["step"].device != p.device and not p.is_complex():
             state["step"] = state["step"].to(p.device, torch.float32)
         self._keep_low(p, identity, state)
@@ -85,6 +85,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             return
         if t.shape != p.shape or t.device != p.device:  # of another model, or left behind
             raise ValueError(f"state {name} is {describe(t)}, its parameter {describe(p)}")
+        if _spread(t) != _spread(p):
+            raise ValueError(
+                f"state {name} of {describe(p)} is spread over ranks as {_spread(t)}, its parameter as {_spread(p)}; "
+                "torch.distributed.checkpoint brings a state to where it belongs"
+            )
         scale, groups = state.get(f"{name}_scale"), -(-local(t).numel() // formats.GROUP)
         if t.dtype in CODES.values() and name not in OWN_NAMES and (scale is None or scale.shape != (groups,)):
             came = "none" if scale is None else describe(scale)
@@ -199,8 +204,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             if (state := saved["state"].get(key)) is not None:
                 codes = [name for name in state if f"{name}_scale" in state]
                 decoded = {name: self._decoded(state, name) for name in codes}
-                ours = (*OWN_NAMES, *(f"{name}_scale" for name in codes))
+                ours = {*OWN_NAMES, *(f"{name}_scale" for name in codes), *(["step"] if self.rule == "sgd" else [])}
                 saved["state"][key] = {k: v for k, v in {**state, **decoded}.items() if k not in ours}
+        for group in saved["param_groups"]:
+            for name in self.own_group_keys:
+                group.pop(name, None)
         return saved
 
     def _params_by_key(self) -> dict[Any, Tensor]:
@@ -214,6 +222,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                 if f"{name}_scale" in state:
                     exported[name] = self._decoded(state, name)
                     del exported[f"{name}_scale"]
+                elif name == "remainder" and state[name].dtype == torch.int16:  # NCCL and gloo do not carry that
+                    exported[name] = state[name].int()
         return exported
 
     @torch.no_grad()
@@ -234,6 +244,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             for name, value in saved.items():
                 if isinstance(value, Tensor) and self._stays_as_saved(name, value, saved):
                     self.state[p][name] = value.to(p.device)
+                    if value.dtype == torch.int32:  # a DTensor's "remainder": see `_exported`
+                        self.state[p][name] = value.to(p.device, torch.int16)
         for group, kept in zip(self.param_groups, mine):
             for key, value in kept.items():
                 group.setdefault(key, value)
@@ -270,6 +282,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                     p.copy_(value)
 
 
+def _spread(t: Tensor) -> Any:
+    """Placements and mesh of a DTensor."""
+    return (t.placements, t.device_mesh) if is_dtensor(t) else None  # type: ignore[attr-defined]
+
+
 def _lies_like(t: Tensor, p: Tensor) -> bool:
     """True if `t` lies in memory as `p` does, or as a tensor made like `p` would."""
     return local(t).stride() == local(p).stride() or not is_dense(local(p))
@@ -295,6 +312,9 @@ def _low_bits(p: Tensor, value: Tensor, master: str, dtype: torch.dtype) -> Tens
         local(made).copy_(torch.where(missed.isfinite(), missed, 0))
     else:
         high, low = formats.split(x, formats.BITS[master])
-        # Where the parameter has been set to something else, nothing is known beyond its dtype.
-        local(made).copy_(torch.where(high == local(p), low, 0))
+        # It may have been rounded to the other neighbour. Where it is further away, somebody has set it since, and
+        # nothing is known beyond its dtype.
+        known = (x - local(p).float()).abs() <= 2.0**-7 * local(p).float().abs()
+        local(p).copy_(torch.where(known, high, local(p)))
+        local(made).copy_(torch.where(known, low, 0))
     return made

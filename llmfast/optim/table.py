@@ -81,6 +81,7 @@ class PointerTable:
         for row, step in zip(rows, self.steps.unbind()):
             row.state["step"] = step
         self._host = self._dynamic = torch.empty(0)
+        self._captured: list[Tensor] = []
         self.grads = self.hyper = self._dynamic
         self._addresses_now: list[int] = []  # of the gradients
         self._addresses: list[int] = []  # those that the device knows
@@ -116,30 +117,31 @@ class PointerTable:
         # An empty gradient has no address, but is one.
         return [address or 1 for address in addresses] if 0 in addresses else addresses
 
-    def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> None:
+    def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> bool:
         """Bring gradient addresses (0 for none) and hyperparameters, one list a group, up to date on the device.
 
         To be called when `looks` has. A learning rate that lives on the device is copied there, unseen by the host.
+        Returns True while a CUDA graph is captured.
         """
         addresses = self._addresses_now
-        capturing = self.signature.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing or addresses != self._addresses or hyper != self._hyper_values:
-            self._upload(addresses, hyper, capturing)
+        in_graph = capturing(self.signature.device)
+        if in_graph or addresses != self._addresses or hyper != self._hyper_values:
+            self._upload(addresses, hyper, in_graph)
         for row, lr in enumerate(lrs):
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 self.hyper[row, 0].copy_(lr.reshape(()), non_blocking=True)
+        return in_graph
 
-    def _upload(self, addresses: list[int], hyper: list[list[float]], capturing: bool) -> None:
+    def _upload(self, addresses: list[int], hyper: list[list[float]], in_graph: bool) -> None:
         T, shape = len(addresses), (len(hyper), len(hyper[0]))
         size = T + shape[0] * shape[1]
         pinned = self.signature.device.type == "cuda"
-        if capturing:
+        if in_graph:
             # A graph copies from this memory at every replay, so that it becomes the graph's, as does the buffer it is
             # copied to. Steps outside the graph take others. The step before has laid the memory by.
             host, self._host, self._dynamic = self._host, torch.empty(0), torch.empty(0)
             if host.numel() != size:
-                raise RuntimeError("take one step before a CUDA graph is captured, and one before each further capture")
-            self._captured = [*getattr(self, "_captured", []), host]
+                raise RuntimeError("take one step between two captures in CUDA graphs")
         else:
             # Pinned memory is torch's to reuse only once the copy from it is done: its allocator sees to that.
             host = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
@@ -152,11 +154,11 @@ class PointerTable:
             self.grads = self._dynamic[:T]  # (T,)
             self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, hyperparameters)
         self._dynamic.copy_(host, non_blocking=True)
-        # A graph's buffer is written at its replays; the next step outside must not trust what it finds.
-        self._addresses, self._hyper_values = ([], []) if capturing else (addresses, hyper)
-        if capturing:
-            self._captured.append(self._dynamic)
-            self._dynamic = torch.empty(0)
+        if in_graph:
+            self._captured += [host, self._dynamic]
+            self._addresses, self._hyper_values, self._dynamic = [], [], torch.empty(0)
+        else:
+            self._addresses, self._hyper_values = addresses, hyper
 
     def sum_squares(self) -> Tensor:
         """The sum of the squares of all gradients, as a float64 scalar on the device."""
@@ -189,3 +191,8 @@ class PointerTable:
             master=master, low_dtype=low_dtype, strided=strided, averaged=averaged, zero=zero,
         )  # fmt: skip
         return norm
+
+
+def capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

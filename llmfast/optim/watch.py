@@ -23,7 +23,7 @@ class Watch:
         watched = list(chain.from_iterable(self._params)) if only is None else [only]
         self._dtensors = [(p, local(p)) for p in watched if is_dtensor(p)]
         self._locals = [local(p) for p in watched]
-        self._params_at, self._states_at = self._look(state)
+        self._seen = self._look(state)
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> bool:
         if self._only is None:
@@ -35,16 +35,17 @@ class Watch:
                     return False
         if not all(local(p) is piece for p, piece in self._dtensors):
             return False
-        return self._look(state) == (self._params_at, self._states_at)
+        return self._look(state) == self._seen
 
-    def _look(self, state: dict[Any, dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Addresses of the parameters, and of all that is in the states."""
+    def _look(self, state: dict[Any, dict[str, Any]]) -> tuple[list[int], list[int], list[int]]:
+        """Sizes and addresses of the parameters, and addresses of all that is in the states."""
+        sizes = list(map(Tensor.numel, self._locals))  # a parameter cut short stays where it is
         states = state.values() if self._only is None else [state.get(self._only, {})]
         values: Iterable[Any] = chain.from_iterable(map(dict.values, states))
         if self._dtensors:
             values = map(local, values)
         try:
-            return list(map(Tensor.data_ptr, self._locals)), list(map(Tensor.data_ptr, values))
+            return sizes, list(map(Tensor.data_ptr, self._locals)), list(map(Tensor.data_ptr, values))
         except TypeError:  # somebody keeps something else there
             found = chain.from_iterable(map(dict.values, states))
-            return [], [local(t).data_ptr() if isinstance(t, Tensor) else id(t) for t in (*self._locals, *found)]
+            return sizes, [], [local(t).data_ptr() if isinstance(t, Tensor) else id(t) for t in (*self._locals, *found)]

@@ -1,0 +1,150 @@
+"""Clipping in the update: the norm, what comes of it, and what a norm that is not finite does."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evidence.pretend_cuda import pretending_cuda
+from llmfast.optim import FusedAdagrad, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+
+SHAPES = [(70, 80), (5,), (), (0, 4), (33, 7)]
+
+
+def parameters(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(s).to(dtypes[i % len(dtypes)]).requires_grad_() for i, s in enumerate(SHAPES)]
+
+
+def gradients(params: list[Tensor], step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for i, p in enumerate(params):
+        p.grad = None if (i + step) % 4 == 1 else (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
+
+
+def norm(params: list[Tensor]) -> float:
+    return math.sqrt(sum(p.grad.double().square().sum().item() for p in params if p.grad is not None))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (FusedAdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+        (FusedSGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+        (FusedRMSprop, torch.optim.RMSprop, {}),
+        (FusedAdagrad, torch.optim.Adagrad, {}),
+    ],
+)
+@pytest.mark.parametrize("max_norm", [1.0, 1e4])
+def test_clips_as_clip_grad_norm_does(path: str, ours: Any, theirs: Any, options: Any, max_norm: float) -> None:
+    a, b = parameters(), parameters()
+    mine, other = ours(a, max_grad_norm=max_norm, **options), theirs(b, **options)
+    for step in range(5):
+        gradients(a, step), gradients(b, step)
+        expected = torch.nn.utils.clip_grad_norm_(b, max_norm)
+        before = norm(a)
+        mine.step(), other.step()
+        assert mine.grad_norm.dtype == torch.float32 and mine.grad_norm.shape == ()
+        assert mine.grad_norm.item() == pytest.approx(before, rel=1e-6)
+        torch.testing.assert_close(mine.grad_norm, expected, rtol=1e-6, atol=0)
+    for p, q in zip(a, b):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-7)
+
+
+def test_one_norm_over_all_groups_and_dtypes(path: str) -> None:
+    """Also of parameters that go other ways: of float64, or with gradients in another memory order."""
+    params = parameters((torch.float32, torch.bfloat16, torch.float64))
+    odd = torch.randn(6, 8).requires_grad_()
+    optimizer = FusedAdamW([{"params": params[:2]}, {"params": [*params[2:], odd]}], max_grad_norm=1e-3, lr=1e-2)
+    gradients(params, 4)
+    odd.grad = torch.randn(8, 6).T
+    before = norm([*params, odd])
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(before, rel=1e-6)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(path: str, odd: float) -> None:
+    params = parameters()
+    optimizer = FusedAdamW(params, max_grad_norm=1.0, ema_decay=0.9)
+    gradients(params, 4)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    states = [{name: t.clone() for name, t in optimizer.state[p].items()} for p in params]
+    gradients(params, 4)
+    params[-1].grad[2, 3] = odd
+    optimizer.step()
+    assert not optimizer.grad_norm.isfinite()
+    for p, old, state in zip(params, before, states):
+        assert torch.equal(p, old)
+        assert all(torch.equal(t, state[name]) for name, t in optimizer.state[p].items())
+    gradients(params, 4)
+    optimizer.step()
+    assert optimizer.grad_norm.isfinite() and not torch.equal(params[0], before[0])
+
+
+def test_infinity_measures_and_clips_nothing(path: str) -> None:
+    def run(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
+        params = parameters()
+        optimizer = FusedAdamW(params, **options)
+        gradients(params, 4)
+        optimizer.step()
+        return optimizer, params
+
+    (measured, a), (_, b) = run(max_grad_norm=math.inf), run()
+    assert measured.grad_norm is not None and measured.grad_norm > 0
+    assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+def test_the_norm_is_of_unscaled_gradients(path: str) -> None:
+    a, b = parameters(), parameters()
+    mine, other = FusedAdamW(a, max_grad_norm=0.5), FusedAdamW(b, max_grad_norm=0.5)
+    gradients(a, 4, scale=1024.0), gradients(b, 4)
+    mine.grad_scale, mine.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    mine.step(), other.step()
+    torch.testing.assert_close(mine.grad_norm, other.grad_norm, rtol=1e-6, atol=0)
+    for p, q in zip(a, b):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_the_limit_may_change_between_steps(path: str) -> None:
+    p = torch.zeros(4, requires_grad=True)
+    optimizer = FusedSGD([p], lr=1.0, max_grad_norm=1.0)
+    for limit in (1.0, 0.5):
+        optimizer.options.max_grad_norm = limit
+        p.grad = torch.full((4,), 8.0)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), -0.75), rtol=1e-5, atol=0)
+
+
+def test_gradients_stay_as_they_are(kernels: None) -> None:
+    params = parameters()
+    optimizer = FusedAdamW(params, max_grad_norm=1e-3)
+    gradients(params, 4)
+    before = [None if p.grad is None else p.grad.clone() for p in params]
+    optimizer.step()
+    assert all(g is None if p.grad is None else torch.equal(p.grad, g) for p, g in zip(params, before))
+
+
+def test_the_host_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretending_cuda():
+        params = parameters((torch.float32, torch.bfloat16))
+        optimizer = FusedAdamW(params, max_grad_norm=1.0)
+        gradients(params, 4)
+        optimizer.step()
+        gradients(params, 3)
+        for name in ("item", "__bool__", "__float__", "__int__", "tolist", "nonzero", "cpu", "numpy"):
+            monkeypatch.setattr(Tensor, name, None if name == "item" else _refuse(name, getattr(Tensor, name)))
+        optimizer.step()
+
+
+def _refuse(name: str, was: Any) -> Any:
+    def refused(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # What the table sends to a device it writes on the host first.
+        if name == "numpy" and self.dtype == torch.int64:
+            return was(self, *args, **kwargs)
+        raise AssertionError(f"a step waits for the device in {name}")
+
+    return refused

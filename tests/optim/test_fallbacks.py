@@ -1,0 +1,167 @@
+"""Parameters that no kernel can take go other ways, each for itself; and the forms of weight decay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRMSprop, FusedSGD, scale_lr
+
+PAIRS: list[tuple[Any, Any, dict[str, Any]]] = [
+    (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}),
+    (FusedAdam, torch.optim.Adam, {"weight_decay": 0.1}),
+    (FusedSGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
+    (FusedRMSprop, torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    (FusedAdagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
+]
+
+
+def together(ours: Any, theirs: Any, options: dict[str, Any], p: Callable[[], Tensor], g: Callable[[int], Tensor]):  # type: ignore[no-untyped-def]
+    """Step an odd parameter beside an ordinary one, and the same in torch."""
+    found = []
+    for cls, more in ((ours, {}), (theirs, {"foreach": False})):
+        odd, beside = p(), torch.ones(5, requires_grad=True)
+        optimizer = cls([beside, odd], lr=0.05, **options, **more)
+        for step in range(3):
+            odd.grad, beside.grad = g(step), torch.full((5,), float(step + 1))
+            optimizer.step()
+        found.append((odd, beside, optimizer))
+    return found
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_dtypes(path: str, ours: Any, theirs: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+    (a, beside, _), (b, other, _) = together(
+        ours, theirs, options, lambda: torch.ones(6, dtype=dtype).requires_grad_(),
+        lambda step: (torch.arange(6) - 2.5 * step).to(dtype),
+    )  # fmt: skip
+    torch.testing.assert_close(a, b, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=1e-7)
+    torch.testing.assert_close(beside, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
+def test_gradients_in_another_memory_order(path: str, ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    """torch's fused CPU kernels would read them in the wrong order, without a word."""
+    (a, beside, optimizer), (b, other, _) = together(
+        ours, theirs, options, lambda: torch.arange(12.0).view(3, 4).requires_grad_(),
+        lambda step: torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).T,
+    )  # fmt: skip
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(beside, other, rtol=1e-6, atol=1e-6)
+    assert optimizer.state[beside]["step"] == optimizer.state[a]["step"] == 3
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
+def test_parameters_with_gaps_in_memory(path: str, ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    def make() -> Tensor:
+        return torch.arange(24.0).view(4, 6)[:, ::2].detach().requires_grad_()
+
+    (a, _, _), (b, _, _) = together(ours, theirs, options, make, lambda step: torch.full((4, 3), step - 0.5))
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [(FusedSGD, torch.optim.SGD, {}), (FusedAdagrad, torch.optim.Adagrad, {"lr_decay": 0.1})],
+)
+def test_sparse_gradients_where_torch_takes_them(path: str, ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    def g(step: int) -> Tensor:
+        return torch.sparse_coo_tensor(
+            torch.tensor([[1, 3, 1]]), torch.ones(3, 2) * (step + 1), (5, 2), check_invariants=True
+        )
+
+    (a, beside, _), (b, other, _) = together(ours, theirs, options, lambda: torch.ones(5, 2, requires_grad=True), g)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(beside, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("ours", [FusedAdamW, FusedAdam, FusedRMSprop])
+def test_sparse_gradients_are_refused_where_torch_refuses_them(path: str, ours: Any) -> None:
+    beside, p = torch.ones(4, requires_grad=True), torch.ones(5, 2, requires_grad=True)
+    optimizer = ours([beside, p])
+    beside.grad = torch.ones(4)
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (5, 2), check_invariants=True)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*sparse.*SparseAdam"):
+        optimizer.step()
+    assert torch.equal(beside.detach(), torch.ones(4)) and len(optimizer.state) == 0
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
+def test_gradients_can_flow_through_a_differentiable_step(path: str, ours: Any, theirs: Any, options: Any) -> None:
+    def through(cls: Any) -> Tensor:
+        start = torch.linspace(0.1, 1, 6, requires_grad=True)
+        p = start.clone()
+        optimizer = cls([p], lr=0.1, differentiable=True, **options)
+        for _ in range(2):
+            p.grad = start * 2
+            optimizer.step()
+        p.sum().backward()
+        assert start.grad is not None
+        return start.grad
+
+    # In torch, gradients cannot flow through two steps of these.
+    options = {name: value for name, value in options.items() if name not in ("amsgrad", "centered")}
+    if theirs is torch.optim.RMSprop:
+        options = {}
+    torch.testing.assert_close(through(ours), through(theirs))
+
+
+def test_odd_parameters_are_skipped_with_the_others(path: str) -> None:
+    params = [torch.ones(4, requires_grad=True), torch.ones(3, dtype=torch.complex64, requires_grad=True)]
+    params += [torch.ones(3, dtype=torch.float64, requires_grad=True)]
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+    for found_inf in (1.0, 0.0):
+        for p in params:
+            p.grad = torch.ones_like(p) * 64
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(found_inf)
+        optimizer.step()
+        for p in params:
+            torch.testing.assert_close(p.detach(), torch.full_like(p, 1.0 if found_inf else 0.9))
+
+
+def decayed(decay: Any, lrs: list[float], **options: Any) -> float:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = FusedAdamW([p], lr=lrs[0], weight_decay=0.1, decay=decay, **options)
+    for lr in lrs:
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.zeros(3)
+        optimizer.step()
+    return p[0].item()
+
+
+def test_forms_of_decoupled_decay(path: str) -> None:
+    lrs = [0.5, 0.25, 0.0]
+    assert decayed("lr", lrs) == pytest.approx((1 - 0.05) * (1 - 0.025))
+    assert decayed("independent", lrs) == pytest.approx((1 - 0.1) ** 2)  # at lr 0 nothing moves
+    assert decayed("relative", lrs) == pytest.approx((1 - 0.1) * (1 - 0.05))
+
+
+def test_the_largest_rate_can_be_given_to_a_group(path: str) -> None:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = FusedAdamW([{"params": [p], "lr_max": 1.0}], lr=0.5, weight_decay=0.1, decay="relative")
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    assert p[0].item() == pytest.approx(0.95)
+    torchs = torch.optim.AdamW([p], lr=0.5)
+    optimizer.load_state_dict(torchs.state_dict())  # knows nothing of it
+    assert optimizer.param_groups[0]["lr_max"] == 1.0
+
+
+def test_refuses_other_decay() -> None:
+    with pytest.raises(ValueError, match="decay must be one of"):
+        FusedAdamW([torch.ones(2)], decay="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="above 0"):
+        FusedAdamW([torch.ones(2)], lr=0.0, decay="relative")
+
+
+def test_scaling_a_learning_rate() -> None:
+    assert scale_lr(0.1, 1024, 256) == pytest.approx(0.4)
+    assert scale_lr(1e-3, 1024, 256, rule="sqrt") == pytest.approx(2e-3)
+    for bad, message in (((0.0, 1, 1), "lr must"), ((1.0, 0, 1), "batch must"), ((1.0, 1, -1), "base_batch must")):
+        with pytest.raises(ValueError, match=message):
+            scale_lr(*bad)
+    with pytest.raises(ValueError, match="rule must"):
+        scale_lr(1.0, 1, 1, rule="cubic")  # type: ignore[arg-type]
