@@ -91,8 +91,11 @@ class FusedOptimizer(StateKeeper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.steps_in_backward and all(p.grad is None for group in self.param_groups for p in group["params"]):
-            return loss
+        if self.steps_in_backward:
+            if getattr(self, "grad_scale", None) is not None:
+                raise RuntimeError("optimizer_in_backward has stepped with scaled gradients: GradScaler comes too late")
+            if all(p.grad is None for group in self.param_groups for p in group["params"]):
+                return loss
         if self._plan is not None:
             bring_together(self._plan.dtensors)
         if self._plan is None or not self.still_holds(self._plan):
@@ -101,7 +104,8 @@ class FusedOptimizer(StateKeeper):
         return loss
 
     def follow(self, plan: Plan) -> None:
-        amp: tuple[Tensor | None, Tensor | None] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+        amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
             hyper, lrs = [self._hyper(group) for group in self.param_groups], [g["lr"] for g in self.param_groups]
             for table in plan.tables:

@@ -118,6 +118,8 @@ def shard_of(p: Tensor) -> Shard:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements, shape = p.device_mesh, p.placements, p.shape  # type: ignore[attr-defined]
+    if mesh.get_coordinate() is None:  # nothing of it is here
+        return Shard()
     dims = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
     bucket = Bucket(mesh, dims) if dims else None
     sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
