@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from llmfast._checks import expect
 from llmfast.optim.base import FusedOptimizer, Plan
 
+_REDUCE_LATER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
+
 
 class ReleaseHandle:
     """Ends what `optimizer_in_backward` began."""
@@ -39,7 +41,8 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
 
     There is then never more than a few gradients at a time. A training step is `loss.backward()`; calling
     `optimizer.step()` after it does nothing more, and keeps learning-rate schedulers content. The numbers are those of
-    stepping after backward. Every backward steps, so that gradients cannot be accumulated over several.
+    stepping after backward. Every backward steps, so that gradients cannot be accumulated over several. With FSDP2
+    (`fully_shard` comes first) a gradient is complete when it has been reduced; wrappers that reduce later are refused.
 
     Args:
         model: all of its parameters that require gradients must be the optimizer's.
@@ -49,8 +52,8 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
         A handle, whose `remove()` ends it.
 
     Raises:
-        ValueError: a parameter of the model is not the optimizer's, or the optimizer has `max_grad_norm` or
-            differentiable groups.
+        ValueError: a parameter of the model is not the optimizer's, the optimizer has `max_grad_norm` or
+            differentiable groups, or the model contains DistributedDataParallel or FSDP1.
     """
     expect(
         optimizer.options.max_grad_norm is None,
@@ -61,6 +64,9 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
         not any(group["differentiable"] for group in optimizer.param_groups),
         "differentiable groups cannot be stepped in backward",
     )
+    for module in model.modules():
+        for wrapper in _REDUCE_LATER.intersection(kind.__name__ for kind in type(module).__mro__):
+            raise ValueError(f"{wrapper} reduces gradients after the hooks that would step; use fully_shard")
     known = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         expect(not p.requires_grad or p in known, f"parameter {name} of the model is not the optimizer's")

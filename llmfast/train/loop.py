@@ -14,6 +14,7 @@ from torch import Tensor
 from llmfast.data import Batch, Dataset, PackedRows, batch_indices
 from llmfast.losses import linear_cross_entropy
 from llmfast.models import Decoder
+from llmfast.optim import FusedOptimizer
 from llmfast.train.checkpoint import save_checkpoint
 from llmfast.train.config import Config
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, say, weighted_mean
@@ -32,7 +33,7 @@ class Trainer:
         self,
         config: Config,
         model: Decoder,
-        optimizer: torch.optim.Optimizer,
+        optimizer: FusedOptimizer,
         data: Dataset,
         *,
         run: Path,
@@ -120,16 +121,12 @@ class Trainer:
             part = self._loss(batch, num_valid)
             part.backward()
             loss += part.detach()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if o.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, o.max_grad_norm, norm)
-        # The optimizer reads this on the device and leaves everything as it is where it is not 0.
-        not_finite = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+        # Clips to its max_grad_norm, and leaves everything as it is where the norm is not finite.
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += not_finite
+        norm = self.optimizer.grad_norm
+        assert norm is not None
+        self.skipped += ~norm.isfinite()
         self.step += 1
         self.tokens += num_valid
         return lr, loss, norm

@@ -1,5 +1,6 @@
 """A run from its settings to its report: `llmfast train` is this."""
 
+import math
 import shlex
 import shutil
 import time
@@ -128,7 +129,8 @@ def make_optimizer(config: Config, model: torch.nn.Module) -> FusedAdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    max_grad_norm = o.max_grad_norm or math.inf  # which measures all the same
+    return FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, max_grad_norm=max_grad_norm)
 
 
 def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:

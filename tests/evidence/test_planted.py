@@ -60,7 +60,7 @@ def rows(planted: Any, V: int = 1500, dtype: torch.dtype = torch.float32) -> Non
 
 def adamw(planted: Any, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, numel: int = 9000) -> None:
     """A step of two parameters; the first lies `offset` elements into its memory."""
-    monkeypatch.setattr(optimizer, "adamw", planted.adamw)
+    monkeypatch.setattr(optimizer, "update", planted.update)
     memory = np.zeros(numel + 8, dtype=np.float32)  # no tensor's: what lies beside the parameter is nobody's
     parameters = [torch.from_numpy(memory[offset:][:numel]).requires_grad_(), torch.randn(10, requires_grad=True)]
     for p in parameters:
@@ -71,8 +71,8 @@ def adamw(planted: Any, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, num
 
 TAIL_LOAD = "x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)"
 TAIL_STORE = "            tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty), mask=v < row_width)\n"
-CHUNK_START = "start = (chunk - tl.load(table_ptr + 5 * T + t)) * CHUNK"
-ALIGNED = "aligned = ((p | g | m | v | vmax) & 15) == 0"
+CHUNK_START = "start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK"
+ALIGNED = "aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0"
 
 
 def test_nothing_is_found_where_nothing_is_planted(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,13 +96,13 @@ def test_a_missing_tail_store(plant: Plant) -> None:
 def test_a_racing_accumulation(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every program updates the first chunk of its tensor."""
     planted = plant(optimizer, CHUNK_START, "start = (chunk * 0).to(tl.int64)")
-    with sanitizing(), pytest.raises(Fault, match=r"adamw_kernel, program 1 of 3, loads what program 0 stored"):
+    with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 1 of 4, loads what program 0 stored"):
         adamw(planted, monkeypatch)
 
 
 def test_an_unaligned_pointer_taken_for_an_aligned_one(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = plant(optimizer, ALIGNED, "aligned = p != 0")
-    with sanitizing(), pytest.raises(Fault, match=r"adamw_kernel, program 0 of 3, would load outside of all tensors"):
+    with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 0 of 4, would load outside of all tensors"):
         adamw(planted, monkeypatch, offset=1)
 
 

@@ -112,7 +112,7 @@ def test_adamw(dtype: torch.dtype, bytes_a_parameter: int, dry: bool) -> None:
     with kernels_on_cpu():
         optimizer.step()
         counts = counted(optimizer.step, dry=dry)
-    kernel = counts.by_name()["adamw_kernel"]
+    kernel = counts.by_name()["update_kernel"]
     assert bytes_a_parameter <= kernel.dram / p.numel() < bytes_a_parameter + 0.01  # and a table
     assert bytes_a_parameter <= counts.total().dram / p.numel() < bytes_a_parameter + 0.01
 
