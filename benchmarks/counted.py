@@ -136,7 +136,7 @@ def run(job: Job) -> Result:
     recorder = Recorder()
     start = time.perf_counter()
     with bfloat16_arithmetic(), observing(recorder):
-        operation = _OPERATIONS[job.operation](way.run, job, dtype)
+        operation = _OPERATIONS.get(job.operation, _optimizer)(way.run, job, dtype)
         with pretending_cuda(), counting(dry=job.dry) as counts:
             operation.run()
     # What only prepares the inputs is not the operation's.
@@ -238,8 +238,7 @@ def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Ope
     return _Operation(run, errors)
 
 
-def _adamw(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
-    import torch
+def _optimizer(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
 
     from benchmarks.shapes import PARAMETERS
     from evidence.dry_run import reserve
@@ -250,15 +249,15 @@ def _adamw(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
     for p in parameters:
         p.grad = reserve(*p.shape, dtype=dtype)
     with pretending_cuda(), counting(dry=True):
-        optimizer: torch.optim.Optimizer = way(parameters)
+        optimizer = way(parameters)
         optimizer.step()  # makes the states
     return _Operation(lambda: optimizer.step() and None)
 
 
+# All others are optimizers.
 _OPERATIONS: dict[str, Callable[[Callable[..., Any], Job, Any], _Operation]] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
-    "adamw": _adamw,
 }
 
 

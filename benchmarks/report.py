@@ -174,9 +174,10 @@ def real_sizes(rows: list[Row], folder: Path) -> str:
 
 
 def optimizers(rows: list[Row], folder: Path) -> str:
-    mine = chosen(rows, section="optimizers")
+    mine = chosen(rows, section="optimizers", operation="adamw")
     if not mine:
         return ""
+    others = [row for row in chosen(rows, section="optimizers") if row["operation"] != "adamw"]
     smallest, *_, largest = PARAMETERS
     body = []
     for way in unique(row["way"] for row in mine):
@@ -193,8 +194,17 @@ def optimizers(rows: list[Row], folder: Path) -> str:
         f"## AdamW\n\nCounted bytes a parameter; calls of kernels and operators in a step of GPT-2 {smallest}; "
         f"modelled ms on an {H100.name}, and tensors made meanwhile, of one of Llama-3 {largest}. Parameters, "
         f"gradients and states have one dtype, unless the name says otherwise.\n\n{table(['', *columns], body)}\n\n"
-        "![bytes a parameter](optimizers.svg)"
+        "![bytes a parameter](optimizers.svg)\n\n"
+        f"Other optimizers, and AdamW otherwise; of GPT-2 {smallest}.\n\n{table(OTHER_COLUMNS, map(other, others))}"
     )
+
+
+OTHER_COLUMNS = ("", "way", "bytes a parameter", "calls", f"modelled ms, {H100.name}")
+
+
+def other(row: Row) -> list[object]:
+    milliseconds = row["seconds"][H100.name] * 1e3
+    return [row["operation"], row["way"], f"{bytes_a_parameter(row):.2f}", f"{row['calls']:,}", f"{milliseconds:.2f}"]
 
 
 def bytes_a_parameter(row: Row) -> float:

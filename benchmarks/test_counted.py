@@ -9,7 +9,7 @@ import torch
 from benchmarks.conftest import Add
 from benchmarks.counted import Job, Result
 from benchmarks.shapes import MODELS, PARAMETERS, SMALL, TOKENS
-from benchmarks.ways import ways
+from benchmarks.ways import OPTIMIZERS, ways
 from evidence.compiler import compile_launches
 
 pytestmark = pytest.mark.usefixtures("benchmark")
@@ -27,6 +27,14 @@ ADAMW = [
     for size in PARAMETERS
     for way in ways("adamw", "counted", dtype)
     if size == "124M" or way not in SMALL_ONLY
+]
+
+
+OPTIMIZER_JOBS = [
+    Job(operation, way.name, {"parameters": "124M"}, dtype=str(way.dtypes[0]).removeprefix("torch."))
+    for operation in OPTIMIZERS
+    for dtype in (torch.float32, torch.bfloat16)
+    for way in ways(operation, "counted", dtype).values()
 ]
 
 
@@ -54,7 +62,7 @@ def test_real_sizes(add: Add, counted: dict[Job, Result], job: Job) -> None:
     record(add, "real sizes", counted[job])
 
 
-@pytest.mark.parametrize("job", ADAMW, ids=name)
+@pytest.mark.parametrize("job", ADAMW + OPTIMIZER_JOBS, ids=name)
 def test_optimizers(add: Add, counted: dict[Job, Result], job: Job) -> None:
     record(add, "optimizers", counted[job])
 

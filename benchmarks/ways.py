@@ -134,7 +134,7 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return _load("quack.linear_cross_entropy", "chunked_linear_cross_entropy")(hidden, weight, targets)
 
 
-# AdamW: parameters -> optimizer.
+# Optimizers: parameters -> what has a `step`.
 
 Parameters = Iterable[Tensor]
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -144,6 +144,43 @@ def _adamw(module: str, name: str, **options: Any) -> Callable[[Parameters], Any
     return lambda params: _load(module, name)(params, **SETTINGS, **options)
 
 
+class _Clipped:
+    """Any optimizer with torch's clipping before its step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._params, 1.0)
+        self._optimizer.step()
+
+
+def _clipped(make: Callable[[Parameters], Any]) -> Callable[[Parameters], Any]:
+    return lambda params: _Clipped(make(params))
+
+
+def _ours(optimizer: Callable[..., Any], **options: Any) -> Callable[[Parameters], Any]:
+    return lambda params: optimizer(params, lr=1e-3, **options)
+
+
+def _torchs(name: str, **options: Any) -> Callable[[Parameters], Any]:
+    return lambda params: getattr(torch.optim, name)(params, lr=1e-3, **options)
+
+
+FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
+_MODES: dict[str, dict[str, Any]] = {
+    "fp32 master": {"master_weights": "fp32", "state_dtype": torch.float32},
+    "split16, fp32 states": {"master_weights": "split16", "state_dtype": torch.float32},
+    "split16": {"master_weights": "split16"},
+    "split8": {"master_weights": "split8"},
+    "kahan": {"master_weights": "kahan"},
+    "stochastic": {"master_weights": "stochastic"},
+    "stochastic, 8-bit states": {"master_weights": "stochastic", "state_dtype": "8bit"},
+    "split8, 8-bit states": {"master_weights": "split8", "state_dtype": "8bit"},
+}
+# All but plain AdamW, which is measured at more sizes.
+OPTIMIZERS = ("adamw, clipped", "sgd, momentum", "rmsprop", "adagrad", "adamw, bfloat16 with more bits")
 _WAYS: dict[str, list[Way]] = {
     "cross_entropy": [
         Way("llmfast", losses.cross_entropy, LLMFAST, EVERYWHERE),
@@ -179,5 +216,32 @@ _WAYS: dict[str, list[Way]] = {
         Way("FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, KERNELS, (torch.bfloat16,)),
         Way("apex", _adamw("apex.optimizers", "FusedAdam", adam_w_mode=True), APEX, GPU_ONLY),
         Way("bitsandbytes, 8-bit states", _adamw("bitsandbytes.optim", "AdamW8bit"), BITSANDBYTES, GPU_ONLY),
+    ],
+    "adamw, clipped": [
+        Way("llmfast", _ours(optim.FusedAdamW, max_grad_norm=1.0), LLMFAST, KERNELS, FLOAT32),
+        Way("torch fused", _clipped(_torchs("AdamW", fused=True)), TORCH, KERNELS, FLOAT32),
+        Way("torch foreach", _clipped(_torchs("AdamW", foreach=True)), TORCH, KERNELS, FLOAT32),
+    ],
+    "sgd, momentum": [
+        Way("llmfast", _ours(optim.FusedSGD, momentum=0.9), LLMFAST, KERNELS, FLOAT32),
+        Way("torch fused", _torchs("SGD", momentum=0.9, fused=True), TORCH, KERNELS, FLOAT32),
+        Way("torch foreach", _torchs("SGD", momentum=0.9, foreach=True), TORCH, KERNELS, FLOAT32),
+    ],
+    "rmsprop": [
+        Way("llmfast", _ours(optim.FusedRMSprop), LLMFAST, KERNELS, FLOAT32),
+        Way("torch foreach", _torchs("RMSprop", foreach=True), TORCH, KERNELS, FLOAT32),
+    ],
+    "adagrad": [
+        Way("llmfast", _ours(optim.FusedAdagrad), LLMFAST, KERNELS, FLOAT32),
+        Way("torch fused", _torchs("Adagrad", fused=True), TORCH, KERNELS, FLOAT32),
+        Way("torch foreach", _torchs("Adagrad", foreach=True), TORCH, KERNELS, FLOAT32),
+    ],
+    "adamw, bfloat16 with more bits": [
+        *(
+            Way(f"llmfast, {what}", _ours(optim.FusedAdamW, **options), LLMFAST, KERNELS, BFLOAT16)
+            for what, options in _MODES.items()
+        ),
+        Way("optimi, kahan", _adamw("optimi", "AdamW", triton=True, kahan_sum=True), OPTIMI, KERNELS, BFLOAT16),
+        Way("FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, KERNELS, BFLOAT16),
     ],
 }
