@@ -19,7 +19,8 @@ class Extras(TypedDict, total=False):
     max_grad_norm: gradients are clipped to this global norm in the update itself, as
         `torch.nn.utils.clip_grad_norm_` would before it, over all parameters and all shards of DTensors. The norm
         before clipping is left in `optimizer.grad_norm`, on the device; a step where it is not finite changes nothing.
-        `math.inf` clips nothing, and still measures.
+        `math.inf` clips nothing, and still measures. Parameters that are not DTensors count as whole and as the same on
+        all ranks: with FSDP1, or the parts of ZeroRedundancyOptimizer, the norm would be each rank's own.
     master_weights: how parameters of bfloat16 or float16 are given more bits than their own.
         "fp32": a float32 copy beside each. "split16", "split8": 16 or 8 more bits beside each, which with the
         parameter's own make a float32, or one of 24 bits; bfloat16 only. "kahan": what rounding lost, in the
@@ -32,7 +33,8 @@ class Extras(TypedDict, total=False):
         `state[p]["ema_param"]`; see `ema_weights`.
     zero_grads: leave zeros in the gradients, also when a step is skipped, so that no `zero_grad` is needed.
     seed: of stochastic rounding. The noise depends on it, on the step, on the parameter's place among the optimizer's
-        parameters and on the element's place in the whole parameter: not on how work or parameter are divided.
+        parameters and on the element's place in the whole parameter: not on how the work is divided, nor on how a
+        DTensor is, unless it is cut along two dimensions beyond the first.
     """
 
     max_grad_norm: float | None

@@ -188,8 +188,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As torch's optimizer of the same name saves it; with keys of its own for what `Extras` keep.
 
-        An 8-bit state is its codes and, under `<name>_scale`, their scales; of a DTensor it is float32, which other
-        ranks can take over. `torch_state_dict` is for torch.
+        An 8-bit state is `<name>_code` and `<name>_scale`, which nobody takes for what torch has; of a DTensor it is
+        `<name>` in float32, which other ranks can take over. `torch_state_dict` is for torch.
         """
         saved = super().state_dict()
         params = self._params_by_key()
@@ -202,28 +202,36 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         saved = self.state_dict()
         for key in self._params_by_key():
             if (state := saved["state"].get(key)) is not None:
-                codes = [name for name in state if f"{name}_scale" in state]
-                decoded = {name: self._decoded(state, name) for name in codes}
-                ours = {*OWN_NAMES, *(f"{name}_scale" for name in codes), *(["step"] if self.rule == "sgd" else [])}
-                saved["state"][key] = {k: v for k, v in {**state, **decoded}.items() if k not in ours}
+                ours = {*OWN_NAMES, *(["step"] if self.rule == "sgd" else [])}
+                saved["state"][key] = {
+                    name.removesuffix("_code"): self._decoded_code(state, name) if name.endswith("_code") else value
+                    for name, value in state.items()
+                    if name not in ours and not name.endswith("_scale")
+                }
         for group in saved["param_groups"]:
             for name in self.own_group_keys:
                 group.pop(name, None)
         return saved
+
+    def _decoded_code(self, state: dict[str, Any], name: str) -> Tensor:
+        base = name.removesuffix("_code")
+        return self._decoded({base: state[name], f"{base}_scale": state[f"{base}_scale"]}, base)
 
     def _params_by_key(self) -> dict[Any, Tensor]:
         return dict(enumerate(p for group in self.param_groups for p in group["params"]))
 
     def _exported(self, p: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
         """What is saved of one parameter's state."""
-        exported = dict(state)
-        if p is not None and is_dtensor(p):
-            for name in state:
-                if f"{name}_scale" in state:
-                    exported[name] = self._decoded(state, name)
-                    del exported[f"{name}_scale"]
-                elif name == "remainder" and state[name].dtype == torch.int16:  # NCCL and gloo do not carry that
-                    exported[name] = state[name].int()
+        exported: dict[str, Any] = {}
+        spread = p is not None and is_dtensor(p)
+        for name, value in state.items():
+            base = name.removesuffix("_scale")
+            if f"{name}_scale" in state:
+                exported[name if spread else f"{name}_code"] = self._decoded(state, name) if spread else value
+            elif spread and name == "remainder" and value.dtype == torch.int16:  # NCCL and gloo do not carry that
+                exported[name] = value.int()
+            elif not (spread and name.endswith("_scale") and base in state):
+                exported[name] = value
         return exported
 
     @torch.no_grad()
@@ -242,16 +250,18 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         for i, p in zip(ids, params):
             saved = given["state"].get(i, {})
             for name, value in saved.items():
-                if isinstance(value, Tensor) and self._stays_as_saved(name, value, saved):
-                    self.state[p][name] = value.to(p.device)
-                    if value.dtype == torch.int32:  # a DTensor's "remainder": see `_exported`
-                        self.state[p][name] = value.to(p.device, torch.int16)
+                if name.endswith("_code"):
+                    self.state[p][name.removesuffix("_code")] = self.state[p].pop(name)
+                if isinstance(value, Tensor) and self._stays_as_saved(name):
+                    # int32 is a DTensor's "remainder": see `_exported`.
+                    dtype = torch.int16 if value.dtype == torch.int32 else value.dtype
+                    self.state[p][name.removesuffix("_code")] = value.to(p.device, dtype)
         for group, kept in zip(self.param_groups, mine):
             for key, value in kept.items():
                 group.setdefault(key, value)
 
-    def _stays_as_saved(self, name: str, value: Tensor, saved: dict[str, Any]) -> bool:
-        if name in OWN_NAMES or name.endswith("_scale") or f"{name}_scale" in saved:
+    def _stays_as_saved(self, name: str) -> bool:
+        if name in OWN_NAMES or name.endswith(("_code", "_scale")):
             return True
         return name != "step" and self.options.state_dtype is not None
 

@@ -1,18 +1,16 @@
 """Vocab-parallel losses over real processes (gloo), against one process that holds everything."""
 
-import os
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy, reference
+from support.ranks import Ranks
 
 N, D = 7, 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -154,43 +152,22 @@ def check_fsdp(rank: int, world: int, V: int) -> None:
             torch.testing.assert_close(layer.weight.grad.full_tensor(), want, rtol=1e-4, atol=1e-6)
 
 
-def work(rank: int, world: int, V: int, store: str, kernels: bool, failures: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        if kernels:
-            from evidence import interpreter
-
-            interpreter.install()
-            with kernels_on_cpu():
-                check_rank(rank, world, V)
-        else:
+def check(rank: int, world: int, V: int, kernels: bool) -> None:
+    if kernels:
+        with kernels_on_cpu():
             check_rank(rank, world, V)
-            check_dtensors(rank, world, V)
-            check_fsdp(rank, world, V)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        failures.put(traceback.format_exc())
-        raise
+    else:
+        check_rank(rank, world, V)
+        check_dtensors(rank, world, V)
+        check_fsdp(rank, world, V)
 
 
 # 10 classes over 3 ranks: 4, 4, 2; 5 over 4: 2, 2, 1 and none; 300 over 2.
 @pytest.mark.parametrize(("world", "V"), [(3, 10), (4, 5), (2, 300)])
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
 def test_ranks_agree_with_one_process(tmp_path: Path, world: int, V: int, kernels: bool) -> None:
-    assert os.environ["TRITON_INTERPRET"] == "1"
-    context = mp.get_context("spawn")
-    failures = context.Queue()
-    processes = [
-        context.Process(target=work, args=(rank, world, V, str(tmp_path / "store"), kernels, failures))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * world, "\n".join(failures.get() for _ in range(failures.qsize()))
+    ranks = Ranks(world, tmp_path)
+    try:
+        ranks.run(check, V, kernels)
+    finally:
+        ranks.close()
