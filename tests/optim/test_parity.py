@@ -14,7 +14,6 @@ from support.training import CASES, FULL, LATE, Case, gradients, groups, paramet
 STEPS = 25
 RELOADED = (4, 21)  # at the first, a parameter has had no gradient yet
 
-
 # Of two optimizers with the same rule, one.
 RULES = [case for case in FULL if case.ours is not FusedAdam]
 

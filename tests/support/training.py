@@ -86,7 +86,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def groups(params: list[Tensor], options: Options) -> list[Options]:
-    """Two of them; the transposed matrix learns twice as fast as the rest."""
+    """Two of them; where there is a learning rate, the transposed matrix has twice as much."""
     faster = {} if "lr" not in options else {"lr": options["lr"] * 2}
     return [{"params": params[:TRANSPOSED]}, {"params": params[TRANSPOSED:], **faster}]
 
