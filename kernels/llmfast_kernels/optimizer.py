@@ -57,6 +57,12 @@ CHUNK = 4096  # elements a program updates: small models still fill a GPU, and t
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
+@triton.jit
+def power(x, n):
+    """Of numbers in [0, 1), where 0 is 0 however often multiplied."""
+    return tl.where(x > 0.0, tl.exp2(n * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
+
+
 @triton.jit(do_not_specialize=["T", "SUMS"])
 def prepare_kernel(
     # in
@@ -124,18 +130,18 @@ def prepare_kernel(
     first = tl.load(hyper + 9, mask=mask, other=0.0)
     second = tl.load(hyper + 10, mask=mask, other=0.0)
     third = tl.load(hyper + 11, mask=mask, other=0.0)
-    zero = tl.zeros_like(lr)
     if RULE == "adam":  # beta1, beta2
-        correction1 = 1.0 - tl.where(first > 0.0, tl.exp2(step * tl.log2(tl.where(first > 0.0, first, 1.0))), 0.0)
-        correction2 = 1.0 - tl.where(second > 0.0, tl.exp2(step * tl.log2(tl.where(second > 0.0, second, 1.0))), 0.0)
-        c = first, 1.0 - first, second, 1.0 - second, lr / correction1, 1.0 / tl.sqrt(correction2), eps
+        # float32 as soon as may be, since numbers of 64 bits fill the registers.
+        step_size = (lr / (1.0 - power(first, step))).to(tl.float32)
+        root2 = (1.0 / tl.sqrt(1.0 - power(second, step))).to(tl.float32)
+        c = first, 1.0 - first, second, 1.0 - second, step_size, root2, eps
     elif RULE == "sgd":  # momentum, dampening, whether Nesterov's; the first gradient is not damped
         rate = tl.where(step > 1.0, 1.0 - second, 1.0)
-        c = first, rate, third, tl.where(third != 0.0, first, 1.0), lr, zero, zero
+        c = first, rate, third, tl.where(third != 0.0, first, 1.0), lr, lr, lr
     elif RULE == "rmsprop":  # alpha, momentum
-        c = first, 1.0 - first, second, lr, eps, zero, zero
+        c = first, 1.0 - first, second, lr, eps, eps, eps
     else:  # adagrad: lr_decay
-        c = lr / (1.0 + (step - 1.0) * first), eps, zero, zero, zero, zero, zero
+        c = lr / (1.0 + (step - 1.0) * first), eps, eps, eps, eps, eps, eps
     for i in tl.static_range(7):
         tl.store(out + RULE_COEFFICIENTS + i, c[i].to(tl.float32), mask=mask)
 
@@ -413,15 +419,15 @@ TRITON_TYPES = {
 def tile() -> dict[str, int]:
     """8 elements a thread: two 16-byte loads of each float32 tensor in the air, all tensors at a time.
 
-    Few threads: tensors of different widths are loaded by different threads and change hands inside the loop, for
-    which all threads wait for each other.
+    Tensors of different widths are loaded by different threads and change hands inside the loop, for which all threads
+    wait for each other: so not many of them.
     """
-    return {"CHUNK": CHUNK, "BLOCK": 512, "num_warps": warps(64)}
+    return {"CHUNK": CHUNK, "BLOCK": 1024, "num_warps": warps(128)}
 
 
 def prepare_tile() -> dict[str, int]:
     """One tensor a thread."""
-    return {"BLOCK": 128, "num_warps": warps(128)}
+    return {"BLOCK": 32, "num_warps": warps(32)}
 
 
 def prepare(

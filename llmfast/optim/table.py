@@ -74,7 +74,7 @@ class PointerTable:
         self.table = torch.from_numpy(table).to(device)  # (T, COLUMNS)
         self.chunk_tensor = torch.from_numpy(np.repeat(np.arange(T, dtype=np.int32), chunks)).to(device)  # (programs,)
         self.coefficients = torch.empty(T, kernels.COEFFICIENTS.value, dtype=torch.float32, device=device)
-        self.squares = torch.empty(sum(chunks), dtype=torch.float32, device=device)  # of gradients, for their norm
+        self.squares = torch.zeros(sum(chunks), dtype=torch.float32, device=device)  # of gradients, for their norm
 
         # Each state's `step` becomes a view of one buffer, so that one kernel counts them all.
         self.steps = torch.stack([row.state["step"].to(device, torch.float32).reshape(()) for row in rows])  # (T,)

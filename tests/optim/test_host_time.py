@@ -1,4 +1,4 @@
-"""What a step of hundreds of small tensors costs the host, next to torch's fused AdamW; launches are left out of both."""
+"""What a step of hundreds of small tensors costs the host beside torch's fused AdamW; launches are left out of both."""
 
 import time
 from collections.abc import Callable
