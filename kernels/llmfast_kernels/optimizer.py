@@ -94,16 +94,15 @@ def prepare_kernel(
     active = tl.load(grads_ptr + t, mask=mask, other=0) != 0
     if found_inf_ptr is not None:
         active = tl.where(tl.load(found_inf_ptr) == 0.0, active, False)
+    inverse_scale = 1.0
     if grad_scale_ptr is not None:
         inverse_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr)).to(tl.float64)
-        factor *= inverse_scale
+    factor *= inverse_scale
     if sums_ptr is not None:
         total = tl.load(sums_ptr)
         for i in range(1, SUMS):
             total += tl.load(sums_ptr + i)
-        norm = tl.sqrt(total)
-        if grad_scale_ptr is not None:
-            norm *= inverse_scale
+        norm = tl.sqrt(total) * inverse_scale
         if tl.program_id(0) == 0:
             tl.store(norm_ptr, norm.to(tl.float32))
         active = tl.where(norm < float("inf"), active, False)  # not NaN either

@@ -153,7 +153,8 @@ class FusedOptimizer(StateKeeper):
             return
         params = [row.local for row in rows]
         if self._decay_before_torch(group):
-            torch._foreach_mul_(params, 1 - self._total_decay(group))
+            for p in params:
+                p.mul_(1 - self._total_decay(group))
             group = group | {"weight_decay": 0.0}
         differentiable = bool(group["differentiable"])
         with torch.set_grad_enabled(differentiable):
