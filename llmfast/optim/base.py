@@ -241,6 +241,7 @@ class FusedOptimizer(StateKeeper):
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         self._refuse_what_no_path_takes()
+        self._check_states()
         params = [p for group in self.param_groups for p in group["params"]] if chosen is None else [chosen]
         dtensors = [p for p in params if is_dtensor(p)]
         bring_together(dtensors)

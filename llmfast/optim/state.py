@@ -49,15 +49,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     # Making it.
 
     def _row(self, p: Tensor, index: int, identity: int) -> Row:
-        """The parameter with its state, made where missing, in the parameter's memory order and the options' formats.
-
-        Raises:
-            ValueError: what the state has does not belong to this parameter; nothing has changed then.
-        """
+        """The parameter with its state: made where missing, in its memory order and the formats asked for."""
         group, o, state = self.param_groups[index], self.options, self.state[p]
         names = self._state_names(group)
-        for name in (*names, *OWN_NAMES):
-            self._check(p, name, state)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
             before = state.get("momentum_buffer") is not None and self.rule == "sgd"
             state["step"] = torch.tensor(float(before), dtype=torch.float32)
@@ -79,8 +73,17 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
 
-    def _check(self, p: Tensor, name: str | None, state: dict[str, Any]) -> None:
-        t = state.get(name) if name is not None else None
+    def _check_states(self) -> None:
+        """Raises ValueError if a state does not belong to its parameter."""
+        for group in self.param_groups:
+            names = [name for name in (*self._state_names(group), *OWN_NAMES) if name is not None]
+            for p in group["params"]:
+                if (state := self.state.get(p)) is not None:
+                    for name in names:
+                        self._check(p, name, state)
+
+    def _check(self, p: Tensor, name: str, state: dict[str, Any]) -> None:
+        t = state.get(name)
         if t is None:
             return
         if t.shape != p.shape or t.device != p.device:  # of another model, or left behind

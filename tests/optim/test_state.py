@@ -363,6 +363,18 @@ def test_a_state_of_another_shape_is_refused_by_name(path: str, case: Case) -> N
     assert_same(target.state_dict()["state"], before)
 
 
+def test_nothing_changes_where_one_state_is_refused(path: str) -> None:
+    params = [torch.ones(3, requires_grad=True) for _ in range(3)]
+    optimizer = FusedAdamW(params)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.state[params[2]]["exp_avg"] = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"state exp_avg is \(4,\)"):
+        optimizer.step()
+    assert list(optimizer.state) == [params[2]] and list(optimizer.state[params[2]]) == ["exp_avg"]
+    assert all(torch.equal(p, torch.ones(3)) for p in params)
+
+
 def test_8_bit_states_without_their_scales_are_refused(path: str) -> None:
     optimizer = FusedAdamW(some_parameters(), state_dtype="8bit")
     train(optimizer)
