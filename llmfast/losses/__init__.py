@@ -4,6 +4,7 @@ from llmfast.losses import reference
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
 from llmfast.losses.modules import CrossEntropyLoss, LinearCrossEntropyLoss
+from llmfast.losses.mtp import MTPStats, mtp_cross_entropy, mtp_valid_counts
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.targets import LossStats
 
@@ -12,7 +13,10 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearCrossEntropyPlan",
     "LossStats",
+    "MTPStats",
     "cross_entropy",
     "linear_cross_entropy",
+    "mtp_cross_entropy",
+    "mtp_valid_counts",
     "reference",
 ]

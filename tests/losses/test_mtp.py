@@ -1,0 +1,375 @@
+"""Multi-token prediction against a loop over heads in float64, with torch's own loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, counting
+from llmfast._dispatch import kernels_on_cpu
+from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
+from support.launched import unrecorded
+from support.numerics import assert_close_in_norm
+from support.ranks import Ranks
+
+B, T, D, V = 2, 11, 16, 300
+WEIGHTS = [1.0, 0.5, 0.25, 2.0]
+KINDS = "padded", "packed", "prompts"
+FORMS = "tensor", "list", "shared"
+
+
+def batch(kind: str) -> tuple[Tensor, Tensor | None]:
+    """Labels and documents of rows that are padded at the end, packed, or begin with a prompt."""
+    labels = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
+    if kind == "padded":
+        labels[0, 6:] = labels[1, 9:] = -100
+        return labels, None
+    if kind == "prompts":
+        labels[0, :4] = labels[1, 2:5] = -100
+        return labels, None
+    documents = torch.tensor([[0] * 4 + [1] * 5 + [2] * 2, [0] * 11], dtype=torch.int32)
+    labels[0, 3] = labels[0, 8] = -100  # the next token is another document's
+    return labels, documents
+
+
+def reference(
+    hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor, documents: Tensor | None, weights: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """A loop over heads; each mean over the head's own valid tokens."""
+    losses = []
+    for k, hidden in enumerate(hiddens):
+        target = torch.full_like(labels, -100)
+        for b in range(labels.shape[0]):
+            for t in range(labels.shape[1] - k):
+                if documents is None or documents[b, t] == documents[b, t + k]:
+                    target[b, t] = labels[b, t + k]
+        losses.append(F.cross_entropy((hidden @ weight.T).flatten(0, 1), target.flatten()))
+    return torch.stack([w * loss for w, loss in zip(weights, losses)]).sum(), losses
+
+
+def leaves(K: int, shared: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    hiddens = torch.randn(*(() if shared else (K,)), B, T, D).to(dtype).requires_grad_()
+    return hiddens, (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_()
+
+
+CASES = [(K, form, kind, torch.float64) for K in (1, 2, 3, 4) for form in FORMS for kind in KINDS]
+CASES += [(K, form, "packed", torch.float32) for K in (1, 4) for form in FORMS]
+CASES += [(3, form, "prompts", dtype) for form in FORMS for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("K", "form", "kind", "dtype"), CASES)
+@unrecorded()
+def test_is_a_loop_over_heads(path: str, K: int, form: str, kind: str, dtype: torch.dtype) -> None:
+    labels, documents = batch(kind)
+    hiddens, weight = leaves(K, form == "shared", dtype)
+    given = [*hiddens] if form == "list" else hiddens
+    loss, stats = mtp_cross_entropy(
+        given, weight, labels, document_ids=documents, head_weights=WEIGHTS[:K], return_stats=True,
+        memory_budget=5 * V * 4,
+    )  # fmt: skip
+    loss.backward()
+
+    exact, low = ([t.detach().to(d).requires_grad_() for t in (hiddens, weight)] for d in (torch.float64, dtype))
+    for h, w in (exact, low):
+        total, losses = reference([h] * K if form == "shared" else [*h], w, labels, documents, WEIGHTS[:K])
+        total.backward()
+        if h is exact[0]:
+            truth = total, losses
+    # Three roundings of a logit are what low precision costs a mean; float64 is exact.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    torch.testing.assert_close(loss.double(), truth[0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(stats.head_loss.double(), torch.stack(truth[1]).detach(), rtol=tolerance, atol=0)
+    assert torch.equal(stats.num_valid, mtp_valid_counts(labels, K, documents))
+    for ours, theirs, true in zip((hiddens, weight), low, exact):
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours.grad, true.grad, rtol=1e-12, atol=1e-14)
+        else:
+            assert_close_in_norm(ours.grad, theirs.grad, true.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "z_loss": 1e-3, "label_smoothing": 0.1, "num_valid": 30}])
+@unrecorded()
+def test_one_head_is_the_linear_loss_bit_for_bit(path: str, options: dict[str, Any]) -> None:
+    labels, _ = batch("prompts")
+    results = []
+    for mtp in (True, False):
+        hiddens, weight = leaves(1, False, torch.float32)
+        if mtp:
+            given = {**options, **({"num_valid": [options["num_valid"]]} if "num_valid" in options else {})}
+            loss = mtp_cross_entropy(hiddens, weight, labels, memory_budget=4 * V * 4, **given)
+        else:
+            loss = linear_cross_entropy(hiddens[0], weight, labels, memory_budget=4 * V * 4, **options)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (hiddens, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@unrecorded()
+def test_options_reach_every_head(path: str) -> None:
+    labels, documents = batch("packed")
+    hiddens, weight = leaves(3, False, torch.float64)
+    token_weights, class_weights = torch.rand(B, T).double(), torch.rand(V).double()
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {
+        "softcap": 4.0, "logit_scale": 0.7, "z_loss": 1e-2, "label_smoothing": 0.1, "class_weights": class_weights,
+    }  # fmt: skip
+    loss = mtp_cross_entropy(
+        hiddens, weight, labels, document_ids=documents, head_weights=torch.tensor(WEIGHTS[:3]), bias=bias,
+        token_weights=token_weights, num_valid=[7, 8.0, 9], **options,
+    )  # fmt: skip
+    found = torch.autograd.grad(loss, (hiddens, weight, bias))
+    total = torch.zeros((), dtype=torch.float64)
+    for k in range(3):
+        # Weights of labels move with them.
+        moved = F.pad(token_weights[:, k:], (0, k))
+        total = total + WEIGHTS[k] / (7 + k) * linear_cross_entropy(
+            hiddens[k], weight, labels, bias=bias, shift=k, document_ids=documents if k else None, reduction="sum",
+            token_weights=moved, **options,
+        )  # fmt: skip
+    torch.testing.assert_close(loss, total, rtol=1e-12, atol=0)
+    for a, b in zip(found, torch.autograd.grad(total, (hiddens, weight, bias))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("detached", [True, [False, True, True], [True, False, False]])
+@unrecorded()
+def test_heads_that_leave_the_unembedding_alone(path: str, detached: Any) -> None:
+    labels, _ = batch("padded")
+    hiddens, weight = leaves(3, False, torch.float64)
+    loss, stats = mtp_cross_entropy(hiddens, weight, labels, detach_unembedding=detached, return_stats=True)
+    found = torch.autograd.grad(loss, (hiddens, weight), allow_unused=True)
+    each = [detached] * 3 if isinstance(detached, bool) else detached
+    parts = []
+    for k in range(3):
+        w = weight.detach() if each[k] else weight
+        parts.append(linear_cross_entropy(hiddens[k], w, labels, shift=k))
+    torch.testing.assert_close(loss, sum(parts), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.head_loss, torch.stack(parts).detach(), rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(sum(parts), (hiddens, weight), allow_unused=True)
+    for a, b in zip(found, wanted):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@unrecorded()
+def test_a_head_of_no_weight_is_measured_and_changes_nothing(path: str) -> None:
+    labels, _ = batch("padded")
+    hiddens, weight = leaves(2, False, torch.float32)
+    weights = torch.tensor([1.0, 0.0])
+    loss, stats = mtp_cross_entropy(hiddens, weight, labels, head_weights=weights, return_stats=True)
+    alone, second = (linear_cross_entropy(hiddens[k], weight, labels, shift=k) for k in range(2))
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(stats.head_loss[1], second.detach())
+    d_hiddens, _ = torch.autograd.grad(loss, (hiddens, weight))
+    assert d_hiddens[1].abs().max() < 1e-19
+
+
+@unrecorded()
+def test_heads_without_a_token(path: str) -> None:
+    hiddens, weight = leaves(3, False, torch.float32)
+    labels = torch.full((B, T), -100)
+    labels[:, 0] = 3  # only head 0 can predict it
+    loss, stats = mtp_cross_entropy(hiddens, weight, labels, return_stats=True)
+    torch.testing.assert_close(loss, linear_cross_entropy(hiddens[0], weight, labels))
+    assert stats.head_loss[1:].isnan().all() and stats.num_valid.tolist() == [2, 0, 0]
+    nothing = mtp_cross_entropy(hiddens, weight, torch.full((B, T), -100))
+    assert nothing.isnan()
+    assert all((g == 0).all() for g in torch.autograd.grad(nothing, (hiddens, weight)))
+    empty = mtp_cross_entropy(hiddens[:, :, :0], weight, labels[:, :0])
+    assert empty.isnan()
+
+
+def test_accuracy(path: str) -> None:
+    weight = torch.eye(6)
+    labels = torch.tensor([[1, 2, 3, 4]])
+    hiddens = torch.stack([F.one_hot(torch.tensor([[1, 2, 3, 0]]), 6), F.one_hot(torch.tensor([[2, 0, 0, 5]]), 6)])
+    _, stats = mtp_cross_entropy(hiddens.float(), weight, labels, return_stats=True)
+    torch.testing.assert_close(stats.accuracy, torch.tensor([3 / 4, 1 / 3]))
+    _, stats = mtp_cross_entropy(hiddens[0].float(), weight, labels, head_weights=[1, 1], return_stats=True)
+    torch.testing.assert_close(stats.accuracy, torch.tensor([3 / 4, 0.0]))
+
+
+def test_counts_of_valid_tokens() -> None:
+    labels, documents = batch("packed")
+    assert mtp_valid_counts(labels, 4, documents).tolist() == [20, 16, 12, 9]
+    assert mtp_valid_counts(labels, 2).tolist() == [20, 18]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiddens": torch.randn(2, B, T + 1, D)}, r"hiddens must be \(K, \*\(2, 11\), D\)"),
+        ({"hiddens": [torch.randn(B, T, D), torch.randn(B, T, D + 1)]}, r"hiddens\[1\] must be"),
+        ({"hiddens": []}, "at least one head"),
+        ({"hiddens": torch.randn(B, T, D)}, "head_weights must say how many"),
+        ({"head_weights": [1.0]}, r"head_weights must be \(2,\)"),
+        ({"num_valid": torch.ones(3)}, r"num_valid must be \(2,\)"),
+        ({"detach_unembedding": [True]}, "detach_unembedding must be a bool or 2"),
+        ({"document_ids": torch.zeros(B, T)}, r"document_ids must be \(2, 11\) integers"),
+        ({"reduction": "sum"}, "reduction is not an option here"),
+    ],
+)
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    labels, _ = batch("padded")
+    given: dict[str, Any] = {"hiddens": torch.randn(2, B, T, D), "weight": torch.randn(V, D), "labels": labels}
+    with pytest.raises((ValueError, TypeError), match=message):
+        mtp_cross_entropy(**(given | change))
+
+
+@unrecorded()
+def test_a_whole_graph_without_recompilation(path: str) -> None:
+    labels, documents = batch("packed")
+    compiles = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return graph
+
+    def loss(h: Tensor, w: Tensor, weights: Tensor, y: Tensor, d: Tensor) -> Tensor:
+        return mtp_cross_entropy(h * 1.0, w, y, document_ids=d, head_weights=weights, memory_budget=20000)
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    for weights in (torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.1]), torch.tensor([0.3, 0.3])):
+        hiddens, weight = leaves(2, False, torch.float32)
+        assert documents is not None
+        ours = compiled(hiddens, weight, weights, labels, documents)
+        plain = loss(hiddens, weight, weights, labels, documents)
+        torch.testing.assert_close(ours, plain)
+        for a, b in zip(torch.autograd.grad(ours, (hiddens, weight)), torch.autograd.grad(plain, (hiddens, weight))):
+            torch.testing.assert_close(a, b)
+    assert compiles == 1
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_host_waits_for_nothing(shared: bool) -> None:
+    labels, documents = batch("packed")
+    with pretending_cuda():
+        hiddens, weight = leaves(3, shared, torch.bfloat16)
+        with NoWaiting():
+            loss, _ = mtp_cross_entropy(
+                hiddens, weight, labels, document_ids=documents, head_weights=torch.tensor([1.0, 0.3, 0.1]),
+                num_valid=torch.tensor([20, 16, 12]), return_stats=True,
+            )  # fmt: skip
+            loss.backward()
+
+
+def gradients(rank: int, world: int, ranks: int, micro: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of a batch of 8 rows over some of the ranks, each in micro-batches; summed over all."""
+    torch.manual_seed(3)
+    K, rows = 3, 8
+    labels = torch.randint(0, V, (rows, T))
+    labels[0, 2:5] = labels[3] = labels[5, 1:] = -100  # all but evenly spread
+    documents = (torch.arange(T) > 6).int().expand(rows, T)
+    hiddens = torch.randn(K, rows, T, D).to(dtype).requires_grad_()
+    weight = torch.randn(V, D).to(dtype).requires_grad_()
+    counts = torch.zeros(K, dtype=torch.int64)
+    mine = range(rank, rows, ranks) if rank < ranks else []
+    pieces = [list(mine)[i::micro] for i in range(micro)]
+    for piece in pieces:
+        counts += mtp_valid_counts(labels[piece], K, documents[piece])
+    torch.distributed.all_reduce(counts)
+    for piece in pieces:
+        if piece:
+            mtp_cross_entropy(
+                hiddens[:, piece], weight, labels[piece], document_ids=documents[piece], num_valid=counts,
+                head_weights=[1.0, 0.3, 0.1],
+            ).backward()  # fmt: skip
+    found = [torch.zeros_like(t) if t.grad is None else t.grad for t in (hiddens, weight)]
+    for g in found:
+        torch.distributed.all_reduce(g)
+    return found
+
+
+def test_any_split_of_a_batch_gives_the_same_gradients(tmp_path: Path) -> None:
+    group = Ranks(4, tmp_path)
+    try:
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+            whole = group.run(gradients, 1, 1, dtype)[0]
+            for ranks, micro in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
+                for mine in group.run(gradients, ranks, micro, dtype):
+                    for a, b in zip(mine, whole):
+                        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    finally:
+        group.close()
+
+
+n, d, v = 1024, 128, 8192
+
+
+class Unembedding(TorchDispatchMode):
+    """Bytes that torch's operators move of matrices of the unembedding's size."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in ("empty", "empty_like", "detach", "t"):
+            given = [*args, *(kwargs or {}).values()]
+            tensors = {id(t): t for t in (*given, made) if isinstance(t, Tensor) and t.numel() == v * d}
+            self.moved += sum(t.nbytes for t in tensors.values())
+            read_and_written = func.overloadpacket.__name__ == "addmm"
+            self.moved += sum(t.nbytes for t in tensors.values() if read_and_written and t.dtype == torch.float32)
+        return made
+
+
+def counted(K: int, shared: bool = False, apart: bool = False, budget: int = n * v * 2 // 4) -> tuple[Counts, float]:
+    """bfloat16 on a pretended GPU, with a slab of a quarter of one head's logits; and bytes of W and dW."""
+    with pretending_cuda():
+        hiddens = torch.randn(*(() if shared else (K,)), 1, n, d, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(v, d, dtype=torch.bfloat16).requires_grad_()
+        labels = torch.randint(0, v, (1, n))
+        with counting(dry=True) as counts, Unembedding() as unembedding:
+            if apart:
+                parts = [
+                    linear_cross_entropy(hiddens[k], weight, labels, shift=k, memory_budget=budget) for k in range(K)
+                ]
+                torch.stack(parts).sum().backward()
+            else:
+                mtp_cross_entropy(hiddens, weight, labels, head_weights=[1.0] * K, memory_budget=budget).backward()
+    return counts, unembedding.moved + sum(t.dram for t in counts.traffic if t.name == "scale_kernel")
+
+
+def test_one_gradient_leaves_room_for_fewer_chunks() -> None:
+    """Calls of their own hold a float32 gradient of the unembedding each; in that room, one call reads W less often."""
+    apart, moved_apart = counted(4, apart=True)
+    room = 3 * 4 * v * d - (1 << 18)
+    together, moved = counted(4, budget=n * v * 2 // 4 + room)
+    assert together.peak_bytes <= apart.peak_bytes
+    assert 2 * moved <= moved_apart, (moved, moved_apart)
+
+
+def test_memory_does_not_grow_with_heads() -> None:
+    own = {K: counted(K)[0].peak_bytes - 2 * K * 1024 * 128 for K in (1, 2, 4)}  # beyond the hidden states' gradients
+    assert own[4] <= 1.03 * own[1], own
+    assert counted(4, shared=True)[0].peak_bytes <= 1.03 * counted(1, shared=True)[0].peak_bytes
+
+
+def test_products_of_heads() -> None:
+    one = 6 * 1024 * 128 * 8192
+    for K in (1, 2, 4):
+        assert sum(counted(K)[0].total().dot_flops.values()) == K * one
+        assert sum(counted(K, shared=True)[0].total().dot_flops.values()) == one
+
+
+def test_kernels_take_part(kernels: None) -> None:
+    """Of every form once, recorded."""
+    labels, documents = batch("packed")
+    for dtype in (torch.float32, torch.bfloat16):
+        for shared in (False, True):
+            hiddens, weight = leaves(3, shared, dtype)
+            with kernels_on_cpu():
+                mtp_cross_entropy(hiddens, weight, labels, document_ids=documents, head_weights=[1, 1, 1]).backward()
