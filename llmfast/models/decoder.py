@@ -4,6 +4,7 @@ In training it returns hidden states, never logits: the loss takes them together
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llmfast._checks import expect
+from llmfast.mtp.depths import ConcatOrder, HiddenKind, SequentialDepths
+from llmfast.mtp.heads import ParallelHeads
+
+MTP = Literal["none", "parallel", "sequential", "shared"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,44 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    mtp: MTP = "none"  # what predicts more than the next token
+    mtp_heads: int = 0  # parallel: heads, the last of `layers` is the first; sequential: depths; shared: targets
+    mtp_concat: ConcatOrder = "embedding_first"  # this and the rest: of sequential depths, as `SequentialDepths` has it
+    mtp_hidden: HiddenKind = "pre_norm"
+    mtp_repeated_layer: bool = False
+    mtp_detach: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds in (("mtp", MTP), ("mtp_concat", ConcatOrder), ("mtp_hidden", HiddenKind)):
+            choices = get_args(kinds)
+            value = getattr(self, name)
+            expect(value in choices, f"{name} must be one of {str(choices)[1:-1]}; got {value!r}")
+        if self.mtp == "none":
+            expect(self.mtp_heads == 0, f"mtp_heads must be 0 with mtp='none'; got {self.mtp_heads}")
+        else:
+            expect(self.mtp_heads >= 1, f"mtp_heads must be at least 1 with mtp={self.mtp!r}; got {self.mtp_heads}")
         for name in ("vocab_size", "width", "layers", "heads"):
             expect(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
         expect(self.width % (2 * self.heads) == 0, f"width must divide by 2 * heads; got {self.width}, {self.heads}")
         expect(self.ffn_width >= 0, f"ffn_width must not be negative; got {self.ffn_width}")
 
     @property
+    def targets(self) -> int:
+        """K: tokens that are predicted from each row."""
+        return {"none": 1, "sequential": self.mtp_heads + 1}.get(self.mtp, self.mtp_heads)
+
+    @property
     def hidden_ffn(self) -> int:
         return self.ffn_width or -(-8 * self.width // (3 * 64)) * 64
+
+
+class Trunk(NamedTuple):
+    """What a decoder's `blocks` read and made."""
+
+    embedded: Tensor  # (B, T, D)
+    out: Tensor  # (B, T, D), before the norm
+    rope: Tensor  # (2, B, 1, T, head_width / 2)
+    mask: Tensor | None  # (B, 1, T, T), or causal
 
 
 class Decoder(nn.Module):
@@ -44,14 +77,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        blocks = [Block(config) for _ in range(config.layers)]
-        self.blocks = nn.ModuleList(blocks)
+        in_trunk = config.layers - (config.mtp == "parallel")
+        self.blocks = nn.ModuleList([Block(config) for _ in range(in_trunk)])
+        self.mtp = _mtp(config)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.apply(_init)
-        for block in blocks:  # residual branches start small, so that depth does not scale the stream (GPT-2)
-            for out in (block.attention.out, block.ffn.out):
-                nn.init.normal_(out.weight, std=0.02 / (2 * config.layers) ** 0.5)
+        # Residual branches start small, so that depth does not scale the stream (GPT-2).
+        for block in self.modules():
+            if isinstance(block, Block):
+                for out in (block.attention.out, block.ffn.out):
+                    nn.init.normal_(out.weight, std=0.02 / (2 * config.layers) ** 0.5)
 
     @property
     def unembedding(self) -> Tensor:
@@ -64,19 +100,39 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,  # (B, T), default 0..T-1
         document_ids: Tensor | None = None,  # (B, T); tokens attend within their document only
+        all_heads: bool = False,
     ) -> Tensor:
-        """Hidden states (B, T, D), normalised and ready for the unembedding."""
+        """Hidden states (B, T, D) for the next token, normalised and ready for the unembedding.
+
+        With `all_heads` those of every head, (K, B, T, D), as `mtp_cross_entropy` takes them; with mtp="shared" all
+        heads share one, and it stays (B, T, D).
+        """
+        trunk = self.trunk(tokens, positions=positions, document_ids=document_ids)
+        if isinstance(self.mtp, ParallelHeads):
+            args = trunk.out, trunk.rope, trunk.mask
+            heads: Tensor = self.norm(self.mtp(*args) if all_heads else self.mtp.blocks[0](*args))
+            return heads
+        hidden: Tensor = self.norm(trunk.out)
+        if not all_heads or self.config.mtp == "shared":
+            return hidden
+        if self.mtp is None:
+            return hidden[None]
+        read = trunk.out if self.mtp.hidden == "pre_norm" else hidden
+        further = self.mtp(read, trunk.embedded, trunk.rope, trunk.mask, document_ids=document_ids)
+        return torch.cat([hidden[None], further])
+
+    def trunk(self, tokens: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Trunk:
+        """The part before the norm and any heads; arguments as for the whole."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         rope = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
         mask = None
         if document_ids is not None:
             mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()  # (B, 1, T, T)
-        x = self.embedding(tokens)
+        x = embedded = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, rope, mask)
-        hidden: Tensor = self.norm(x)
-        return hidden
+        return Trunk(embedded, x, rope, mask)
 
     @torch.no_grad()
     def generate(
@@ -155,6 +211,18 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _mtp(config: DecoderConfig) -> ParallelHeads | SequentialDepths | None:
+    if config.mtp == "parallel":
+        return ParallelHeads(lambda: Block(config), config.mtp_heads)
+    if config.mtp == "sequential":
+        return SequentialDepths(
+            lambda: Block(config), config.mtp_heads, config.width, concat_order=config.mtp_concat,
+            hidden=config.mtp_hidden, repeated_layer=config.mtp_repeated_layer, detach=config.mtp_detach,
+            norm_eps=config.norm_eps,
+        )  # fmt: skip
+    return None
 
 
 def _init(module: nn.Module) -> None:

@@ -23,6 +23,12 @@ class ModelConfig:
     heads: int = 6
     ffn_width: int = 0  # 0: 8/3 of the width
     tie_embeddings: bool = True
+    mtp: str = "none"  # prediction of further tokens: "none", "parallel", "sequential" or "shared"
+    mtp_heads: int = 0  # parallel: heads, the last of `layers` is the first; sequential: depths; shared: targets
+    mtp_concat: str = "embedding_first"  # this and the rest: of sequential depths; or "hidden_first"
+    mtp_hidden: str = "pre_norm"  # or "post_norm"
+    mtp_repeated_layer: bool = False
+    mtp_detach: bool = False  # depths change neither the trunk nor the embeddings
 
 
 @dataclass
@@ -59,6 +65,10 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
+    mtp_schedule: str = "auto"  # "constant", "linear" or "staged"; auto: staged for shared, else constant
+    mtp_weight: float = 0.0  # of each further token's loss; 0: 1 for parallel, 0.3 for sequential, 0.5 for shared
+    mtp_final_weight: float = 0.1  # of "linear", at the last step
+    mtp_mean: str = "auto"  # "yes": the weight is shared among the heads; auto: yes for sequential, else no
     sample_prompt: str = "def"
     sample_tokens: int = 120
 
@@ -185,6 +195,8 @@ def _check(config: Config) -> None:
             ("train.save_every", t.save_every, 1),
             ("train.sample_tokens", t.sample_tokens, 0),
             ("train.seed", t.seed, 0),
+            ("train.mtp_weight", t.mtp_weight, 0),
+            ("train.mtp_final_weight", t.mtp_final_weight, 0),
             ("optimizer.warmup_steps", o.warmup_steps, 0),
             ("optimizer.lr", o.lr, 0),
             ("optimizer.eps", o.eps, 0),
@@ -201,6 +213,8 @@ def _check(config: Config) -> None:
         for name, choice, choices in (
             ("optimizer.schedule", o.schedule, ("cosine", "linear", "constant")),
             ("train.dtype", t.dtype, ("auto", "float32", "bfloat16")),
+            ("train.mtp_schedule", t.mtp_schedule, ("auto", "constant", "linear", "staged")),
+            ("train.mtp_mean", t.mtp_mean, ("auto", "yes", "no")),
         ):
             expect(choice in choices, f"{name} must be one of {str(choices)[1:-1]}; got {choice!r}")
         expect(

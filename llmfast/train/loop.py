@@ -12,13 +12,13 @@ from rich.console import Console
 from torch import Tensor
 
 from llmfast.data import Batch, Dataset, PackedRows, batch_indices
-from llmfast.losses import linear_cross_entropy
+from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
 from llmfast.models import Decoder
 from llmfast.optim import FusedOptimizer
 from llmfast.train.checkpoint import save_checkpoint
 from llmfast.train.config import Config
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, say, weighted_mean
-from llmfast.train.schedule import lr_at
+from llmfast.train.schedule import head_weights_at, lr_at
 
 
 class Trainer:
@@ -27,6 +27,9 @@ class Trainer:
     The loss of a step is the sum over its tokens divided by the number of valid ones in all its micro-batches, and
     that is also what is logged. Nothing in a step makes the host wait for the device: losses and the count of skipped
     steps stay there until a line is logged.
+
+    A model that predicts further tokens minimises the weighted sum of its heads' losses, logged as `objective`; `loss`
+    is that of the next token all the same, in training as in validation.
     """
 
     def __init__(
@@ -51,6 +54,9 @@ class Trainer:
         self.skipped = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.seconds = 0.0  # spent on steps, without evaluation
         self._stop = False
+        K = model.config.targets if model.config.mtp != "none" else 0
+        self._heads = torch.zeros(2, K, device=device)  # each head's loss and accuracy, summed since the last line
+        self._objective = torch.zeros((), device=device)
 
     def fit(self) -> bool:
         """Run to the last step, or to the next after SIGINT or SIGTERM; False if stopped so. Ends on a checkpoint."""
@@ -70,7 +76,7 @@ class Trainer:
                     now = time.perf_counter()
                     self.seconds += now - logged_time
                     speed = (self.tokens - logged_tokens) / (now - logged_time)
-                    self._log(mean, lr, norm, speed)
+                    self._log(mean, lr, norm, speed, self.step - logged_step)
                     display.show(self.step, mean, lr, speed)
                     losses.zero_()
                     logged_step, logged_tokens, logged_time = self.step, self.tokens, now
@@ -116,11 +122,14 @@ class Trainer:
             for i in range(self.step * t.accumulate, (self.step + 1) * t.accumulate)
         ]
         num_valid = sum(batch.num_valid for batch in batches)
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            part = self._loss(batch, num_valid)
-            part.backward()
-            loss += part.detach()
+        if self.model.config.mtp == "none":
+            loss = torch.zeros((), device=self.device)
+            for batch in batches:
+                part = self._loss(batch, num_valid)
+                part.backward()
+                loss += part.detach()
+        else:
+            loss = self._backward_heads(batches)
         # Clips to its max_grad_norm, and leaves everything as it is where the norm is not finite.
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -132,14 +141,50 @@ class Trainer:
         return lr, loss, norm
 
     def _loss(self, batch: Batch, num_valid: int) -> Tensor:
-        on_gpu = self.device.type == "cuda"
-        tokens, labels, positions, documents = (
-            (x.pin_memory() if on_gpu else x).to(self.device, non_blocking=True)
-            for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)
-        )
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        """Of the next token."""
+        tokens, labels, positions, documents = self._inputs(batch)
+        with self._autocast():
             hidden = self.model(tokens, positions=positions, document_ids=documents)
             return linear_cross_entropy(hidden, self.model.unembedding, labels, num_valid=num_valid)
+
+    def _backward_heads(self, batches: list[Batch]) -> Tensor:
+        """Backward of all heads' losses over a step's micro-batches; the next token's loss, on the device."""
+        c = self.model.config
+        K = c.targets
+        counts = torch.stack([mtp_valid_counts(b.labels, K, b.document_ids) for b in batches]).sum(0)
+        num_valid = self._on_device(counts.clamp(min=1))
+        weights = self._on_device(torch.tensor(head_weights_at(self.step, K, self.config)))
+        detached = c.mtp == "sequential" and c.mtp_detach
+        alone = K == 1 and c.mtp != "shared"  # then this is the loss of the next token, to the last bit
+        heads = torch.zeros_like(self._heads)
+        for batch in batches:
+            tokens, labels, positions, documents = self._inputs(batch)
+            with self._autocast():
+                loss, stats = mtp_cross_entropy(
+                    self.model(tokens, positions=positions, document_ids=documents, all_heads=True),
+                    self.model.unembedding,
+                    labels,
+                    document_ids=documents,
+                    head_weights=None if alone else weights,
+                    num_valid=num_valid,
+                    detach_unembedding=[detached and k > 0 for k in range(K)],
+                    return_stats=True,
+                )
+            loss.backward()
+            self._objective += loss.detach()
+            hits = torch.where(stats.num_valid > 0, stats.accuracy * stats.num_valid, 0.0)
+            heads += torch.stack([stats.head_loss, hits / num_valid])
+        self._heads += heads
+        return heads[0, 0]
+
+    def _inputs(self, batch: Batch) -> list[Tensor]:
+        return [self._on_device(x) for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)]
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _evaluate(self) -> None:
         results = self.evaluate()
@@ -150,8 +195,14 @@ class Trainer:
         parts = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
         say(self.console, f"step {self.step}: validation loss {parts}")
 
-    def _log(self, loss: float, lr: float, norm: Tensor, speed: float) -> None:
+    def _log(self, loss: float, lr: float, norm: Tensor, speed: float, steps: int) -> None:
         values: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_s": speed}
+        if self.model.config.mtp != "none":
+            values["objective"] = (self._objective / steps).item()
+            values["head_loss"], values["head_accuracy"] = (self._heads / steps).tolist()
+            values["head_weights"] = head_weights_at(self.step - 1, self.model.config.targets, self.config)
+            self._objective.zero_()
+            self._heads.zero_()
         skipped = int(self.skipped.item())
         if skipped:
             values["skipped"] = skipped

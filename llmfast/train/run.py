@@ -13,11 +13,14 @@ from rich.console import Console
 
 from llmfast.data import Dataset, Tokenizer, prepare, unigram_entropy
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW
 from llmfast.train.checkpoint import load_checkpoint
 from llmfast.train.config import Config, ConfigError, dump_config, load_config
 from llmfast.train.loop import Trainer, evaluation_batches
 from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_summary, read_metrics, say
+
+ACCEPTANCE_PROMPTS = 2  # of each source
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -63,6 +66,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         step=state["step"], tokens=state["tokens"],
     )  # fmt: skip
     finished = trainer.fit()
+    guesses: list[tuple[str, str]] = []
+    if finished and model.mtp is not None and model.config.targets > 1:
+        acceptance, per_pass = _acceptance(config, model, data, device)
+        metrics.write(step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass)
+        guesses = [
+            ("guesses accepted, by head", ", ".join(f"{100 * a:.0f} %" for a in acceptance)),
+            ("tokens a pass, decoding greedily", f"{per_pass:.2f}"),
+        ]
     metrics.close()
 
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
@@ -79,6 +90,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
             ("validation loss, first", f"{validation[0]:.3f} nats a token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
             ("unigram entropy of the same text", f"{entropy:.3f}"),
+            *guesses,
             ("tokens a second", f"{speed:,.0f}" if trainer.seconds else "-"),
             ("peak memory", f"{peak_memory_bytes(device) / 2**20:,.0f} MiB"),
             ("steps skipped", f"{int(trainer.skipped.item())}"),
@@ -176,6 +188,23 @@ def _held_out_entropy(config: Config, data: Dataset) -> float:
         for batch in evaluation_batches(rows, t.eval_rows, t.batch_size)
     ]
     return unigram_entropy(np.concatenate(labels), data.tokenizer.vocab_size)
+
+
+def _acceptance(config: Config, model: Decoder, data: Dataset, device: torch.device) -> tuple[list[float], float]:
+    """Of greedy self-speculative decoding after half a row of held-out text: accepted / guessed of each further head,
+    and tokens a pass. Of text the model makes itself: one that repeats itself is easy to guess."""
+    half = config.data.seq_len // 2
+    count = min(config.data.seq_len - half, 64)
+    guessed, accepted, passes, made = [0] * (model.config.targets - 1), [0] * (model.config.targets - 1), 0, 0
+    model.eval()
+    for rows in data.validation.values():
+        for i in range(min(ACCEPTANCE_PROMPTS, len(rows))):
+            prompt = rows.batch([i]).tokens[0, :half].to(device)
+            found = speculative_generate(model, prompt, count)
+            guessed = [a + b for a, b in zip(guessed, found.guessed)]
+            accepted = [a + b for a, b in zip(accepted, found.accepted)]
+            passes, made = passes + found.passes, made + count
+    return [a / max(1, g) for a, g in zip(accepted, guessed)], made / passes
 
 
 def _sample(config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> str:

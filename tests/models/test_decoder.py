@@ -80,3 +80,97 @@ def test_generates() -> None:
 def test_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"mtp": "parallel", "mtp_heads": 3},
+    {"mtp": "sequential", "mtp_heads": 2},
+    {"mtp": "sequential", "mtp_heads": 2, "mtp_hidden": "post_norm", "mtp_concat": "hidden_first"},
+    {"mtp": "shared", "mtp_heads": 3},
+]
+
+
+def test_one_parallel_head_is_the_plain_decoder() -> None:
+    """To the last bit: parameters from the same seed, hidden states, gradients."""
+    models = []
+    for options in ({}, {"mtp": "parallel", "mtp_heads": 1}):
+        torch.manual_seed(0)
+        models.append(small(tie_embeddings=False, **options))
+    plain, parallel = models
+    renamed = {name.replace("blocks.1.", "mtp.blocks.0."): p for name, p in plain.named_parameters()}
+    assert renamed.keys() == dict(parallel.named_parameters()).keys()
+    assert all(torch.equal(p, renamed[name]) for name, p in parallel.named_parameters())
+
+    tokens = torch.randint(0, 50, (2, 9))
+    hidden, heads = plain(tokens), parallel(tokens, all_heads=True)
+    assert heads.shape == (1, 2, 9, 32)
+    assert torch.equal(hidden, heads[0]) and torch.equal(hidden, parallel(tokens))
+    hidden.square().sum().backward()
+    heads.square().sum().backward()
+    for name, p in parallel.named_parameters():
+        assert (p.grad is None) == (renamed[name].grad is None)
+        assert p.grad is None or torch.equal(p.grad, renamed[name].grad)  # type: ignore[arg-type]
+
+
+def test_plain_decoders_have_the_parameters_they_had() -> None:
+    names = dict(small().named_parameters()).keys()
+    block = {"attention_norm", "attention.qkv", "attention.out", "ffn_norm", "ffn.gate_up", "ffn.out"}
+    assert names == {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in block} | {
+        "embedding.weight",
+        "norm.weight",
+    }
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_heads_share_the_hidden_state_of_the_next_token(options: dict[str, Any]) -> None:
+    model, tokens = small(**options), torch.randint(0, 50, (2, 9))
+    first, heads = model(tokens), model(tokens, all_heads=True)
+    assert model.config.targets == 3
+    if options["mtp"] == "shared":
+        assert torch.equal(heads, first)
+    else:
+        assert heads.shape == (3, 2, 9, 32)
+        torch.testing.assert_close(heads[0], first)
+    assert small()(tokens, all_heads=True).shape == (1, 2, 9, 32)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_heads_see_what_they_may(options: dict[str, Any]) -> None:
+    """Head k at row t sees tokens up to t, and up to t + k where depths read on; never another document's."""
+    model = small(**options)
+    tokens = torch.randint(0, 50, (1, 10))
+    documents = torch.tensor([[0] * 5 + [1] * 5])
+    given = {"positions": torch.arange(5).repeat(1, 2), "document_ids": documents}
+    before = model(tokens, all_heads=True, **given)
+    for at in range(10):
+        changed = tokens.clone()
+        changed[0, at] = (changed[0, at] + 1) % 50
+        after = model(changed, all_heads=True, **given)
+        same = (before == after).all(-1).view(-1, 10)  # (K, T)
+        for k in range(len(same)):
+            reach = k if options["mtp"] == "sequential" else 0
+            for t in range(10):
+                unseen = documents[0, t] != documents[0, at] or at > t + reach
+                assert same[k, t] if unseen else not same[k, t], (k, t, at)
+
+
+def test_detached_depths_leave_the_trunk_alone() -> None:
+    model = small(mtp="sequential", mtp_heads=2, mtp_detach=True)
+    model(torch.randint(0, 50, (2, 9)), all_heads=True)[1:].sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) == name.startswith("mtp."), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mtp": "both"}, "mtp must be one of 'none', 'parallel', 'sequential', 'shared'; got 'both'"),
+        ({"mtp": "parallel"}, "mtp_heads must be at least 1 with mtp='parallel'; got 0"),
+        ({"mtp_heads": 2}, "mtp_heads must be 0 with mtp='none'; got 2"),
+        ({"mtp_concat": "x"}, "mtp_concat must be one of 'embedding_first', 'hidden_first'; got 'x'"),
+        ({"mtp_hidden": "x"}, "mtp_hidden must be one of 'pre_norm', 'post_norm'; got 'x'"),
+    ],
+)
+def test_refuses_heads_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**options)

@@ -1,0 +1,26 @@
+"""Multi-token prediction: modules that predict more than the next token, and what goes with them.
+
+The loss for all of them is `llmfast.losses.mtp_cross_entropy`. Head k at row t predicts token t + 1 + k, so that head 0
+is ordinary next-token prediction.
+"""
+
+from llmfast.mtp.depths import SequentialDepths
+from llmfast.mtp.export import load_deepseek, save_deepseek
+from llmfast.mtp.heads import ParallelHeads
+from llmfast.mtp.schedules import constant_weights, head_weights, linear_weights, staged_weights
+from llmfast.mtp.sequential import sequential_backward
+from llmfast.mtp.speculative import Speculation, speculative_generate
+
+__all__ = [
+    "ParallelHeads",
+    "SequentialDepths",
+    "Speculation",
+    "constant_weights",
+    "head_weights",
+    "linear_weights",
+    "load_deepseek",
+    "save_deepseek",
+    "sequential_backward",
+    "speculative_generate",
+    "staged_weights",
+]

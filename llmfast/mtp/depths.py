@@ -1,0 +1,126 @@
+"""Sequential depths: each predicts one token further from the depth before it (DeepSeek-V3, arXiv:2412.19437)."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmfast._checks import describe, expect
+
+ConcatOrder = Literal["embedding_first", "hidden_first"]
+HiddenKind = Literal["pre_norm", "post_norm"]
+
+
+class SequentialDepths(nn.Module):
+    """D depths after a trunk that predicts the next token; depth k at row t is for token t + 1 + k, k = 1..D.
+
+        h_0 = the trunk's output            h_k = block_k(eh_proj_k([enorm_k(Emb(x_{t+k})); hnorm_k(h_{k-1})]))
+
+    and norm_k(h_k) is what the unembedding gets. Embedding and unembedding are the trunk's and come from the caller.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[], nn.Module],
+        depths: int,
+        width: int,
+        *,
+        concat_order: ConcatOrder = "embedding_first",
+        hidden: HiddenKind = "pre_norm",
+        repeated_layer: bool = False,
+        detach: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        """
+        Args:
+            make_block: Called once a depth; a block is any module `block(x, *args)` of (B, T, D) to (B, T, D).
+            depths: D.
+            width: D of the hidden states, the same as the embedding's.
+            concat_order: What `eh_proj` reads first. DeepSeek's paper says the hidden state, its weights the embedding.
+            hidden: What a depth reads of the one before it, and so what the caller has to hand in: the stream as it
+                is ("pre_norm"), or after the norm that the unembedding wants ("post_norm").
+            repeated_layer: All depths are the same module.
+            detach: Depths learn from the trunk's hidden states and embeddings but do not change them. The unembedding
+                is the loss's affair: `mtp_cross_entropy(detach_unembedding=)`.
+        """
+        super().__init__()
+        expect(depths >= 1, f"depths must be at least 1; got {depths}")
+        expect(width >= 1, f"width must be at least 1; got {width}")
+        for name, value, kinds in (("concat_order", concat_order, ConcatOrder), ("hidden", hidden, HiddenKind)):
+            choices = get_args(kinds)
+            expect(value in choices, f"{name} must be one of {str(choices)[1:-1]}; got {value!r}")
+        self.depths, self.width = depths, width
+        self.concat_order, self.hidden, self.detach = concat_order, hidden, detach
+        self.layers = nn.ModuleList(
+            [Depth(make_block(), width, norm_eps) for _ in range(1 if repeated_layer else depths)]
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,  # (B, T, D) of the trunk, before or after its norm as `self.hidden` says
+        embeddings: Tensor,  # (B, T, D) of the same rows' input tokens
+        *args: Any,
+        document_ids: Tensor | None = None,  # (B, T)
+    ) -> Tensor:
+        """Hidden states (depths, B, T, D), normalised and ready for the unembedding; `args` go to every block.
+
+        Rows whose token t + k is not in the row, or in another document, get an embedding of zeros.
+        """
+        expect(
+            hidden.dim() == 3 and hidden.shape[-1] == self.width,
+            f"hidden must be (B, T, {self.width}); got {describe(hidden)}",
+        )
+        expect(
+            embeddings.shape == hidden.shape,
+            f"embeddings must be {tuple(hidden.shape)} like hidden; got {describe(embeddings)}",
+        )
+        expect(
+            document_ids is None or document_ids.shape == hidden.shape[:2],
+            f"document_ids must be {tuple(hidden.shape[:2])}; got "
+            f"{describe(document_ids) if document_ids is not None else None}",
+        )
+        if self.detach:
+            hidden, embeddings = hidden.detach(), embeddings.detach()
+        outs = []
+        for k in range(1, self.depths + 1):
+            hidden, out = self.advance(k, hidden, ahead(embeddings, k, document_ids), *args)
+            outs.append(out)
+        return torch.stack(outs)
+
+    def advance(self, k: int, hidden: Tensor, embeddings: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """Depth k alone: from what depth k - 1 hands on and Emb(x_{t+k}) to what k hands on and the unembedding reads.
+
+        All four are (B, T, D). For decoding, where x_{t+k} is known only once depth k - 1 has been asked.
+        """
+        layer = self.layers[(k - 1) % len(self.layers)]
+        assert isinstance(layer, Depth)
+        parts = [layer.enorm(embeddings), layer.hnorm(hidden)]
+        x = layer.eh_proj(torch.cat(parts if self.concat_order == "embedding_first" else parts[::-1], dim=-1))
+        x = layer.block(x, *args)
+        out: Tensor = layer.norm(x)
+        return (x if self.hidden == "pre_norm" else out), out
+
+
+class Depth(nn.Module):
+    """The parameters of one depth."""
+
+    def __init__(self, block: nn.Module, width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.enorm = nn.RMSNorm(width, eps=norm_eps)
+        self.hnorm = nn.RMSNorm(width, eps=norm_eps)
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        self.block = block
+        self.norm = nn.RMSNorm(width, eps=norm_eps)
+
+
+def ahead(x: Tensor, k: int, document_ids: Tensor | None) -> Tensor:
+    """Row t + k at row t, (B, T, D); zeros where there is no such row in the same document."""
+    T = x.shape[1]
+    k = min(k, T)
+    out = F.pad(x[:, k:], (0, 0, 0, k))
+    if document_ids is not None:
+        other = F.pad(document_ids[:, k:] != document_ids[:, : T - k], (0, k), value=True)
+        out = out.masked_fill(other[..., None], 0)
+    return out

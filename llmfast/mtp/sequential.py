@@ -1,0 +1,43 @@
+"""Backward head by head, so that one head's activations live at a time (Gloeckle 2024, section 2)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmfast._checks import expect
+
+
+def sequential_backward(
+    trunk_out: Tensor,  # (B, T, D)
+    heads: Iterable[Callable[..., Tensor]],
+    loss: Callable[[int, Tensor], Tensor],
+    *args: Any,
+) -> Tensor:
+    """Forward and backward of `sum_k loss(k, head_k(trunk_out, *args))`, head by head, and then of the trunk.
+
+    The gradients are those of one graph. Peak memory is the trunk's activations and those of the largest head, where
+    one graph keeps all heads'. That is worth it for large heads, or losses that keep their logits; with
+    `mtp_cross_entropy` no head's logits exist at once, and one graph is simpler and as small in them.
+
+    Args:
+        trunk_out: What all heads read. It needs a graph only if the trunk is to learn.
+        heads: Modules or functions, e.g. `ParallelHeads(...).blocks`.
+        loss: From a head's number and its output to a scalar, its weight and any loss scaling included.
+        args: Passed to every head.
+
+    Returns:
+        The heads' losses, (K,), detached.
+    """
+    inputs = trunk_out.detach().requires_grad_(trunk_out.requires_grad)
+    losses: list[Tensor] = []
+    for k, head in enumerate(heads):
+        value = loss(k, head(inputs, *args))
+        expect(value.dim() == 0, f"loss must return a scalar; got {tuple(value.shape)} for head {k}")
+        value.backward()
+        losses.append(value.detach())
+    expect(bool(losses), "heads must hold at least one")
+    if inputs.grad is not None:
+        trunk_out.backward(inputs.grad)
+    return torch.stack(losses)
