@@ -25,6 +25,7 @@ from support.launched import (  # noqa: F401  pytest finds its hooks here
     pytest_runtestloop,
     pytest_sessionfinish,
     pytest_testnodedown,
+    unrecorded,
 )
 
 interpreter.install()
@@ -49,6 +50,24 @@ def ours_however_small() -> AbstractContextManager[object]:
 def kernels() -> Iterator[None]:
     """Sends CPU tensors to the kernels, and watches what these do."""
     with kernels_on_cpu(), sanitizing():
+        yield
+
+
+# The tests whose launches are compiled afterwards, in folders where others mix the same variants anew: that would be
+# minutes of compiling and no news.
+RECORDED = {
+    "losses": {
+        *("test_cross_entropy.py", "test_linear_cross_entropy.py", "test_options.py", "test_row_kernels.py"),
+        *("test_filtered_matmul.py", "test_traffic.py"),
+    },
+    "optim": {"test_clipping.py", "test_parity.py", "test_precision.py", "test_traffic.py"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _recorded_where_there_is_something_new(request: pytest.FixtureRequest) -> Iterator[None]:
+    recorded = RECORDED.get(request.path.parent.name)
+    with nullcontext() if recorded is None or request.path.name in recorded else unrecorded():
         yield
 
 

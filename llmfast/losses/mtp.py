@@ -247,15 +247,17 @@ def _heads(
 ) -> Result:  # fmt: skip
     """Heads with hidden states of their own; the loss, and sums of each head's losses and hits."""
     K = len(detached)
-    if any(detached) and not all(detached):
-        parts = []
+    if any(detached) and not all(detached):  # each kind in a call of its own
+        total, losses, hits = [], dict.fromkeys(range(K), factors[0]), dict.fromkeys(range(K), factors[0])
         for kind in (False, True):
-            at = torch.tensor([k for k in range(K) if detached[k] == kind], device=targets.device)
-            chosen = [None if t is None else t[at] for t in (hiddens, targets, valid, factors, moved)]
-            h, y, v, f, m = chosen
-            parts.append((at, _heads(h, weight, y, v, f, common, m, [kind] * len(at), stats, options)))  # type: ignore[arg-type]
-        sums = [torch.zeros_like(factors).index_copy(0, at, part[i]) for at, part in parts for i in (1, 2)]
-        return parts[0][1][0] + parts[1][1][0], sums[0] + sums[2], sums[1] + sums[3]
+            heads = [k for k in range(K) if detached[k] == kind]
+            h, y, v, f = (_chosen(t, heads) for t in (hiddens, targets, valid, factors))
+            m = None if moved is None else _chosen(moved, heads)
+            loss, some_losses, some_hits = _heads(h, weight, y, v, f, common, m, [kind] * len(heads), stats, options)
+            total.append(loss)
+            losses.update(zip(heads, some_losses))
+            hits.update(zip(heads, some_hits))
+        return total[0] + total[1], torch.stack([*losses.values()]), torch.stack([*hits.values()])
     if all(detached):
         bias = options.get("bias")
         weight, options = weight.detach(), {**options, "bias": None if bias is None else bias.detach()}
@@ -268,6 +270,13 @@ def _heads(
     hits = (valid & (found.argmax == targets)).flatten(1).sum(1).to(factors.dtype)
     safe = torch.where(factors == 0, 1, factors)
     return loss, found.token_loss.flatten(1).sum(1) / safe, hits
+
+
+def _chosen(t: Tensor, heads: list[int]) -> Tensor:
+    """Of some heads; a view where they follow on each other."""
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return t[heads[0] : heads[-1] + 1]
+    return torch.stack([t[k] for k in heads])
 
 
 def _shared(

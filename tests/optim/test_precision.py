@@ -105,8 +105,7 @@ def test_kernels_round_stochastically_as_plain_torch_does() -> None:
     assert torch.equal(run(False), run(True))
 
 
-@pytest.mark.parametrize("cls", [FusedAdamW, FusedRMSprop])
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("cls", "dtype"), [(FusedRMSprop, F32), (FusedAdamW, BF16)])
 def test_8_bit_states_train_nearly_as_well(path: str, cls: Any, dtype: torch.dtype) -> None:
     """On a noisy quadratic bowl, where the second moment decides how far a step goes."""
 
