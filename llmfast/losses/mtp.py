@@ -248,16 +248,17 @@ def _heads(
     """Heads with hidden states of their own; the loss, and sums of each head's losses and hits."""
     K = len(detached)
     if any(detached) and not all(detached):  # each kind in a call of its own
-        total, losses, hits = [], dict.fromkeys(range(K), factors[0]), dict.fromkeys(range(K), factors[0])
+        total: list[Tensor] = []
+        each_loss, each_hits = ({k: factors[k] for k in range(K)} for _ in range(2))
         for kind in (False, True):
             heads = [k for k in range(K) if detached[k] == kind]
             h, y, v, f = (_chosen(t, heads) for t in (hiddens, targets, valid, factors))
             m = None if moved is None else _chosen(moved, heads)
             loss, some_losses, some_hits = _heads(h, weight, y, v, f, common, m, [kind] * len(heads), stats, options)
             total.append(loss)
-            losses.update(zip(heads, some_losses))
-            hits.update(zip(heads, some_hits))
-        return total[0] + total[1], torch.stack([*losses.values()]), torch.stack([*hits.values()])
+            each_loss.update(zip(heads, some_losses))
+            each_hits.update(zip(heads, some_hits))
+        return total[0] + total[1], torch.stack([*each_loss.values()]), torch.stack([*each_hits.values()])
     if all(detached):
         bias = options.get("bias")
         weight, options = weight.detach(), {**options, "bias": None if bias is None else bias.detach()}
