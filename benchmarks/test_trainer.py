@@ -26,7 +26,7 @@ def trainer(config: Config) -> Iterator[Trainer]:
     random = np.random.default_rng(0)
     rows = pack([random.integers(1, VOCABULARY, size=300) for _ in range(500)], config.data.seq_len, eot_id=0)
     model = model_of(config)
-    optimizer = FusedAdamW(model.parameters(), lr=1e-3)
+    optimizer = FusedAdamW(model.parameters(), lr=1e-3, max_grad_norm=config.optimizer.max_grad_norm)
     yield Trainer(
         config, model, optimizer, Dataset(rows, {}, ByteTokenizer()), run=Path("unused"), device=device(),
         dtype=dtype(), console=Console(quiet=True), metrics=cast(Any, None),

@@ -250,7 +250,7 @@ def sample(grid: tuple[int, int, int]) -> list[tuple[int, float]]:
 
     Of a short axis all, of a long one the last, which may have less to do, and two of the others.
     """
-    short = 8 if sum(n > 1 for n in grid) == 1 else 3
+    short = 16 if sum(n > 1 for n in grid) == 1 else 3
 
     def along(n: int) -> list[tuple[int, float]]:
         if n <= short:
