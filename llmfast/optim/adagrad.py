@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad
 
-from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
 from llmfast.optim.state import Names
 
@@ -65,23 +65,14 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
         return {name: group[name] for name in ("lr_decay", "eps")}
 
-    def _torch_update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        *,
-        fused: bool,
-        grad_scale: Tensor | None,
-        differentiable: bool,
-    ) -> None:
+    def _torch_update(self, call: TorchCall) -> None:
+        group, params, grads, states, *_ = call
         adagrad(
             params,
             grads,
             [state["sum"] for state in states],
             [state["step"] for state in states],
-            foreach=False, fused=fused, grad_scale=grad_scale, differentiable=differentiable,
+            foreach=False, fused=call.fused, grad_scale=call.grad_scale, differentiable=call.differentiable,
             has_sparse_grad=any(g.layout != torch.strided for g in grads),
             has_complex=any(p.is_complex() for p in params),
             lr=group["lr"], weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],

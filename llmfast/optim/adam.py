@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from llmfast._checks import expect
-from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
 from llmfast.optim.state import Names
 
@@ -43,17 +43,8 @@ class _Adam(FusedOptimizer):
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
         return bool(group["decoupled_weight_decay"]) and self.decay != "lr"
 
-    def _torch_update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        *,
-        fused: bool,
-        grad_scale: Tensor | None,
-        differentiable: bool,
-    ) -> None:
+    def _torch_update(self, call: TorchCall) -> None:
+        group, params, grads, states, *_ = call
         beta1, beta2 = group["betas"]
         adam(
             params,
@@ -62,7 +53,7 @@ class _Adam(FusedOptimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
-            foreach=False, fused=fused, grad_scale=grad_scale, differentiable=differentiable,
+            foreach=False, fused=call.fused, grad_scale=call.grad_scale, differentiable=call.differentiable,
             has_complex=any(p.is_complex() for p in params), decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"],

@@ -31,6 +31,18 @@ class Plan(NamedTuple):
     buckets: dict[Bucket, torch.device]  # of these: the same on all ranks, whatever gradients each of them has
 
 
+class TorchCall(NamedTuple):
+    """What torch's own update of some parameters is given."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    fused: bool
+    grad_scale: Tensor | None
+    differentiable: bool
+
+
 class FusedOptimizer(StateKeeper):
     """Comes before a torch optimizer among the bases; constructor, groups, state names and state_dict stay torch's.
 
@@ -57,18 +69,8 @@ class FusedOptimizer(StateKeeper):
         """What the rule needs to know beside lr: arguments of `reference`'s function, in the order of the kernels'."""
 
     @abstractmethod
-    def _torch_update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        *,
-        fused: bool,
-        grad_scale: Tensor | None,
-        differentiable: bool,
-    ) -> None:
-        """One step of `params` by torch's function, which fails to know `grad_scale` unless it is fused."""
+    def _torch_update(self, call: TorchCall) -> None:
+        """One step by torch's function, which knows no `grad_scale` unless it is fused."""
 
     def _decay(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """Weight decay: what is lost for each unit of lr, what is lost at any lr but 0, and the L2 penalty."""
@@ -158,10 +160,8 @@ class FusedOptimizer(StateKeeper):
             group = group | {"weight_decay": 0.0}
         differentiable = bool(group["differentiable"])
         with torch.set_grad_enabled(differentiable):
-            self._torch_update(
-                group, params, grads, [row.named_states() for row in rows],
-                fused=fused, grad_scale=grad_scale, differentiable=differentiable,
-            )  # fmt: skip
+            states = [row.named_states() for row in rows]
+            self._torch_update(TorchCall(group, params, grads, states, fused, grad_scale, differentiable))
         for row in rows:
             if row.ema is not None and self.options.ema_decay is not None:
                 row.ema.lerp_(row.local.float(), 1 - self.options.ema_decay)

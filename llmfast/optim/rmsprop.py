@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
-from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
 from llmfast.optim.state import Names
 
@@ -72,17 +72,8 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
         return {name: group[name] for name in ("alpha", "momentum", "eps")}
 
-    def _torch_update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        *,
-        fused: bool,
-        grad_scale: Tensor | None,
-        differentiable: bool,
-    ) -> None:
+    def _torch_update(self, call: TorchCall) -> None:
+        group, params, grads, states, *_ = call
         rmsprop(
             params,
             grads,
@@ -90,7 +81,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
             [state["grad_avg"] for state in states] if group["centered"] else [],
             [state["momentum_buffer"] for state in states] if group["momentum"] > 0 else [],
             [state["step"] for state in states],
-            foreach=False, differentiable=differentiable, has_complex=any(p.is_complex() for p in params),
+            foreach=False, differentiable=call.differentiable, has_complex=any(p.is_complex() for p in params),
             lr=group["lr"], alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"],
             momentum=group["momentum"], centered=group["centered"], maximize=group["maximize"],
         )  # fmt: skip

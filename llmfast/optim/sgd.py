@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
 from llmfast.optim.state import Names
 
@@ -60,17 +60,8 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
         return {name: group[name] for name in ("momentum", "dampening", "nesterov")}
 
-    def _torch_update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        *,
-        fused: bool,
-        grad_scale: Tensor | None,
-        differentiable: bool,
-    ) -> None:
+    def _torch_update(self, call: TorchCall) -> None:
+        group, params, grads, states, *_ = call
         # Torch has no buffer before the first gradient, which it neither damps nor differentiates; here it is there.
         started = [bool(state["step"] > 0) for state in states]
         for first in (False, True):
@@ -84,7 +75,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
                 [grads[i] for i in chosen],
                 buffers,
                 has_sparse_grad=any(grads[i].layout != torch.strided for i in chosen),
-                foreach=False, fused=fused, grad_scale=grad_scale,
+                foreach=False, fused=call.fused, grad_scale=call.grad_scale,
                 weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
                 dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
             )  # fmt: skip
