@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train test lint format bench clean help
+.PHONY: train test lint format bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
@@ -38,12 +38,15 @@ format: $(STAMP)-train,dev ## let ruff fix and format the code
 bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
+bench-mtp: $(STAMP)-train,bench ## train every kind of multi-token prediction side by side, half an hour; then make bench
+	$(PY) -m benchmarks.mtp_runs runs/bench-mtp $(ARGS)
+
 clean: ## remove .venv, caches and builds; runs/ stays
 	rm -rf .venv build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 help: ## list these
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP)-%: pyproject.toml $(CONSTRAINTS)
 	@rm -f $(filter-out $(STAMP)-%,$(wildcard $(VENV)/.ready-*))

@@ -30,7 +30,7 @@ class Job:
 
     operation: str  # of benchmarks.ways
     way: str
-    size: dict[str, Any]  # N, D, V of a loss; "parameters" of an optimizer
+    size: dict[str, Any]  # N, D, V, perhaps K of a loss; "parameters" of an optimizer
     dry: bool = True
     dtype: str = "bfloat16"
 
@@ -206,17 +206,19 @@ def _cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
 
 
 def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
+    """Of one head's hidden states or, where the size has a K, of as many that predict further and further ahead."""
     import torch
     import torch.nn.functional as F
 
     from evidence.dry_run import reserve
 
     N, D, V = (job.size[name] for name in ("N", "D", "V"))
+    heads = (job.size["K"],) if "K" in job.size else ()
     torch.manual_seed(0)
     if job.dry:
-        hidden, weight = reserve(N, D, dtype=dtype), reserve(V, D, dtype=dtype)
+        hidden, weight = reserve(*heads, N, D, dtype=dtype), reserve(V, D, dtype=dtype)
     else:
-        hidden, weight = torch.randn(N, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
+        hidden, weight = torch.randn(*heads, N, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     targets = torch.randint(0, V, (N,))
     made: dict[str, Any] = {}
@@ -227,7 +229,12 @@ def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Ope
 
     def errors() -> dict[str, float]:
         h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
-        loss = F.cross_entropy(h @ w.T, targets)
+        if job.way.endswith("shared logits"):
+            loss = _summed(F.cross_entropy, h[:1].expand_as(h) @ w.T, targets)
+        elif heads:
+            loss = _summed(F.cross_entropy, h @ w.T, targets)
+        else:
+            loss = F.cross_entropy(h @ w.T, targets)
         loss.backward()
         return {
             "loss": _relative(made["loss"].detach(), loss.detach()),
@@ -236,6 +243,11 @@ def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Ope
         }
 
     return _Operation(run, errors)
+
+
+def _summed(loss: Callable[..., Any], logits: Any, labels: Any) -> Any:
+    """Head k's row t predicts label t + k."""
+    return sum(loss(z[: len(labels) - k], labels[k:]) for k, z in enumerate(logits))
 
 
 def _optimizer(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
@@ -258,6 +270,7 @@ def _optimizer(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
 _OPERATIONS: dict[str, Callable[[Callable[..., Any], Job, Any], _Operation]] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
+    "mtp_cross_entropy": _linear_cross_entropy,
 }
 
 

@@ -47,7 +47,7 @@ def draw(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     rows: list[Row] = results["rows"]
     parts = [head(results["about"])]
-    for section in (compared, real_sizes, optimizers, clock, kernels, machine_code):
+    for section in (compared, real_sizes, heads, learned, optimizers, clock, kernels, machine_code):
         if text := section(rows, folder):
             parts.append(text)
     parts.append(how_it_was_made(rows))
@@ -113,13 +113,14 @@ def compared(rows: list[Row], folder: Path) -> str:
     for operation, title in (
         ("linear_cross_entropy", "The linear loss on the same inputs"),
         ("cross_entropy", "The loss of given logits on the same inputs"),
+        ("mtp_cross_entropy", "Four heads' losses on the same inputs"),
     ):
         mine = chosen(rows, section="compared", operation=operation)
         if not mine:
             continue
         size = mine[0]["size"]
-        logits = size["N"] * size["V"]
-        linear = operation == "linear_cross_entropy"
+        logits = size.get("K", 1) * size["N"] * size["V"]
+        linear = operation != "cross_entropy"
         errors = ("loss", "hidden", "weight") if linear else ("loss", "logits")
         columns = ["", "bytes a logit", "asked for", "peak, MiB", "host waits", *(f"error, {e}" for e in errors)]
         if linear:
@@ -137,15 +138,37 @@ def compared(rows: list[Row], folder: Path) -> str:
         return ""
     legend = (
         "*Bytes a logit*: different bytes per launch, read and written, over N·V. *Asked for*: with every repetition, "
-        "as if no cache helped. *Products*: FLOPs of matrix products over 2·N·D·V; 3 is the least. *Peak*: tensors "
-        "beyond the inputs. *Host waits*: operators for which the host waits for the GPU. *Errors*: norm of the "
+        "as if no cache helped. *Products*: FLOPs of matrix products over 2·N·D·V; 3 is the least. K heads have K·N "
+        "rows. *Peak*: tensors beyond the inputs. "
+        "*Host waits*: operators for which the host waits for the GPU. *Errors*: norm of the "
         "difference from float64, over the norm of that."
     )
     return "\n\n".join([*parts, legend])
 
 
+def heads(rows: list[Row], folder: Path) -> str:
+    mine = chosen(rows, section="real sizes", operation="mtp_cross_entropy")
+    if not mine:
+        return ""
+    sizes = unique(tuple(row["size"].items()) for row in mine)
+    body = []
+    for way in unique(row["way"] for row in mine):
+        cells = []
+        for size in sizes:
+            for row in chosen(mine, way=way, size=dict(size)):
+                gib = row["dram"] / 2**30, row["peak_bytes"] / 2**30
+                cells += [f"{row['seconds'][H100.name] * 1e3:.0f}", f"{gib[0]:.1f}", f"{gib[1]:.1f}"]
+        body.append([way, *cells])
+    shapes = [", ".join(f"{axis} = {value}" for axis, value in size) for size in sizes]
+    columns = [f"{what}, {shape}" for shape in shapes for what in ("ms", "GiB moved", "GiB held")]
+    return (
+        f"## Four heads at real sizes\n\nModelled ms on an {H100.name}, counted GiB moved and counted peak of tensors "
+        f"beyond the inputs, forward and backward, bfloat16.\n\n{table(['', *columns], body)}"
+    )
+
+
 def real_sizes(rows: list[Row], folder: Path) -> str:
-    mine = chosen(rows, section="real sizes")
+    mine = chosen(rows, section="real sizes", operation="linear_cross_entropy")
     if not mine:
         return ""
     ways = unique(row["way"] for row in mine)
@@ -170,6 +193,32 @@ def real_sizes(rows: list[Row], folder: Path) -> str:
         f"inputs, forward and backward, bfloat16, N = {SHOWN['N']}.\n\n{first}\n\n"
         f"Modelled, {shape}:\n\n{second}\n\n![modelled time against N and V](time.svg)\n\n"
         "![bytes a logit by what moves them](bytes.svg)\n\n![peak memory against N](memory.svg)"
+    )
+
+
+def learned(rows: list[Row], folder: Path) -> str:
+    """Of the runs of `benchmarks.mtp_runs`, that `make bench` does not make again."""
+    if not (folder / "mtp.json").exists():
+        return ""
+    found = json.loads((folder / "mtp.json").read_text())
+    body = []
+    for row in found["rows"]:
+        losses = row["validation"]
+        accepted = ", ".join(f"{share:.0%}" for share in row.get("acceptance", [])) or "-"
+        body.append(
+            [
+                row["way"], ", ".join(f"{loss:.3f}" for loss in losses), f"{row['tokens_per_s']:,.0f}",
+                f"{row['peak_bytes'] / 2**20:,.0f}", accepted, f"{row.get('tokens_per_pass', 1.0):.2f}",
+            ]
+        )  # fmt: skip
+    about = found["about"]
+    columns = ["", "validation loss", "tokens/s", "peak, MiB", "guesses accepted, by head", "tokens a pass"]
+    return (
+        f"## Trained side by side\n\nBy `make bench-mtp` on {about['date']} at commit {about['commit']}, on "
+        f"{about['cpu']}: `make train`'s model and text, {found['rows'][0]['tokens']:,} tokens each. "
+        "*Validation loss*: of the next token alone, in nats, one figure a seed. *Tokens/s*: best of short runs in "
+        "turn. *Peak*: of the whole process. *Guesses accepted*: of greedy self-speculative decoding after held-out "
+        f"text.\n\n{table(columns, body)}"
     )
 
 

@@ -11,6 +11,9 @@ TOKENS = (1024, 4096, 16384, 65536)
 
 # Small enough to compute in the interpreter, with the proportions of a large vocabulary.
 SMALL = {"N": 1024, "D": 256, "V": 16384}
+SMALL_HEADS = {"K": 4, "N": 256, "D": 256, "V": 8192}
+# Four heads on the tokens of one micro-batch, at DeepSeek-V3's size too: the model that trains one such head.
+HEADS = [{"K": 4, "N": 8192, "D": D, "V": V} for D, V in (MODELS["Llama-3"], (7168, 129280))]
 
 
 def _gpt2() -> list[tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.conftest import Add
 from benchmarks.counted import Job, Result
-from benchmarks.shapes import MODELS, PARAMETERS, SMALL, TOKENS
+from benchmarks.shapes import HEADS, MODELS, PARAMETERS, SMALL, SMALL_HEADS, TOKENS
 from benchmarks.ways import OPTIMIZERS, ways
 from evidence.compiler import compile_launches
 
@@ -16,9 +16,11 @@ pytestmark = pytest.mark.usefixtures("benchmark")
 
 COMPARED = [Job("linear_cross_entropy", way, SMALL, dry=False) for way in ways("linear_cross_entropy", "counted")]
 COMPARED += [Job("cross_entropy", way, {"N": 256, "V": 16384}, dry=False) for way in ways("cross_entropy", "counted")]
+COMPARED += [Job("mtp_cross_entropy", way, SMALL_HEADS, dry=False) for way in ways("mtp_cross_entropy", "counted")]
 SIZES = [{"N": N, "D": D, "V": V} for D, V in MODELS.values() for N in TOKENS]
 SIZES += [{"N": 16384, "D": 4096, "V": V} for V in (8192, 32768, 262144)]  # with Llama-3's, a sweep over V
 LINEAR = [Job("linear_cross_entropy", way, size) for size in SIZES for way in ways("linear_cross_entropy", "counted")]
+MTP = [Job("mtp_cross_entropy", way, size) for size in HEADS for way in ways("mtp_cross_entropy", "counted")]
 # A program of its kernels walks through a share of a tensor, so one of a large tensor takes minutes to interpret.
 SMALL_ONLY = ("FlashOptim, 8-bit states",)
 ADAMW = [
@@ -57,7 +59,7 @@ def test_same_inputs(add: Add, counted: dict[Job, Result], job: Job) -> None:
     record(add, "compared", counted[job])
 
 
-@pytest.mark.parametrize("job", LINEAR, ids=name)
+@pytest.mark.parametrize("job", LINEAR + MTP, ids=name)
 def test_real_sizes(add: Add, counted: dict[Job, Result], job: Job) -> None:
     record(add, "real sizes", counted[job])
 
@@ -109,6 +111,20 @@ def test_ours_multiplies_no_more_than_it_must(counted: dict[Job, Result], job: J
     N, D, V = (job.size[axis] for axis in "NDV")
     assert counted[job].dot_flops == 6 * N * D * V
     assert counted[job].syncs == 0
+
+
+@pytest.mark.parametrize("job", [job for job in MTP if job.way in ("llmfast", "llmfast, shared logits")], ids=name)
+def test_heads_multiply_no_more_than_they_must(counted: dict[Job, Result], job: Job) -> None:
+    K, N, D, V = (job.size[axis] for axis in "KNDV")
+    assert counted[job].dot_flops == (K if job.way == "llmfast" else 1) * 6 * N * D * V
+    assert counted[job].syncs == 0
+
+
+@pytest.mark.parametrize("job", ours(MTP), ids=name)
+def test_heads_in_one_call_move_and_hold_less_than_head_by_head(counted: dict[Job, Result], job: Job) -> None:
+    apart = counted[Job(job.operation, "llmfast, head by head", job.size)]
+    assert counted[job].dram < 0.95 * apart.dram
+    assert counted[job].peak_bytes < 1.03 * apart.peak_bytes
 
 
 @pytest.mark.parametrize("job", [job for job in ours(LINEAR) if job.size["N"] >= 16384], ids=name)

@@ -134,6 +134,26 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return _load("quack.linear_cross_entropy", "chunked_linear_cross_entropy")(hidden, weight, targets)
 
 
+# Multi-token prediction: (hiddens (K, N, D), weight (V, D), labels (N,)) -> the sum of the heads' mean losses.
+
+
+def _shared_logits(heads: int) -> Callable[..., Any]:
+    def run(hiddens: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        return losses.mtp_cross_entropy(hiddens[0], weight, labels, head_weights=[1.0] * heads)
+
+    return run
+
+
+def _head_by_head(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """As everybody does it: a loss of each head, with labels moved."""
+
+    def run(hiddens: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        moved = [F.pad(labels[k:], (0, k), value=-100) for k in range(len(hiddens))]
+        return sum(loss(hidden, weight, targets) for hidden, targets in zip(hiddens.unbind(), moved))
+
+    return run
+
+
 # Optimizers: parameters -> what has a `step`.
 
 Parameters = Iterable[Tensor]
@@ -206,6 +226,15 @@ _WAYS: dict[str, list[Way]] = {
         # Counts the same on random numbers, of which the filter drops nothing.
         Way("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
         Way("Quack", _quack, QUACK, GPU_ONLY),
+    ],
+    "mtp_cross_entropy": [
+        Way("llmfast", losses.mtp_cross_entropy, LLMFAST, KERNELS),
+        Way("llmfast, shared logits", _shared_logits(4), LLMFAST, KERNELS),
+        Way("llmfast, head by head", _head_by_head(losses.linear_cross_entropy), LLMFAST, KERNELS),
+        Way("torch, head by head", _head_by_head(_unfused), TORCH, KERNELS),
+        Way("Liger, head by head", _head_by_head(_liger(None)), LIGER, KERNELS),
+        Way("Liger, head by head, float32 sums", _head_by_head(_liger(torch.float32)), LIGER, KERNELS),
+        Way("cut-cross-entropy, head by head", _head_by_head(_cut_cross_entropy()), CCE, KERNELS),
     ],
     "adamw": [
         Way("llmfast", lambda params: optim.FusedAdamW(params, **SETTINGS), LLMFAST, EVERYWHERE),

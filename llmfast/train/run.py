@@ -69,7 +69,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     guesses: list[tuple[str, str]] = []
     if finished and model.mtp is not None and model.config.targets > 1:
         acceptance, per_pass = _acceptance(config, model, data, device)
-        metrics.write(step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass)
+        if trainer.step > state["step"]:  # else it is written there already
+            metrics.write(step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass)
         guesses = [
             ("guesses accepted, by head", ", ".join(f"{100 * a:.0f} %" for a in acceptance)),
             ("tokens a pass, decoding greedily", f"{per_pass:.2f}"),

@@ -1,6 +1,7 @@
 """Training to predict more than the next token: each kind through the command line, and what is written down."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from evidence.pretend_cuda import pretending_cuda
 from llmfast.cli import main
 from llmfast.train import loop
 from llmfast.train.config import Config, ConfigError, load_config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.run import train
 from llmfast.train.schedule import head_weights_at
+from support.launched import unrecorded
+from support.waiting import NoWaiting
 
 KINDS = {"parallel": 2, "sequential": 1, "shared": 3}  # mtp_heads
 
@@ -62,6 +66,20 @@ def test_one_parallel_head_trains_as_none_to_the_last_bit(settings: list[str]) -
     plain, parallel = (weights(run(settings, *more, f"name=n{len(more)}")) for more in ([], kind("parallel", 1)))
     for name, p in plain.items():
         assert torch.equal(p, parallel[name.replace("blocks.0.", "mtp.blocks.0.")]), name
+
+
+@pytest.mark.parametrize("mtp", ["none", *KINDS])
+def test_a_step_waits_for_nothing(mtp: str, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Trainer._train_step
+
+    def step(self: loop.Trainer) -> Any:
+        with pretending_cuda(), nullcontext() if self.step == 0 else NoWaiting():  # the first makes states and tables
+            return original(self)
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", step)
+    more = [] if mtp == "none" else kind(mtp, KINDS[mtp])
+    with unrecorded():
+        run(settings, *more, "train.steps=2", "train.accumulate=2", "train.eval_rows=1")
 
 
 @pytest.mark.parametrize("mtp", KINDS)
@@ -120,6 +138,9 @@ def test_resuming_goes_on_where_it_was(mtp: str, settings: list[str]) -> None:
     train(load_config(folder / "config.toml"), resume=True, console=Console(quiet=True))
     a, b = weights(whole), weights(folder)
     assert all(torch.equal(a[k], b[k]) for k in a)
+    lines = read_metrics(whole / "metrics.jsonl")
+    train(load_config(whole / "config.toml"), resume=True, console=Console(quiet=True))
+    assert read_metrics(whole / "metrics.jsonl") == lines  # a finished run has nothing to add
 
 
 def test_head_weights_by_default() -> None:
