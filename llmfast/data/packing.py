@@ -22,6 +22,7 @@ from torch import Tensor
 from llmfast._checks import expect
 
 IGNORE_INDEX = -100
+PADDING = -1  # among tokens: an input that is any token, in a document of its own, and nobody's label
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,35 +40,49 @@ class Batch:
 class PackedRows:
     """Rows of `seq_len` inputs and labels over one stream of tokens; see `pack`."""
 
-    tokens: npt.NDArray[np.int32]  # (rows * seq_len + 1,)
+    tokens: npt.NDArray[np.integer]  # (any,): of a memory-mapped file too; PADDING where a row has nothing
     document_starts: npt.NDArray[np.int64]  # (documents,) ascending, the first is 0
     seq_len: int
-    dropped: int  # tokens at the end that did not fill a row
+    dropped: int  # tokens that are in no row
+    stride: int  # from one row's first token to the next one's: seq_len, or seq_len + 1 for rows that share no token
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.seq_len
+        return (len(self.tokens) - self.seq_len - 1) // self.stride + 1
 
     def batch(self, indices: npt.ArrayLike) -> Batch:
         """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond."""
+        return batch_of(*self.windows(indices))
+
+    def windows(self, indices: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Inputs and labels of these rows as one, and the number of each token's document: twice (B, T + 1)."""
         rows = np.asarray(indices)
         expect(rows.ndim == 1 and rows.dtype.kind in "iu", f"indices must be 1-D integers; got {_describe(rows)}")
         rows = rows.astype(np.int64)
         if ((rows < 0) | (rows >= len(self))).any():
             raise IndexError(f"row indices must be in [0, {len(self)}); got {rows.min()} to {rows.max()}")
+        where = rows[:, None] * self.stride + np.arange(self.seq_len + 1)  # (B, T + 1), into the stream
+        return self.tokens[where].astype(np.int64), np.searchsorted(self.document_starts, where, side="right") - 1
 
-        first = rows[:, None] * self.seq_len  # (B, 1)
-        where = first + np.arange(self.seq_len + 1)  # (B, T + 1), into the stream
-        window = self.tokens[where].astype(np.int64)
-        document = np.searchsorted(self.document_starts, where, side="right") - 1
-        start = np.maximum(self.document_starts[document], first)
-        same = document[:, 1:] == document[:, :-1]
-        return Batch(
-            tokens=torch.from_numpy(window[:, :-1].copy()),
-            labels=torch.from_numpy(np.where(same, window[:, 1:], IGNORE_INDEX)),
-            document_ids=torch.from_numpy((document - document[:, :1])[:, :-1].astype(np.int32)),
-            positions=torch.from_numpy((where - start)[:, :-1].copy()),
-            num_valid=int(np.count_nonzero(same)),
-        )
+
+def batch_of(
+    window: npt.NDArray[np.int64],  # (B, T + 1), PADDING where there is nothing
+    document: npt.NDArray[np.int64],  # (B, T + 1), ascending in a row
+    counted: npt.NDArray[np.bool_] | None = None,  # (B, T + 1): False for a token that is nobody's label
+) -> Batch:
+    """Inputs and labels from tokens in a row and the documents they are of."""
+    same = document[:, 1:] == document[:, :-1]
+    valid = same & (window[:, 1:] != PADDING)
+    if counted is not None:
+        valid &= counted[:, 1:]
+    at = np.arange(document.shape[1] - 1)
+    starts = np.where(np.concatenate([np.ones_like(same[:, :1]), ~same[:, :-1]], axis=1), at, 0)
+    return Batch(
+        tokens=torch.from_numpy(np.maximum(window[:, :-1], 0)),
+        labels=torch.from_numpy(np.where(valid, window[:, 1:], IGNORE_INDEX)),
+        document_ids=torch.from_numpy((document - document[:, :1])[:, :-1].astype(np.int32)),
+        positions=torch.from_numpy(at - np.maximum.accumulate(starts, axis=1)),
+        num_valid=int(np.count_nonzero(valid)),
+    )
 
 
 def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int) -> PackedRows:
@@ -104,6 +119,7 @@ def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int
         document_starts=starts[starts < used],
         seq_len=seq_len,
         dropped=len(stream) - used,
+        stride=seq_len,
     )
 
 
