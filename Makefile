@@ -17,10 +17,13 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train test lint format bench bench-mtp clean help
+.PHONY: train continued test lint format bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
+
+continued: $(STAMP)-train ## train on prose, then on code with and without a replay of prose: six minutes and a picture
+	$(PY) examples/continued_pretraining.py $(ARGS)
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
 	$(PY) -m pytest --machine-code $(PYTEST_FLAGS) $(ARGS)

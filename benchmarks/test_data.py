@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.clock import Timing
 from benchmarks.conftest import Add, Race
-from llmfast.data import PackedRows, batch_indices, pack
+from llmfast.data import Mixture, PackedRows, pack
 
 B, T, ROWS = 8, 1024, 4096
 BATCHES = 100
@@ -43,12 +43,13 @@ def test_batches(race: Race, add: Add) -> None:
             yield from loader
 
     theirs = endless()
+    mixture = Mixture({"text": len(rows)}, {}, total=len(rows))
     step = 0
 
     def ours() -> None:
         nonlocal step
         for _ in range(BATCHES):
-            rows.batch(batch_indices(step, B, len(rows), 0))
+            rows.batch(mixture.sequences(step * B, (step + 1) * B)[1])
             step += 1
 
     def torchs() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.clock import device
 from benchmarks.conftest import Add, Race
-from llmfast.data import ByteTokenizer, Dataset, batch_indices, pack
+from llmfast.data import ByteTokenizer, Dataset, Mixture, pack
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import FusedAdamW
 from llmfast.train.config import Config
@@ -27,8 +27,9 @@ def trainer(config: Config) -> Iterator[Trainer]:
     rows = pack([random.integers(1, VOCABULARY, size=300) for _ in range(500)], config.data.seq_len, eot_id=0)
     model = model_of(config)
     optimizer = FusedAdamW(model.parameters(), lr=1e-3, max_grad_norm=config.optimizer.max_grad_norm)
+    data, mixture = Dataset({"random": rows}, {}, ByteTokenizer()), Mixture({"random": len(rows)}, {}, total=1000)
     yield Trainer(
-        config, model, optimizer, Dataset(rows, {}, ByteTokenizer()), run=Path("unused"), device=device(),
+        config, model, optimizer, data, mixture, run=Path("unused"), device=device(),
         dtype=dtype(), console=Console(quiet=True), metrics=cast(Any, None),
     )  # fmt: skip
 
@@ -48,11 +49,11 @@ def test_step(race: Race, add: Add) -> None:
     plain = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     step = 0
     with trainer(config) as ours:
-        rows = ours.data.train
+        B = config.train.batch_size
 
         def torchs() -> None:
             nonlocal step
-            batch = rows.batch(batch_indices(step, config.train.batch_size, len(rows), 0))
+            batch = ours.data.batch(*ours.mixture.sequences(step * B, (step + 1) * B), step * B)
             step += 1
             tokens, labels, positions, documents = (
                 x.to(device()) for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)

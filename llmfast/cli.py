@@ -1,9 +1,9 @@
-"""The command line: `llmfast train`."""
+"""The command line: `llmfast train`, `llmfast continue`."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llmfast
@@ -22,32 +22,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train a small decoder. With no settings at all: a demo on this Python's own sources.",
     )
     train.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
-    train.add_argument(
+    existing = _add_settings(train)
+    existing.add_argument("--resume", action="store_true", help="go on with the named run from its last checkpoint")
+    train.set_defaults(run=_train)
+
+    further = commands.add_parser(
+        "continue",
+        help="train a run's model further, on new text",
+        description="Continued pretraining: from a run's last weights, on a growing part of new text and a replay of "
+        "the old. Says at the end what was learned and what was forgotten.",
+    )
+    further.add_argument("from_run", type=Path, metavar="RUN", help="the folder of a run")
+    further.add_argument("--target", nargs="+", required=True, metavar="SOURCE", help="the new text")
+    further.add_argument("--general", nargs="+", default=[], metavar="SOURCE", help="to replay (default: the run's)")
+    for name, value, text in (
+        ("start", 0.1, "part of new text at the beginning"),
+        ("end", 0.7, "part of new text at the end"),
+        ("floor", 0.1, "part that is always left to the old"),
+    ):
+        further.add_argument(f"--{name}", type=float, default=value, help=f"{text} (default: %(default)s)")
+    further.add_argument("--no-replay", action="store_true", help="only new text; the old only validates")
+    _add_settings(further)
+    further.set_defaults(run=_continue)
+
+    args = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
+    parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated"
     )
-    train.add_argument("--name", help="of the run's folder (default: the first free one of demo, demo-2, ...)")
-    existing = train.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with the named run from its last checkpoint")
+    parser.add_argument("--name", help="of the run's folder (default: the first free one of demo, demo-2, ...)")
+    existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="remove the named run first")
-    return _train(parser.parse_args(arguments))
+    return existing
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    if args.name is None:
+        return list(args.set)
+    # Quoted, so that a run can be called 7.
+    return [*args.set, f"name={json.dumps(args.name, ensure_ascii=False)}"]
 
 
 def _train(args: argparse.Namespace) -> int:
-    try:
+    def run() -> None:
         from llmfast.train.config import Config, ConfigError, load_config
         from llmfast.train.run import resumed_config, train
-    except ImportError as e:
-        return _fail(f"{e}\ntraining needs the extra: pip install 'llmfast-torch[train]'")
-    try:
-        overrides = list(args.set)
-        if args.name is not None:
-            # Quoted, so that a run can be called 7.
-            overrides.append(f"name={json.dumps(args.name, ensure_ascii=False)}")
+
+        overrides = _overrides(args)
         if args.resume:
             if not args.name:
-                return _fail("--resume needs --name, the run to go on with")
+                raise ConfigError("--resume needs --name, the run to go on with")
             if args.config is not None:
-                return _fail("--resume takes its settings from the run; change some with --set")
+                raise ConfigError("--resume takes its settings from the run; change some with --set")
             # Where runs are kept is the only setting that is needed to find the others.
             where = [o for o in overrides if o.partition("=")[0].strip() == "runs"]
             runs = load_config(None, where, base=Config()).runs
@@ -55,6 +85,31 @@ def _train(args: argparse.Namespace) -> int:
         else:
             config = load_config(args.config, overrides)
         train(config, resume=args.resume, overwrite=args.overwrite)
+
+    return _trained(run)
+
+
+def _continue(args: argparse.Namespace) -> int:
+    def run() -> None:
+        from llmfast.train.continued import continued_config
+        from llmfast.train.run import train
+
+        config = continued_config(
+            args.from_run, args.target, general=args.general, start=args.start, end=args.end, floor=args.floor,
+            replay=not args.no_replay, overrides=_overrides(args),
+        )  # fmt: skip
+        train(config, overwrite=args.overwrite)
+
+    return _trained(run)
+
+
+def _trained(run: Callable[[], None]) -> int:
+    try:
+        from llmfast.train.config import ConfigError
+
+        run()
+    except ImportError as e:
+        return _fail(f"{e}\ntraining needs the extra: pip install 'llmfast-torch[train]'")
     except (ConfigError, OSError) as e:
         return _fail(str(e))
     except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit

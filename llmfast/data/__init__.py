@@ -1,7 +1,8 @@
 """Text to training rows: sources, tokenizers, packing, and `prepare`, which does all of it."""
 
 from llmfast.data.dataset import Dataset, prepare
-from llmfast.data.packing import IGNORE_INDEX, Batch, PackedRows, batch_indices, epoch_order, pack, unigram_entropy
+from llmfast.data.mixture import Mixture, continued_weights
+from llmfast.data.packing import IGNORE_INDEX, Batch, PackedRows, Rows, pack, unigram_entropy
 from llmfast.data.sources import Document, is_held_out, load, python_code, python_prose, text_files
 from llmfast.data.tokenizer import SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -13,10 +14,11 @@ __all__ = [
     "ByteTokenizer",
     "Dataset",
     "Document",
+    "Mixture",
     "PackedRows",
+    "Rows",
     "Tokenizer",
-    "batch_indices",
-    "epoch_order",
+    "continued_weights",
     "is_held_out",
     "load",
     "load_tokenizer",

@@ -1,21 +1,35 @@
 """From names of sources to rows for training and validation, in one deterministic call."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from llmfast._checks import expect
-from llmfast.data.packing import PackedRows, pack
+from llmfast.data.packing import Batch, PackedRows, Rows, joined, pack
 from llmfast.data.sources import Document, is_held_out, load
 from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows of all sources for training, rows of each source for validation, and the tokenizer they were made with."""
+    """Rows of each source, for training and for validation, and the tokenizer they were made with."""
 
-    train: PackedRows
-    validation: dict[str, PackedRows]  # by source; empty where nothing was held out
+    train: dict[str, Rows]  # by source
+    validation: dict[str, Rows]  # by source; empty where nothing was held out
     tokenizer: Tokenizer
+
+    def batch(self, source: npt.NDArray[np.int64], row: npt.NDArray[np.int64], first: int) -> Batch:
+        """Training sequences `first` and following: (B,) sources and rows, as `Mixture.sequences` gives them."""
+        samples = first + np.arange(len(source))
+        parts = [
+            rows.batch(row[source == d], samples[source == d])
+            for d, rows in enumerate(self.train.values())
+            if (source == d).any()
+        ]
+        return joined(parts, np.argsort(np.argsort(source, kind="stable")))
 
 
 def prepare(
@@ -29,7 +43,7 @@ def prepare(
     """Load the sources, split them by file, train the tokenizer on the training part, encode and pack.
 
     Args:
-        sources: "code", "prose", or paths of folders and files; see `load`.
+        sources: "code", "prose", or paths of folders and files; see `load`. "name=path" gives one another name.
         tokenizer: "bpe" (needs `tokenizers`), "bytes", or the path of a saved tokenizer.
         vocab_size: Ids of a new BPE tokenizer; the others have their own.
         seq_len: Tokens per row.
@@ -46,22 +60,30 @@ def prepare(
     if tokenizer == "bpe":  # before any file is read
         expect(vocab_size >= MIN_BPE_VOCAB_SIZE, f"vocab_size must be at least {MIN_BPE_VOCAB_SIZE}; got {vocab_size}")
 
-    train: list[str] = []
+    train: dict[str, list[str]] = {}
     validation: dict[str, list[str]] = {}
     for source in sources:
-        kept, held = _split(load(source), held_out)
+        name, where = source_name(source)
+        expect(name not in train, f"sources must have different names; got {name!r} twice")
+        kept, held = _split(load(where), held_out)
         expect(bool(kept), f"source {source!r} has no file left to train on at held_out={held_out}")
-        train += kept
+        train[name] = kept
         if held_out > 0:
             expect(bool(held), f"source {source!r} has no file to validate on at held_out={held_out}; try more, or 0")
-            validation[source] = held
+            validation[name] = held
 
-    encoder = _tokenizer(tokenizer, train, vocab_size)
-    return Dataset(
-        train=_pack("the training part", train, encoder, seq_len),
-        validation={s: _pack(f"source {s!r}'s validation part", t, encoder, seq_len) for s, t in validation.items()},
-        tokenizer=encoder,
-    )
+    encoder = _tokenizer(tokenizer, [text for texts in train.values() for text in texts], vocab_size)
+
+    def rows(part: str, texts: dict[str, list[str]]) -> dict[str, Rows]:
+        return {name: _pack(f"source {name!r}'s {part} part", texts[name], encoder, seq_len) for name in texts}
+
+    return Dataset(rows("training", train), rows("validation", validation), encoder)
+
+
+def source_name(source: str) -> tuple[str, str]:
+    """What a source is called, and where it is: "web=/data/web" is /data/web and called "web"."""
+    name, equals, where = source.partition("=")
+    return (name, where) if equals and re.fullmatch(r"[\w-]+", name) else (source, source)
 
 
 def _split(documents: list[Document], held_out: float) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Documents of any length to rows of one length, and the order in which training reads the rows.
+"""Documents of any length to rows of one length.
 
     stream   a a a # b b # c c c c c #        # ends a document (eot_id)
     row 0    a a a # b                        seq_len = 4: four inputs and, one to the right, four labels
@@ -6,13 +6,12 @@
     row 2                    c c c c #        rows share one token, so every token but the first is a label once
 
 Nothing is padded and no document is cut short; attention and positions start anew with each document by
-`document_ids` and `positions`. The order of rows is a pure function of (seed, step): a checkpoint keeps one integer.
+`document_ids` and `positions`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +35,19 @@ class Batch:
     num_valid: int  # labels that are not IGNORE_INDEX, counted before anything is on a device
 
 
+class Rows(Protocol):
+    """Rows of a source as training reads them."""
+
+    @property
+    def seq_len(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
+        """Rows (B,), each as it is in the training sequence with the number in `samples`, (B,)."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class PackedRows:
     """Rows of `seq_len` inputs and labels over one stream of tokens; see `pack`."""
@@ -49,8 +61,11 @@ class PackedRows:
     def __len__(self) -> int:
         return (len(self.tokens) - self.seq_len - 1) // self.stride + 1
 
-    def batch(self, indices: npt.ArrayLike) -> Batch:
-        """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond."""
+    def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
+        """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond.
+
+        `samples` is for rows that are another each time (`Rows`); these never change.
+        """
         return batch_of(*self.windows(indices))
 
     def windows(self, indices: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -83,6 +98,14 @@ def batch_of(
         positions=torch.from_numpy(at - np.maximum.accumulate(starts, axis=1)),
         num_valid=int(np.count_nonzero(valid)),
     )
+
+
+def joined(parts: Sequence[Batch], order: npt.NDArray[np.int64]) -> Batch:
+    """One batch of several, its rows put in order: row i is row order[i] of all parts' rows, one part after another."""
+    at = torch.from_numpy(order)
+    tensors = zip(*((p.tokens, p.labels, p.document_ids, p.positions) for p in parts))
+    tokens, labels, document_ids, positions = (torch.cat(t)[at] for t in tensors)
+    return Batch(tokens, labels, document_ids, positions, sum(part.num_valid for part in parts))
 
 
 def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int) -> PackedRows:
@@ -136,34 +159,6 @@ def unigram_entropy(tokens: npt.ArrayLike, vocab_size: int) -> float:
     counts = np.bincount(ids)
     share = counts[counts > 0] / ids.size
     return float(-(share * np.log(share)).sum())
-
-
-@lru_cache(maxsize=4)  # every step of an epoch asks for the same order
-def epoch_order(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """A permutation of the rows, (num_rows,), keyed by (seed, epoch): read-only, the same on every machine.
-
-    Sorting raw Philox output, because NumPy fixes that stream for good but not how `permutation` uses it.
-    """
-    expect(min(num_rows, seed, epoch) >= 0, f"{num_rows=}, {seed=} and {epoch=} must not be negative")
-    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
-    order = np.argsort(keys, kind="stable")
-    order.flags.writeable = False
-    return order
-
-
-def batch_indices(step: int, batch_size: int, num_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """The rows of global step `step`, (batch_size,): a pure function, so that resuming needs no other state.
-
-    Epochs follow each other without a gap: a batch may end one and begin the next, and each row comes once an epoch.
-    """
-    expect(step >= 0, f"step must not be negative; got {step}")
-    expect(batch_size >= 1 and num_rows >= 1, f"{batch_size=} and {num_rows=} must be at least 1")
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_rows)
-    indices = np.empty(batch_size, dtype=np.int64)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        now = epochs == epoch
-        indices[now] = epoch_order(num_rows, seed, epoch)[places[now]]
-    return indices
 
 
 def _describe(array: npt.NDArray[Any]) -> str:

@@ -73,5 +73,23 @@ def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     return state
 
 
+def load_weights(run: Path, model: nn.Module) -> None:
+    """The newest checkpoint's weights alone, to begin another run with.
+
+    Raises:
+        OSError: there is none, or it is of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    checkpoints = _checkpoints(run)
+    if not checkpoints:
+        raise FileNotFoundError(f"no checkpoint in {run}")
+    try:
+        load_model(model, str(checkpoints[-1] / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as e:
+        raise OSError(f"{checkpoints[-1]} is damaged or of another model: {str(e).splitlines()[0]}") from e
+
+
 def _checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoint-*"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from llmfast._checks import expect
+from llmfast.data.mixture import REST, Curve
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,7 +34,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    sources: list[str] = field(default_factory=lambda: ["code", "prose"])  # or paths of text files and folders
+    sources: list[str] = field(default_factory=lambda: ["code", "prose"])  # or paths, or name=path
+    # Of each source, over the run: 0.3, "0.9->0.3", "0:0.9, 0.5:0.9, 1:0.3", or "rest". None at all: by size.
+    weights: dict[str, str | float] = field(default_factory=dict)
     tokenizer: str = "bpe"  # "bpe", "bytes", or the path of a tokenizer.json
     vocab_size: int = 8192  # of a "bpe" that is trained
     seq_len: int = 256
@@ -63,6 +66,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 250
     seed: int = 0
+    init_from: str = ""  # a run whose last weights are the first ones here
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
     mtp_schedule: str = "auto"  # "constant", "linear" or "staged"; auto: staged for shared, else constant
@@ -143,11 +147,16 @@ def _fill(node: Any, values: dict[str, Any], prefix: str, where: str) -> None:
                 raise ConfigError(f"{where}: {name} = {value!r} is a section; its keys are {keys}")
             _fill(getattr(node, key), value, prefix=f"{name}.", where=where)
         else:
-            setattr(node, key, _typed(value, types[key], name, where))
+            value = _typed(value, types[key], name, where)
+            # A table is filled key by key, like a section.
+            setattr(node, key, {**getattr(node, key), **value} if isinstance(value, dict) else value)
 
 
 def _typed(value: Any, wanted: Any, name: str, where: str) -> Any:
-    if get_origin(wanted) is list:
+    if get_origin(wanted) is dict:
+        fits = isinstance(value, dict) and all(type(x) in (str, int, float) for x in value.values())
+        label = "a table of numbers and strings"
+    elif get_origin(wanted) is list:
         (item,) = get_args(wanted)
         fits = isinstance(value, list) and all(isinstance(x, item) for x in value)
         label = f"list of {item.__name__}"
@@ -210,6 +219,11 @@ def _check(config: Config) -> None:
         expect(0 <= o.final_lr <= 1, f"optimizer.final_lr must be in [0, 1]; got {o.final_lr}")
         expect(0 < d.held_out < 1, f"data.held_out must be between 0 and 1; got {d.held_out}")
         expect(len(d.sources) > 0, "data.sources must name at least one source")
+        for name, weight in d.weights.items():
+            try:
+                expect(weight == REST or Curve.parse(weight) is not None, "")
+            except ValueError as e:
+                raise ValueError(f"data.weights.{name}: {e}") from e
         for name, choice, choices in (
             ("optimizer.schedule", o.schedule, ("cosine", "linear", "constant")),
             ("train.dtype", t.dtype, ("auto", "float32", "bfloat16")),

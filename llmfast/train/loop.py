@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llmfast.data import Batch, Dataset, PackedRows, batch_indices
+from llmfast.data import Batch, Dataset, Mixture, Rows
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
 from llmfast.models import Decoder
 from llmfast.optim import FusedOptimizer
@@ -38,6 +38,7 @@ class Trainer:
         model: Decoder,
         optimizer: FusedOptimizer,
         data: Dataset,
+        mixture: Mixture,
         *,
         run: Path,
         device: torch.device,
@@ -46,11 +47,13 @@ class Trainer:
         metrics: MetricsFile,
         step: int = 0,
         tokens: int = 0,
+        sequences: int = 0,
     ) -> None:
-        self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
+        self.config, self.model, self.optimizer, self.data, self.mixture = config, model, optimizer, data, mixture
         self.run, self.device, self.dtype, self.console, self.metrics = run, device, dtype, console, metrics
         self.step = step  # steps done
         self.tokens = tokens  # valid labels seen
+        self.sequences = sequences  # rows seen: the next one's number in the mixture
         self.skipped = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.seconds = 0.0  # spent on steps, without evaluation
         self._stop = False
@@ -107,7 +110,10 @@ class Trainer:
         return result
 
     def save(self) -> Path:
-        return save_checkpoint(self.run, self.step, self.model, self.optimizer, tokens=self.tokens)
+        return save_checkpoint(
+            self.run, self.step, self.model, self.optimizer,
+            tokens=self.tokens, sequences=self.sequences, mixture=self.mixture.state(),
+        )  # fmt: skip
 
     def _train_step(self) -> tuple[float, Tensor, Tensor]:
         """One optimizer step; the learning rate, and on the device the loss and the gradient's norm."""
@@ -117,10 +123,7 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batches = [
-            self.data.train.batch(batch_indices(i, t.batch_size, len(self.data.train), t.seed))
-            for i in range(self.step * t.accumulate, (self.step + 1) * t.accumulate)
-        ]
+        batches = [self._next_batch() for _ in range(t.accumulate)]
         num_valid = sum(batch.num_valid for batch in batches)
         if self.model.config.mtp == "none":
             loss = torch.zeros((), device=self.device)
@@ -142,6 +145,10 @@ class Trainer:
         self.step += 1
         self.tokens += num_valid
         return lr, loss, norm
+
+    def _next_batch(self) -> Batch:
+        first, self.sequences = self.sequences, self.sequences + self.config.train.batch_size
+        return self.data.batch(*self.mixture.sequences(first, self.sequences), first)
 
     def _loss(self, batch: Batch, num_valid: int) -> Tensor:
         """Of the next token."""
@@ -231,7 +238,7 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def evaluation_batches(rows: PackedRows, most: int, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(rows: Rows, most: int, batch_size: int) -> Iterator[Batch]:
     count = min(most, len(rows))
     for start in range(0, count, batch_size):
         yield rows.batch(list(range(start, min(start + batch_size, count))))

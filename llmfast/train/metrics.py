@@ -4,12 +4,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -100,10 +102,10 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_summary(console: Console, rows: list[tuple[str, str]]) -> None:
+def print_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for name, value in rows:
-        table.add_row(name, value)
+    for row in rows:
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

@@ -6,19 +6,20 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from llmfast.data import Dataset, Tokenizer, prepare, unigram_entropy
+from llmfast.data import Dataset, Mixture, Tokenizer, prepare, unigram_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW
-from llmfast.train.checkpoint import load_checkpoint
+from llmfast.train.checkpoint import load_checkpoint, load_weights
 from llmfast.train.config import Config, ConfigError, dump_config, load_config
 from llmfast.train.loop import Trainer, evaluation_batches
-from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_summary, read_metrics, say
+from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_table, read_metrics, say
 
 ACCEPTANCE_PROMPTS = 2  # of each source
 
@@ -45,7 +46,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     model = _model(config, data.tokenizer).to(device)
     optimizer = make_optimizer(config, model)
     entropy = _held_out_entropy(config, data)
-    state = load_checkpoint(run, model, optimizer) if resume else {"step": 0, "tokens": 0}
+    mixture = _mixture(config, data)
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "sequences": 0}
+    if resume:
+        state = load_checkpoint(run, model, optimizer)
+        mixture = _resumed(mixture, state)
+    elif config.train.init_from:
+        load_weights(Path(config.train.init_from), model)
     if overwrite and run.exists():  # only now that everything else has been seen to work
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -56,14 +63,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     say(
         console,
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device} in {dtype}; "
-        f"{len(data.train) * config.data.seq_len / 1e6:.2f} M training tokens, {data.tokenizer.vocab_size} kinds; "
-        f"{t.steps} steps of {t.batch_size * t.accumulate * config.data.seq_len} tokens\n"
-        f"run folder {run}, ready after {time.perf_counter() - started:.0f} s",
+        f"{sum(map(len, data.train.values())) * config.data.seq_len / 1e6:.2f} M training tokens, "
+        f"{data.tokenizer.vocab_size} kinds; {t.steps} steps of {t.batch_size * t.accumulate * config.data.seq_len} "
+        "tokens",
     )
+    print_table(console, mixture.table())
+    say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
     metrics = MetricsFile(run / "metrics.jsonl", resume_at=state["step"])
     trainer = Trainer(
-        config, model, optimizer, data, run=run, device=device, dtype=dtype, console=console, metrics=metrics,
-        step=state["step"], tokens=state["tokens"],
+        config, model, optimizer, data, mixture, run=run, device=device, dtype=dtype, console=console, metrics=metrics,
+        step=state["step"], tokens=state["tokens"], sequences=state["sequences"],
     )  # fmt: skip
     finished = trainer.fit()
     guesses: list[tuple[str, str]] = []
@@ -84,13 +93,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         say(console, f"stopped after step {trainer.step} of {t.steps}; go on with: {again}")
         return run
     speed = (trainer.tokens - state["tokens"]) / max(trainer.seconds, 1e-9)
-    validation = [line["validation_mean"] for line in read_metrics(run / "metrics.jsonl") if "validation_mean" in line]
-    print_summary(
+    lines = read_metrics(run / "metrics.jsonl")
+    validation = [line["validation_mean"] for line in lines if "validation_mean" in line]
+    print_table(
         console,
         [
             ("validation loss, first", f"{validation[0]:.3f} nats a token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
             ("unigram entropy of the same text", f"{entropy:.3f}"),
+            *(_changes(lines) if t.init_from else []),
             *guesses,
             ("tokens a second", f"{speed:,.0f}" if trainer.seconds else "-"),
             ("peak memory", f"{peak_memory_bytes(device) / 2**20:,.0f} MiB"),
@@ -117,7 +128,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     for section in ("model", "data"):
         before, after = asdict(getattr(saved, section)), asdict(getattr(config, section))
         for key in before:
-            if before[key] != after[key]:
+            if before[key] != after[key] and key != "weights":  # those of sequences to come
                 raise ConfigError(f"{section}.{key} cannot change on --resume; {run} has {before[key]!r}")
     return config
 
@@ -178,6 +189,38 @@ def _model(config: Config, tokenizer: Tokenizer) -> Decoder:
         return Decoder(DecoderConfig(tokenizer.vocab_size, **asdict(config.model)))
     except ValueError as e:
         raise ConfigError(f"model: {e}") from e
+
+
+def _mixture(config: Config, data: Dataset) -> Mixture:
+    t = config.train
+    rows = {name: len(rows) for name, rows in data.train.items()}
+    try:
+        return Mixture(rows, config.data.weights, total=t.steps * t.accumulate * t.batch_size, seed=t.seed)
+    except ValueError as e:
+        raise ConfigError(f"data.weights: {e}") from e
+
+
+def _resumed(mixture: Mixture, state: dict[str, Any]) -> Mixture:
+    """What was consumed stays what it was; from there on the mixture is this one."""
+    try:
+        return mixture.resumed(state["mixture"], state["sequences"])
+    except ValueError as e:
+        raise ConfigError(f"data: {e}") from e
+    except KeyError as e:
+        raise ConfigError(f"the checkpoint was made by an older version: it has no {e}") from e
+
+
+def _changes(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Each source's validation loss before and after."""
+    first, *_, last = [line["validation"] for line in lines if "validation" in line]
+    return [
+        (f"... of {name}", f"{first[name]:.3f} -> {x:.3f}, {abs(x - first[name]):.3f} {_verdict(first[name], x)}")
+        for name, x in last.items()
+    ]
+
+
+def _verdict(before: float, after: float) -> str:
+    return "better" if after <= before else "worse: forgotten"
 
 
 def _held_out_entropy(config: Config, data: Dataset) -> float:

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmfast.data import BPETokenizer, ByteTokenizer, PackedRows, Tokenizer, is_held_out, load, prepare
+from llmfast.data import BPETokenizer, ByteTokenizer, Mixture, PackedRows, Rows, Tokenizer, is_held_out, load, prepare
 
 
 @pytest.fixture
@@ -19,7 +19,8 @@ def folders(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "one"), str(tmp_path / "two")]
 
 
-def stream_text(rows: PackedRows, tokenizer: Tokenizer) -> list[str]:  # by document, the last one perhaps cut
+def stream_text(rows: Rows, tokenizer: Tokenizer) -> list[str]:  # by document, the last one perhaps cut
+    assert isinstance(rows, PackedRows)
     documents = np.split(rows.tokens, rows.document_starts[1:])
     return [tokenizer.decode(d) for d in documents]
 
@@ -29,14 +30,13 @@ def test_every_file_is_on_its_side(folders: list[str], kind: str) -> None:
     if kind == "bpe":
         pytest.importorskip("tokenizers")
     data = prepare(folders, tokenizer=kind, vocab_size=300, seq_len=16, held_out=0.2)
-    assert list(data.validation) == folders
+    assert list(data.train) == list(data.validation) == folders
     documents = {f: load(f) for f in folders}
-    expected = [d.text for f in folders for d in documents[f] if not is_held_out(d, 0.2)]
-    assert stream_text(data.train, data.tokenizer)[:-1] == expected[:-1]
-    for folder, rows in data.validation.items():
-        expected = [d.text for d in documents[folder] if is_held_out(d, 0.2)]
-        assert stream_text(rows, data.tokenizer)[:-1] == expected[:-1]
-        assert rows.seq_len == 16
+    for held, part in ((False, data.train), (True, data.validation)):
+        for folder, rows in part.items():
+            expected = [d.text for d in documents[folder] if is_held_out(d, 0.2) == held]
+            assert stream_text(rows, data.tokenizer)[:-1] == expected[:-1]
+            assert rows.seq_len == 16
 
 
 def test_the_tokenizer_never_sees_validation_text(folders: list[str], tmp_path: Path) -> None:
@@ -48,14 +48,28 @@ def test_the_tokenizer_never_sees_validation_text(folders: list[str], tmp_path: 
     assert (tmp_path / "prepared.json").read_bytes() == (tmp_path / "train.json").read_bytes()
 
     again = prepare(folders, tokenizer=str(tmp_path / "prepared.json"), seq_len=16, held_out=0.2)
-    np.testing.assert_array_equal(again.train.tokens, data.train.tokens)
-    np.testing.assert_array_equal(again.train.document_starts, data.train.document_starts)
+    for name, rows in data.train.items():
+        assert stream_text(again.train[name], again.tokenizer) == stream_text(rows, data.tokenizer)
 
 
 def test_nothing_held_out(folders: list[str]) -> None:
     data = prepare(folders[:1], tokenizer="bytes", seq_len=16, held_out=0)
     assert data.validation == {} and isinstance(data.tokenizer, ByteTokenizer)
-    assert len(data.train.document_starts) == 40
+    assert len(stream_text(data.train[folders[0]], data.tokenizer)) == 40
+
+
+def test_sequences_come_from_the_sources_they_should(folders: list[str]) -> None:
+    one, two = folders
+    data = prepare([f"first={one}", f"second={two}"], tokenizer="bytes", seq_len=16, held_out=0)
+    assert list(data.train) == ["first", "second"]
+    mixture = Mixture({name: len(rows) for name, rows in data.train.items()}, {}, total=100)
+    source, row = mixture.sequences(7, 27)
+    batch = data.batch(source, row, first=7)
+    for i, (d, r) in enumerate(zip(source, row)):
+        alone = list(data.train.values())[d].batch([r])
+        for name in ("tokens", "labels", "document_ids", "positions"):
+            assert getattr(batch, name)[i].tolist() == getattr(alone, name)[0].tolist(), name
+    assert batch.num_valid == int((batch.labels >= 0).sum())
 
 
 def test_errors_name_the_argument(folders: list[str]) -> None:
@@ -64,12 +78,13 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
         ([], {}, "sources must name at least one"),
         ("code", {}, "sources must be a list of names; got the string 'code'"),
         (one * 2, {}, "sources must differ"),
+        ([f"a={f}" for f in folders], {}, "sources must have different names; got 'a' twice"),
         (["cod"], {}, "did you mean 'code'"),
         (one, {"seq_len": 1}, "seq_len must be at least 2; got 1"),
         (one, {"held_out": 1.0}, r"held_out must be in \[0, 1\); got 1.0"),
         (one, {"tokenizer": "bpe", "vocab_size": 256}, "vocab_size must be at least 261; got 256"),
         (one, {"tokenizer": "byte"}, "unknown tokenizer 'byte': expected 'bpe', 'bytes'"),
-        (one, {"seq_len": 10**6}, "the training part is too small: .*needs 1000001 tokens"),
+        (one, {"seq_len": 10**6}, "training part is too small: .*needs 1000001 tokens"),
         (one, {"seq_len": 6000, "held_out": 0.1}, "validation part is too small"),
         (one, {"held_out": 1e-9}, "has no file to validate on at held_out=1e-09; try more, or 0"),
         (one, {"held_out": 1 - 1e-9}, "has no file left to train on"),

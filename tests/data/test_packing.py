@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfast.data import IGNORE_INDEX, PackedRows, batch_indices, epoch_order, pack, unigram_entropy
+from llmfast.data import IGNORE_INDEX, PackedRows, pack, unigram_entropy
+from llmfast.data.packing import joined
 
 EOT = 99
 
@@ -153,45 +154,12 @@ def test_unigram_entropy() -> None:
             unigram_entropy(bad, 8)
 
 
-@settings(deadline=None)
-@given(num_rows=st.integers(0, 50), seed=st.integers(0, 2**64), epoch=st.integers(0, 10**6))
-def test_epoch_order_is_a_permutation(num_rows: int, seed: int, epoch: int) -> None:
-    order = epoch_order(num_rows, seed, epoch)
-    assert sorted(order.tolist()) == list(range(num_rows))
-    epoch_order.cache_clear()
-    np.testing.assert_array_equal(epoch_order(num_rows, seed, epoch), order)
-
-
-def test_epoch_order_differs_by_key_and_is_fixed() -> None:
-    orders = [epoch_order(100, seed, epoch).tolist() for seed in range(4) for epoch in range(4)]
-    assert len({tuple(o) for o in orders}) == 16 and orders[0] != list(range(100))
-    # Fixed for good: a checkpoint holds only the step.
-    assert epoch_order(10, 0, 0).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
-    assert epoch_order(10, 7, 3).tolist() == [7, 1, 9, 6, 0, 4, 2, 8, 3, 5]
-    with pytest.raises(ValueError, match="read-only"):
-        epoch_order(10, 0, 0)[0] = 1
-
-
-@settings(deadline=None)
-@given(num_rows=st.integers(1, 20), batch_size=st.integers(1, 45), seed=st.integers(0, 9), data=st.data())
-def test_batches_follow_the_epochs(num_rows: int, batch_size: int, seed: int, data: st.DataObject) -> None:
-    steps = 1 + 3 * num_rows // batch_size
-    expected = np.concatenate([epoch_order(num_rows, seed, e) for e in range(4 + batch_size // num_rows)])
-    # Asked in any order, as after a resume: the answer depends on the arguments alone.
-    for step in data.draw(st.permutations(range(steps))):
-        got = batch_indices(step, batch_size, num_rows, seed)
-        np.testing.assert_array_equal(got, expected[step * batch_size : (step + 1) * batch_size])
-        assert got.dtype == np.int64
-
-
-def test_each_row_once_an_epoch() -> None:
-    seen = np.concatenate([batch_indices(step, 5, 20, seed=1) for step in range(8)])
-    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
-    assert seen[:20].tolist() != seen[20:].tolist()
-
-
-def test_batch_indices_far_out_and_wrong() -> None:
-    assert batch_indices(10**12, 7, 13, seed=0).shape == (7,)
-    for arguments in ((-1, 1, 1, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)):
-        with pytest.raises(ValueError, match="must"):
-            batch_indices(*arguments)
+def test_batches_joined_in_any_order() -> None:
+    rng = np.random.default_rng(0)
+    packed = pack(arrays([[i] * i for i in range(1, 12)]), 6, EOT)
+    where = rng.permutation(len(packed))
+    source = rng.integers(0, 3, len(where))  # as if from three sources
+    parts = [packed.batch(where[source == d]) for d in range(3)]
+    mixed, whole = joined(parts, np.argsort(np.argsort(source, kind="stable"))), packed.batch(where)
+    for name in ("tokens", "labels", "document_ids", "positions", "num_valid"):
+        assert np.array_equal(getattr(mixed, name), getattr(whole, name)), name

@@ -104,7 +104,7 @@ def test_detached_depths_do_not_change_the_model(settings: list[str], monkeypatc
     gradients: list[dict[str, torch.Tensor]] = []
 
     def step(self: loop.Trainer) -> Any:
-        batches = [self.data.train.batch([0, 1])]
+        batches = [self._next_batch()]
         self._backward_heads(batches)
         gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
         self.optimizer.zero_grad()

@@ -1,0 +1,268 @@
+"""Where every training sequence comes from, while the sources' shares change over the run.
+
+    mixture = Mixture({"prose": 4000, "code": 9000}, {"prose": "rest", "code": "0.1->0.7"}, total=20_000, seed=0)
+    source, row = mixture.sequences(1000, 1032)  # 32 of them, from number 1000 on
+
+Sequence i's source and row are a pure function of (seed, i): so the order does not depend on ranks, workers or
+micro-batches, and a checkpoint keeps one integer, how many sequences were consumed. Every row of a source comes once
+before any comes twice. What is yet to come can be changed: `from_here_on` leaves the past as it was.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llmfast._checks import expect
+
+REST = "rest"
+_CHUNK = 1 << 20  # sequences that are drawn at once
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 times the golden ratio's fraction
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Weight = str | float
+
+
+class Curve(NamedTuple):
+    """A weight over the run, straight between its points."""
+
+    at: tuple[float, ...]  # shares of the run, ascending
+    weight: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str | float) -> "Curve":
+        """From 0.3, "0.3", "0.9->0.3" (evenly spaced over the run) or "0:0.9, 0.5:0.9, 1:0.3".
+
+        Raises:
+            ValueError: it is none of these, a weight is negative, or the points do not ascend within 0..1.
+        """
+        parts = str(text).split("->") if "->" in str(text) else str(text).split(",")
+        try:
+            if ":" in str(text):
+                at, weight = zip(*(map(float, part.split(":")) for part in parts))
+            else:
+                weight = tuple(map(float, parts))
+                expect(len(weight) == 1 or "->" in str(text), "")
+                at = tuple(np.linspace(0, 1, len(weight)).tolist())
+        except ValueError:
+            examples = "0.3, '0.9->0.3', '0:0.9, 0.5:0.9, 1:0.3' or 'rest'"
+            raise ValueError(f"a weight must be written like {examples}; got {text!r}") from None
+        expect(all(0 <= w < float("inf") for w in weight), f"weights must be finite and not negative; got {text!r}")
+        expect(all(0 <= x <= 1 for x in at), f"points must be shares of the run, 0 to 1; got {text!r}")
+        expect(all(a < b for a, b in pairwise(at)), f"points must ascend; got {text!r}")
+        return cls(at, weight)
+
+    def __call__(self, progress: Floats) -> Floats:
+        return np.interp(progress, self.at, self.weight)
+
+
+class Phase(NamedTuple):
+    """Weights that hold from one sequence on."""
+
+    start: int  # sequence
+    total: int  # sequences of the whole run, which the weights' points are shares of
+    weights: Mapping[str, Weight]  # by source; "rest": what others leave of 1, by rows where several have it
+
+
+class Mixture:
+    """Sources of rows, and the weights they are drawn with.
+
+    Args:
+        rows: how many rows each source has; more than 0 where it is ever drawn.
+        weights: of each source; {} draws all by their rows. Without a "rest" they count by their sum.
+        total: sequences of the whole run.
+        seed: of the order.
+
+    Raises:
+        ValueError: a weight is not one, does not belong to a source, or at some point there is nothing to draw.
+    """
+
+    def __init__(self, rows: Mapping[str, int], weights: Mapping[str, Weight], *, total: int, seed: int = 0) -> None:
+        self._set(rows, [Phase(0, total, dict(weights))], seed)
+
+    def _set(self, rows: Mapping[str, int], phases: list[Phase], seed: int) -> None:
+        expect(len(rows) > 0, "a mixture needs at least one source")
+        expect(phases[-1].total > 0, f"total must be positive; got {phases[-1].total}")
+        expect(seed >= 0, f"seed must not be negative; got {seed}")
+        self.rows, self.phases, self.seed = dict(rows), phases, seed
+        self.sources = list(rows)
+        self._shares = [_Shares(rows, phase) for phase in phases]
+        self._known = 0, np.zeros(len(rows), np.int64)  # how many each source had given before some sequence
+        self._offset = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+        self._order = lru_cache(maxsize=2 * len(rows))(self._new_order)  # of two epochs: a batch may end one
+
+    @classmethod
+    def _of(cls, rows: Mapping[str, int], phases: list[Phase], seed: int) -> "Mixture":
+        made = cls.__new__(cls)
+        made._set(rows, phases, seed)
+        return made
+
+    def sequences(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """Source (an index into `sources`) and row of sequences `start` to `stop`, each (stop - start,)."""
+        expect(0 <= start <= stop, f"sequences must be asked for as 0 <= start <= stop; got {start}, {stop}")
+        before = self._counts_before(start)
+        source = np.concatenate([np.empty(0, np.int64), *self._drawn(start, stop)])
+        row = np.empty_like(source)
+        for d, name in enumerate(self.sources):
+            mine = np.flatnonzero(source == d)
+            if len(mine):
+                epochs, places = np.divmod(before[d] + np.arange(len(mine)), self.rows[name])
+                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+                    now = slice(*np.searchsorted(epochs, [epoch, epoch + 1]))
+                    row[mine[now]] = self._order(d, epoch)[places[now]]
+        self._known = stop, before + np.bincount(source, minlength=len(self.sources))
+        return source, row
+
+    def counts(self, stop: int) -> dict[str, int]:
+        """How many of the first `stop` sequences come from each source."""
+        return dict(zip(self.sources, self._counts_before(stop).tolist()))
+
+    def shares(self, progress: float) -> dict[str, float]:
+        """What each source's part is by the weights that are in force now, at a share of the run."""
+        weights = self._shares[-1](np.array([progress]))[:, 0]
+        return dict(zip(self.sources, (weights / weights.sum()).tolist()))
+
+    def from_here_on(self, start: int, weights: Mapping[str, Weight], *, total: int) -> "Mixture":
+        """The same up to sequence `start`; from there these weights, with points that are shares of `total`."""
+        past = [phase for phase in self.phases if phase.start < start]
+        if past and (past[-1].weights, past[-1].total) == (weights, total):
+            return self._of(self.rows, past, self.seed)
+        return self._of(self.rows, [*past, Phase(start if past else 0, total, dict(weights))], self.seed)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the number of consumed sequences, so that the past stays what it was."""
+        return {"rows": self.rows, "seed": self.seed, "phases": [phase._asdict() for phase in self.phases]}
+
+    def resumed(self, state: Mapping[str, Any], consumed: int) -> "Mixture":
+        """This mixture's weights from sequence `consumed` on, after the past that is in `state`.
+
+        Raises:
+            ValueError: the sources are not those of the past.
+        """
+        then = state["rows"]
+        expect(then == self.rows, f"the sources' rows have changed: they were {then}, and are {self.rows}")
+        past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"])
+        return past.from_here_on(consumed, self.phases[-1].weights, total=self.phases[-1].total)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """A line a source: rows, share at the start and at the end, sequences and epochs of the whole run."""
+        first, last = self._of(self.rows, self.phases[:1], self.seed).shares(0.0), self.shares(1.0)
+        given = self.counts(self.phases[-1].total)
+        lines: list[tuple[str, ...]] = [("source", "rows", "share", "sequences", "epochs")]
+        for name, rows in self.rows.items():
+            ends = list(dict.fromkeys(f"{share[name]:.0%}" for share in (first, last)))
+            epochs = f"{given[name] / rows:.2f}" if rows else "-"
+            lines.append((name, f"{rows:,}", " -> ".join(ends), f"{given[name]:,}", epochs))
+        return lines
+
+    def _new_order(self, source: int, epoch: int) -> Ints:
+        name = self.sources[source]
+        return permutation(self.rows[name], self.seed, epoch, *name.encode("utf-8", "surrogateescape"))
+
+    def _counts_before(self, stop: int) -> Ints:
+        at, counts = self._known if self._known[0] <= stop else (0, np.zeros(len(self.rows), np.int64))
+        for source in self._drawn(at, stop):
+            counts = counts + np.bincount(source, minlength=len(counts))
+        self._known = stop, counts
+        return counts
+
+    def _drawn(self, start: int, stop: int) -> Iterator[Ints]:
+        """The source of each sequence, piece by piece."""
+        ends = [*(phase.start for phase in self.phases[1:]), stop]
+        for phase, shares, end in zip(self.phases, self._shares, ends):
+            while start < min(end, stop):
+                upto = min(start + _CHUNK, end, stop)
+                edges = np.cumsum(shares(np.arange(start, upto) / phase.total), axis=0)  # (sources, n)
+                uniform = self._uniform(start, upto) * edges[-1]  # of sources without a share, none is below its edge
+                yield np.sum(uniform >= edges[:-1], axis=0)
+                start = upto
+
+    def _uniform(self, start: int, stop: int) -> Floats:
+        """Number i of an endless row of them in [0, 1): steps of the golden ratio, modulo 1, from where the seed says.
+
+        Spread as evenly as numbers can be over any stretch, and over every k-th of them, so that shares are kept to
+        a few sequences in any window, where dice would be off by the square root of it.
+        """
+        at = np.arange(start, stop, dtype=np.uint64) * _GOLDEN + self._offset  # modulo 2**64
+        uniform: Floats = (at >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return uniform
+
+
+def permutation(rows: int, *key: int) -> Ints:
+    """Of 0..rows - 1, (rows,): the same on every machine.
+
+    Sorts raw Philox output, because NumPy fixes that stream for good but not how `permutation` uses it; with each
+    number's place in its low bits, where they neither tie nor need an argsort.
+    """
+    drawn = np.random.Philox(np.random.SeedSequence(key)).random_raw(rows)
+    places = np.uint64((1 << rows.bit_length()) - 1)
+    drawn = (drawn & ~places) | np.arange(rows, dtype=np.uint64)
+    drawn.sort()
+    return (drawn & places).astype(np.int64)
+
+
+class _Shares:
+    """What each source weighs at some points of the run: (n,) to (sources, n)."""
+
+    def __init__(self, rows: Mapping[str, int], phase: Phase) -> None:
+        weights = dict.fromkeys(rows, REST) if not phase.weights else phase.weights
+        for name in weights:
+            if name not in rows:
+                near = difflib.get_close_matches(name, rows, n=1) or [", ".join(rows)]
+                raise ValueError(f"there is no source {name!r} to give a weight; did you mean {near[0]}?")
+        for name in rows:
+            expect(name in weights, f"source {name!r} needs a weight: 0 to only validate, 'rest' for what is left")
+        self._rest = np.array([[rows[name] if weights[name] == REST else 0] for name in rows], np.float64)
+        self._curves = [None if weights[name] == REST else Curve.parse(weights[name]) for name in rows]
+        points = sorted({0.0, 1.0, *(x for curve in self._curves if curve for x in curve.at)})
+        at = np.array(points)
+        given = self._given(at)
+        if any(curve is None for curve in self._curves):
+            over = given.sum(axis=0).max()
+            expect(over <= 1 + 1e-9, f"beside a 'rest', weights must not sum to more than 1; got {over:.3g}")
+        shares = self(at)
+        expect(bool((shares.sum(axis=0) > 0).all()), "at every point of the run some source must have a weight")
+        for name, share in zip(rows, shares):
+            expect(rows[name] > 0 or share.max() == 0, f"source {name!r} has a weight but no rows")
+
+    def _given(self, progress: Floats) -> Floats:
+        return np.stack([np.zeros_like(progress) if curve is None else curve(progress) for curve in self._curves])
+
+    def __call__(self, progress: Floats) -> Floats:
+        shares: Floats = self._given(progress)
+        if self._rest.any():
+            rest: Floats = np.maximum(1 - shares.sum(axis=0), 0)
+            shares += self._rest / self._rest.sum() * rest
+        return shares
+
+
+def continued_weights(
+    target: Sequence[str], general: Sequence[str], *, start: float = 0.1, end: float = 0.7, floor: float = 0.1,
+    replay: bool = True,
+) -> dict[str, Weight]:  # fmt: skip
+    """Weights for continued pretraining: the new sources' part grows, the old ones are replayed beside them.
+
+    Args:
+        target: the new sources; they share their part evenly.
+        general: those of before; by their rows they share what is left.
+        start, end: the new sources' part at the first and at the last sequence.
+        floor: what must be left to the old ones at any time.
+        replay: False gives the old ones nothing: they only validate.
+
+    Raises:
+        ValueError: a part is not within 0 and 1, or `end` or `start` leaves less than the floor.
+    """
+    expect(len(target) > 0, "target must name at least one source")
+    if not replay:
+        return {**{name: 1.0 for name in target}, **{name: 0.0 for name in general}}
+    expect(len(general) > 0, "general must name at least one source to replay")
+    for name, part in (("start", start), ("end", end)):
+        expect(0 <= part <= 1, f"{name} must be within 0 and 1; got {part}")
+        expect(part <= 1 - floor + 1e-9, f"{name} must leave the floor of {floor:g} to replay; got {part:g}")
+    each = f"{start / len(target):g}->{end / len(target):g}"
+    return {**{name: each for name in target}, **{name: REST for name in general}}

@@ -1,0 +1,48 @@
+"""Continued pretraining: a trained model goes on with new text, and what it knew is replayed and measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmfast.data.dataset import source_name
+from llmfast.data.mixture import continued_weights
+from llmfast.train.config import Config, ConfigError, load_config
+
+
+def continued_config(
+    run: Path,
+    target: Sequence[str],
+    *,
+    general: Sequence[str] = (),
+    start: float = 0.1,
+    end: float = 0.7,
+    floor: float = 0.1,
+    replay: bool = True,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Settings that go on from a run's last weights: its model, tokenizer and optimizer, and new text.
+
+    The learning rate warms up and decays anew. Validation is by source, of the old ones too, before the first step and
+    after the last: what was forgotten is in the closing table.
+
+    Args:
+        run: the folder of a run.
+        target: sources of new text, as in `data.sources`.
+        general: sources to replay; none: those that the run was trained on.
+        start, end, floor, replay: as in `continued_weights`.
+        overrides: `section.key=value`, over all that.
+
+    Raises:
+        ConfigError: the run has no settings, or an argument or override is wrong.
+    """
+    config = load_config(run / "config.toml")
+    general = list(general) or [source for source in config.data.sources if source not in target]
+    config.name, config.runs = "", str(run.parent)
+    config.data.sources = [*target, *general]
+    config.data.tokenizer = str(run / "tokenizer.json")
+    config.train.init_from = str(run)
+    names = [[source_name(source)[0] for source in sources] for sources in (target, general)]
+    try:
+        config.data.weights = continued_weights(*names, start=start, end=end, floor=floor, replay=replay)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    return load_config(None, overrides, base=config)

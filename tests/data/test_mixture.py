@@ -1,0 +1,207 @@
+"""The order of training sequences: shares, epochs, and that nothing but (seed, i) decides it."""
+
+import json
+import math
+import time
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmfast.data.mixture import Curve, Mixture, continued_weights, permutation
+
+ROWS = {"general": 500, "code": 90, "maths": 7}
+WEIGHTS = {"general": "0.9->0.3", "code": "0.1->0.6", "maths": "0:0, 0.5:0, 1:0.1"}
+
+
+def mixture(total: int = 20_000, weights: Any = WEIGHTS, seed: int = 3) -> Mixture:
+    return Mixture(ROWS, weights, total=total, seed=seed)
+
+
+def test_shares_follow_the_weights_in_every_window() -> None:
+    total, width = 100_000, 5000
+    source, _ = mixture(total).sequences(0, total)
+    for first in range(0, total, width):
+        progress = (first + np.arange(width)) / total
+        weights = np.stack([Curve.parse(WEIGHTS[name])(progress) for name in ROWS])
+        shares = weights / weights.sum(0)
+        for d in range(len(ROWS)):
+            sigma = math.sqrt((shares[d] * (1 - shares[d])).sum())
+            found = np.count_nonzero(source[first : first + width] == d)
+            assert abs(found - shares[d].sum()) <= min(3 * sigma, 10), (first, d)
+
+
+@given(st.lists(st.integers(0, 2000), min_size=1, max_size=12))
+def test_the_order_does_not_depend_on_how_it_is_asked_for(cuts: list[int]) -> None:
+    """So not on ranks, workers, micro-batches, or where a run was resumed."""
+    whole = np.stack(mixture().sequences(0, 2000))
+    asked = mixture()
+    for start, stop in pairwise(cuts):
+        start, stop = min(start, stop), max(start, stop)
+        assert np.array_equal(np.stack(asked.sequences(start, stop)), whole[:, start:stop])
+        assert list(asked.counts(stop).values()) == np.bincount(whole[0, :stop], minlength=3).tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 64])
+def test_each_rank_alone_gets_its_shares_too(world: int) -> None:
+    source, _ = mixture(weights={"general": 0.5, "code": 0.4, "maths": 0.1}).sequences(0, 20_000)
+    for rank in range(world):
+        mine = source[rank::world]
+        for d, share in enumerate((0.5, 0.4, 0.1)):
+            assert abs(np.count_nonzero(mine == d) - share * len(mine)) <= 10
+
+
+def test_ranks_and_steps_of_any_number_read_the_same_sequences() -> None:
+    whole = np.stack(mixture().sequences(0, 960))
+    for world, batch in ((1, 32), (2, 8), (3, 4), (4, 60)):
+        ranks = [mixture() for _ in range(world)]
+        found = np.empty_like(whole)
+        for first in range(0, 960, world * batch):
+            for rank, mine in enumerate(ranks):
+                start = first + rank * batch
+                found[:, start : start + batch] = mine.sequences(start, start + batch)
+        assert np.array_equal(found, whole)
+
+
+def test_every_row_comes_once_before_any_comes_twice() -> None:
+    source, row = mixture().sequences(0, 20_000)
+    orders = set()
+    for d, rows in enumerate(ROWS.values()):
+        mine = row[source == d]
+        for epoch in range(len(mine) // rows):
+            order = mine[epoch * rows : (epoch + 1) * rows]
+            assert np.array_equal(np.sort(order), np.arange(rows))
+            orders.add(tuple(order))
+    assert len(orders) == sum(np.count_nonzero(source == d) // rows for d, rows in enumerate(ROWS.values()))
+
+
+def test_without_weights_rows_count() -> None:
+    counts = mixture(59_700, {}).counts(59_700)
+    assert all(abs(counts[name] - 100 * rows) <= 5 for name, rows in ROWS.items())
+
+
+def test_the_rest_is_what_others_leave() -> None:
+    made = mixture(weights={"general": "rest", "code": "0.1->0.7", "maths": "rest"})
+    for progress in (0.0, 0.5, 1.0):
+        shares = made.shares(progress)
+        assert shares["code"] == pytest.approx(0.1 + 0.6 * progress)
+        assert shares["general"] / shares["maths"] == pytest.approx(500 / 7)
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_source_without_a_share_never_comes() -> None:
+    for weights in ({"general": 0, "code": 1, "maths": 0}, {"general": 1, "code": 0, "maths": "0:0, 0.5:0, 1:1"}):
+        source, _ = mixture(10_000, weights).sequences(0, 5000)
+        assert len(set(source.tolist())) == 1
+    assert Mixture({"seen": 10, "empty": 0}, {"seen": 1, "empty": 0}, total=50).counts(50) == {"seen": 50, "empty": 0}
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 7001, 19_999])
+def test_editing_the_future_leaves_the_past_alone(consumed: int) -> None:
+    before = mixture()
+    was = np.stack(before.sequences(0, 20_000))
+    state = json.loads(json.dumps(before.state()))  # as a checkpoint would keep it
+    edited = mixture(30_000, {"general": 0.2, "code": 0.2, "maths": 0.6}).resumed(state, consumed)
+    now = np.stack(edited.sequences(0, 30_000))
+    assert np.array_equal(now[:, :consumed], was[:, :consumed])
+    share = np.mean(now[0, consumed:] == 2)
+    assert share == pytest.approx(0.6, abs=0.02)
+    # Nothing is lost or comes twice at the seam either.
+    for d, rows in enumerate(ROWS.values()):
+        mine = now[1][now[0] == d]
+        whole = mine[: len(mine) // rows * rows].reshape(-1, rows)
+        assert np.array_equal(np.sort(whole, axis=1), np.broadcast_to(np.arange(rows), whole.shape))
+    again = mixture().resumed(json.loads(json.dumps(edited.state())), min(consumed + 100, 30_000))
+    stop = consumed + 100
+    assert np.array_equal(np.stack(again.sequences(0, stop)), now[:, :stop])
+
+
+def test_resuming_with_the_same_weights_changes_nothing() -> None:
+    whole = np.stack(mixture().sequences(0, 20_000))
+    resumed = mixture().resumed(mixture().state(), 5000)
+    assert len(resumed.phases) == 1
+    assert np.array_equal(np.stack(resumed.sequences(0, 20_000)), whole)
+
+
+def test_other_sources_are_refused() -> None:
+    other = Mixture({**ROWS, "code": 91}, WEIGHTS, total=20_000)
+    with pytest.raises(ValueError, match=r"rows have changed: they were .*'code': 90.* and are .*'code': 91"):
+        other.resumed(mixture().state(), 100)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"general": 1, "code": 1}, "source 'maths' needs a weight: 0 to only validate, 'rest'"),
+        ({"general": 1, "cod": 1, "maths": 1}, "no source 'cod' to give a weight; did you mean code?"),
+        ({"general": -1, "code": 1, "maths": 1}, "weights must be finite and not negative; got -1"),
+        ({"general": "nan", "code": 1, "maths": 1}, "weights must be finite and not negative; got 'nan'"),
+        ({"general": "a lot", "code": 1, "maths": 1}, "a weight must be written like 0.3, .* got 'a lot'"),
+        ({"general": "0.1,0.2", "code": 1, "maths": 1}, "a weight must be written like"),
+        ({"general": "0:1, 0:2", "code": 1, "maths": 1}, "points must ascend; got '0:1, 0:2'"),
+        ({"general": "0:1, 2:2", "code": 1, "maths": 1}, "points must be shares of the run, 0 to 1"),
+        ({"general": "rest", "code": 0.7, "maths": "0->0.4"}, "beside a 'rest', weights must not sum to more than 1"),
+        ({"general": "1->0", "code": 0, "maths": 0}, "at every point of the run some source must have a weight"),
+    ],
+)
+def test_wrong_weights_are_named(weights: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture(weights=weights)
+
+
+def test_a_source_that_is_drawn_needs_rows() -> None:
+    with pytest.raises(ValueError, match="source 'empty' has a weight but no rows"):
+        Mixture({"seen": 10, "empty": 0}, {"seen": 1, "empty": "0->1"}, total=50)
+
+
+def test_seeds_and_sources_have_orders_of_their_own() -> None:
+    one, two = (np.stack(mixture(seed=s).sequences(0, 500)) for s in (0, 1))
+    assert not np.array_equal(one[0], two[0]) and not np.array_equal(one[1], two[1])
+    same = Mixture({"a": 50, "b": 50}, {}, total=1000)
+    source, row = same.sequences(0, 1000)
+    assert not np.array_equal(row[source == 0][:50], row[source == 1][:50])
+
+
+def test_permutations_are_even() -> None:
+    """Each place of ten holds each row of ten as often, and the stream is fixed for good."""
+    counts = np.zeros((10, 10))
+    for epoch in range(2000):
+        counts[np.arange(10), permutation(10, 0, epoch)] += 1
+    chi2 = ((counts - 200) ** 2 / 200).sum()
+    assert chi2 < 81 + 4 * math.sqrt(2 * 81)
+    assert permutation(6, 1, 2).tolist() == [1, 3, 0, 4, 2, 5]
+    assert permutation(0, 1).tolist() == []
+
+
+def test_ten_million_sequences_are_planned_in_two_seconds() -> None:
+    rows = {"a": 1_000_000, "b": 2_500_000, "c": 300_000}
+    made = Mixture(rows, {"a": "0.9->0.3", "b": "0.1->0.6", "c": "0->0.1"}, total=10_000_000)
+    start = time.process_time()
+    counts = made.counts(10_000_000)
+    assert time.process_time() - start < 2
+    assert sum(counts.values()) == 10_000_000
+
+
+def test_the_table_shows_shares_and_epochs() -> None:
+    head, general, code, maths = mixture().table()
+    assert head == ("source", "rows", "share", "sequences", "epochs")
+    counts = mixture().counts(20_000)
+    assert general == ("general", "500", "90% -> 30%", f"{counts['general']:,}", f"{counts['general'] / 500:.2f}")
+    assert code[2] == "10% -> 60%" and maths[2] == "0% -> 10%"
+
+
+def test_continued_pretraining_keeps_a_floor_of_what_was_before() -> None:
+    made = Mixture(
+        {"general": 500, "books": 100, "code": 90}, continued_weights(["code"], ["general", "books"]), total=9
+    )
+    assert made.shares(0.0) == pytest.approx({"general": 0.75, "books": 0.15, "code": 0.1})
+    assert made.shares(1.0)["code"] == pytest.approx(0.7)
+    assert continued_weights(["code"], ["general"], start=0.2, end=0.9, floor=0.1)["code"] == "0.2->0.9"
+    two = continued_weights(["code", "maths"], ["general"])
+    assert two == {"code": "0.05->0.35", "maths": "0.05->0.35", "general": "rest"}
+    with pytest.raises(ValueError, match=r"end must leave the floor of 0.1 to replay; got 0.95"):
+        continued_weights(["code"], ["general"], end=0.95)
+    assert continued_weights(["code"], ["general"], replay=False) == {"code": 1.0, "general": 0.0}

@@ -1,0 +1,89 @@
+"""Continued pretraining: from a run's weights, with the mixture, and what it says at the end."""
+
+from pathlib import Path
+
+import pytest
+
+from llmfast.cli import main
+from llmfast.train.config import ConfigError, load_config
+from llmfast.train.continued import continued_config
+from llmfast.train.metrics import read_metrics
+from llmfast.train.run import resumed_config, train
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"file{i}.txt").write_text("".join(f"{j}|{i * j}|{i + j}|x\n" for j in range(60)))
+    return folder
+
+
+@pytest.fixture
+def before(settings: list[str], tmp_path: Path) -> Path:
+    assert main(["train", *(f"--set={s}" for s in settings), "--name=before", "--set=train.steps=20"]) == 0
+    return tmp_path / "runs" / "before"
+
+
+def test_a_run_goes_on_with_new_text(before: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And forgets less with a replay than without."""
+    old = load_config(before / "config.toml").data.sources
+    ends = {}
+    for name, more in (("replayed", []), ("not", ["--no-replay"])):
+        capsys.readouterr()
+        arguments = [str(before), "--target", f"new={other}", f"--name={name}", "--set=train.steps=30", *more]
+        assert main(["continue", *arguments, "--set=optimizer.lr=0.02"]) == 0
+        lines = [x for x in read_metrics(before.parent / name / "metrics.jsonl") if "validation" in x]
+        earlier = [x for x in read_metrics(before / "metrics.jsonl") if "validation" in x][-1]
+        # It begins with the very weights and tokenizer that the run before ended with.
+        assert lines[0]["validation"][old[0]] == pytest.approx(earlier["validation"][old[0]], rel=1e-6)
+        assert (before / "tokenizer.json").read_text() == (before.parent / name / "tokenizer.json").read_text()
+        output = " ".join(capsys.readouterr().out.split())
+        share = "0%" if more else "90% -> 30%"
+        assert f"{share}" in output and "... of new " in output
+        was, now = (line["validation"][old[0]] for line in (lines[0], lines[-1]))
+        assert f"{was:.3f} -> {now:.3f}, {abs(now - was):.3f}" in output
+        ends[name] = lines[-1]["validation"]
+    assert ends["replayed"][old[0]] < ends["not"][old[0]]
+    assert ends["not"]["new"] < 3.5
+
+
+def test_the_settings_are_those_of_the_run_but_for_the_text(before: Path, other: Path) -> None:
+    saved = load_config(before / "config.toml")
+    config = continued_config(before, [str(other)], end=0.8, overrides=["train.steps=7", "name=x"])
+    assert config.model == saved.model and config.data.seq_len == saved.data.seq_len
+    assert config.data.sources == [str(other), *saved.data.sources]
+    assert config.data.weights == {str(other): "0.1->0.8", saved.data.sources[0]: "rest"}
+    assert config.data.tokenizer == str(before / "tokenizer.json") and config.train.init_from == str(before)
+    assert (config.train.steps, config.name) == (7, "x")
+
+
+def test_what_makes_no_sense_is_one_line(
+    before: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        ([str(before), "--target", "nowhere"], "unknown source 'nowhere'"),
+        ([str(before), "--target", str(other), "--end=0.95"], "end must leave the floor of 0.1 to replay; got 0.95"),
+        ([str(tmp_path), "--target", str(other)], "cannot read"),
+        ([str(before), "--target", str(other), "--set=model.width=64"], "is damaged or of another model"),
+        ([str(before), "--target", str(other), "--set=train.stpes=64"], "did you mean train.steps"),
+    ):
+        assert main(["continue", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not list((before.parent).glob("demo*/checkpoint*"))
+
+
+def test_weights_change_on_resume_and_the_past_does_not(before: Path, other: Path) -> None:
+    more = ["--target", f"new={other}", "--name=more", "--set=train.save_every=5", "--set=train.steps=5"]
+    assert main(["continue", str(before), *more]) == 0
+    runs = f"--set=runs={before.parent}"
+    arguments = ["train", "--resume", "--name=more", runs, "--set=train.steps=10", "--set=data.weights.new=0.9"]
+    assert main(arguments) == 0
+    config = load_config(before.parent / "more" / "config.toml")
+    assert config.data.weights["new"] == 0.9
+    lines = read_metrics(before.parent / "more" / "metrics.jsonl")
+    assert lines[-1]["step"] == 10
+    more_than_all = resumed_config(before.parent / "more", ["data.weights.new=1.5"])
+    with pytest.raises(ConfigError, match=r"data.weights: .*must not sum to more than 1"):
+        train(more_than_all, resume=True)
