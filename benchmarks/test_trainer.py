@@ -2,21 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
 from benchmarks.clock import device
 from benchmarks.conftest import Add, Race
-from llmfast.data import ByteTokenizer, Dataset, Mixture, pack
+from llmfast.data import ByteTokenizer, Dataset, Mixed, Mixture, pack
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import FusedAdamW
 from llmfast.train.config import Config
-from llmfast.train.loop import Trainer
+from llmfast.train.objective import NextToken
+from llmfast.train.trainer import Trainer
 
 VOCABULARY = 8192
 
@@ -27,11 +25,8 @@ def trainer(config: Config) -> Iterator[Trainer]:
     rows = pack([random.integers(1, VOCABULARY, size=300) for _ in range(500)], config.data.seq_len, eot_id=0)
     model = model_of(config)
     optimizer = FusedAdamW(model.parameters(), lr=1e-3, max_grad_norm=config.optimizer.max_grad_norm)
-    data, mixture = Dataset({"random": rows}, {}, ByteTokenizer()), Mixture({"random": len(rows)}, {}, total=1000)
-    yield Trainer(
-        config, model, optimizer, data, mixture, run=Path("unused"), device=device(),
-        dtype=dtype(), console=Console(quiet=True), metrics=cast(Any, None),
-    )  # fmt: skip
+    data = Mixed(Dataset({"random": rows}, {}, ByteTokenizer()), Mixture({"random": len(rows)}, {}, total=1000))
+    yield Trainer(model, NextToken(), optimizer, data, config, dtype=dtype())
 
 
 def model_of(config: Config) -> Decoder:
@@ -53,7 +48,7 @@ def test_step(race: Race, add: Add) -> None:
 
         def torchs() -> None:
             nonlocal step
-            batch = ours.data.batch(*ours.mixture.sequences(step * B, (step + 1) * B), step * B)
+            batch = ours.data.batch(step * B, B)
             step += 1
             tokens, labels, positions, documents = (
                 x.to(device()) for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)

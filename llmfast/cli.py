@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
     existing = _add_settings(train)
     existing.add_argument("--resume", action="store_true", help="go on with the named run from its last checkpoint")
+    train.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    train.add_argument("--profile", action="store_true", help="also trace a few steps, into the run's trace.json")
     train.set_defaults(run=_train)
 
     further = commands.add_parser(
@@ -84,7 +86,7 @@ def _train(args: argparse.Namespace) -> int:
             config = resumed_config(Path(runs) / args.name, overrides)
         else:
             config = load_config(args.config, overrides)
-        train(config, resume=args.resume, overwrite=args.overwrite)
+        train(config, resume=args.resume, overwrite=args.overwrite, dry_run=args.dry_run, profile=args.profile)
 
     return _trained(run)
 

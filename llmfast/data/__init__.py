@@ -1,6 +1,6 @@
 """Text to training rows: sources, tokenizers, packing, and `prepare`, which does all of it."""
 
-from llmfast.data.dataset import Dataset, prepare
+from llmfast.data.dataset import Dataset, Mixed, prepare
 from llmfast.data.mixture import Mixture, continued_weights
 from llmfast.data.packing import IGNORE_INDEX, Batch, PackedRows, Rows, pack, unigram_entropy
 from llmfast.data.sources import Document, is_held_out, load, python_code, python_prose, text_files
@@ -14,6 +14,7 @@ __all__ = [
     "ByteTokenizer",
     "Dataset",
     "Document",
+    "Mixed",
     "Mixture",
     "PackedRows",
     "Rows",

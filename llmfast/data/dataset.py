@@ -1,13 +1,16 @@
 """From names of sources to rows for training and validation, in one deterministic call."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from llmfast._checks import expect
+from llmfast.data.mixture import Mixture
 from llmfast.data.packing import Batch, PackedRows, Rows, joined, pack
 from llmfast.data.sources import Document, is_held_out, load
 from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -29,7 +32,27 @@ class Dataset:
             for d, rows in enumerate(self.train.values())
             if (source == d).any()
         ]
-        return joined(parts, np.argsort(np.argsort(source, kind="stable")))
+        batch = joined(parts, np.argsort(np.argsort(source, kind="stable")))
+        return replace(batch, sources=torch.from_numpy(source.copy()))
+
+
+class Mixed:
+    """A data set in a mixture's order, as a trainer reads it."""
+
+    def __init__(self, dataset: Dataset, mixture: Mixture) -> None:
+        self.dataset, self.mixture = dataset, mixture
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Training sequences `first` to `first + count`."""
+        return self.dataset.batch(*self.mixture.sequences(first, first + count), first)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self.mixture.state()
+
+    def resume(self, state: Mapping[str, Any], consumed: int) -> None:
+        """Keep the first `consumed` sequences as they were; those to come are this mixture's."""
+        self.mixture = self.mixture.resumed(state, consumed)
 
 
 def prepare(

@@ -33,6 +33,7 @@ class Batch:
     document_ids: Tensor  # (B, T) int32, counted from 0 in each row
     positions: Tensor  # (B, T) int64, counted from 0 at each document's first token in the row
     num_valid: int  # labels that are not IGNORE_INDEX, counted before anything is on a device
+    sources: Tensor | None = None  # (B,) int64: where each row is from, if there are several
 
 
 class Rows(Protocol):

@@ -5,12 +5,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmfast.train.config import Config, ConfigError, load_config
-    from llmfast.train.loop import Trainer
+    from llmfast.train.continued import continued_config
+    from llmfast.train.objective import FurtherTokens, NextToken, Objective
+    from llmfast.train.parallel import World
     from llmfast.train.run import train
+    from llmfast.train.trainer import Hooks, Trainer
 
-__all__ = ["Config", "ConfigError", "Trainer", "load_config", "train"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "FurtherTokens",
+    "Hooks",
+    "NextToken",
+    "Objective",
+    "Trainer",
+    "World",
+    "continued_config",
+    "load_config",
+    "train",
+]
 
-_HOME = {"Config": "config", "ConfigError": "config", "load_config": "config", "Trainer": "loop", "train": "run"}
+_HOME = {
+    **dict.fromkeys(("Config", "ConfigError", "load_config"), "config"),
+    **dict.fromkeys(("FurtherTokens", "NextToken", "Objective"), "objective"),
+    **dict.fromkeys(("Hooks", "Trainer"), "trainer"),
+    "World": "parallel",
+    "continued_config": "continued",
+    "train": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -51,24 +51,39 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; gains are not decayed
     max_grad_norm: float = 1.0  # 0: no clipping
-    schedule: str = "cosine"  # after warm-up: "cosine", "linear" or "constant"
+    schedule: str = "cosine"  # after warm-up: "cosine", "linear", "wsd" (stays, then decays) or "constant"
     warmup_steps: int = 50
+    decay_share: float = 0.2  # of the steps after warm-up that "wsd" decays in
     final_lr: float = 0.1  # share of lr at the last step
+    lr_scaling: str = "none"  # "sqrt" or "linear": lr is for base_batch_size, and follows train.batch_size
+    base_batch_size: int = 0
+    master_weights: str = ""  # of 16-bit parameters: "fp32", "split16", "split8", "stochastic" or "kahan"
+    state_dtype: str = ""  # of moments: "float32", "bfloat16" or "8bit"
+    in_backward: bool = False  # step while gradients come, and free them; without clipping and skipping
 
 
 @dataclass
 class TrainConfig:
     steps: int = 1000
-    batch_size: int = 4  # rows of seq_len tokens in a micro-batch
-    accumulate: int = 1  # micro-batches a step
+    batch_size: int = 4  # rows of seq_len tokens in a step, of all ranks
+    micro_batch_size: int = 0  # rows that a rank takes at once; 0: its part of a step
     eval_every: int = 250
     eval_rows: int = 64  # a source, at most
     log_every: int = 10
     save_every: int = 250
+    keep_last: int = 2  # checkpoints
+    keep_every: int = 0  # also keep those of every so many steps
+    max_skipped: int = 100  # stop after so many steps whose gradient was not finite; 0: never
     seed: int = 0
     init_from: str = ""  # a run whose last weights are the first ones here
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
+    param_dtype: str = "float32"  # or "bfloat16", with optimizer.master_weights
+    parallel: str = "ddp"  # under torchrun: "ddp", "fsdp" or "hsdp"
+    shard_size: int = 0  # "hsdp": ranks that share one set of parameters
+    checkpoint_activations: bool = False  # compute them again in backward
+    compile: bool = False  # the blocks, with torch.compile
+    tensorboard: bool = False  # also write events for it
     mtp_schedule: str = "auto"  # "constant", "linear" or "staged"; auto: staged for shared, else constant
     mtp_weight: float = 0.0  # of each further token's loss; 0: 1 for parallel, 0.3 for sequential, 0.5 for shared
     mtp_final_weight: float = 0.1  # of "linear", at the last step
@@ -197,7 +212,12 @@ def _check(config: Config) -> None:
             ("data.seq_len", d.seq_len, 2),
             ("train.steps", t.steps, 1),
             ("train.batch_size", t.batch_size, 1),
-            ("train.accumulate", t.accumulate, 1),
+            ("train.micro_batch_size", t.micro_batch_size, 0),
+            ("train.keep_last", t.keep_last, 1),
+            ("train.keep_every", t.keep_every, 0),
+            ("train.max_skipped", t.max_skipped, 0),
+            ("train.shard_size", t.shard_size, 0),
+            ("optimizer.base_batch_size", o.base_batch_size, 0),
             ("train.eval_every", t.eval_every, 1),
             ("train.eval_rows", t.eval_rows, 1),
             ("train.log_every", t.log_every, 1),
@@ -216,6 +236,12 @@ def _check(config: Config) -> None:
             expect(value < 2**63, f"{name} is too large: {value}")
         for name, value in (("beta1", o.beta1), ("beta2", o.beta2)):
             expect(0 <= value < 1, f"optimizer.{name} must be in [0, 1); got {value}")
+        expect(0 < o.decay_share <= 1, f"optimizer.decay_share must be in (0, 1]; got {o.decay_share}")
+        expect(
+            o.lr_scaling == "none" or o.base_batch_size > 0,
+            f"optimizer.lr_scaling={o.lr_scaling!r} needs optimizer.base_batch_size, for which lr is right",
+        )
+        expect(t.parallel != "hsdp" or t.shard_size > 0, "train.parallel='hsdp' needs train.shard_size, ranks a set")
         expect(0 <= o.final_lr <= 1, f"optimizer.final_lr must be in [0, 1]; got {o.final_lr}")
         expect(0 < d.held_out < 1, f"data.held_out must be between 0 and 1; got {d.held_out}")
         expect(len(d.sources) > 0, "data.sources must name at least one source")
@@ -225,7 +251,12 @@ def _check(config: Config) -> None:
             except ValueError as e:
                 raise ValueError(f"data.weights.{name}: {e}") from e
         for name, choice, choices in (
-            ("optimizer.schedule", o.schedule, ("cosine", "linear", "constant")),
+            ("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd", "constant")),
+            ("optimizer.lr_scaling", o.lr_scaling, ("none", "sqrt", "linear")),
+            ("optimizer.master_weights", o.master_weights, ("", "fp32", "split16", "split8", "stochastic", "kahan")),
+            ("optimizer.state_dtype", o.state_dtype, ("", "float32", "bfloat16", "8bit")),
+            ("train.parallel", t.parallel, ("ddp", "fsdp", "hsdp")),
+            ("train.param_dtype", t.param_dtype, ("float32", "bfloat16")),
             ("train.dtype", t.dtype, ("auto", "float32", "bfloat16")),
             ("train.mtp_schedule", t.mtp_schedule, ("auto", "constant", "linear", "staged")),
             ("train.mtp_mean", t.mtp_mean, ("auto", "yes", "no")),

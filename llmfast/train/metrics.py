@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,21 +19,45 @@ PLAIN_SECONDS = 15.0  # between lines where the output is a file and a bar makes
 
 
 class MetricsFile:
-    """One JSON object a line, written through at once."""
+    """One JSON object a line, written through at once; and events for TensorBoard, if asked for."""
 
-    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_at: int = 0, tensorboard: bool = False) -> None:
         """Keeps what is there up to step `resume_at` (after a crash there may be more) and appends."""
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() and resume_at else []
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
         self._file = path.open("a", buffering=1)
+        self._events: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:
+                raise ImportError(f"train.tensorboard needs tensorboard: pip install tensorboard ({e})") from e
+            self._events = SummaryWriter(str(path.parent / "events"), purge_step=resume_at + 1)
 
     def write(self, **values: Any) -> None:
         self._file.write(json.dumps(values) + "\n")
+        if self._events is not None:
+            for name, value in _scalars(values):
+                if name not in ("step", "tokens"):
+                    self._events.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
         self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in it, under names like head_loss/0."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _scalars(item, f"{name}/{key}" if name else key)
+    elif isinstance(value, list):
+        yield from _scalars(dict(enumerate(value)), name)
+    elif isinstance(value, int | float):
+        yield name, float(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ import math
 import shlex
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,89 +14,133 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from llmfast.data import Dataset, Mixture, Tokenizer, prepare, unigram_entropy
+from llmfast._gpus import GPUS
+from llmfast.data import Batch, Dataset, Mixed, Mixture, Rows, Tokenizer, prepare, unigram_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.mtp import speculative_generate
-from llmfast.optim import FusedAdamW
-from llmfast.train.checkpoint import load_checkpoint, load_weights
+from llmfast.optim import FusedAdamW, optimizer_in_backward
+from llmfast.train.checkpoint import load_weights, whole_weights
 from llmfast.train.config import Config, ConfigError, dump_config, load_config
-from llmfast.train.loop import Trainer, evaluation_batches
-from llmfast.train.metrics import MetricsFile, peak_memory_bytes, plot_loss, print_table, read_metrics, say
+from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
+from llmfast.train.objective import FurtherTokens, NextToken, Objective
+from llmfast.train.parallel import World
+from llmfast.train.schedule import head_weights_at
+from llmfast.train.trainer import Hooks, Trainer, micro_batch_size
 
 ACCEPTANCE_PROMPTS = 2  # of each source
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Train as `config` says and report; returns the run's folder.
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    profile: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train as `config` says and report; returns the run's folder. Under torchrun, every rank calls it.
 
-    The folder holds config.toml (resolved), tokenizer.json, metrics.jsonl, checkpoint-<step>, loss.png and sample.txt.
+    The folder holds config.toml (resolved), tokenizer.json, metrics.jsonl, checkpoints, and at the end
+    model.safetensors, loss.png and sample.txt. With `dry_run` the plan is printed and nothing else is done. With
+    `profile` a few steps are traced, into trace.json for chrome://tracing or perfetto.dev.
 
     Raises:
         ConfigError: the settings cannot be met (device, data, shape of the model), or differ from those of the run
             that is resumed in what cannot change.
         FileExistsError: the named run exists, and neither `resume` nor `overwrite` was given.
         FileNotFoundError: there is nothing to resume.
+        NonFinite, OSError: see `Trainer.fit`.
     """
-    console = console or Console()
-    started = time.perf_counter()
+    started, t = time.perf_counter(), config.train
     device, dtype = choose_device(config)
-    run = _choose_run(config, resume=resume, overwrite=overwrite)
-    torch.manual_seed(config.train.seed)
+    world = World.join(device)
+    device = world.device
+    console = console or Console(quiet=not world.main)
+    run = Path(world.agreed(str(_choose_run(config, resume=resume, overwrite=overwrite) if world.main else "")))
+    config.name = run.name
+    micro_batch_size(config, world)
+    torch.manual_seed(t.seed)
 
     say(console, f"reading {', '.join(config.data.sources)} ...")
     data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer)
-    model = _model(config, data.tokenizer).to(device)
-    optimizer = make_optimizer(config, model)
-    entropy = _held_out_entropy(config, data)
     mixture = _mixture(config, data)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "sequences": 0}
-    if resume:
-        state = load_checkpoint(run, model, optimizer)
-        mixture = _resumed(mixture, state)
-    elif config.train.init_from:
-        load_weights(Path(config.train.init_from), model)
-    if overwrite and run.exists():  # only now that everything else has been seen to work
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.toml").write_text(dump_config(config))
-    data.tokenizer.save(run / "tokenizer.json")
-
-    t = config.train
+    model = _model(config, data.tokenizer).to(device)
+    if t.init_from and not resume:
+        load_weights(Path(t.init_from), model)
+    model = model.to(getattr(torch, t.param_dtype))
     say(
         console,
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device} in {dtype}; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device} in {dtype}"
+        f"{f', {world.size} ranks, {t.parallel}' if world.size > 1 else ''}; "
         f"{sum(map(len, data.train.values())) * config.data.seq_len / 1e6:.2f} M training tokens, "
-        f"{data.tokenizer.vocab_size} kinds; {t.steps} steps of {t.batch_size * t.accumulate * config.data.seq_len} "
-        "tokens",
+        f"{data.tokenizer.vocab_size} kinds; {t.steps} steps of {t.batch_size * config.data.seq_len} tokens",
     )
     print_table(console, mixture.table())
-    say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
-    metrics = MetricsFile(run / "metrics.jsonl", resume_at=state["step"])
+    if dry_run:
+        return run
     trainer = Trainer(
-        config, model, optimizer, data, mixture, run=run, device=device, dtype=dtype, console=console, metrics=metrics,
-        step=state["step"], tokens=state["tokens"], sequences=state["sequences"],
+        model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model),
+        Mixed(data, mixture), config, run=run, validation=_validation(config, data), world=world, dtype=dtype,
+        console=console, hooks=[Utilisation(config, model, world), *([Profile(run)] if profile else [])],
     )  # fmt: skip
+    if resume:
+        try:
+            trainer.resume()
+        except ValueError as e:
+            raise ConfigError(f"data: {e}") from e
+    if world.main:
+        if overwrite and run.exists():  # only now that everything else has been seen to work
+            shutil.rmtree(run)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(dump_config(config))
+        data.tokenizer.save(run / "tokenizer.json")
+    say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
+
+    before = trainer.step, trainer.tokens
     finished = trainer.fit()
+    whole = _whole_model(config, trainer, data.tokenizer) if finished else None
+    if world.main:
+        if whole is None:
+            elsewhere = [] if config.runs == Config().runs else ["--set", f"runs={config.runs}"]
+            again = shlex.join(["llmfast", "train", "--resume", "--name", run.name, *elsewhere])
+            say(console, f"stopped after step {trainer.step} of {t.steps}; go on with: {again}")
+            plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=_held_out_entropy(config, data))
+        else:
+            _report(config, trainer, whole, data, before, console)
+    world.leave()
+    return run
+
+
+def _report(
+    config: Config, trainer: Trainer, model: Decoder, data: Dataset, before: tuple[int, int], console: Console
+) -> None:
+    """The closing table, and what else a finished run leaves in its folder."""
+    from safetensors.torch import save_model
+
+    t, run = config.train, trainer.run
+    assert run is not None and trainer.metrics is not None
+    save_model(model, str(run / "model.safetensors"))
     guesses: list[tuple[str, str]] = []
-    if finished and model.mtp is not None and model.config.targets > 1:
-        acceptance, per_pass = _acceptance(config, model, data, device)
-        if trainer.step > state["step"]:  # else it is written there already
-            metrics.write(step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass)
+    if model.mtp is not None and model.config.targets > 1:
+        acceptance, per_pass = _acceptance(config, model, data, trainer.device)
+        if trainer.step > before[0]:  # else it is written there already
+            trainer.metrics.write(
+                step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass
+            )
         guesses = [
             ("guesses accepted, by head", ", ".join(f"{100 * a:.0f} %" for a in acceptance)),
             ("tokens a pass, decoding greedily", f"{per_pass:.2f}"),
         ]
-    metrics.close()
-
+    trainer.metrics.close()
+    text = _sample(config, model, data.tokenizer, trainer.device) if t.sample_tokens > 0 else ""
+    if text:
+        (run / "sample.txt").write_text(text)
+    entropy = _held_out_entropy(config, data)
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
-    if not finished:
-        elsewhere = [] if config.runs == Config().runs else ["--set", f"runs={config.runs}"]
-        again = shlex.join(["llmfast", "train", "--resume", "--name", run.name, *elsewhere])
-        say(console, f"stopped after step {trainer.step} of {t.steps}; go on with: {again}")
-        return run
-    speed = (trainer.tokens - state["tokens"]) / max(trainer.seconds, 1e-9)
     lines = read_metrics(run / "metrics.jsonl")
     validation = [line["validation_mean"] for line in lines if "validation_mean" in line]
+    speed = (trainer.tokens - before[1]) / max(trainer.seconds, 1e-9)
     print_table(
         console,
         [
@@ -104,17 +150,88 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
             *(_changes(lines) if t.init_from else []),
             *guesses,
             ("tokens a second", f"{speed:,.0f}" if trainer.seconds else "-"),
-            ("peak memory", f"{peak_memory_bytes(device) / 2**20:,.0f} MiB"),
-            ("steps skipped", f"{int(trainer.skipped.item())}"),
+            ("peak memory", f"{peak_memory_bytes(trainer.device) / 2**20:,.0f} MiB"),
+            ("steps skipped", f"{trainer.skipped}"),
             ("in the run folder", ", ".join(sorted(p.name for p in run.iterdir()))),
         ],
     )
-    if t.sample_tokens > 0:
-        text = _sample(config, model, data.tokenizer, device)
-        (run / "sample.txt").write_text(text)
+    if text:
         console.rule("a sample")
         say(console, text)
-    return run
+
+
+class Utilisation(Hooks):
+    """Adds to each line the share of the GPUs' peak rate that the model's products make up (Chowdhery et al. 2022).
+
+    Six FLOPs a parameter and token, without the embedding where it only looks rows up, and those of attention.
+    """
+
+    def __init__(self, config: Config, model: Decoder, world: World) -> None:
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        known = [gpu for gpu in GPUS if gpu.name.split()[0] in name.split()]
+        self._peak = known[0].tensor_cores * world.size if known else 0.0
+        embedding = 0 if model.head is None else model.embedding.weight.numel()
+        products = sum(p.numel() for p in model.parameters()) - embedding
+        m = config.model
+        self._flops = 6 * products + 12 * m.layers * m.width * config.data.seq_len
+
+    def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        if self._peak:
+            values["mfu"] = values["tokens_per_s"] * self._flops / self._peak
+
+
+class Profile(Hooks):
+    """Traces steps 3 to 6, after what the first ones set up."""
+
+    def __init__(self, run: Path) -> None:
+        self._file, self._profile, self._begun = run / "trace.json", torch.profiler.profile(), 0
+
+    def before_step(self, trainer: Trainer) -> None:
+        self._begun += 1
+        if self._begun == 3:
+            self._profile.start()
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self._begun == 6 and trainer.world.main:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self._file))
+            trainer.say(f"profile of steps 3 to 6: {self._file}")
+
+
+def _objective(config: Config, model: Decoder, sources: list[str]) -> Objective:
+    m, K = config.model, model.config.targets
+    if m.mtp == "none":
+        return NextToken(sources)
+    return FurtherTokens(
+        K, lambda step: head_weights_at(step, K, config), shared=m.mtp == "shared",
+        detached=m.mtp == "sequential" and m.mtp_detach,
+    )  # fmt: skip
+
+
+def _validation(config: Config, data: Dataset) -> dict[str, Callable[[], Iterable[Batch]]]:
+    t = config.train
+    return {
+        name: partial(evaluation_batches, rows, t.eval_rows, t.micro_batch_size or t.batch_size)
+        for name, rows in data.validation.items()
+    }
+
+
+def evaluation_batches(rows: Rows, most: int, batch_size: int) -> Iterator[Batch]:
+    count = min(most, len(rows))
+    for start in range(0, count, batch_size):
+        yield rows.batch(list(range(start, min(start + batch_size, count))))
+
+
+def _whole_model(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> Decoder | None:
+    """On the first rank, whatever the ranks share; all must call."""
+    if trainer.world.size == 1:
+        return trainer.model  # type: ignore[return-value]
+    weights = whole_weights(trainer.module)
+    if not trainer.world.main:
+        return None
+    model = _model(config, tokenizer).to(trainer.device, getattr(torch, config.train.param_dtype))
+    model.load_state_dict(weights)
+    return model
 
 
 def resumed_config(run: Path, overrides: list[str]) -> Config:
@@ -153,8 +270,15 @@ def make_optimizer(config: Config, model: torch.nn.Module) -> FusedAdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    max_grad_norm = o.max_grad_norm or math.inf  # which measures all the same
-    return FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, max_grad_norm=max_grad_norm)
+    extras: dict[str, Any] = {
+        "max_grad_norm": None if o.in_backward else o.max_grad_norm or math.inf,  # which measures all the same
+        "master_weights": o.master_weights or None,
+        "state_dtype": {"": None, "8bit": "8bit"}.get(o.state_dtype) or getattr(torch, o.state_dtype, None),
+    }
+    optimizer = FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, **extras)
+    if o.in_backward:
+        optimizer_in_backward(model, optimizer)
+    return optimizer
 
 
 def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
@@ -195,19 +319,9 @@ def _mixture(config: Config, data: Dataset) -> Mixture:
     t = config.train
     rows = {name: len(rows) for name, rows in data.train.items()}
     try:
-        return Mixture(rows, config.data.weights, total=t.steps * t.accumulate * t.batch_size, seed=t.seed)
+        return Mixture(rows, config.data.weights, total=t.steps * t.batch_size, seed=t.seed)
     except ValueError as e:
         raise ConfigError(f"data.weights: {e}") from e
-
-
-def _resumed(mixture: Mixture, state: dict[str, Any]) -> Mixture:
-    """What was consumed stays what it was; from there on the mixture is this one."""
-    try:
-        return mixture.resumed(state["mixture"], state["sequences"])
-    except ValueError as e:
-        raise ConfigError(f"data: {e}") from e
-    except KeyError as e:
-        raise ConfigError(f"the checkpoint was made by an older version: it has no {e}") from e
 
 
 def _changes(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:

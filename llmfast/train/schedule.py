@@ -1,8 +1,10 @@
 """Learning rates and head weights as pure functions of the step."""
 
 import math
+from typing import Any
 
 from llmfast.mtp import head_weights
+from llmfast.optim.scaling import scale_lr
 from llmfast.train.config import Config
 
 
@@ -12,19 +14,37 @@ def lr_at(
     lr: float,
     steps: int,
     warmup_steps: int,
-    schedule: str,  # "cosine", "linear" or "constant"
+    schedule: str,  # "cosine", "linear", "wsd" or "constant"
     final_lr: float,  # share of lr reached at the last step
+    decay_share: float = 0.2,  # of the steps after warm-up, for "wsd"
 ) -> float:
-    """Linear warm-up to `lr`, then down to `final_lr * lr` along the schedule."""
+    """Linear warm-up to `lr`, then down to `final_lr * lr` along the schedule.
+
+    "wsd" (warmup, stable, decay: Hu et al. 2024, arXiv:2404.06395) stays at `lr` and goes down at the end.
+    """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps + 1) / max(1, steps - warmup_steps))
     remaining = {
+        "wsd": min(1.0, (1.0 - progress) / decay_share),
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
     }[schedule]
     return lr * (final_lr + (1.0 - final_lr) * remaining) if schedule != "constant" else lr
+
+
+def lr_of_step(step: int, config: Config) -> float:
+    """The learning rate of update `step`, counted from 0, for the batch size there is."""
+    o, t = config.optimizer, config.train
+    lr = o.lr
+    if o.lr_scaling != "none" and lr > 0:
+        rule: Any = o.lr_scaling
+        lr = scale_lr(lr, t.batch_size, o.base_batch_size, rule)
+    return lr_at(
+        step, lr=lr, steps=t.steps, warmup_steps=o.warmup_steps, schedule=o.schedule, final_lr=o.final_lr,
+        decay_share=o.decay_share,
+    )  # fmt: skip
 
 
 def head_weights_at(step: int, K: int, config: Config) -> list[float]:

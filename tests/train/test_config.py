@@ -46,7 +46,10 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
         ("optimizer.lr=-1.0", "optimizer.lr must be at least 0; got -1.0"),
         ("optimizer.lr=nan", "optimizer.lr must be at least 0; got nan"),
         ("optimizer.beta2=1.0", "optimizer.beta2 must be in [0, 1); got 1.0"),
-        ("optimizer.schedule=cosin", "optimizer.schedule must be one of 'cosine', 'linear', 'constant'; got 'cosin'"),
+        (
+            "optimizer.schedule=cosin",
+            "optimizer.schedule must be one of 'cosine', 'linear', 'wsd', 'constant'; got 'cosin'",
+        ),
         ("train.dtype=int8", "train.dtype must be one of 'auto', 'float32', 'bfloat16'; got 'int8'"),
         ("data.sources=[]", "data.sources must name at least one source"),
         ("data.held_out=0.0", "data.held_out must be between 0 and 1; got 0.0"),

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.cli import main
-from llmfast.train import loop
 from llmfast.train.config import Config, ConfigError, load_config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.run import train
 from llmfast.train.schedule import head_weights_at
+from llmfast.train.trainer import Trainer
 from support.launched import unrecorded
 from support.waiting import NoWaiting
 
@@ -32,12 +32,18 @@ def run(settings: list[str], *more: str) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(str(next(folder.glob("checkpoint-*")) / "model.safetensors"))
+    return load_file(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("mtp", KINDS)
 def test_each_kind_trains(mtp: str, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    more = [*kind(mtp, KINDS[mtp]), "train.steps=30", "optimizer.lr=0.01", "train.accumulate=2", "train.eval_every=15"]
+    more = [
+        *kind(mtp, KINDS[mtp]),
+        "train.steps=30",
+        "optimizer.lr=0.01",
+        "train.micro_batch_size=1",
+        "train.eval_every=15",
+    ]
     assert main(["train", *(f"--set={s}" for s in [*settings, *more]), "--name=first"]) == 0
     lines = read_metrics(Path(settings[0].removeprefix("runs=")) / "first" / "metrics.jsonl")
     K = 3 if mtp == "shared" else 2
@@ -70,16 +76,16 @@ def test_one_parallel_head_trains_as_none_to_the_last_bit(settings: list[str]) -
 
 @pytest.mark.parametrize("mtp", ["none", *KINDS])
 def test_a_step_waits_for_nothing(mtp: str, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.Trainer._train_step
+    original = Trainer._train_step
 
-    def step(self: loop.Trainer) -> Any:
+    def step(self: Trainer) -> Any:
         with pretending_cuda(), nullcontext() if self.step == 0 else NoWaiting():  # the first makes states and tables
             return original(self)
 
-    monkeypatch.setattr(loop.Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     more = [] if mtp == "none" else kind(mtp, KINDS[mtp])
     with unrecorded():
-        run(settings, *more, "train.steps=2", "train.accumulate=2", "train.eval_rows=1")
+        run(settings, *more, "train.steps=2", "train.micro_batch_size=1", "train.eval_rows=1")
 
 
 @pytest.mark.parametrize("mtp", KINDS)
@@ -88,7 +94,7 @@ def test_accumulation_is_the_same_batch_in_parts(mtp: str, settings: list[str]) 
     more = [*kind(mtp, KINDS[mtp]), "train.steps=3", "train.log_every=1"]
     folders = [
         run(settings, *more, "name=a", "train.batch_size=4"),
-        run(settings, *more, "name=b", "train.batch_size=1", "train.accumulate=4"),
+        run(settings, *more, "name=b", "train.batch_size=4", "train.micro_batch_size=1"),
     ]
     whole, parts = map(weights, folders)
     for k in whole:
@@ -103,15 +109,12 @@ def test_detached_depths_do_not_change_the_model(settings: list[str], monkeypatc
     """Whatever they weigh, the gradients of the model's own parameters stay the same."""
     gradients: list[dict[str, torch.Tensor]] = []
 
-    def step(self: loop.Trainer) -> Any:
-        batches = [self._next_batch()]
-        self._backward_heads(batches)
+    def step(self: Trainer) -> Any:
         gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
-        self.optimizer.zero_grad()
         return original(self)
 
-    original = loop.Trainer._train_step
-    monkeypatch.setattr(loop.Trainer, "_train_step", step)
+    original = Trainer._optimizer_step
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
     more = [*kind("sequential", 2), "model.mtp_detach=true", "train.steps=1"]
     for weight in ("1", "5"):
         run(settings, *more, f"train.mtp_weight={weight}", f"name=w{weight}")
@@ -125,15 +128,15 @@ def test_resuming_goes_on_where_it_was(mtp: str, settings: list[str]) -> None:
     more = [*kind(mtp, KINDS[mtp]), "train.mtp_schedule=linear"]
     whole = run(settings, *more, "name=whole")
     half = load_config(None, [*settings, *more, "name=half"])
-    original = loop.Trainer._train_step
+    original = Trainer._train_step
 
-    def step(self: loop.Trainer) -> Any:
+    def step(self: Trainer) -> Any:
         result = original(self)
         self._stop = self.step == 4
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_train_step", step)
+        patch.setattr(Trainer, "_train_step", step)
         folder = train(half, console=Console(quiet=True))
     train(load_config(folder / "config.toml"), resume=True, console=Console(quiet=True))
     a, b = weights(whole), weights(folder)

@@ -12,11 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmfast.cli import main
-from llmfast.train import checkpoint as checkpoints
-from llmfast.train import loop
 from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
+from llmfast.train.objective import NextToken
 from llmfast.train.run import train
+from llmfast.train.trainer import Hooks, Trainer
 
 
 def run(settings: list[str], *more: str, **options: bool) -> Path:
@@ -24,7 +24,7 @@ def run(settings: list[str], *more: str, **options: bool) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(str(next(folder.glob("checkpoint-*")) / "model.safetensors"))
+    return load_file(str(folder / "model.safetensors"))
 
 
 def cli(settings: list[str], *arguments: str) -> int:
@@ -35,7 +35,10 @@ def test_a_run_leaves_everything_behind(settings: list[str], capsys: pytest.Capt
     assert cli(settings, "--set=train.steps=40", "--set=optimizer.lr=0.01", "--name=first") == 0
     folder = Path(settings[0].removeprefix("runs=")) / "first"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"config.toml", "tokenizer.json", "metrics.jsonl", "checkpoint-00000040", "loss.png", "sample.txt"}
+    assert names == {
+        *("config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "model.safetensors"),
+        *("checkpoint-00000036", "checkpoint-00000040"),
+    }
     assert load_config(folder / "config.toml").train.steps == 40
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -75,42 +78,41 @@ def _rewind(settings: list[str], name: str, at: int) -> Path:
 
     class Killed(Exception): ...
 
-    original = loop.save_checkpoint
+    class Die(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == at:
+                assert trainer.checkpoints is not None
+                trainer.checkpoints.wait()
+                raise Killed
 
-    def save_and_die(run: Path, step: int, *arguments: Any, **more: Any) -> Path:
-        original(run, step, *arguments, **more)
-        raise Killed
-
-    loop.save_checkpoint = save_and_die
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmfast.train.run.Utilisation", lambda *_: Die())
         with pytest.raises(Killed):
             run(settings, f"name={name}")
-    finally:
-        loop.save_checkpoint = original
     return Path(settings[0].removeprefix("runs=")) / name
 
 
 def test_gradient_accumulation_is_the_same_batch_in_parts(settings: list[str]) -> None:
     whole = weights(run(settings, "name=a", "train.batch_size=4", "train.steps=3"))
-    parts = weights(run(settings, "name=b", "train.batch_size=1", "train.accumulate=4", "train.steps=3"))
+    parts = weights(run(settings, "name=b", "train.batch_size=4", "train.micro_batch_size=1", "train.steps=3"))
     for k in whole:
         torch.testing.assert_close(parts[k], whole[k], rtol=2e-4, atol=2e-4)
 
 
 def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     timer = threading.Timer(0.0, lambda: None)
-    original = loop.Trainer._train_step
+    original = Trainer._train_step
 
-    def step(self: loop.Trainer) -> Any:
+    def step(self: Trainer) -> Any:
         if self.step == 3:
             signal.raise_signal(signal.SIGTERM)
         return original(self)
 
-    loop.Trainer._train_step = step  # type: ignore[method-assign]
+    Trainer._train_step = step  # type: ignore[method-assign]
     try:
         assert cli(settings, "--set=train.steps=50", "--name=stopped") == 0
     finally:
-        loop.Trainer._train_step = original  # type: ignore[method-assign]
+        Trainer._train_step = original  # type: ignore[method-assign]
         timer.cancel()
     folder = Path(settings[0].removeprefix("runs=")) / "stopped"
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000004"]
@@ -119,19 +121,19 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
         f"stopped after step 4 of 50; go on with: llmfast train --resume --name stopped --set {settings[0]}" in output
     )
     assert cli(settings[:1], "--resume", "--name=stopped", "--set=train.steps=6") == 0
-    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000006"]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-00000004", "checkpoint-00000006"]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_reported(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = loop.Trainer._loss
+    original = NextToken.__call__
 
-    def loss(self: loop.Trainer, batch: Any, num_valid: int) -> torch.Tensor:
-        value = original(self, batch, num_valid)
-        return value * torch.nan if self.model.training and self.step == 2 else value
+    def loss(self: NextToken, model: Any, batch: Any, num_valid: Any, step: int, detail: bool) -> Any:
+        value, sums = original(self, model, batch, num_valid, step, detail)
+        return value * torch.nan if model.training and step == 2 else value, sums
 
-    monkeypatch.setattr(loop.Trainer, "_loss", loss)
+    monkeypatch.setattr(NextToken, "__call__", loss)
     assert cli(settings, "--name=nan") == 0
     folder = Path(settings[0].removeprefix("runs=")) / "nan"
     assert all(t.isfinite().all() for t in weights(folder).values())
@@ -208,27 +210,22 @@ def test_the_model_cannot_change_on_resume(settings: list[str], capsys: pytest.C
     assert "model.layers cannot change on --resume" in capsys.readouterr().err
 
 
-def test_a_checkpoint_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    first = checkpoints.save_checkpoint(tmp_path, 1, model, optimizer)
-    monkeypatch.setattr(checkpoints.torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save_checkpoint(tmp_path, 2, model, optimizer)
-    assert checkpoints._checkpoints(tmp_path) == [first]
-    monkeypatch.undo()
-    assert checkpoints.load_checkpoint(tmp_path, model, optimizer)["step"] == 1
-    second = checkpoints.save_checkpoint(tmp_path, 2, model, optimizer)
-    assert checkpoints._checkpoints(tmp_path) == [second]
-    assert [p.name for p in tmp_path.iterdir()] == [second.name]
+def test_a_damaged_checkpoint_is_passed_over(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(settings, "name=whole")
+    folder = run(settings, "name=kept")
+    last = folder / "checkpoint-00000008"
+    data = next(last.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    (folder / "model.safetensors").unlink()
+    assert cli(settings[:1], "--resume", "--name=kept") == 0
+    output = capsys.readouterr().out
+    assert f"{last} is damaged ({data.name} has changed); trying the one before it" in output
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole).values(), weights(folder).values()))
 
-
-def test_a_damaged_checkpoint_is_one_line(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run(settings, "name=kept", "train.steps=2")
-    state = folder / "checkpoint-00000002" / "state.pt"
-    state.write_bytes(state.read_bytes()[:100])
-    assert cli(settings[:1], "--resume", "--name=kept", "--set=train.steps=4") == 2
-    assert "checkpoint-00000002 is damaged or of another model" in capsys.readouterr().err
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "checksums.json").unlink()
+    assert cli(settings[:1], "--resume", "--name=kept", "--set=train.steps=9") == 2
+    assert f"no whole checkpoint in {folder}" in capsys.readouterr().err
 
 
 def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:

@@ -1,0 +1,364 @@
+"""Fill-in-the-middle (Bavarian et al. 2022, arXiv:2207.14255): documents rearranged so that a model learns to infill.
+
+A document is cut at two random places into prefix, middle and suffix, any of which can be empty, and the middle moves
+to the end. The end-of-text token after it teaches the model to stop where the suffix goes on:
+
+    PSM              <prefix> prefix <suffix> suffix <middle> middle <eot>
+    SPM, variant 2   <prefix> <suffix> suffix <middle> prefix middle <eot>
+    SPM, variant 1   <suffix> suffix <prefix> prefix <middle> middle <eot>
+
+Context-level, `FIMRows`, rearranges what a row holds of each document, so a row holds whole examples; another epoch
+gets other cuts. Document-level, `FIMDocumentRows`, rearranges documents once, before they are packed into rows, which
+then cut some examples in two. The paper finds the former better.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llmfast._checks import expect
+from llmfast.data.packing import PADDING, Batch, PackedRows, batch_of, pack
+from llmfast.data.tokenizer import Tokenizer
+
+PREFIX, MIDDLE, SUFFIX = SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+MIN_TOKENS = 10  # a shorter document, or part of one in a row, is left as it is
+
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_ADDED = 4  # three sentinels and the end of text
+_BROKEN = "\ufffd"  # what `decode` makes of bytes that are no UTF-8
+_PROBE = "Def f(x):\n    return '\u00e9\u4e2d\U0001f600'  # 1,5"
+
+# What a token is to a cut.
+_TEXT, _SILENT, _RESERVED = 0, 1, 2  # decodes to text; decodes to nothing; a sentinel or the end of text
+
+
+@dataclass(frozen=True, eq=False)
+class Rearranged:
+    """A document after `FIM`."""
+
+    ids: Ids  # (n,)
+    counted: Mask  # (n,): whether the token is a label
+    changed: bool  # False where it stayed as it was; all of it is counted then
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """Three pieces, each of ids, and of text that is still to be encoded."""
+
+    spm: bool
+    texts: tuple[str, ...]  # prefix, middle, suffix; or nothing where the ids are all
+    prefix: Ids
+    middle: Ids
+    suffix: Ids
+
+    def pieces(self, encoded: Sequence[npt.NDArray[np.integer]]) -> tuple[Ids, Ids, Ids]:
+        if not encoded:
+            return self.prefix, self.middle, self.suffix
+        prefix, middle, suffix = (ids.astype(np.int64) for ids in encoded)
+        return np.concatenate([self.prefix, prefix]), middle, np.concatenate([suffix, self.suffix])
+
+
+@dataclass(frozen=True, eq=False)
+class FIM:
+    """How documents are rearranged. The same (seed, sample, document) is always rearranged alike, on any machine.
+
+    Left as they are, whatever the rate: fewer than `MIN_TOKENS` tokens, padding, and what contains a sentinel or the
+    end of text before its end. Text that does not survive decoding (broken UTF-8 inside, special tokens other than
+    those) is cut between tokens at `level="char"` too, because its pieces could not be encoded again. A character that
+    is incomplete at either end stays there as the tokens it is.
+
+    Args:
+        tokenizer: Must know the three `SENTINELS`, and at `level="char"` encode pieces of a text to what decodes to
+            the whole, which byte-level tokenizers do.
+        rate: Share of documents that are rearranged, in [0, 1].
+        spm_rate: Share of those that are SPM, in [0, 1]; the others are PSM.
+        level: "char" cuts anywhere between two characters and encodes the three pieces anew, as an editor that asks
+            for a completion will. "token" cuts between tokens: the model then never sees a word that is begun.
+        spm_variant: 2 keeps prefix and middle together and is what most models are trained with; 1 is not.
+        loss: "all" trains on every part, as the paper does; "middle" on the middle and the end of text after it.
+        seed: In [0, 2**64).
+
+    Raises:
+        ValueError: The tokenizer has not all sentinels or does not keep pieces, or an argument is out of range.
+    """
+
+    tokenizer: Tokenizer
+    rate: float = 0.5
+    spm_rate: float = 0.5
+    level: Literal["char", "token"] = "char"
+    spm_variant: Literal[1, 2] = 2
+    loss: Literal["all", "middle"] = "all"
+    seed: int = 0
+    _kinds: npt.NDArray[np.uint8] = field(init=False, repr=False)  # (vocab_size,)
+
+    def __post_init__(self) -> None:
+        known: Mapping[str, int] = self.tokenizer.special_ids
+        missing = [sentinel for sentinel in SENTINELS if sentinel not in known]
+        expect(not missing, f"tokenizer has no {', '.join(missing)}, which FIM needs; it has {', '.join(known)}")
+        expect(0 <= self.rate <= 1, f"rate must be in [0, 1]; got {self.rate}")
+        expect(0 <= self.spm_rate <= 1, f"spm_rate must be in [0, 1]; got {self.spm_rate}")
+        expect(self.level in ("char", "token"), f"level must be 'char' or 'token'; got {self.level!r}")
+        expect(self.spm_variant in (1, 2), f"spm_variant must be 1 or 2; got {self.spm_variant!r}")
+        expect(self.loss in ("all", "middle"), f"loss must be 'all' or 'middle'; got {self.loss!r}")
+        is_seed = isinstance(self.seed, int) and 0 <= self.seed < 2**64
+        expect(is_seed, f"seed must be an integer in [0, 2**64); got {self.seed}")
+        kinds = np.full(self.tokenizer.vocab_size, _TEXT, dtype=np.uint8)
+        if self.level == "char":
+            _check_pieces(self.tokenizer)
+            kinds[[i for i in range(len(kinds)) if not self.tokenizer.decode([i])]] = _SILENT
+        kinds[[self.tokenizer.eot_id, *(known[sentinel] for sentinel in SENTINELS)]] = _RESERVED
+        object.__setattr__(self, "_kinds", kinds)
+
+    def rearrange(self, ids: npt.ArrayLike, sample: int, document: int = 0, budget: int | None = None) -> Rearranged:
+        """One document, with or without the end of text; see `rearrange_many`."""
+        return self.rearrange_many([ids], [(sample, document)], None if budget is None else [budget])[0]
+
+    def rearrange_many(
+        self, documents: Sequence[npt.ArrayLike], keys: Sequence[tuple[int, int]], budgets: Sequence[int] | None = None
+    ) -> list[Rearranged]:
+        """Rearrange each document or leave it as it is: a pure function of its ids, key and budget.
+
+        Args:
+            documents: Token ids, (any length,) integers below `vocab_size`. The end of text may be their last token.
+                A rearranged document ends with it in any case, one that stays as it is only if it did.
+            keys: (sample, document) of each, integers in [0, 2**64): the random numbers' key, beside the seed.
+            budgets: The most tokens each result may have; None for as many as it takes. A longer document is first cut
+                at its end. Where the sentinels make it too long again, the suffix's end goes first, then the
+                prefix's beginning, and the middle's beginning only if there is no more of those.
+
+        Raises:
+            ValueError: Ids that are no 1-D integers below `vocab_size`, a budget below 1, a key out of range, or not
+                as many keys or budgets as documents.
+        """
+        n = len(documents)
+        expect(len(keys) == n, f"keys must be one for each of {n} documents; got {len(keys)}")
+        if budgets is not None:
+            expect(len(budgets) == n, f"budgets must be one for each of {n} documents; got {len(budgets)}")
+            expect(min(budgets, default=1) >= 1, f"budgets must be at least 1; got {min(budgets, default=1)}")
+        in_range = all(0 <= number < 2**64 for key in keys for number in key)
+        expect(in_range, f"keys must be pairs of integers in [0, 2**64); got {keys}")
+        kept = [self._checked(ids)[: None if budgets is None else budgets[i]] for i, ids in enumerate(documents)]
+        cuts = [self._cut(ids, *key) for ids, key in zip(kept, keys)]
+        # All pieces in one call: the tokenizer may use several cores for them.
+        encoded = iter(self.tokenizer.encode_batch([text for cut in cuts if cut is not None for text in cut.texts]))
+        results = []
+        for i, cut in enumerate(cuts):
+            if cut is None:
+                results.append(Rearranged(kept[i], np.ones(len(kept[i]), dtype=np.bool_), False))
+            else:
+                prefix, middle, suffix = cut.pieces(list(islice(encoded, len(cut.texts))))
+                results.append(self._join(prefix, middle, suffix, cut.spm, None if budgets is None else budgets[i]))
+        return results
+
+    def documents(self, documents: Iterable[npt.ArrayLike]) -> Iterator[Rearranged]:
+        """Document-level: each document in turn, its number as the sample, without the end of text that `pack` adds."""
+        rest, first = iter(documents), 0
+        while several := list(islice(rest, 64)):
+            for result in self.rearrange_many(several, [(first + i, 0) for i in range(len(several))]):
+                n = len(result.ids) - self._ends(result.ids)
+                yield replace(result, ids=result.ids[:n], counted=result.counted[:n])
+            first += len(several)
+
+    def undo(self, ids: npt.ArrayLike) -> Ids:
+        """The document that was rearranged, or left as it is, into `ids`, (n,): without the end of text.
+
+        After cuts between tokens these are the document's own ids. After cuts between characters they decode to the
+        same bytes, but next to the cuts the text may be split into other tokens. What a budget cost stays lost.
+
+        Raises:
+            ValueError: `ids` has sentinels, but is in none of the three orders.
+        """
+        content = self._checked(ids)
+        content = content[: len(content) - self._ends(content)]
+        special = self.tokenizer.special_ids
+        places = {sentinel: np.flatnonzero(content == special[sentinel]).tolist() for sentinel in SENTINELS}
+        if not any(places.values()):
+            return content
+        first = min(at for found in places.values() for at in found)
+        if first == 0 and all(len(found) == 1 for found in places.values()):
+            (p,), (m,), (s,) = (places[sentinel] for sentinel in (PREFIX, MIDDLE, SUFFIX))
+            if p < s < m:  # PSM; and SPM of variant 2, which is PSM with an empty prefix, as far as this goes
+                return np.concatenate([content[p + 1 : s], content[m + 1 :], content[s + 1 : m]])
+            if s < p < m:
+                return np.concatenate([content[p + 1 : m], content[m + 1 :], content[s + 1 : p]])
+        raise ValueError(f"ids must be in an order that FIM makes; got sentinels at {places}")
+
+    def _checked(self, ids: npt.ArrayLike) -> Ids:
+        array = np.asarray(ids)
+        if array.size == 0:
+            return np.empty(0, dtype=np.int64)
+        ok = array.ndim == 1 and array.dtype.kind in "iu"
+        expect(ok, f"a document must be 1-D integers; got {array.shape} {array.dtype}")
+        highest, below = int(array.max()), len(self._kinds)
+        expect(highest < below, f"a document's ids must be below the tokenizer's vocab_size {below}; got {highest}")
+        return array.astype(np.int64)
+
+    def _ends(self, ids: Ids) -> bool:
+        return len(ids) > 0 and int(ids[-1]) == self.tokenizer.eot_id
+
+    def _cut(self, ids: Ids, sample: int, document: int) -> _Cut | None:
+        """Where to cut the document; None where it stays as it is."""
+        content = ids[: len(ids) - self._ends(ids)]
+        if len(content) < MIN_TOKENS or content.min() < 0:  # PADDING is negative
+            return None
+        kind = self._kinds[content].max()
+        if kind == _RESERVED:
+            return None
+        chosen, spm, *cuts = _random(self.seed, sample, document)
+        if chosen >= self.rate * 2**64:
+            return None
+        whole = _whole_characters(self.tokenizer, content) if self.level == "char" and kind == _TEXT else None
+        start, stop, text = whole or (0, 0, "")
+        length = len(content) if whole is None else len(text)
+        a, b = sorted(number * (length + 1) >> 64 for number in cuts)  # uniform in 0..length
+        is_spm = spm < self.spm_rate * 2**64
+        if whole is None:
+            return _Cut(is_spm, (), content[:a], content[a:b], content[b:])
+        return _Cut(is_spm, (text[:a], text[a:b], text[b:]), content[:start], content[:0], content[stop:])
+
+    def _join(self, prefix: Ids, middle: Ids, suffix: Ids, spm: bool, budget: int | None) -> Rearranged:
+        if budget is not None:
+            room = budget - _ADDED
+            suffix = suffix[: max(0, room - len(prefix) - len(middle))]
+            prefix = prefix[max(0, len(prefix) + len(middle) - room) :]
+            middle = middle[max(0, len(middle) - room) :]
+        special = self.tokenizer.special_ids
+        pre, mid, suf = (np.array([special[sentinel]]) for sentinel in SENTINELS)
+        if not spm:
+            parts = [pre, prefix, suf, suffix, mid]
+        elif self.spm_variant == 2:
+            parts = [pre, suf, suffix, mid, prefix]
+        else:
+            parts = [suf, suffix, pre, prefix, mid]
+        ids = np.concatenate([*parts, middle, np.array([self.tokenizer.eot_id])])
+        counted = np.ones(len(ids), dtype=np.bool_)
+        if self.loss == "middle":
+            counted[: -len(middle) - 1] = False
+        return Rearranged(ids, counted, True)
+
+
+@dataclass(frozen=True, eq=False)
+class FIMRows:
+    """Context-level: in each row, what it holds of each document is rearranged, within the tokens this had.
+
+    The room for sentinels and end of text is taken from the suffix's end, so a row loses about four tokens of text for
+    each document. Where the new tokens are fewer, the row's end is padding.
+    """
+
+    rows: PackedRows
+    fim: FIM
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def seq_len(self) -> int:
+        return self.rows.seq_len
+
+    def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
+        """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond.
+
+        Args:
+            indices: Which rows.
+            samples: (B,) integers, not negative: the row's number in the whole training, so that the cuts differ when
+                a row comes again. Default: its index.
+        """
+        windows, documents = self.rows.windows(indices)
+        numbers = np.asarray(indices if samples is None else samples)
+        ok = numbers.shape == windows.shape[:1] and (numbers.size == 0 or numbers.dtype.kind in "iu")
+        expect(ok, f"samples must be {len(windows)} integers, one for each row; got {numbers.shape} {numbers.dtype}")
+        expect(numbers.size == 0 or int(numbers.min()) >= 0, f"samples must not be negative; got {numbers}")
+
+        parts = [np.split(window, np.flatnonzero(np.diff(of)) + 1) for window, of in zip(windows, documents)]
+        results = self.fim.rearrange_many(
+            [part for row in parts for part in row],
+            keys=[(int(sample), k) for sample, row in zip(numbers, parts) for k in range(len(row))],
+            budgets=[len(part) for row in parts for part in row],
+        )
+        tokens = np.full_like(windows, PADDING)
+        counted = np.zeros(windows.shape, dtype=np.bool_)
+        numbered = np.empty_like(documents)
+        of_row = iter(results)
+        for b, row in enumerate(parts):
+            numbered[b] = len(row)  # the padding's
+            begin = 0
+            for k, result in enumerate(islice(of_row, len(row))):
+                end = begin + len(result.ids)
+                tokens[b, begin:end], counted[b, begin:end], numbered[b, begin:end] = result.ids, result.counted, k
+                begin = end
+        return batch_of(tokens, numbered, counted)
+
+
+@dataclass(frozen=True, eq=False)
+class FIMDocumentRows:
+    """Document-level: rows over documents that were rearranged before they were packed; see `FIMDocumentRows.pack`."""
+
+    rows: PackedRows
+    counted: npt.NDArray[np.uint8]  # like rows.tokens: 1 where the token is a label
+
+    @classmethod
+    def pack(cls, documents: Iterable[npt.ArrayLike], seq_len: int, fim: FIM) -> "FIMDocumentRows":
+        """Like `packing.pack`, and raises what this raises; a document's number is its sample."""
+        counted: list[npt.NDArray[np.uint8]] = []
+
+        def ids() -> Iterator[Ids]:
+            for result in fim.documents(documents):
+                if len(result.ids) > 0:  # `pack` skips the others
+                    counted.append(np.append(result.counted, True).astype(np.uint8))  # and the end of text
+                yield result.ids
+
+        rows = pack(ids(), seq_len, fim.tokenizer.eot_id)
+        return cls(rows, np.concatenate(counted)[: len(rows.tokens)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def seq_len(self) -> int:
+        return self.rows.seq_len
+
+    def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
+        """The rows with the given indices, (B,) integers in [0, len(self)), whatever the samples; IndexError beyond."""
+        counted, _ = replace(self.rows, tokens=self.counted).windows(indices)
+        return batch_of(*self.rows.windows(indices), counted == 1)
+
+
+def _random(seed: int, sample: int, document: int) -> list[int]:
+    """Four integers in [0, 2**64): one block of Philox, whose raw output NumPy fixes for good."""
+    # The key's other half keeps this stream apart from others that use the same seed.
+    stream = int.from_bytes(b"fim", "big")
+    counter, key = np.array([0, 0, document, sample], np.uint64), np.array([seed, stream], np.uint64)
+    return [int(number) for number in np.random.Philox(counter=counter, key=key).random_raw(4)]
+
+
+def _whole_characters(tokenizer: Tokenizer, ids: Ids) -> tuple[int, int, str] | None:
+    """(start, stop, text of ids[start:stop]), where what is left out is incomplete characters.
+
+    A row may begin and end inside a character: up to three tokens on either side. None if more than that is no UTF-8.
+    Text that really contains U+FFFD cannot be told from such.
+    """
+    text = tokenizer.decode(ids)
+    if _BROKEN not in text:
+        return 0, len(ids), text
+    # A character is at most four bytes, so four tokens show whether one begins or ends here.
+    starts = [k for k in range(4) if not tokenizer.decode(ids[k : k + 4]).startswith(_BROKEN)]
+    stops = [k for k in range(len(ids), len(ids) - 4, -1) if not tokenizer.decode(ids[k - 4 : k]).endswith(_BROKEN)]
+    if not starts or not stops:
+        return None
+    text = tokenizer.decode(ids[starts[0] : stops[0]])
+    return None if _BROKEN in text else (starts[0], stops[0], text)
+
+
+def _check_pieces(tokenizer: Tokenizer) -> None:
+    """Tokenizers that put a space before a text, for one, would put it at every cut."""
+    text = tokenizer.decode(tokenizer.encode(_PROBE))
+    pieces = tokenizer.encode_batch([piece for k in range(len(text) + 1) for piece in (text[:k], text[k:])])
+    for k in range(len(text) + 1):
+        again = tokenizer.decode(np.concatenate(pieces[2 * k : 2 * k + 2]))
+        expect(again == text, f"tokenizer must keep pieces of a text, or use level='token'; {text!r} became {again!r}")

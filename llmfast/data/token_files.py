@@ -1,0 +1,377 @@
+"""Files of token ids, mapped into memory and not read into it: datatrove's `.ds` and Megatron's `.bin` with `.idx`.
+
+    x.ds           tokens: uint16, or uint32 for a vocabulary of more than 65536
+    x.ds.index     uint64 a document: the token at which it ends, counted from the start of x.ds
+    x.ds.metadata  three lines of text: "tokenizer|bytes a token", the number of tokens, and that again for people
+
+    x.bin          tokens, of one of `MEGATRON_DTYPES`
+    x.idx          "MMIDIDX", two zero bytes, uint64 1, uint8 the dtype's code, uint64 S sequences, uint64 D,
+                   then int32 (S,) tokens in each sequence, int64 (S,) the byte of x.bin at which it starts,
+                   int64 (D,) the number of sequences before each document, and at last S
+
+All numbers are little-endian. Documents come from the index alone: whether a token ends them is up to who wrote them.
+Opening reads the index whole and compares it with the size of the data; of the data it reads 64 blocks.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmfast._checks import expect
+from llmfast.data.packing import PackedRows
+
+Ends = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
+
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_HEADER = 34  # bytes before the tables
+# Codes 6 and 7 are floats, which are no token ids.
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+SAMPLED_BLOCKS, BLOCK = 64, 4096  # tokens looked at on opening: all of them in a file of up to 64 * 4096
+CHUNK = 2**20  # tokens `verify` holds at a time
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """Documents that follow each other in one file: all of them, or a part from `split`.
+
+    Pickled, it is the file's name and the index; whoever unpickles it maps the file anew.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    vocab_size: int
+    start: int  # the token of the file at which the first document starts
+    document_ends: npt.NDArray[np.int64]  # (documents,) ascending, in tokens from the start of the file
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.document_ends[-1]) - self.start if len(self.document_ends) else 0
+
+    @property
+    def tokens(self) -> npt.NDArray[np.integer]:
+        """(num_tokens,) of `dtype`, read-only and mapped anew at each call: reading happens where it is indexed."""
+        if not self.num_tokens:  # which cannot be mapped
+            return np.empty(0, self.dtype)
+        offset = self.start * self.dtype.itemsize
+        return np.memmap(self.path, self.dtype, "r", offset=offset, shape=(self.num_tokens,))
+
+    def rows(self, seq_len: int) -> PackedRows:
+        """Rows over the mapped tokens, like those of `pack`: neighbours share one token, the last few are dropped.
+
+        Raises:
+            ValueError: The documents have fewer than `seq_len + 1` tokens.
+        """
+        expect(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}")
+        rows = (self.num_tokens - 1) // seq_len
+        expect(
+            rows > 0,
+            f"one row of seq_len={seq_len} needs {seq_len + 1} tokens; the documents of {self.path} "
+            f"have {self.num_tokens}",
+        )
+        used = rows * seq_len + 1
+        bounds = np.concatenate([[self.start], self.document_ends]) - self.start
+        filled = bounds[:-1][np.diff(bounds) > 0]  # an empty document starts where the next one does
+        return _FileRows(
+            tokens=self.tokens[:used],
+            document_starts=filled[filled < used],
+            seq_len=seq_len,
+            dropped=self.num_tokens - used,
+            stride=seq_len,
+            file=self,
+        )
+
+    def split(self, held_out: float) -> tuple["TokenFile", "TokenFile"]:
+        """The documents to train on, and the last `held_out` share of all, rounded, to validate on. Copies nothing.
+
+        The last ones are as good as any if they were shuffled before, as datatrove does by default.
+
+        Raises:
+            ValueError: `held_out` is not between 0 and 1, or leaves one of the parts without a document.
+        """
+        expect(0 < held_out < 1, f"held_out must be between 0 and 1; got {held_out}")
+        documents = len(self.document_ends)
+        kept = documents - round(held_out * documents)
+        expect(0 < kept < documents, f"held_out={held_out} of {documents} documents leaves a part without any")
+        train, validation = self.document_ends[:kept], self.document_ends[kept:]
+        return replace(self, document_ends=train), replace(self, document_ends=validation, start=int(train[-1]))
+
+    def verify(self) -> None:
+        """Read every token, 2**20 at a time; ValueError names the first one that is not in [0, vocab_size).
+
+        Worth it once for a file. Opening it looked at a sample, and a wrong id in training is an IndexError of the
+        embedding, or on a GPU a device-side assert.
+        """
+        tokens = self.tokens
+        for at in range(0, len(tokens), CHUNK):
+            self._expect_ids(at, tokens[at : at + CHUNK])
+
+    def _sample(self) -> None:
+        tokens = self.tokens
+        for at in np.unique(np.linspace(0, max(len(tokens) - BLOCK, 0), SAMPLED_BLOCKS, dtype=np.int64)).tolist():
+            self._expect_ids(at, tokens[at : at + BLOCK])
+
+    def _expect_ids(self, at: int, ids: npt.NDArray[np.integer]) -> None:
+        first = _first((ids < 0) | (ids >= self.vocab_size))
+        if first is not None:
+            where = self.start + at + first
+            raise ValueError(
+                f"{self.path}: token {where} (byte {where * self.dtype.itemsize}) is {ids[first]}; "
+                f"ids must be in [0, vocab_size={self.vocab_size})"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _FileRows(PackedRows):
+    """NumPy pickles a memory map as all that it maps; these rows are pickled as their file."""
+
+    file: TokenFile
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenFile.rows, (self.file, self.seq_len)
+
+
+def open_token_file(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
+    """`read_ds` for a `.ds`, `read_megatron` for a `.bin` or `.idx`."""
+    suffix = Path(path).suffix
+    expect(suffix in (".ds", ".bin", ".idx"), f"path must end in .ds, .bin or .idx; got {os.fspath(path)!r}")
+    return read_ds(path, vocab_size=vocab_size) if suffix == ".ds" else read_megatron(path, vocab_size=vocab_size)
+
+
+def read_ds(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
+    """Open tokens that datatrove wrote: `DocumentTokenizer`, `DocumentTokenizerMerger`, or `write_ds` here.
+
+    The metadata say how many bytes a token has. Where they are missing or of an old version, which did not, that is
+    2 for a `vocab_size` of up to 65536, else 4.
+
+    Args:
+        path: The `.ds`; its index and, if there are, its metadata lie beside it.
+        vocab_size: Every id is below it. Only a sample is looked at here: see `TokenFile.verify`.
+
+    Raises:
+        FileNotFoundError: No data, or no index.
+        ValueError: The three files contradict each other, a document ends before it starts, an id is out of range, or
+            there is a loss mask (`.loss`), which would be left out.
+    """
+    _expect_vocab_size(vocab_size)
+    path, index, metadata, loss = _ds_files(path)
+    _expect_files(path, index)
+    expect(not loss.exists(), f"{loss}: loss masks are not read; without that file, every token is trained on")
+
+    nbytes = index.stat().st_size
+    expect(nbytes % 8 == 0, f"{index} must be a whole number of 8-byte entries; it ends at byte {nbytes}")
+    ends = np.fromfile(index, "<u8")
+    _expect_ascending(index, "entry", ends, table=0)
+
+    size, count = _ds_metadata(metadata)
+    dtype = np.dtype(f"<u{size}") if size else _ds_dtype(vocab_size)
+    _expect_data(path, dtype, index, "entry", ends, table=0, entry_size=8)
+    tokens = int(ends[-1]) if len(ends) else 0
+    expect(count in (None, tokens), f"{metadata}: line 2 says {count} tokens; {path} and its index have {tokens}")
+    return _opened(path, dtype, vocab_size, ends)
+
+
+def write_ds(
+    path: str | PathLike[str],
+    documents: Iterable[npt.NDArray[np.integer]],
+    *,
+    vocab_size: int,
+    eot_id: int,
+    tokenizer_name: str = "Unknown Tokenizer",
+) -> TokenFile:
+    """Write documents, each followed by `eot_id`, as datatrove does, one after the other, and open the result.
+
+    The index comes last: without it nobody reads what was not finished.
+
+    Args:
+        path: Ends in `.ds`. Files that are there are replaced, but only once all documents are written.
+        documents: Token ids, (any length,) integers in [0, vocab_size). Empty ones are skipped, as in `pack`.
+        vocab_size: Up to 65536 ids take 2 bytes each, more take 4.
+        eot_id: The id that ends a document.
+        tokenizer_name: For the metadata: what datatrove would load the tokenizer by, a name or a path.
+
+    Raises:
+        ValueError: An argument is out of range, or there is no document that is not empty.
+    """
+    _expect_vocab_size(vocab_size)
+    path, index, metadata, loss = _ds_files(path)
+    expect(path.suffix == ".ds", f"path must end in .ds; got {str(path)!r}")
+    expect(not loss.exists(), f"{loss} is of other tokens; remove it first")
+    expect(0 <= eot_id < vocab_size, f"eot_id must be in [0, vocab_size={vocab_size}); got {eot_id}")
+    # datatrove splits the line at every bar.
+    expect(
+        not set(tokenizer_name) & set("|\r\n"), f"tokenizer_name must have no | and one line; got {tokenizer_name!r}"
+    )
+
+    dtype = _ds_dtype(vocab_size)
+    eot = np.array([eot_id], dtype)
+    ends: list[int] = []
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with unfinished.open("wb") as file:
+            for i, document in enumerate(documents):
+                ids = _document(i, document, vocab_size)
+                if ids.size:
+                    file.write(ids.astype(dtype).tobytes() + eot.tobytes())
+                    ends.append((ends[-1] if ends else 0) + ids.size + 1)
+        expect(bool(ends), "documents must hold at least one that is not empty")
+        index.unlink(missing_ok=True)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    lines = f"{tokenizer_name}|{dtype.itemsize}", f"{ends[-1]}", f"{ends[-1] / 1e6:.3f} MT"
+    metadata.write_text("\n".join(lines), encoding="utf-8")
+    np.array(ends, "<u8").tofile(index)
+    return read_ds(path, vocab_size=vocab_size)
+
+
+def read_megatron(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
+    """Open tokens of Megatron-LM's `IndexedDataset`, which datatrove's `MegatronDocumentTokenizer` also writes.
+
+    A document is all its sequences. Megatron's preprocessing ends one by a token only if asked to (`--append-eod`).
+
+    Args:
+        path: The `.bin` or the `.idx`.
+        vocab_size: Every id is below it. Only a sample is looked at here: see `TokenFile.verify`.
+
+    Raises:
+        FileNotFoundError: One of the two files is missing.
+        ValueError: The index is none, is truncated, contradicts itself or the data, or is of a multimodal dataset;
+            or an id is out of range.
+    """
+    _expect_vocab_size(vocab_size)
+    path = Path(path)
+    expect(path.suffix in (".bin", ".idx"), f"path must end in .bin or .idx; got {str(path)!r}")
+    path, index = path.with_suffix(".bin"), path.with_suffix(".idx")
+    _expect_files(path, index)
+
+    content = index.read_bytes()
+    expect(content[:9] == MEGATRON_MAGIC, f"{index} must start with {MEGATRON_MAGIC!r}; got {content[:9]!r}")
+    expect(len(content) >= MEGATRON_HEADER, f"{index} ends in its header, at byte {len(content)} of {MEGATRON_HEADER}")
+    version, code = int.from_bytes(content[9:17], "little"), content[17]
+    expect(version == 1, f"{index}: the version at byte 9 must be 1; got {version}")
+    expect(
+        code in MEGATRON_DTYPES,
+        f"{index}: the dtype's code at byte 17 must be that of integers, one of {sorted(MEGATRON_DTYPES)}; got {code}",
+    )
+    dtype = np.dtype(MEGATRON_DTYPES[code])
+    S, D = int.from_bytes(content[18:26], "little"), int.from_bytes(content[26:34], "little")
+    starts_at, documents_at = MEGATRON_HEADER + 4 * S, MEGATRON_HEADER + 12 * S
+    expected = documents_at + 8 * D
+    modes = ", like that of a multimodal dataset, which is not read" if len(content) == expected + S else ""
+    expect(
+        len(content) == expected,
+        f"{index} says {S} sequences at byte 18 and {D} document bounds at byte 26, so it must end at byte {expected}; "
+        f"it ends at {len(content)}{modes}",
+    )
+    lengths = np.frombuffer(content, "<i4", S, MEGATRON_HEADER)
+    starts = np.frombuffer(content, "<i8", S, starts_at)
+    documents = np.frombuffer(content, "<i8", D, documents_at)
+
+    if (i := _first(lengths < 0)) is not None:
+        raise ValueError(f"{index}: sequence {i} (byte {MEGATRON_HEADER + 4 * i}) has {lengths[i]} tokens")
+    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if (i := _first(starts != bounds[:-1] * dtype.itemsize)) is not None:
+        raise ValueError(
+            f"{index}: sequence {i} (byte {starts_at + 8 * i}) starts at byte {starts[i]} of the data; "
+            f"the sequences before it end at byte {bounds[i] * dtype.itemsize}"
+        )
+    _expect_data(path, dtype, index, "sequence", bounds[1:], table=MEGATRON_HEADER, entry_size=4)
+
+    _expect_ascending(index, "document bound", documents, table=documents_at)
+    first, last = (int(documents[0]), int(documents[-1])) if D else (0, 0)
+    expect(
+        (first, last) == (0, S),
+        f"{index}: document bounds (from byte {documents_at}) must go from sequence 0 to {S}; got {first} to {last}",
+    )
+    return _opened(path, dtype, vocab_size, bounds[documents[1:]])
+
+
+def _opened(path: Path, dtype: np.dtype[Any], vocab_size: int, ends: Ends) -> TokenFile:
+    file = TokenFile(path, dtype, vocab_size, start=0, document_ends=ends.astype(np.int64))
+    file._sample()
+    return file
+
+
+def _ds_files(path: str | PathLike[str]) -> tuple[Path, Path, Path, Path]:
+    name = os.fspath(path)
+    return Path(name), Path(name + ".index"), Path(name + ".metadata"), Path(name + ".loss")
+
+
+def _ds_dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _ds_metadata(path: Path) -> tuple[int | None, int | None]:
+    """Bytes a token and number of tokens, None for what is not said."""
+    if not path.exists():
+        return None, None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    expect(len(lines) >= 2 and lines[1].isdecimal(), f"{path}: line 2 must be a number of tokens; got {lines[1:2]}")
+    _, bar, size = lines[0].rpartition("|")
+    expect(not bar or size in ("2", "4"), f"{path}: line 1 must end in |2 or |4, bytes a token; got {lines[0]!r}")
+    return (int(size) if bar else None), int(lines[1])
+
+
+def _document(i: int, document: npt.NDArray[np.integer], vocab_size: int) -> npt.NDArray[np.integer]:
+    ids = np.asarray(document)
+    if not ids.size:
+        return ids
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"document {i} must be 1-D integers; got {ids.shape} {ids.dtype}")
+    first = _first((ids < 0) | (ids >= vocab_size))
+    if first is not None:
+        raise ValueError(
+            f"document {i} must have ids in [0, vocab_size={vocab_size}); its token {first} is {ids[first]}"
+        )
+    return ids
+
+
+def _expect_vocab_size(vocab_size: int) -> None:
+    expect(1 <= vocab_size <= 2**31, f"vocab_size must be in [1, 2**31]; got {vocab_size}")
+
+
+def _expect_files(data: Path, index: Path) -> None:
+    for path, role in ((data, "the tokens"), (index, f"the index of {data.name}")):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}, {role}, does not exist")
+
+
+def _expect_ascending(index: Path, noun: str, values: Ends, table: int) -> None:
+    """`table` is the byte of the index at which its 8-byte `values` start."""
+    before = _first(values[1:] < values[:-1])
+    if before is not None:
+        i = before + 1
+        raise ValueError(
+            f"{index}: {noun} {i} (byte {table + 8 * i}) is {values[i]}, less than the one before it, {values[before]}"
+        )
+
+
+def _expect_data(
+    path: Path, dtype: np.dtype[Any], index: Path, noun: str, ends: Ends, table: int, entry_size: int
+) -> None:
+    """The data must end where the last entry does; `table` and `entry_size` say where an entry is in the index."""
+    size, nbytes = dtype.itemsize, path.stat().st_size
+    tokens, last = nbytes // size, int(ends[-1]) if len(ends) else 0
+    hint = "".join(f"; it would be right for {s}-byte tokens" for s in (1, 2, 4, 8) if last and last * s == nbytes)
+    expect(nbytes % size == 0, f"{path} must be a whole number of {size}-byte tokens; it ends at byte {nbytes}{hint}")
+    if (i := _first(ends > tokens)) is not None:
+        raise ValueError(
+            f"{index}: {noun} {i} (byte {table + entry_size * i}) ends at token {ends[i]} (byte "
+            f"{int(ends[i]) * size}); {path} ends at token {tokens} (byte {nbytes}){hint}"
+        )
+    expect(
+        last == tokens,
+        f"{index}: the last {noun} ends at token {last} (byte {last * size}); {path} goes on to token {tokens} "
+        f"(byte {nbytes}){hint}",
+    )
+
+
+def _first(mask: npt.NDArray[np.bool_]) -> int | None:
+    return int(mask.argmax()) if mask.any() else None

@@ -1,0 +1,137 @@
+"""What a step minimises: from a model and a batch to a part of the step's loss, and what is written down of it.
+
+One rule for all: a loss is a sum over tokens, divided by the number of valid ones in the whole step, whatever ranks and
+micro-batches the step is cut into. So an objective is told that number, and its parts add up.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmfast.data import IGNORE_INDEX, Batch
+from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
+
+Sums = dict[str, Tensor]  # add up over micro-batches, ranks and steps
+
+
+class Objective(Protocol):
+    """Minimised by `Trainer`. A plain function will do too: see `Summed`."""
+
+    def num_valid(self, batch: Any) -> Tensor:
+        """Of each head's labels in a batch that is still on the CPU, (K,) int64."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Any, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
+        """This batch's part of the loss of a step whose labels count `num_valid`, (K,), and what is to be summed.
+
+        One of the sums is "loss", that which is logged. With `detail`, in steps that end in a line of the log, there
+        may be more of them.
+        """
+        ...
+
+    def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
+        """Numbers for the log, of sums over `steps` steps, on the CPU, beside the mean of "loss"."""
+        ...
+
+
+class Summed:
+    """A function of model and batch that returns the sum of the losses of all valid tokens.
+
+    These are counted as the labels that are not -100, in `batch.labels` or `batch["labels"]`.
+    """
+
+    def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
+        self._function = function
+
+    def num_valid(self, batch: Any) -> Tensor:
+        labels = batch["labels"] if isinstance(batch, Mapping) else batch.labels
+        count: Tensor = (labels != IGNORE_INDEX).sum()
+        return count.reshape(1)
+
+    def __call__(self, model: nn.Module, batch: Any, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
+        loss = self._function(model, batch) / num_valid[0]
+        return loss, {"loss": loss.detach()}
+
+    def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
+        return {}
+
+
+class NextToken:
+    """The next token's cross-entropy, of a model that returns hidden states and has an `unembedding`."""
+
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        self.sources = list(sources)  # whose losses are logged one by one
+
+    def num_valid(self, batch: Batch) -> Tensor:
+        return torch.tensor([batch.num_valid])
+
+    def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
+        hidden = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+        options: dict[str, Any] = {"num_valid": num_valid[0]}
+        if not detail or len(self.sources) < 2 or batch.sources is None:
+            loss = linear_cross_entropy(hidden, model.unembedding, batch.labels, **options)
+            return loss, {"loss": loss.detach()}
+        loss, stats = linear_cross_entropy(hidden, model.unembedding, batch.labels, return_stats=True, **options)
+        one_hot = F.one_hot(batch.sources, len(self.sources)).float()  # (B, sources)
+        token_loss, valid = stats.token_loss.view(batch.labels.shape), batch.labels != IGNORE_INDEX
+        sums = {
+            "loss": loss.detach(),
+            "source_loss": token_loss.detach().float().sum(1) @ one_hot,
+            "source_tokens": valid.float().sum(1) @ one_hot,
+        }
+        return loss, sums
+
+    def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
+        if "source_loss" not in sums:
+            return {}
+        means = (sums["source_loss"] / sums["source_tokens"]).tolist()
+        return {"source_loss": {name: mean for name, mean in zip(self.sources, means) if mean == mean}}
+
+
+class FurtherTokens:
+    """The weighted sum of the losses of a decoder's heads; "loss" is that of the next token all the same."""
+
+    def __init__(self, heads: int, weights_at: Callable[[int], list[float]], *, shared: bool, detached: bool) -> None:
+        self.heads, self._weights_at = heads, weights_at
+        self._detached = [detached and k > 0 for k in range(heads)]
+        self._alone = heads == 1 and not shared  # then this is the loss of the next token, to the last bit
+
+    def num_valid(self, batch: Batch) -> Tensor:
+        return mtp_valid_counts(batch.labels, self.heads, batch.document_ids)
+
+    def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
+        hiddens = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, all_heads=True)
+        num_valid = num_valid.clamp(min=1)
+        weights = torch.tensor(self._weights_at(step)).to(num_valid.device, non_blocking=True)
+        loss, stats = mtp_cross_entropy(
+            hiddens, model.unembedding, batch.labels,
+            document_ids=batch.document_ids, head_weights=None if self._alone else weights, num_valid=num_valid,
+            detach_unembedding=self._detached, return_stats=True,
+        )  # fmt: skip
+        hits = torch.where(stats.num_valid > 0, stats.accuracy * stats.num_valid, 0.0)
+        sums = {
+            "loss": stats.head_loss[0],
+            "objective": loss.detach(),
+            "head_loss": stats.head_loss,
+            "head_accuracy": hits / num_valid,
+            "head_weights": weights / num_valid * stats.num_valid,
+        }
+        return loss, sums
+
+    def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
+        return {name: (total / steps).tolist() for name, total in sums.items() if name != "loss"}
+
+
+class WithLoss(nn.Module):
+    """A model and what is made of it, as one module: so that wrappers of modules (DDP, FSDP) surround both."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Any, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
+        return self.objective(self.model, batch, num_valid, step, detail)

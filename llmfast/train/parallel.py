@@ -1,0 +1,130 @@
+"""Ranks, and how a model is spread over them: torch's DDP and FSDP2, under torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from llmfast.train.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    background: Any = None  # a group of its own for what checkpoints do meanwhile
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def join(cls, device: torch.device) -> "World":
+        """The ranks that torchrun has started, or this process alone.
+
+        Raises:
+            ConfigError: they do not find each other.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1 or "RANK" not in os.environ:
+            return cls(device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            except (RuntimeError, ValueError) as e:
+                raise ConfigError(f"the ranks do not find each other: {str(e).splitlines()[0]}") from e
+        return cls(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def agreed(self, value: Any) -> Any:
+        """The first rank's value, on every rank; anything that pickles."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.background)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is on one."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """What a model repeats: the members of its module lists, the outermost ones."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks_of(child)
+
+
+def prepare_blocks(model: nn.Module, config: Config) -> None:
+    """Compile the blocks, and let them keep less for backward; names of parameters stay what they are."""
+    for block in blocks_of(model):
+        if config.train.checkpoint_activations:
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if config.train.compile:
+            block.compile()
+
+
+def spread(module: nn.Module, config: Config, world: World) -> nn.Module:
+    """The module over all ranks. FSDP2 puts DTensors in the place of its parameters: optimizers come after.
+
+    Raises:
+        ConfigError: the ranks do not divide into sets of `train.shard_size`.
+    """
+    t = config.train
+    if world.size == 1:
+        return module
+    if t.parallel == "ddp":
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
+    if t.parallel == "fsdp":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+    else:
+        if world.size % t.shard_size:
+            raise ConfigError(f"{world.size} ranks do not divide into sets of train.shard_size={t.shard_size}")
+        shape = world.size // t.shard_size, t.shard_size
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for block in blocks_of(module):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+def syncing(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients are reduced over the ranks in the last micro-batch of a step alone."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """Without DDP around it."""
+    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
+    return inner

@@ -1,0 +1,416 @@
+"""The training loop: steps, evaluation, checkpoints. Everything it needs is handed to it."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from llmfast.optim import FusedOptimizer
+from llmfast.train.checkpoint import Checkpoints
+from llmfast.train.config import Config, ConfigError
+from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
+from llmfast.train.objective import Objective, Summed, Sums, WithLoss
+from llmfast.train.parallel import World, prepare_blocks, spread, syncing
+from llmfast.train.schedule import lr_of_step
+
+SPIKE = 6.0  # standard deviations of the last lines' losses that a line's loss may be above their mean
+_REMEMBERED = 30  # lines
+
+
+class Data(Protocol):
+    """Training sequences in an order of their own. What `batch` returns goes to the objective: tensors, or a
+    dataclass, mapping or tuple of them."""
+
+    def batch(self, first: int, count: int) -> Any:
+        """Sequences `first` to `first + count`."""
+        ...
+
+
+class Stream:
+    """Any iterable of batches with the same number of sequences, as `Data`. Resuming reads over what was seen."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches, self._next = iter(batches), 0
+
+    def batch(self, first: int, count: int) -> Any:
+        number = first // count
+        if number < self._next:
+            raise ValueError("a stream of batches cannot go back")
+        for _ in range(number - self._next):
+            next(self._batches)
+        self._next = number + 1
+        return next(self._batches)
+
+
+class Hooks:
+    """What a program may do meanwhile. Override what you need."""
+
+    def before_step(self, trainer: "Trainer") -> None: ...
+
+    def after_step(self, trainer: "Trainer") -> None: ...
+
+    def on_log(self, trainer: "Trainer", values: dict[str, Any]) -> None:
+        """Before the values are written down; they may be added to."""
+
+    def on_evaluate(self, trainer: "Trainer", losses: dict[str, float]) -> None: ...
+
+    def on_save(self, trainer: "Trainer") -> None: ...
+
+
+class NonFinite(RuntimeError):
+    """Too many steps had a gradient that is not finite."""
+
+
+class Trainer:
+    """Trains `model` to the end of `config.train.steps`.
+
+    The loss of a step is the sum over its tokens divided by the number of valid ones, in all its micro-batches and on
+    all ranks, and that is also what is logged. Nothing in a step makes the host wait for the device: losses and the
+    count of skipped steps stay there until a line is logged.
+
+    Args:
+        model: any module that the objective knows to use; moved to the world's device by the caller.
+        loss: an `Objective`, or a function of model and batch that returns the sum of its valid tokens' losses.
+        optimizer: an optimizer of the model's parameters, or a function that makes one of the model: needed where FSDP2
+            puts other parameters in their place.
+        data: see `Data`; other iterables of batches are read as a `Stream`.
+        config: of it, the sections `train` and `optimizer` (schedule and max_grad_norm) are used.
+        run: folder for metrics.jsonl and checkpoints; none: nothing is written.
+        validation: by name, batches to evaluate, as a function that gives them anew.
+        hooks: see `Hooks`.
+        world: the ranks; default: this process alone, on the device of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Objective | Callable[[nn.Module, Any], Tensor],
+        optimizer: torch.optim.Optimizer | Callable[[nn.Module], torch.optim.Optimizer],
+        data: Data | Iterable[Any],
+        config: Config | None = None,
+        *,
+        run: Path | None = None,
+        validation: Mapping[str, Callable[[], Iterable[Any]]] | None = None,
+        hooks: Sequence[Hooks] = (),
+        world: World | None = None,
+        dtype: torch.dtype = torch.float32,
+        console: Console | None = None,
+    ) -> None:
+        self.config = config = config or Config()
+        t = config.train
+        self.world = world or World(next(model.parameters()).device)
+        self.device, self.dtype, self.run, self.hooks = self.world.device, dtype, run, list(hooks)
+        self.console = console or Console(quiet=not self.world.main)
+        self.data: Data = data if hasattr(data, "batch") else Stream(data)  # type: ignore[assignment]
+        self.validation = dict(validation or {})
+        self.objective: Objective = loss if hasattr(loss, "num_valid") else Summed(loss)  # type: ignore[assignment]
+        self.micro_batch_size = micro_batch_size(config, self.world)
+        if self.world.size > 1 and t.parallel != "ddp" and isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"with train.parallel={t.parallel!r} optimizer must be a function that makes one of the model, whose "
+                f"parameters FSDP2 replaces; got {type(optimizer).__name__}"
+            )
+        prepare_blocks(model, config)
+        self.model = model
+        self.module = spread(WithLoss(model, self.objective), config, self.world)
+        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model)
+        fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
+        if fused is not None and fused.options.max_grad_norm is None and not fused.steps_in_backward:
+            raise ValueError("the optimizer needs max_grad_norm (math.inf: only measure), which skips bad steps")
+        self.step = 0  # steps done
+        self.sequences = 0  # read by all ranks: the next one's number
+        self.seconds = 0.0  # spent on steps, without evaluation
+        self.tokens = 0  # valid labels of all ranks, up to the last line of the log
+        self.skipped = 0  # steps whose gradient was not finite, up to then
+        self.sums: Sums = self._nothing()  # since then
+        self.logged_step = 0
+        self.metrics: MetricsFile | None = None
+        self.checkpoints: Checkpoints | None = None
+        if run is not None:
+            self.checkpoints = Checkpoints(
+                run, self.world, keep_last=t.keep_last, keep_every=t.keep_every, tell=self.say
+            )
+        self._recent: list[float] = []
+        self._stop = False
+        # DDP and FSDP2 divide the sum of all ranks' gradients by their number.
+        self._share = float(self.world.size)
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint of the run's folder.
+
+        Raises:
+            OSError: there is none that can be read, or it is of another model.
+        """
+        if self.checkpoints is None:
+            raise ValueError("resume needs a run folder")
+        meta, tensors = self.checkpoints.load(self.module, self.optimizer)
+        self.step, self.sequences, self.tokens = meta["step"], meta["sequences"], meta["tokens"]
+        self.skipped, self.logged_step, self._recent = meta["skipped"], meta["logged_step"], meta["recent"]
+        if self.world.main:  # of all ranks
+            self.sums = {name: t.to(self.device) for name, t in tensors.items()}
+        if (take := getattr(self.data, "resume", None)) is not None:
+            take(meta["data"], self.sequences)
+
+    def fit(self) -> bool:
+        """Run to the last step, or to the next after SIGINT or SIGTERM; False if stopped so. Ends on a checkpoint.
+
+        Raises:
+            NonFinite: more than `train.max_skipped` steps had to be skipped.
+            OSError: a checkpoint could not be written; names the last good one.
+        """
+        t = self.config.train
+        if self.run is not None and self.world.main:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.metrics = MetricsFile(self.run / "metrics.jsonl", resume_at=self.step, tensorboard=t.tensorboard)
+        if self.step == 0:
+            self._evaluate()
+        saved, clock = -1, time.perf_counter()
+        with self._stop_signals(), ProgressDisplay(self.console, t.steps, self.step) as self._display:
+            while self.step < t.steps and not self._must_stop():
+                for hook in self.hooks:
+                    hook.before_step(self)
+                lr, norm = self._train_step()
+                self._display.advance(self.step)
+                for hook in self.hooks:
+                    hook.after_step(self)
+                if self.step % t.log_every == 0 or self.step == t.steps:
+                    clock = self._log(lr, norm, clock)
+                if self.step % t.eval_every == 0 or self.step == t.steps:
+                    paused = time.perf_counter()
+                    self._evaluate()
+                    clock += time.perf_counter() - paused
+                if self.checkpoints is not None:
+                    self.checkpoints.poll()
+                if self.step % t.save_every == 0:
+                    self.save()
+                    saved = self.step
+        if saved != self.step:
+            self.save()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        return not self._stop
+
+    def evaluate(self) -> dict[str, tuple[float, int]]:
+        """Loss and number of tokens of each validation set."""
+        self.module.eval()
+        result = {}
+        for name, batches in self.validation.items():
+            total = torch.zeros(2, dtype=torch.float64, device=self.device)
+            left, size = iter(batches()), self.world.size
+            while several := list(islice(left, size)):  # one for each rank
+                mine = self.world.rank < len(several)  # FSDP2 needs the others all the same
+                batch = several[self.world.rank] if mine else several[0]
+                count = self.objective.num_valid(batch)
+                counts = on_device(count.clamp(min=1), self.device)
+                with torch.no_grad(), self._autocast():
+                    _, sums = self.module(on_device(batch, self.device), counts, self.step, False)
+                if mine:
+                    total += torch.stack([sums["loss"].double() * counts[0], counts[0] * int(count[0] > 0)])
+            loss, tokens = self.world.sum(total).tolist()
+            result[name] = (loss / max(tokens, 1), int(tokens))
+        self.module.train()
+        return result
+
+    def save(self) -> None:
+        """Begin to write a checkpoint."""
+        if self.checkpoints is None:
+            return
+        sums = {name: self.world.sum(t.detach().clone()) for name, t in self.sums.items()}
+        state = getattr(self.data, "state", None)
+        meta = {
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "logged_step": self.logged_step,
+            "recent": self._recent,
+            "data": None if state is None else state(),
+        }
+        self.checkpoints.save(self.step, self.module, self.optimizer, meta, sums)
+        for hook in self.hooks:
+            hook.on_save(self)
+
+    def say(self, text: str) -> None:
+        say(self.console, text)
+
+    # A step.
+
+    def _train_step(self) -> tuple[float, Tensor | None]:
+        """One optimizer step; the learning rate, and on the device the gradient's norm."""
+        t = self.config.train
+        lr = lr_of_step(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rows = self.micro_batch_size
+        first = range(self.sequences + self.world.rank * rows, self.sequences + t.batch_size, self.world.size * rows)
+        batches = [self.data.batch(i, rows) for i in first]
+        num_valid = on_device(torch.stack([self.objective.num_valid(batch) for batch in batches]).sum(0), self.device)
+        self.world.sum(num_valid)  # the one number for each head that all ranks have to know of each other
+        detail = (self.step + 1) % t.log_every == 0 or self.step + 1 == t.steps
+        for number, batch in enumerate(batches):
+            with syncing(self.module, last=number == len(batches) - 1):
+                with self._autocast():
+                    loss, sums = self.module(on_device(batch, self.device), num_valid, self.step, detail)
+                (loss * self._share).backward()
+            self._add(sums)
+        norm = self._optimizer_step()
+        if self.world.main:
+            self._add({"tokens": num_valid[0].double()})
+        if norm is not None and self.world.main:
+            self._add({"skipped": (~norm.isfinite()).double()})
+        self.step += 1
+        self.sequences += t.batch_size
+        return lr, norm
+
+    def _optimizer_step(self) -> Tensor | None:
+        """Clipped, and skipped where the gradient is not finite; its norm."""
+        if isinstance(self.optimizer, FusedOptimizer):  # sees to both itself, without a wait
+            self.optimizer.step()
+            norm = self.optimizer.grad_norm
+        else:
+            most = self.config.optimizer.max_grad_norm or math.inf
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
+            if bool(norm.isfinite()):  # torch's own optimizers have no other way
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _add(self, sums: Sums) -> None:
+        for name, value in sums.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _nothing(self) -> Sums:
+        return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("tokens", "skipped")}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    # What is seen of it.
+
+    def _evaluate(self) -> None:
+        if not self.validation:
+            return
+        results = self.evaluate()
+        losses = {source: loss for source, (loss, _) in results.items()}
+        for hook in self.hooks:
+            hook.on_evaluate(self, losses)
+        self._write(validation=losses, validation_mean=weighted_mean(results))
+        self.say(f"step {self.step}: validation loss " + ", ".join(f"{name} {x:.3f}" for name, x in losses.items()))
+
+    def _log(self, lr: float, norm: Tensor | None, clock: float) -> float:
+        """A line of what was since the last one; returns the time it was looked at."""
+        names = sorted(self.sums)
+        flat = torch.cat([self.sums[name].double().flatten() for name in names])
+        flat = self.world.sum(flat).cpu()  # the one wait for the device
+        parts = flat.split([self.sums[name].numel() for name in names])
+        sums = {name: part.view(self.sums[name].shape) for name, part in zip(names, parts)}
+        steps, now = self.step - self.logged_step, time.perf_counter()
+        tokens, skipped = int(sums.pop("tokens")), int(sums.pop("skipped"))
+        self.tokens, self.skipped = self.tokens + tokens, self.skipped + skipped
+        self.seconds += now - clock
+        speed = tokens / (now - clock)
+        loss = float(sums["loss"]) / steps
+        values: dict[str, Any] = {"loss": loss, "lr": lr, "tokens_per_s": speed, "sequences": self.sequences}
+        if norm is not None:
+            values["grad_norm"] = norm.item()
+        values["memory_bytes"] = peak_memory_bytes(self.device)
+        values |= self.objective.logged(sums, steps)
+        if self.skipped:
+            values["skipped"] = self.skipped
+            self.say(f"{self.skipped} steps so far had a gradient that is not finite and were skipped")
+        if self._is_spike(loss):
+            values["spike"] = True
+            self.say(f"step {self.step}: the loss has jumped to {loss:.3f}, from about {self._recent[-2]:.3f}")
+        for hook in self.hooks:
+            hook.on_log(self, values)
+        self._write(**values)
+        self._display.show(self.step, loss, lr, speed)
+        self.sums, self.logged_step = self._nothing(), self.step
+        most = self.config.train.max_skipped
+        if most and self.skipped > most:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+            raise NonFinite(
+                f"{self.skipped} steps had a gradient that is not finite, more than train.max_skipped={most}"
+                + ("" if self.checkpoints is None else f"; {self.checkpoints.last_good()}")
+            )
+        return now
+
+    def _is_spike(self, loss: float) -> bool:
+        recent, self._recent = self._recent, [*self._recent, loss][-_REMEMBERED:]
+        if len(recent) < _REMEMBERED // 2:
+            return False
+        mean = sum(recent) / len(recent)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
+        return not loss <= mean + SPIKE * max(deviation, 0.01)
+
+    def _write(self, **values: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step=self.step, tokens=self.tokens, **values)
+
+    # Signals.
+
+    def _must_stop(self) -> bool:
+        """A signal to one rank stops all of them after the same step."""
+        if self.world.size > 1 and self.step % self.config.train.log_every == 0:
+            self._stop = self.world.any(self._stop)
+            return self._stop
+        return self._stop and self.world.size == 1
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step they come in; a second one is not caught."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = True
+            signal.signal(number, signal.default_int_handler)
+
+        before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread, where nobody sends signals
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Rows that a rank takes at once.
+
+    Raises:
+        ConfigError: the ranks' micro-batches do not make a step.
+    """
+    t = config.train
+    if t.batch_size % world.size:
+        raise ConfigError(f"train.batch_size={t.batch_size} does not divide by {world.size} ranks")
+    rows = t.micro_batch_size or t.batch_size // world.size
+    if t.batch_size % (rows * world.size):
+        raise ConfigError(
+            f"train.batch_size={t.batch_size} does not divide into micro-batches of {rows} rows on {world.size} ranks"
+        )
+    return rows
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Tensors, and those in dataclasses, mappings, lists and tuples, without a wait."""
+    if isinstance(batch, Tensor):
+        return (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: on_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **fields)
+    if isinstance(batch, Mapping):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(on_device(value, device) for value in batch)
+    return batch
