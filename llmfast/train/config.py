@@ -41,6 +41,13 @@ class DataConfig:
     vocab_size: int = 8192  # of a "bpe" that is trained
     seq_len: int = 256
     held_out: float = 0.05  # share of files that only validate
+    packing: str = "concat"  # documents one after another; or "best_fit", which cuts only what is longer than a row
+    fim_rate: float = 0.0  # share of documents that are rearranged for fill-in-the-middle
+    fim_spm_rate: float = 0.5  # share of those with the suffix first
+    fim_level: str = "char"  # or "token"
+    fim_unit: str = "context"  # a row's part of a document; or "document"
+    fim_spm_variant: int = 2
+    fim_loss: str = "all"  # or "middle"
 
 
 @dataclass
@@ -244,6 +251,8 @@ def _check(config: Config) -> None:
         expect(t.parallel != "hsdp" or t.shard_size > 0, "train.parallel='hsdp' needs train.shard_size, ranks a set")
         expect(0 <= o.final_lr <= 1, f"optimizer.final_lr must be in [0, 1]; got {o.final_lr}")
         expect(0 < d.held_out < 1, f"data.held_out must be between 0 and 1; got {d.held_out}")
+        for name, value in (("fim_rate", d.fim_rate), ("fim_spm_rate", d.fim_spm_rate)):
+            expect(0 <= value <= 1, f"data.{name} must be in [0, 1]; got {value}")
         expect(len(d.sources) > 0, "data.sources must name at least one source")
         for name, weight in d.weights.items():
             try:
@@ -255,6 +264,11 @@ def _check(config: Config) -> None:
             ("optimizer.lr_scaling", o.lr_scaling, ("none", "sqrt", "linear")),
             ("optimizer.master_weights", o.master_weights, ("", "fp32", "split16", "split8", "stochastic", "kahan")),
             ("optimizer.state_dtype", o.state_dtype, ("", "float32", "bfloat16", "8bit")),
+            ("data.packing", d.packing, ("concat", "best_fit")),
+            ("data.fim_level", d.fim_level, ("char", "token")),
+            ("data.fim_unit", d.fim_unit, ("context", "document")),
+            ("data.fim_loss", d.fim_loss, ("all", "middle")),
+            ("data.fim_spm_variant", d.fim_spm_variant, (1, 2)),
             ("train.parallel", t.parallel, ("ddp", "fsdp", "hsdp")),
             ("train.param_dtype", t.param_dtype, ("float32", "bfloat16")),
             ("train.dtype", t.dtype, ("auto", "float32", "bfloat16")),

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from llmfast._gpus import GPUS
-from llmfast.data import Batch, Dataset, Mixed, Mixture, Rows, Tokenizer, prepare, unigram_entropy
+from llmfast.data import FIM, Batch, BestFitRows, Dataset, Mixed, Mixture, Rows, Tokenizer, prepare, unigram_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW, optimizer_in_backward
@@ -77,6 +77,10 @@ def train(
         f"{data.tokenizer.vocab_size} kinds; {t.steps} steps of {t.batch_size * config.data.seq_len} tokens",
     )
     print_table(console, mixture.table())
+    for name, rows in data.train.items():
+        packed = getattr(rows, "rows", rows)
+        if isinstance(packed, BestFitRows):
+            say(console, f"{name}: {packed}")
     if dry_run:
         return run
     trainer = Trainer(
@@ -161,9 +165,10 @@ def _report(
 
 
 class Utilisation(Hooks):
-    """Adds to each line the share of the GPUs' peak rate that the model's products make up (Chowdhery et al. 2022).
+    """Adds to each line the sources' shares, and the share of the GPUs' peak rate that the model's products make up.
 
-    Six FLOPs a parameter and token, without the embedding where it only looks rows up, and those of attention.
+    The latter is MFU (Chowdhery et al. 2022, arXiv:2204.02311): six FLOPs a parameter and token, without the embedding
+    where it only looks rows up, and those of attention.
     """
 
     def __init__(self, config: Config, model: Decoder, world: World) -> None:
@@ -176,6 +181,9 @@ class Utilisation(Hooks):
         self._flops = 6 * products + 12 * m.layers * m.width * config.data.seq_len
 
     def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        mixture = getattr(trainer.data, "mixture", None)
+        if isinstance(mixture, Mixture):
+            values["shares"] = mixture.shares(trainer.step / trainer.config.train.steps)
         if self._peak:
             values["mfu"] = values["tokens_per_s"] * self._flops / self._peak
 
@@ -302,8 +310,14 @@ def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
 
 def _prepare(config: Config, tokenizer: str) -> Dataset:
     d = config.data
+    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit}
+    if d.fim_rate > 0:
+        how: dict[str, Any] = {"level": d.fim_level, "spm_variant": d.fim_spm_variant, "loss": d.fim_loss}
+        options["fim"] = partial(FIM, rate=d.fim_rate, spm_rate=d.fim_spm_rate, seed=config.train.seed, **how)
     try:
-        return prepare(d.sources, tokenizer=tokenizer, vocab_size=d.vocab_size, seq_len=d.seq_len, held_out=d.held_out)
+        return prepare(
+            d.sources, tokenizer=tokenizer, vocab_size=d.vocab_size, seq_len=d.seq_len, held_out=d.held_out, **options
+        )
     except (ValueError, FileNotFoundError) as e:
         raise ConfigError(f"data: {e}") from e
 

@@ -1,10 +1,24 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llmfast.data import BPETokenizer, ByteTokenizer, Mixture, PackedRows, Rows, Tokenizer, is_held_out, load, prepare
+from llmfast.data import (
+    FIM,
+    BestFitRows,
+    BPETokenizer,
+    ByteTokenizer,
+    Mixture,
+    PackedRows,
+    Rows,
+    Tokenizer,
+    is_held_out,
+    load,
+    prepare,
+    write_ds,
+)
 
 
 @pytest.fixture
@@ -72,6 +86,45 @@ def test_sequences_come_from_the_sources_they_should(folders: list[str]) -> None
     assert batch.num_valid == int((batch.labels >= 0).sum())
 
 
+def test_files_of_tokens_are_sources_too(folders: list[str], tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    texts = [d.text for d in load(folders[0])]
+    write_ds(tmp_path / "one.ds", tokenizer.encode_batch(texts), vocab_size=264, eot_id=tokenizer.eot_id)
+    sources = [f"tokens={tmp_path / 'one.ds'}", f"texts={folders[1]}"]
+    data = prepare(sources, tokenizer=str(tmp_path / "tokenizer.json"), seq_len=16, held_out=0.25)
+    found = stream_text(data.train["tokens"], tokenizer), stream_text(data.validation["tokens"], tokenizer)
+    assert (found[0][:-1], found[1][:-1]) == (texts[:29], texts[30:39])
+    with pytest.raises(ValueError, match=r"need the tokenizer.json they were made with; got tokenizer='bytes'"):
+        prepare(sources, tokenizer="bytes", seq_len=16)
+
+
+@pytest.mark.parametrize("unit", ["context", "document"])
+def test_training_rows_are_rearranged_and_validation_is_not(folders: list[str], unit: Any) -> None:
+    fim = partial(FIM, rate=1.0)
+    data = prepare(folders, tokenizer="bytes", seq_len=64, held_out=0.2, fim=fim, fim_unit=unit)
+    middle = ByteTokenizer.special_ids["<|fim_middle|>"]
+    for rows in data.train.values():
+        batch, again = rows.batch([0, 1, 2], samples=[3, 4, 5]), rows.batch([0, 1, 2], samples=[6, 7, 8])
+        assert (batch.tokens == middle).any()
+        assert (batch.tokens != again.tokens).any() == (unit == "context")  # another cut when it comes again
+    assert not any((rows.batch(range(len(rows))).tokens == middle).any() for rows in data.validation.values())
+
+
+def test_best_fit_rows_keep_documents_whole(folders: list[str]) -> None:
+    data = prepare(folders, tokenizer="bytes", seq_len=600, held_out=0.2, packing="best_fit")
+    for folder, rows in data.train.items():
+        assert isinstance(rows, BestFitRows) and rows.cut == 0 and "padding" in str(rows)
+        texts = {d.text for d in load(folder) if not is_held_out(d, 0.2)}
+        batch = rows.batch(range(len(rows)))
+        found = {
+            data.tokenizer.decode(tokens[of == document].numpy())
+            for tokens, of in zip(batch.tokens, batch.document_ids)
+            for document in of.unique()
+        }
+        assert texts <= found
+
+
 def test_errors_name_the_argument(folders: list[str]) -> None:
     one = folders[:1]
     cases: list[tuple[Any, dict[str, Any], str]] = [
@@ -84,6 +137,8 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
         (one, {"held_out": 1.0}, r"held_out must be in \[0, 1\); got 1.0"),
         (one, {"tokenizer": "bpe", "vocab_size": 256}, "vocab_size must be at least 261; got 256"),
         (one, {"tokenizer": "byte"}, "unknown tokenizer 'byte': expected 'bpe', 'bytes'"),
+        (one, {"packing": "best"}, "packing must be 'concat' or 'best_fit'; got 'best'"),
+        (one, {"fim": FIM, "fim_unit": "document", "packing": "best_fit"}, "needs packing='concat'"),
         (one, {"seq_len": 10**6}, "training part is too small: .*needs 1000001 tokens"),
         (one, {"seq_len": 6000, "held_out": 0.1}, "validation part is too small"),
         (one, {"held_out": 1e-9}, "has no file to validate on at held_out=1e-09; try more, or 0"),
