@@ -47,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_settings(further)
     further.set_defaults(run=_continue)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is installed, which way each operation takes here, and whether it is right",
+        description="Versions, paths, and a small check of each operation on each device: how a bug report begins.",
+    )
+    doctor.set_defaults(run=_doctor)
+
     args = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = args.run
     return run(args)
@@ -103,6 +110,12 @@ def _continue(args: argparse.Namespace) -> int:
         train(config, overwrite=args.overwrite)
 
     return _trained(run)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from llmfast.doctor import report
+
+    return 0 if report() else 1
 
 
 def _trained(run: Callable[[], None]) -> int:
