@@ -1,6 +1,11 @@
 """Errors at the public boundary: they name the argument, what was expected and what came."""
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # also for processes that have no use for torch
+    from torch import Tensor
 
 
 def expect(condition: bool, message: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llmfast
+from llmfast.clean import add_arguments as add_clean_arguments
+from llmfast.clean import run as run_clean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further.add_argument("--no-replay", action="store_true", help="only new text; the old only validates")
     _add_settings(further)
     further.set_defaults(run=_continue)
+
+    clean = commands.add_parser(
+        "clean",
+        help="clean a folder of text, by datatrove",
+        description="Clean text for training: repair, language, quality, repetition, addresses, duplicates, and if "
+        "asked for tokens. Says what went, why, and shows some of it.",
+    )
+    add_clean_arguments(clean)
+    clean.set_defaults(run=run_clean)
 
     doctor = commands.add_parser(
         "doctor",

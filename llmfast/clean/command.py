@@ -1,0 +1,51 @@
+"""The command `llmfast clean`: arguments, one line for a user's mistake, a table at the end."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llmfast.clean.folder import clean
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a folder (or file) of .txt, .md, .rst, .jsonl[.gz]")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder for text/, removed/ and report.md")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json: also write tokens/*.ds")
+    parser.add_argument("--language", default="en", metavar="CODE", help="the only one that is kept (default: en)")
+    parser.add_argument(
+        "--language-model", type=Path, metavar="FILE", help="a fastText model such as lid.176.bin instead of py3langid"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the files (default: 1)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, once the new one is complete")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Clean as `add_arguments` has parsed it; returns the exit code, 2 for a user's mistake."""
+    try:
+        report = clean(
+            args.input,
+            args.output,
+            tokenizer=args.tokenizer,
+            language=args.language,
+            language_model=args.language_model,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            say=_say,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        _say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written")
+        return 130
+    print(report.table())
+    print(f"what went and why: {args.output / 'report.md'}")
+    if not report.documents:
+        _say("nothing was kept")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"llmfast: {text}", file=sys.stderr)

@@ -1,0 +1,123 @@
+"""`clean`: checks first, then the recipe in a folder of its own, which takes the output's place once all is there."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmfast._checks import expect
+from llmfast.clean.report import Report
+
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.gz")
+NEEDED = ("datatrove", "ftfy", "orjson", "py3langid", "regex", "spacy", "tokenizers", "xxhash")
+
+
+def clean(
+    inputs: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    language: str = "en",
+    language_model: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Report:
+    """Clean a folder of text by the recipe of `llmfast.clean.recipe` and report what went.
+
+    The output folder holds `text/*.jsonl` (what was kept: `text`, `id`, `metadata`), `tokens/*.ds` with their index and
+    `tokenizer.json` if a tokenizer was given, `removed/<stage>/*.jsonl`, `report.md`, `report.json`, and datatrove's
+    `logs/`. It appears when everything is complete; of a run that fails nothing is left. Which of several duplicates
+    is kept, and how many files there are, depends on `workers`.
+
+    Args:
+        inputs: A folder, searched recursively for .txt, .md and .rst (a file is a document) and .jsonl and .jsonl.gz
+            (a line is one: an object with a string `text`, perhaps an `id`; the rest goes to `metadata.input`). Names
+            that start with a dot are skipped. Or one such file.
+        output: A folder that does not exist yet, or is empty.
+        tokenizer: A `tokenizer.json` that has "<|endoftext|>", which then ends each document. Documents are shuffled
+            within a file.
+        language: ISO 639-1. For any but "en" Gopher's English stop words are not asked for, and languages that spaCy
+            cannot split into words need what datatrove then names.
+        language_model: A fastText model with labels such as "__label__en", to be used instead of py3langid at a score
+            of 0.65. Needs `pip install fasteners fasttext-numpy2-wheel`; datatrove keeps a copy by path in its cache.
+        workers: Processes. Each takes every `workers`-th file. They import the script that called, so for more than
+            one it needs `if __name__ == "__main__":`.
+        overwrite: Replace an output that this function wrote.
+        say: Gets a line for each step as it begins.
+
+    Raises:
+        FileNotFoundError: An input, tokenizer or language model does not exist.
+        FileExistsError: The output is not empty, and `overwrite` is not given or it is not one of ours.
+        ValueError: An argument is out of range, the folders contain each other, or there is no file to read.
+        ImportError: The extra `clean` is not installed.
+    """
+    inputs, output = Path(inputs).resolve(), Path(output).resolve()
+    expect(workers >= 1, f"workers must be at least 1; got {workers}")
+    _check_folders(inputs, output, overwrite)
+    root, names, ignored = _find(inputs)
+    if language_model is not None and not Path(language_model).is_file():
+        raise FileNotFoundError(f"no such file: language_model {os.fspath(language_model)}")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"no {', '.join(missing)}: cleaning needs the extra, pip install 'llmfast-torch[clean]'")
+    # What they import is in the extra.
+    from llmfast.clean.pipelines import TOKENIZER_FILE, Pipelines
+    from llmfast.clean.recipe import DATATROVE, check_language
+    from llmfast.data.tokenizer import BPETokenizer
+
+    check_language(language, py3langid=language_model is None)
+    encoder = None if tokenizer is None else BPETokenizer.load(tokenizer)
+    model = None if language_model is None else Path(language_model).resolve()
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        new = Path(temporary, "new")
+        (new / "text").mkdir(parents=True)
+        if encoder is not None:
+            (new / "tokens").mkdir()
+            encoder.save(new / "tokens" / TOKENIZER_FILE)  # neither cuts nor pads, whatever the original did
+        pipelines = Pipelines(new, min(workers, len(names)), say or (lambda text: None))
+        stages = pipelines.run(root, names, language, model)
+        settings = {
+            "inputs": str(inputs),
+            "language": language,
+            "language_model": str(model or "py3langid"),
+            "tokenizer": os.fspath(tokenizer or "none"),
+            "workers": str(workers),
+            "datatrove": DATATROVE,
+        }
+        report = Report(settings, ignored, stages, None if encoder is None else pipelines.tokens)
+        report.write(new)
+        if output.exists():
+            output.rename(Path(temporary, "old"))
+        new.rename(output)
+    return report
+
+
+def _check_folders(inputs: Path, output: Path, overwrite: bool) -> None:
+    if not inputs.exists():
+        raise FileNotFoundError(f"no such file or folder: {inputs}")
+    apart = inputs != output and inputs not in output.parents and output not in inputs.parents
+    expect(apart, f"output must be outside of inputs, and the other way round; got {output} and {inputs}")
+    # A mount point cannot be replaced, which would show only at the very end.
+    expect(not os.path.ismount(output), f"output must not be a mount point, but a folder inside; got {output}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        ours = (output / "report.json").is_file() and (output / "logs").is_dir()
+        if not (overwrite and ours):
+            advice = "overwrite replaces it" if ours else "it was not written by llmfast clean, so it stays"
+            raise FileExistsError(f"output exists: {output}; {advice}")
+
+
+def _find(inputs: Path) -> tuple[Path, list[str], dict[str, int]]:
+    """The folder to start from, names of the files to read from there, and counts of others by suffix."""
+    if inputs.is_file():
+        expect(inputs.name.endswith(SUFFIXES), f"inputs must be one of {', '.join(SUFFIXES)}; got {inputs}")
+        return inputs.parent, [inputs.name], {}
+    relative = [path.relative_to(inputs) for path in inputs.rglob("*") if path.is_file()]
+    visible = sorted(path.as_posix() for path in relative if not any(part.startswith(".") for part in path.parts))
+    names = [name for name in visible if name.lower().endswith(SUFFIXES)]
+    expect(bool(names), f"no {', '.join(SUFFIXES)} in {inputs}")
+    return inputs, names, dict(Counter(Path(n).suffix or "(none)" for n in visible if not n.lower().endswith(SUFFIXES)))

@@ -1,0 +1,134 @@
+"""The recipe, in the order of FineWeb's: `STAGES` has the rule of each stage, and every filter is datatrove's.
+
+Where it differs from FineWeb's (datatrove's `examples/fineweb.py`), and why:
+
+- Nothing is downloaded while it runs. Languages are told apart by py3langid, whose model comes with it, unless a
+  fastText model is given; words and sentences are split by spaCy's rules, datatrove's own choice for English.
+- Text is mended and addresses are replaced first, not last: so `removed/` and the report have none either, but for
+  what could not even be read, and texts that differ in nothing else count as equal. That is why all addresses get the
+  same replacement.
+- C4's filter keeps lines of fewer than three words: it would drop the blank line between paragraphs and, in text with
+  hard line breaks, the end of many a paragraph.
+- Equal texts are removed before nearly equal ones are looked for.
+
+What to expect: the thresholds are for prose from the web. Technical documentation loses most of itself, mainly because
+punctuation counts as words without a letter; see the report before the text is used. Of personal data only e-mail and
+IPv4 addresses are found, in the text but not in other columns of JSONL, and a version such as 8.4.2.1 is taken for one.
+"""
+
+# mypy: disable-error-code="import-not-found,import-untyped"
+# pyright: reportMissingImports=false
+
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document
+from datatrove.pipeline.dedup import ExactDedupConfig, MinhashConfig
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+    LambdaFilter,
+    LanguageFilter,
+)
+from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
+from datatrove.utils.word_tokenizers import load_word_tokenizer
+from py3langid import classify, rank
+
+from llmfast._checks import expect
+
+DATATROVE = version("datatrove")
+EMAIL, IP = "email@example.com", "22.214.171.124"  # the first of datatrove's own
+MIN_FASTTEXT_SCORE = 0.65  # FineWeb's
+
+STAGES = {
+    "read": "Goes: what is not UTF-8, is blank, or is a line of JSONL without an object that has a `text`.",
+    "fix_text": "ftfy mends what was decoded wrongly, and drops control characters. Nothing goes.",
+    "addresses": f"E-mail addresses become {EMAIL}, public IPv4 addresses {IP}. Nothing goes.",
+    "language": "Goes: another language.",
+    "repetition": "Gopher's rules on repeated lines, paragraphs and n-grams (Rae et al. 2021, table A1).",
+    "gopher": "Gopher's rules on quality: 50 to 100,000 words, their mean length, symbols, bullets, stop words.",
+    "c4": "C4's rules (Raffel et al. 2020). Goes: lorem ipsum, curly brackets, fewer than 5 sentences. Lines that "
+    "mention JavaScript, cookies or a policy on them are cut out of what stays.",
+    "fineweb": "FineWeb's rules: lines that end without punctuation, short lines, repeated lines, lists.",
+    "exact_duplicates": "Of equal texts one stays.",
+    "near_duplicates": "Of nearly equal texts one stays: MinHash of 5-grams of words, 14 buckets of 8 hashes, which "
+    "finds most pairs that share 0.72 or more of them.",
+}
+# Of those stages that only say yes or no.
+REASONS = {"language": "another language", "exact_duplicates": "equal text", "near_duplicates": "nearly equal text"}
+
+
+def check_language(language: str, *, py3langid: bool) -> None:
+    """ValueError for an unknown language, ImportError if splitting it into words takes a package that is not there."""
+    try:
+        words = load_word_tokenizer(language)
+    except ValueError as error:
+        raise ValueError(f"language must be one that datatrove has a tokenizer for; got {language!r}") from error
+    words.word_tokenize("any")
+    if py3langid:
+        known = sorted(code for code, _ in rank("any"))
+        expect(language in known, f"language must be one of py3langid's, {', '.join(known)}; got {language!r}")
+
+
+def filters(
+    language: str, language_model: Path | None, exclusion_writer: Callable[[str], Any]
+) -> list[tuple[str, Any]]:
+    """Stages and their steps, from mending text to FineWeb's rules. `exclusion_writer` makes a writer for a stage."""
+    off = exclusion_writer
+    return [
+        ("fix_text", FTFYFormatter()),
+        ("addresses", PIIFormatter(email_replacement=EMAIL, ip_replacement=IP)),
+        ("language", _language_filter(language, language_model, off("language"))),
+        ("repetition", GopherRepetitionFilter(language=language, exclusion_writer=off("repetition"))),
+        (
+            "gopher",
+            GopherQualityFilter(
+                language=language,
+                min_stop_words=2 if language == "en" else None,  # they are English
+                exclusion_writer=off("gopher"),
+            ),
+        ),
+        (
+            "c4",
+            C4QualityFilter(
+                language=language,
+                filter_no_terminal_punct=False,  # as in FineWeb
+                min_words_per_line=-1,
+                exclusion_writer=off("c4"),
+            ),
+        ),
+        ("fineweb", FineWebQualityFilter(language=language, exclusion_writer=off("fineweb"))),
+    ]
+
+
+def exact_config() -> ExactDedupConfig:
+    return ExactDedupConfig(content_getter=_content)
+
+
+def minhash_config() -> MinhashConfig:
+    return MinhashConfig()
+
+
+def _language_filter(language: str, model: Path | None, exclusion_writer: Any) -> Any:
+    if model is None:
+        is_in: Any = partial(_is_in, language=language)  # with a reason, which LambdaFilter's own types leave out
+        return LambdaFilter(is_in, exclusion_writer)
+    step = LanguageFilter(language, MIN_FASTTEXT_SCORE, exclusion_writer)
+    identifier: Any = step.model
+    identifier.MODEL_URL = str(model)  # a path is as good as the address that datatrove would load from
+    return step
+
+
+def _is_in(document: Document, language: str) -> bool | tuple[bool, str]:
+    found, _ = classify(document.text)
+    return found == language or (False, str(found))
+
+
+def _content(document: Document) -> str:
+    text: str = document.text
+    return text
