@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -48,10 +48,20 @@ class Checkpoints:
         self.run, self._world, self._tell = run, world, tell
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[Path, Future[None]] | None = None
+        self._last = -1  # step of the one that was last written, begun or loaded
+
+    def is_saved(self, step: int) -> bool:
+        """True if the last one is of this step: nothing was trained since."""
+        return step == self._last
+
+    def expect_own(self) -> None:
+        """Raises FileExistsError if there are some of a run that was not resumed: they would be taken for this one's."""
+        if self._world.agreed(self._last < 0 and bool(_checkpoints(self.run))):
+            raise FileExistsError(f"{self.run} holds checkpoints of another run: resume it, or choose another folder")
 
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Copy the state and begin to write it; the one before must be on disk first.
 
@@ -60,12 +70,9 @@ class Checkpoints:
         """
         self.wait()
         final = self.run / f"checkpoint-{step:08d}"
-        if self._world.agreed(final.exists()):  # nothing was trained since
-            return
-        partial = self.run / f".{final.name}.partial"
-        state = self._state(module, optimizer, tensors)
-        if self._world.main:
-            self._make_room(partial, _bytes_of(state))
+        partial = _partial(final)
+        state = {**_state(module, optimizer), "sums": dict(sums), "rng": _rng(self._world.rank)}
+        self._agree_on(self._make_room(final, _bytes_of(state)) if self._world.main else "")
         future: Any = async_save(
             state,
             storage_writer=FileSystemWriter(partial, sync_files=True),
@@ -84,24 +91,25 @@ class Checkpoints:
             except BaseException as e:
                 written.set_exception(e)
 
-        self._writing = final, written
+        self._writing, self._last = (final, written), step
         future.add_done_callback(settle)
 
-    def poll(self) -> None:
-        """Raises OSError if what is being written has failed."""
-        if self._writing is not None and self._writing[1].done():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """True as soon as this rank knows that the one being written will not be whole: `wait` says why."""
+        return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
     def wait(self) -> None:
         """Until the last one is on disk; raises OSError if it is not."""
         if self._writing is None:
             return
         (final, written), self._writing = self._writing, None
+        problem = ""
         try:
             written.result()
         except (OSError, *_UNREADABLE) as e:
-            reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
-            raise OSError(f"{final.name} could not be written: {reason[0]}; {self.last_good()}") from e
+            problem = f"{final.name} could not be written: {_last_line(e)}; {self.last_good()}"
+        self._agree_on(problem)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Restore the newest whole checkpoint, on however many ranks; what was saved with it.
@@ -111,52 +119,53 @@ class Checkpoints:
             OSError: none can be read, or it is of another model.
         """
         folder = self._newest()
+        self._last = _step_of(folder)
         keys = FileSystemReader(folder).read_metadata().state_dict_metadata
-        tensors: dict[str, Tensor] = {}
-        for key, found in keys.items():
-            name = key.removeprefix("tensors.")
-            if not isinstance(found, TensorStorageMetadata):
-                continue
-            if name != key and (not name.startswith("rng") or name == f"rng{self._world.rank}"):
-                tensors[name] = torch.empty(found.size, dtype=found.properties.dtype)
-        state = self._state(module, optimizer, tensors, rng=False)
+        sums = {
+            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
+            for name, found in keys.items()
+            if name.startswith("sums.") and isinstance(found, TensorStorageMetadata)
+        }
+        rng = {name: t for name, t in _rng(self._world.rank).items() if f"rng.{name}" in keys}
+        state = {**_state(module, optimizer), "sums": sums, "rng": rng}
+        # A parameter that had no gradient by then has no state.
+        states: dict[str, Any] = state["optimizer"]["state"]
+        had = {key for key in states if any(name.startswith(f"optimizer.state.{key}.") for name in keys)}
+        state["optimizer"]["state"] = {key: kept for key, kept in states.items() if key in had}
         try:
             load(state, storage_reader=FileSystemReader(folder), no_dist=self._world.size == 1)
-            set_state_dict(
-                plain(module), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
+            set_model_state_dict(plain(module), state["model"])
+            some = StateDictOptions(strict=False)
+            set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
         except _UNREADABLE as e:
             raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
-        if (rng := tensors.pop(f"rng{self._world.rank}", None)) is not None:
-            torch.set_rng_state(rng)
-        if torch.cuda.is_available() and (rng := tensors.pop(f"rng_cuda{self._world.rank}", None)) is not None:
-            torch.cuda.set_rng_state(rng)
-        return json.loads((folder / META).read_text()), tensors
+        for name, value in rng.items():
+            (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
+        if self._world.main:
+            for damaged in _checkpoints(self.run, after=self._last):  # they would be taken for newer ones
+                _retire(damaged)
+        return json.loads((folder / META).read_text()), sums
 
     # While writing.
 
-    def _state(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rng: bool = True
-    ) -> dict[str, Any]:
-        model, states = get_state_dict(plain(module), optimizer)
-        kept = dict(tensors)
-        if rng:
-            kept[f"rng{self._world.rank}"] = torch.get_rng_state()
-            if torch.cuda.is_available():
-                kept[f"rng_cuda{self._world.rank}"] = torch.cuda.get_rng_state()
-        return {"model": model, "optimizer": states, "tensors": kept}
+    def _agree_on(self, problem: str) -> None:
+        """Raises OSError on all ranks if the first one has a problem; it hears of those that others have in writing."""
+        if problem := self._world.agreed(problem):
+            self._last = -1
+            raise OSError(problem)
 
-    def _make_room(self, partial: Path, needed: int) -> None:
+    def _make_room(self, final: Path, needed: int) -> str:
+        """The problem with it, or nothing."""
         try:
             for stale in self.run.glob(".*.partial"):
-                shutil.rmtree(stale)
+                shutil.rmtree(stale, ignore_errors=True)
             free = shutil.disk_usage(self.run).free
-            if free < 1.05 * needed * self._world.size:
+            if free < 1.05 * needed:
                 raise OSError(f"it takes about {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
-            partial.mkdir()
+            _partial(final).mkdir()
         except OSError as e:
-            name = partial.name.strip(".").removesuffix(".partial")
-            raise OSError(f"{name} cannot be written to {self.run}: {e}; {self.last_good()}") from e
+            return f"{final.name} cannot be written to {self.run}: {e}; {self.last_good()}"
+        return ""
 
     def _finish(self, partial: Path, final: Path, meta: dict[str, Any]) -> None:
         (partial / META).write_text(json.dumps(meta))
@@ -166,15 +175,9 @@ class Checkpoints:
             _sync(path)
         partial.rename(final)
         _sync(self.run)  # the new name is on disk before old ones go
-        self._prune()
-
-    def _prune(self) -> None:
-        every = self._keep_every
-        kept = [f for f in _checkpoints(self.run) if not (every and int(f.name.split("-")[1]) % every == 0)]
-        for old in kept[: -self._keep_last]:
-            gone = old.with_name(f".{old.name}.partial")  # never half a checkpoint by that name
-            old.rename(gone)
-            shutil.rmtree(gone)
+        for old in _checkpoints(self.run)[: -self._keep_last]:
+            if not self._keep_every or _step_of(old) % self._keep_every:
+                shutil.rmtree(_retire(old), ignore_errors=True)
 
     # While reading.
 
@@ -221,6 +224,26 @@ def whole_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("model."): t for name, t in weights.items()}
 
 
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    fresh = not optimizer.state
+    states: dict[str, Any]
+    model, states = get_state_dict(plain(module), optimizer)
+    if fresh:  # that has taken a step with gradients of zero, for states to be there
+        for state in (*optimizer.state.values(), *states["state"].values()):
+            if "step" in state:
+                state["step"] = state["step"] * 0
+    return {"model": model, "optimizer": states}
+
+
+def _rng(rank: int) -> dict[str, Tensor]:
+    states = {f"cpu{rank}": torch.get_rng_state()}
+    return states | ({f"cuda{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _last_line(e: BaseException) -> str:
+    return ([type(e).__name__, *str(e).strip().splitlines()])[-1]
+
+
 def _reason(e: BaseException) -> str:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [line for line in lines if "mismatch" in line.lower() or "missing" in line.lower()]
@@ -231,6 +254,8 @@ def _damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files; empty if nothing is."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
+        if META not in sums:
+            return f"{META} is not among {CHECKSUMS}"
         for name, (size, digest) in sums.items():
             file = folder / name
             if not file.exists():
@@ -261,16 +286,31 @@ def _sync(path: Path) -> None:
 
 
 def _bytes_of(state: Any) -> int:
-    """Of the tensors that this rank has."""
+    """Of the tensors in it, on all ranks together."""
     if isinstance(state, Mapping):
         return sum(map(_bytes_of, state.values()))
     if isinstance(state, list | tuple):
         return sum(map(_bytes_of, state))
-    if not isinstance(state, Tensor):
-        return 0
-    local = getattr(state, "to_local", lambda: state)()
-    return int(local.numel() * local.element_size())
+    return state.numel() * state.element_size() if isinstance(state, Tensor) else 0
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted(run.glob("checkpoint-*"))
+def _checkpoints(run: Path, after: int = -1) -> list[Path]:
+    """The oldest first."""
+    found = (f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdecimal())
+    return sorted((f for f in found if _step_of(f) > after), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _partial(checkpoint: Path) -> Path:
+    """Where it is written; whatever has such a name is removed before the next one is."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def _retire(checkpoint: Path) -> Path:
+    """Take its name away: what is half removed must not have it."""
+    gone = _partial(checkpoint)
+    shutil.rmtree(gone, ignore_errors=True)
+    return checkpoint.rename(gone)

@@ -25,7 +25,8 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: nn.Module, batch: Any, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
-        """This batch's part of the loss of a step whose labels count `num_valid`, (K,), and what is to be summed.
+        """This batch's part of the loss of a step whose labels count `num_valid`, (K,) and not 0, and what is to be
+        summed.
 
         One of the sums is "loss", that which is logged. With `detail`, in steps that end in a line of the log, there
         may be more of them.
@@ -104,7 +105,6 @@ class FurtherTokens:
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hiddens = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, all_heads=True)
-        num_valid = num_valid.clamp(min=1)
         weights = torch.tensor(self._weights_at(step)).to(num_valid.device, non_blocking=True)
         loss, stats = mtp_cross_entropy(
             hiddens, model.unembedding, batch.labels,

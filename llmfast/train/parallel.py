@@ -77,9 +77,20 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """What a model repeats: the members of its module lists, the outermost ones."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            for member in child.children():  # each once, however often it is in the list
+                yield from _called(member)
         else:
             yield from blocks_of(child)
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module; or its larger parts, where it only holds them and nobody calls it: hooks would not hear of it."""
+    if type(module).forward is not nn.Module.forward:
+        yield module
+        return
+    for part in module.children():
+        if any(True for _ in part.children()):
+            yield from _called(part)
 
 
 def prepare_blocks(model: nn.Module, config: Config) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from llmfast.optim import FusedOptimizer
 from llmfast.train.checkpoint import Checkpoints
@@ -46,10 +48,11 @@ class Stream:
         number = first // count
         if number < self._next:
             raise ValueError("a stream of batches cannot go back")
-        for _ in range(number - self._next):
-            next(self._batches)
+        batch = next(islice(self._batches, number - self._next, None), None)
+        if batch is None:
+            raise ValueError(f"data has fewer batches than train.steps needs: there is none with number {number}")
         self._next = number + 1
-        return next(self._batches)
+        return batch
 
 
 class Hooks:
@@ -84,7 +87,8 @@ class Trainer:
         optimizer: an optimizer of the model's parameters, or a function that makes one of the model: needed where FSDP2
             puts other parameters in their place.
         data: see `Data`; other iterables of batches are read as a `Stream`.
-        config: of it, the sections `train` and `optimizer` (schedule and max_grad_norm) are used.
+        config: of it, the sections `train` and `optimizer` are used, of this the schedule and max_grad_norm. The
+            schedule is a factor on the learning rates that the optimizer comes with.
         run: folder for metrics.jsonl and checkpoints; none: nothing is written.
         validation: by name, batches to evaluate, as a function that gives them anew.
         hooks: see `Hooks`.
@@ -127,6 +131,14 @@ class Trainer:
         fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
         if fused is not None and fused.options.max_grad_norm is None and not fused.steps_in_backward:
             raise ValueError("the optimizer needs max_grad_norm (math.inf: only measure), which skips bad steps")
+        if fused is not None and fused.steps_in_backward:
+            if isinstance(self.module, DistributedDataParallel):
+                raise ConfigError("an optimizer that steps in backward needs train.parallel='fsdp': DDP reduces later")
+            if t.batch_size > self.micro_batch_size * self.world.size:
+                raise ConfigError("an optimizer that steps in backward needs all of a step's rows in one micro-batch")
+        # What is scheduled: config.optimizer.lr, in the units of each group's own learning rate.
+        scheduled = config.optimizer.lr
+        self._lr_shares = [float(g["lr"]) / scheduled if scheduled else 1.0 for g in self.optimizer.param_groups]
         self.step = 0  # steps done
         self.sequences = 0  # read by all ranks: the next one's number
         self.seconds = 0.0  # spent on steps, without evaluation
@@ -167,38 +179,39 @@ class Trainer:
         Raises:
             NonFinite: more than `train.max_skipped` steps had to be skipped.
             OSError: a checkpoint could not be written; names the last good one.
+            FileExistsError: the run's folder holds checkpoints that this run has neither written nor resumed from.
         """
         t = self.config.train
+        if self.checkpoints is not None:
+            self.checkpoints.expect_own()
         if self.run is not None and self.world.main:
             self.run.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(self.run / "metrics.jsonl", resume_at=self.step, tensorboard=t.tensorboard)
+        self.module.train()
         if self.step == 0:
             self._evaluate()
-        saved, clock = -1, time.perf_counter()
-        with self._stop_signals(), ProgressDisplay(self.console, t.steps, self.step) as self._display:
-            while self.step < t.steps and not self._must_stop():
-                for hook in self.hooks:
-                    hook.before_step(self)
-                lr, norm = self._train_step()
-                self._display.advance(self.step)
-                for hook in self.hooks:
-                    hook.after_step(self)
-                if self.step % t.log_every == 0 or self.step == t.steps:
-                    clock = self._log(lr, norm, clock)
-                if self.step % t.eval_every == 0 or self.step == t.steps:
-                    paused = time.perf_counter()
-                    self._evaluate()
-                    clock += time.perf_counter() - paused
-                if self.checkpoints is not None:
-                    self.checkpoints.poll()
-                if self.step % t.save_every == 0:
-                    self.save()
-                    saved = self.step
-        if saved != self.step:
+        clock = time.perf_counter()
+        with self._stop_signals():
+            with ProgressDisplay(self.console, t.steps, self.step) as self._display:
+                while self.step < t.steps and not self._must_stop():
+                    for hook in self.hooks:
+                        hook.before_step(self)
+                    lr, norm = self._train_step()
+                    self._display.advance(self.step)
+                    for hook in self.hooks:
+                        hook.after_step(self)
+                    if self.step % t.log_every == 0 or self.step == t.steps:
+                        clock = self._log(lr, norm, clock)
+                    if self.step % t.eval_every == 0 or self.step == t.steps:
+                        paused = time.perf_counter()
+                        self._evaluate()
+                        clock += time.perf_counter() - paused
+                    if self.step % t.save_every == 0:
+                        self.save()
             self.save()
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-        return not self._stop
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        return self.step >= t.steps
 
     def evaluate(self) -> dict[str, tuple[float, int]]:
         """Loss and number of tokens of each validation set."""
@@ -222,10 +235,9 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Begin to write a checkpoint."""
-        if self.checkpoints is None:
+        """Begin to write a checkpoint, if anything was trained since the last one."""
+        if self.checkpoints is None or self.checkpoints.is_saved(self.step):
             return
-        sums = {name: self.world.sum(t.detach().clone()) for name, t in self.sums.items()}
         state = getattr(self.data, "state", None)
         meta = {
             "sequences": self.sequences,
@@ -235,7 +247,7 @@ class Trainer:
             "recent": self._recent,
             "data": None if state is None else state(),
         }
-        self.checkpoints.save(self.step, self.module, self.optimizer, meta, sums)
+        self.checkpoints.save(self.step, self.module, self.optimizer, meta, self._sums_of_all_ranks())
         for hook in self.hooks:
             hook.on_save(self)
 
@@ -248,18 +260,19 @@ class Trainer:
         """One optimizer step; the learning rate, and on the device the gradient's norm."""
         t = self.config.train
         lr = lr_of_step(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, share in zip(self.optimizer.param_groups, self._lr_shares):
+            group["lr"] = lr * share
         rows = self.micro_batch_size
         first = range(self.sequences + self.world.rank * rows, self.sequences + t.batch_size, self.world.size * rows)
         batches = [self.data.batch(i, rows) for i in first]
         num_valid = on_device(torch.stack([self.objective.num_valid(batch) for batch in batches]).sum(0), self.device)
         self.world.sum(num_valid)  # the one number for each head that all ranks have to know of each other
+        divisors = num_valid.clamp(min=1)
         detail = (self.step + 1) % t.log_every == 0 or self.step + 1 == t.steps
         for number, batch in enumerate(batches):
             with syncing(self.module, last=number == len(batches) - 1):
                 with self._autocast():
-                    loss, sums = self.module(on_device(batch, self.device), num_valid, self.step, detail)
+                    loss, sums = self.module(on_device(batch, self.device), divisors, self.step, detail)
                 (loss * self._share).backward()
             self._add(sums)
         norm = self._optimizer_step()
@@ -269,7 +282,7 @@ class Trainer:
             self._add({"skipped": (~norm.isfinite()).double()})
         self.step += 1
         self.sequences += t.batch_size
-        return lr, norm
+        return lr * self._lr_shares[0], norm
 
     def _optimizer_step(self) -> Tensor | None:
         """Clipped, and skipped where the gradient is not finite; its norm."""
@@ -279,6 +292,7 @@ class Trainer:
         else:
             most = self.config.optimizer.max_grad_norm or math.inf
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if bool(norm.isfinite()):  # torch's own optimizers have no other way
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -291,6 +305,13 @@ class Trainer:
 
     def _nothing(self) -> Sums:
         return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("tokens", "skipped")}
+
+    def _sums_of_all_ranks(self) -> Sums:
+        """On the CPU: the one wait for the device."""
+        mine = sorted(self.sums.items())  # on every rank in the same order
+        flat = self.world.sum(torch.cat([t.double().flatten() for _, t in mine])).cpu()
+        parts = flat.split([t.numel() for _, t in mine])
+        return {name: part.view(t.shape).to(t.dtype) for (name, t), part in zip(mine, parts)}
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -309,11 +330,7 @@ class Trainer:
 
     def _log(self, lr: float, norm: Tensor | None, clock: float) -> float:
         """A line of what was since the last one; returns the time it was looked at."""
-        names = sorted(self.sums)
-        flat = torch.cat([self.sums[name].double().flatten() for name in names])
-        flat = self.world.sum(flat).cpu()  # the one wait for the device
-        parts = flat.split([self.sums[name].numel() for name in names])
-        sums = {name: part.view(self.sums[name].shape) for name, part in zip(names, parts)}
+        sums = self._sums_of_all_ranks()
         steps, now = self.step - self.logged_step, time.perf_counter()
         tokens, skipped = int(sums.pop("tokens")), int(sums.pop("skipped"))
         self.tokens, self.skipped = self.tokens + tokens, self.skipped + skipped
@@ -327,10 +344,13 @@ class Trainer:
         values |= self.objective.logged(sums, steps)
         if self.skipped:
             values["skipped"] = self.skipped
+        if skipped:
             self.say(f"{self.skipped} steps so far had a gradient that is not finite and were skipped")
         if self._is_spike(loss):
             values["spike"] = True
-            self.say(f"step {self.step}: the loss has jumped to {loss:.3f}, from about {self._recent[-2]:.3f}")
+            self.say(f"step {self.step}: the loss has jumped to {loss:.3f}, from about {self._recent[-1]:.3f}")
+        if math.isfinite(loss):
+            self._recent = [*self._recent, loss][-_REMEMBERED:]
         for hook in self.hooks:
             hook.on_log(self, values)
         self._write(**values)
@@ -347,7 +367,7 @@ class Trainer:
         return now
 
     def _is_spike(self, loss: float) -> bool:
-        recent, self._recent = self._recent, [*self._recent, loss][-_REMEMBERED:]
+        recent = self._recent
         if len(recent) < _REMEMBERED // 2:
             return False
         mean = sum(recent) / len(recent)
@@ -361,11 +381,11 @@ class Trainer:
     # Signals.
 
     def _must_stop(self) -> bool:
-        """A signal to one rank stops all of them after the same step."""
-        if self.world.size > 1 and self.step % self.config.train.log_every == 0:
-            self._stop = self.world.any(self._stop)
-            return self._stop
-        return self._stop and self.world.size == 1
+        """A signal to one rank, or a checkpoint that cannot be written, stops all of them after the same step."""
+        stop = self._stop or (self.checkpoints is not None and self.checkpoints.failed)
+        if self.world.size == 1:
+            return stop
+        return self.step % self.config.train.log_every == 0 and self.world.any(stop)
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
@@ -405,12 +425,14 @@ def micro_batch_size(config: Config, world: World) -> int:
 def on_device(batch: Any, device: torch.device) -> Any:
     """Tensors, and those in dataclasses, mappings, lists and tuples, without a wait."""
     if isinstance(batch, Tensor):
-        return (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
+        pinned = batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
+        return pinned.to(device, non_blocking=True)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {f.name: on_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
         return dataclasses.replace(batch, **fields)
     if isinstance(batch, Mapping):
         return {key: on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(on_device(value, device) for value in batch)
+        values = [on_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a NamedTuple, or not
     return batch

@@ -85,7 +85,7 @@ def test_a_step_waits_for_nothing(mtp: str, settings: list[str], monkeypatch: py
     monkeypatch.setattr(Trainer, "_train_step", step)
     more = [] if mtp == "none" else kind(mtp, KINDS[mtp])
     with unrecorded():
-        run(settings, *more, "train.steps=2", "train.micro_batch_size=1", "train.eval_rows=1")
+        run(settings, *more, "train.steps=2", "train.micro_batch_size=1", "train.eval_rows=1", "data.seq_len=8")
 
 
 @pytest.mark.parametrize("mtp", KINDS)

@@ -1,0 +1,444 @@
+"""`llmfast plan`: what to train for a budget, a law of one's own runs, what a run takes, and learning rates."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmfast._checks import expect
+from llmfast._gpus import Gpu
+from llmfast.models import DecoderConfig
+from llmfast.optim.options import StateDtype
+from llmfast.optim.scaling import scale_lr
+from llmfast.plan import cost, laws, memory
+from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
+from llmfast.plan.laws import Allocation, ChinchillaLaw, PowerLaw
+from llmfast.plan.picture import plot_chinchilla, plot_power
+from llmfast.plan.runs import Run, model_config, read_run
+
+if TYPE_CHECKING:
+    from llmfast.train.config import Config
+
+RESAMPLES = 100  # a second or two
+SOURCES = {
+    "besiroglu": ("Besiroglu et al. 2024", laws.BESIROGLU),
+    "hoffmann": ("Hoffmann et al. 2022", laws.HOFFMANN),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """To the parser of `llmfast plan`; `run` takes what it parses."""
+    parser.description = (
+        "Parameters and tokens for a budget of FLOPs, by published scaling laws. One of --flops, --params and --tokens "
+        "gives the best for it; two say what they come to. Numbers may end in k, M, B or T."
+    )
+    parser.add_argument("--flops", metavar="C", help="of the whole training, e.g. 1e21")
+    parser.add_argument("--params", metavar="N", help="with embeddings, e.g. 2.8B")
+    parser.add_argument("--tokens", metavar="D", help="e.g. 60B")
+    parser.add_argument("--law", choices=SOURCES, default="besiroglu", help="(default: %(default)s)")
+    _add_gpu(parser, "also say how long the FLOPs take there")
+    parser.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="of them (default: 1)")
+
+    topics = parser.add_subparsers(dest="topic", metavar="")
+    fit = topics.add_parser(
+        "fit",
+        help="a scaling law of finished runs",
+        description="Fits E + A / N^alpha + B / D^beta to finished runs of `llmfast train` that vary both the model's "
+        "size N and the tokens D, or floor + (scale / x)^exponent where they vary one of them.",
+    )
+    fit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    fit.add_argument("--out", type=Path, metavar="FILE", help="a picture of the fit (.png, .svg, .pdf)")
+    fit.add_argument("--flops", dest="budget", metavar="C", help="the budget to plan for (default: up to 100 runs)")
+    fit.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help="for the intervals; 0: none (default: %(default)s)"
+    )
+
+    need = topics.add_parser(
+        "memory",
+        help="memory and modelled time of a configuration",
+        description="What the settings of `llmfast train` take: parameters, gradients, AdamW's states, activations and "
+        "loss, for each way to keep parameters; and the modelled time of a step.",
+    )
+    need.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
+    need.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated"
+    )
+    _add_gpu(need, "whether it fits there, and how long a step takes")
+    need.add_argument("--gpu-memory", metavar="SIZE", help="in place of --gpu's, e.g. 24GiB")
+
+    lr = topics.add_parser(
+        "lr",
+        help="a learning rate for another batch size",
+        description="The linear rule (SGD) and the square-root rule (Adam), for a batch of another size.",
+    )
+    lr.add_argument("--lr", type=float, required=True, help="that is right for the batch it was found at")
+    lr.add_argument("--base-batch", required=True, metavar="SIZE", help="that batch, in rows or tokens")
+    lr.add_argument("--batch", required=True, metavar="SIZE", help="the batch to find one for, in the same unit")
+
+
+def _add_gpu(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument("--gpu", metavar="NAME", help=f"{purpose}: {', '.join(memory.GPU_MEMORY)}")
+    parser.add_argument(
+        "--utilisation", type=float, default=cost.UTILISATION, metavar="SHARE",
+        help="assumed share of the GPU's FLOPs a second (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was asked for; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    topics: dict[str | None, Callable[[argparse.Namespace], list[str]]] = {
+        None: _budget, "fit": _fit, "memory": _memory, "lr": _lr,
+    }  # fmt: skip
+    try:
+        lines = topics[args.topic](args)
+    except ImportError as e:
+        return _fail(f"{e}\nthis needs the extra: pip install 'llmfast-torch[train]'")
+    except (ValueError, OSError) as e:
+        return _fail(str(e))
+    print("\n".join(lines))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"llmfast: error: {message}", file=sys.stderr)
+    return 2
+
+
+# A budget.
+
+
+def _budget(args: argparse.Namespace) -> list[str]:
+    C, N, D = (_number(f"--{name}", getattr(args, name)) for name in ("flops", "params", "tokens"))
+    given = sum(x is not None for x in (C, N, D))
+    expect(given > 0, "plan needs --flops, --params or --tokens, or one of fit, memory, lr; see llmfast plan --help")
+    expect(given < 3, "--flops, --params and --tokens: two of them say the third, C = 6 N D; leave one out")
+    expect(args.gpus > 0, f"--gpus must be above 0; got {args.gpus}")
+    source, law = SOURCES[args.law]
+    if given == 2:
+        C = C or laws.training_flops(N or 0, D or 0)
+        chosen = law.spent(N or C / (6 * (D or 0)), C)
+    else:
+        chosen = law.optimal(C) if C else law.optimal_for_params(N) if N else law.optimal_for_tokens(D or 0)
+    budget = chosen.flops
+    best = law.optimal(budget)
+
+    batch = laws.critical_batch(chosen.loss)
+    lines = [
+        f"{'the best for it' if given == 1 else 'this training'}, C = 6 N D, by {source}:",
+        f"  FLOPs                {budget:.3g} ({_short(budget / laws.PF_DAY)} PF-days; attention not counted)",
+        f"  parameters           {_short(chosen.params)}, embeddings included",
+        f"  tokens               {_short(chosen.tokens)}",
+        f"  tokens a parameter   {chosen.tokens_per_param:.1f}",
+        f"  loss                 {chosen.loss:.3f} nats a token, of the text and tokenizer that the law is of",
+        f"  critical batch       {_short(batch)} tokens at that loss, by Kaplan et al. 2020: "
+        f"{_short(chosen.tokens / batch)} steps",
+    ]
+    if args.gpu is not None:
+        lines.append(f"  time                 {_training_time(args, budget)}")
+    lines += ["", f"{budget:.3g} FLOPs on models of other sizes:", *_allocations(law, best, chosen)]
+    lines += ["", f"{budget:.3g} FLOPs by other laws:"]
+    others = [(name, other.optimal(budget)) for name, other in SOURCES.values() if other is not law]
+    others.append(("Kaplan et al. 2020, without embeddings", laws.kaplan_optimal(budget)))
+    rows = [("", "parameters", "tokens", "tokens/N", "loss")]
+    return lines + _table(rows + [(name, *_cells(a)) for name, a in others])
+
+
+def _allocations(law: ChinchillaLaw, best: Allocation, chosen: Allocation) -> list[str]:
+    found = {factor * best.params: law.spent(factor * best.params, best.flops) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)}
+    marks = {best.params: "the best"}
+    if abs(chosen.params / best.params - 1) > 1e-6:
+        found[chosen.params] = chosen
+        marks[chosen.params] = "this training"
+    rows = [("parameters", "tokens", "tokens/N", "loss", "")]
+    return _table(rows + [(*_cells(found[N]), marks.get(N, "")) for N in sorted(found)])
+
+
+def _cells(a: Allocation) -> tuple[str, str, str, str]:
+    return _short(a.params), _short(a.tokens), f"{a.tokens_per_param:.1f}", f"{a.loss:.3f}"
+
+
+def _training_time(args: argparse.Namespace, flops: float) -> str:
+    gpu = _rates(args.gpu)
+    if gpu is None:
+        return _unknown_rates(args.gpu)
+    expect(0 < args.utilisation <= 1, f"--utilisation must be above 0 and at most 1; got {args.utilisation}")
+    seconds = flops / (args.gpus * args.utilisation * gpu.tensor_cores)
+    return (
+        f"{_duration(seconds)} on {args.gpus} {gpu.name}, modelled: FLOPs / "
+        f"({args.gpus} * {args.utilisation:g} * {gpu.tensor_cores:.3g} a second)"
+    )
+
+
+# A fit.
+
+
+def _fit(args: argparse.Namespace) -> list[str]:
+    budget = _number("--flops", args.budget)
+    runs = [read_run(folder) for folder in args.runs]
+    varied = {
+        name: int(distinct([getattr(r, name) for r in runs]).max()) + 1
+        for name in ("params", "non_embedding", "tokens")
+    }
+    if varied["params"] > 1 and varied["tokens"] > 1:
+        return _fit_both(runs, budget, args)
+    expect(budget is None, "--flops needs runs that vary both the model's size and the tokens")
+    expect(
+        max(varied["params"], varied["tokens"]) >= DISTINCT,
+        f"runs must vary the model's size or the tokens: at least {DISTINCT} values; got "
+        f"{varied['params']} sizes and {varied['tokens']} numbers of tokens",
+    )
+    return _fit_one(runs, "non_embedding" if varied["params"] > 1 else "tokens", args)
+
+
+def _fit_both(runs: list[Run], budget: float | None, args: argparse.Namespace) -> list[str]:
+    N, D, losses = ([float(x) for x in column] for column in zip(*((r.params, r.tokens, r.loss) for r in runs)))
+    fit = fit_chinchilla(N, D, losses, resamples=args.resamples)
+    if args.out is not None:
+        plot_chinchilla(fit, N, D, losses, args.out)
+    lines = [f"L = E + A / N^alpha + B / D^beta of {len(runs)} runs, N with embeddings:"]
+    names = ("E", "A", "B", "alpha", "beta")
+    lines += [f"  {name:<7}{_value(fit, lambda law, name=name: float(getattr(law, name)))}" for name in names]
+    lines += [*_interval_note(fit), "", *_residuals(fit, runs), "", "compute-optimal by this fit:"]
+    largest = max(r.flops for r in runs)
+    budgets = [largest, 10 * largest, 100 * largest] if budget is None else [budget]
+    rows: list[Sequence[str]] = [("FLOPs", "parameters", "", "tokens", "tokens/N", "loss")]
+    for c in budgets:
+        best = fit.law.optimal(c)
+        interval = _interval(fit, lambda law, c=c: law.optimal(c).params, _short)
+        params, *rest = _cells(best)
+        rows.append((f"{c:.2e}", params, interval, *rest))
+    lines += _table(rows)
+    lines.append(f"(the largest run took {largest:.2e}; what is far beyond that is a guess)")
+    return lines + _written(args)
+
+
+def _fit_one(runs: list[Run], name: str, args: argparse.Namespace) -> list[str]:
+    label = {"non_embedding": "parameters N, without embeddings", "tokens": "tokens D"}[name]
+    x, losses = [float(getattr(r, name)) for r in runs], [r.loss for r in runs]
+    fit = fit_power(x, losses, resamples=args.resamples)
+    if args.out is not None:
+        plot_power(fit, x, losses, args.out, xlabel=label)
+    lines = [f"L = floor + (scale / x)^exponent of {len(runs)} runs, x: {label}:"]
+    names = ("floor", "scale", "exponent")
+    lines += [f"  {name:<10}{_value(fit, lambda law, name=name: float(getattr(law, name)))}" for name in names]
+    return lines + _interval_note(fit) + ["", *_residuals(fit, runs)] + _written(args)
+
+
+def _value(fit: "Fit[ChinchillaLaw] | Fit[PowerLaw]", of: Callable[..., float]) -> str:
+    return f"{of(fit.law):<12.5g}{_interval(fit, of, lambda v: f'{v:.4g}')}"
+
+
+def _interval(
+    fit: "Fit[ChinchillaLaw] | Fit[PowerLaw]", of: Callable[..., float], write: Callable[[float], str]
+) -> str:
+    if not fit.resampled:
+        return ""
+    low, high = fit.interval(of)
+    return f"[{write(low)}, {write(high)}]"
+
+
+def _interval_note(fit: "Fit[ChinchillaLaw] | Fit[PowerLaw]") -> list[str]:
+    return [f"(intervals: 95 % of {len(fit.resampled)} fits to resampled runs)"] if fit.resampled else []
+
+
+def _residuals(fit: "Fit[ChinchillaLaw] | Fit[PowerLaw]", runs: list[Run]) -> list[str]:
+    rows: list[Sequence[str]] = [("run", "parameters", "tokens", "loss", "fit off by", "")]
+    for i, (r, off) in enumerate(zip(runs, fit.residuals)):
+        mark = "outlier" if i in fit.outliers else ""
+        rows.append((r.name, _short(r.params), _short(r.tokens), f"{r.loss:.4f}", f"{100 * off:+.2f} %", mark))
+    return _table(rows)
+
+
+def _written(args: argparse.Namespace) -> list[str]:
+    return [] if args.out is None else ["", f"picture: {args.out}"]
+
+
+# A configuration.
+
+
+def _memory(args: argparse.Namespace) -> list[str]:
+    from llmfast.train.config import load_config
+
+    config = load_config(args.config, args.set)
+    try:
+        model = model_config(config)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    t, seq_len, have = config.train, config.data.seq_len, _memory_there(args)
+    rows, parts = _micro_batches(config)
+    count = cost.count_parameters(model)
+    mine = memory.Precision(
+        "as set", getattr(torch, t.param_dtype), config.optimizer.master_weights or None,  # type: ignore[arg-type]
+        _STATE_DTYPES[config.optimizer.state_dtype],
+    )  # fmt: skip
+    estimate = _estimate(config, model, mine, have)
+    matrices = "float32" if t.dtype == "float32" and t.param_dtype == "float32" else "bfloat16"
+    sizes = [
+        (f"parameters, {t.param_dtype}", estimate.parameters),
+        ("gradients", estimate.gradients),
+        ("AdamW's states", estimate.optimizer),
+        ("activations", estimate.activations),
+        ("... of one block, computed again", estimate.recomputed),
+        ("copies of the matrices in bfloat16", estimate.weight_copies),
+        ("loss, fused", estimate.loss),
+        ("loss, all logits in memory", estimate.loss_unfused),
+    ]
+    lines = [
+        f"{_short(count.total)} parameters, {_short(count.embedding)} of them embeddings"
+        f"{' (tied)' if model.tie_embeddings else ''}; vocabulary of {model.vocab_size}",
+        f"{rows * parts * seq_len} tokens a step: {parts} micro-batch(es) of {rows} rows of {seq_len}",
+        "",
+        f"`llmfast train` on one GPU, products in {matrices}:",
+        *(f"  {name:<36}{_bytes(size):>12}" for name, size in sizes if size),
+    ]
+    for name, peak in (("at most at a time", estimate.peak), ("... with all logits", estimate.peak_unfused)):
+        lines.append(f"  {name:<36}{_bytes(peak):>12}   {_judged(peak, have)}".rstrip())
+    lines += [
+        "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments",
+        "",
+        "parameters and AdamW's states kept in other ways, with the fused loss:",
+    ]
+    table: list[Sequence[str]] = [("", "parameters", "gradients", "AdamW", "activations", "at most", "")]
+    for p in memory.PRECISIONS:
+        e = _estimate(config, model, p, have)
+        columns = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
+        table.append((p.name, *(_bytes(size) for size in columns), _judged(e.peak, have)))
+    return [*lines, *_table(table), "", *_step_lines(config, model, args)]
+
+
+_STATE_DTYPES: dict[str, StateDtype | None] = {
+    "": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"
+}  # fmt: skip
+
+
+def _micro_batches(config: "Config") -> tuple[int, int]:
+    """Rows of a micro-batch, and micro-batches of a step, on one GPU."""
+    t = config.train
+    rows = t.micro_batch_size or t.batch_size
+    expect(
+        t.batch_size % rows == 0, f"train.batch_size={t.batch_size} does not divide into micro-batches of {rows} rows"
+    )
+    return rows, t.batch_size // rows
+
+
+def _estimate(
+    config: "Config", model: DecoderConfig, precision: memory.Precision, have: int | None
+) -> memory.MemoryEstimate:
+    t = config.train
+    rows, parts = _micro_batches(config)
+    return memory.estimate_memory(
+        model, batch_size=rows, seq_len=config.data.seq_len, accumulate=parts, precision=precision,
+        autocast=t.dtype != "float32" and precision.parameters == torch.float32,
+        checkpoint_activations=t.checkpoint_activations, in_backward=config.optimizer.in_backward,
+        gpu_memory=have or 80 * memory.GB,
+    )  # fmt: skip
+
+
+def _memory_there(args: argparse.Namespace) -> int | None:
+    if args.gpu_memory is not None:
+        return memory.parse_bytes(args.gpu_memory)
+    return None if args.gpu is None else memory.memory_of(args.gpu)
+
+
+def _judged(need: int, have: int | None) -> str:
+    return "" if have is None else f"{memory.verdict(need, have)} ({_bytes(have)})"
+
+
+def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace) -> list[str]:
+    t, seq_len = config.train, config.data.seq_len
+    tokens = t.batch_size * seq_len
+    step = cost.step_flops(model, tokens, seq_len)
+    simple = laws.training_flops(cost.count_parameters(model).total, tokens)
+    lines = [
+        f"a step takes {step.flops:.3g} FLOPs, {100 * step.attention / step.flops:.1f} % of them in attention "
+        f"(6 N D would be {simple:.3g}); all {t.steps} steps {step.flops * t.steps:.3g}"
+    ]
+    gpu = None if args.gpu is None else _rates(args.gpu)
+    if args.gpu is not None and gpu is None:
+        lines.append(_unknown_rates(args.gpu))
+    if gpu is not None:
+        dtype = torch.float32 if t.dtype == "float32" and t.param_dtype == "float32" else torch.bfloat16
+        seconds = step.seconds(gpu, dtype, utilisation=args.utilisation)
+        lines += [
+            f"modelled on {gpu.name}: {_duration(seconds)} a step, {_short(tokens / seconds)} tokens a second, "
+            f"{_duration(seconds * t.steps)} in all",
+            f"  {cost.FORMULA}, utilisation {args.utilisation:g} assumed;",
+            "  launches are not in it, nor what is computed again; small models wait for launches above all",
+        ]
+    return lines
+
+
+def _rates(name: str) -> Gpu | None:
+    memory.memory_of(name)  # an unknown name is that, before it is one without rates
+    same = [gpu for known, gpu in memory.GPU_RATES.items() if known.lower() == name.replace(" ", "").lower()]
+    return same[0] if same else None
+
+
+def _unknown_rates(name: str) -> str:
+    return f"no modelled time: FLOPs a second are known of {', '.join(memory.GPU_RATES)}; got {name}"
+
+
+# A learning rate.
+
+
+def _lr(args: argparse.Namespace) -> list[str]:
+    base, batch = _number("--base-batch", args.base_batch), _number("--batch", args.batch)
+    assert base is not None and batch is not None  # both are required
+    rows: list[Sequence[str]] = [("rule", "learning rate", "for")]
+    rows.append(("linear", f"{scale_lr(args.lr, batch, base, 'linear'):.4g}", "SGD (Goyal et al. 2017)"))
+    rows.append(("square root", f"{scale_lr(args.lr, batch, base, 'sqrt'):.4g}", "Adam, RMSProp (Malladi et al. 2022)"))
+    return [f"{args.lr:g} at a batch of {base:g}; at {batch:g}:", *_table(rows)]
+
+
+# Numbers, and how they are written.
+
+
+def _number(name: str, text: str | None) -> float | None:
+    """ "2.8B" or "1e21"."""
+    if text is None:
+        return None
+    units = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        value = float(digits) * unit
+    except ValueError:
+        raise ValueError(f"{name} must be a number, such as 2.8e9 or 2.8B; got {text!r}") from None
+    expect(0 < value < float("inf"), f"{name} must be finite and above 0; got {text!r}")
+    return value
+
+
+def _short(x: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= 0.9995 * size:
+            return f"{x / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{x:.3g}"
+
+
+def _bytes(n: int) -> str:
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= 2 * size or unit == "s":
+            return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right, the last to the left if it has no numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1])]
+        cells.append(row[-1].ljust(widths[-1]))
+        lines.append("  " + "   ".join(cells).rstrip())
+    return lines

@@ -1,0 +1,118 @@
+"""What a decoder's training step takes: parameters, FLOPs, and modelled seconds."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from llmfast._checks import expect
+from llmfast._gpus import Gpu
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.mtp import ParallelHeads, SequentialDepths
+
+# Of the printed rate that a whole training step reaches: Llama 3's pretraining reports 38 to 43 % on H100s (Dubey et
+# al. 2024, arXiv:2407.21783, table 4), PaLM's 46 % on TPUs (Chowdhery et al. 2022, arXiv:2204.02311). Small models and
+# short rows reach less. A guess, to be replaced by a measurement.
+UTILISATION = 0.4
+FORMULA = (
+    "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)"
+    " / (utilisation * FLOPs a second of the data sheet)"
+)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    total: int
+    next_token: int  # without heads that predict further tokens only
+    embedding: int  # of embedding and unembedding, once if they are tied
+
+    @property
+    def non_embedding(self) -> int:
+        """Kaplan's N, of what predicts the next token."""
+        return self.next_token - self.embedding
+
+
+@lru_cache(maxsize=8)
+def meta_decoder(config: DecoderConfig) -> Decoder:
+    """The model without memory for its parameters, to be looked at."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def count_parameters(config: DecoderConfig) -> ParameterCount:
+    """Of the decoder that `config` makes, which is made to be counted, but on no device."""
+    model = meta_decoder(config)
+    total = _numel(model)
+    further = 0
+    if isinstance(model.mtp, ParallelHeads):
+        further = _numel(model.mtp.blocks[1:])
+    elif model.mtp is not None:
+        further = _numel(model.mtp)
+    embedding = _numel(model.embedding) + (0 if model.head is None else _numel(model.head))
+    return ParameterCount(total, total - further, embedding)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of forward and backward over a step's tokens."""
+
+    tokens: int
+    matrices: float  # products with parameters
+    attention: float  # products of activations with each other
+
+    @property
+    def flops(self) -> float:
+        return self.matrices + self.attention
+
+    def seconds(self, gpu: Gpu, dtype: torch.dtype, *, utilisation: float = UTILISATION) -> float:
+        """Modelled, never measured: see `FORMULA`.
+
+        Args:
+            dtype: of the matrix products; float32 ones go to the ordinary units.
+            utilisation: the share of the data sheet's rate that the step is assumed to reach.
+
+        Raises:
+            ValueError: `utilisation` is not above 0 and at most 1.
+        """
+        expect(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1; got {utilisation}")
+        rate = gpu.tensor_cores if dtype in (torch.bfloat16, torch.float16) else gpu.float32
+        return self.flops / (utilisation * rate)
+
+
+def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
+    """What `tokens` tokens in rows of `seq_len` take.
+
+    A parameter of a matrix takes 6 FLOPs a token: 2 in forward, 4 in backward. The embedding takes none, being looked
+    up; the unembedding takes them once for each head with hidden states of its own. Attention takes 12 seq_len width a
+    token and block, as if every token saw its whole row: a kernel that leaves out what the causal mask hides takes half
+    of that, but not where a mask keeps documents apart.
+
+    Raises:
+        ValueError: a count is not above 0.
+    """
+    expect(tokens > 0, f"tokens must be above 0; got {tokens}")
+    expect(seq_len > 0, f"seq_len must be above 0; got {seq_len}")
+    model = meta_decoder(config)
+    blocks, used = len(model.blocks), _matrices(model.blocks)
+    if isinstance(model.mtp, ParallelHeads):
+        blocks += len(model.mtp.blocks)
+        used += _matrices(model.mtp)
+    elif isinstance(model.mtp, SequentialDepths):
+        blocks += model.mtp.depths
+        used += _matrices(model.mtp) * model.mtp.depths // len(model.mtp.layers)
+    used += own_hidden_states(config) * config.vocab_size * config.width
+    return StepCost(tokens, 6.0 * used * tokens, 12.0 * blocks * seq_len * config.width * tokens)
+
+
+def own_hidden_states(config: DecoderConfig) -> int:
+    """Heads whose hidden states go through the unembedding, each for itself."""
+    return 1 if config.mtp == "shared" else config.targets
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)

@@ -1,0 +1,206 @@
+"""Scaling laws with their published constants: the loss a model will reach, and how to spend a budget of FLOPs.
+
+N is a number of parameters, D of training tokens, C of FLOPs, and a loss is in nats a token. The laws count N
+differently: Hoffmann counts all parameters, Kaplan and Henighan leave the embeddings out (Pearce & Song 2024,
+arXiv:2406.12907, on what follows from that). Constants depend on text and tokenizer; exponents and the share of N and
+D in a budget carry over better, and runs of one's own best: see `fit`.
+
+Training takes C = 6 N D: a product of a parameter and an activation is 2 FLOPs, and backward is twice forward.
+Attention adds 12 * layers * T * width a token for rows of T tokens, where each token is weighed against all T of its
+row; with each weighed against those before it alone, half of that. That is a share of layers * T * width * 2 / N, or
+T / (6 * width) where N is near 12 * layers * width^2. `cost.step_flops` counts both for a model at hand.
+"""
+
+import math
+from dataclasses import dataclass
+
+from llmfast._checks import expect
+
+PF_DAY = 1e15 * 86_400  # FLOPs of a petaflop/s-day, Kaplan's and Henighan's unit of compute
+
+
+def training_flops(N: float, D: float) -> float:
+    """C = 6 N D, without attention."""
+    _positive(N=N, D=D)
+    return 6 * N * D
+
+
+def critical_batch(loss: float, *, scale: float = 2e8, exponent: float = 0.21) -> float:
+    """Tokens of the batch at which training to `loss` takes twice the fewest steps and twice the fewest tokens.
+
+    B_crit = scale / loss^(1 / exponent). Batches far below it waste steps, batches far above it waste tokens.
+    McCandlish et al. 2018 (arXiv:1812.06162) say why, Kaplan et al. 2020 (arXiv:2001.08361, eq. 5.3) give the defaults.
+
+    Args:
+        loss: nats a token, of the tokenizer that the constants are of.
+
+    Raises:
+        ValueError: an argument is not above 0.
+    """
+    _positive(loss=loss, scale=scale, exponent=exponent)
+    return float(scale / loss ** (1 / exponent))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A model, the tokens to train it on, and the loss that a law expects of it."""
+
+    params: float  # N
+    tokens: float  # D
+    loss: float  # nats a token
+
+    @property
+    def flops(self) -> float:
+        """6 N D."""
+        return training_flops(self.params, self.tokens)
+
+    @property
+    def tokens_per_param(self) -> float:
+        return self.tokens / self.params
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(x) = floor + (scale / x)^exponent of one variable, which is all that limits the loss.
+
+    With floor 0 it is Kaplan's form, with a floor Henighan's (arXiv:2010.14701, eq. 1.1), who reads it as the entropy
+    of the data.
+    """
+
+    scale: float  # in the unit of x
+    exponent: float
+    floor: float = 0.0  # nats a token
+
+    def loss(self, x: float) -> float:
+        """
+        Raises:
+            ValueError: `x` is not above 0.
+        """
+        _positive(x=x)
+        return float(self.floor + (self.scale / x) ** self.exponent)
+
+    def needed(self, loss: float) -> float:
+        """The x that brings this loss.
+
+        Raises:
+            ValueError: `loss` is not above the floor.
+        """
+        expect(loss > self.floor, f"loss must be above the law's floor of {self.floor:g}; got {loss:g}")
+        return float(self.scale / (loss - self.floor) ** (1 / self.exponent))
+
+
+@dataclass(frozen=True)
+class KaplanLaw:
+    """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (arXiv:2001.08361, eq. 1.5).
+
+    N without embeddings; D are the tokens there are, seen until the loss on held-out text is least.
+    """
+
+    N_c: float
+    D_c: float
+    alpha_N: float
+    alpha_D: float
+
+    def loss(self, N: float, D: float) -> float:
+        """
+        Raises:
+            ValueError: an argument is not above 0.
+        """
+        _positive(N=N, D=D)
+        return float(((self.N_c / N) ** (self.alpha_N / self.alpha_D) + self.D_c / D) ** self.alpha_D)
+
+
+@dataclass(frozen=True)
+class ChinchillaLaw:
+    """L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv:2203.15556, approach 3), for fresh tokens."""
+
+    E: float  # the loss that neither a larger model nor more text can lower
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, N: float, D: float) -> float:
+        """
+        Raises:
+            ValueError: an argument is not above 0.
+        """
+        _positive(N=N, D=D)
+        return float(self.E + self.A / N**self.alpha + self.B / D**self.beta)
+
+    def optimal(self, flops: float) -> Allocation:
+        """The N and D of least loss with 6 N D = `flops`.
+
+        N = G (C / 6)^(beta / (alpha + beta)), where G = (alpha A / (beta B))^(1 / (alpha + beta)): there one per cent
+        more of N lowers the loss as much as one per cent more of D.
+
+        Raises:
+            ValueError: `flops` is not above 0.
+        """
+        _positive(flops=flops)
+        N = self._balance * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return self.spent(N, flops)
+
+    def optimal_for_params(self, N: float) -> Allocation:
+        """The budget for which N parameters are the best, and what it buys; ValueError if N is not above 0."""
+        _positive(N=N)
+        return self.spent(N, 6 * (N / self._balance) ** ((self.alpha + self.beta) / self.beta))
+
+    def optimal_for_tokens(self, D: float) -> Allocation:
+        """The budget for which D tokens are the best, and what it buys; ValueError if D is not above 0."""
+        _positive(D=D)
+        flops = 6 * (D * self._balance) ** ((self.alpha + self.beta) / self.alpha)
+        return self.spent(flops / (6 * D), flops)
+
+    def spent(self, N: float, flops: float) -> Allocation:
+        """All of `flops` on a model of N parameters; ValueError if either is not above 0."""
+        _positive(N=N, flops=flops)
+        D = flops / (6 * N)
+        return Allocation(N, D, self.loss(N, D))
+
+    @property
+    def _balance(self) -> float:
+        """G."""
+        return float((self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta)))
+
+
+# Besiroglu et al. 2024 (arXiv:2404.10102): Hoffmann's runs, read off their figure and fitted again. It agrees with the
+# other two approaches of the paper where the paper's own fit does not, so it is the one to use.
+BESIROGLU = ChinchillaLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
+# As printed in appendix D.3. Two digits of an exponent are few: with these the optimum at 1e21 FLOPs has 50 tokens a
+# parameter, while the paper's models have 20.
+HOFFMANN = ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+
+# Kaplan et al. 2020, table 5: of N without embeddings; of tokens; of FLOPs spent as well as can be, at small batches.
+KAPLAN_N = PowerLaw(scale=8.8e13, exponent=0.076)
+KAPLAN_D = PowerLaw(scale=5.4e13, exponent=0.095)
+KAPLAN_C = PowerLaw(scale=3.1e8 * PF_DAY, exponent=0.050)
+KAPLAN = KaplanLaw(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # table 2: fitted together, so other values
+
+# Henighan et al. 2020, table 1. Of language they could not find a floor; of mathematics, on problems harder than those
+# of the training, they could.
+HENIGHAN_N = PowerLaw(scale=1.47e14, exponent=0.070)
+HENIGHAN_C = PowerLaw(scale=3.47e8 * PF_DAY, exponent=0.048)
+HENIGHAN_MATH_N = PowerLaw(scale=1.1e4, exponent=0.16, floor=0.28)
+HENIGHAN_MATH_C = PowerLaw(scale=1.4e-5 * PF_DAY, exponent=0.17, floor=0.14)
+
+
+def kaplan_optimal(flops: float) -> Allocation:
+    """Kaplan's answer to the same question: N = 1.3e9 C_min^0.73 in PF-days, without embeddings (table 6).
+
+    C_min is what the run would take at small batches. At the critical batch size, for which the table is, a run takes
+    twice that (eq. 5.5), so here C_min is `flops` / 2, and D = `flops` / (6 N). Hoffmann et al. blame the large N on
+    learning rates that did not end with the run, and Pearce & Song on leaving out the embeddings of small models.
+
+    Raises:
+        ValueError: `flops` is not above 0.
+    """
+    _positive(flops=flops)
+    least = flops / 2
+    N = 1.3e9 * (least / PF_DAY) ** 0.73
+    return Allocation(N, flops / (6 * N), KAPLAN_C.loss(least))
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        expect(value > 0 and math.isfinite(value), f"{name} must be a finite number above 0; got {value:g}")

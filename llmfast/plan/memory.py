@@ -1,0 +1,267 @@
+"""How much memory a training run takes, and whether a GPU has it.
+
+What is counted: parameters, gradients, AdamW's states, what autograd keeps of the small decoder from forward to
+backward, and the loss's buffers. What is not: the CUDA context and libraries' workspaces (about 1 GiB together), the
+allocator's fragments, and memory that operators use for the moment.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmfast._checks import expect
+from llmfast._gpus import A100, B200, H100, MI300X, Gpu
+from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
+from llmfast.models import DecoderConfig
+from llmfast.optim.formats import GROUP, LOW, MasterWeights
+from llmfast.optim.options import StateDtype
+from llmfast.plan.cost import meta_decoder, own_hidden_states
+
+Device = Literal["cuda", "cpu"]
+
+# By the data sheets, which mean 10^9 by GB or 2^30; the smaller is taken, and what remains is the driver's.
+GB = 10**9
+GPU_MEMORY: dict[str, int] = {
+    "T4": 16 * GB, "RTX3090": 24 * GB, "RTX4090": 24 * GB, "RTX5090": 32 * GB, "L40S": 48 * GB,
+    "A100-40": 40 * GB, "A100": 80 * GB, "H100": 80 * GB, "H200": 141 * GB, "B200": 180 * GB, "MI300X": 192 * GB,
+}  # fmt: skip
+GPU_RATES: dict[str, Gpu] = {
+    "A100-40": A100, "A100": A100, "H100": H100, "H200": H100, "B200": B200, "MI300X": MI300X,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How parameters and AdamW's states are kept: the parameters' dtype, and `FusedAdamW`'s options by their names.
+
+    Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, bfloat16 ones as
+    they are.
+    """
+
+    name: str
+    parameters: torch.dtype
+    master_weights: MasterWeights | None = None
+    state_dtype: StateDtype | None = None  # None: the parameters'
+
+    def optimizer_bytes(self, numel: int) -> int:
+        """What `FusedAdamW` keeps of a tensor of so many elements: two moments, low bits, a step count."""
+        if self.state_dtype == "8bit":
+            moment = numel + 4 * -(-numel // GROUP)
+        else:
+            moment = numel * (self.state_dtype or self.parameters).itemsize
+        low = 0
+        if self.master_weights in LOW:
+            low = (LOW[self.master_weights][1] or self.parameters).itemsize
+        return 2 * moment + numel * low + 4
+
+
+PRECISIONS = (
+    Precision("fp32", torch.float32),
+    Precision("fp32, 8-bit moments", torch.float32, state_dtype="8bit"),
+    Precision("bf16, fp32 master", torch.bfloat16, "fp32", torch.float32),
+    Precision("bf16, split16", torch.bfloat16, "split16"),
+    Precision("bf16, split8", torch.bfloat16, "split8"),
+    Precision("bf16, kahan", torch.bfloat16, "kahan"),
+    Precision("bf16, stochastic", torch.bfloat16, "stochastic"),
+    Precision("bf16, stochastic, 8-bit moments", torch.bfloat16, "stochastic", "8bit"),
+)
+FP32 = PRECISIONS[0]  # what `llmfast train` does
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of each kind, on one device that holds the whole model."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept from forward to backward
+    recomputed: int  # in the backward of one block, where activations are computed again
+    weight_copies: int  # of matrices in autocast's dtype, kept with the activations
+    loss: int  # beside the hidden states: logits, gradients of hidden states and unembedding
+    loss_unfused: int  # the same of torch's cross-entropy of F.linear
+    loss_gradients: int  # what of both is left when backward reaches the blocks
+    tied_gradients: int  # of a tied embedding: as the unembedding, as the embedding, and as their sum if that waits
+    accumulate: bool  # gradients of an earlier micro-batch are there throughout
+
+    @property
+    def peak(self) -> int:
+        """The most at a time: in the loss, or in backward at its beginning or its end."""
+        return self._peak(self.loss)
+
+    @property
+    def peak_unfused(self) -> int:
+        return self._peak(self.loss_unfused)
+
+    def _peak(self, loss: int) -> int:
+        waiting = self.gradients if self.accumulate else 0
+        middle = waiting + self.activations + max(self.weight_copies + loss, self.loss_gradients + self.recomputed)
+        end = self.gradients + max(self.recomputed, self.tied_gradients)
+        return self.parameters + self.optimizer + max(middle, end)
+
+
+def estimate_memory(
+    config: DecoderConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    accumulate: int = 1,
+    precision: Precision = FP32,
+    autocast: bool = True,
+    checkpoint_activations: bool = False,
+    in_backward: bool = False,
+    device: Device = "cuda",
+    gpu_memory: int = 80 * GB,
+) -> MemoryEstimate:
+    """Of training `config`'s decoder as `llmfast train` does: rows of packed documents, the fused loss.
+
+    Args:
+        batch_size: rows in a micro-batch.
+        seq_len: tokens in a row.
+        accumulate: micro-batches in a step.
+        autocast: to bfloat16; of float32 parameters, others are bfloat16 anyway.
+        checkpoint_activations: of a block only its input is kept, and the rest computed again.
+        in_backward: the optimizer steps while gradients come, and frees them.
+        device: an NVIDIA GPU, or a CPU.
+        gpu_memory: bytes, a tenth of which is the most that the fused loss takes for logits.
+
+    Raises:
+        ValueError: a count is not above 0.
+    """
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("accumulate", accumulate)):
+        expect(value > 0, f"{name} must be above 0; got {value}")
+    model = meta_decoder(config)
+    tensors = dict(model.named_parameters())
+    stored = precision.parameters
+    compute = torch.bfloat16 if autocast else stored
+    size = sum(p.numel() for p in tensors.values())
+    D, V, rows = config.width, config.vocab_size, batch_size * seq_len * own_hidden_states(config)
+
+    copies = sum(p.numel() for name, p in tensors.items() if _is_matrix(name, p)) if compute != stored else 0
+    on_gpu = device == "cuda"
+    budget = min(DEFAULT_BUDGET_ELSEWHERE, gpu_memory // 10) if on_gpu else DEFAULT_BUDGET["cpu"]
+    plan = LinearCrossEntropyPlan.make(
+        rows, D, V, dtype=compute, weight_dtype=stored, memory_budget=budget, kernels=on_gpu, float32_products=on_gpu
+    )  # fmt: skip
+    cast = (rows + V) * D * compute.itemsize if compute != stored else 0  # the loss's inputs, in autocast's dtype
+    kept, recomputed = activation_bytes(
+        config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations
+    )
+    return MemoryEstimate(
+        parameters=size * stored.itemsize,
+        gradients=(max(p.numel() for p in tensors.values()) if in_backward else size) * stored.itemsize,
+        optimizer=sum(precision.optimizer_bytes(p.numel()) for p in tensors.values()),
+        activations=kept,
+        recomputed=recomputed + (copies * compute.itemsize // len(model.blocks) if recomputed else 0),
+        weight_copies=copies * compute.itemsize,
+        loss=plan.peak_bytes + cast,
+        loss_unfused=unfused_loss_bytes(rows, D, V, stored) + cast,
+        loss_gradients=(rows + V) * D * stored.itemsize,
+        tied_gradients=(3 if accumulate > 1 else 2) * V * D * stored.itemsize if config.tie_embeddings else 0,
+        accumulate=accumulate > 1,
+    )
+
+
+def unfused_loss_bytes(rows: int, D: int, V: int, stored: torch.dtype) -> int:
+    """Of `F.cross_entropy(F.linear(hidden, weight), targets)` with a softmax in float32.
+
+    12 bytes a logit: its log-softmax is kept, and in backward there are the gradients of that and of the logit; only
+    then come the gradients of `hidden` and `weight`. Logits of bfloat16 that somebody still holds are 2 more.
+    """
+    return rows * V * 4 + max(rows * V * 8, (rows + V) * D * stored.itemsize)
+
+
+def activation_bytes(
+    config: DecoderConfig,
+    batch_size: int,
+    seq_len: int,
+    *,
+    stored: torch.dtype,
+    compute: torch.dtype,
+    device: Device = "cuda",
+    checkpoint: bool = False,
+) -> tuple[int, int]:
+    """What autograd keeps of the decoder's forward pass, hidden states for the loss included, and what it makes again.
+
+    A token, with r bytes for an element of the residual stream and c for one of a matrix product:
+
+        norm    r width + 4        its input, and a number (on a CPU: 8 width + 4, input and result in float32)
+        block   2 norms, and c times
+                2 width            the norms' results, which the matrices read
+                3 width            queries, keys and values, in one piece
+                2 width            queries and keys rotated
+                width              attention's result (on a CPU twice)
+                4 ffn_width        gate, up, silu(gate) and their product
+                seq_len            the mask between documents, as a number to add
+                2 width / heads    cosines and sines, if they are cast
+                and 4 heads        attention's log-sum-exp
+        head    norm, r width      the last norm, and the hidden state that the loss reads
+        depth   3 norms, 2 c width, 1, block, r width     of sequential prediction of further tokens
+        rest    8 + 4 width / heads + seq_len             token, angles, mask
+
+    With `checkpoint` a block keeps its input, r width, and one block at a time has the rest in backward, where c
+    ffn_width of gradients come on top. The blocks of sequential depths are not computed again.
+    """
+    D, T, H = config.width, seq_len, config.heads
+    r, c = stored.itemsize, compute.itemsize
+    # torch has no fused RMSNorm on a CPU: autograd keeps the input and the normalised input, both in float32.
+    norm = (r if device == "cuda" else 8) * D + 4
+    angles = 0 if c == 4 else 2 * D // H
+    width = (8 if device == "cuda" else 9) * D
+    block = 2 * norm + c * (width + 4 * config.hidden_ffn + T + angles) + 4 * H
+    head = norm + r * D
+    kept = r * D if checkpoint else block
+    token = 8 + 4 * D // H + T + config.layers * kept + head
+    if config.mtp == "parallel":  # one head is among the layers
+        token += (config.mtp_heads - 1) * (kept + head)
+    elif config.mtp == "sequential":
+        token += config.mtp_heads * (2 * norm + 2 * c * D + 1 + block + head)
+    again = block + c * config.hidden_ffn if checkpoint else 0
+    return batch_size * T * token, batch_size * T * again
+
+
+def memory_of(gpu: str) -> int:
+    """Bytes of a GPU by its name, as in `GPU_MEMORY`, whatever its case.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    for name, size in GPU_MEMORY.items():
+        if name.lower() == gpu.replace(" ", "").lower():
+            return size
+    raise ValueError(f"gpu must be one of {', '.join(GPU_MEMORY)}; got {gpu!r}; or say how much memory there is")
+
+
+def verdict(need: int, have: int) -> str:
+    """In words: whether `need` bytes fit into `have`."""
+    if need > have:
+        return "too large"
+    return "fits" if need <= 0.9 * have else "just fits"
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}i": 1 << 10 * power for power, unit in enumerate("kmgt", 1)}
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GiB", "80 GB", "512 MiB" or a plain number of bytes.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    try:
+        assert found is not None
+        size = int(float(found[1]) * _UNITS[found[2]])
+    except (AssertionError, ValueError, KeyError):
+        raise ValueError(f"expected an amount of memory such as 24GiB or 80GB; got {text!r}") from None
+    expect(size > 0, f"an amount of memory must be above 0; got {text!r}")
+    return size
+
+
+def _is_matrix(name: str, p: Tensor) -> bool:
+    """A matrix that products read, other than the unembedding, which the loss casts."""
+    return p.dim() == 2 and name not in ("embedding.weight", "head.weight")

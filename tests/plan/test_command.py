@@ -1,0 +1,184 @@
+"""`llmfast plan`, by what it prints."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmfast.plan import BESIROGLU, ChinchillaLaw
+from llmfast.plan.command import add_arguments, run
+
+MakeRun = Callable[..., Path]
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints; where it fails, its one line of error."""
+
+    def call(*arguments: str | Path, code: int = 0) -> str:
+        parser = argparse.ArgumentParser(prog="llmfast plan")
+        add_arguments(parser)
+        assert run(parser.parse_args([str(a) for a in arguments])) == code
+        out, err = capsys.readouterr()
+        if code:
+            assert out == "" and err.startswith("llmfast: error: ") and err.count("\n") == 1
+            return err
+        assert err == ""
+        return out
+
+    return call
+
+
+def line(text: str, start: str) -> str:
+    """The one line that begins so, without that."""
+    (found,) = [row.strip() for row in text.splitlines() if row.strip().startswith(start)]
+    return found.removeprefix(start).strip()
+
+
+def test_the_best_for_a_budget(plan: Callable[..., str]) -> None:
+    text = plan("--flops", "1e21", "--gpu", "h100", "--gpus", "8", "--utilisation", "0.5")
+    assert "by Besiroglu et al. 2024" in text
+    assert line(text, "parameters           ").startswith("2.78 B, embeddings included")
+    assert line(text, "tokens               ") == "60.0 B"
+    assert line(text, "tokens a parameter") == "21.6"
+    assert line(text, "loss      ").startswith("2.306 nats a token")
+    assert line(text, "critical batch").startswith("3.75 M tokens")  # 2e8 / 2.30553^(1 / 0.21)
+    assert line(text, "2.78 B ").endswith("the best")
+    assert line(text, "Hoffmann et al. 2022").split()[4] == "50.1"
+    assert line(text, "Kaplan et al. 2020, without").startswith("embeddings")
+    # 1e21 / (8 * 0.5 * 989e12) s
+    assert line(text, "time").startswith("2.93 days on 8 H100 SXM, modelled: FLOPs / (8 * 0.5 * 9.89e+14 a second)")
+
+
+def test_the_budget_for_a_size_or_a_length(plan: Callable[..., str]) -> None:
+    for option, value in (("--params", "2.778459B"), ("--tokens", "59.98528B")):
+        text = plan(option, value)
+        assert line(text, "FLOPs").startswith("1e+21 (11.6 PF-days")
+        assert line(text, "tokens a parameter") == "21.6"
+
+
+def test_two_say_the_third(plan: Callable[..., str]) -> None:
+    text = plan("--params", "8B", "--tokens", "15T")
+    assert line(text, "FLOPs").startswith("7.2e+23")
+    assert line(text, "loss  ").startswith(f"{BESIROGLU.loss(8e9, 15e12):.3f}")
+    assert line(text, "8.00 B").endswith("this training")
+    for two in (("--flops", "7.2e23", "--params", "8e9"), ("--flops", "7.2e23", "--tokens", "15e12")):
+        assert plan(*two) == text
+
+
+def test_another_law(plan: Callable[..., str]) -> None:
+    text = plan("--flops", "1e21", "--law", "hoffmann")
+    assert "by Hoffmann et al. 2022" in text and line(text, "tokens a parameter") == "50.1"
+    assert line(text, "Besiroglu et al. 2024").split()[4] == "21.6"
+
+
+def test_a_law_of_ones_own_runs(
+    plan: Callable[..., str], make_run: MakeRun, law: ChinchillaLaw, tmp_path: Path
+) -> None:
+    off = {(64, 16000): 1.3}
+    folders = [make_run(w, s, off=off.get((w, s), 1.0)) for w in (16, 64, 256, 1024) for s in (250, 1000, 4000, 16000)]
+    text = plan("fit", *folders, "--out", tmp_path / "fit.png", "--flops", "1e16", "--resamples", "5")
+    assert "of 16 runs, N with embeddings" in text and "95 % of 5 fits" in text
+    assert float(line(text, "alpha").split()[0]) == pytest.approx(0.3, rel=0.01)
+    assert float(line(text, "beta").split()[0]) == pytest.approx(0.28, rel=0.01)
+    assert line(text, "w64-s16000").endswith("outlier") and text.count("outlier") == 1
+    best = law.optimal(1e16)
+    cells = line(text, "1.00e+16").split()
+    assert float(cells[0]) * 1e6 == pytest.approx(best.params, rel=0.05)
+    assert float(cells[-1]) == pytest.approx(best.loss, rel=0.01)
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_law_of_runs_that_vary_one_thing(plan: Callable[..., str], make_run: MakeRun, law: ChinchillaLaw) -> None:
+    text = plan("fit", *(make_run(64, s) for s in (250, 1000, 4000, 16000, 64000)), "--resamples", "0")
+    assert "x: tokens D" in text
+    exponent, more = line(text, "exponent").split()[0], line(text, "exponent").split()[1:]
+    assert float(exponent) == pytest.approx(law.beta, rel=0.01) and more == []
+    assert "x: parameters N, without embeddings" in plan("fit", *(make_run(w, 500) for w in (16, 64, 256, 1024)))
+    assert "--flops needs runs that vary both" in plan(
+        "fit", *(make_run(64, s) for s in (300, 1300, 5000)), "--flops", "1e16", code=2
+    )
+
+
+def test_what_a_configuration_takes(plan: Callable[..., str]) -> None:
+    settings = ("--set", "data.tokenizer=bytes", "--set", "model.width=512", "--set", "model.layers=8")
+    settings += ("--set", "model.heads=8", "--set", "data.seq_len=1024", "--set", "train.batch_size=16")
+    text = plan("memory", *settings, "--gpu", "H100", "--utilisation", "0.3")
+    parameters = 264 * 512 + 8 * (4 * 512**2 + 3 * 512 * 1408 + 2 * 512) + 512
+    assert text.startswith(f"{parameters / 1e6:.1f} M parameters, 135 k of them embeddings (tied)")
+    assert line(text, "parameters, float32") == f"{parameters * 4 / 2**20:.1f} MiB"
+    assert line(text, "AdamW's states") == f"{parameters * 8 / 2**20:.1f} MiB"
+    assert line(text, "at most at a time").endswith("fits (74.51 GiB)")
+    assert line(text, "bf16, split16").startswith(f"{parameters * 2 / 2**20:.1f} MiB")
+    flops = 6 * 16384 * (parameters - 17 * 512) + 12 * 8 * 1024 * 512 * 16384
+    assert f"a step takes {flops:.3g} FLOPs" in text
+    assert f"modelled on H100 SXM: {flops / (0.3 * 989e12) * 1e3:.3g} ms a step" in text
+    assert "utilisation 0.3 assumed" in text
+    tight = plan("memory", *settings, "--gpu-memory", "2GiB")
+    assert "too large (2.00 GiB)" in tight and "modelled" not in tight
+    less = plan("memory", *settings, "--set", "train.checkpoint_activations=true", "--set", "train.micro_batch_size=4")
+    assert "4 micro-batch(es) of 4 rows of 1024" in less and "of one block, computed again" in less
+    assert "no modelled time" in plan("memory", "--gpu", "RTX 4090")
+
+
+def test_the_settings_own_precision(plan: Callable[..., str]) -> None:
+    settings = ("train.param_dtype=bfloat16", "optimizer.master_weights=split16", "data.tokenizer=bytes")
+    text = plan("memory", *(f"--set={s}" for s in settings))
+    row = line(text, "bf16, split16")
+    for name in ("parameters, bfloat16", "gradients   ", "AdamW's states", "at most at a time"):
+        assert line(text, name) in row
+    assert "copies of the matrices" not in text
+
+
+def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
+    text = plan("lr", "--lr", "3e-4", "--base-batch", "0.5M", "--batch", "2M")
+    assert line(text, "linear").startswith("0.0012") and line(text, "square root").startswith("0.0006")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "plan needs --flops, --params or --tokens, or one of fit, memory, lr"),
+        (["--flops", "1", "--params", "1", "--tokens", "1"], "leave one out"),
+        (["--flops", "much"], "--flops must be a number, such as 2.8e9 or 2.8B; got 'much'"),
+        (["--params=-1B"], "--params must be finite and above 0; got '-1B'"),
+        (["--tokens", "inf"], "--tokens must be finite and above 0; got 'inf'"),
+        (["--flops", "1e21", "--gpu", "H1000"], "gpu must be one of"),
+        (["--flops", "1e21", "--gpu", "H100", "--utilisation", "2"], "--utilisation must be above 0 and at most 1"),
+        (["--flops", "1e21", "--gpus", "0"], "--gpus must be above 0"),
+        (["fit", "/nowhere"], "cannot read /nowhere/config.toml"),
+        (["memory", "--set", "train.stpes=7"], "did you mean train.steps?"),
+        (["memory", "--set", "model.heads=5"], "model: width must divide by 2 * heads"),
+        (["memory", "--set", "data.tokenizer=nothing.json"], "nothing.json"),
+        (["memory", "--set", "train.micro_batch_size=3"], "does not divide into micro-batches of 3 rows"),
+        (["memory", "--config", "nothing.toml"], "cannot read nothing.toml"),
+        (["memory", "--gpu-memory", "plenty"], "expected an amount of memory such as 24GiB"),
+        (["memory", "--gpu", "H1000"], "gpu must be one of"),
+        (["lr", "--lr", "0", "--base-batch", "1", "--batch", "2"], "lr must be greater than 0"),
+    ],
+)
+def test_mistakes_are_one_line(plan: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert message in plan(*arguments, code=2)
+
+
+def test_too_few_runs(plan: Callable[..., str], make_run: MakeRun) -> None:
+    assert "got 1 sizes and 1 numbers of tokens" in plan("fit", make_run(64, 500), code=2)
+    folders = [make_run(w, s) for w in (16, 32) for s in (250, 1000, 4000)]
+    assert "N must take at least 3 values" in plan("fit", *folders, code=2)
+
+
+def test_imports_without_what_the_trainer_needs() -> None:
+    code = """if True:
+        import sys
+        for name in ("matplotlib", "rich", "tomli", "tomli_w", "tomllib", "tokenizers", "safetensors"):
+            sys.modules[name] = None
+        import llmfast.plan, llmfast.plan.command
+        print(llmfast.plan.BESIROGLU.optimal(1e21).params)"""
+    path = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(2.778e9, rel=1e-3)

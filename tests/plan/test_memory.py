@@ -1,0 +1,216 @@
+"""Estimated bytes against counted ones: of states, of what autograd keeps, and of whole training steps."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from evidence.traffic import counting
+from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.optim import Extras, FusedAdamW
+from llmfast.plan import PRECISIONS, Precision, activation_bytes, estimate_memory
+from llmfast.plan.memory import GB, GPU_MEMORY, GPU_RATES, memory_of, parse_bytes, unfused_loss_bytes, verdict
+
+SPLIT16 = next(p for p in PRECISIONS if p.name == "bf16, split16")
+
+
+def extras(p: Precision) -> Extras:
+    return {"master_weights": p.master_weights, "state_dtype": p.state_dtype}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
+def test_states_are_as_large_as_the_optimizers(precision: Precision) -> None:
+    params = [torch.randn(shape).to(precision.parameters).requires_grad_() for shape in ((64, 48), (1000,), (3,))]
+    optimizer = FusedAdamW(params, **extras(precision))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in params:
+        kept = sum(t.numel() * t.element_size() for t in optimizer.state[p].values() if isinstance(t, Tensor))
+        assert precision.optimizer_bytes(p.numel()) == kept
+
+
+def test_bytes_a_parameter_of_the_ways_to_keep_them() -> None:
+    """Parameter, gradient and states, as the table of the optimizers' traffic has them."""
+    numel = 128 * 10_000
+    a_parameter = {p.name: 2 * p.parameters.itemsize + p.optimizer_bytes(numel) / numel for p in PRECISIONS}
+    assert a_parameter == pytest.approx(
+        {
+            "fp32": 16,
+            "fp32, 8-bit moments": 8 + 2 * (1 + 4 / 128),
+            "bf16, fp32 master": 16,
+            "bf16, split16": 10,
+            "bf16, split8": 9,
+            "bf16, kahan": 10,
+            "bf16, stochastic": 8,
+            "bf16, stochastic, 8-bit moments": 4 + 2 * (1 + 4 / 128),
+        },
+        rel=1e-5,
+    )
+
+
+def saved_bytes(c: DecoderConfig, B: int, T: int, *, autocast: bool, dtype: torch.dtype) -> int:
+    """What autograd keeps of a forward pass on this CPU, other than parameters, and the hidden states."""
+    model = Decoder(c).to(dtype)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # tensors stay alive, so that no address comes twice
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        documents = torch.zeros(B, T, dtype=torch.int32)
+        pack(model(torch.zeros(B, T, dtype=torch.int64), document_ids=documents, all_heads=c.mtp != "none"))
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize(("stored", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layers": 1, "ffn_width": 300, "tie_embeddings": False},
+        {"mtp": "parallel", "mtp_heads": 3},
+        {"mtp": "sequential", "mtp_heads": 2},
+        {"mtp": "sequential", "mtp_heads": 2, "mtp_hidden": "post_norm", "mtp_repeated_layer": True},
+        {"mtp": "shared", "mtp_heads": 2},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # bfloat16 gains are not fused on a CPU
+def test_activations_are_what_autograd_keeps(options: dict[str, Any], stored: str, autocast: bool) -> None:
+    B, T, c = 2, 96, DecoderConfig(300, **{"width": 64, "layers": 3, "heads": 4} | options)
+    dtype = getattr(torch, stored)
+    precision = next(p for p in PRECISIONS if p.parameters == dtype)
+    estimate = estimate_memory(c, batch_size=B, seq_len=T, precision=precision, autocast=autocast, device="cpu")
+    kept = saved_bytes(c, B, T, autocast=autocast, dtype=dtype)
+    assert estimate.activations + estimate.weight_copies == pytest.approx(kept, rel=0.05)
+
+
+def test_activations_on_a_gpu_by_hand() -> None:
+    """Width 64, 4 heads, 16 tokens a row, 192 in the SwiGLU; bfloat16 products on float32 parameters."""
+    c = DecoderConfig(300, width=64, layers=2, heads=4)
+    norm = 4 * 64 + 4
+    block = 2 * norm + 2 * (2 + 3 + 2 + 1) * 64 + 2 * 4 * 192 + 2 * 16 + 2 * 2 * 16 + 4 * 4
+    token = 8 + 4 * 16 + 16 + 2 * block + norm + 4 * 64
+    found = activation_bytes(c, 3, 16, stored=torch.float32, compute=torch.bfloat16)
+    assert found == (3 * 16 * token, 0)
+    again = activation_bytes(c, 3, 16, stored=torch.float32, compute=torch.bfloat16, checkpoint=True)
+    assert again == (3 * 16 * (token - 2 * block + 2 * 4 * 64), 3 * 16 * (block + 2 * 192))
+
+
+def counted_peak(c: DecoderConfig, B: int, T: int, *, accumulate: int, autocast: bool, again: bool, fused: bool) -> int:
+    """Of two training steps on this CPU, everything in them."""
+    with counting() as counts:
+        model = Decoder(c)
+        if again:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        optimizer = FusedAdamW(model.parameters(), max_grad_norm=1.0)
+        tokens = torch.randint(0, c.vocab_size, (B, T))
+        documents = torch.zeros(B, T, dtype=torch.int32)
+        for micro in range(2 * accumulate):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden = model(tokens, document_ids=documents, all_heads=c.mtp != "none")
+                if c.mtp != "none":
+                    loss = mtp_cross_entropy(hidden, model.unembedding, tokens)
+                elif fused:
+                    loss = linear_cross_entropy(hidden, model.unembedding, tokens)
+                else:
+                    loss = F.cross_entropy(F.linear(hidden, model.unembedding).flatten(0, 1), tokens.flatten())
+            del hidden
+            loss.backward()
+            del loss
+            if (micro + 1) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return counts.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "B", "T", "vocab_size", "how"),
+    [
+        ({}, 4, 128, 4096, {}),
+        ({}, 4, 128, 4096, {"fused": False}),
+        ({}, 4, 128, 4096, {"autocast": True, "fused": False}),
+        ({"width": 64, "layers": 6}, 4, 128, 1000, {"again": True}),
+        ({"width": 64, "layers": 8}, 4, 128, 300, {"again": True, "autocast": True, "accumulate": 2}),
+        ({"width": 256}, 1, 32, 4096, {}),  # parameters and gradients are the most of it
+        ({"width": 256}, 1, 32, 4096, {"accumulate": 2}),
+        ({"width": 256, "tie_embeddings": False}, 1, 32, 4096, {"accumulate": 2}),
+        ({"mtp": "parallel", "mtp_heads": 3}, 4, 64, 4096, {}),
+        ({"mtp": "sequential", "mtp_heads": 2}, 4, 128, 500, {"autocast": True}),
+    ],
+)
+def test_the_peak_is_what_a_training_step_takes(
+    options: dict[str, Any], B: int, T: int, vocab_size: int, how: dict[str, Any]
+) -> None:
+    c = DecoderConfig(vocab_size, **{"width": 128, "layers": 2, "heads": 4} | options)
+    how = {"accumulate": 1, "autocast": False, "again": False, "fused": True} | how
+    counted = counted_peak(c, B, T, **how)
+    estimate = estimate_memory(
+        c, batch_size=B, seq_len=T, accumulate=how["accumulate"], autocast=how["autocast"], device="cpu",
+        checkpoint_activations=how["again"],
+    )  # fmt: skip
+    assert (estimate.peak if how["fused"] else estimate.peak_unfused) == pytest.approx(counted, rel=0.1)
+
+
+def test_what_makes_it_smaller() -> None:
+    c = DecoderConfig(128_256, width=2048, layers=16, heads=16)
+    usual = estimate_memory(c, batch_size=4, seq_len=4096)
+    assert usual.peak < usual.peak_unfused
+    assert usual.loss_unfused > 12 * 4 * 4096 * 128_256
+    assert usual.loss < (1 << 30) + 3 * (128_256 + 4 * 4096) * 2048 * 4  # a slab of 1 GiB, and gradients
+    again = estimate_memory(c, batch_size=4, seq_len=4096, checkpoint_activations=True)
+    assert again.activations < usual.activations / 5 and again.peak < usual.peak
+    assert again.recomputed == pytest.approx((usual.activations + usual.weight_copies) / 16, rel=0.1)
+    freed = estimate_memory(c, batch_size=4, seq_len=4096, in_backward=True)
+    assert freed.gradients == 128_256 * 2048 * 4  # the largest
+    small = estimate_memory(c, batch_size=4, seq_len=4096, precision=SPLIT16, autocast=False)
+    assert small.parameters * 2 == usual.parameters and small.optimizer * 8 == pytest.approx(
+        usual.optimizer * 6, rel=1e-4
+    )
+    assert small.weight_copies == 0 and usual.weight_copies > 0
+    assert estimate_memory(c, batch_size=4, seq_len=4096, gpu_memory=4 << 30).loss < usual.loss
+
+
+def test_the_unfused_loss_is_what_torch_takes() -> None:
+    N, D, V = 512, 32, 4096
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    targets = torch.randint(0, V, (N,))
+    for autocast in (False, True):
+        with counting() as counts:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(F.linear(hidden, weight), targets)
+            loss.backward()
+        assert unfused_loss_bytes(N, D, V, torch.float32) == pytest.approx(counts.peak_bytes, rel=0.03)
+        hidden.grad = weight.grad = None
+
+
+def test_gpus_and_amounts() -> None:
+    assert memory_of("h100") == 80 * GB and memory_of("RTX 4090") == 24 * GB
+    assert GPU_RATES.keys() <= GPU_MEMORY.keys()
+    with pytest.raises(ValueError, match=r"gpu must be one of T4, .*; got 'H1000'"):
+        memory_of("H1000")
+    for text, size in (("24GiB", 24 << 30), ("80 GB", 80 * GB), ("1.5 MiB", 3 << 19), ("1e9", 10**9), ("7kB", 7000)):
+        assert parse_bytes(text) == size
+    for text in ("", "GiB", "24 apples", "1.2.3GB", "-4GB", "0GB"):
+        with pytest.raises(ValueError, match="amount of memory"):
+            parse_bytes(text)
+    assert [verdict(need, 100) for need in (90, 91, 100, 101)] == ["fits", "just fits", "just fits", "too large"]
+
+
+def test_refuses() -> None:
+    c = DecoderConfig(10, width=8, layers=1, heads=2)
+    for name in ("batch_size", "seq_len", "accumulate"):
+        with pytest.raises(ValueError, match=f"{name} must be above 0; got 0"):
+            estimate_memory(c, **{"batch_size": 1, "seq_len": 1, name: 0})

@@ -1,0 +1,408 @@
+"""The trainer on several ranks (gloo): the same losses, weights and checkpoints as one process has."""
+
+import dataclasses
+import errno
+import functools
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmfast.data import Batch
+from llmfast.data.packing import PADDING, batch_of
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.train.checkpoint import whole_weights
+from llmfast.train.config import Config, ConfigError
+from llmfast.train.objective import FurtherTokens, NextToken
+from llmfast.train.parallel import World
+from llmfast.train.run import make_optimizer
+from llmfast.train.schedule import head_weights_at
+from llmfast.train.trainer import Hooks, Trainer
+from support.ranks import Ranks
+
+VOCABULARY, T, STEPS = 264, 16, 4
+SOURCES = ["prompts", "texts"]
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[dict[int, Ranks]]:
+    started: dict[int, Ranks] = {}
+    yield started
+    for ranks in started.values():
+        ranks.close()
+
+
+@pytest.fixture
+def ranks(groups: dict[int, Ranks], tmp_path: Path) -> Any:
+    """Groups of so many processes, each for all tests; another after a failure, which ends it."""
+
+    def of(size: int) -> Ranks:
+        if size not in groups or not groups[size].alive:
+            (tmp_path / str(size)).mkdir()
+            groups[size] = Ranks(size, tmp_path / str(size))
+        return groups[size]
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# What is trained.
+
+
+class Sequences:
+    """Two sources: prompts with few labels, or one, or none; and packed texts with padding at the end."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def batch(self, first: int, count: int) -> Batch:
+        self.read += range(first, first + count)
+        windows, documents, counted = zip(*map(sequence, range(first, first + count)))
+        batch = batch_of(np.stack(windows), np.stack(documents), np.stack(counted))
+        sources = torch.arange(first, first + count) % 2
+        return Batch(**{**vars(batch), "sources": sources})
+
+
+@functools.cache
+def sequence(number: int) -> tuple[Any, Any, Any]:
+    """Tokens, their documents, and which of them count, (T + 1,) each."""
+    random = np.random.default_rng(number)
+    window = random.integers(1, VOCABULARY, T + 1)
+    document, counted = np.zeros(T + 1, np.int64), np.ones(T + 1, np.bool_)
+    if number % 2 == 0:
+        counted[: T + 1 - random.integers(0, 4)] = False
+    else:
+        document = np.searchsorted(np.sort(random.integers(0, T, 2)), np.arange(T + 1), side="right")
+        padding = random.integers(0, T // 2)
+        window[T + 1 - padding :], document[T + 1 - padding :] = PADDING, 3
+    return window, document, counted
+
+
+def settings(mtp: str = "none", **train: Any) -> Config:
+    config = Config()
+    config.model.mtp, config.model.mtp_heads = mtp, {"none": 0, "parallel": 2, "sequential": 2, "shared": 3}[mtp]
+    config.optimizer.lr, config.optimizer.warmup_steps, config.optimizer.schedule = 0.01, 0, "constant"
+    config.optimizer.eps = 1e-4  # a gradient that is next to nothing must not count as much as any
+    config.optimizer.max_grad_norm = 0.5
+    config.train.steps, config.train.batch_size, config.train.log_every = STEPS, 16, 1
+    for name, value in train.items():
+        assert hasattr(config.train, name)
+        setattr(config.train, name, value)
+    return config
+
+
+def decoder(config: Config) -> Decoder:
+    torch.manual_seed(1)
+    m = config.model
+    kind: Any = m.mtp
+    return Decoder(
+        DecoderConfig(
+            VOCABULARY, width=32, layers=2, heads=2, mtp=kind, mtp_heads=m.mtp_heads,
+            mtp_repeated_layer=m.mtp_repeated_layer,
+        )
+    )  # fmt: skip
+
+
+class Written(Hooks):
+    """The lines of the log."""
+
+    def __init__(self) -> None:
+        self.lines: Lines = []
+
+    def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        times = ("tokens_per_s", "memory_bytes")
+        self.lines.append({k: v for k, v in values.items() if k not in times} | {"step": trainer.step})
+
+
+def trainer_of(config: Config, world: World | None = None, torchs: bool = False, **more: Any) -> Trainer:
+    model = decoder(config)
+    K, weights_at = model.config.targets, functools.partial(head_weights_at, config=config)
+    objective = (
+        NextToken(SOURCES)
+        if config.model.mtp == "none"
+        else FurtherTokens(K, lambda step: weights_at(step, K), shared=config.model.mtp == "shared", detached=False)
+    )
+    o = config.optimizer
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        if torchs:
+            return torch.optim.AdamW(model.parameters(), lr=o.lr, eps=o.eps, betas=(o.beta1, o.beta2))
+        return make_optimizer(config, model)
+
+    validation = {"texts": lambda: (Sequences().batch(first, 3) for first in (1000, 1003, 1006))}
+    hooks = [Written(), *more.pop("hooks", [])]
+    return Trainer(
+        model, objective, optimizer, more.pop("data", None) or Sequences(), config, world=world, hooks=hooks,
+        validation=validation, **more,
+    )  # fmt: skip
+
+
+def world_of(rank: int, size: int) -> World:
+    return World(torch.device("cpu"), rank, size, background())
+
+
+@functools.cache
+def background() -> Any:
+    return dist.new_group(backend="gloo")
+
+
+def results(trainer: Trainer) -> tuple[Lines, dict[str, tuple[float, int]], dict[str, Tensor]]:
+    losses = trainer.evaluate()
+    hook = trainer.hooks[0]
+    assert isinstance(hook, Written)
+    return hook.lines, losses, {k: t.clone() for k, t in whole_weights(trainer.module).items()}
+
+
+def check_training(rank: int, size: int, config: Config, torchs: bool) -> Any:
+    trainer = trainer_of(config, world_of(rank, size), torchs)
+    assert trainer.fit()
+    return results(trainer)
+
+
+def alone(config: Config, torchs: bool = False) -> Any:
+    trainer = trainer_of(config, torchs=torchs)
+    assert trainer.fit()
+    return results(trainer)
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    (lines, losses, weights), (wanted_lines, wanted_losses, wanted_weights) = found, wanted
+    assert len(lines) == len(wanted_lines) > 0
+    for line, want in zip(lines, wanted_lines):
+        assert line.keys() == want.keys()
+        for key, value in want.items():
+            assert line[key] == pytest.approx(value, rel=2e-5), (line["step"], key)
+    assert losses["texts"] == pytest.approx(wanted_losses["texts"], rel=2e-5)
+    assert weights.keys() == wanted_weights.keys()
+    for name, value in wanted_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@functools.cache
+def whole_batch(mtp: str) -> Any:
+    """What one process makes of it, all rows at once."""
+    return alone(settings(mtp))
+
+
+@pytest.mark.parametrize("mtp", ["none", "parallel", "sequential", "shared"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_and_micro_batches_train_like_one_process(ranks: Any, size: int, parallel: str, mtp: str) -> None:
+    for parts in (1, 2, 4):
+        config = settings(mtp, parallel=parallel, micro_batch_size=16 // (size * parts))
+        if size == 1:
+            assert_same(alone(config), whole_batch(mtp))
+            continue
+        found = ranks(size).run(check_training, config, False)
+        assert_same(found[0], whole_batch(mtp))
+
+
+def test_some_ranks_may_share_a_set_of_parameters(ranks: Any) -> None:
+    config = settings("sequential", parallel="hsdp", shard_size=2, micro_batch_size=2)
+    assert_same(ranks(4).run(check_training, config, False)[0], whole_batch("sequential"))
+
+
+def test_blocks_may_be_used_again_and_computed_again(ranks: Any) -> None:
+    """By sequential depths that are all one module, with activations that are not kept."""
+    config = settings("sequential", parallel="fsdp", micro_batch_size=4, checkpoint_activations=True)
+    config.model.mtp_repeated_layer = True
+    found = ranks(2).run(check_training, config, False)[0]
+    config.train.checkpoint_activations = False
+    assert_same(found, alone(config))
+
+
+def test_sharded_parameters_may_be_updated_in_backward(ranks: Any) -> None:
+    config = settings(parallel="fsdp")
+    config.optimizer.in_backward = True
+    found = ranks(2).run(check_training, config, False)[0]
+    assert all("grad_norm" not in line for line in found[0])
+    assert_same(found, alone(config))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchs_own_optimizer_is_clipped_over_all_ranks(ranks: Any, parallel: str) -> None:
+    config = settings(parallel=parallel, micro_batch_size=4)
+    found = ranks(2).run(check_training, config, True)[0]
+    assert_same(found, alone(settings(), torchs=True))
+    assert all(line["grad_norm"] > 0.5 for line in found[0])
+
+
+class Sent(TorchDispatchMode):
+    """Counts what is sent, and keeps how many numbers that was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            given = args[1] if "scatter" in func.__name__ else args[0]
+            sent = given if isinstance(given, Tensor) else given[0]
+            self.sizes.setdefault(func.overloadpacket.__name__, []).append(sent.numel())
+        return func(*args, **(kwargs or {}))
+
+
+def check_syncing(rank: int, size: int, parallel: str) -> dict[str, list[int]]:
+    trainer = trainer_of(settings(parallel=parallel, micro_batch_size=2, steps=3, log_every=3), world_of(rank, size))
+    trainer.validation.clear()
+    with Sent() as sent:
+        trainer.fit()
+    return sent.sizes
+
+
+def test_gradients_are_reduced_once_a_step(ranks: Any) -> None:
+    """Though there are four micro-batches. Beside them, a few numbers: labels, the norm, a line of the log."""
+    block, rest = 16448, 8480
+    for sent in ranks(2).run(check_syncing, "ddp"):
+        assert [n for n in sent["allreduce_"] if n > 10] == [2 * block + rest] * 3
+        assert sent.keys() == {"allreduce_", "broadcast_"}
+    for sent in ranks(2).run(check_syncing, "fsdp"):
+        assert sent["_reduce_scatter_base_"] == [block, block, rest] * 3
+        assert max(sent["allreduce_"]) < 10
+        assert sent.keys() == {"allreduce_", "_reduce_scatter_base_", "_allgather_base_"}
+
+
+# Stopping.
+
+
+class Signal(Hooks):
+    """One rank alone gets it."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def before_step(self, trainer: Trainer) -> None:
+        if (trainer.world.rank, trainer.step) == (self.rank, self.step):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def check_signal(rank: int, size: int, log_every: int, folder: str) -> tuple[bool, int]:
+    config = settings(steps=6, log_every=log_every)
+    trainer = trainer_of(config, world_of(rank, size), hooks=[Signal(1, 2)], run=Path(folder))
+    return trainer.fit(), trainer.step
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2).run(check_signal, 2, str(tmp_path)) == [(False, 4)] * 2
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000004"]
+
+
+def test_a_signal_that_comes_too_late_stops_none(ranks: Any, tmp_path: Path) -> None:
+    """Or one would go home while others wait for it."""
+    assert ranks(2).run(check_signal, 10, str(tmp_path)) == [(True, 6)] * 2
+
+
+def check_failure(rank: int, size: int, where: str, folder: str) -> tuple[str, int]:
+    trainer = trainer_of(settings(steps=50, save_every=2), world_of(rank, size), run=Path(folder))
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Fill(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            assert trainer.checkpoints is not None
+            if trainer.step == 4:
+                trainer.checkpoints.wait()  # the second one is whole
+                if rank == 0 and where == "before":
+                    patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+                if rank == 1 and where == "data":
+                    patch.setattr(FileSystemWriter, "write_data", full)
+                if rank == 0 and where == "end":
+                    patch.setattr("llmfast.train.checkpoint._sync", full)
+
+    trainer.hooks.append(Fill())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="checkpoint") as caught:
+        trainer.fit()
+    return str(caught.value), trainer.step
+
+
+@pytest.mark.parametrize("where", ["before", "data", "end"])
+def test_a_full_disk_on_one_rank_is_reported_by_all(ranks: Any, where: str, tmp_path: Path) -> None:
+    (message, step), others = ranks(2).run(check_failure, where, str(tmp_path))
+    assert (message, step) == others
+    assert 6 <= step < 20
+    assert message.startswith("checkpoint-00000006 c")
+    assert message.endswith(f"; the last good one is {tmp_path / 'checkpoint-00000004'}")
+    assert ("MiB are free" if where == "before" else "[Errno 28] No space left on device") in message
+    assert sorted(f.name for f in tmp_path.glob("checkpoint-*")) == ["checkpoint-00000002", "checkpoint-00000004"]
+
+
+def check_refusals(rank: int, size: int) -> None:
+    world, config = world_of(rank, size), settings(parallel="fsdp")
+    model = decoder(config)
+    with pytest.raises(TypeError, match=r"optimizer must be a function .* whose parameters FSDP2 replaces; got AdamW"):
+        Trainer(model, NextToken(), torch.optim.AdamW(model.parameters()), Sequences(), config, world=world)
+    for refused, message in (
+        ({"batch_size": 3}, "train.batch_size=3 does not divide by 2 ranks"),
+        ({"micro_batch_size": 3}, "does not divide into micro-batches of 3 rows on 2 ranks"),
+        ({"parallel": "hsdp", "shard_size": 3}, "2 ranks do not divide into sets of train.shard_size=3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer_of(settings(**refused), world)
+    for refused, message in (
+        ({"parallel": "ddp"}, "steps in backward needs train.parallel='fsdp'"),
+        ({"micro_batch_size": 4}, "steps in backward needs all of a step's rows in one micro-batch"),
+    ):
+        config = settings(parallel="fsdp") if "parallel" not in refused else settings()
+        config.train = dataclasses.replace(config.train, **refused)
+        config.optimizer.in_backward = True
+        with pytest.raises(ConfigError, match=message):
+            trainer_of(config, world)
+
+
+def test_what_ranks_cannot_do_is_refused(ranks: Any) -> None:
+    ranks(2).run(check_refusals)
+
+
+# Checkpoints.
+
+
+def check_run(rank: int, size: int, config: Config, folder: str, resume: bool) -> Any:
+    data = Sequences()
+    trainer = trainer_of(config, world_of(rank, size) if size > 1 else None, run=Path(folder), data=data)
+    if resume:
+        trainer.resume()
+    assert trainer.fit()
+    return data.read, results(trainer)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
+def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    """From the middle of a line of the log, with another checkpoint before its end."""
+    config = settings(parallel=parallel, steps=7, log_every=5, save_every=2, keep_last=9, micro_batch_size=4)
+
+    def run(size: int, resume: bool) -> list[Any]:
+        more = config, str(tmp_path), resume
+        return [check_run(0, 1, *more)] if size == 1 else ranks(size).run(check_run, *more)
+
+    whole = run(sizes[0], False)[0][1]
+    for step in (4, 6, 7):
+        shutil.rmtree(tmp_path / f"checkpoint-{step:08d}")
+    found = run(sizes[1], True)
+    assert sorted(number for read, _ in found for number in read) == list(range(2 * 16, 7 * 16))
+    assert_same(found[0][1], whole)
+    assert_same(found[0][1], seven_steps())
+
+
+@functools.cache
+def seven_steps() -> Any:
+    return alone(settings(steps=7, log_every=5))

@@ -1,0 +1,519 @@
+"""`llmfast report`: what is on the page, what it refuses, and how a browser shows it on a phone."""
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from llmfast.train.config import Config, dump_config, load_config
+from llmfast.train.report import BUCKETS, SIZE, Axis, Chart, Point, Series, add_arguments, run, thinned, write_report
+from llmfast.train.run import train
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+HOSTILE = '<img src="http://example.com/x.png" onerror=alert(1)>&'
+
+
+# Runs to report.
+
+
+def logged(step: int, **values: Any) -> dict[str, Any]:
+    """A line as the trainer writes it."""
+    line = dict(
+        step=step, tokens=1000 * step, loss=5 - step / 20, lr=1e-3, tokens_per_s=9000.0 + step, sequences=4 * step,
+        grad_norm=1 + 1 / step, memory_bytes=300 * 2**20, source_loss={"code": 4 - step / 20, "prose": 5 - step / 20},
+        shares={"code": step / 40, "prose": 1 - step / 40},
+    )  # fmt: skip
+    return line | values
+
+
+def evaluated(step: int, **losses: float) -> dict[str, Any]:
+    losses = losses or {"code": 4.1 - step / 20, "prose": 5.1 - step / 20}
+    return dict(
+        step=step, tokens=1000 * step, validation=losses, validation_mean=sum(losses.values()) / len(losses)
+    )  # fmt: skip
+
+
+def usual() -> list[dict[str, Any]]:
+    return [evaluated(0), *(logged(step) for step in range(2, 41, 2)), evaluated(20), evaluated(40)]
+
+
+def with_heads() -> list[dict[str, Any]]:
+    lines = [logged(s, head_loss=[3.0, 4.0], head_accuracy=[0.5, s / 100], objective=4.0) for s in range(2, 41, 2)]
+    weights = [line | {"head_weights": [1.0, 1 - line["step"] / 80]} for line in lines]
+    return [*weights, dict(step=40, tokens=40_000, acceptance=[0.625], tokens_per_pass=1.625)]
+
+
+def folder(
+    where: Path, lines: Sequence[Mapping[str, Any]] | None = None, settings: Sequence[str] = (), sample: str = ""
+) -> Path:
+    """A run's folder, as far as the report looks at it."""
+    where.mkdir(parents=True)
+    config = load_config(None, ["train.steps=40", *settings], base=Config(name=where.name))
+    (where / "config.toml").write_text(dump_config(config))
+    if lines is not None:
+        (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if sample:
+        (where / "sample.txt").write_text(sample, encoding="utf-8")
+    return where
+
+
+# The page, taken apart.
+
+
+@dataclass
+class Figure:
+    title: str
+    svg: dict[str, str] = field(default_factory=dict)
+    lines: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
+    dots: int = 0
+    legend: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def values(self, name: str) -> list[tuple[float, float]]:
+        """Of the line of that name: places turned back into numbers by the axes that the script uses."""
+
+        def back(axis: str, place: float) -> float:
+            low, high, log = map(float, self.svg[axis].split())
+            value = low + (high - low) * place
+            return 10**value if log else value
+
+        (line,) = (points for found, points in self.lines if found == name)
+        return [(back("data-x", x / SIZE), back("data-y", 1 - y / SIZE)) for x, y in line]
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in turn, and keeps what the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.figures: list[Figure] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.rows: list[list[str]] = []
+        self.headings: list[str] = []
+        self.samples: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == [], "left open"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attributes}
+        self.attributes += [(tag, name, value) for name, value in found.items()]
+        if tag != "meta":
+            self._open.append(tag)
+        if tag == "figure":
+            self.figures.append(Figure(""))
+        elif tag == "svg" and "data-x" in found:
+            self.figures[-1].svg = found
+        elif tag == "polyline":
+            places = [tuple(map(float, place.split(","))) for place in found["points"].split(" ")]
+            self.figures[-1].lines.append((found["data-name"], places))  # type: ignore[arg-type]
+        elif tag == "path" and found.get("class", "").startswith("dots"):
+            self.figures[-1].dots += found["d"].count("M")
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+        elif tag == "pre":
+            self.samples.append("")
+        elif tag == "li":
+            self.figures[-1].legend.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open and self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        inside = self._open[-1] if self._open else ""
+        if inside in ("script", "style"):
+            return
+        self.text += data
+        if inside in ("td", "th"):
+            self.rows[-1][-1] += data
+        elif inside in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+        elif inside == "pre":
+            self.samples[-1] += data
+        elif inside == "li":
+            self.figures[-1].legend[-1] += data
+        elif inside == "strong":
+            self.figures[-1].title += data
+        elif "p" in self._open and "figure" in self._open:
+            self.figures[-1].note += data
+
+    @property
+    def titles(self) -> list[str]:
+        return [figure.title for figure in self.figures]
+
+    def figure(self, title: str) -> Figure:
+        (found,) = (figure for figure in self.figures if figure.title == title)
+        return found
+
+    def row(self, first: str) -> list[str]:
+        """The cells beside a heading, in the first table that has it."""
+        return next(row[1:] for row in self.rows if row[0] == first)
+
+
+def page(*runs: Path) -> Page:
+    out = runs[0].parent / "report.html"
+    write_report(runs, out)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+# What is on it.
+
+
+def test_a_run_that_was_trained(settings: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*settings, "model.mtp=parallel", "model.mtp_heads=2", "model.layers=2"])
+    found = page(train(config, console=Console(quiet=True)))
+    assert found.row("steps") == ["8\u00a0of\u00a08"] and found.row("guesses accepted")[0].endswith("\u00a0%")
+    assert len(found.figure("All sources").values("demo, training")) == 4
+    assert len(found.figure("All sources").values("demo, validation")) == 3
+    assert {"Learning rate", "Gradient norm", "Throughput", "Peak memory", "Accuracy"} <= set(found.titles)
+    assert found.row("model.mtp") == ["none", "parallel"] and "name" not in [row[0] for row in found.rows]
+    assert found.samples[0].startswith("def")
+
+
+def test_charts_show_the_numbers_that_were_logged(tmp_path: Path) -> None:
+    figure = page(folder(tmp_path / "a", usual())).figure("All sources")
+    for (x, y), step in zip(figure.values("a, training"), range(2, 41, 2)):
+        assert (x, y) == pytest.approx((1000 * step, 5 - step / 20), abs=0.01 * 40, rel=1e-3)
+    assert figure.values("a, validation") == [pytest.approx((1000 * s, 4.6 - s / 20), rel=1e-3) for s in (0, 20, 40)]
+    assert figure.dots == 3 and figure.legend == [] and "thick: validation" in figure.note
+
+
+def test_of_one_run_the_parts_share_a_chart(tmp_path: Path) -> None:
+    found = page(folder(tmp_path / "a", usual() + with_heads()))
+    assert [name for name, _ in found.figure("Share of the mixture").lines] == ["code", "prose"]
+    assert found.figure("Share of the mixture").values("code")[-1] == pytest.approx((40, 100), rel=1e-3)
+    losses = [figure.legend for figure in found.figures if figure.title == "Loss"]
+    assert losses == [["code", "prose"], ["next token", "2 tokens ahead"]]
+    assert found.figure("Accuracy").legend == ["next token", "2 tokens ahead"]
+    assert found.figure("Accuracy").values("2 tokens ahead")[-1] == pytest.approx((40_000, 40), rel=1e-3)
+
+
+def test_of_several_runs_each_part_has_a_chart(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", usual(), ["optimizer.lr=0.002"])
+    other = [logged(s, source_loss={"poems": 3.0, "prose": 4.0}, shares={"poems": 0.5, "prose": 0.5}) for s in (2, 4)]
+    found = page(one, folder(tmp_path / "two", other), folder(tmp_path / "heads", with_heads()))
+    assert found.figure("Loss: code").legend == ["one", "heads"]
+    assert found.figure("Loss: poems").legend == ["two"]
+    assert found.figure("Loss: prose").legend == ["one", "two", "heads"]
+    assert found.figure("Weight: 2 tokens ahead").legend == ["heads"]
+    assert found.figure("Learning rate").legend == ["one", "two", "heads"]
+    assert len({found.figure("Throughput").lines[i][0] for i in range(3)}) == 3
+
+
+def test_summary_and_settings_say_what_differs(tmp_path: Path) -> None:
+    lines = [
+        *usual()[:-1],
+        logged(40, skipped=3, memory_bytes=12 * 2**30, spike=True),
+        evaluated(40, code=1.5, prose=2),
+    ]
+    a = folder(tmp_path / "a", lines, ["optimizer.lr=0.002", 'data.weights.code="0.2->0.8"'])
+    b = folder(tmp_path / "b", with_heads(), ["model.mtp=parallel", "model.mtp_heads=2", "data.tokenizer=bytes"])
+    found = page(a, b)
+    head, *rows = found.rows[:3]
+    assert dict(zip(head, rows[0])) == {
+        "run": "a", "validation loss, nats a token": "1.750", "model.mtp": "none", "model.mtp_heads": "0",
+        "data.weights.code": "0.2->0.8", "data.tokenizer": "bpe", "optimizer.lr": "0.002",
+        "steps": "40\u00a0of\u00a040", "tokens": "40\u00a0k", "tokens/s, median": "9,022",
+        "peak memory": "12.0\u00a0GiB", "steps skipped": "3", "loss spikes": "1",
+        "guesses accepted": "-", "tokens a pass": "-",
+    }  # fmt: skip
+    two = dict(zip(head, rows[1]))
+    assert two["peak memory"] == "300\u00a0MiB" and two["validation loss, nats a token"] == "-"
+    assert two["guesses accepted"] == "62\u00a0%" and two["tokens a pass"] == "1.62"
+    assert found.row("optimizer.lr") == ["0.0015", "0.002", "0.0015"]
+    assert found.row("data.weights.code") == ["-", "0.2->0.8", "-"]
+    assert "differ in data.tokenizer: their losses are not of the same tokens" in found.text
+
+
+def test_settings_that_do_not_differ(tmp_path: Path) -> None:
+    a, b = (folder(tmp_path / name, usual()) for name in "ab")
+    assert page(a).row("train.steps") == ["1000", "40"]
+    assert "The runs have the same settings." in page(a, b).text
+
+
+def test_charts_without_data_are_left_out(tmp_path: Path) -> None:
+    lines = [dict(step=s, tokens=9 * s, loss=3.0, tokens_per_s=5.0, source_loss={"only": 3.0}) for s in range(1, 5)]
+    found = page(folder(tmp_path / "a", lines))
+    assert found.titles == [
+        "All sources", "After the first fifth, training averaged", "All sources, on logarithmic axes", "Throughput"
+    ]  # fmt: skip
+    assert [h for h in found.headings if h in ("Sources", "Optimizer", "Heads that predict further tokens")] == []
+
+
+def test_evaluations_between_lines_of_the_log_are_in_their_place(tmp_path: Path) -> None:
+    lines = [evaluated(5) | {"tokens": 0}, logged(10), evaluated(15) | {"tokens": 10_000}, logged(20)]
+    figure = page(folder(tmp_path / "a", lines)).figure("All sources")
+    assert [x for x, _ in figure.values("a, validation")] == pytest.approx([5000, 15_000], rel=1e-3)
+
+
+def test_values_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+    losses = [5.0, 4.0, math.nan, 3.0, math.inf, 2.0, 2.0]
+    lines = [logged(i + 1, loss=loss, grad_norm=math.nan) for i, loss in enumerate(losses)]
+    found = page(folder(tmp_path / "a", [*lines, evaluated(7, code=math.nan)]))
+    figure = found.figures[0]
+    assert [len(points) for _, points in figure.lines] == [2, 1, 2] and figure.dots == 1
+    assert "gaps: not finite" in figure.note and "Gradient norm" not in found.titles
+    assert found.row("validation loss, nats a token") == ["nan"]
+
+
+def test_long_runs_are_thinned_and_keep_their_spikes(tmp_path: Path) -> None:
+    lines = [logged(i, loss=9.0 if i == 2501 else 3 + i % 2 / 10) for i in range(1, 5001)]
+    figure = page(folder(tmp_path / "a", lines)).figures[0]
+    values = figure.values("a, training")
+    assert 250 < len(values) <= 2 * BUCKETS + 4
+    assert max(y for _, y in values) == pytest.approx(9, rel=1e-2)
+
+
+@given(st.lists(st.tuples(st.floats(0, SIZE), st.floats(-5, 5)), max_size=3000))
+def test_thinning(points: list[tuple[float, float]]) -> None:
+    kept = thinned(points)
+    assert len(kept) <= 2 * (BUCKETS + 1) + 2
+    rest = iter(points)
+    assert all(point in rest for point in kept)  # in the same order
+    if points:
+        assert kept[0] == points[0] and kept[-1] == points[-1]
+        for extreme in (min, max):
+            assert extreme(y for _, y in kept) == extreme(y for _, y in points)
+
+
+NUMBERS = st.floats() | st.floats(0.001, 10) | st.sampled_from([0.0, 1e-3, 1.0, 5e-324, 1.7e308, -1.7e308])
+
+
+@given(st.lists(st.builds(Point, NUMBERS, NUMBERS, NUMBERS), max_size=8), st.booleans(), st.booleans(), st.booleans())
+def test_any_numbers_can_be_drawn(points: list[Point], from_zero: bool, log_x: bool, log_y: bool) -> None:
+    chart = Chart("t", "u", "steps", from_zero=from_zero, log_x=log_x, log_y=log_y)
+    text = chart.draw([Series("s", 0, points, "validation")])
+    for figure in Page(text).figures:
+        places = [place for _, line in figure.lines for place in line]
+        assert places and all(-0.1 <= c <= SIZE + 0.1 for place in places for c in place)
+        assert figure.dots == len(places)
+
+
+@given(
+    st.lists(st.floats(-1e20, 1e20) | st.floats(1e-20, 1) | st.integers(0, 50), min_size=1, max_size=3),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_ticks_are_few_within_the_axis_and_told_apart(values: list[float], log: bool, from_zero: bool) -> None:
+    if log:
+        values = [abs(v) + 1e-9 for v in values]
+    axis = Axis.of(values, log=log, from_zero=from_zero, margin=0.04)
+    assert 2 <= len(axis.ticks) == len(set(axis.labels)) <= 7
+    assert all(-1e-6 <= axis(tick) <= 1 + 1e-6 for tick in axis.ticks)
+    assert all(0 <= axis(v) <= 1 for v in values)
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "labels"),
+    [
+        ([0, 20_000], False, ["0", "5\u00a0k", "10\u00a0k", "15\u00a0k", "20\u00a0k"]),
+        ([0, 2.5e-4], False, ["0", "5.0e-5", "1.0e-4", "1.5e-4", "2.0e-4", "2.5e-4"]),
+        ([2.1, 2.3], False, ["2.10", "2.15", "2.20", "2.25", "2.30"]),
+        ([1, 1e9], True, ["1", "100", "10\u00a0k", "1\u00a0M", "100\u00a0M"]),
+        ([0.3, 7], True, ["0.5", "1", "2", "5"]),
+        ([2.0, 4.0], True, ["2.0", "2.5", "3.0", "3.5", "4.0"]),
+    ],
+)
+def test_labels(values: list[float], log: bool, labels: list[str]) -> None:
+    assert Axis.of(values, log=log).labels == labels
+
+
+# What a page is made of.
+
+
+def test_nothing_on_it_comes_from_elsewhere(tmp_path: Path) -> None:
+    found = page(folder(tmp_path / "a", usual()), folder(tmp_path / "b", with_heads()))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"https?:|url\(|@import|//[a-z]", text) == []
+    for _, name, value in found.attributes:
+        assert name not in ("src", "srcset", "style") or (name == "style" and "url" not in value)
+        assert name != "href" or value.startswith("#")
+    assert {value[1:] for _, name, value in found.attributes if name == "href"} == {
+        value for tag, name, value in found.attributes if (tag, name) == ("section", "id")
+    }
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
+
+
+def test_text_of_files_is_text_on_the_page(tmp_path: Path) -> None:
+    sample = HOSTILE + "</pre><script>\n\ttab \x1b[31m\x00 \u2028 é"
+    lines = [logged(i, source_loss={HOSTILE: 3.0, "\udc80": 2.0}) for i in (1, 2)]
+    run_folder = folder(
+        tmp_path / "<b>a & b",
+        lines,
+        [f"train.sample_prompt={json.dumps(HOSTILE)}", f"data.tokenizer={HOSTILE}"],
+        sample,
+    )
+    found = page(run_folder)
+    assert {tag for tag, _, _ in found.attributes}.isdisjoint({"img", "b"})
+    assert "<b>a & b" in found.headings and HOSTILE in found.figure("Loss").legend
+    assert found.row("data.tokenizer") == ["bpe", HOSTILE]
+    assert found.samples == [sample.replace("\x1b", "\u241b").replace("\x00", "\u2400")]
+
+
+# What it can and cannot be given.
+
+
+def report(*arguments: Path | str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(list(map(str, arguments))))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.html"
+    assert report(folder(tmp_path / "a", usual()), "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert Page(out.read_text(encoding="utf-8")).headings[0] == "a"
+
+
+def test_runs_that_have_not_come_far(tmp_path: Path) -> None:
+    new = folder(tmp_path / "new")
+    empty = folder(tmp_path / "empty", [])
+    begun = folder(tmp_path / "begun", [evaluated(0)])
+    cut = folder(tmp_path / "cut", usual()[:3])
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tok')
+    alone = tmp_path / "alone"  # what a Trainer writes without `llmfast train`
+    alone.mkdir()
+    shutil.copy(cut / "metrics.jsonl", alone)
+    assert "Nothing was logged yet." in page(new).text and page(empty).figures == []
+    found = page(new, empty, begun, cut, alone)
+    steps = [row[found.rows[0].index("steps")] for row in found.rows[1:6]]
+    assert steps == ["0\u00a0of\u00a040", "0\u00a0of\u00a040", "0\u00a0of\u00a040", "4\u00a0of\u00a040", "4"]
+    assert found.figures[0].legend == ["begun", "cut", "alone"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "is not the folder of a run"),
+        ({}, "is not the folder of a run"),
+        ({"config.toml": b"[package]\nname = 'x'"}, "unknown key package"),
+        ({"config.toml": b"model = {"}, "is not TOML"),
+        ({"metrics.jsonl": b'{"loss": 1.0}'}, "numbers step and tokens; got {'loss': 1.0}"),
+        ({"metrics.jsonl": b"[1, 2]"}, "numbers step and tokens; got [1, 2]"),
+        ({"metrics.jsonl": b'{"step": NaN, "tokens": 1}'}, "numbers step and tokens"),
+        ({"metrics.jsonl": b"\xff\xfe\x00"}, "is not text"),
+    ],
+)
+def test_what_is_no_run_is_refused(
+    files: dict[str, bytes] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad, out = folder(tmp_path / "good", usual()), tmp_path / "bad", tmp_path / "report.html"
+    if files is not None:
+        bad.mkdir()
+        for name, content in files.items():
+            (bad / name).write_bytes(content)
+    assert report(good, bad, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llmfast: error: ") and error.count("\n") == 1
+    assert message in error and str(bad) in error
+    assert not out.exists()
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(folder(tmp_path / "a", usual()), "--out", tmp_path / "none" / "page.html") == 2
+    assert "none" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="runs must name at least one folder"):
+        write_report([], tmp_path / "page.html")
+
+
+def test_values_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
+    lines = [logged(1, loss="low", source_loss=3, head_loss={"x": 1.0}, shares=None, lr=10**400, mfu=[[]]), logged(2)]
+    found = page(folder(tmp_path / "a", lines))
+    assert len(found.figure("Learning rate").values("a")) == 1 and len(found.figures[0].values("a, training")) == 1
+
+
+def test_names(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "x" / "run", usual()), folder(tmp_path / "y" / "run", usual())
+    out = tmp_path / "report.html"
+    write_report([a, b, a / "." / ".." / "run"], out)
+    assert [row[0] for row in Page(out.read_text()).rows[1:3]] == [str(a), str(b)]
+    write_report([a, a], out)
+    assert Page(out.read_text()).headings[0] == "run"
+
+
+# In a browser.
+
+PROBE = """
+const all = (selector, node = document) => [...node.querySelectorAll(selector)]
+const box = element => element.getBoundingClientRect()
+const first = document.querySelector(".plot > svg")
+for (const details of all("details")) details.open = true
+first.dispatchEvent(new PointerEvent("pointermove", {clientX: box(first).right - 1, clientY: box(first).top + 9}))
+const apart = spans => spans.every((span, i) => i == 0 || box(spans[i - 1]).right <= box(span).left)
+parent.postMessage("found " + JSON.stringify({
+  window: innerWidth,
+  page: document.documentElement.scrollWidth,
+  lengths: all("figure").map(f => Math.max(...all("polyline", f).map(line => line.getTotalLength()))),
+  widths: all(".plot > svg").map(svg => box(svg).width),
+  smallest: Math.min(...all("main *").map(element => parseFloat(getComputedStyle(element).fontSize))),
+  apart: all(".x").every(axis => apart(all("span", axis))),
+  readout: document.querySelector("output").textContent,
+  requests: performance.getEntriesByType("resource").map(entry => entry.name),
+}), "*")
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")
+def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
+    long_name = "a-rather-long-name-" * 6
+    runs = [
+        folder(tmp_path / "one", usual(), ["optimizer.lr=0.002"], sample="x" * 500 + HOSTILE),
+        folder(tmp_path / long_name, with_heads(), [f"data.tokenizer={'/long/path' * 20}"]),
+        folder(tmp_path / "<b>", [logged(s, source_loss={HOSTILE: 3.0 + s, "prose": 4.0}) for s in range(1, 9)]),
+    ]
+    out = tmp_path / "report.html"
+    write_report(runs, out)
+    found = browse(out, width=375)
+    assert found["window"] == 375
+    assert found["page"] <= 375
+    assert len(found["lengths"]) == len(Page(out.read_text()).figures) > 10 and min(found["lengths"]) > 100
+    assert min(found["widths"]) > 250
+    assert found["smallest"] >= 12 and found["apart"]
+    assert "one, training: 3\n" in found["readout"] and found["readout"].startswith("near 39,")
+    assert found["requests"] == []
+
+
+def browse(report: Path, width: int) -> dict[str, Any]:
+    """Opens a copy of the page from the disk, with the probe's script added and allowed, in a frame: a window can be
+    too wide for a phone's. Nothing else of its policy changes, and no name of a host is found."""
+    digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
+    text = report.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    report.with_name("probed.html").write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))
+    frame = report.with_name("frame.html")
+    frame.write_text(
+        "<!DOCTYPE html><title>-</title><script>onmessage = e => document.title = e.data</script>"
+        f'<iframe src="probed.html" width="{width}" height="700"></iframe>'
+    )
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+        "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=3000",
+        f"--user-data-dir={report.with_name('browser')}", "--dump-dom", frame.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    (found,) = re.findall(r"<title>found (.*?)</title>", done.stdout)
+    values: dict[str, Any] = json.loads(html.unescape(found))
+    return values
