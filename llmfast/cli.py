@@ -1,4 +1,4 @@
-"""The command line: `llmfast train`, `llmfast continue`."""
+"""The command line: `llmfast train`, `continue`, `clean`, `plan`, `report` and `doctor`."""
 
 import argparse
 import json
@@ -9,6 +9,10 @@ from pathlib import Path
 import llmfast
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
+from llmfast.plan.command import add_arguments as add_plan_arguments
+from llmfast.plan.command import run as run_plan
+from llmfast.train.report import add_arguments as add_report_arguments
+from llmfast.train.report import run as run_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_clean_arguments(clean)
     clean.set_defaults(run=run_clean)
+
+    plan = commands.add_parser("plan", help="scaling laws; memory, time and learning rates of a configuration")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=run_plan)
+
+    report = commands.add_parser("report", help="one page of a run's curves, or of several runs'")
+    add_report_arguments(report)
+    report.set_defaults(run=run_report)
 
     doctor = commands.add_parser(
         "doctor",

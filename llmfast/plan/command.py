@@ -259,6 +259,16 @@ def _written(args: argparse.Namespace) -> list[str]:
 # A configuration.
 
 
+def estimate_run(config: "Config", model: DecoderConfig, have: int | None = None) -> memory.MemoryEstimate:
+    """What a run with these settings holds on a GPU of `have` bytes."""
+    t, o = config.train, config.optimizer
+    mine = memory.Precision(
+        "as set", getattr(torch, t.param_dtype), o.master_weights or None,  # type: ignore[arg-type]
+        _STATE_DTYPES[o.state_dtype],
+    )  # fmt: skip
+    return _estimate(config, model, mine, have)
+
+
 def _memory(args: argparse.Namespace) -> list[str]:
     from llmfast.train.config import load_config
 
@@ -270,11 +280,7 @@ def _memory(args: argparse.Namespace) -> list[str]:
     t, seq_len, have = config.train, config.data.seq_len, _memory_there(args)
     rows, parts = _micro_batches(config)
     count = cost.count_parameters(model)
-    mine = memory.Precision(
-        "as set", getattr(torch, t.param_dtype), config.optimizer.master_weights or None,  # type: ignore[arg-type]
-        _STATE_DTYPES[config.optimizer.state_dtype],
-    )  # fmt: skip
-    estimate = _estimate(config, model, mine, have)
+    estimate = estimate_run(config, model, have)
     matrices = "float32" if t.dtype == "float32" and t.param_dtype == "float32" else "bfloat16"
     sizes = [
         (f"parameters, {t.param_dtype}", estimate.parameters),

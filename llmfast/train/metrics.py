@@ -30,10 +30,8 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
         self._events: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as e:
-                raise ImportError(f"train.tensorboard needs tensorboard: pip install tensorboard ({e})") from e
+            from torch.utils.tensorboard import SummaryWriter
+
             self._events = SummaryWriter(str(path.parent / "events"), purge_step=resume_at + 1)
 
     def write(self, **values: Any) -> None:

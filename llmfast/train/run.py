@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llmfast.data import FIM, Batch, BestFitRows, Dataset, Mixed, Mixture, Rows,
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW, optimizer_in_backward
+from llmfast.plan.command import estimate_run
+from llmfast.plan.cost import step_flops
 from llmfast.train.checkpoint import load_weights, whole_weights
 from llmfast.train.config import Config, ConfigError, dump_config, load_config
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
@@ -60,6 +63,8 @@ def train(
     run = Path(world.agreed(str(_choose_run(config, resume=resume, overwrite=overwrite) if world.main else "")))
     config.name = run.name
     micro_batch_size(config, world)
+    if t.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
     torch.manual_seed(t.seed)
 
     say(console, f"reading {', '.join(config.data.sources)} ...")
@@ -82,6 +87,8 @@ def train(
         if isinstance(packed, BestFitRows):
             say(console, f"{name}: {packed}")
     if dry_run:
+        peak = estimate_run(config, model.config).peak / 2**20
+        say(console, f"about {peak:,.0f} MiB on a GPU, by `llmfast plan memory`; nothing was trained")
         return run
     trainer = Trainer(
         model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model),
@@ -167,18 +174,14 @@ def _report(
 class Utilisation(Hooks):
     """Adds to each line the sources' shares, and the share of the GPUs' peak rate that the model's products make up.
 
-    The latter is MFU (Chowdhery et al. 2022, arXiv:2204.02311): six FLOPs a parameter and token, without the embedding
-    where it only looks rows up, and those of attention.
+    The latter is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs that `llmfast.plan` counts.
     """
 
     def __init__(self, config: Config, model: Decoder, world: World) -> None:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         known = [gpu for gpu in GPUS if gpu.name.split()[0] in name.split()]
         self._peak = known[0].tensor_cores * world.size if known else 0.0
-        embedding = 0 if model.head is None else model.embedding.weight.numel()
-        products = sum(p.numel() for p in model.parameters()) - embedding
-        m = config.model
-        self._flops = 6 * products + 12 * m.layers * m.width * config.data.seq_len
+        self._flops = step_flops(model.config, 1, config.data.seq_len).flops  # a token
 
     def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
         mixture = getattr(trainer.data, "mixture", None)

@@ -186,6 +186,10 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
         (["--set=data.seq_len=100000"], "data: "),
         (["--set=data.tokenizer=nothing.json"], "data: unknown tokenizer 'nothing.json'"),
         (["--config=nothing.toml"], "cannot read nothing.toml"),
+        (["--set=train.tensorboard=true"], "train.tensorboard needs tensorboard: pip install tensorboard"),
+        (["--set=train.micro_batch_size=3"], "train.batch_size=2 does not divide into micro-batches of 3 rows"),
+        (["--set=data.fim_rate=2.0"], "data.fim_rate must be in [0, 1]; got 2.0"),
+        (["--set=data.weights.x=1"], "data.weights: there is no source 'x' to give a weight"),
         (["--resume"], "--resume needs --name"),
         (["--resume", "--name=nothing"], "nothing"),
         (["--resume", "--name=x", "--config=c.toml"], "--resume takes its settings from the run"),
@@ -206,6 +210,40 @@ def test_an_empty_source_is_an_error(settings: list[str], tmp_path: Path, capsys
     assert cli(settings, f"--set=data.sources=['{tmp_path / 'empty'}']") == 2
     assert "empty" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_only_says_what_it_would_do(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(settings, "--dry-run") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "8 steps of 64 tokens" in output and "source rows share sequences epochs" in output
+    assert "MiB on a GPU" in output and "nothing was trained" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(settings, "--profile", "--name=traced") == 0
+    trace = Path(settings[0].removeprefix("runs=")) / "traced" / "trace.json"
+    assert f"profile of steps 3 to 6: {trace}" in capsys.readouterr().out
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::scaled_dot_product_attention" in names
+
+
+def test_the_log_has_what_there_is_to_see(settings: list[str], corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(12):
+        (other / f"{i}.txt").write_text(f"{i} is not {i + 1}, " * 60)
+    more = [f'data.sources=["a={corpus}", "b={other}"]', "data.weights.a=0.8->0.2", "data.weights.b=rest"]
+    lines = read_metrics(run(settings, *more, "train.batch_size=8", "name=seen") / "metrics.jsonl")
+    logged = [line for line in lines if "loss" in line]
+    assert [line["sequences"] for line in logged] == [16, 32, 48, 64]
+    assert [line["shares"]["a"] for line in logged] == pytest.approx([0.65, 0.5, 0.35, 0.2])
+    for line in logged:
+        assert line.keys() >= {"lr", "grad_norm", "tokens_per_s", "memory_bytes"}
+        assert set(line["source_loss"]) == {"a", "b"} and all(1 < x < 7 for x in line["source_loss"].values())
+    assert set(next(line for line in lines if "validation" in line)["validation"]) == {"a", "b"}
 
 
 def test_the_model_cannot_change_on_resume(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
