@@ -41,8 +41,8 @@ def curve(
 ) -> list[float]:
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
-    rows = pack([tokenizer.encode(EXAMPLE)], seq_len=32, eot_id=tokenizer.eot_id)
-    model = Decoder(DecoderConfig(tokenizer.vocab_size, width=32, layers=2, heads=2))
+    rows = pack([tokenizer.encode(EXAMPLE)], seq_len=16, eot_id=tokenizer.eot_id)
+    model = Decoder(DecoderConfig(tokenizer.vocab_size, width=32, layers=1, heads=2))
     optimizer = make_optimizer(model.parameters(), lr=3e-3)  # at 1e-2 torch's own fused and unfused AdamW part by 2e-5
     losses = []
     mixture = Mixture({"text": len(rows)}, {}, total=4 * steps)

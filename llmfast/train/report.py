@@ -599,7 +599,7 @@ nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.9rem}nav a{color:var(--s
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:24px 32px}
 figure{margin:0;padding-right:14px;min-width:0}figcaption{margin-bottom:4px}
 figure ul{list-style:none;margin:0 0 6px;padding:0;display:flex;flex-wrap:wrap;gap:0 16px;font-size:.85rem}
-li{min-width:0;overflow-wrap:anywhere}
+li{min-width:0}
 .key{width:24px;height:8px;margin-right:6px;vertical-align:middle}
 .plot{display:grid;gap:0 6px;font-size:.75rem;color:var(--soft);position:relative;
 font-variant-numeric:tabular-nums}

@@ -112,8 +112,8 @@ class Page(HTMLParser):
         self.close()
         assert self._open == [], "left open"
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attributes}
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
         self.attributes += [(tag, name, value) for name, value in found.items()]
         if tag != "meta":
             self._open.append(tag)
@@ -479,7 +479,7 @@ parent.postMessage("found " + JSON.stringify({
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")
 def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
-    long_name = "a-rather-long-name-" * 6
+    long_name = "longer_than_a_phone_is_wide_" * 5  # without a place to break it
     runs = [
         folder(tmp_path / "one", usual(), ["optimizer.lr=0.002"], sample="x" * 500 + HOSTILE),
         folder(tmp_path / long_name, with_heads(), [f"data.tokenizer={'/long/path' * 20}"]),
