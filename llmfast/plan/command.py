@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     need.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated"
     )
-    _add_gpu(need, "whether it fits there, and how long a step takes")
+    _add_gpu(need, "whether it fits there, and how long a step takes", again=True)
     need.add_argument("--gpu-memory", metavar="SIZE", help="in place of --gpu's, e.g. 24GiB")
 
     lr = topics.add_parser(
@@ -79,11 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lr.add_argument("--batch", required=True, metavar="SIZE", help="the batch to find one for, in the same unit")
 
 
-def _add_gpu(parser: argparse.ArgumentParser, purpose: str) -> None:
-    parser.add_argument("--gpu", metavar="NAME", help=f"{purpose}: {', '.join(memory.GPU_MEMORY)}")
+def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = False) -> None:
+    def default(value: object) -> object:
+        return argparse.SUPPRESS if again else value  # a topic's default would hide what was given before the topic
+
     parser.add_argument(
-        "--utilisation", type=float, default=cost.UTILISATION, metavar="SHARE",
-        help="assumed share of the GPU's FLOPs a second (default: %(default)s)",
+        "--gpu", default=default(None), metavar="NAME", help=f"{purpose}: {', '.join(memory.GPU_MEMORY)}"
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=default(cost.UTILISATION), metavar="SHARE",
+        help=f"assumed share of the GPU's FLOPs a second (default: {cost.UTILISATION})",
     )  # fmt: skip
 
 
@@ -93,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
         None: _budget, "fit": _fit, "memory": _memory, "lr": _lr,
     }  # fmt: skip
     try:
+        if args.topic is not None:
+            for name in ("flops", "params", "tokens"):
+                expect(getattr(args, name) is None, f"--{name} before {args.topic} has no meaning")
         lines = topics[args.topic](args)
     except ImportError as e:
         return _fail(f"{e}\nthis needs the extra: pip install 'llmfast-torch[train]'")

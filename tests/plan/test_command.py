@@ -150,6 +150,8 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
         (["--flops", "1e21", "--gpu", "H1000"], "gpu must be one of"),
         (["--flops", "1e21", "--gpu", "H100", "--utilisation", "2"], "--utilisation must be above 0 and at most 1"),
         (["--flops", "1e21", "--gpus", "0"], "--gpus must be above 0"),
+        (["--flops", "1e21", "fit", "/nowhere"], "--flops before fit has no meaning"),
+        (["--gpu", "H1000", "memory"], "gpu must be one of"),
         (["fit", "/nowhere"], "cannot read /nowhere/config.toml"),
         (["memory", "--set", "train.stpes=7"], "did you mean train.steps?"),
         (["memory", "--set", "model.heads=5"], "model: width must divide by 2 * heads"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfast.plan import (
@@ -63,6 +63,7 @@ def test_planted_exponents_come_back_within_2_percent(outlier: bool) -> None:
     assert within >= 11
 
 
+@settings(max_examples=10)
 @given(
     E=st.floats(0.5, 3),
     A=st.floats(50, 1000),
@@ -72,7 +73,7 @@ def test_planted_exponents_come_back_within_2_percent(outlier: bool) -> None:
 )
 def test_without_noise_it_is_exact(E: float, A: float, B: float, alpha: float, beta: float) -> None:
     law = ChinchillaLaw(E, A, B, alpha, beta)
-    N, D, loss = runs(law, 0, noise=0.0, grid=5)
+    N, D, loss = runs(law, 0, noise=0.0, grid=4)
     found = fit_chinchilla(N, D, loss)
     assert np.abs(found.residuals).max() < 2e-4
     assert found.law.alpha == pytest.approx(alpha, rel=2e-3)

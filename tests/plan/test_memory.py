@@ -142,13 +142,13 @@ def counted_peak(c: DecoderConfig, B: int, T: int, *, accumulate: int, autocast:
         ({}, 4, 128, 4096, {}),
         ({}, 4, 128, 4096, {"fused": False}),
         ({}, 4, 128, 4096, {"autocast": True, "fused": False}),
-        ({"width": 64, "layers": 6}, 4, 128, 1000, {"again": True}),
-        ({"width": 64, "layers": 8}, 4, 128, 300, {"again": True, "autocast": True, "accumulate": 2}),
+        ({"width": 64, "layers": 6}, 2, 128, 1000, {"again": True}),
+        ({"width": 64, "layers": 8}, 2, 128, 300, {"again": True, "autocast": True, "accumulate": 2}),
         ({"width": 256}, 1, 32, 4096, {}),  # parameters and gradients are the most of it
         ({"width": 256}, 1, 32, 4096, {"accumulate": 2}),
         ({"width": 256, "tie_embeddings": False}, 1, 32, 4096, {"accumulate": 2}),
         ({"mtp": "parallel", "mtp_heads": 3}, 4, 64, 4096, {}),
-        ({"mtp": "sequential", "mtp_heads": 2}, 4, 128, 500, {"autocast": True}),
+        ({"mtp": "sequential", "mtp_heads": 2}, 2, 128, 500, {"autocast": True}),
     ],
 )
 def test_the_peak_is_what_a_training_step_takes(
