@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = ("", ".losses", ".optim", ".models", ".mtp", ".data", ".train", ".cli")
+PUBLIC = ("", ".losses", ".optim", ".models", ".mtp", ".data", ".train", ".plan", ".clean", ".cli")
 
 
 def run_python(code: str, *argv: str) -> str:

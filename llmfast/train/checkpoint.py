@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from itertools import accumulate
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -55,7 +56,7 @@ class Checkpoints:
         return step == self._last
 
     def expect_own(self) -> None:
-        """Raises FileExistsError if there are some of a run that was not resumed: they would be taken for this one's."""
+        """Raises FileExistsError if some are of a run that was not resumed: they would be taken for this one's."""
         if self._world.agreed(self._last < 0 and bool(_checkpoints(self.run))):
             raise FileExistsError(f"{self.run} holds checkpoints of another run: resume it, or choose another folder")
 
@@ -109,6 +110,8 @@ class Checkpoints:
             written.result()
         except (OSError, *_UNREADABLE) as e:
             problem = f"{final.name} could not be written: {_last_line(e)}; {self.last_good()}"
+            if self._world.main:  # others may need the room
+                shutil.rmtree(_partial(final), ignore_errors=True)
         self._agree_on(problem)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -128,10 +131,11 @@ class Checkpoints:
         }
         rng = {name: t for name, t in _rng(self._world.rank).items() if f"rng.{name}" in keys}
         state = {**_state(module, optimizer), "sums": sums, "rng": rng}
-        # A parameter that had no gradient by then has no state.
+        # A parameter that had no gradient by then has no state there.
+        there = {prefix for name in keys for prefix in accumulate(name.split("."), "{}.{}".format)}
         states: dict[str, Any] = state["optimizer"]["state"]
-        had = {key for key in states if any(name.startswith(f"optimizer.state.{key}.") for name in keys)}
-        state["optimizer"]["state"] = {key: kept for key, kept in states.items() if key in had}
+        for name in [name for name in states if f"optimizer.state.{name}" not in there]:
+            del states[name]
         try:
             load(state, storage_reader=FileSystemReader(folder), no_dist=self._world.size == 1)
             set_model_state_dict(plain(module), state["model"])
@@ -226,8 +230,8 @@ def whole_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     fresh = not optimizer.state
-    states: dict[str, Any]
-    model, states = get_state_dict(plain(module), optimizer)
+    both: Any = get_state_dict(plain(module), optimizer)
+    model, states = both
     if fresh:  # that has taken a step with gradients of zero, for states to be there
         for state in (*optimizer.state.values(), *states["state"].values()):
             if "step" in state:

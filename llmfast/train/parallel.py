@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from llmfast.train.config import Config, ConfigError
 
@@ -97,7 +98,7 @@ def prepare_blocks(model: nn.Module, config: Config) -> None:
     """Compile the blocks, and let them keep less for backward; names of parameters stay what they are."""
     for block in blocks_of(model):
         if config.train.checkpoint_activations:
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.train.compile:
             block.compile()
 

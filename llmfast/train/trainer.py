@@ -178,7 +178,7 @@ class Trainer:
 
         Raises:
             NonFinite: more than `train.max_skipped` steps had to be skipped.
-            OSError: a checkpoint could not be written; names the last good one.
+            OSError: a checkpoint or metrics.jsonl could not be written; names the last good checkpoint.
             FileExistsError: the run's folder holds checkpoints that this run has neither written nor resumed from.
         """
         t = self.config.train
@@ -375,8 +375,12 @@ class Trainer:
         return not loss <= mean + SPIKE * max(deviation, 0.01)
 
     def _write(self, **values: Any) -> None:
-        if self.metrics is not None:
+        if self.metrics is None or self.checkpoints is None:
+            return
+        try:
             self.metrics.write(step=self.step, tokens=self.tokens, **values)
+        except OSError as e:
+            raise OSError(f"metrics.jsonl could not be written: {e}; {self.checkpoints.last_good()}") from e
 
     # Signals.
 

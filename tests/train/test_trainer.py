@@ -2,14 +2,20 @@
 
 import copy
 import errno
+import io
 import math
+import os
 import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +23,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from llmfast.data import ByteTokenizer, Dataset, Mixed, Mixture, pack
+from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import FusedAdamW, FusedSGD, optimizer_in_backward
 from llmfast.train.config import Config, ConfigError
 from llmfast.train.metrics import read_metrics
+from llmfast.train.objective import NextToken
 from llmfast.train.run import make_optimizer
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
 
@@ -152,8 +161,8 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_it_trains_like_a_loop_of_ones_own(make: Callable[[nn.Module], Optimizer]) -> None:
-    trainer, written = trainer_of(settings(schedule="linear", final_lr=0.1), make)
-    trainer.fit()
+    trainer, written = trainer_of(settings(schedule="linear", final_lr=0.1), make, model=model_of().eval())
+    trainer.fit()  # with dropout, though models may come without
 
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -432,6 +441,34 @@ def test_a_run_goes_on_to_the_last_bit(how: str, tmp_path: Path) -> None:
     assert_same(states(resumed), states(whole))
 
 
+class Partial(Model):
+    """Of which some is frozen, some is not used, and some is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding.weight.requires_grad_(False)
+        self.unused, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.norm(super().forward(tokens).transpose(1, 2)).transpose(1, 2)
+        return logits
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_so_does_a_model_of_which_not_all_is_trained(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
+    config, model = settings(steps=7, save_every=3, keep_last=9), Partial()
+    copied = copy.deepcopy(model)
+    whole, _ = trainer_of(config, make, run=tmp_path, model=model)
+    whole.fit()
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / f"checkpoint-{step:08d}")
+    resumed, _ = trainer_of(config, make, run=tmp_path, model=copied)
+    resumed.resume()
+    resumed.fit()
+    assert_same(weights(resumed), weights(whole))
+    assert_same(states(resumed), states(whole))
+
+
 def states(trainer: Trainer) -> dict[str, Tensor]:
     saved = trainer.optimizer.state_dict()["state"]
     return {f"{i} {name}": t.clone() for i, s in saved.items() for name, t in s.items() if isinstance(t, Tensor)}
@@ -659,12 +696,26 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
         trainer.fit()
     assert str(e.value).endswith(f"; the last good one is {tmp_path / 'checkpoint-00000003'}")
     assert str(e.value).count("\n") == 0
-    assert 6 <= trainer.step <= 9 and saved(tmp_path) == [3]
+    assert 6 <= trainer.step <= 9 and saved(tmp_path) == [3] and not list(tmp_path.glob(".*"))
     monkeypatch.undo()
     resumed, _ = trainer_of(settings(steps=7), run=tmp_path)
     resumed.resume()
     assert resumed.step == 3 and resumed.fit()
     assert saved(tmp_path) == [3, 7] and not list(tmp_path.glob(".*"))
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    class Fill(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == 4:
+                assert trainer.metrics is not None and trainer.checkpoints is not None
+                trainer.checkpoints.wait()
+                trainer.metrics._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+
+    trainer, _ = trainer_of(settings(save_every=3), run=tmp_path, hooks=[Fill()])
+    with pytest.raises(OSError, match=r"metrics.jsonl could not be written: .*No space left on device; the last") as e:
+        trainer.fit()
+    assert str(e.value).endswith(f"the last good one is {tmp_path / 'checkpoint-00000003'}") and trainer.step == 5
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
@@ -677,3 +728,75 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     trainer, _ = trainer_of(settings(steps=2), run=tmp_path / "run", hooks=[Remove()])
     with pytest.raises(OSError, match=r"checkpoint-00000002 cannot be written to .*run: .*; there is no earlier one"):
         trainer.fit()
+
+
+# What it costs.
+
+
+class Resident(Hooks):
+    """MiB that the process holds, by step."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, float] = {}
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % 500 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.at[trainer.step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_what_it_is(tmp_path: Path) -> None:
+    resident = Resident()
+    config = settings(steps=2000, log_every=10, save_every=250, eval_every=250)
+    held_out = {"held out": lambda: islice(batches(), 2)}
+    trainer, _ = trainer_of(config, fused, run=tmp_path, validation=held_out)
+    trainer.hooks[:] = [resident]
+    trainer.fit()
+    assert resident.at[2000] - resident.at[500] < 3
+
+
+def test_next_to_nothing_is_spent_outside_of_model_and_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the size of `make train`. Of the processor's time: others may be busy."""
+    config = Config()
+    config.train.steps = config.train.log_every = 6
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, config.data.vocab_size, size=300) for _ in range(100)]
+    rows = pack(documents, config.data.seq_len, eot_id=0)
+    data = Mixed(Dataset({"random": rows}, {}, ByteTokenizer()), Mixture({"random": len(rows)}, {}, total=1000))
+    m = config.model
+    model = Decoder(DecoderConfig(config.data.vocab_size, width=m.width, layers=m.layers, heads=m.heads))
+    quiet = Console(file=io.StringIO())
+    trainer = Trainer(
+        model, NextToken(["random"]), lambda model: make_optimizer(config, model), data, config, console=quiet
+    )
+    spent: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **more: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **more)
+            spent.append(time.process_time() - start)
+            return result
+
+        return wrapper
+
+    class Whole(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == 1:  # the first makes states
+                spent.clear()
+                self.start = time.process_time()
+
+        def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+            self.seconds = time.process_time() - self.start
+
+    whole = Whole()
+    trainer.hooks.append(whole)
+    monkeypatch.setattr(trainer.module, "forward", timed(trainer.module.forward))
+    monkeypatch.setattr(Tensor, "backward", timed(Tensor.backward))
+    monkeypatch.setattr(trainer.optimizer, "step", timed(trainer.optimizer.step))
+    trainer.fit()
+    assert len(spent) == 3 * 5
+    assert 1 - sum(spent) / whole.seconds < 0.03
