@@ -243,6 +243,10 @@ def _check(config: Config) -> None:
             expect(value < 2**63, f"{name} is too large: {value}")
         for name, value in (("beta1", o.beta1), ("beta2", o.beta2)):
             expect(0 <= value < 1, f"optimizer.{name} must be in [0, 1); got {value}")
+        expect(
+            not o.in_backward or t.micro_batch_size in (0, t.batch_size),
+            "optimizer.in_backward needs all of a step's rows in one micro-batch",
+        )
         expect(0 < o.decay_share <= 1, f"optimizer.decay_share must be in (0, 1]; got {o.decay_share}")
         expect(
             o.lr_scaling == "none" or o.base_batch_size > 0,

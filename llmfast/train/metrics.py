@@ -155,4 +155,4 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
 
 def weighted_mean(values: dict[str, tuple[float, int]]) -> float:
     """Token-weighted mean of {source: (loss, tokens)}."""
-    return sum(loss * n for loss, n in values.values()) / sum(n for _, n in values.values())
+    return sum(loss * n for loss, n in values.values()) / max(1, sum(n for _, n in values.values()))

@@ -74,6 +74,7 @@ def train(
     if t.init_from and not resume:
         load_weights(Path(t.init_from), model)
     model = model.to(getattr(torch, t.param_dtype))
+    torch.manual_seed(t.seed + world.rank)  # what is random in training is not to be the same on all ranks
     say(
         console,
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device} in {dtype}"
@@ -102,13 +103,15 @@ def train(
             raise ConfigError(f"data: {e}") from e
     if world.main:
         if overwrite and run.exists():  # only now that everything else has been seen to work
-            shutil.rmtree(run)
+            gone = run.with_name(f".{run.name}.gone")  # at once, or a kill would leave half a run
+            shutil.rmtree(gone, ignore_errors=True)
+            shutil.rmtree(run.rename(gone))
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(dump_config(config))
-        data.tokenizer.save(run / "tokenizer.json")
+        _whole(run / "tokenizer.json", data.tokenizer.save)
+        _whole(run / "config.toml", lambda path: path.write_text(dump_config(config)))
     say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
 
-    before = trainer.step, trainer.tokens
+    before = trainer.tokens
     finished = trainer.fit()
     whole = _whole_model(config, trainer, data.tokenizer) if finished else None
     if world.main:
@@ -123,8 +126,15 @@ def train(
     return run
 
 
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that is all there, or as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.replace(path)
+
+
 def _report(
-    config: Config, trainer: Trainer, model: Decoder, data: Dataset, before: tuple[int, int], console: Console
+    config: Config, trainer: Trainer, model: Decoder, data: Dataset, tokens_before: int, console: Console
 ) -> None:
     """The closing table, and what else a finished run leaves in its folder."""
     from safetensors.torch import save_model
@@ -135,7 +145,8 @@ def _report(
     guesses: list[tuple[str, str]] = []
     if model.mtp is not None and model.config.targets > 1:
         acceptance, per_pass = _acceptance(config, model, data, trainer.device)
-        if trainer.step > before[0]:  # else it is written there already
+        written = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "acceptance" in line]
+        if trainer.step not in written:  # by this run, before it was started again
             trainer.metrics.write(
                 step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass
             )
@@ -151,7 +162,7 @@ def _report(
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
     lines = read_metrics(run / "metrics.jsonl")
     validation = [line["validation_mean"] for line in lines if "validation_mean" in line]
-    speed = (trainer.tokens - before[1]) / max(trainer.seconds, 1e-9)
+    speed = (trainer.tokens - tokens_before) / max(trainer.seconds, 1e-9)
     print_table(
         console,
         [
@@ -303,7 +314,7 @@ def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     run = runs / config.name
     if resume and not (run / "config.toml").exists():
         raise FileNotFoundError(f"nothing to resume: {run} holds no run")
-    if run.exists() and not resume:
+    if run.exists() and not resume and any(run.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{run} exists: go on with --resume, replace it with --overwrite, or choose a --name")
         if not (run / "config.toml").exists():

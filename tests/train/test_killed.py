@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -93,6 +94,8 @@ def _child(writer: int, overrides: list[str], how: str, instant: Instant | None)
         train(config, console=Console(quiet=True), resume=how == "resume", overwrite=how == "overwrite")
         os.write(writer, str(touched()).encode())
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

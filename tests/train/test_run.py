@@ -164,6 +164,11 @@ def test_an_existing_run_is_safe(settings: list[str], capsys: pytest.CaptureFixt
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000002"]
 
 
+def test_a_folder_that_a_kill_left_empty_can_be_used(settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "begun").mkdir(parents=True)
+    assert cli(settings, "--name=begun", "--set=train.steps=1") == 0
+
+
 def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "runs" / "thesis").mkdir(parents=True)
     (tmp_path / "runs" / "thesis" / "chapter1").touch()

@@ -1,0 +1,44 @@
+"""Hugging Face's stock Trainer with two lines of llmfast: no logits in the loss, one launch a step of the optimizer.
+
+pip install 'llmfast-torch[hf]' && python examples/hf_trainer.py
+"""
+
+import argparse  # its source is what the model learns
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from llmfast.integrations.transformers import fuse_loss
+from llmfast.optim import FusedAdamW
+
+
+def train(steps: int) -> list[float]:
+    """The loss at each step of a small Llama that learns one of Python's modules byte by byte."""
+    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
+    rows = [{"input_ids": row, "labels": row} for row in text.unfold(0, 64, 64)]
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape))
+    fuse_loss(model)  # llmfast: the model's loss, and not its logits
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            # The Trainer leaves clipping to the optimizer, which does it on the way.
+            TrainingArguments(
+                folder, max_steps=steps, per_device_train_batch_size=8, logging_steps=1, max_grad_norm=0.0,
+                save_strategy="no", report_to=[],
+            ),
+            train_dataset=rows,
+            optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 3e-3, "max_grad_norm": 1.0}),  # llmfast
+        )  # fmt: skip
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    losses = train(200)
+    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")

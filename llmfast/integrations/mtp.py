@@ -1,0 +1,393 @@
+"""Multi-token prediction for Hugging Face models, trained by their stock Trainer.
+
+The further heads see what the model's own forward makes: hooks on its last layer and its embedding keep the stream and
+the arguments (masks, rotary embeddings), and where the hidden states reach the output embedding those of the further
+heads are put beside them. From there on it is `fuse_loss`, with `mtp_cross_entropy` at the end.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from llmfast._checks import describe, expect
+from llmfast.integrations import require
+from llmfast.integrations.transformers import (
+    CALL,
+    OPTIONS,
+    Call,
+    Fused,
+    FusedOptions,
+    HeadInput,
+    Logits,
+    PreTrainedModel,
+    become,
+    defer_input,
+    expect_fusable,
+    expect_loss,
+    expect_mixin,
+    expect_options,
+    fused_class,
+    own_loss,
+    probes,
+    restore,
+    unchanged,
+)
+from llmfast.losses import mtp_cross_entropy
+from llmfast.mtp import ParallelHeads, SequentialDepths
+
+transformers = require("transformers", extra="hf")
+
+M = TypeVar("M", bound=nn.Module)
+Kind = Literal["parallel", "sequential"]
+
+
+def add_mtp(
+    model: M,
+    heads: int,
+    kind: Kind = "parallel",
+    *,
+    head_weights: Sequence[float] | None = None,  # (heads + 1,)
+    depths: Mapping[str, Any] | None = None,
+    options: FusedOptions | None = None,
+) -> M:
+    """Let a causal language model learn to predict further tokens too; in place.
+
+    In training, `model(..., labels=labels).loss` becomes the weighted sum over all heads, computed without logits; the
+    next token's head is the model itself. In eval mode it is the next token's loss alone, and without labels nothing
+    changes: `generate` does not use the heads. Everything said of `fuse_loss` holds here.
+
+    All heads' losses are divided by the same number, which is how many next tokens there are: `num_items_in_batch`
+    where the Trainer gives it. So a step's gradient does not depend on how it is cut into micro-batches and ranks.
+    Heads do not predict across the bounds of packed documents, which are where `position_ids` start anew.
+
+    The heads are `model.mtp`, saved with the model. `load_mtp` reads both; `from_pretrained` alone reads the model and
+    warns of what it leaves out. `config.llmfast_mtp` says what was added.
+
+    Args:
+        model: A decoder-only `PreTrainedModel`, as `fuse_loss` takes it; PEFT comes afterwards, with
+            `modules_to_save=["mtp"]`.
+        heads: How many tokens are predicted beyond the next one.
+        kind: "parallel": copies of the last layer beside it, that read what it reads, and the model's final norm
+            (Gloeckle et al. 2024, arXiv:2404.19737). "sequential": `SequentialDepths` whose blocks are copies of the
+            last layer (DeepSeek-V3, arXiv:2412.19437).
+        head_weights: What each loss counts, the next token's first; default 1 each. `set_head_weights` changes them.
+        depths: For "sequential", keywords of `SequentialDepths`: `concat_order`, `hidden`, `repeated_layer`, `detach`.
+        options: Of the loss, as `fuse_loss` takes them. They are not saved.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is no `PreTrainedModel`.
+        ValueError: An argument is out of range, or the model does not fit, for the reason given, and is as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model)}")
+    lm: Any = model
+    name = type(lm).__name__
+    expect(heads >= 1, f"heads must be at least 1; got {heads}")
+    expect(kind in get_args(Kind), f"kind must be one of {get_args(Kind)}; got {kind!r}")
+    weights = [1.0] * (heads + 1) if head_weights is None else [float(w) for w in head_weights]
+    _expect_weights(weights, heads)
+    expect(not depths or kind == "sequential", f"depths are of kind 'sequential'; got {kind!r}")
+    expect_options(options or {})
+    expect_fusable(lm)
+    expect(not hasattr(lm, "mtp"), f"{name} has an attribute mtp already")
+    layers = _layers(lm)
+    with unchanged(lm):
+        batches = probes(lm)
+        wanted = [own_loss(lm, batch) for batch in batches]
+        lm.config.llmfast_mtp = {
+            "heads": heads,
+            "kind": kind,
+            "head_weights": weights,
+            "depths": dict(depths or {}),
+            "layer": f"{layers}.{len(lm.get_submodule(layers)) - 1}",
+            "norm": _norm(lm, layers, batches[0]),
+        }
+        become(lm, WithHeads)
+        try:
+            attach(lm)
+            for batch, loss in zip(batches, wanted):
+                expect_loss(lm, batch, loss)
+            lm.training = True  # of all modules it alone: it asks for all heads, and nothing drops out
+            lm.mtp_weights = torch.tensor([1.0] + [0.0] * heads, device="cpu")
+            for batch, loss in zip(batches, wanted):
+                expect_loss(lm, batch, loss)
+        except Exception:
+            _detach(lm)
+            raise
+        lm.mtp_weights = torch.tensor(weights, device="cpu")
+    setattr(lm, OPTIONS, dict(options or {}))
+    lm.mtp.train(lm.training)
+    return model
+
+
+def remove_mtp(model: M) -> M:
+    """Undo `add_mtp`, in place: the model without its heads.
+
+    Raises:
+        ValueError: The model has no heads of `add_mtp`, or was sharded since.
+    """
+    expect_mixin(model, WithHeads, "given heads by add_mtp")
+    _detach(model)
+    return model
+
+
+def set_head_weights(model: nn.Module, head_weights: Sequence[float]) -> None:
+    """What each head's loss counts from the next step on, the next token's first: see `llmfast.mtp.head_weights`.
+
+    Raises:
+        ValueError: There is not one weight, 0 or more, for each head, or the model has no heads.
+    """
+    lm: Any = model
+    expect(isinstance(lm, WithHeads), f"model must have heads of add_mtp; {type(lm).__name__} has none")
+    weights = [float(w) for w in head_weights]
+    _expect_weights(weights, lm.config.llmfast_mtp["heads"])
+    lm.config.llmfast_mtp["head_weights"] = weights
+    lm.mtp_weights = torch.tensor(weights, device="cpu")
+
+
+def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, **kwargs: Any) -> Any:
+    """The model and heads that `save_pretrained`, or a Trainer, wrote after `add_mtp`.
+
+    Args:
+        folder: As for `from_pretrained`.
+        options: As for `add_mtp`.
+        kwargs: As for `from_pretrained`.
+
+    Raises:
+        ValueError: `folder` holds a model without heads, or one of a class that `transformers` itself does not have.
+    """
+    expect_options(options or {})
+    config = transformers.AutoConfig.from_pretrained(folder)
+    expect(hasattr(config, "llmfast_mtp"), f"{folder} must hold a model saved after add_mtp; its config says nothing")
+    name = (config.architectures or ["?"])[0]
+    expect(hasattr(transformers, name), f"{folder} holds a {name}, which transformers does not have")
+    lm = fused_class(getattr(transformers, name), WithHeads).from_pretrained(folder, **kwargs)
+    setattr(lm, OPTIONS, dict(options or {}))
+    return lm
+
+
+class Block(nn.Module):
+    """A copy of the model's last layer, called as the model calls that one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer)
+        for module in self.layer.modules():  # hooks report on the model's own layers
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                hooks.clear()
+
+    def forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return _tensor(self.layer(x, *args, **kwargs))
+
+
+def keep_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    call = getattr(layer, CALL, None)
+    if isinstance(call, AllHeads) and call.keeps():
+        x, *others = args if args else (kwargs["hidden_states"],)
+        others_kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        call.input = x, tuple(map(_but_no_cache, others)), {k: _but_no_cache(v) for k, v in others_kwargs.items()}
+
+
+def keep_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    call = getattr(layer, CALL, None)
+    if isinstance(call, AllHeads) and call.keeps():
+        call.output = _tensor(output)
+
+
+def keep_embeddings(embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    call = getattr(embedding, CALL, None)
+    if isinstance(call, AllHeads):
+        call.embeddings = output
+
+
+class WithHeads(Fused):
+    """Stands before a model's class among the bases of the class that a model with heads has."""
+
+    mtp: ParallelHeads | SequentialDepths
+    mtp_weights: Tensor  # (heads + 1,) on the CPU
+    _llmfast_hooks = (defer_input, keep_input, keep_output, keep_embeddings)
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # from_pretrained comes this way
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        setattr(self, OPTIONS, {})
+        attach(self)
+
+    def _llmfast_call_of(self, arguments: Mapping[str, Any]) -> Call:
+        lm: Any = self
+        return AllHeads(lm, arguments) if lm.training else super()._llmfast_call_of(arguments)
+
+    def _llmfast_watched(self) -> list[nn.Module]:
+        lm: Any = self
+        layer, embedding = lm.get_submodule(lm.config.llmfast_mtp["layer"]), lm.get_input_embeddings()
+        if keep_input not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(keep_input, with_kwargs=True)
+            layer.register_forward_hook(keep_output)
+        if keep_embeddings not in embedding._forward_hooks.values():
+            embedding.register_forward_hook(keep_embeddings)
+        return [*super()._llmfast_watched(), layer, embedding]
+
+
+class AllHeads(Call):
+    """One forward in training."""
+
+    def __init__(self, lm: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(getattr(lm, OPTIONS))
+        self.lm = lm
+        self.batch = arguments["labels"].shape[0]
+        self.embeddings: Tensor | None = arguments.get("inputs_embeds")
+        self.document_ids = _documents(arguments.get("position_ids"), arguments["labels"])
+        self.input: Any = None  # of the last layer: (B, T, D), and its further arguments
+        self.output: Any = None
+        self._with_gradients = torch.is_grad_enabled()
+
+    def keeps(self) -> bool:
+        """Called by the hooks on the last layer: what they see has to have its place in the graph."""
+        if self._with_gradients and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "checkpointing with use_reentrant=True hides the layers from further heads; "
+                "say gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return True
+
+    def head_input(self, hidden: Tensor) -> HeadInput:
+        lm, (x, args, kwargs) = self.lm, self.input
+        told = lm.config.llmfast_mtp
+        if told["kind"] == "parallel":
+            further = lm.mtp(x, args, kwargs)
+            further = lm.get_submodule(told["norm"])(further) if told["norm"] else further
+        else:
+            read = hidden if told["depths"].get("hidden") == "post_norm" else self.output
+            further = lm.mtp(read, self.embeddings, args, kwargs, document_ids=self.document_ids)
+        if further.shape[1:] != hidden.shape:
+            raise TypeError(f"its output embedding is given {describe(hidden)} of {tuple(further.shape[1:])}")
+        return HeadInput(torch.cat([hidden[None], further]), self)
+
+    def loss(self, logits: Logits, targets: Tensor, given: dict[str, Any]) -> Tensor:
+        reduction, class_weights = given.pop("reduction"), given.pop("class_weights")
+        if reduction == "none" or class_weights is not None:
+            raise TypeError("the loss of several heads is a mean or a sum, without class weights")
+        hidden, weight = logits.joined()  # (K * B * T, D): the model has seen further rows, and flattened them
+        weights = self.lm.mtp_weights
+        K, labels = len(weights), targets.view(self.batch, -1)
+        count = (targets != given["ignore_index"]).sum() if reduction == "mean" else targets.new_ones(())
+        loss: Tensor = mtp_cross_entropy(
+            hidden.view(K, *labels.shape, hidden.shape[-1]), weight, labels, bias=logits.bias,
+            document_ids=None if self.document_ids is None else self.document_ids[:, : labels.shape[1]],
+            head_weights=weights, num_valid=count.expand(K), **given,
+        )  # fmt: skip
+        return loss
+
+
+def attach(lm: Any) -> None:
+    """The heads that the config tells of, beside the last layer and like it."""
+    told = lm.config.llmfast_mtp
+    layer = lm.get_submodule(told["layer"])
+    if told["kind"] == "parallel":
+        lm.mtp = ParallelHeads(lambda: Block(layer), told["heads"])
+    else:
+        eps = getattr(lm.config, "rms_norm_eps", 1e-5)
+        width = lm.get_input_embeddings().weight.shape[1]
+        lm.mtp = SequentialDepths(lambda: Block(layer), told["heads"], width, norm_eps=eps, **told["depths"])
+        like = next(p for p in layer.parameters() if p.is_floating_point())
+        for depth in lm.mtp.layers:
+            for new in (depth.enorm, depth.hnorm, depth.eh_proj, depth.norm):
+                new.to(like.device, like.dtype)
+    for p in lm.mtp.parameters():  # though the model may be frozen
+        p.requires_grad_(p.is_floating_point())
+    lm.mtp_weights = torch.tensor(told["head_weights"], device="cpu")  # whatever torch's default device is
+
+
+def _detach(lm: Any) -> None:
+    restore(lm)
+    vars(lm).pop("mtp_weights", None)
+    if hasattr(lm, "mtp"):
+        del lm.mtp
+    del lm.config.llmfast_mtp
+
+
+def _expect_weights(weights: list[float], heads: int) -> None:
+    good = len(weights) == heads + 1 and all(0 <= w < float("inf") for w in weights)
+    expect(good, f"head_weights must be {heads + 1} numbers of 0 or more, the next token's first; got {weights}")
+
+
+def _layers(lm: Any) -> str:
+    """The name of the list of a model's layers."""
+    count = lm.config.get_text_config().num_hidden_layers
+    found: list[str] = [name for name, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    expect(len(outermost) == 1, f"{type(lm).__name__} must have one list of {count} layers; it has {outermost}")
+    return outermost[0]
+
+
+def _norm(lm: Any, layers: str, batch: dict[str, Tensor]) -> str:
+    """The name of the module between the last layer and the output embedding, or nothing."""
+    last, head = lm.get_submodule(layers)[-1], lm.get_output_embeddings()
+    made: list[Tensor] = []  # by the last layer
+    given: list[Tensor] = []  # to the output embedding
+    between: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if made and not given and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                between[name] = args[0], output
+
+        return hook
+
+    handles = [
+        last.register_forward_hook(lambda module, args, output: made.append(_tensor(output))),
+        head.register_forward_pre_hook(lambda module, args: given.append(args[0])),
+        *(
+            module.register_forward_hook(see(name))
+            for name, module in lm.named_modules()
+            if name and not f"{name}.".startswith(f"{layers}.")
+        ),
+    ]
+    try:
+        lm(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    expect(len(made) == len(given) == 1, f"{type(lm).__name__} must call its last layer and output embedding once each")
+    if _same(made[0], given[0]):
+        return ""
+    names = [name for name, (x, y) in between.items() if _same(x, made[0]) and _same(y, given[0])]
+    expect(
+        len(names) == 1,
+        f"{type(lm).__name__} must have one module, its norm, between its last layer and its output embedding; "
+        f"it has {names or 'more of them'}",
+    )
+    return names[0]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def _tensor(output: Any) -> Tensor:
+    """What a layer makes is a tensor, or the first of several."""
+    made: Tensor = output[0] if isinstance(output, tuple) else output
+    return made
+
+
+def _but_no_cache(value: Any) -> Any:
+    """A layer's copies have none of its keys and values."""
+    return None if isinstance(value, transformers.Cache) else value
+
+
+def _documents(position_ids: Tensor | None, labels: Tensor) -> Tensor | None:
+    """(B, T), from positions that start anew with each document."""
+    if position_ids is None:
+        return None
+    expect(
+        position_ids.dim() == 2 and position_ids.shape[-1] == labels.shape[-1],
+        f"position_ids must be (B, {labels.shape[-1]}) for several heads; got {describe(position_ids)}",
+    )
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.nn.functional.pad(starts.long().cumsum(1), (1, 0)).expand_as(labels).contiguous()

@@ -1,0 +1,303 @@
+"""Further heads on Hugging Face's models: what they compute, how they are saved, and how the Trainer trains them."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evidence.traffic import counting
+from llmfast.optim import FusedAdamW
+
+transformers = pytest.importorskip("transformers")
+
+from llmfast.integrations.mtp import add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
+from llmfast.integrations.transformers import fuse_loss, unfuse_loss  # noqa: E402
+
+Make = Callable[..., Any]
+KINDS = ["parallel", "sequential"]
+
+
+def batch(T: int = 12) -> dict[str, Tensor]:
+    ids = torch.randint(3, 320, (2, T), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :3] = labels[1, 9:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model: nn.Module, *batches: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for each in batches:
+        loss = model(**each).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+# What they compute.
+
+
+def by_hand(model: Any, inputs: dict[str, Tensor], weights: list[float], documents: Tensor) -> Tensor:
+    """The loss of a Llama with heads, of its modules called one by one, with logits."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    T = ids.shape[1]
+    trunk, last = model.model, model.model.layers[-1]
+    positions = inputs.get("position_ids", torch.arange(T)[None])
+    embedded = trunk.embed_tokens(ids)
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    asked = {"attention_mask": mask, "position_embeddings": trunk.rotary_emb(embedded, positions)}
+    x = embedded
+    for layer in trunk.layers[:-1]:
+        x = layer(x, **asked)
+    out = last(x, **asked)
+    hiddens = [trunk.norm(out)]
+    if hasattr(model.mtp, "blocks"):
+        hiddens += [trunk.norm(block.layer(x, **asked)) for block in model.mtp.blocks]
+    else:
+        h = out
+        for k, depth in enumerate(model.mtp.layers, 1):
+            ahead = F.pad(embedded[:, k:], (0, 0, 0, k))
+            inside = F.pad(documents[:, k:] == documents[:, :-k], (0, k))
+            joined = torch.cat([depth.enorm(ahead * inside[..., None]), depth.hnorm(h)], -1)
+            h = depth.block.layer(depth.eh_proj(joined), **asked)
+            hiddens.append(depth.norm(h))
+    total = torch.zeros(())
+    for k, (hidden, weight) in enumerate(zip(hiddens, weights)):
+        targets = F.pad(labels[:, k + 1 :], (0, k + 1), value=-100)
+        if k:  # row t + k, whose next token this is, has to be of row t's document
+            targets = targets.masked_fill(F.pad(documents[:, k:] != documents[:, :-k], (0, k), value=True), -100)
+        logits = hidden @ model.lm_head.weight.T
+        total = total + weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return total / (labels[:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_and_gradients_are_those_of_modules_called_by_hand(make: Make, kind: Any, packed: bool) -> None:
+    weights = [1.0, 0.5, 0.25]
+    inputs: dict[str, Any] = batch()
+    documents = torch.zeros(2, 12, dtype=torch.long)
+    if packed:
+        positions = torch.cat([torch.arange(n) for n in (5, 4, 3)]).expand(2, -1)
+        documents = (positions == 0).cumsum(1)
+        labels = inputs["labels"].masked_fill(positions == 0, -100)
+        inputs = {"input_ids": inputs["input_ids"], "labels": labels, "position_ids": positions}
+        inputs["use_cache"] = False  # with a cache, transformers does not see that rows are packed
+    model = add_mtp(make("llama"), 2, kind, head_weights=weights)
+    model.zero_grad()
+    wanted = by_hand(model, inputs, weights, documents)
+    wanted.backward()
+    theirs = wanted.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert_same(gradients(model, inputs), theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["tied", "gpt2", "gemma2", "deepseek", "mixtral", "phi"])
+def test_every_class_of_models(make: Make, name: str, kind: Any) -> None:
+    """All heads learn, and the next token's is the model's own."""
+    model = make(name)
+    theirs = model(**batch()).loss.item()
+    add_mtp(model, 2, kind, head_weights=[1, 0, 0])
+    alone = model(**batch()).loss.item()
+    assert alone == pytest.approx(theirs, rel=1e-5)
+    set_head_weights(model, [1, 0.5, 0.5])
+    loss, found = gradients(model, batch())
+    assert loss > 1.5 * theirs
+    assert all(bool(g.any()) for key, g in found.items() if key.startswith("mtp") and "expert" not in key)
+    assert model.eval()(**batch()).loss.item() == pytest.approx(theirs, rel=1e-5), "of the next token alone"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_do_not_depend_on_micro_batches(make: Make, kind: Any) -> None:
+    model = add_mtp(make("llama"), 3, kind)
+    whole = {**batch(), "num_items_in_batch": torch.tensor(17)}
+    rows = [{k: v[i : i + 1] if v.dim() else v for k, v in whole.items()} for i in range(2)]
+    assert_same(gradients(model, *rows), gradients(model, whole))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_alone_learn_on_a_frozen_model(make: Make, kind: Any) -> None:
+    model = add_mtp(make("llama").bfloat16().requires_grad_(False), 2, kind)
+    model(**batch()).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert p.requires_grad == (p.grad is not None) == name.startswith("mtp")
+
+
+def test_no_logits_of_any_head(make: Make) -> None:
+    """Peak memory of four heads is below the logits of one."""
+    V, ids = 32_000, torch.randint(3, 32_000, (2, 256))
+    model = make("llama", vocab_size=V, max_position_embeddings=256)
+    add_mtp(model, 3, "parallel", options={"memory_budget": 1 << 20})
+    with counting() as counts:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counts.peak_bytes < ids.numel() * V * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_gives_the_same_or_says_why_not(make: Make, kind: Any, reentrant: bool) -> None:
+    model = add_mtp(make("llama"), 2, kind)
+    wanted = gradients(model, batch())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    if reentrant and transformers.__version__ < "5":  # whose hooks run inside of what is checkpointed
+        with pytest.raises(RuntimeError, match=r"say gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
+            model(**batch())
+    else:
+        assert_same(gradients(model, batch()), wanted)
+
+
+# What stays.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_does_not_use_them_and_undone_they_are_gone(make: Make, kind: Any) -> None:
+    model = make("llama")
+    before, ids = copy.deepcopy(model), batch()["input_ids"]
+    keys, config = list(vars(model)), model.config.to_dict()
+    add_mtp(model, 2, kind)
+    assert torch.equal(model(ids).logits, before(ids).logits)
+    asked = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.eval().generate(ids, **asked), before.eval().generate(ids, **asked))
+    copied = copy.deepcopy(model).train()
+    assert copied(**batch()).loss.item() == model.train()(**batch()).loss.item()
+    remove_mtp(model)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert list(vars(model)) == keys
+    assert model.config.to_dict() == config
+    assert model(**batch()).loss.item() == before.train()(**batch()).loss.item()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> None:
+    depths = {"repeated_layer": True, "hidden": "post_norm"} if kind == "sequential" else None
+    model = add_mtp(make(name), 2, kind, head_weights=[1, 0.3, 0.1], depths=depths)
+    model.save_pretrained(tmp_path)
+    loaded = load_mtp(tmp_path, {"label_smoothing": 0.1}).train()
+    smoothed = add_mtp(make(name), 2, kind, head_weights=[1, 0.3, 0.1], depths=depths, options={"label_smoothing": 0.1})
+    smoothed.load_state_dict(model.state_dict())
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert loaded(**batch()).loss.item() == smoothed(**batch()).loss.item() != model(**batch()).loss.item()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain(**batch()).loss.item() == pytest.approx(remove_mtp(model).eval()(**batch()).loss.item(), rel=1e-6)
+
+
+def test_adapted_by_lora(make: Make) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["v_proj", "lm_head"],
+        modules_to_save=["mtp"],
+    )  # fmt: skip
+    model = peft.get_peft_model(add_mtp(make("llama"), 2, "sequential"), config).train()
+    model(**batch()).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    for part in ("lm_head.lora_A", "lm_head.lora_B", "mtp.modules_to_save.default.layers.1.eh_proj"):
+        assert any(part in name for name in trained)
+
+
+# In the Trainer.
+
+
+class Counting(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """Sequences in which the token after the next is no harder to tell than the next."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        ids = list(range(3 + i % 20, 15 + i % 20))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stock_trainer_trains_and_resumes_them(make: Make, tmp_path: Path, kind: Any) -> None:
+    pytest.importorskip("accelerate")
+
+    def trained(resume: str | None = None) -> Any:
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=30, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=20, disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        made = transformers.Trainer(
+            add_mtp(make("llama"), 2, kind), args, train_dataset=Counting(), eval_dataset=Counting(),
+            optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 1e-2}),
+        )  # fmt: skip
+        made.remove_callback(transformers.PrinterCallback)
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = trained()
+    losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
+    assert losses[-1] < 0.4 * losses[0]
+    again = trained(resume=str(tmp_path / "checkpoint-20"))
+    assert [row["loss"] for row in again.state.log_history if "loss" in row][20:] == losses[20:]
+    assert whole.evaluate()["eval_loss"] < losses[-1], "of the next token alone"
+
+    loaded = load_mtp(tmp_path / "checkpoint-30").train()
+    ids = torch.tensor([Counting()[5]["input_ids"]])
+    weights = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    for each in weights:  # every head tells what is to come, far better than by chance
+        set_head_weights(loaded, each)
+        assert loaded(input_ids=ids, labels=ids).loss.item() < 0.5 * torch.tensor(320.0).log()
+
+
+# What is refused.
+
+
+def test_refuses_what_does_not_fit_and_leaves_it_alone(make: Make) -> None:
+    model = make("llama")
+    model(**batch())
+    before = list(vars(model)), model.config.to_dict(), [list(m._forward_hooks.values()) for m in model.modules()]
+    refusals: list[tuple[str, dict[str, Any]]] = [
+        ("heads must be at least 1; got 0", {"heads": 0}),
+        ("kind must be one of .*; got 'shared'", {"heads": 1, "kind": "shared"}),
+        ("head_weights must be 3 numbers of 0 or more", {"heads": 2, "head_weights": [1, 1]}),
+        ("depths are of kind 'sequential'", {"heads": 1, "depths": {"detach": True}}),
+        ("hidden must be one of", {"heads": 1, "kind": "sequential", "depths": {"hidden": "first"}}),
+    ]
+    for reason, arguments in refusals:
+        with pytest.raises(ValueError, match=reason):
+            add_mtp(model, **arguments)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert before == (
+        list(vars(model)), model.config.to_dict(), [list(m._forward_hooks.values()) for m in model.modules()]
+    )  # fmt: skip
+
+
+def test_refuses_one_after_the_other(make: Make) -> None:
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel"):
+        add_mtp(nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+        add_mtp(fuse_loss(make("llama")), 1)
+    model = add_mtp(make("llama"), 1)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+        fuse_loss(model)
+    with pytest.raises(ValueError, match="model must have been fused by fuse_loss"):
+        unfuse_loss(model)
+    with pytest.raises(ValueError, match="head_weights must be 2 numbers"):
+        set_head_weights(model, [1])
+    with pytest.raises(ValueError, match="model must have been given heads by add_mtp"):
+        remove_mtp(remove_mtp(model))
+
+
+def test_refuses_a_folder_without_heads(make: Make, tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold a model saved after add_mtp"):
+        load_mtp(tmp_path)
