@@ -47,14 +47,14 @@ def train(folder: Path, name: str, settings: list[str]) -> int:
 def learned(folder: Path, seeds: int, settings: list[str]) -> list[dict[str, Any]]:
     rows = []
     for number, (way, model) in enumerate(WAYS.items()):
-        validation: list[float] = []
-        for seed in range(seeds):
-            name = f"{number}-seed-{seed}"
+        runs = [f"{number}-seed-{seed}" for seed in range(seeds)]
+        for seed, name in enumerate(runs):
             train(folder, name, [*settings, *model, f"train.seed={seed}"])
-            lines = read_metrics(folder / name / "metrics.jsonl")
-            validation.append([line["validation_mean"] for line in lines if "validation_mean" in line][-1])
-        row = {"way": way, "tokens": lines[-1]["tokens"], "validation": validation}
-        rows.append(row | {key: lines[-1][key] for key in ("acceptance", "tokens_per_pass") if key in lines[-1]})
+        logs = [read_metrics(folder / name / "metrics.jsonl") for name in runs]
+        validation = [[line["validation_mean"] for line in log if "validation_mean" in line][-1] for log in logs]
+        last = logs[-1][-1]
+        row = {"way": way, "tokens": last["tokens"], "validation": validation}
+        rows.append(row | {key: last[key] for key in ("acceptance", "tokens_per_pass") if key in last})
     return rows
 
 

@@ -144,16 +144,23 @@ def _doctor(args: argparse.Namespace) -> int:
 def _trained(run: Callable[[], None]) -> int:
     try:
         from llmfast.train.config import ConfigError
-
+        from llmfast.train.trainer import NonFinite
+    except ImportError as e:
+        return _missing(e)
+    try:
         run()
     except ImportError as e:
-        return _fail(f"{e}\ntraining needs the extra: pip install 'llmfast-torch[train]'")
-    except (ConfigError, OSError) as e:
+        return _missing(e)
+    except (ConfigError, NonFinite, OSError) as e:
         return _fail(str(e))
     except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
         print("llmfast: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _missing(e: ImportError) -> int:
+    return _fail(f"{e}\ntraining needs the extra: pip install 'llmfast-torch[train]'")
 
 
 def _fail(message: str) -> int:

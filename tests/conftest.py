@@ -29,6 +29,7 @@ from support.launched import (  # noqa: F401  pytest finds its hooks here
 )
 
 interpreter.install()
+torch.set_num_threads(1)  # there is a worker for each core, and most tensors here are small
 # Shapes are drawn, not times measured: two busy cores must not fail a test.
 settings.register_profile("llmfast", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("llmfast")

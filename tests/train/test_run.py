@@ -131,11 +131,11 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
 def test_a_step_that_is_not_finite_is_skipped_and_reported(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = NextToken.__call__
+    original, bad = NextToken.__call__, {2}
 
     def loss(self: NextToken, model: Any, batch: Any, num_valid: Any, step: int, detail: bool) -> Any:
         value, sums = original(self, model, batch, num_valid, step, detail)
-        return value * torch.nan if model.training and step == 2 else value, sums
+        return value * torch.nan if model.training and step in bad else value, sums
 
     monkeypatch.setattr(NextToken, "__call__", loss)
     assert cli(settings, "--name=nan") == 0
@@ -144,6 +144,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported(
     assert read_metrics(folder / "metrics.jsonl")[-2]["skipped"] == 1
     output = capsys.readouterr().out
     assert "1 steps so far had a gradient that is not finite" in output
+
+    bad.update(range(10))
+    assert cli(settings, "--name=more", "--set=train.max_skipped=1") == 2
+    error = capsys.readouterr().err
+    assert "more than train.max_skipped=1" in error and error.count("\n") == 1
 
 
 def test_names_are_found_for_runs_without_one(settings: list[str]) -> None:
