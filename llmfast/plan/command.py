@@ -11,7 +11,6 @@ import torch
 from llmfast._checks import expect
 from llmfast._gpus import Gpu
 from llmfast.models import DecoderConfig
-from llmfast.optim.options import StateDtype
 from llmfast.optim.scaling import scale_lr
 from llmfast.plan import cost, laws, memory
 from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
@@ -269,10 +268,12 @@ def _written(args: argparse.Namespace) -> list[str]:
 
 def estimate_run(config: "Config", model: DecoderConfig, have: int | None = None) -> memory.MemoryEstimate:
     """What a run with these settings holds on a GPU of `have` bytes."""
+    from llmfast.train.config import STATE_DTYPES
+
     t, o = config.train, config.optimizer
     mine = memory.Precision(
         "as set", getattr(torch, t.param_dtype), o.master_weights or None,  # type: ignore[arg-type]
-        _STATE_DTYPES[o.state_dtype],
+        STATE_DTYPES[o.state_dtype],
     )  # fmt: skip
     return _estimate(config, model, mine, have)
 
@@ -321,11 +322,6 @@ def _memory(args: argparse.Namespace) -> list[str]:
         columns = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
         table.append((p.name, *(_bytes(size) for size in columns), _judged(e.peak, have)))
     return [*lines, *_table(table), "", *_step_lines(config, model, args)]
-
-
-_STATE_DTYPES: dict[str, StateDtype | None] = {
-    "": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"
-}  # fmt: skip
 
 
 def _micro_batches(config: "Config") -> tuple[int, int]:

@@ -8,13 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
+
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
+from llmfast.optim.options import StateDtype
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+# What optimizer.state_dtype may be, and what it is to the optimizer.
+STATE_DTYPES: dict[str, StateDtype | None] = {
+    "": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"
+}  # fmt: skip
 
 
 @dataclass
@@ -122,7 +131,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config |
     config = base or Config()
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {e.strerror}") from e
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -267,7 +276,7 @@ def _check(config: Config) -> None:
             ("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd", "constant")),
             ("optimizer.lr_scaling", o.lr_scaling, ("none", "sqrt", "linear")),
             ("optimizer.master_weights", o.master_weights, ("", "fp32", "split16", "split8", "stochastic", "kahan")),
-            ("optimizer.state_dtype", o.state_dtype, ("", "float32", "bfloat16", "8bit")),
+            ("optimizer.state_dtype", o.state_dtype, tuple(STATE_DTYPES)),
             ("data.packing", d.packing, ("concat", "best_fit")),
             ("data.fim_level", d.fim_level, ("char", "token")),
             ("data.fim_unit", d.fim_unit, ("context", "document")),

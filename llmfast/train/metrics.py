@@ -25,9 +25,9 @@ class MetricsFile:
         """Keeps what is there up to step `resume_at` (after a crash there may be more) and appends."""
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() and resume_at else []
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -61,7 +61,7 @@ def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that a crash cut short is left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

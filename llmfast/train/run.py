@@ -23,7 +23,7 @@ from llmfast.optim import FusedAdamW, optimizer_in_backward
 from llmfast.plan.command import estimate_run
 from llmfast.plan.cost import step_flops
 from llmfast.train.checkpoint import load_weights, whole_weights
-from llmfast.train.config import Config, ConfigError, dump_config, load_config
+from llmfast.train.config import STATE_DTYPES, Config, ConfigError, dump_config, load_config
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.parallel import World
@@ -90,11 +90,13 @@ def train(
     if dry_run:
         peak = estimate_run(config, model.config).peak / 2**20
         say(console, f"about {peak:,.0f} MiB on a GPU, by `llmfast plan memory`; nothing was trained")
+        world.leave()
         return run
+    order = Mixed(data, mixture)
+    hooks = [Shares(order), Utilisation(config, model, world), *([Profile(run)] if profile else [])]
     trainer = Trainer(
-        model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model),
-        Mixed(data, mixture), config, run=run, validation=_validation(config, data), world=world, dtype=dtype,
-        console=console, hooks=[Utilisation(config, model, world), *([Profile(run)] if profile else [])],
+        model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model), order, config,
+        run=run, validation=_validation(config, data), world=world, dtype=dtype, console=console, hooks=hooks,
     )  # fmt: skip
     if resume:
         try:
@@ -108,7 +110,7 @@ def train(
             shutil.rmtree(run.rename(gone))
         run.mkdir(parents=True, exist_ok=True)
         _whole(run / "tokenizer.json", data.tokenizer.save)
-        _whole(run / "config.toml", lambda path: path.write_text(dump_config(config)))
+        _whole(run / "config.toml", lambda path: path.write_text(dump_config(config), encoding="utf-8"))
     say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
 
     before = trainer.tokens
@@ -157,7 +159,7 @@ def _report(
     trainer.metrics.close()
     text = _sample(config, model, data.tokenizer, trainer.device) if t.sample_tokens > 0 else ""
     if text:
-        (run / "sample.txt").write_text(text)
+        (run / "sample.txt").write_text(text, encoding="utf-8")
     entropy = _held_out_entropy(config, data)
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
     lines = read_metrics(run / "metrics.jsonl")
@@ -182,10 +184,20 @@ def _report(
         say(console, text)
 
 
-class Utilisation(Hooks):
-    """Adds to each line the sources' shares, and the share of the GPUs' peak rate that the model's products make up.
+class Shares(Hooks):
+    """Adds to each line what each source's part of the mixture is by then."""
 
-    The latter is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs that `llmfast.plan` counts.
+    def __init__(self, data: Mixed) -> None:
+        self._data = data
+
+    def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        values["shares"] = self._data.mixture.shares(trainer.step / trainer.config.train.steps)
+
+
+class Utilisation(Hooks):
+    """Adds to each line the share of the GPUs' peak rate that the model's products make up.
+
+    That is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs that `llmfast.plan` counts.
     """
 
     def __init__(self, config: Config, model: Decoder, world: World) -> None:
@@ -195,9 +207,6 @@ class Utilisation(Hooks):
         self._flops = step_flops(model.config, 1, config.data.seq_len).flops  # a token
 
     def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
-        mixture = getattr(trainer.data, "mixture", None)
-        if isinstance(mixture, Mixture):
-            values["shares"] = mixture.shares(trainer.step / trainer.config.train.steps)
         if self._peak:
             values["mfu"] = values["tokens_per_s"] * self._flops / self._peak
 
@@ -295,7 +304,7 @@ def make_optimizer(config: Config, model: torch.nn.Module) -> FusedAdamW:
     extras: dict[str, Any] = {
         "max_grad_norm": None if o.in_backward else o.max_grad_norm or math.inf,  # which measures all the same
         "master_weights": o.master_weights or None,
-        "state_dtype": {"": None, "8bit": "8bit"}.get(o.state_dtype) or getattr(torch, o.state_dtype, None),
+        "state_dtype": STATE_DTYPES[o.state_dtype],
     }
     optimizer = FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, **extras)
     if o.in_backward:

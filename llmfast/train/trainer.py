@@ -325,7 +325,8 @@ class Trainer:
         losses = {source: loss for source, (loss, _) in results.items()}
         for hook in self.hooks:
             hook.on_evaluate(self, losses)
-        self._write(validation=losses, validation_mean=weighted_mean(results))
+        since = int(self.sums["tokens"])  # the line before, counted on the first rank, which writes
+        self._write(self.tokens + since, validation=losses, validation_mean=weighted_mean(results))
         self.say(f"step {self.step}: validation loss " + ", ".join(f"{name} {x:.3f}" for name, x in losses.items()))
 
     def _log(self, lr: float, norm: Tensor | None, clock: float) -> float:
@@ -353,7 +354,7 @@ class Trainer:
             self._recent = [*self._recent, loss][-_REMEMBERED:]
         for hook in self.hooks:
             hook.on_log(self, values)
-        self._write(**values)
+        self._write(self.tokens, **values)
         self._display.show(self.step, loss, lr, speed)
         self.sums, self.logged_step = self._nothing(), self.step
         most = self.config.train.max_skipped
@@ -374,11 +375,11 @@ class Trainer:
         deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
         return not loss <= mean + SPIKE * max(deviation, 0.01)
 
-    def _write(self, **values: Any) -> None:
+    def _write(self, tokens: int, **values: Any) -> None:
         if self.metrics is None or self.checkpoints is None:
             return
         try:
-            self.metrics.write(step=self.step, tokens=self.tokens, **values)
+            self.metrics.write(step=self.step, tokens=tokens, **values)
         except OSError as e:
             raise OSError(f"metrics.jsonl could not be written: {e}; {self.checkpoints.last_good()}") from e
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,13 @@ def test_the_log_has_what_there_is_to_see(settings: list[str], corpus: Path, tmp
         assert line.keys() >= {"lr", "grad_norm", "tokens_per_s", "memory_bytes"}
         assert set(line["source_loss"]) == {"a", "b"} and all(1 < x < 7 for x in line["source_loss"].values())
     assert set(next(line for line in lines if "validation" in line)["validation"]) == {"a", "b"}
+
+
+def test_an_evaluation_between_two_lines_counts_its_tokens(settings: list[str]) -> None:
+    lines = read_metrics(run(settings, "name=odd", "train.log_every=4", "train.eval_every=3") / "metrics.jsonl")
+    tokens = {line["step"]: line["tokens"] for line in lines}
+    assert list(tokens) == [0, 3, 4, 6, 8]
+    assert all(a < b for a, b in pairwise(tokens.values())) and tokens[3] == pytest.approx(0.75 * tokens[4], rel=0.1)
 
 
 def test_the_model_cannot_change_on_resume(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
