@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llmfast.clean import Report, add_arguments, clean, folder, run
-from llmfast.data.tokenizer import BPETokenizer
+from llmfast.data.tokenizer import BPETokenizer, ByteTokenizer
 
 for needed in folder.NEEDED:
     pytest.importorskip(needed)
@@ -428,7 +428,10 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     bare.write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
     with pytest.raises(ValueError, match=r"no <\|endoftext\|> token"):
         clean(corpus, output, tokenizer=bare)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.json", "empty"]
+    ByteTokenizer().save(tmp_path / "bytes.json")
+    with pytest.raises(ValueError, match=r"that `tokenizers` reads; .*bytes.json holds llmfast's own bytes"):
+        clean(corpus, output, tokenizer=tmp_path / "bytes.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.json", "bytes.json", "empty"]
 
 
 def test_without_the_extra(

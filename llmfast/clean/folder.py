@@ -66,10 +66,14 @@ def clean(
     # What they import is in the extra.
     from llmfast.clean.pipelines import TOKENIZER_FILE, Pipelines
     from llmfast.clean.recipe import DATATROVE, check_language
-    from llmfast.data.tokenizer import BPETokenizer
+    from llmfast.data.tokenizer import BPETokenizer, load_tokenizer
 
     check_language(language, py3langid=language_model is None)
-    encoder = None if tokenizer is None else BPETokenizer.load(tokenizer)
+    encoder = None if tokenizer is None else load_tokenizer(tokenizer)
+    expect(
+        encoder is None or isinstance(encoder, BPETokenizer),
+        f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
+    )
     model = None if language_model is None else Path(language_model).resolve()
 
     output.parent.mkdir(parents=True, exist_ok=True)
