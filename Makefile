@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train continued test lint format bench bench-mtp clean help
+.PHONY: train continued test test-integrations lint format docs bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
@@ -26,7 +26,10 @@ continued: $(STAMP)-train ## train on prose, then on code with and without a rep
 	$(PY) examples/continued_pretraining.py $(ARGS)
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
-	$(PY) -m pytest --machine-code $(PYTEST_FLAGS) $(ARGS)
+	$(PY) -m pytest --machine-code -rs $(PYTEST_FLAGS) $(ARGS)
+
+test-integrations: $(STAMP)-train,test,hf,lightning,trl ## run the tests beside Hugging Face, Lightning and TRL
+	$(PY) -m pytest tests/integrations tests/test_docs.py -rs $(PYTEST_FLAGS) $(ARGS)
 
 lint: $(STAMP)-train,dev ## check with ruff, mypy and pyright
 	$(PY) -m ruff check
@@ -38,6 +41,9 @@ format: $(STAMP)-train,dev ## let ruff fix and format the code
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
+docs: $(STAMP)-train,docs ## build the documentation into site/, and fail for a broken link or an undescribed name
+	$(PY) -m mkdocs build --strict
+
 bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
@@ -45,11 +51,11 @@ bench-mtp: $(STAMP)-train,bench ## train every kind of multi-token prediction si
 	$(PY) -m benchmarks.mtp_runs runs/bench-mtp $(ARGS)
 
 clean: ## remove .venv, caches and builds; runs/ stays
-	rm -rf .venv build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 help: ## list these
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP)-%: pyproject.toml $(CONSTRAINTS)
 	@rm -f $(filter-out $(STAMP)-%,$(wildcard $(VENV)/.ready-*))

@@ -56,8 +56,8 @@ def fuse_loss(model: M, **options: "Unpack[FusedOptions]") -> M:
 
     Copying, pickling, `save_pretrained`, `generate`, `torch.compile`, gradient checkpointing and PEFT work as before.
     Call this before a model is wrapped or sharded (DDP, FSDP), or given to a trainer that replaces its forward. Such a
-    one, TRL's SFTTrainer of today, makes its losses itself: a subclass of it that says
-    `compute_loss = transformers.Trainer.compute_loss` takes the model's. The Trainer itself does so with
+    one, TRL's SFTTrainer of today, makes its losses itself, and options given here have no effect on them; the subclass
+    in `examples/sft_trainer.py` takes the model's loss. The Trainer makes one itself with
     `TrainingArguments(label_smoothing_factor=)`: give `label_smoothing` here instead.
 
     Args:

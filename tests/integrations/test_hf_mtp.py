@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evidence.traffic import counting
 from llmfast.optim import FusedAdamW
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
 from llmfast.integrations.mtp import add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
 from llmfast.integrations.transformers import fuse_loss, unfuse_loss  # noqa: E402
@@ -199,7 +199,7 @@ def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> N
 
 
 def test_adapted_by_lora(make: Make) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(
         r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["v_proj", "lm_head"],
         modules_to_save=["mtp"],
@@ -227,7 +227,7 @@ class Counting(torch.utils.data.Dataset[dict[str, list[int]]]):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stock_trainer_trains_and_resumes_them(make: Make, tmp_path: Path, kind: Any) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is missing: make test-integrations")
 
     def trained(resume: str | None = None) -> Any:
         args = transformers.TrainingArguments(

@@ -1,4 +1,4 @@
-"""The stock Trainer, TRL's and accelerate's loop, with and without llmfast: the same curve."""
+"""The stock Trainer, and accelerate's loop, with and without llmfast: the same curve."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmfast.optim import FusedAdamW
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is missing: make test-integrations")
 
 from llmfast.integrations.transformers import fuse_loss  # noqa: E402
 
@@ -120,15 +120,20 @@ def test_accumulation_weighs_tokens_and_not_micro_batches(make: Make, tmp_path: 
 
 
 def test_clipping_by_the_trainer_or_by_the_optimizer(make: Make, tmp_path: Path) -> None:
-    """One of the two: the Trainer's `max_grad_norm=0` leaves it to FusedAdamW, which gets rid of a pass."""
+    """One of the two: the Trainer's `max_grad_norm=0` leaves it to FusedAdamW, which gets rid of a pass. With both, a
+    gradient that was clipped is not clipped again."""
     norm = 0.5
     by_trainer = trainer(fuse_loss(make("llama")), tmp_path, FusedAdamW, max_grad_norm=norm)
     by_optimizer = trainer(
         fuse_loss(make("llama")), tmp_path, (FusedAdamW, HYPER | {"max_grad_norm": norm}), max_grad_norm=0.0
     )
-    for made in (by_trainer, by_optimizer):
+    by_both = trainer(
+        fuse_loss(make("llama")), tmp_path, (FusedAdamW, HYPER | {"max_grad_norm": norm}), max_grad_norm=norm
+    )
+    for made in (by_trainer, by_optimizer, by_both):
         made.train()
     assert_follows(losses(by_optimizer), losses(by_trainer))
+    assert_follows(losses(by_both), losses(by_trainer))
     norms = [row["grad_norm"] for row in by_trainer.state.log_history if "grad_norm" in row]
     assert min(norms) > norm, "it clips"
     assert float(by_optimizer.optimizer.optimizer.grad_norm) == pytest.approx(norms[-1], rel=1e-3)
@@ -139,6 +144,31 @@ def test_bfloat16(make: Make, tmp_path: Path) -> None:
     theirs = curve(make("llama"), tmp_path, bf16=True)
     ours = curve(fuse_loss(make("llama")), tmp_path, FusedAdamW, bf16=True)
     assert_follows(ours, theirs, rtol=5e-2)
+
+
+def with_fp16(accelerator: Any, scaler: torch.amp.GradScaler) -> None:
+    """Turn it on where accelerate asks for a GPU, though all that it then does works on a CPU."""
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp, accelerator.scaler = True, scaler
+
+
+def test_float16(make: Make, tmp_path: Path) -> None:
+    """The Trainer scales the loss, takes the scale out again to clip, and leaves out steps that overflow."""
+
+    def scaled(model: Any, optimizer: Any) -> tuple[Tensor, float, float]:
+        made = trainer(model, tmp_path, optimizer, lr_scheduler_type="constant")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        with_fp16(made.accelerator, scaler)
+        made.train()
+        states = made.optimizer.optimizer.state.values()
+        return losses(made), scaler.get_scale(), max(float(state["step"]) for state in states)
+
+    theirs, scale, steps = scaled(make("llama"), AdamW)
+    ours = scaled(fuse_loss(make("llama")), FusedAdamW)
+    assert scale < 2.0**24
+    assert steps < 30
+    assert ours[1:] == (scale, steps)
+    assert_follows(ours[0], theirs, rtol=2e-2)
 
 
 def test_gradient_checkpointing(make: Make, tmp_path: Path) -> None:
@@ -160,7 +190,7 @@ def test_evaluates_and_smooths_as_the_trainer(make: Make, tmp_path: Path) -> Non
 
 
 def test_columns_are_chosen_by_the_models_signature(make: Make, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="datasets is missing: make test-integrations")
     rows = datasets.Dataset.from_list([row | {"source": "web"} for row in Texts(12)])  # type: ignore[attr-defined]
     made = trainer(fuse_loss(make("llama")), tmp_path, max_steps=2)
     made.train_dataset = rows
@@ -170,7 +200,7 @@ def test_columns_are_chosen_by_the_models_signature(make: Make, tmp_path: Path) 
 
 
 def test_lora(make: Make, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
 
     def adapted(fused: bool) -> Any:
         model = make("llama")
@@ -182,11 +212,18 @@ def test_lora(make: Make, tmp_path: Path) -> None:
     assert_follows(curve(adapted(fused=True), tmp_path, (FusedAdamW, hyper)), theirs, rtol=1e-3)
 
 
-def test_accelerates_own_loop(make: Make) -> None:
-    from accelerate import Accelerator
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_accelerates_own_loop(make: Make, precision: str) -> None:
+    """In 16 bits the curve is no further from the one in 32 than torch's own."""
 
-    def loop(fused: bool) -> Tensor:
-        accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    def loop(precision: str, fused: bool) -> Tensor:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        half = precision == "fp16"
+        accelerator = accelerate.Accelerator(
+            gradient_accumulation_steps=2, cpu=True, mixed_precision="no" if half else precision
+        )
+        if half:
+            with_fp16(accelerator, torch.amp.GradScaler("cpu", init_scale=2.0**10))
         model = fuse_loss(make("llama")) if fused else make("llama")
         optimizer = (FusedAdamW if fused else AdamW)(model.parameters(), **HYPER)
         loader = torch.utils.data.DataLoader(Texts(120), batch_size=2, collate_fn=padded)  # type: ignore[arg-type]
@@ -203,46 +240,15 @@ def test_accelerates_own_loop(make: Make) -> None:
             seen.append(loss.item())
         return torch.tensor(seen)
 
-    theirs = loop(fused=False)
-    assert theirs[-3:].mean() < 0.8 * theirs[:3].mean(), "it learns"
-    torch.testing.assert_close(loop(fused=True), theirs, rtol=1e-4, atol=0)
+    truth = loop("no", fused=False)
+    assert truth[-3:].mean() < 0.8 * truth[:3].mean(), "it learns"
 
+    def far(losses: Tensor) -> float:
+        return float((losses / truth - 1).abs().mean())
 
-def test_trls_sft_trainer(make: Make, tmp_path: Path) -> None:
-    """It computes losses itself, unless told to leave that to the model; the optimizer is free in any case."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-
-    class LossOfTheModel(trl.SFTTrainer):  # type: ignore[misc, name-defined]
-        compute_loss = transformers.Trainer.compute_loss
-
-    def tuned(kind: Any, model: Any, optimizer: Any) -> Tensor:
-        args = trl.SFTConfig(
-            output_dir=str(tmp_path), max_steps=30, logging_steps=1, per_device_train_batch_size=2, use_cpu=True,
-            gradient_accumulation_steps=2, report_to=[], save_strategy="no", disable_tqdm=True, bf16=False,
-            gradient_checkpointing=False, learning_rate=HYPER["lr"], max_length=None, dataloader_pin_memory=False,
-        )  # fmt: skip
-        rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in Texts()])  # type: ignore[attr-defined]
-        made = kind(
-            model, args, train_dataset=rows, processing_class=tokenizer(), data_collator=padded,
-            optimizer_cls_and_kwargs=(optimizer, dict(HYPER)),
-        )  # fmt: skip
-        made.remove_callback(transformers.PrinterCallback)
-        made.train()
-        return losses(made)
-
-    theirs = tuned(trl.SFTTrainer, make("llama"), AdamW)
-    assert_follows(tuned(trl.SFTTrainer, make("llama"), FusedAdamW), theirs)
-    assert_follows(tuned(LossOfTheModel, fuse_loss(make("llama")), FusedAdamW), theirs)
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {f"w{i}": i for i in range(320)}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), pad_token="w0", eos_token="w2"
-    )
+    theirs = far(loop(precision, fused=False))
+    assert theirs < 0.05
+    assert far(loop(precision, fused=True)) <= 1.2 * theirs + 1e-4
 
 
 def test_the_example_learns() -> None:

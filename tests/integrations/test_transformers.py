@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from evidence.traffic import counting
 from llmfast.losses import linear_cross_entropy
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
 from llmfast.integrations.transformers import fuse_loss, unfuse_loss  # noqa: E402
 
@@ -27,6 +27,9 @@ CLASSES = [
     *("llama", "tied", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "gpt2", "deepseek", "mixtral"),
     *("granite", "cohere", "phi"),
 ]
+
+# The Trainer's smoothing takes the place of the model's whole loss, that of its router too.
+NO_ROUTER_LOSS: dict[str, dict[str, Any]] = {"mixtral": {"output_router_logits": False}}
 
 
 def plain(V: int = 320, T: int = 12) -> Batch:
@@ -83,7 +86,7 @@ def test_loss_and_all_gradients_are_the_models_own(make: Make, name: str) -> Non
         assert model(**step[0]).logits is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits_are_no_further_from_the_truth_than_its_own(make: Make, name: str, autocast: bool) -> None:
     model = make(name)
@@ -108,10 +111,11 @@ def test_16_bits_are_no_further_from_the_truth_than_its_own(make: Make, name: st
     assert ours[1] <= 1.1 * theirs[1]
 
 
-def test_label_smoothing_is_the_trainers(make: Make) -> None:
+@pytest.mark.parametrize("name", CLASSES)
+def test_label_smoothing_is_the_trainers(make: Make, name: str) -> None:
     from transformers.trainer_pt_utils import LabelSmoother
 
-    model, batch = make("gemma2"), padded()
+    model, batch = make(name, **NO_ROUTER_LOSS.get(name, {})), padded()
     loss = LabelSmoother(0.1)(model(**batch), batch["labels"], shift_labels=True)
     loss.backward()
     theirs = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -182,10 +186,10 @@ def test_grad_scaler_and_float16(make: Make) -> None:
 # Memory.
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "tied"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_step_saves_the_memory_of_the_logits(make: Make, name: str) -> None:
     V, batch = 32_000, plain(V=32_000, T=96)
-    model = make(name, vocab_size=V, max_position_embeddings=96)
+    model = make(name, vocab_size=V, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 96})
     logits = batch["input_ids"].numel() * V * 4
 
     def peak() -> int:
@@ -212,6 +216,35 @@ def test_without_labels_nothing_changes(make: Make, name: str) -> None:
     assert torch.equal(ours[0].logits, theirs[0].logits)
     assert ours[0].keys() == theirs[0].keys()
     assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_past_key_values(make: Make) -> None:
+    """What was read before is in the cache, with labels for the rest and without."""
+    model, ids = make("qwen3").eval(), plain()["input_ids"]
+
+    def continued(**labels: Tensor) -> Any:
+        return model(ids[:, 8:], past_key_values=model(ids[:, :8]).past_key_values, **labels)
+
+    theirs = continued(), continued(labels=ids[:, 8:]).loss.item()
+    fuse_loss(model)
+    ours = continued(), continued(labels=ids[:, 8:])
+    assert torch.equal(ours[0].logits, theirs[0].logits)
+    assert ours[0].past_key_values.get_seq_length() == ours[1].past_key_values.get_seq_length() == 12
+    assert ours[1].loss.item() == pytest.approx(theirs[1], rel=1e-6)
+
+
+def test_one_fused_and_one_not(make: Make) -> None:
+    """Of the same class, in turns."""
+    theirs, ours = make("gemma2"), fuse_loss(make("gemma2"))
+    wanted = result(theirs, padded())
+    assert_same(result(ours, padded()), wanted)
+    again = result(theirs, padded())
+    assert again[0] == wanted[0] and all(torch.equal(g, wanted[1][name]) for name, g in again[1].items())
+    assert type(theirs) is transformers.Gemma2ForCausalLM
+    assert theirs(**padded()).logits is not None
+    assert ours(**padded()).logits is None
+    assert make("gemma2")(**padded()).logits is not None
 
 
 def test_other_inputs_and_outputs(make: Make) -> None:
@@ -309,7 +342,7 @@ def test_a_new_vocabulary_has_a_new_head(make: Make) -> None:
 
 
 def test_a_forward_wrapped_by_accelerate_and_unwrapped(make: Make) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is missing: make test-integrations")
     model = fuse_loss(make("llama"))
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
@@ -375,7 +408,7 @@ LORA = {
 @pytest.mark.parametrize("kind", LORA)
 @pytest.mark.parametrize("first", ["fuse", "adapt"])
 def test_an_adapted_head(make: Make, kind: str, first: str) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     model = make("phi" if "bias" in kind else "llama")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **LORA[kind])
 
@@ -399,7 +432,7 @@ def test_an_adapted_head(make: Make, kind: str, first: str) -> None:
 
 
 def test_two_adapters_at_a_time(make: Make) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["lm_head"])
     adapted = peft.get_peft_model(fuse_loss(make("llama")), config)
     adapted.add_adapter("second", config)
@@ -493,7 +526,7 @@ def test_a_loss_function_of_the_users(make: Make) -> None:
 
 
 def test_refuses_an_adapter_that_is_no_sum(make: Make) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be fused"):
         fuse_loss(peft.get_peft_model(make("llama"), config))
