@@ -97,6 +97,7 @@ class TrainConfig:
     param_dtype: str = "float32"  # or "bfloat16", with optimizer.master_weights
     parallel: str = "ddp"  # under torchrun: "ddp", "fsdp" or "hsdp"
     shard_size: int = 0  # "hsdp": ranks that share one set of parameters
+    vocab_parallel: bool = False  # each rank holds some classes of the untied output layer, for all ranks' tokens
     checkpoint_activations: bool = False  # compute them again in backward
     compile: bool = False  # the blocks, with torch.compile
     tensorboard: bool = False  # also write events for it
@@ -110,6 +111,8 @@ class TrainConfig:
 
 @dataclass
 class Config:
+    """All settings of a run, with their defaults: what `--set` and a TOML file change."""
+
     name: str = ""  # of the run's folder; empty: the first of demo, demo-2, ... that is free
     runs: str = "runs"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -222,7 +225,7 @@ def _names(node: Any, prefix: str) -> Iterable[str]:
 
 def _check(config: Config) -> None:
     """Values that would fail later, or do something else than meant, fail here."""
-    d, o, t = config.data, config.optimizer, config.train
+    m, d, o, t = config.model, config.data, config.optimizer, config.train
     try:
         for name, value, least in (
             ("data.seq_len", d.seq_len, 2),
@@ -260,6 +263,10 @@ def _check(config: Config) -> None:
         expect(
             o.lr_scaling == "none" or o.base_batch_size > 0,
             f"optimizer.lr_scaling={o.lr_scaling!r} needs optimizer.base_batch_size, for which lr is right",
+        )
+        expect(
+            not t.vocab_parallel or not (m.tie_embeddings or m.mtp == "shared"),
+            "train.vocab_parallel needs model.tie_embeddings=false, and a model.mtp other than 'shared'",
         )
         expect(t.parallel != "hsdp" or t.shard_size > 0, "train.parallel='hsdp' needs train.shard_size, ranks a set")
         expect(0 <= o.final_lr <= 1, f"optimizer.final_lr must be in [0, 1]; got {o.final_lr}")

@@ -1,7 +1,7 @@
 """Ranks, and how a model is spread over them: torch's DDP and FSDP2, under torchrun."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -103,8 +104,10 @@ def prepare_blocks(model: nn.Module, config: Config) -> None:
             block.compile()
 
 
-def spread(module: nn.Module, config: Config, world: World) -> nn.Module:
-    """The module over all ranks. FSDP2 puts DTensors in the place of its parameters: optimizers come after.
+def spread(module: nn.Module, config: Config, world: World, own: Sequence[str] = ()) -> nn.Module:
+    """The module over all ranks, but for the parameters named in `own`, of which each rank has what is its alone.
+
+    FSDP2 puts DTensors in the place of its parameters: optimizers come after.
 
     Raises:
         ConfigError: the ranks do not divide into sets of `train.shard_size`.
@@ -113,6 +116,7 @@ def spread(module: nn.Module, config: Config, world: World) -> nn.Module:
     if world.size == 1:
         return module
     if t.parallel == "ddp":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(own))
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
     if t.parallel == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -123,7 +127,7 @@ def spread(module: nn.Module, config: Config, world: World) -> nn.Module:
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params={module.get_parameter(name) for name in own})
     return module
 
 
@@ -140,3 +144,18 @@ def plain(module: nn.Module) -> nn.Module:
     """Without DDP around it."""
     inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     return inner
+
+
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """torch's, which does not take plain tensors together with DTensors, or DTensors of several meshes."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            kinds.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+    if not kinds:
+        return torch.zeros(())
+    norms = [nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in kinds.values()]
+    norm: Tensor = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for some in kinds.values():
+        nn.utils.clip_grads_with_norm_(some, most, norm)
+    return norm

@@ -1,7 +1,6 @@
 """The training loop: steps, evaluation, checkpoints. Everything it needs is handed to it."""
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
@@ -14,16 +13,18 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from llmfast.optim import FusedOptimizer
+from llmfast.train.batch import on_device
 from llmfast.train.checkpoint import Checkpoints
 from llmfast.train.config import Config, ConfigError
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
-from llmfast.train.parallel import World, prepare_blocks, spread, syncing
+from llmfast.train.parallel import World, clip_grad_norm_, prepare_blocks, spread, syncing
 from llmfast.train.schedule import lr_of_step
+from llmfast.train.vocab_parallel import OfAllRanks, split_unembedding
 
 SPIKE = 6.0  # standard deviations of the last lines' losses that a line's loss may be above their mean
 _REMEMBERED = 30  # lines
@@ -119,14 +120,23 @@ class Trainer:
         self.validation = dict(validation or {})
         self.objective: Objective = loss if hasattr(loss, "num_valid") else Summed(loss)  # type: ignore[assignment]
         self.micro_batch_size = micro_batch_size(config, self.world)
-        if self.world.size > 1 and t.parallel != "ddp" and isinstance(optimizer, torch.optim.Optimizer):
+        self._vocab_parallel = t.vocab_parallel and self.world.size > 1
+        if (self._vocab_parallel or (self.world.size > 1 and t.parallel != "ddp")) and isinstance(
+            optimizer, torch.optim.Optimizer
+        ):
+            what = "train.vocab_parallel" if t.parallel == "ddp" else f"train.parallel={t.parallel!r}"
             raise TypeError(
-                f"with train.parallel={t.parallel!r} optimizer must be a function that makes one of the model, whose "
-                f"parameters FSDP2 replaces; got {type(optimizer).__name__}"
+                f"with {what} optimizer must be a function that makes one of the model, whose parameters are replaced; "
+                f"got {type(optimizer).__name__}"
             )
         prepare_blocks(model, config)
         self.model = model
-        self.module = spread(WithLoss(model, self.objective), config, self.world)
+        own = []
+        if self._vocab_parallel:
+            mesh = init_device_mesh(self.device.type, (self.world.size,))
+            own = [f"model.{split_unembedding(model, mesh)}"]
+            self.objective = OfAllRanks(self.objective, mesh)
+        self.module = spread(WithLoss(model, self.objective), config, self.world, own)
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model)
         fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
         if fused is not None and fused.options.max_grad_norm is None and not fused.steps_in_backward:
@@ -219,7 +229,8 @@ class Trainer:
         result = {}
         for name, batches in self.validation.items():
             total = torch.zeros(2, dtype=torch.float64, device=self.device)
-            left, size = iter(batches()), self.world.size
+            # With a share of the classes, all ranks are needed for one batch, and the first one counts it.
+            left, size = iter(batches()), 1 if self._vocab_parallel else self.world.size
             while several := list(islice(left, size)):  # one for each rank
                 mine = self.world.rank < len(several)  # FSDP2 needs the others all the same
                 batch = several[self.world.rank] if mine else several[0]
@@ -291,8 +302,7 @@ class Trainer:
             norm = self.optimizer.grad_norm
         else:
             most = self.config.optimizer.max_grad_norm or math.inf
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norm = clip_grad_norm_(self.model.parameters(), most)
             if bool(norm.isfinite()):  # torch's own optimizers have no other way
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -425,19 +435,3 @@ def micro_batch_size(config: Config, world: World) -> int:
             f"train.batch_size={t.batch_size} does not divide into micro-batches of {rows} rows on {world.size} ranks"
         )
     return rows
-
-
-def on_device(batch: Any, device: torch.device) -> Any:
-    """Tensors, and those in dataclasses, mappings, lists and tuples, without a wait."""
-    if isinstance(batch, Tensor):
-        pinned = batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
-        return pinned.to(device, non_blocking=True)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: on_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **fields)
-    if isinstance(batch, Mapping):
-        return {key: on_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        values = [on_device(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a NamedTuple, or not
-    return batch

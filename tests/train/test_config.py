@@ -53,6 +53,7 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
         ("train.dtype=int8", "train.dtype must be one of 'auto', 'float32', 'bfloat16'; got 'int8'"),
         ("data.sources=[]", "data.sources must name at least one source"),
         ("data.held_out=0.0", "data.held_out must be between 0 and 1; got 0.0"),
+        ("train.vocab_parallel=true", "train.vocab_parallel needs model.tie_embeddings=false"),
         ("name=../x", "name must be a folder name; got '../x'"),
     ],
 )

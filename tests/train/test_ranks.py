@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from llmfast.data import Batch
 from llmfast.data.packing import PADDING, batch_of
@@ -29,7 +30,7 @@ from llmfast.train.schedule import head_weights_at
 from llmfast.train.trainer import Hooks, Trainer
 from support.ranks import Ranks
 
-VOCABULARY, T, STEPS = 264, 16, 4
+VOCABULARY, T, STEPS = 263, 16, 4
 SOURCES = ["prompts", "texts"]
 Lines = list[dict[str, Any]]
 
@@ -102,6 +103,7 @@ def settings(mtp: str = "none", **train: Any) -> Config:
     config.optimizer.eps = 1e-4  # a gradient that is next to nothing must not count as much as any
     config.optimizer.max_grad_norm = 0.5
     config.train.steps, config.train.batch_size, config.train.log_every = STEPS, 16, 1
+    config.model.tie_embeddings = not train.get("vocab_parallel")
     for name, value in train.items():
         assert hasattr(config.train, name)
         setattr(config.train, name, value)
@@ -115,7 +117,7 @@ def decoder(config: Config) -> Decoder:
     return Decoder(
         DecoderConfig(
             VOCABULARY, width=32, layers=2, heads=2, mtp=kind, mtp_heads=m.mtp_heads,
-            mtp_repeated_layer=m.mtp_repeated_layer,
+            mtp_repeated_layer=m.mtp_repeated_layer, tie_embeddings=m.tie_embeddings,
         )
     )  # fmt: skip
 
@@ -196,9 +198,9 @@ def assert_same(found: Any, wanted: Any) -> None:
 
 
 @functools.cache
-def whole_batch(mtp: str) -> Any:
+def whole_batch(mtp: str, untied: bool = False) -> Any:
     """What one process makes of it, all rows at once."""
-    return alone(settings(mtp))
+    return alone(settings(mtp, vocab_parallel=untied))
 
 
 @pytest.mark.parametrize("mtp", ["none", "parallel", "sequential", "shared"])
@@ -236,12 +238,47 @@ def test_sharded_parameters_may_be_updated_in_backward(ranks: Any) -> None:
     assert_same(found, alone(config))
 
 
+@pytest.mark.parametrize("vocab_parallel", [False, True])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_torchs_own_optimizer_is_clipped_over_all_ranks(ranks: Any, parallel: str) -> None:
-    config = settings(parallel=parallel, micro_batch_size=4)
+def test_torchs_own_optimizer_is_clipped_over_all_ranks(ranks: Any, parallel: str, vocab_parallel: bool) -> None:
+    config = settings(parallel=parallel, micro_batch_size=4, vocab_parallel=vocab_parallel)
     found = ranks(2).run(check_training, config, True)[0]
-    assert_same(found, alone(settings(), torchs=True))
+    assert_same(found, alone(settings(vocab_parallel=vocab_parallel), torchs=True))
     assert all(line["grad_norm"] > 0.5 for line in found[0])
+
+
+@pytest.mark.parametrize("mtp", ["none", "sequential"])
+@pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (4, "fsdp"), (4, "hsdp")])
+def test_ranks_may_each_hold_some_classes(ranks: Any, size: int, parallel: str, mtp: str) -> None:
+    """Four do not hold as many of them each. The next evaluation's last batch is smaller than the others."""
+    config = settings(mtp, parallel=parallel, micro_batch_size=16 // (size * 2), vocab_parallel=True, shard_size=2)
+    assert_same(ranks(size).run(check_training, config, False)[0], whole_batch(mtp, untied=True))
+
+
+def check_classes(rank: int, size: int, parallel: str) -> tuple[dict[str, list[int]], dict[str, int]]:
+    config = settings(parallel=parallel, micro_batch_size=4, steps=3, log_every=3, vocab_parallel=True)
+    trainer = trainer_of(config, world_of(rank, size))
+    trainer.validation.clear()
+    with Sent() as sent:
+        trainer.fit()
+    (weight,) = (p for name, p in trainer.model.named_parameters() if name == "head.weight")
+    states = {k: v.to_local().numel() for k, v in trainer.optimizer.state[weight].items() if v.dim()}
+    return sent.sizes, states
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_of_classes_stay_where_they_are(ranks: Any, parallel: str) -> None:
+    most = 2 * 4 * T * 32  # hidden states of a micro-batch of both ranks, and their gradients
+    for rank, (sent, states) in enumerate(ranks(2).run(check_classes, parallel)):
+        classes = [132, 131][rank]
+        assert states == {"exp_avg": 32 * classes, "exp_avg_sq": 32 * classes}
+        # All parameters but the head's weight, once a step.
+        block, rest = 16448, 263 * 32 + 32
+        if parallel == "ddp":
+            assert [n for n in sent["allreduce_"] if n > most] == [2 * block + rest] * 3
+        else:
+            assert sent["_reduce_scatter_base_"] == [block, block, rest + 32] * 3
+            assert max(sent["allreduce_"]) <= most
 
 
 class Sent(TorchDispatchMode):
@@ -254,7 +291,7 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             given = args[1] if "scatter" in func.__name__ else args[0]
-            sent = given if isinstance(given, Tensor) else given[0]
+            (sent, *_), _ = tree_flatten(given)
             self.sizes.setdefault(func.overloadpacket.__name__, []).append(sent.numel())
         return func(*args, **(kwargs or {}))
 
@@ -269,12 +306,12 @@ def check_syncing(rank: int, size: int, parallel: str) -> dict[str, list[int]]:
 
 def test_gradients_are_reduced_once_a_step(ranks: Any) -> None:
     """Though there are four micro-batches. Beside them, a few numbers: labels, the norm, a line of the log."""
-    block, rest = 16448, 8480
+    block, rest = 16448, 263 * 32 + 32
     for sent in ranks(2).run(check_syncing, "ddp"):
         assert [n for n in sent["allreduce_"] if n > 10] == [2 * block + rest] * 3
         assert sent.keys() == {"allreduce_", "broadcast_"}
     for sent in ranks(2).run(check_syncing, "fsdp"):
-        assert sent["_reduce_scatter_base_"] == [block, block, rest] * 3
+        assert sent["_reduce_scatter_base_"] == [block, block, rest + 32] * 3  # a row for one that divides by two
         assert max(sent["allreduce_"]) < 10
         assert sent.keys() == {"allreduce_", "_reduce_scatter_base_", "_allgather_base_"}
 
@@ -347,7 +384,7 @@ def test_a_full_disk_on_one_rank_is_reported_by_all(ranks: Any, where: str, tmp_
 def check_refusals(rank: int, size: int) -> None:
     world, config = world_of(rank, size), settings(parallel="fsdp")
     model = decoder(config)
-    with pytest.raises(TypeError, match=r"optimizer must be a function .* whose parameters FSDP2 replaces; got AdamW"):
+    with pytest.raises(TypeError, match=r"optimizer must be a function .* whose parameters are replaced; got AdamW"):
         Trainer(model, NextToken(), torch.optim.AdamW(model.parameters()), Sequences(), config, world=world)
     refused: list[tuple[dict[str, Any], bool, str]] = [
         ({"batch_size": 3}, False, "train.batch_size=3 does not divide by 2 ranks"),
@@ -361,6 +398,16 @@ def check_refusals(rank: int, size: int) -> None:
         config.optimizer.in_backward = in_backward
         with pytest.raises(ConfigError, match=message):
             trainer_of(config, world)
+
+    config = settings(vocab_parallel=True)
+    model = decoder(config)
+    with pytest.raises(TypeError, match=r"with train.vocab_parallel optimizer must be a function"):
+        Trainer(model, NextToken(), torch.optim.AdamW(model.parameters()), Sequences(), config, world=world)
+    config.model.tie_embeddings = True
+    with pytest.raises(ConfigError, match=r"which is also something else: embedding.weight"):
+        trainer_of(config, world)
+    with pytest.raises(ConfigError, match=r"needs unembedding, a parameter of the model; Linear has none"):
+        Trainer(nn.Linear(2, 2), NextToken(), lambda model: model, Sequences(), config, world=world)  # type: ignore
 
 
 def test_what_ranks_cannot_do_is_refused(ranks: Any) -> None:
@@ -379,11 +426,15 @@ def check_run(rank: int, size: int, config: Config, folder: str, resume: bool) -
     return data.read, results(trainer)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "ddp, classes", "fsdp, classes"])
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
 def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[int, int], tmp_path: Path) -> None:
     """From the middle of a line of the log, with another checkpoint before its end."""
-    config = settings(parallel=parallel, steps=7, log_every=5, save_every=2, keep_last=9, micro_batch_size=4)
+    parallel, _, classes = parallel.partition(", ")
+    config = settings(
+        parallel=parallel, steps=7, log_every=5, save_every=2, keep_last=9, micro_batch_size=4,
+        vocab_parallel=bool(classes),
+    )  # fmt: skip
 
     def run(size: int, resume: bool) -> list[Any]:
         more = config, str(tmp_path), resume
@@ -395,9 +446,9 @@ def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[
     found = run(sizes[1], True)
     assert sorted(number for read, _ in found for number in read) == list(range(2 * 16, 7 * 16))
     assert_same(found[0][1], whole)
-    assert_same(found[0][1], seven_steps())
+    assert_same(found[0][1], seven_steps(bool(classes)))
 
 
 @functools.cache
-def seven_steps() -> Any:
-    return alone(settings(steps=7, log_every=5))
+def seven_steps(untied: bool) -> Any:
+    return alone(settings(steps=7, log_every=5, vocab_parallel=untied))

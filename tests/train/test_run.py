@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -214,6 +215,21 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert error.startswith("llmfast: error: ") and message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_one_line(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ranks = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, str(value))
+        assert cli(settings, "--name=alone") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the ranks do not find each other" in line and "address already in use" in line
+    assert not Path(settings[0].removeprefix("runs="), "alone").exists()
 
 
 def test_an_empty_source_is_an_error(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
