@@ -1,6 +1,6 @@
 """Hugging Face's stock Trainer with two lines of llmfast: no logits in the loss, one launch a step of the optimizer.
 
-pip install 'llmfast-torch[hf]' && python examples/hf_trainer.py
+pip install '.[hf]' && python examples/hf_trainer.py
 """
 
 import argparse  # its source is what the model learns

@@ -1,6 +1,6 @@
 """An ordinary LightningModule with two lines of llmfast: no logits in the loss, one launch a step of the optimizer.
 
-pip install 'llmfast-torch[lightning]' && python examples/lightning_module.py
+pip install '.[lightning]' && python examples/lightning_module.py
 """
 
 import random  # its source is what the model learns

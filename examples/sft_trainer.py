@@ -4,7 +4,7 @@ The SFTTrainer makes its losses itself, without logits too, whatever the model w
 long as they are what is wanted. What only the model knows of, the options of `fuse_loss` and the heads of `add_mtp`,
 has no effect there; for these the subclass below asks the model.
 
-pip install 'llmfast-torch[hf]' trl && python examples/sft_trainer.py
+pip install '.[hf,trl]' && python examples/sft_trainer.py
 """
 
 import argparse  # its source is what the model learns

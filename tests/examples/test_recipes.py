@@ -1,0 +1,364 @@
+"""The recipes of examples/: each learns what plain torch learns, and README.md has them all.
+
+Those of other libraries (`hf_trainer.py`, `sft_trainer.py`, `lightning_module.py`) run in tests/integrations, and
+`plain_pytorch.py` in tests/test_drop_in.py.
+"""
+
+import ast
+import difflib
+import functools
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from evidence.pretend_cuda import pretending_cuda
+from llmfast.losses import targets
+from llmfast.optim import FusedAdamW
+from support.ranks import Ranks
+from support.waiting import NoWaiting
+
+# Dynamo looks torch's functions up in a table that it makes once: before tests put others in their places.
+torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+README = EXAMPLES / "README.md"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+GPU = torch.cuda.is_available()
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def recipe(name: str) -> ModuleType:
+    """A module of examples/, on CPU tensors, with our own code even for few logits."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))  # they import each other as scripts do
+    torch.cuda.is_available = lambda: False
+    targets.SMALL.update(dict.fromkeys(targets.SMALL, -1))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back what `recipe` changes, which has to work in processes without pytest, too."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(torch.cuda, "is_available", torch.cuda.is_available)
+    for name, value in targets.SMALL.items():
+        monkeypatch.setitem(targets.SMALL, name, value)
+
+
+def ordinary(
+    data: Batches,
+    steps: int,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+    clip: float | None = None,
+    eps: float = 1e-8,
+    **shape: int,
+) -> list[float]:
+    """The losses of torch's AdamW and torch's loss, with no llmfast."""
+    torch.manual_seed(0)
+    model = recipe("tiny_gpt").TinyGPT(**shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=eps)
+    lr = None if schedule is None else schedule(optimizer)
+    losses = []
+    for _ in range(steps):
+        tokens, labels = next(data)
+        loss = F.cross_entropy(model.head(model(tokens)).flatten(0, 1), labels.flatten())
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if lr is not None:
+            lr.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same(ours: list[float], torchs: list[float], rtol: float = 2e-5) -> None:
+    assert torchs[-1] < 0.97 * torchs[0], "there is something to follow"
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(torchs), rtol=rtol, atol=0)
+
+
+def of_all_ranks(streams: list[Batches], each: int = 1) -> Batches:
+    """Every rank's next batches, so many of each, as one."""
+    while True:
+        parts = [next(stream) for stream in streams for _ in range(each)]
+        yield torch.cat([tokens for tokens, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+# In one process.
+
+
+def test_before_and_after_train_alike() -> None:
+    before, after = (recipe(f"nanogpt_{when}").train(steps=6, rows=4) for when in ("before", "after"))
+    assert_same(after, before)
+
+
+def test_before_and_after_differ_in_imports_and_two_lines() -> None:
+    before, after = ((EXAMPLES / f"nanogpt_{when}.py").read_text().splitlines() for when in ("before", "after"))
+    changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[1:].strip()]
+    no_imports = [line for line in changes if not re.match(r"[+-] (import|from) ", line)]
+    assert [line[0] for line in no_imports] == ["-", "+", "-", "+"]
+    assert all(line.endswith("# llmfast") for line in no_imports if line[0] == "+")
+
+
+def test_optimizer_in_backward() -> None:
+    losses, most = recipe("optimizer_in_backward").train(steps=5, rows=4)
+    tiny = recipe("tiny_gpt")
+    assert_same(losses, ordinary(tiny.batches(4), 5, lambda optimizer: LinearLR(optimizer, 1.0, 0.1, 5)))
+    assert 0 < most < 0.2 * sum(p.nbytes for p in tiny.TinyGPT().parameters())
+
+
+def test_resuming_from_torch() -> None:
+    losses = recipe("resume_from_torch").train(steps=6, rows=4)
+    uninterrupted = ordinary(recipe("tiny_gpt").batches(4), 6, lambda optimizer: CosineAnnealingLR(optimizer, 6))
+    assert_same(losses, uninterrupted)
+
+
+# torch.compile.
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_steps(whole: bool) -> None:
+    torch._dynamo.reset()
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    losses = recipe("torch_compile").train(steps=4, rows=4, compiled=compiled, whole=whole)
+    assert_same(losses, ordinary(recipe("tiny_gpt").batches(4), 4))
+
+
+def test_forward_and_loss_are_one_graph_and_a_whole_step_is_not() -> None:
+    module, tiny = recipe("torch_compile"), recipe("tiny_gpt")
+    model, batch = tiny.TinyGPT(width=16, layers=1, context=16), next(tiny.batches(2, context=16))
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    step = module.make_step(model, functools.partial(torch.compile, backend=count))
+    step(*batch)
+    step(*batch)
+    assert len(graphs) == 1
+    whole = module.make_step(model, lambda f: torch.compile(f, backend=count, fullgraph=True), whole=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="backward"):
+        whole(*batch)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
+def test_inductor() -> None:
+    """Few kernels: each is half a second of g++, and the first of all is twenty."""
+    module, tiny, shape = recipe("torch_compile"), recipe("tiny_gpt"), {"width": 16, "layers": 0, "context": 16}
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    step, data = module.make_step(tiny.TinyGPT(**shape)), tiny.batches(8, context=16)
+    losses = [step(*next(data)).item() for _ in range(8)]
+    assert_same(losses, ordinary(tiny.batches(8, context=16), 8, **shape))
+
+
+# GradScaler.
+
+
+def test_grad_scaler_skips_and_learns() -> None:
+    losses, skipped = recipe("grad_scaler").train(steps=14, rows=4, init_scale=2.0**20)
+    first = skipped.index(False)
+    assert 0 < first < 10
+    assert not any(skipped[first:])
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_is_skipped_changes_nothing() -> None:
+    losses, skipped = recipe("grad_scaler").train(steps=3, rows=2, init_scale=2.0**60)
+    assert skipped == [True] * 3
+    tiny = recipe("tiny_gpt")
+    torch.manual_seed(0)
+    model, data = tiny.TinyGPT(), tiny.batches(2)
+    for loss in losses:
+        tokens, labels = next(data)
+        with torch.autocast("cpu", torch.float16), torch.no_grad():
+            untrained = F.cross_entropy(model.head(model(tokens)).flatten(0, 1).float(), labels.flatten())
+        assert loss == pytest.approx(untrained.item(), rel=1e-4)
+
+
+# A CUDA graph.
+
+
+def test_cuda_graph_says_that_it_needs_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "cuda_graph.py"], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "examples/cuda_graph.py captures a CUDA graph, and there is no GPU here\n"
+
+
+def test_the_step_to_capture_is_an_ordinary_step() -> None:
+    losses = recipe("cuda_graph").train(steps=5, rows=4, context=32, ordinary=None)
+    torchs = ordinary(recipe("tiny_gpt").batches(4, context=32), 5, lambda o: LinearLR(o, 1.0, 0.1, 5), context=32)
+    assert_same(losses, torchs)
+
+
+def test_the_step_to_capture_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels run in the interpreter; the second step finds what it would find while a graph is captured."""
+    module, tiny = recipe("cuda_graph"), recipe("tiny_gpt")
+    data, losses = tiny.batches(2, context=8), []
+    with pretending_cuda():
+        step = module.Step(2, 8, "cpu")
+        for capturing in (False, True, False):
+            step.take(next(data))
+            with monkeypatch.context() as patch, NoWaiting() if capturing else nullcontext():
+                if capturing:
+                    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                    patch.setattr(Tensor, "item", None)
+                step()
+            losses.append(step.loss.clone())
+    torchs = ordinary(tiny.batches(2, context=8), 3, context=8)
+    torch.testing.assert_close(torch.stack(losses), torch.tensor(torchs), rtol=2e-5, atol=0)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_captured_step_trains_as_an_ordinary_one() -> None:
+    """In a process of its own: in this one, kernels are the interpreter's."""
+    code = "import cuda_graph as g; print([g.train(20, ordinary=None), g.train(20)])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, check=True,
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+    )  # fmt: skip
+    eager, replayed = ast.literal_eval(done.stdout)
+    assert_same(replayed, eager, rtol=1e-3)  # sums on a GPU come in any order
+
+
+# torchtitan's losses.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchtitans_loss_on_logits(dtype: torch.dtype) -> None:
+    pred = torch.randn(2, 9, 300, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 300, (2, 9))
+    labels[0, :4] = -100
+    theirs = F.cross_entropy(pred.flatten(0, 1).float(), labels.flatten(0, 1), reduction="sum", ignore_index=-100)
+    ours = recipe("torchtitan_loss").cross_entropy_loss(pred, labels, global_vocab_size=300)
+    torch.testing.assert_close(ours.float(), theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, pred), torch.autograd.grad(theirs, pred))
+
+
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "HeadlessLoss"])
+def test_torchtitans_losses_train_as_torchs(name: str) -> None:
+    module = recipe("torchtitan_loss")
+    losses = module.train(getattr(module, name)(), steps=5, rows=4, context=32)
+    assert_same(losses, ordinary(recipe("tiny_gpt").batches(4, context=32), 5, context=32))
+
+
+# On two ranks.
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
+EPS = 1e-3  # with next to none, Adam would not tell a sum of gradients from their mean
+
+
+def trained(rank: int, world: int, name: str, arguments: dict[str, Any]) -> list[float]:
+    module: Any = recipe(name)
+    module.FusedAdamW = functools.partial(FusedAdamW, eps=EPS)
+    return module.train(**arguments)
+
+
+def test_ddp_with_micro_batches_is_one_process_with_all_rows(ranks: Ranks) -> None:
+    first, second = ranks.run(trained, "ddp", {"steps": 5, "rows": 2, "accumulate": 2, "context": 32})
+    assert first == second
+    streams = [recipe("ddp").padded_batches(rank, 2, 32, "cpu") for rank in range(2)]
+    assert_same(first, ordinary(of_all_ranks(streams, each=2), 5, eps=EPS, context=32))
+
+
+def test_fsdp2_in_float32_is_plain_training(ranks: Ranks) -> None:
+    first, second = ranks.run(trained, "fsdp2", {"steps": 5, "rows": 2, "context": 32, "dtype": torch.float32})
+    assert first == second
+    streams = [recipe("tiny_gpt").batches(2, context=32, seed=rank) for rank in range(2)]
+    assert_same(first, ordinary(of_all_ranks(streams), 5, clip=1.0, eps=EPS, context=32))
+
+
+def sharded_gradients(rank: int, world: int) -> dict[str, Tensor]:
+    """Of torchtitan's loss without logits, under FSDP2 that adds gradients up, as in torchtitan."""
+    module = recipe("torchtitan_loss")
+    torch.manual_seed(0)
+    model = module.Model(context=16, layers=1)
+    for part in (model.lm_head, model):
+        fully_shard(part)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # for gloo
+    loss_fn = module.HeadlessLoss()
+    loss_fn.set_lm_head(model.lm_head)
+    model._skip_lm_head = True
+    tokens, labels = next(recipe("ddp").padded_batches(rank, 2, 16, "cpu"))
+    valid = (labels != -100).sum()
+    dist.all_reduce(valid)
+    loss, _ = loss_fn(model(tokens), labels, valid)
+    loss.backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def test_torchtitans_loss_without_logits_under_fsdp2(ranks: Ranks) -> None:
+    found, _ = ranks.run(sharded_gradients)
+    torch.manual_seed(0)
+    model = recipe("torchtitan_loss").Model(context=16, layers=1)
+    tokens, labels = next(of_all_ranks([recipe("ddp").padded_batches(rank, 2, 16, "cpu") for rank in range(2)]))
+    F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).backward()
+    torch.testing.assert_close(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+# What is written about them.
+
+
+def rows_of_the_table() -> dict[str, str]:
+    return dict(re.findall(r"^\| \[`(\w+\.\w+)`\]\(\1\) (\|.*\|)$", README.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_every_file_is_in_the_readme() -> None:
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert set(rows_of_the_table()) == files
+    for name, row in rows_of_the_table().items():
+        assert row.count(" | ") == 2, f"{name}: what it shows, how it starts, llmfast's lines"
+
+
+def test_commands_name_what_there_is() -> None:
+    texts = {script.name: ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "" for script in SCRIPTS}
+    for name, text in [*texts.items(), *rows_of_the_table().items()]:
+        if name != "tiny_gpt.py":
+            assert re.search(rf"(python|torchrun .*|jupyter lab) examples/{name}\b", text), f"{name}: how to start it?"
+    for text in (*texts.values(), README.read_text(encoding="utf-8")):
+        for path in re.findall(r"examples/[\w.]*\w", text):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_llmfasts_lines_are_in_the_readme(script: Path) -> None:
+    """The functions and classes of llmfast that a script imports, and no others, are in its row."""
+    imports = (node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom))
+    names = {alias.name for node in imports if (node.module or "").startswith("llmfast") for alias in node.names}
+    row = rows_of_the_table()[script.name]
+    missing = {name for name in names if f"`{name}" not in row}
+    assert not missing, f"{script.name}: {missing}"
