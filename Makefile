@@ -42,7 +42,7 @@ format: $(STAMP)-train,dev ## let ruff fix and format the code
 	$(PY) -m ruff format
 
 docs: $(STAMP)-train,docs ## build the documentation into site/, and fail for a broken link or an undescribed name
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

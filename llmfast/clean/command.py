@@ -8,6 +8,7 @@ from llmfast.clean.folder import clean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """To the parser of `llmfast clean`; `run` takes what it parses."""
     parser.add_argument("input", type=Path, metavar="INPUT", help="a folder (or file) of .txt, .md, .rst, .jsonl[.gz]")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder for text/, removed/ and report.md")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json: also write tokens/*.ds")

@@ -1,7 +1,10 @@
 """Where every training sequence comes from, while the sources' shares change over the run.
 
-    mixture = Mixture({"prose": 4000, "code": 9000}, {"prose": "rest", "code": "0.1->0.7"}, total=20_000, seed=0)
-    source, row = mixture.sequences(1000, 1032)  # 32 of them, from number 1000 on
+    >>> from llmfast.data import Mixture
+    >>> mixture = Mixture({"prose": 4000, "code": 9000}, {"prose": "rest", "code": "0.1->0.7"}, total=20_000, seed=0)
+    >>> source, row = mixture.sequences(1000, 1032)  # 32 of them, from number 1000 on
+    >>> source.shape, row.shape
+    ((32,), (32,))
 
 Sequence i's source and row are a pure function of (seed, i): so the order does not depend on ranks, workers or
 micro-batches, and a checkpoint keeps one integer, how many sequences were consumed. Every row of a source comes once

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmfast._checks import expect
 
 IGNORE_INDEX = -100
+"""The label of what is nobody's target: torch's and the losses' default."""
 PADDING = -1  # among tokens: an input that is any token, in a document of its own, and nobody's label
 
 

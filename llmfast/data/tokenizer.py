@@ -17,6 +17,7 @@ from llmfast._checks import expect
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|pad|>")
+"""Tokens with an id of their own in every tokenizer that is made here."""
 MIN_BPE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 TokenIds = npt.NDArray[np.int32]

@@ -103,7 +103,7 @@ def cross_entropy(
             itself, it does nothing.
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...) for "none"; with `return_stats` a pair of that and
+        A scalar, or (...) for "none", in float32 (float64 for float64 logits); with `return_stats` a pair of that and
         `LossStats`. With nothing to average the mean is NaN and the gradient zero, as in
         `torch.nn.functional.cross_entropy`.
 

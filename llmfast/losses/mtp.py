@@ -113,8 +113,8 @@ def mtp_cross_entropy(
             `slab_dtype`, `accumulate_into` and `grad_filter`, as in `linear_cross_entropy`.
 
     Returns:
-        The loss, float32: sum over k of head_weights[k] / num_valid[k] * (sum of head k's token losses). A head without
-        a valid token adds nothing; if none has any, NaN, with gradients of zero.
+        The loss, float32, is the sum over k of head_weights[k] / num_valid[k] * (sum of head k's token losses). A head
+        without a valid token adds nothing; if none has any, NaN, with gradients of zero.
 
     Raises:
         ValueError, TypeError: as `linear_cross_entropy`, or the heads do not fit each other.

@@ -17,7 +17,7 @@ from llmfast_kernels.terms import GROUP
 Mode = Literal["materialise", "chunk", "recompute"]
 
 # A slab larger than this saves nothing on a GPU: at Llama-3's vocabulary it holds 4096 rows, and the traffic of W and
-# dW is an eighth of the GEMMs' time (modelled: 476 / rows on an H100). On a CPU the GEMMs are slower, so fewer rows do.
+# dW is a ninth of the GEMMs' time (modelled: 459 / rows on an H100). On a CPU the GEMMs are slower, so fewer rows do.
 DEFAULT_BUDGET = {"cpu": 64 << 20}
 DEFAULT_BUDGET_ELSEWHERE = 1 << 30
 

@@ -16,7 +16,8 @@ HiddenKind = Literal["pre_norm", "post_norm"]
 class SequentialDepths(nn.Module):
     """D depths after a trunk that predicts the next token; depth k at row t is for token t + 1 + k, k = 1..D.
 
-        h_0 = the trunk's output            h_k = block_k(eh_proj_k([enorm_k(Emb(x_{t+k})); hnorm_k(h_{k-1})]))
+        h_0 = the trunk's output
+        h_k = block_k(eh_proj_k([enorm_k(Emb(x_{t+k})); hnorm_k(h_{k-1})]))
 
     and norm_k(h_k) is what the unembedding gets. Embedding and unembedding are the trunk's and come from the caller.
     """

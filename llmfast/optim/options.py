@@ -16,27 +16,29 @@ _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, "8bit")
 class Extras(TypedDict, total=False):
     """Keywords of every fused optimizer, beyond those of its namesake in torch.
 
-    max_grad_norm: gradients are clipped to this global norm in the update itself, as
-        `torch.nn.utils.clip_grad_norm_` would before it, over all parameters and all shards of DTensors. The norm
-        before clipping is left in `optimizer.grad_norm`, on the device; a step where it is not finite changes nothing.
-        `math.inf` clips nothing, and still measures. Parameters that are not DTensors count as whole and as the same on
-        all ranks: with FSDP1, or the parts of ZeroRedundancyOptimizer, the norm would be each rank's own.
-    master_weights: how parameters of bfloat16 or float16 are given more bits than their own.
-        "fp32": a float32 copy beside each, which from then on is the parameter: who sets a parameter to something else
-        has to set `state[p]["master_param"]` too. "split16", "split8": 16 or 8 more bits beside each, which with the
-        parameter's own make a float32, or one of 24 bits (relative steps below 1e-5 are lost then); bfloat16 only.
-        "kahan": what rounding lost, in the parameter's dtype, is added back before the next step. "stochastic": nothing
-        beside it, but rounding up or down with the odds that make it right on average; bfloat16 only. Float32
-        parameters need none of it.
-    state_dtype: of the moments, in place of the parameter's: float32, bfloat16, float16, or "8bit", where 128 elements
-        share a float32 scale and every element is rounded stochastically. (A maximum would keep whatever that adds:
-        `max_exp_avg_sq` is float32 then.)
-    ema_decay: keep a float32 average of each parameter, ema = ema_decay * ema + (1 - ema_decay) * p, in
-        `state[p]["ema_param"]`; see `ema_weights`.
-    zero_grads: leave zeros in the gradients, also when a step is skipped, so that no `zero_grad` is needed.
-    seed: of stochastic rounding. The noise depends on it, on the step, on the parameter's place among the optimizer's
-        parameters and on the element's place in the whole parameter: not on how the work is divided, nor on how a
-        DTensor is, unless it is cut along two dimensions beyond the first.
+    Attributes:
+        max_grad_norm: gradients are clipped to this global norm in the update itself, as
+            `torch.nn.utils.clip_grad_norm_` would before it, over all parameters and all shards of DTensors. The norm
+            before clipping is left in `optimizer.grad_norm`, on the device; a step where it is not finite changes
+            nothing. `math.inf` clips nothing, and still measures. Parameters that are not DTensors count as whole and
+            as the same on all ranks: with FSDP1, or the parts of ZeroRedundancyOptimizer, the norm would be each rank's
+            own.
+        master_weights: how parameters of bfloat16 or float16 are given more bits than their own. "fp32": a float32 copy
+            beside each, which from then on is the parameter: who sets a parameter to something else has to set
+            `state[p]["master_param"]` too. "split16", "split8": 16 or 8 more bits beside each, which with the
+            parameter's own make a float32, or one of 24 bits (relative steps below 1e-5 are lost then); bfloat16 only.
+            "kahan": what rounding lost, in the parameter's dtype, is added back before the next step. "stochastic":
+            nothing beside it, but rounding up or down with the odds that make it right on average; bfloat16 only.
+            Float32 parameters need none of it.
+        state_dtype: of the moments, in place of the parameter's: float32, bfloat16, float16, or "8bit", where 128
+            elements share a float32 scale and every element is rounded stochastically. (A maximum would keep whatever
+            that adds: `max_exp_avg_sq` is float32 then.)
+        ema_decay: keep a float32 average of each parameter, ema = ema_decay * ema + (1 - ema_decay) * p, in
+            `state[p]["ema_param"]`; see `ema_weights`.
+        zero_grads: leave zeros in the gradients, also when a step is skipped, so that no `zero_grad` is needed.
+        seed: of stochastic rounding. The noise depends on it, on the step, on the parameter's place among the
+            optimizer's parameters and on the element's place in the whole parameter: not on how the work is divided,
+            nor on how a DTensor is, unless it is cut along two dimensions beyond the first.
     """
 
     max_grad_norm: float | None

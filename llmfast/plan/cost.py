@@ -23,6 +23,8 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class ParameterCount:
+    """Of a decoder: all of its parameters, and parts of them."""
+
     total: int
     next_token: int  # without heads that predict further tokens only
     embedding: int  # of embedding and unembedding, once if they are tied

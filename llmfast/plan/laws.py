@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from llmfast._checks import expect
 
-PF_DAY = 1e15 * 86_400  # FLOPs of a petaflop/s-day, Kaplan's and Henighan's unit of compute
+PF_DAY = 1e15 * 86_400
+"""FLOPs of a petaflop/s-day, Kaplan's and Henighan's unit of compute."""
 
 
 def training_flops(N: float, D: float) -> float:
@@ -164,25 +165,31 @@ class ChinchillaLaw:
         return float((self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta)))
 
 
-# Besiroglu et al. 2024 (arXiv:2404.10102): Hoffmann's runs, read off their figure and fitted again. It agrees with the
-# other two approaches of the paper where the paper's own fit does not, so it is the one to use.
 BESIROGLU = ChinchillaLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
-# As printed in appendix D.3. Two digits of an exponent are few: with these the optimum at 1e21 FLOPs has 50 tokens a
-# parameter, while the paper's models have 20.
+"""Besiroglu et al. 2024 (arXiv:2404.10102): Hoffmann's runs, read off their figure and fitted again. It agrees with the
+other two approaches of the paper where the paper's own fit does not, so it is the one to use."""
 HOFFMANN = ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+"""As printed in appendix D.3 of Hoffmann et al. 2022 (arXiv:2203.15556). Two digits of an exponent are few: with these
+the optimum at 1e21 FLOPs has 50 tokens a parameter, while the paper's models have 20."""
 
-# Kaplan et al. 2020, table 5: of N without embeddings; of tokens; of FLOPs spent as well as can be, at small batches.
 KAPLAN_N = PowerLaw(scale=8.8e13, exponent=0.076)
+"""Kaplan et al. 2020 (arXiv:2001.08361), table 5: loss by N, parameters without embeddings."""
 KAPLAN_D = PowerLaw(scale=5.4e13, exponent=0.095)
+"""The same table: loss by tokens."""
 KAPLAN_C = PowerLaw(scale=3.1e8 * PF_DAY, exponent=0.050)
-KAPLAN = KaplanLaw(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # table 2: fitted together, so other values
+"""The same table: loss by FLOPs spent as well as can be, at small batches."""
+KAPLAN = KaplanLaw(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)
+"""Kaplan's table 2, of N and tokens: fitted together, so other values."""
 
-# Henighan et al. 2020, table 1. Of language they could not find a floor; of mathematics, on problems harder than those
-# of the training, they could.
+# Of language they could not find a floor; of mathematics, on problems harder than those of the training, they could.
 HENIGHAN_N = PowerLaw(scale=1.47e14, exponent=0.070)
+"""Henighan et al. 2020 (arXiv:2010.14701), table 1: language, by parameters without embeddings."""
 HENIGHAN_C = PowerLaw(scale=3.47e8 * PF_DAY, exponent=0.048)
+"""The same table: language, by FLOPs."""
 HENIGHAN_MATH_N = PowerLaw(scale=1.1e4, exponent=0.16, floor=0.28)
+"""The same table: mathematics, by parameters."""
 HENIGHAN_MATH_C = PowerLaw(scale=1.4e-5 * PF_DAY, exponent=0.17, floor=0.14)
+"""The same table: mathematics, by FLOPs."""
 
 
 def kaplan_optimal(flops: float) -> Allocation:

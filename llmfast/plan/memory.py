@@ -68,6 +68,7 @@ PRECISIONS = (
     Precision("bf16, stochastic", torch.bfloat16, "stochastic"),
     Precision("bf16, stochastic, 8-bit moments", torch.bfloat16, "stochastic", "8bit"),
 )
+"""The ways to keep parameters and states that `llmfast plan memory` compares."""
 FP32 = PRECISIONS[0]  # what `llmfast train` does
 
 

@@ -1,0 +1,297 @@
+"""The pictures of the documentation, drawn from what was counted and from the plan's own numbers.
+
+python -m docs.figures     # writes docs/figures/*.svg, each for light and for dark pages
+
+Every picture has the SHA-256 of its numbers inside, so that a test can tell whether it is up to date. The results are
+benchmarks/results/results.json, which `make bench` writes.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.report import GROUPS, SHOWN, bytes_a_parameter, chosen
+from llmfast.losses import LinearCrossEntropyPlan
+from llmfast.plan.memory import unfused_loss_bytes
+from llmfast_kernels.cross_entropy import tile
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "figures"
+RESULTS = ROOT / "benchmarks" / "results" / "results.json"
+
+# Okabe and Ito's colours, which colour-blind people tell apart; these four are seen on white and on black.
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+GREY = "#999999"
+INK = {"light": "#222222", "dark": "#dddddd"}
+WIDTH = 5.4  # inches of a diagram
+PLOT_WIDTH = 4.6  # on a phone, a point is then about a pixel
+SMALL = 9  # points, in a diagram
+
+BUDGET = 1 << 30  # bytes: the default on a GPU
+ELEMENT = 2  # bytes of a bfloat16
+
+
+# What is drawn: plain numbers.
+
+
+def results() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
+    return rows
+
+
+def bytes_a_logit() -> dict[str, Any]:
+    """Of each way, by what moves them, at `SHOWN`."""
+    logits = SHOWN["N"] * SHOWN["V"]
+    ways = {}
+    for row in chosen(results(), section="real sizes", operation="linear_cross_entropy", size=SHOWN):
+        left, parts = dict(row["by_name"]), {}
+        for group, belongs in GROUPS.items():
+            names = [name for name in left if belongs(name)]
+            parts[group] = round(sum(left.pop(name) for name in names) / logits, 2)
+        ways[row["way"]] = {"parts": parts, "asked": round(row["moved"] / logits, 1)}
+    return ways
+
+
+def plan_of(N: int, D: int, V: int) -> LinearCrossEntropyPlan:
+    return LinearCrossEntropyPlan.make(N, D, V, memory_budget=BUDGET)
+
+
+N, D = 8192, 4096
+VOCABULARIES = [1 << k for k in range(13, 20)]
+
+
+def memory() -> dict[str, Any]:
+    """GiB beyond the inputs, gradients included, of each mode and of torch, by vocabulary."""
+    found: dict[str, list[float]] = {"torch, float32 softmax": [], "materialise": [], "chunk": [], "recompute": []}
+    chosen_modes = []
+    for V in VOCABULARIES:
+        found["torch, float32 softmax"].append(unfused_loss_bytes(N, D, V, torch.bfloat16) / 2**30)
+        plan = plan_of(N, D, V)
+        chosen_modes.append(plan.mode)
+        for one in [plan, *plan.alternatives]:
+            found[one.mode].append(one.peak_bytes / 2**30)
+    return {"V": VOCABULARIES, "chosen": chosen_modes} | {k: [round(x, 4) for x in v] for k, v in found.items()}
+
+
+def optimizer_bytes() -> dict[str, float]:
+    """Counted bytes a parameter of each mode of AdamW, and of others' beside it, on GPT-2's parameters."""
+    found = {}
+    for row in chosen(results(), section="optimizers", size={"parameters": "124M"}):
+        if row["operation"] == "adamw" and row["way"] in ("llmfast", "torch fused", "torch foreach", "optimi"):
+            if row["dtype"] == "float32":
+                found[f"{row['way']}, fp32"] = bytes_a_parameter(row)
+        elif row["operation"] == "adamw, bfloat16 with more bits":
+            found[row["way"].replace(", ", ", bf16, ", 1).replace("8-bit states", "8-bit")] = bytes_a_parameter(row)
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def row_of_logits() -> dict[str, int]:
+    """GPT-2's vocabulary in the library's own buffer."""
+    V = 50257
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # else the GPU is asked for its warps' size
+        shape = tile(V)
+    return {
+        "V": V, "row_width": plan_of(N, 768, V).row_width, "tile": shape["BLOCK_V"], "threads": shape["THREADS"],
+        "whole": V // shape["BLOCK_V"], "rest": V % shape["BLOCK_V"],
+    }  # fmt: skip
+
+
+def chunks() -> dict[str, Any]:
+    """Of the plan at `SHOWN`."""
+    plan = plan_of(**SHOWN)
+    return {
+        "size": SHOWN, "mode": plan.mode, "rows": [part.stop - part.start for part in plan],
+        "slab": plan.slab_bytes, "weight": plan.V * plan.D * 4, "all": plan.N * plan.V * ELEMENT,
+    }  # fmt: skip
+
+
+# How.
+
+
+def draw_bytes(figure: Any, ways: dict[str, Any], ink: str) -> None:
+    axes = figure.subplots()
+    left = [0.0] * len(ways)
+    for group, color in zip(GROUPS, (BLUE, ORANGE, GREY)):
+        widths = [way["parts"][group] for way in ways.values()]
+        axes.barh(list(ways), widths, left=left, color=color, label=group)
+        left = [a + b for a, b in zip(left, widths)]
+    for y, (total, way) in enumerate(zip(left, ways.values())):
+        asked = f", asks for {way['asked']:.0f}" if way["asked"] > 2 * total else ""
+        axes.text(total, y, f" {total:.1f}{asked}", va="center", color=ink)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("bytes a logit, counted")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, handlelength=1, columnspacing=1)
+
+
+STYLES = {
+    "torch, float32 softmax": (GREY, "--"), "materialise": (PURPLE, "-"),
+    "chunk": (BLUE, "-"), "recompute": (GREEN, "-"),
+}  # fmt: skip
+
+
+def draw_memory(figure: Any, found: dict[str, Any], ink: str) -> None:
+    axes = figure.subplots()
+    for name, (color, style) in STYLES.items():
+        axes.plot(found["V"], found[name], style, color=color, label=name, marker="o", markersize=3)
+    picked = [(V, found[mode][i]) for i, (V, mode) in enumerate(zip(found["V"], found["chosen"]))]
+    axes.plot(*zip(*picked), "o", color="none", markeredgecolor=ink, markersize=9, label="what the plan takes")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(found["V"], [f"{V // 1024}k" for V in found["V"]])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("vocabulary V")
+    axes.set_ylabel("GiB, gradients included")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+
+
+def draw_optimizers(figure: Any, found: dict[str, float], ink: str) -> None:
+    axes = figure.subplots()
+    axes.barh(list(found), list(found.values()), color=[BLUE if n.startswith("llmfast") else GREY for n in found])
+    for y, value in enumerate(found.values()):
+        axes.text(value, y, f" {value:.1f}", va="center", color=ink)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("bytes a parameter, counted")
+
+
+def blank(figure: Any, height: float) -> Any:
+    """Axes in points, from the lower left corner, without a frame."""
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH * 72), ylim=(0, height * 72))
+    axes.axis("off")
+    return axes
+
+
+def box(axes: Any, x: float, y: float, w: float, h: float, color: str, fill: float = 0.25, **style: Any) -> None:
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x, y), w, h, facecolor=to_rgba(color, fill), edgecolor=color, linewidth=1, **style))
+
+
+def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], color: str) -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "linewidth": 1.2})
+
+
+def draw_row(figure: Any, row: dict[str, int], ink: str) -> None:
+    """One row, walked forwards for the sums and backwards for the gradient."""
+    axes = blank(figure, ROW_HEIGHT)
+    left, width, high = 14, WIDTH * 72 - 28, 26
+    scale = width / row["row_width"]
+
+    def tiles(y: float, color: str) -> None:
+        for i in range(row["whole"]):
+            box(axes, left + i * row["tile"] * scale, y, row["tile"] * scale, high, color)
+        start = row["whole"] * row["tile"]
+        box(axes, left + start * scale, y, row["rest"] * scale, high, color, 0.1, linestyle="--")
+
+    def say(x: float, y: float, text: str, **style: Any) -> None:
+        axes.text(x, y, text, color=ink, va="center", **style)
+
+    say(left, 246, f"a row: V = {row['V']:,} logits in a buffer of {row['row_width']:,}")
+    tiles(206, GREY)
+    for i in range(row["whole"]):
+        say(left + (i + 0.5) * row["tile"] * scale, 219, f"{row['tile']:,}", ha="center", fontsize=SMALL)
+    say(left + width, 196, f"last tile, masked: {row['rest']:,}", ha="right", fontsize=SMALL)
+    say(left, 176, f"1. forwards: {row['threads']:,} threads, each with sums of its own")
+    tiles(136, BLUE)
+    arrow(axes, (left, 128), (left + width, 128), BLUE)
+    say(left, 106, "combined once, after the loop: peak, sum of exponentials → lse, loss")
+    say(left, 78, "2. backwards: gradient written over the logits")
+    tiles(38, ORANGE)
+    arrow(axes, (left + width, 30), (left, 30), ORANGE)
+    say(left, 12, "what was read last is read first: the caches still hold it")
+
+
+def draw_chunks(figure: Any, plan: dict[str, Any], ink: str) -> None:
+    """Rows of hidden states, one slab for their logits in turn, and the sums that grow."""
+    axes = blank(figure, CHUNK_HEIGHT)
+    top, high = 200, 150
+    total, y = sum(plan["rows"]), float(top)
+
+    def say(x: float, y: float, text: str, **style: Any) -> None:
+        axes.text(x, y, text, color=ink, **{"va": "center", "ha": "center", **style})
+
+    say(45, top + 34, "hidden")
+    say(45, top + 19, f"{total:,} x {plan['size']['D']:,}", fontsize=SMALL)
+    say(185, top + 34, "one slab of logits, reused")
+    say(185, top + 19, f"{plan['rows'][0]:,} x {plan['size']['V']:,}, {plan['slab'] / 2**30:.2f} GiB", fontsize=SMALL)
+    say(335, top + 34, "weight's gradient")
+    say(335, top + 19, f"float32, {plan['weight'] / 2**30:.2f} GiB", fontsize=SMALL)
+    for i, rows in enumerate(plan["rows"]):
+        h = high * rows / total
+        y -= h
+        box(axes, 15, y, 60, h - 3, BLUE, 0.6 if i == 1 else 0.2)
+        say(45, y + (h - 3) / 2, f"{rows:,}", fontsize=SMALL)
+        if i == 1:
+            slab = h - 3
+            box(axes, 115, y, 140, slab, ORANGE, 0.4)
+            say(185, y + slab / 2, "logits, then their gradient", fontsize=SMALL)
+            arrow(axes, (78, y + slab / 2), (112, y + slab / 2), ink)
+            arrow(axes, (258, y + slab / 2), (292, y + slab / 2), ink)
+            arrow(axes, (185, y - 3), (185, y - 28), ink)
+            say(185, y - 40, "gradient of these rows' hidden states", fontsize=SMALL)
+    box(axes, 295, top - high + 30, 80, high - 33, GREEN, 0.3)
+    say(335, top - high / 2 + 14, "+=", fontsize=12)
+    never = f"All {total:,} rows of logits would be {plan['all'] / 2**30:.2f} GiB, and their gradient as much."
+    say(WIDTH * 36, 22, never, fontsize=SMALL)
+
+
+ROW_HEIGHT, CHUNK_HEIGHT = 3.6, 3.5
+FIGURES: dict[str, tuple[Callable[[], Any], Callable[[Any, Any, str], None], float]] = {
+    "bytes": (bytes_a_logit, draw_bytes, 3.2),
+    "memory": (memory, draw_memory, 3.8),
+    "optimizers": (optimizer_bytes, draw_optimizers, 4.2),
+    "row": (row_of_logits, draw_row, ROW_HEIGHT),
+    "chunks": (chunks, draw_chunks, CHUNK_HEIGHT),
+}
+
+
+def digest(name: str) -> str:
+    """Of the numbers in a picture."""
+    return hashlib.sha256(json.dumps(FIGURES[name][0]()).encode()).hexdigest()
+
+
+def draw(name: str, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    numbers, how, height = FIGURES[name]
+    diagram = how in DIAGRAMS
+    for theme, ink in INK.items():
+        colors = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        # No date and no random names inside, so that the same numbers make the same file.
+        fixed = {"svg.hashsalt": "llmfast", "svg.fonttype": "none", "font.family": "sans-serif"}
+        style = {"font.size": 10.5 if diagram else 9.5, "axes.spines.top": False, "axes.spines.right": False}
+        with matplotlib.rc_context({**fixed, **colors, **style}):
+            size = (WIDTH if diagram else PLOT_WIDTH, height)
+            figure = pyplot.figure(figsize=size, layout="none" if diagram else "constrained")
+            how(figure, numbers(), ink)
+            about = {"Date": None, "Creator": "docs.figures", "Description": digest(name)}
+            figure.savefig(folder / f"{name}-{theme}.svg", transparent=True, metadata=about)
+            pyplot.close(figure)
+
+
+DIAGRAMS = (draw_row, draw_chunks)
+
+
+def drawn_from(picture: str) -> str:
+    """The digest inside an SVG; empty if there is none."""
+    found = re.search(r"<dc:description>(\w+)</dc:description>", picture)
+    return found[1] if found else ""
+
+
+if __name__ == "__main__":
+    for each in FIGURES:
+        draw(each, FOLDER)

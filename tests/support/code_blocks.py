@@ -1,0 +1,96 @@
+"""Code in Markdown: Python blocks that are run, and commands that are looked at."""
+
+import argparse
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from llmfast import cli
+from llmfast.train.config import load_config
+
+ROOT = Path(__file__).parent.parent.parent
+BLOCK = re.compile(r"^```([\w-]*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHELL = ("", "sh", "bash")
+COMMANDS = ("_train", "_continue", "_doctor", "run_clean", "run_plan", "run_report")  # of llmfast.cli
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    line: int  # of the file, where the code begins
+
+
+def blocks(text: str, *languages: str) -> list[Block]:
+    found = (Block(b[1], b[2], text.count("\n", 0, b.start(2)) + 1) for b in BLOCK.finditer(text))
+    return [block for block in found if block.language in languages]
+
+
+def missing_modules(page: Path) -> set[str]:
+    """What the page's Python imports and this environment does not have."""
+    names = set()
+    for block in blocks(page.read_text(encoding="utf-8"), "python"):
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    return {name for name in names if find_spec(name) is None}
+
+
+def run_python(page: Path) -> int:
+    """Run the page's Python blocks in order, in one namespace; how many there were. Tracebacks point into the page."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    found = blocks(page.read_text(encoding="utf-8"), "python")
+    for block in found:
+        lines = "\n" * (block.line - 1) + block.code
+        exec(compile(lines, str(page), "exec"), namespace)
+    return len(found)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command in shell blocks, without comments and variables before it."""
+    for block in blocks(text, *SHELL):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words = words[1:]
+                if words:
+                    yield words
+
+
+def expect_command(words: list[str]) -> None:
+    """Fails if the command names a sub-command, option, setting, verb or file that does not exist."""
+    program, *rest = words
+    if program == "torchrun":
+        expect_llmfast(rest[rest.index("llmfast.cli") + 1 :])
+    elif Path(program).name == "llmfast":
+        expect_llmfast(rest)
+    elif program == "make":
+        verb, *more = rest
+        assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make has no {verb}"
+        for arguments in more:
+            if verb == "train" and arguments.startswith("ARGS="):
+                expect_llmfast(["train", *shlex.split(arguments.removeprefix("ARGS="))])
+    elif program.startswith("python"):
+        script = next(word for word in rest if word.endswith(".py"))
+        assert (ROOT / script).exists(), f"{script} is not there"
+    else:
+        assert program in ("pip", "git", "cd"), f"what is {program}?"
+
+
+def expect_llmfast(arguments: list[str]) -> None:
+    """The command line's own parser takes them, and the trainer's settings are what it knows."""
+    with mock.patch.multiple(cli, **{name: mock.DEFAULT for name in COMMANDS}) as ran:
+        try:
+            cli.main(arguments)
+        except SystemExit as e:
+            raise AssertionError(f"llmfast does not take {shlex.join(arguments)}") from e
+        ((args,), _) = next(each.call_args for each in ran.values() if each.called)
+    assert isinstance(args, argparse.Namespace)
+    load_config(None, getattr(args, "set", []))

@@ -1,0 +1,203 @@
+"""The documentation: its code runs, its commands and names exist, every public name is there, pictures are of today."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from llmfast.train.config import Config, _names
+from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+SOURCES = sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def loaded(file: Path) -> ModuleType:
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = loaded(DOCS / "hooks.py")
+
+
+# Code.
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(text_of(p), "python")], ids=name_of)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing := missing_modules(page):
+        pytest.skip(f"needs {', '.join(sorted(missing))}")
+    monkeypatch.chdir(tmp_path)
+    run_python(page)
+
+
+def test_commands_exist() -> None:
+    found = [words for page in PAGES for words in commands(text_of(page))]
+    assert found
+    for words in found:
+        expect_command(words)
+
+
+def test_all_code_is_looked_at() -> None:
+    for page in PAGES:
+        text = text_of(page)
+        assert text.count("```") == 2 * len(blocks(text, "python", "sh", "toml")), page
+
+
+def test_settings_in_toml_exist(tmp_path: Path) -> None:
+    from llmfast.train import load_config
+
+    for page in PAGES:
+        for block in blocks(text_of(page), "toml"):
+            file = tmp_path / "settings.toml"
+            file.write_text(block.code)
+            load_config(file)
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if ">>>" in s.read_text(encoding="utf-8")], ids=name_of)
+def test_docstrings_run(source: Path) -> None:
+    parts = source.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+# Names.
+
+
+@pytest.mark.parametrize("package", hooks.PACKAGES)
+def test_public_names_have_docstrings(package: str) -> None:
+    assert [name for name in hooks.public_names(package) if not documented(f"llmfast.{package}", name)] == []
+
+
+def documented(module: str, name: str) -> bool:
+    """Whether the source has a docstring: `__doc__` of a dataclass or of a constant may be made up by Python."""
+    where = ROOT.joinpath(*module.split("."))
+    if (where / f"{name}.py").exists() and name == "reference":
+        return ast.get_docstring(ast.parse((where / f"{name}.py").read_text(encoding="utf-8"))) is not None
+    file = where / "__init__.py" if where.is_dir() else where.with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node, following in zip(tree.body, [*tree.body[1:], None]):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name and ast.get_docstring(node):
+            return True
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id == name:
+                return isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    return any(documented(str(n.module), name) for n in imports if name in [alias.name for alias in n.names])
+
+
+def names_in(text: str) -> Iterator[str]:
+    """Dotted names of ours in the text, and what reference pages are made of."""
+    yield from re.findall(r"^::: (llmfast[\w.]+)", text, re.MULTILINE)
+    yield from re.findall(r"`(llmfast\.[\w.]+?)(?:\(.*?\))?`", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_exist(page: Path) -> None:
+    for name in names_in(text_of(page)):
+        if name.startswith("llmfast.integrations") and find_spec("transformers") is None:
+            continue
+        assert exists(name), f"{name} does not exist"
+
+
+def exists(name: str) -> bool:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[end:]:
+            if not hasattr(found, attribute):
+                return False
+            found = getattr(found, attribute)
+        return True
+    return False
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """Where a page names a package, mkdocstrings shows its `__all__`; the build itself looks at what came of it."""
+    pages = "\n".join(map(text_of, (DOCS / "reference").glob("*.md")))
+    shown = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
+    for package in hooks.PACKAGES:
+        if package == "losses":  # one by one, for two functions have the names of their modules
+            for name in hooks.public_names(package):
+                assert {f"llmfast.losses.{name}", f"llmfast.losses.{name}.{name}"} & shown, name
+        else:
+            assert f"llmfast.{package}" in shown
+
+
+def test_settings_are_all_listed() -> None:
+    page = hooks.on_page_markdown(text_of(DOCS / "trainer.md"))
+    assert hooks.PLACE not in page
+    settings = [name for name in _names(Config(), "") if "." in name]
+    assert settings
+    for name in settings:
+        assert f"- `{name} = " in page, name
+    assert "- `optimizer.lr = 0.0015`" in page
+
+
+def test_named_files_exist() -> None:
+    for page in PAGES:
+        for path in re.findall(r"`((?:llmfast|kernels|tests|examples|benchmarks)/[\w./]+)`", text_of(page)):
+            assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+# Pictures and the site.
+
+
+def test_pictures_are_of_these_numbers() -> None:
+    figures = loaded(DOCS / "figures.py")
+    for name in figures.FIGURES:
+        for theme in figures.INK:
+            picture = text_of(figures.FOLDER / f"{name}-{theme}.svg")
+            assert figures.drawn_from(picture) == figures.digest(name), f"{name}: run python -m docs.figures"
+    assert len(list(figures.FOLDER.iterdir())) == len(figures.FIGURES) * len(figures.INK)
+
+
+def test_pictures_have_words_and_two_versions() -> None:
+    for page in PAGES:
+        for words, name, theme in re.findall(r"!\[(.*?)\]\(.*?figures/(\w+)-(\w+)\.svg#only-\w+\)", text_of(page)):
+            assert len(words.split()) > 5, f"{page}: {name}"
+            other = {"light": "dark", "dark": "light"}[theme]
+            assert f"figures/{name}-{other}.svg#only-{other})" in text_of(page), f"{page}: {name}"
+
+
+@pytest.mark.skipif(find_spec("mkdocstrings") is None, reason="needs the extra docs")
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {page: page.read_text(encoding="utf-8") for page in (tmp_path / "site").rglob("*.html")}
+    for page, html in pages.items():
+        assert not re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', html), f"{page}: asks other hosts"
+        if page.parent.name == "reference":
+            assert "<details" not in html, f"{page}: a docstring's text was taken for an admonition"
+            for block in re.findall(r"doc-signature.*?<code>(.*?)</code>", html, re.DOTALL):
+                lines = re.sub(r"<[^>]+>", "", block).splitlines()
+                assert max(map(len, lines)) < 120, f"{page}: a signature that ruff has not formatted"
