@@ -1,9 +1,9 @@
 """Optimizer updates for many tensors in one launch. See `kernels/README.md` for how to read it.
 
 The tensors come as a table of addresses on the device, a row of coefficients each; a program updates one chunk of one
-tensor, whatever the rule: `adam`, `sgd`, `rmsprop` and `adagrad` below are what differs. `prepare_kernel` turns step
-counters and hyperparameters into the coefficients, in float64 and on the device, so that the update has no powers to
-take and the host nothing to wait for. With `norm_kernel` before it, gradients are clipped on the way.
+tensor, whatever the rule: `adam`, `sgd`, `rmsprop`, `adagrad` and `lion` below are what differs. `prepare_kernel` turns
+step counters and hyperparameters into the coefficients, in float64 and on the device, so that the update has no powers
+to take and the host nothing to wait for. With `norm_kernel` before it, gradients are clipped on the way.
 """
 
 import torch
@@ -139,6 +139,8 @@ def prepare_kernel(
         c = first, rate, third, tl.where(third != 0.0, first, 1.0), lr, lr, lr
     elif RULE == "rmsprop":  # alpha, momentum
         c = first, 1.0 - first, second, lr, eps, eps, eps
+    elif RULE == "lion":  # beta1, beta2
+        c = first, 1.0 - first, second, 1.0 - second, lr, lr, lr
     else:  # adagrad: lr_decay
         c = lr / (1.0 + (step - 1.0) * first), eps, eps, eps, eps, eps, eps
     for i in tl.static_range(7):
@@ -197,6 +199,15 @@ def adagrad(g, total, none1, none2, c):
     return lr * tl.div_rn(g, tl.sqrt_rn(total) + eps), total, none1, none2
 
 
+@triton.jit
+def lion(g, m, none1, none2, c):
+    """Lion (Chen et al. 2023): the sign of an average, for which the newest gradient counts more than for the next."""
+    beta1, rate1, beta2, rate2, lr, _, _ = c
+    direction = beta1 * m + rate1 * g
+    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, direction))  # of NaN it is NaN
+    return lr * sign, beta2 * m + rate2 * g, none1, none2
+
+
 # What tensors hold, read into float32 and written back.
 
 
@@ -211,13 +222,48 @@ def elements(address, start, i, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def read_param(p_ptr, low_ptr, mask, MASTER: tl.constexpr):
+def read(ptr, halves, HALF: tl.constexpr, mask):
+    """Of bytes, which come by the pair of tiles, this tile's half; of all else, what is in memory."""
+    if HALF is None or ptr.dtype.element_ty.primitive_bitwidth != 8:
+        x = tl.load(ptr, mask=mask)
+    else:
+        x = halves[HALF]
+    return x
+
+
+@triton.jit
+def write(ptr, x, HALF: tl.constexpr, mask):
+    """To memory; but bytes of one tile of a pair stay with the caller."""
+    if HALF is None or ptr.dtype.element_ty.primitive_bitwidth != 8:
+        tl.store(ptr, x, mask=mask)
+
+
+@triton.jit
+def halves_of(address, start, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """The bytes of two tiles that follow on each other, 16 to a thread; None of what is wider."""
+    if TYPE is not None and TYPE.primitive_bitwidth == 8:
+        both = tl.load(elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True))
+        halves = tl.split(tl.permute(tl.reshape(both, (2, BLOCK)), (1, 0)))
+    else:
+        halves = None, None
+    return halves
+
+
+@triton.jit
+def write_halves(address, start, first, second, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    if TYPE is not None and TYPE.primitive_bitwidth == 8:
+        both = tl.reshape(tl.permute(tl.join(first, second), (1, 0)), (2 * BLOCK,))
+        tl.store(elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True), both)
+
+
+@triton.jit
+def read_param(p_ptr, low_ptr, low_halves, HALF: tl.constexpr, mask, MASTER: tl.constexpr):
     if MASTER == "fp32":
         p = tl.load(low_ptr, mask=mask)
     elif MASTER == "split16":
         p = joined(tl.load(p_ptr, mask=mask), tl.load(low_ptr, mask=mask), 16)
     elif MASTER == "split8":
-        p = joined(tl.load(p_ptr, mask=mask), tl.load(low_ptr, mask=mask), 8)
+        p = joined(tl.load(p_ptr, mask=mask), read(low_ptr, low_halves, HALF, mask), 8)
     else:
         p = tl.load(p_ptr, mask=mask).to(tl.float32)
         if MASTER == "kahan":
@@ -226,8 +272,10 @@ def read_param(p_ptr, low_ptr, mask, MASTER: tl.constexpr):
 
 
 @triton.jit
-def write_param(p_ptr, low_ptr, p, random, mask, MASTER: tl.constexpr):
+def write_param(p_ptr, low_ptr, p, random, HALF: tl.constexpr, mask, MASTER: tl.constexpr):
+    """Returns the bytes that the caller is to write, or something it has no use for."""
     TYPE: tl.constexpr = p_ptr.dtype.element_ty
+    kept = 0
     if MASTER == "stochastic":
         tl.store(p_ptr, rounded_stochastically(p, random), mask=mask)
     elif MASTER == "split16":
@@ -237,7 +285,8 @@ def write_param(p_ptr, low_ptr, p, random, mask, MASTER: tl.constexpr):
     elif MASTER == "split8":
         high, low = split(p, 8)
         tl.store(p_ptr, high, mask=mask)
-        tl.store(low_ptr, low.to(tl.int8), mask=mask)
+        kept = low.to(tl.int8)
+        write(low_ptr, kept, HALF, mask)
     else:
         rounded = p.to(TYPE)
         tl.store(p_ptr, rounded, mask=mask)
@@ -246,30 +295,34 @@ def write_param(p_ptr, low_ptr, p, random, mask, MASTER: tl.constexpr):
         elif MASTER == "kahan":
             missed = p - rounded.to(tl.float32)
             tl.store(low_ptr, tl.where(tl.abs(missed) <= LARGEST, missed, 0.0).to(TYPE), mask=mask)
+    return kept
 
 
 @triton.jit
-def read_state(ptr, scale_ptr, mask, group_mask):
+def read_state(ptr, scale_ptr, halves, HALF: tl.constexpr, mask, group_mask):
     if ptr is None:
         x = None
     elif ptr.dtype.element_ty.is_int():
         scale = tl.load(scale_ptr, mask=group_mask)
-        x = decoded(tl.load(ptr, mask=mask), scale, ptr.dtype.element_ty.is_int_signed())
+        x = decoded(read(ptr, halves, HALF, mask), scale, ptr.dtype.element_ty.is_int_signed())
     else:
         x = tl.load(ptr, mask=mask).to(tl.float32)
     return x
 
 
 @triton.jit
-def write_state(ptr, scale_ptr, x, random, SHIFT: tl.constexpr, mask, group_mask):
+def write_state(ptr, scale_ptr, x, random, SHIFT: tl.constexpr, HALF: tl.constexpr, mask, group_mask):
+    """Returns what `write_param` returns."""
+    kept = 0
     if ptr is not None:
         if ptr.dtype.element_ty.is_int():
             x = x if mask is None else tl.where(mask, x, 0.0)
-            code, scale = encoded(x, random >> SHIFT, ptr.dtype.element_ty.is_int_signed())
-            tl.store(ptr, code, mask=mask)
+            kept, scale = encoded(x, random >> SHIFT, ptr.dtype.element_ty.is_int_signed())
+            write(ptr, kept, HALF, mask)
             tl.store(scale_ptr, scale, mask=group_mask)
         else:
             tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+    return kept
 
 
 @triton.jit
@@ -279,9 +332,13 @@ def update_tile(
     STATE0: tl.constexpr, STATE1: tl.constexpr, STATE2: tl.constexpr,
     MASTER: tl.constexpr, LOW_TYPE: tl.constexpr, NOISE: tl.constexpr, STRIDED: tl.constexpr,
     AVERAGED: tl.constexpr, ZERO: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, halves, HALF: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements from `start` on, all of them there if ALIGNED, else `count`."""
+    """BLOCK elements from `start` on, all of them there if ALIGNED, else `count`.
+
+    Where tiles go in pairs, `halves` holds the bytes of both, HALF is which of them this is, and its new ones are
+    returned; else HALF is None.
+    """
     p_address, s0_address, s1_address, s2_address, scale0, scale1, low_address, ema_address = row
     factor, decay, l2, ema_rate = factors
     group = tl.arange(0, BLOCK // GROUP)
@@ -299,10 +356,11 @@ def update_tile(
     scale1_ptr = elements(scale1, start // GROUP, group, tl.float32, False)
 
     g = tl.load(g_ptr, mask=mask).to(tl.float32) * factor
-    p = read_param(p_ptr, low_ptr, mask, MASTER)
-    s0 = read_state(s0_ptr, scale0_ptr, mask, group_mask)
-    s1 = read_state(s1_ptr, scale1_ptr, mask, group_mask)
-    s2 = read_state(s2_ptr, None, mask, None)
+    s0_halves, s1_halves, low_halves = halves
+    p = read_param(p_ptr, low_ptr, low_halves, HALF, mask, MASTER)
+    s0 = read_state(s0_ptr, scale0_ptr, s0_halves, HALF, mask, group_mask)
+    s1 = read_state(s1_ptr, scale1_ptr, s1_halves, HALF, mask, group_mask)
+    s2 = read_state(s2_ptr, None, None, None, mask, None)
     bounded = tl.clamp(p, -LARGEST, LARGEST)  # an infinite weight, less its decay, is infinite and not NaN
     g += l2 * bounded
     if RULE == "adam":
@@ -311,6 +369,8 @@ def update_tile(
         change, s0, s1, s2 = sgd(g, s0, s1, s2, c)
     elif RULE == "rmsprop":
         change, s0, s1, s2 = rmsprop(g, s0, s1, s2, c)
+    elif RULE == "lion":
+        change, s0, s1, s2 = lion(g, s0, s1, s2, c)
     else:
         change, s0, s1, s2 = adagrad(g, s0, s1, s2, c)
     p -= decay * bounded + change  # one rounding at p's own size
@@ -323,16 +383,17 @@ def update_tile(
         e = e // run * stride + e % run + offset if STRIDED else e + offset
         bits = noise(e, key0, key1)
         more = scrambled(bits ^ 0x68E31DA4)
-    write_param(p_ptr, low_ptr, p, bits, mask, MASTER)
-    write_state(s0_ptr, scale0_ptr, s0, more, 0, mask, group_mask)
-    write_state(s1_ptr, scale1_ptr, s1, more, 16, mask, group_mask)
-    write_state(s2_ptr, None, s2, None, 0, mask, None)
+    low = write_param(p_ptr, low_ptr, p, bits, HALF, mask, MASTER)
+    s0 = write_state(s0_ptr, scale0_ptr, s0, more, 0, HALF, mask, group_mask)
+    s1 = write_state(s1_ptr, scale1_ptr, s1, more, 16, HALF, mask, group_mask)
+    write_state(s2_ptr, None, s2, None, 0, None, mask, None)
     if AVERAGED:
         ema_ptr = elements(ema_address, start, i, tl.float32, ALIGNED)
         ema = tl.load(ema_ptr, mask=mask)
         tl.store(ema_ptr, ema + ema_rate * (p - ema), mask=mask)
     if ZERO:
         tl.store(g_ptr, tl.zeros_like(i).to(GRAD_TYPE), mask=mask)
+    return s0, s1, low
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -357,6 +418,7 @@ def update_kernel(
     STRIDED: tl.constexpr,  # whether tensors are pieces whose elements do not follow on each other in the whole
     AVERAGED: tl.constexpr,  # whether an average of the parameter is kept
     ZERO: tl.constexpr,  # whether to leave zeros in the gradient
+    PAIRED: tl.constexpr,  # whether some elements are bytes, which go 16 at a time only with two tiles together
     # tile
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -390,18 +452,39 @@ def update_kernel(
     addresses = p, s0, s1, s2, scale0, scale1, low, ema
     # Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
     aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0
-    whole = tl.where(aligned, count // BLOCK * BLOCK, 0)
-    for offset in range(0, whole, BLOCK):
-        update_tile(
-            g, addresses, start + offset, BLOCK, rule, factors, keys,
-            RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
-            BLOCK, True,
-        )  # fmt: skip
+    TOGETHER: tl.constexpr = 2 * BLOCK if PAIRED else BLOCK
+    whole = tl.where(aligned, count // TOGETHER * TOGETHER, 0)
+    for offset in range(0, whole, TOGETHER):
+        here = start + offset
+        if PAIRED:
+            halves = (
+                halves_of(s0, here, STATE0, BLOCK), halves_of(s1, here, STATE1, BLOCK),
+                halves_of(low, here, LOW_TYPE, BLOCK),
+            )  # fmt: skip
+            first = update_tile(
+                g, addresses, here, BLOCK, rule, factors, keys,
+                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
+                BLOCK, True, halves, 0,
+            )  # fmt: skip
+            second = update_tile(
+                g, addresses, here + BLOCK, BLOCK, rule, factors, keys,
+                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
+                BLOCK, True, halves, 1,
+            )  # fmt: skip
+            write_halves(s0, here, first[0], second[0], STATE0, BLOCK)
+            write_halves(s1, here, first[1], second[1], STATE1, BLOCK)
+            write_halves(low, here, first[2], second[2], LOW_TYPE, BLOCK)
+        else:
+            update_tile(
+                g, addresses, here, BLOCK, rule, factors, keys,
+                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
+                BLOCK, True, (None, None, None), None,
+            )  # fmt: skip
     for offset in range(whole, count, BLOCK):
         update_tile(
             g, addresses, start + offset, count - offset, rule, factors, keys,
             RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
-            BLOCK, False,
+            BLOCK, False, (None, None, None), None,
         )  # fmt: skip
 
 
@@ -416,7 +499,8 @@ TRITON_TYPES = {
 
 
 def tile() -> dict[str, int]:
-    """8 elements a thread: two 16-byte loads of each float32 tensor in the air, all tensors at a time.
+    """8 elements a thread: two 16-byte loads of each float32 tensor in the air, all tensors at a time. With 16, for the
+    sake of bytes, registers spill: so two tiles share the accesses to bytes and are worked on one after the other.
 
     Tensors of different widths are loaded by different threads and change hands inside the loop, for which all threads
     wait for each other: so not many of them.
@@ -469,7 +553,8 @@ def update(
 ) -> None:
     """One step of every tensor in the table by one launch, whatever T is. All tensors share these dtypes."""
     dtypes = [param_dtype, grad_dtype, *state_dtypes, low_dtype]
-    coded = any(dtype in (torch.int8, torch.uint8) for dtype in state_dtypes)
+    bytes_ = (torch.int8, torch.uint8)
+    coded = any(dtype in bytes_ for dtype in state_dtypes)
     param_type, grad_type, *state_types, low_type = [None if d is None else TRITON_TYPES[d] for d in dtypes]
     if chunk_tensor.shape[0] > 0:
         with device_of(table):
@@ -478,5 +563,5 @@ def update(
                 RULE=rule, PARAM_TYPE=param_type, GRAD_TYPE=grad_type,
                 STATE0=state_types[0], STATE1=state_types[1], STATE2=state_types[2],
                 MASTER=master or "", LOW_TYPE=low_type, NOISE=coded or master == "stochastic", STRIDED=strided,
-                AVERAGED=averaged, ZERO=zero, **tile(), **FP_FUSION,
+                AVERAGED=averaged, ZERO=zero, PAIRED=coded or low_dtype in bytes_, **tile(), **FP_FUSION,
             )  # fmt: skip

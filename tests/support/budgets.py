@@ -82,15 +82,15 @@ def _rows_backward(compiled: Compiled) -> Iterator[str]:
 
 
 def _update(compiled: Compiled) -> Iterator[str]:
-    """One loop for whole tiles, all accesses as wide as 8 elements allow; one for ends and misaligned views."""
+    """One loop for whole tiles, 16 bytes at a time; one for ends and misaligned views."""
     kind = compiled.kind
     loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]  # one more may store zeros alone
     widths = {name: _TYPE_BITS[kind.arguments[name]["constant"]["triton_type"]] for name in _tensors_of_update(kind)}
     elements = _constant(compiled, "BLOCK") // (compiled.facts.num_warps * compiled.warp_size)
+    if 8 in widths.values():
+        elements *= 2  # of two tiles at a time
     coded = any(widths.get(name) == 8 for name in ("STATE0", "STATE1"))
-    expected = {min(128, elements * bits) for bits in widths.values()} | ({32} if coded else set())  # scales of groups
-    if _constant(compiled, "AVERAGED"):
-        expected.add(128)
+    expected = {128, 32} if coded else {128}  # a scale for each 128 codes
     wide = [loop for loop in loops if loop.access_bits == expected]
     if len(loops) != 2 or len(wide) != 1:
         yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops, not {expected} in one"
