@@ -32,9 +32,3 @@ H100 = Gpu("H100 SXM", bandwidth=3.35e12, tensor_cores=989e12, float32=66.9e12, 
 B200 = Gpu("B200", bandwidth=8.0e12, tensor_cores=2250e12, float32=74.5e12, special=148 * 16 * 1.965e9)
 MI300X = Gpu("MI300X", bandwidth=5.3e12, tensor_cores=1307e12, float32=163.4e12, special=304 * 16 * 2.1e9)
 GPUS = (A100, H100, B200, MI300X)
-
-
-def gpu_like(device: torch.device) -> Gpu:
-    """The one that `device` is, by name; an H100 if it is none of them."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((gpu for gpu in GPUS if gpu.name.split()[0] in name), H100)

@@ -240,20 +240,21 @@ def write(ptr, x, HALF: tl.constexpr, mask):
 
 @triton.jit
 def halves_of(address, start, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """The bytes of two tiles that follow on each other, 16 to a thread; None of what is wider."""
-    if TYPE is not None and TYPE.primitive_bitwidth == 8:
-        both = tl.load(elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True))
-        halves = tl.split(tl.permute(tl.reshape(both, (2, BLOCK)), (1, 0)))
-    else:
-        halves = None, None
+    """The bytes of two tiles that follow on each other, 16 to a thread; nothing of what is wider, or not there."""
+    halves = None, None
+    if TYPE is not None:
+        ptr = elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True)
+        if ptr.dtype.element_ty.primitive_bitwidth == 8:
+            halves = tl.split(tl.permute(tl.reshape(tl.load(ptr), (2, BLOCK)), (1, 0)))
     return halves
 
 
 @triton.jit
 def write_halves(address, start, first, second, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    if TYPE is not None and TYPE.primitive_bitwidth == 8:
-        both = tl.reshape(tl.permute(tl.join(first, second), (1, 0)), (2 * BLOCK,))
-        tl.store(elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True), both)
+    if TYPE is not None:
+        ptr = elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True)
+        if ptr.dtype.element_ty.primitive_bitwidth == 8:
+            tl.store(ptr, tl.reshape(tl.permute(tl.join(first, second), (1, 0)), (2 * BLOCK,)))
 
 
 @triton.jit

@@ -1,6 +1,5 @@
 """Finished runs of `llmfast train` as points to fit a scaling law to."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,11 +60,6 @@ def read_run(folder: Path) -> Run:
     )
     count = count_parameters(model_config(config, folder / "tokenizer.json"))
     return Run(folder.name, count.next_token, count.non_embedding, int(last["tokens"]), float(last["validation_mean"]))
-
-
-def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """`read_run` of each, in order."""
-    return [read_run(folder) for folder in folders]
 
 
 def model_config(config: "Config", tokenizer: Path | None = None) -> DecoderConfig:
