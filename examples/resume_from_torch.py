@@ -50,7 +50,7 @@ def train(steps: int = 60, rows: int = 16) -> list[float]:
         file = Path(folder) / "checkpoint.pt"
         parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        saved = torch.load(file, map_location=DEVICE)
+        saved = torch.load(file, map_location=DEVICE, weights_only=True)
 
     model = TinyGPT().to(DEVICE)  # as in a new process
     optimizer = FusedAdamW(model.parameters(), lr=3e-3)  # llmfast

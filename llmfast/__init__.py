@@ -4,4 +4,9 @@ Import what you use: `llmfast.losses`, `llmfast.optim`, `llmfast.models`, `llmfa
 Importing this package imports neither Triton nor anything that touches a GPU.
 """
 
-__version__ = "0.1.0"
+from importlib import metadata
+
+try:
+    __version__ = metadata.version("llmfast-torch")  # of an editable install: what it was when that was made
+except metadata.PackageNotFoundError:  # a folder on the path
+    __version__ = "0+unknown"

@@ -1,11 +1,14 @@
-"""What is importable, what imports what, what is in the wheel, and how `make` treats a torch that is already there."""
+"""What is importable, what imports what, what wheel and sdist hold, what reads files, and how `make` treats torch."""
 
 import ast
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -92,14 +95,21 @@ def test_import_is_quick():
     assert min(seconds) < limit, seconds
 
 
-def test_wheel_holds_the_two_packages_only(tmp_path):
-    for needed in ("build", "hatchling"):
-        pytest.importorskip(needed, reason=f"{needed} builds the wheel; it is in the `test` extra")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sdist of this checkout, and the wheel that is built from that."""
+    for needed in ("build", "hatchling", "hatch_vcs"):
+        pytest.importorskip(needed, reason=f"{needed} builds the packages; it is in the `test` extra")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist}
+
+
+def test_wheel_holds_the_two_packages_only(built: dict[str, Path]) -> None:
+    names = zipfile.ZipFile(built["wheel"]).namelist()
     top = {name.split("/")[0] for name in names}
     (info,) = [name for name in top if name.endswith(".dist-info")]
     assert top == {"llmfast", "llmfast_kernels", info}
@@ -107,6 +117,121 @@ def test_wheel_holds_the_two_packages_only(tmp_path):
     sources = {str(path.relative_to(ROOT)) for path in parsed("llmfast")}
     sources |= {str(path.relative_to(ROOT / "kernels")) for path in parsed("kernels/llmfast_kernels")}
     assert {name for name in names if name.endswith(".py")} == sources
+
+
+def test_sdist_holds_what_builds_the_wheel_only(built: dict[str, Path]) -> None:
+    with tarfile.open(built["sdist"]) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    files = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "PKG-INFO", ".gitignore"}
+    assert {name for name in names if "/" not in name} == files
+    assert {"/".join(name.split("/")[:2]) for name in names if name.startswith("kernels/")} == {
+        "kernels/README.md", "kernels/llmfast_kernels",
+    }  # fmt: skip
+    assert {name.split("/")[0] for name in names if "/" in name} == {"llmfast", "kernels"}
+    sources = {str(path.relative_to(ROOT)) for folder in ("llmfast", "kernels") for path in parsed(folder)}
+    assert {name for name in names if name.endswith(".py")} == sources
+
+
+A_STEP = """if True:
+    import importlib.metadata, sys
+    from pathlib import Path
+    import torch, llmfast, llmfast.losses, llmfast.optim, llmfast_kernels.terms
+    site = Path(sys.prefix).resolve()
+    for module in (llmfast, llmfast_kernels.terms):
+        assert site in Path(module.__file__).resolve().parents, module.__file__
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+    optimizer = llmfast.optim.FusedAdamW([hidden, weight])
+    loss = llmfast.losses.linear_cross_entropy(hidden, weight, torch.arange(6))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(6)))
+    loss.backward()
+    optimizer.step()
+    print(llmfast.__version__)"""
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installs_into_an_empty_environment(built: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """What it needs (torch and the rest) it finds here, by a .pth file: nothing is downloaded."""
+    env = tmp_path / "env"
+    venv.create(env, symlinks=True)
+    (site,) = env.glob("lib/python*/site-packages")
+    assert not list(site.iterdir())
+    flags = ["--no-deps", "--no-index", "--no-build-isolation", "--no-cache-dir", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(site), str(built[kind])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    version = built["wheel"].name.split("-")[1]
+    info = f"llmfast_torch-{version}.dist-info"
+    assert {path.name for path in site.iterdir()} - {"bin"} == {"llmfast", "llmfast_kernels", info}
+    others = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    done = subprocess.run([env / "bin" / "python", "-I", "-c", A_STEP], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == version
+
+
+def test_the_version_is_the_tag(tmp_path: Path) -> None:
+    pytest.importorskip("hatch_vcs", reason="it reads the version; it is in the `test` extra")
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    # Nothing of the caller's may reach it, neither a repository nor a version.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "SETUPTOOLS_SCM", "VCS_"))}
+
+    def version() -> str:
+        command = [sys.executable, "-m", "hatchling", "version"]
+        return subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.strip()
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, env=env, check=True, capture_output=True)
+
+    assert version() == "0.1.dev0"  # a tarball
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert version().startswith("0.1.dev1+g")  # no tag in sight
+    git("-c", "tag.gpgsign=false", "tag", "-a", "v1.2.3", "-m", "1.2.3")
+    assert version() == "1.2.3"
+    git("commit", "--allow-empty", "-m", "second")
+    assert version().startswith("1.2.4.dev1+g")
+
+
+def test_a_folder_on_the_path_has_a_version_too() -> None:
+    code = """if True:
+        import importlib.metadata
+        def version(name):
+            raise importlib.metadata.PackageNotFoundError(name)
+        importlib.metadata.version = version
+        import llmfast
+        print(llmfast.__version__)"""
+    assert run_python(code).strip() == "0+unknown"
+
+
+# What runs whatever a file says. torch.load is looked at by itself: it takes tensors alone if it is told to.
+RUNS_WHAT_IT_READS = {
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "dill.loads", "joblib.load", "marshal.load"),
+    *("marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system", "pd.read_pickle"),
+}
+
+
+@pytest.mark.parametrize("folder", ["llmfast", "kernels/llmfast_kernels", "examples"])
+def test_no_file_that_is_read_can_run_code(folder: str) -> None:
+    """Beside what torch.distributed.checkpoint itself does: see SECURITY.md."""
+    for path, tree in parsed(folder).items():
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        for call in calls:
+            name, where = ast.unparse(call.func), f"{path}:{call.lineno}"
+            assert name not in RUNS_WHAT_IT_READS, f"{where} calls {name}"
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if name == "torch.load":
+                assert given.get("weights_only") == "True", f"{where}: torch.load without weights_only=True"
+            assert given.get("allow_pickle", "False") == "False", f"{where}: allow_pickle"
+            assert given.get("trust_remote_code", "False") == "False", f"{where}: trust_remote_code"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.serialization", "pickle"):
+                names = {alias.name for alias in node.names} & {"load", "loads", "Unpickler"}
+                assert not names, f"{path}:{node.lineno} hides where {names} comes from"
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ def prepare_kernel(
 
 
 # The rules: gradient and states (float32, None where there is none) -> by how much the parameter falls, and the states.
+# Before Triton 3.7, None cannot be among what a function returns: what stands there instead of a state is not stored.
 
 
 @triton.jit
@@ -158,9 +159,8 @@ def adam(g, m, v, vmax, c):
     v = beta2 * v + rate2 * g * g
     second = v
     if vmax is not None:
-        vmax = tl.maximum(v, vmax, propagate_nan=tl.PropagateNan.ALL)
-        second = vmax
-    return step_size * tl.div_rn(m, tl.sqrt_rn(second) * root2 + eps), m, v, vmax
+        second = tl.maximum(v, vmax, propagate_nan=tl.PropagateNan.ALL)
+    return step_size * tl.div_rn(m, tl.sqrt_rn(second) * root2 + eps), m, v, second
 
 
 @triton.jit
@@ -168,10 +168,11 @@ def sgd(g, buffer, none1, none2, c):
     """Gradient descent, with momentum where there is a buffer (Sutskever et al. 2013 for Nesterov's)."""
     momentum, rate, own, carried, lr, _, _ = c
     change = g
+    new = g
     if buffer is not None:
-        buffer = momentum * buffer + rate * g
-        change = own * g + carried * buffer
-    return lr * change, buffer, none1, none2
+        new = momentum * buffer + rate * g
+        change = own * g + carried * new
+    return lr * change, new, g, g
 
 
 @triton.jit
@@ -180,15 +181,15 @@ def rmsprop(g, square, buffer, mean, c):
     alpha, rate, momentum, lr, eps, _, _ = c
     square = alpha * square + rate * g * g
     variance = square
+    new_mean = g
     if mean is not None:
-        mean = alpha * mean + rate * g
+        new_mean = alpha * mean + rate * g
         # Rounding must not make it less than nothing.
-        variance = tl.maximum(square - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        variance = tl.maximum(square - new_mean * new_mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     change = tl.div_rn(g, tl.sqrt_rn(variance) + eps)
     if buffer is not None:
-        buffer = momentum * buffer + change
-        change = buffer
-    return lr * change, square, buffer, mean
+        change = momentum * buffer + change
+    return lr * change, square, change, new_mean
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def adagrad(g, total, none1, none2, c):
     """AdaGrad (Duchi et al. 2011)."""
     lr, eps, _, _, _, _, _ = c
     total += g * g
-    return lr * tl.div_rn(g, tl.sqrt_rn(total) + eps), total, none1, none2
+    return lr * tl.div_rn(g, tl.sqrt_rn(total) + eps), total, g, g
 
 
 @triton.jit
@@ -205,7 +206,7 @@ def lion(g, m, none1, none2, c):
     beta1, rate1, beta2, rate2, lr, _, _ = c
     direction = beta1 * m + rate1 * g
     sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, direction))  # of NaN it is NaN
-    return lr * sign, beta2 * m + rate2 * g, none1, none2
+    return lr * sign, beta2 * m + rate2 * g, g, g
 
 
 # What tensors hold, read into float32 and written back.
@@ -241,7 +242,7 @@ def write(ptr, x, HALF: tl.constexpr, mask):
 @triton.jit
 def halves_of(address, start, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """The bytes of two tiles that follow on each other, 16 to a thread; nothing of what is wider, or not there."""
-    halves = None, None
+    halves = 0, 0
     if TYPE is not None:
         ptr = elements(address, start, tl.arange(0, 2 * BLOCK), TYPE, True)
         if ptr.dtype.element_ty.primitive_bitwidth == 8:

@@ -1,9 +1,10 @@
-"""Optimizers that are drop-ins for `torch.optim`, with one update launch a step."""
+"""Optimizers that are drop-ins for `torch.optim`, and Lion, with one update launch a step."""
 
 from llmfast.optim import reference
 from llmfast.optim.adagrad import FusedAdagrad
 from llmfast.optim.adam import FusedAdam, FusedAdamW
 from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.lion import FusedLion
 from llmfast.optim.options import Extras
 from llmfast.optim.release import optimizer_in_backward
 from llmfast.optim.rmsprop import FusedRMSprop
@@ -15,6 +16,7 @@ __all__ = [
     "FusedAdagrad",
     "FusedAdam",
     "FusedAdamW",
+    "FusedLion",
     "FusedOptimizer",
     "FusedRMSprop",
     "FusedSGD",

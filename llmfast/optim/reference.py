@@ -106,6 +106,26 @@ def adagrad(
     _fall(param, decay, lr / (1 + (step - 1) * lr_decay) * (grad / (sum.sqrt() + eps)))
 
 
+def lion(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    step: Number,
+    lr: Number,
+    beta1: float,
+    beta2: float,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Lion (Chen et al. 2023), which asks nothing of `step`; its own weight decay is `decay=lr * weight_decay`."""
+    grad = _with_l2(grad, param, l2)
+    direction = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+    sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of NaN is 0, and nobody notices
+    _fall(param, decay, lr * sign)
+
+
 def _bounded(param: Tensor) -> Tensor:
     """An infinite weight, less a share of it, must be infinite and not NaN."""
     largest = torch.finfo(param.dtype).max

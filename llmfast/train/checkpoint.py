@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from llmfast.train.parallel import World, plain
+from llmfast.train.reading import Planner, Reader
 
 # One process is one process; said anew by every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -123,7 +124,7 @@ class Checkpoints:
         """
         folder = self._newest()
         self._last = _step_of(folder)
-        keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+        keys = Reader(folder).read_metadata().state_dict_metadata
         sums = {
             name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
             for name, found in keys.items()
@@ -137,7 +138,7 @@ class Checkpoints:
         for name in [name for name in states if f"optimizer.state.{name}" not in there]:
             del states[name]
         try:
-            load(state, storage_reader=FileSystemReader(folder), no_dist=self._world.size == 1)
+            load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=self._world.size == 1)
             set_model_state_dict(plain(module), state["model"])
             some = StateDictOptions(strict=False)
             set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
@@ -215,7 +216,7 @@ def load_weights(run: Path, model: nn.Module) -> None:
     inner = nn.ModuleDict({"model": model})  # as it is within `WithLoss`
     state = {"model": get_model_state_dict(inner)}
     try:
-        load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+        load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
         set_model_state_dict(inner, state["model"])
     except _UNREADABLE as e:
         raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e

@@ -26,7 +26,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from llmfast._dispatch import kernels_on_cpu
-from llmfast.optim import FusedAdagrad, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD, optimizer_in_backward
+from llmfast.optim import (
+    FusedAdagrad,
+    FusedAdamW,
+    FusedLion,
+    FusedOptimizer,
+    FusedRMSprop,
+    FusedSGD,
+    optimizer_in_backward,
+)
 from support.ranks import Ranks
 
 WORLD = 4
@@ -46,6 +54,7 @@ OPTIMIZERS: list[Callable[..., FusedOptimizer]] = [
     functools.partial(FusedSGD, lr=1e-2, momentum=0.9, dampening=0.1, weight_decay=0.1),
     functools.partial(FusedRMSprop, momentum=0.9, centered=True),
     functools.partial(FusedAdagrad, lr_decay=0.1, initial_accumulator_value=0.1),
+    functools.partial(FusedLion, lr=1e-2, weight_decay=0.1),
 ]
 
 

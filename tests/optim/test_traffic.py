@@ -8,7 +8,7 @@ import torch
 
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
 
 TENSORS = 200
 SHAPE = (72, 72)
@@ -29,6 +29,7 @@ BUDGETS: list[tuple[Callable[..., torch.optim.Optimizer], torch.dtype, dict[str,
     (FusedRMSprop, F32, {}, 20.3),
     (FusedRMSprop, F32, {"centered": True, **MOMENTUM}, 36.3),
     (FusedAdagrad, F32, {}, 20.3),
+    (FusedLion, F32, {}, 20.3),
     (FusedAdamW, BF16, {"master_weights": "fp32", "state_dtype": F32}, 28.3),
     (FusedAdamW, BF16, {"master_weights": "split16", "state_dtype": F32}, 26.3),
     (FusedAdamW, BF16, {"master_weights": "split16", "state_dtype": BF16}, 18.3),
@@ -37,6 +38,8 @@ BUDGETS: list[tuple[Callable[..., torch.optim.Optimizer], torch.dtype, dict[str,
     (FusedAdamW, BF16, {"master_weights": "stochastic"}, 14.3),
     (FusedAdamW, BF16, {"master_weights": "stochastic", "state_dtype": "8bit"}, 10.5),
     (FusedAdamW, BF16, {"state_dtype": "8bit"}, 10.5),
+    (FusedLion, BF16, {"master_weights": "split16"}, 14.3),
+    (FusedLion, BF16, {"master_weights": "split8", "state_dtype": "8bit"}, 10.4),
 ]
 
 

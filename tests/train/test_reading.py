@@ -1,0 +1,66 @@
+"""A checkpoint that somebody has made to run code is refused, and runs none."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from llmfast.train.reading import Planner, Reader
+
+
+class Attack:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.proof,)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = {"weight": torch.zeros(3, 2), "lr": 0.0, "betas": (0.0, 0.0), "kind": ""}
+    load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
+    return state
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    state = {"weight": torch.ones(3, 2), "lr": 1e-3, "betas": (0.9, 0.99), "kind": "x"}
+    save(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+    return tmp_path / "saved"
+
+
+def test_what_was_saved_is_read(folder: Path) -> None:
+    found = read(folder)
+    assert torch.equal(found["weight"], torch.ones(3, 2))
+    assert (found["lr"], found["betas"], found["kind"]) == (1e-3, (0.9, 0.99), "x")
+
+
+def test_metadata_runs_nothing(folder: Path) -> None:
+    proof = folder / "proof"
+    (folder / ".metadata").write_bytes(pickle.dumps(Attack(proof)))
+    with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
+        Reader(folder).read_metadata()
+    with pytest.raises(CheckpointException, match="which no checkpoint needs"):
+        read(folder)
+    assert not proof.exists()
+
+
+def test_values_run_nothing(folder: Path, tmp_path: Path) -> None:
+    proof = folder / "proof"
+    state = {"weight": torch.ones(3, 2), "lr": Attack(proof), "betas": (0.9, 0.99), "kind": "x"}
+    save(state, checkpoint_id=tmp_path / "bad", no_dist=True)
+    with pytest.raises(CheckpointException, match=r"(?i)weights.only"):
+        read(tmp_path / "bad")
+    assert not proof.exists()
+
+
+def test_a_file_that_is_cut_short_is_refused(folder: Path) -> None:
+    whole = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((pickle.UnpicklingError, EOFError)):
+        Reader(folder).read_metadata()
