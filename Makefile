@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train continued test test-integrations lint format docs bench bench-mtp clean help
+.PHONY: train continued test test-integrations lint format docs fuzz bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or what ARGS says: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
@@ -43,6 +43,9 @@ format: $(STAMP)-train,dev ## let ruff fix and format the code
 
 docs: $(STAMP)-train,docs ## build the documentation into site/, and fail for a broken link or an undescribed name
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+fuzz: $(STAMP)-train,test ## give the command line ten minutes of wrong input: make fuzz ARGS="--seed 7 --minutes 1"
+	$(PY) tools/fuzz.py --minutes 10 $(ARGS)
 
 bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

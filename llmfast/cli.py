@@ -153,18 +153,29 @@ def _trained(run: Callable[[], None]) -> int:
         return _missing(e)
     except (ConfigError, NonFinite, OSError) as e:
         return _fail(str(e))
+    except (MemoryError, RuntimeError) as e:
+        if not _out_of_memory(e):
+            raise
+        return _fail(f"out of memory; try a smaller train.micro_batch_size, data.seq_len or model: {e}")
     except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
         print("llmfast: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+def _out_of_memory(e: MemoryError | RuntimeError) -> bool:
+    """On the CPU torch raises a bare RuntimeError."""
+    from torch import OutOfMemoryError
+
+    return isinstance(e, MemoryError | OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(e)
+
+
 def _missing(e: ImportError) -> int:
-    return _fail(f"{e}\ntraining needs the extra: pip install 'llmfast-torch[train]'")
+    return _fail(f"{e}; training needs the extra: pip install 'llmfast-torch[train]'")
 
 
 def _fail(message: str) -> int:
-    print(f"llmfast: error: {message}", file=sys.stderr)
+    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # names of files may have line breaks
     return 2
 
 

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import inspect
 import json
+import os
 from collections import Counter
 from dataclasses import asdict
 from importlib import metadata
@@ -347,6 +348,19 @@ def test_one_document_by_the_command(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert out.splitlines()[1].split() == ["read", "1", "0", str(len(BREAD)), "0"]
     assert out.splitlines()[11].split() == ["kept", "1", str(len(BREAD) - 1)]
     assert err and all(line.startswith("llmfast: ") for line in err.splitlines())  # nothing of datatrove's own
+
+
+def test_a_name_that_is_not_unicode(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    corpus, output = tmp_path / "in", tmp_path / "out"
+    corpus.mkdir()
+    (corpus / "bread.txt").write_text(BREAD)
+    (corpus / os.fsdecode(b"kept\xff.txt")).write_text(CLOCKS)
+    (corpus / os.fsdecode(b"gone\xff.txt")).write_text(GERMAN)
+    (corpus / os.fsdecode(b"x.\xff")).write_text("not read")
+    assert run(arguments(corpus, output)) == 0
+    assert set(kept(output)) == {"bread.txt", "kept\ufffd.txt"} and set(went(output)) == {"gone\ufffd.txt"}
+    assert "1 .?" in (output / "report.md").read_text()
+    assert json.loads((output / "report.json").read_text())["stages"][0]["documents_in"] == 3
 
 
 @pytest.mark.parametrize("text", ["", GERMAN])

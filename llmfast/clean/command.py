@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             say=_say,
         )
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {error}")
+        _say(f"error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")

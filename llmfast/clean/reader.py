@@ -24,7 +24,8 @@ class Reader:
     def __call__(self, data: None, rank: int, world_size: int) -> Iterator[Document]:
         with self.exclusion_writer as writer:
             for name in self.names[rank::world_size]:
-                for document, fault in _documents(self.root / name, name):
+                shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # no other is JSON
+                for document, fault in _documents(self.root / name, shown):
                     self.stats["bytes"].update(len(document.text.encode("utf-8")))
                     if fault:
                         document.metadata["filter_reason"] = fault

@@ -82,9 +82,9 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """`report.md` and `report.json` into the folder."""
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "report.md").write_text(self.markdown(), encoding="utf-8", errors="replace")  # names of files
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def removed(files: Sequence[Path], default: str) -> tuple[dict[str, int], dict[str, list[Sample]]]:

@@ -24,6 +24,7 @@ from llmfast._checks import expect
 
 REST = "rest"
 _CHUNK = 1 << 20  # sequences that are drawn at once
+_COUNTED = 1 << 24  # sequences that are drawn only to be counted: about a second
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 times the golden ratio's fraction
 
 Ints = npt.NDArray[np.int64]
@@ -145,23 +146,37 @@ class Mixture:
         """This mixture's weights from sequence `consumed` on, after the past that is in `state`.
 
         Raises:
-            ValueError: the sources are not those of the past.
+            ValueError: the sources are not those of the past, or `state` is none.
         """
-        then = state["rows"]
-        expect(then == self.rows, f"the sources' rows have changed: they were {then}, and are {self.rows}")
-        past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"])
+        try:
+            then = state["rows"]
+            expect(then == self.rows, f"the sources' rows have changed: they were {then}, and are {self.rows}")
+            past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"])
+        except (LookupError, TypeError, AttributeError) as e:
+            raise ValueError(f"this is not the state of a mixture: {state!r:.200}") from e
         return past.from_here_on(consumed, self.phases[-1].weights, total=self.phases[-1].total)
 
     def table(self) -> list[tuple[str, ...]]:
         """A line a source: rows, share at the start and at the end, sequences and epochs of the whole run."""
         first, last = self._of(self.rows, self.phases[:1], self.seed).shares(0.0), self.shares(1.0)
-        given = self.counts(self.phases[-1].total)
+        given = self._given()
         lines: list[tuple[str, ...]] = [("source", "rows", "share", "sequences", "epochs")]
         for name, rows in self.rows.items():
             ends = list(dict.fromkeys(f"{share[name]:.0%}" for share in (first, last)))
             epochs = f"{given[name] / rows:.2f}" if rows else "-"
             lines.append((name, f"{rows:,}", " -> ".join(ends), f"{given[name]:,}", epochs))
         return lines
+
+    def _given(self) -> dict[str, int]:
+        """How many sequences of the whole run come from each source; of a very long one nearly so, by the shares."""
+        start, total = self.phases[-1].start, self.phases[-1].total
+        if total - start <= _COUNTED:
+            return self.counts(total)
+        weights = self._shares[-1]((start + (np.arange(1000) + 0.5) / 1000 * (total - start)) / total)
+        shares = (weights / weights.sum(axis=0)).mean(axis=1)
+        return {
+            name: n + round(share * (total - start)) for (name, n), share in zip(self.counts(start).items(), shares)
+        }
 
     def _new_order(self, source: int, epoch: int) -> Ints:
         name = self.sources[source]

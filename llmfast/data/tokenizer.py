@@ -153,7 +153,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or brackets without end
         raise ValueError(f"{path} is not a tokenizer file: {error}") from error
     if isinstance(content, dict) and content.get("type") == _BYTES_FILE["type"]:
         expect(content == json.loads(json.dumps(_BYTES_FILE)), f"{path} has other byte tokens than this version's")

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
                 expect(getattr(args, name) is None, f"--{name} before {args.topic} has no meaning")
         lines = topics[args.topic](args)
     except ImportError as e:
-        return _fail(f"{e}\nthis needs the extra: pip install 'llmfast-torch[train]'")
+        return _fail(f"{e}; this needs the extra: pip install 'llmfast-torch[train]'")
     except (ValueError, OSError) as e:
         return _fail(str(e))
     print("\n".join(lines))
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"llmfast: error: {message}", file=sys.stderr)
+    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -17,6 +17,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -39,6 +40,17 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 CHECKSUMS, META = "checksums.json", "meta.json"
 _UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, CheckpointException)
+# What a pickle that is none may raise besides, by Python's documentation and by what it makes of its fields.
+_NO_METADATA = (
+    *_UNREADABLE,
+    OSError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    TypeError,
+    MemoryError,
+)
 
 
 class Checkpoints:
@@ -75,11 +87,13 @@ class Checkpoints:
         partial = _partial(final)
         state = {**_state(module, optimizer), "sums": dict(sums), "rng": _rng(self._world.rank)}
         self._agree_on(self._make_room(final, _bytes_of(state)) if self._world.main else "")
+        # torch 2.8 has no such argument here, and finds out by itself where there are no groups.
+        alone: dict[str, Any] = {"no_dist": True} if self._world.size == 1 and dist.is_initialized() else {}
         future: Any = async_save(
             state,
             storage_writer=FileSystemWriter(partial, sync_files=True),
             process_group=self._world.background,
-            no_dist=self._world.size == 1,
+            **alone,
         )
         written: Future[None] = Future()
         meta = {**meta, "step": step, "ranks": self._world.size}
@@ -124,7 +138,7 @@ class Checkpoints:
         """
         folder = self._newest()
         self._last = _step_of(folder)
-        keys = Reader(folder).read_metadata().state_dict_metadata
+        meta, keys = _meta(folder), _keys(folder)
         sums = {
             name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
             for name, found in keys.items()
@@ -146,10 +160,13 @@ class Checkpoints:
             raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
         for name, value in rng.items():
             (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
+        return meta, sums
+
+    def retire_newer(self) -> None:
+        """Those that `load` has passed over: they would be taken for newer ones. Once all else is seen to work."""
         if self._world.main:
-            for damaged in _checkpoints(self.run, after=self._last):  # they would be taken for newer ones
+            for damaged in _checkpoints(self.run, after=self._last):
                 _retire(damaged)
-        return json.loads((folder / META).read_text()), sums
 
     # While writing.
 
@@ -215,6 +232,7 @@ def load_weights(run: Path, model: nn.Module) -> None:
     folder = Checkpoints(run, World(torch.device("cpu")))._newest()
     inner = nn.ModuleDict({"model": model})  # as it is within `WithLoss`
     state = {"model": get_model_state_dict(inner)}
+    _keys(folder)
     try:
         load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
         set_model_state_dict(inner, state["model"])
@@ -249,7 +267,39 @@ def _last_line(e: BaseException) -> str:
     return ([type(e).__name__, *str(e).strip().splitlines()])[-1]
 
 
+def _meta(folder: Path) -> dict[str, Any]:
+    """What was saved beside the tensors; OSError if it is not what a trainer saves."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise OSError(f"{folder / META} is not JSON: {e}") from e
+    counts = ("step", "sequences", "tokens", "skipped", "logged_step")
+    if (
+        not isinstance(meta, dict)
+        or any(type(meta.get(key)) is not int or not 0 <= meta[key] < 2**63 for key in counts)
+        or meta["step"] != _step_of(folder)
+        or not isinstance(meta.get("recent"), list)
+        or any(type(x) is not float for x in meta["recent"])
+    ):
+        raise OSError(
+            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step, and recent losses; "
+            f"got {meta!r:.200}"
+        )
+    return meta
+
+
+def _keys(folder: Path) -> dict[str, Any]:
+    """The names of what is in a checkpoint; OSError if they cannot be read."""
+    try:
+        keys = Reader(folder).read_metadata().state_dict_metadata
+        return dict(keys)
+    except _NO_METADATA as e:
+        raise OSError(f"{folder}/.metadata is damaged: {_reason(e)}") from e
+
+
 def _reason(e: BaseException) -> str:
+    if isinstance(e, CheckpointException) and e.failures:  # of the first rank's, not where in torch it was
+        e = next(iter(e.failures.values()))[0]
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [line for line in lines if "mismatch" in line.lower() or "missing" in line.lower()]
     return (telling or lines or [type(e).__name__])[0]
@@ -269,7 +319,7 @@ def _damage(folder: Path) -> str:
                 return f"{name} has {file.stat().st_size} bytes of {size}"
             if _sha256(file) != digest:
                 return f"{name} has changed"
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         return f"{CHECKSUMS}: {e}"
     return ""
 

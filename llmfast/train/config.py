@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config |
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {e.strerror}") from e
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path} is not TOML: {e}") from e
         _fill(config, values, prefix="", where=str(path))
     for override in overrides:
@@ -160,7 +161,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"--set {override}: expected section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # more digits or brackets than Python takes, too
         value = text.strip()
     *sections, leaf = key.strip().split(".")
     tree: dict[str, Any] = {leaf: value}
@@ -174,11 +175,11 @@ def _fill(node: Any, values: dict[str, Any], prefix: str, where: str) -> None:
     for key, value in values.items():
         name = prefix + key
         if key not in types:
-            raise ConfigError(f"{where}: unknown key {name} = {value!r}{_closest(name)}")
+            raise ConfigError(f"{where}: unknown key {name} = {_shown(value)}{_closest(name)}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
                 keys = ", ".join(_names(getattr(node, key), f"{name}."))
-                raise ConfigError(f"{where}: {name} = {value!r} is a section; its keys are {keys}")
+                raise ConfigError(f"{where}: {name} = {_shown(value)} is a section; its keys are {keys}")
             _fill(getattr(node, key), value, prefix=f"{name}.", where=where)
         else:
             value = _typed(value, types[key], name, where)
@@ -200,8 +201,15 @@ def _typed(value: Any, wanted: Any, name: str, where: str) -> Any:
         fits = type(value) is wanted  # not isinstance: True is no 1
         label = wanted.__name__
     if not fits:
-        raise ConfigError(f"{where}: {name} must be {label}; got {value!r} ({type(value).__name__})")
+        raise ConfigError(f"{where}: {name} must be {label}; got {_shown(value)} ({type(value).__name__})")
     return value
+
+
+def _shown(value: Any) -> str:
+    """For a message: a file may nest and be as long as it likes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
 
 
 def _closest(name: str) -> str:
@@ -253,6 +261,15 @@ def _check(config: Config) -> None:
         ):
             expect(value >= least, f"{name} must be at least {least}; got {value}")
             expect(value < 2**63, f"{name} is too large: {value}")
+        for name, value, most in (
+            ("model.width", m.width, 2**20),
+            ("model.ffn_width", m.ffn_width, 2**22),
+            ("model.layers", m.layers, 2**12),
+            ("model.mtp_heads", m.mtp_heads, 2**12),
+            ("data.vocab_size", d.vocab_size, 2**24),
+        ):  # far beyond any use; modules and tables would be made without end
+            expect(value <= most, f"{name} must be at most {most}; got {value}")
+        expect(t.steps * t.batch_size < 2**63, f"train.steps * train.batch_size is too large: {t.steps * t.batch_size}")
         for name, value in (("beta1", o.beta1), ("beta2", o.beta2)):
             expect(0 <= value < 1, f"optimizer.{name} must be in [0, 1); got {value}")
         expect(

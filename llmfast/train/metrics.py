@@ -1,6 +1,7 @@
 """What a run writes down and shows: metrics.jsonl, the progress bar, loss.png and the closing table."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from llmfast._checks import expect
 
 PLAIN_SECONDS = 15.0  # between lines where the output is a file and a bar makes no sense
 
@@ -58,15 +61,49 @@ def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
+def read_metrics(path: Path, *, losses: bool = True) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a crash cut short is left out.
+
+    Raises:
+        ValueError: it is not text, a line lacks the numbers step and tokens, or, unless `losses` is false, a loss is
+            no number.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not text: {e}") from e
+    for text in texts:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        expect(
+            isinstance(line, dict) and all(math.isfinite(number(line.get(key))) for key in ("step", "tokens")),
+            f"{path}: a line must be an object with the numbers step and tokens; got {line!r:.80}",
+        )
+        lines.append(line)
+        if not losses:
+            continue
+        sources = line.get("validation", {})
+        expect(
+            isinstance(sources, dict) and all(map(_is_number, sources.values())),
+            f"{path}: validation must be an object of numbers; got {sources!r:.80}",
+        )
+        for key in ("loss", "validation_mean"):
+            expect(_is_number(line.get(key, 0)), f"{path}: {key} must be a number; got {line.get(key)!r:.80}")
     return lines
+
+
+def number(value: Any) -> float:
+    """What was logged as a number; NaN for anything else, and for what is too large to be meant."""
+    if isinstance(value, int) and abs(value) >= 2**63:  # perhaps also for a float
+        return math.nan
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 class ProgressDisplay:
@@ -144,7 +181,7 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
     if train:
         axes.plot(*zip(*train), color="0.65", linewidth=1, label="training")
     for source in sorted({name for line in lines for name in line.get("validation", {})}):
-        points = [(line["tokens"] / 1e6, line["validation"][source]) for line in lines if "validation" in line]
+        points = [(x["tokens"] / 1e6, x["validation"][source]) for x in lines if source in x.get("validation", {})]
         axes.plot(*zip(*points), marker="o", markersize=3, label=f"validation: {source}")
     axes.axhline(unigram_entropy, linestyle=":", color="black", linewidth=1, label="unigram entropy of held-out text")
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")

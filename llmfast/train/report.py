@@ -122,15 +122,7 @@ def read_run(folder: Path, name: str) -> Run:
         f"{folder} is not the folder of a run: it has neither config.toml nor metrics.jsonl",
     )
     settings = _settings(asdict(load_config(config))) if config.is_file() else {}
-    try:
-        lines = read_metrics(metrics) if metrics.is_file() else []
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{metrics} is not text: {e}") from e
-    for line in lines:
-        expect(
-            isinstance(line, dict) and all(math.isfinite(_number(line.get(key))) for key in ("step", "tokens")),
-            f"{metrics}: a line must be an object with the numbers step and tokens; got {line!r:.80}",
-        )
+    lines = read_metrics(metrics, losses=False) if metrics.is_file() else []
     text = sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else ""
     return Run(name, settings, _curves(lines), text)
 
@@ -163,17 +155,13 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
 
 def _numbers(value: Any) -> dict[str, float]:
     """The numbers in a logged value: by key, by position, or by "" where it is one itself."""
+    from llmfast.train.metrics import number
+
     if isinstance(value, dict):
         items: Iterable[tuple[Any, Any]] = value.items()
     else:
         items = enumerate(value) if isinstance(value, list) else [("", value)]
-    return {str(key): _number(item) for key, item in items if isinstance(item, int | float)}
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, int) and abs(value) >= 2**63:  # too large to be meant, and perhaps for a float
-        return math.nan
-    return float(value) if isinstance(value, int | float) else math.nan
+    return {str(key): number(item) for key, item in items if isinstance(item, int | float)}
 
 
 # The page.

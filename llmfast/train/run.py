@@ -100,6 +100,11 @@ def train(
     )  # fmt: skip
     if resume:
         try:
+            if world.main and (log := run / "metrics.jsonl").exists():
+                read_metrics(log)  # what cannot be gone on with is told of before anything changes
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+        try:
             trainer.resume()
         except ValueError as e:
             raise ConfigError(f"data: {e}") from e
@@ -107,7 +112,9 @@ def train(
         if overwrite and run.exists():  # only now that everything else has been seen to work
             gone = run.with_name(f".{run.name}.gone")  # at once, or a kill would leave half a run
             shutil.rmtree(gone, ignore_errors=True)
-            shutil.rmtree(run.rename(gone))
+            shutil.rmtree(run.rename(gone), ignore_errors=True)
+            if gone.exists():
+                say(console, f"not all of the run before could be removed; the rest is in {gone}")
         run.mkdir(parents=True, exist_ok=True)
         _whole(run / "tokenizer.json", data.tokenizer.save)
         _whole(run / "config.toml", lambda path: path.write_text(dump_config(config), encoding="utf-8"))

@@ -181,7 +181,8 @@ class Trainer:
         if self.world.main:  # of all ranks
             self.sums = {name: t.to(self.device) for name, t in tensors.items()}
         if (take := getattr(self.data, "resume", None)) is not None:
-            take(meta["data"], self.sequences)
+            take(meta.get("data"), self.sequences)
+        self.checkpoints.retire_newer()
 
     def fit(self) -> bool:
         """Run to the last step, or to the next after SIGINT or SIGTERM; False if stopped so. Ends on a checkpoint.

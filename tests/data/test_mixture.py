@@ -205,3 +205,20 @@ def test_continued_pretraining_keeps_a_floor_of_what_was_before() -> None:
     with pytest.raises(ValueError, match=r"end must leave the floor of 0.1 to replay; got 0.95"):
         continued_weights(["code"], ["general"], end=0.95)
     assert continued_weights(["code"], ["general"], replay=False) == {"code": 1.0, "general": 0.0}
+
+
+def test_a_run_too_long_to_be_counted_is_estimated() -> None:
+    rows, weights = {"a": 100, "b": 300, "c": 50}, {"a": "0.9->0.3", "b": "rest", "c": "0:0.1, 0.5:0.3, 1:0.05"}
+    counted = Mixture(rows, weights, total=10_000).table()
+    total = 2**62
+    estimated = Mixture(rows, weights, total=total).table()
+    for few, many in zip(counted[1:], estimated[1:]):
+        assert int(many[3].replace(",", "")) / total == pytest.approx(int(few[3].replace(",", "")) / 10_000, abs=1e-3)
+    made = Mixture(rows, {"a": 1, "b": 0, "c": 0}, total=1000).from_here_on(600, {"a": 0, "b": 1, "c": 0}, total=total)
+    assert [int(line[3].replace(",", "")) for line in made.table()[1:]] == [600, pytest.approx(total), 0]
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"rows": {"a": 3}}, {"rows": {"a": 3}, "phases": [{}], "seed": 0}])
+def test_what_is_no_state_of_a_mixture(state: Any) -> None:
+    with pytest.raises(ValueError, match="this is not the state of a mixture"):
+        Mixture({"a": 3}, {}, total=9).resumed(state, 3)

@@ -162,6 +162,9 @@ def test_binary_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer file"):
         load_tokenizer(tmp_path / "broken.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is not a tokenizer file"):
+        load_tokenizer(tmp_path / "deep.json")
     with pytest.raises(FileNotFoundError):
         load_tokenizer(tmp_path / "missing.json")
 

@@ -78,3 +78,9 @@ def test_refuses_runs_that_are_no_points(make_run: MakeRun) -> None:
         read_run(silent)
     with pytest.raises(ValueError, match="cannot read"):
         read_run(silent / "nothing")
+    (silent / "metrics.jsonl").write_text('{"step": 700, "tokens": {}, "validation_mean": 2.0}')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a line must be an object with the numbers step and tokens"):
+        read_run(silent)
+    (silent / "metrics.jsonl").write_text('{"step": 700, "tokens": 1, "validation_mean": "x"}')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: validation_mean must be a number; got 'x'"):
+        read_run(silent)

@@ -78,3 +78,15 @@ def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
         load_config(file)
     with pytest.raises(ConfigError, match=r"cannot read .*nothing\.toml: No such file"):
         load_config(tmp_path / "nothing.toml")
+    file.write_text("x = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"c\.toml is not TOML"):
+        load_config(file)
+
+
+def test_messages_stay_short_whatever_a_file_holds(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    for text in ("a" + ".b" * 3000 + " = 1", f'model.width = "{"y" * 5000}"', f"data.sources = {list(range(5000))}"):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(file)
+        assert len(str(caught.value)) < 2500

@@ -1,6 +1,8 @@
 """Whole runs: what they leave behind, how they go on, and what they refuse."""
 
+import hashlib
 import json
+import os
 import signal
 import socket
 import threading
@@ -171,6 +173,24 @@ def test_an_existing_run_is_safe(settings: list[str], capsys: pytest.CaptureFixt
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-00000002"]
 
 
+def test_what_cannot_be_removed_does_not_stop_the_new_run(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(settings, "name=kept")
+    original = os.unlink
+
+    def unlink(path: Any, *args: Any, **options: Any) -> None:
+        if str(path).endswith("distcp"):
+            raise PermissionError(13, "Permission denied", str(path))
+        original(path, *args, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert cli(settings, "--name=kept", "--overwrite", "--set=train.steps=2") == 0
+    gone = folder.with_name(".kept.gone")
+    assert f"the rest is in {gone}" in capsys.readouterr().out
+    assert gone.exists() and (folder / "checkpoint-00000002").exists()
+
+
 def test_a_folder_that_a_kill_left_empty_can_be_used(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs" / "begun").mkdir(parents=True)
     assert cli(settings, "--name=begun", "--set=train.steps=1") == 0
@@ -192,6 +212,12 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
         (["--set=train.device=meta"], "train.device = 'meta' is not usable"),
         (["--set=train.seed=-1"], "train.seed must be at least 0; got -1"),
         (["--set=optimizer.lr=inf"], "optimizer.lr is too large: inf"),
+        (["--set=model.width=4294967296"], "model.width must be at most 1048576; got 4294967296"),
+        (["--set=model.layers=1000000000000000000000"], "model.layers must be at most 4096"),
+        (["--set=data.vocab_size=9223372036854775807"], "data.vocab_size must be at most 16777216"),
+        (["--set=train.steps=9223372036854775807"], "train.steps * train.batch_size is too large"),
+        (["--config=line\nbreak.toml"], "cannot read line break.toml"),
+        (["--set=model.width=[" + "[" * 5000], "model.width must be int"),
         (["--set=data.sources=['src[/red]']"], "src[/red]"),
         (["--set=model.heads=5"], "model: width must divide by 2 * heads"),
         (["--set=data.sources=['/nowhere']"], "data: "),
@@ -299,15 +325,110 @@ def test_a_damaged_checkpoint_is_passed_over(settings: list[str], capsys: pytest
     assert all(torch.equal(x, y) for x, y in zip(weights(whole).values(), weights(folder).values()))
 
     for checkpoint in folder.glob("checkpoint-*"):
-        (checkpoint / "checksums.json").unlink()
+        (checkpoint / "checksums.json").write_text("[" * 100_000)
     assert cli(settings[:1], "--resume", "--name=kept", "--set=train.steps=9") == 2
     assert f"no whole checkpoint in {folder}" in capsys.readouterr().err
 
 
 def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    file.write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n{"step": 2, "tokens": 9, "loss": 1.5}\n{"step": 3, "lo')
     metrics = MetricsFile(file, resume_at=1)
-    metrics.write(step=2, loss=1.0)
+    metrics.write(step=2, tokens=9, loss=1.0)
     metrics.close()
     assert [json.loads(line)["loss"] for line in file.read_text().splitlines()] == [2.0, 1.0]
+
+
+def test_a_run_without_end_can_be_looked_at(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(settings, "--set=train.steps=1000000000000000000", "--dry-run") == 0
+    assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_one_line(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(*args: Any) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("llmfast.train.run._model", make)
+    assert cli(settings) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llmfast: error: out of memory; try a smaller train.micro_batch_size")
+    assert error.count("\n") == 1
+
+
+def _signed_again(checkpoint: Path) -> None:
+    """With checksums that are right for whatever the files hold now."""
+    files = [file for file in sorted(checkpoint.iterdir()) if file.name != "checksums.json"]
+    sums = {file.name: [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files}
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("meta.json", b"[" * 100_000, "meta.json is not JSON"),
+        ("meta.json", b'{"step": 8}', "meta.json must have the counts step, sequences, tokens"),
+        (".metadata", b"", ".metadata is damaged"),
+        (".metadata", b"\xbb" * 100, ".metadata is damaged"),
+        (".metadata", b"\x80\x04\x95" + b"\xff" * 26, ".metadata is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_with_right_checksums_is_one_line(
+    settings: list[str], capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    folder = run(settings, "name=kept")
+    last = folder / "checkpoint-00000008"
+    (last / name).write_bytes(content)
+    _signed_again(last)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    begun = [["train", *(f"--set={s}" for s in settings[:1]), "--resume", "--name=kept", "--set=train.steps=9"]]
+    if name == ".metadata":
+        begun.append(["train", *(f"--set={s}" for s in settings), "--name=more", f"--set=train.init_from={folder}"])
+    for arguments in begun:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("llmfast: error: ") and message in error and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_state_of_no_mixture_changes_nothing(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(settings, "name=kept")
+    first, last = folder / "checkpoint-00000004", folder / "checkpoint-00000008"
+    meta = json.loads((first / "meta.json").read_text())
+    (first / "meta.json").write_text(json.dumps({**meta, "data": {"rows": meta["data"]["rows"]}}))
+    _signed_again(first)
+    (last / "checksums.json").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert cli(settings[:1], "--resume", "--name=kept") == 2
+    assert "data: this is not the state of a mixture" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"1e308", "must be an object with the numbers step and tokens; got 1e+308"),
+        (b'{"step": "x", "tokens": 1}', "must be an object with the numbers step and tokens"),
+        (b'{"step": 1, "tokens": 1, "loss": "x"}', "loss must be a number; got 'x'"),
+        (b'{"step": 1, "tokens": 1, "validation": {"a": []}}', "validation must be an object of numbers"),
+        (b"\xff\xfe", "is not text"),
+    ],
+)
+def test_damaged_metrics_change_nothing(
+    settings: list[str], capsys: pytest.CaptureFixture[str], line: bytes, message: str
+) -> None:
+    folder = run(settings, "name=kept")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert cli(settings[:1], "--resume", "--name=kept", "--set=train.steps=9") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llmfast: error: ") and message in error and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_metrics_without_end_of_brackets_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "tokens": 2}\n' + "[" * 100_000 + "\n")
+    assert read_metrics(file) == [{"step": 1, "tokens": 2}]
