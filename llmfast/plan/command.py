@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
         return _fail(f"{e}; this needs the extra: pip install 'llmfast-torch[train]'")
     except (ValueError, OSError) as e:
         return _fail(str(e))
+    except (OverflowError, ZeroDivisionError) as e:
+        return _fail(f"these numbers are too large or too small to compute with: {e}")
     print("\n".join(lines))
     return 0
 

@@ -317,5 +317,7 @@ def _check(config: Config) -> None:
             "/" not in config.name and config.name not in (".", ".."),
             f"name must be a folder name; got {config.name!r}",
         )
+        for name, text in (("name", config.name), ("runs", config.runs), ("train.init_from", t.init_from)):
+            expect("\0" not in text, f"{name} must not hold a null character; got {text!r}")
     except ValueError as e:
         raise ConfigError(str(e)) from e

@@ -147,6 +147,7 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
         (["--flops", "much"], "--flops must be a number, such as 2.8e9 or 2.8B; got 'much'"),
         (["--params=-1B"], "--params must be finite and above 0; got '-1B'"),
         (["--tokens", "inf"], "--tokens must be finite and above 0; got 'inf'"),
+        (["--tokens", "1e308"], "these numbers are too large or too small to compute with"),
         (["--flops", "1e21", "--gpu", "H1000"], "gpu must be one of"),
         (["--flops", "1e21", "--gpu", "H100", "--utilisation", "2"], "--utilisation must be above 0 and at most 1"),
         (["--flops", "1e21", "--gpus", "0"], "--gpus must be above 0"),

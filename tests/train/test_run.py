@@ -216,6 +216,7 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
         (["--set=model.layers=1000000000000000000000"], "model.layers must be at most 4096"),
         (["--set=data.vocab_size=9223372036854775807"], "data.vocab_size must be at most 16777216"),
         (["--set=train.steps=9223372036854775807"], "train.steps * train.batch_size is too large"),
+        (['--set=runs="a\\u0000"'], "runs must not hold a null character"),
         (["--config=line\nbreak.toml"], "cannot read line break.toml"),
         (["--set=model.width=[" + "[" * 5000], "model.width must be int"),
         (["--set=data.sources=['src[/red]']"], "src[/red]"),
