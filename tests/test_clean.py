@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from llmfast.clean import Report, add_arguments, clean, folder, run
+from llmfast.cli import main
 from llmfast.data.tokenizer import BPETokenizer, ByteTokenizer
 
 for needed in folder.NEEDED:
@@ -457,3 +458,12 @@ def test_without_the_extra(
     assert run(arguments(corpus, tmp_path / "out")) == 2
     message = capsys.readouterr().err
     assert message.startswith("llmfast: error: no datatrove, ") and message.count("\n") == 1
+
+
+def test_links_in_a_circle_are_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["clean", str(tmp_path / "loop"), str(tmp_path / "cleaned")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "loop"), "--out", str(tmp_path / "report.html")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop"]

@@ -54,7 +54,8 @@ def clean(
         ValueError: An argument is out of range, the folders contain each other, or there is no file to read.
         ImportError: The extra `clean` is not installed.
     """
-    inputs, output = Path(inputs).resolve(), Path(output).resolve()
+    # Not Path.resolve, which before Python 3.13 raises a RuntimeError for links in a circle.
+    inputs, output = Path(os.path.realpath(inputs)), Path(os.path.realpath(output))
     expect(workers >= 1, f"workers must be at least 1; got {workers}")
     _check_folders(inputs, output, overwrite)
     root, names, ignored = _find(inputs)
@@ -74,7 +75,7 @@ def clean(
         encoder is None or isinstance(encoder, BPETokenizer),
         f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
     )
-    model = None if language_model is None else Path(language_model).resolve()
+    model = None if language_model is None else Path(os.path.realpath(language_model))
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -69,7 +70,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     expect(len(runs) > 0, "runs must name at least one folder; got none")
     folders: dict[Path, Path] = {}
     for folder in runs:
-        folders.setdefault(folder.resolve(), folder)
+        folders.setdefault(Path(os.path.realpath(folder)), folder)
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders.values()]
