@@ -64,7 +64,9 @@ def test_time() -> None:
 
 def extra_memory(way: str) -> int:
     """Bytes by which the process's peak rises over what it holds before; run in a process of its own."""
-    arguments = inputs()
+    arguments = hidden, weight, targets = inputs()
+    # The first call loads parts of libraries, not equally many on every machine.
+    forward_backward(way, *(t.detach().requires_grad_() for t in (hidden[:8], weight[:64])), targets[:8] % 64)
     status = Path("/proc/self/status")
 
     def field(name: str) -> int:
@@ -88,5 +90,4 @@ def test_memory() -> None:
     ours, unfused = measure("ours"), measure("unfused")
     gradient = V * D * 4  # of the weight: nobody can do without
     assert ours < 0.5 * unfused, (ours, unfused)
-    # What is loaded of libraries on the first call counts too, and is not the same on every machine.
-    assert ours < gradient + N * V + (40 << 20), "the budget, and little else"
+    assert ours < gradient + N * V + (30 << 20), "the budget, and little else"
