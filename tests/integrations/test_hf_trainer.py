@@ -78,7 +78,8 @@ def curve(*args: Any, resume: str | None = None, **kwargs: Any) -> Tensor:
 def assert_follows(ours: Tensor, theirs: Tensor, rtol: float = 1e-4) -> None:
     assert len(theirs) == 30
     assert theirs[-3:].mean() < 0.7 * theirs[0], "it learns"
-    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
+    rounding = 1e-4 if transformers.__version__ < "5" else 0.0  # it logs four decimals
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rounding)
 
 
 @pytest.mark.parametrize(("name", "given"), [("llama", "class"), ("llama", "instance"), ("gemma2", "class")])
