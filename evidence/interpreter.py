@@ -161,7 +161,7 @@ def _check_version(interpreter: Any) -> None:
     ]
     if missing:
         raise RuntimeError(
-            f"support.interpreter cannot patch the interpreter of triton {triton.__version__}: no {', '.join(missing)}"
+            f"evidence.interpreter cannot patch the interpreter of triton {triton.__version__}: no {', '.join(missing)}"
         )
 
 
@@ -407,8 +407,11 @@ def _patch_launch(interpreter: Any) -> None:
         grid = self.grid(arguments) if callable(self.grid) else self.grid
         x, y, z = (*map(int, grid), 1, 1)[:3]
         kernel = f"{self.fn.__module__}:{self.fn.__name__}"
-        unspecialized = _names(self.fn, "do_not_specialize", self.arg_names)
-        described = Launch(kernel, arguments, frozenset(self.constexprs), unspecialized, options, (x, y, z))
+        unspecialized, unaligned = (
+            _names(self.fn, option, self.arg_names)
+            for option in ("do_not_specialize", "do_not_specialize_on_alignment")
+        )
+        described = Launch(kernel, arguments, frozenset(self.constexprs), unspecialized, unaligned, options, (x, y, z))
         for name, tensor in described.tensors():
             if not tensor.is_cpu:
                 raise TypeError(f"{described.name}: the interpreter runs on CPU tensors; {name} is on {tensor.device}")

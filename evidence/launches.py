@@ -48,7 +48,7 @@ def specialization(launch: Launch) -> Specialization:
         {
             name: {"constant": _encode_constant(value)}
             if name in launch.constexprs
-            else _encode(value, name in launch.unspecialized)
+            else _encode(value, name in launch.unspecialized, name in launch.unaligned)
             for name, value in launch.arguments.items()
         },
         {name: value for name, value in sorted(launch.options.items()) if value is not None},
@@ -56,7 +56,7 @@ def specialization(launch: Launch) -> Specialization:
     )
 
 
-def _encode(value: Any, unspecialized: bool = False) -> Any:
+def _encode(value: Any, unspecialized: bool = False, unaligned: bool = False) -> Any:
     """A run-time argument as far as it decides which binary Triton uses."""
     if value is None or isinstance(value, bool):
         return value
@@ -71,7 +71,7 @@ def _encode(value: Any, unspecialized: bool = False) -> Any:
     if hasattr(value, "data_ptr"):
         return {
             "dtype": str(value.dtype).removeprefix("torch."),
-            "aligned": value.data_ptr() % 16 == 0,
+            "aligned": not unaligned and value.data_ptr() % 16 == 0,
             "below_2_gib": _bytes(value) < 2**31,  # AMD GPUs have shorter instructions for such
         }
     raise TypeError(f"a launch with an argument of type {type(value).__name__} cannot be recorded")

@@ -24,6 +24,7 @@ class Launch:
     arguments: dict[str, Any]  # as given, by name, in the order of the kernel's parameters
     constexprs: frozenset[str]  # which of them are compile-time constants
     unspecialized: frozenset[str]  # which integers Triton is told not to look at
+    unaligned: frozenset[str]  # and of which pointers not to ask whether they are aligned
     options: dict[str, Any]  # num_warps, enable_fp_fusion, ...
     grid: tuple[int, int, int]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llmfast
+from llmfast._console import fail
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
 from llmfast.plan.command import add_arguments as add_plan_arguments
@@ -159,11 +160,11 @@ def _trained(run: Callable[[], None]) -> int:
     except ImportError as e:
         return _missing(e)
     except (ConfigError, NonFinite, OSError) as e:
-        return _fail(str(e))
+        return fail(str(e))
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e):
             raise
-        return _fail(f"out of memory; try a smaller train.micro_batch_size, data.seq_len or model: {e}")
+        return fail(f"out of memory; try a smaller train.micro_batch_size, data.seq_len or model: {e}")
     except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
         print("llmfast: interrupted", file=sys.stderr)
         return 130
@@ -178,12 +179,7 @@ def _out_of_memory(e: MemoryError | RuntimeError) -> bool:
 
 
 def _missing(e: ImportError) -> int:
-    return _fail(f"{e}; training needs the extra: pip install 'llmfast-torch[train]'")
-
-
-def _fail(message: str) -> int:
-    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # names of files may have line breaks
-    return 2
+    return fail(f"{e}; training needs the extra: pip install 'llmfast-torch[train]'")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from torch import Tensor
 import llmfast
 from llmfast._dispatch import KERNEL_DTYPES, use_kernels
 from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy, reference
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRMSprop, FusedSGD
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD
+from llmfast.optim import reference as optim_reference
 
 # What llmfast works with, and the extra that brings it.
 LIBRARIES = {
@@ -151,6 +152,14 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, flo
             for optimizer in optimizers:
                 optimizer.step()
         yield f"{ours.__name__}, {name}", _relative(p, truth)
+    p = random(33, 7).detach()
+    truth, average = p.double(), torch.zeros_like(p, dtype=torch.float64)
+    lion = FusedLion([p], lr=1e-2)
+    for step in range(3):
+        p.grad = random(33, 7).detach()
+        lion.step()
+        optim_reference.lion(truth, p.grad.double(), average, step=step + 1, lr=1e-2, beta1=0.9, beta2=0.99)
+    yield f"FusedLion, {name}", _relative(p, truth)
 
 
 def _loss_error(ours: Callable[..., Any], truth: Callable[..., Any], *inputs: Tensor) -> float:

@@ -37,6 +37,11 @@ SIZES = [
     *("V", "row_width", "V_total", "v_start", "logits_stride_n", "d_logits_stride_n", "target_weights_stride_n"),
     "ignore_index",
 ]
+# Of these a row takes a number or a few, which are as quick to come by from any address.
+BY_ROW = [
+    *("targets_ptr", "target_weights_ptr", "token_weights_ptr", "class_weight_sums_ptr", "grad_scale_ptr"),
+    *("loss_ptr", "lse_ptr", "entropy_ptr", "argmax_ptr", "partials_ptr", "d_loss_ptr", "d_lse_ptr", "d_entropy_ptr"),
+]
 
 PARTIALS = 5  # numbers that a device has to say of a row that others hold a part of
 
@@ -175,7 +180,7 @@ def alive_groups(d, threshold, GROUP: tl.constexpr):
     return (tl.max(d, axis=1) >= threshold).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=BY_ROW)
 def cross_entropy_kernel(
     # in
     logits_ptr,  # (N, row_width)
@@ -371,7 +376,7 @@ def cross_entropy_kernel(
         store_targets(d_y, x_y, t * a, y, own_y, here, d_logits_row, alive_row, threshold, logit_scale, softcap, GROUP)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=BY_ROW)
 def cross_entropy_backward_kernel(
     # in
     logits_ptr,  # (N, row_width)

@@ -63,7 +63,7 @@ def power(x, n):
     return tl.where(x > 0.0, tl.exp2(n * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "SUMS"])
+@triton.jit(do_not_specialize=["T", "SUMS"], do_not_specialize_on_alignment=["hyper_ptr"])
 def prepare_kernel(
     # in
     table_ptr,  # (T, COLUMNS) int64

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from llmfast._console import fail
 from llmfast.clean.folder import clean
 
 
@@ -36,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
             say=_say,
         )
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return fail(str(error))
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")
         return 130

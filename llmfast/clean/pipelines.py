@@ -29,8 +29,8 @@ from datatrove.utils.logging import setup_default_logger
 from llmfast.clean.reader import Count, Reader
 from llmfast.clean.recipe import REASONS, STAGES, exact_config, filters, minhash_config
 from llmfast.clean.report import Stage, removed
+from llmfast.data.tokenizer import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from llmfast._console import columns
+
 SAMPLES = 3  # of each reason
 EXCERPT = 200  # characters
 
@@ -53,11 +55,7 @@ class Report:
             cells = s.documents_in, s.documents_in - s.documents_out, s.bytes_in, s.bytes_in - s.bytes_out
             rows.append((s.name, *(f"{n:,}" for n in cells)))
         rows.append(("kept", f"{self.documents:,}", "", f"{self.stages[-1].bytes_out:,}", ""))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
-            for row in rows
-        ]
+        lines = columns(rows)
         if self.tokens is not None:
             lines.append(f"{self.tokens:,} tokens")
         return "\n".join(lines)

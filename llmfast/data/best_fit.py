@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmfast._checks import expect
-from llmfast.data.packing import PADDING, PackedRows
+from llmfast.data.packing import PADDING, PackedRows, one_stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,8 @@ def pack_best_fit(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eo
         ValueError: No documents, or an argument out of range.
     """
     expect(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}")
-    expect(0 <= eot_id < 2**31, f"eot_id must be in [0, 2**31); got {eot_id}")
     capacity = seq_len + 1
-    stream, lengths = _stream(documents, eot_id)
+    stream, lengths = one_stream(documents, eot_id)
 
     # Pieces in the order of the stream: of each document its full rows, then its rest.
     counts = -(-lengths // capacity)  # pieces of each document
@@ -136,23 +135,3 @@ def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.in
     result = np.empty(len(chosen), np.int64)
     result[np.argsort(-np.asarray(sizes), kind="stable")] = chosen
     return result
-
-
-def _stream(
-    documents: Iterable[npt.NDArray[np.integer]], eot_id: int
-) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]:
-    """All documents that are not empty, one after the other with their `eot_id`, and the length of each with it."""
-    eot = np.array([eot_id], dtype=np.int32)
-    parts: list[npt.NDArray[np.integer]] = []
-    for i, document in enumerate(documents):
-        ids = np.asarray(document)
-        if ids.size:
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":  # `expect` would write the message each time
-                raise ValueError(f"document {i} must be 1-D integers; got {ids.shape} {ids.dtype}")
-            parts += [ids, eot]
-    expect(bool(parts), "documents must hold at least one that is not empty")
-    narrow = all(np.can_cast(dtype, np.int32) for dtype in {part.dtype for part in parts})
-    stream: npt.NDArray[np.integer] = np.concatenate(parts, dtype="i4" if narrow else "i8", casting="same_kind")
-    lowest, highest = int(stream.min()), int(stream.max())
-    expect(0 <= lowest <= highest < 2**31, f"token ids must be in [0, 2**31); got {lowest} to {highest}")
-    return stream, np.array([len(part) for part in parts]).reshape(-1, 2).sum(axis=1)

@@ -16,7 +16,7 @@ from llmfast.data.fim import FIM, FIMDocumentRows, FIMRows
 from llmfast.data.mixture import Mixture
 from llmfast.data.packing import Batch, PackedRows, Rows, joined, pack
 from llmfast.data.sources import is_held_out, load
-from llmfast.data.token_files import open_token_file
+from llmfast.data.token_files import SUFFIXES, open_token_file
 from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 
@@ -134,7 +134,7 @@ def prepare(
 
 
 def _is_tokens(where: str) -> bool:
-    return Path(where).suffix in (".ds", ".bin", ".idx") and Path(where).is_file()
+    return Path(where).suffix in SUFFIXES and Path(where).is_file()
 
 
 def source_name(source: str) -> tuple[str, str]:

@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from llmfast._checks import expect
 from llmfast.data.packing import PADDING, Batch, PackedRows, batch_of, pack
-from llmfast.data.tokenizer import Tokenizer
+from llmfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-PREFIX, MIDDLE, SUFFIX = SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+PREFIX, MIDDLE, SUFFIX = SENTINELS = SPECIAL_TOKENS[1:4]
 MIN_TOKENS = 10  # a shorter document, or part of one in a row, is left as it is
 
 Ids = npt.NDArray[np.int64]

@@ -116,36 +116,45 @@ def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int
     Args:
         documents: Token ids, (any length,) integers in [0, 2**31). Empty ones are skipped.
         seq_len: Inputs per row. The stream's last tokens that fill no row are dropped; `dropped` counts them.
-        eot_id: The id that ends a document.
+        eot_id: The id that ends a document, in the same range.
 
     Raises:
-        ValueError: No documents, or fewer than `seq_len + 1` tokens in all.
+        ValueError: No documents, an argument out of range, or fewer than `seq_len + 1` tokens in all.
     """
     expect(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}")
-    eot = np.array([eot_id], dtype=np.int64)
-    parts: list[npt.NDArray[np.integer]] = []
-    for i, document in enumerate(documents):
-        ids = np.asarray(document)
-        if ids.size:
-            expect(ids.ndim == 1 and ids.dtype.kind in "iu", f"document {i} must be 1-D integers; got {_describe(ids)}")
-            parts += [ids, eot]
-    expect(bool(parts), "documents must hold at least one that is not empty")
-
-    lengths = np.array([len(part) for part in parts]).reshape(-1, 2).sum(axis=1)
+    stream, lengths = one_stream(documents, eot_id)
     starts = np.cumsum(lengths) - lengths
-    stream = np.concatenate(parts, dtype=np.int64, casting="same_kind")
-    lowest, highest = stream.min(), stream.max()
-    expect(lowest >= 0 and highest < 2**31, f"token ids must be in [0, 2**31); got {lowest} to {highest}")
     rows = (len(stream) - 1) // seq_len
     expect(rows > 0, f"one row of seq_len={seq_len} needs {seq_len + 1} tokens; the documents have {len(stream)}")
     used = rows * seq_len + 1
     return PackedRows(
-        tokens=stream[:used].astype(np.int32),
+        tokens=stream[:used],
         document_starts=starts[starts < used],
         seq_len=seq_len,
         dropped=len(stream) - used,
         stride=seq_len,
     )
+
+
+def one_stream(
+    documents: Iterable[npt.NDArray[np.integer]], eot_id: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """All documents that are not empty, one after the other with their `eot_id`, and the length of each with it."""
+    expect(0 <= eot_id < 2**31, f"eot_id must be in [0, 2**31); got {eot_id}")
+    eot = np.array([eot_id], dtype=np.int32)
+    parts: list[npt.NDArray[np.integer]] = []
+    for i, document in enumerate(documents):
+        ids = np.asarray(document)
+        if ids.size:
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":  # `expect` would write the message each time
+                raise ValueError(f"document {i} must be 1-D integers; got {_describe(ids)}")
+            parts += [ids, eot]
+    expect(bool(parts), "documents must hold at least one that is not empty")
+    narrow = all(np.can_cast(dtype, np.int32) for dtype in {part.dtype for part in parts})
+    stream = np.concatenate(parts, dtype="i4" if narrow else "i8", casting="same_kind")
+    lowest, highest = int(stream.min()), int(stream.max())
+    expect(0 <= lowest <= highest < 2**31, f"token ids must be in [0, 2**31); got {lowest} to {highest}")
+    return stream.astype(np.int32, copy=False), np.array([len(part) for part in parts]).reshape(-1, 2).sum(axis=1)
 
 
 def unigram_entropy(tokens: npt.ArrayLike, vocab_size: int) -> float:

@@ -28,6 +28,8 @@ from llmfast.data.packing import PackedRows
 
 Ends = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
+SUFFIXES = (".ds", ".bin", ".idx")  # of what `open_token_file` opens
+
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = 34  # bytes before the tables
 # Codes 6 and 7 are floats, which are no token ids.
@@ -140,7 +142,7 @@ class _FileRows(PackedRows):
 def open_token_file(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
     """`read_ds` for a `.ds`, `read_megatron` for a `.bin` or `.idx`."""
     suffix = Path(path).suffix
-    expect(suffix in (".ds", ".bin", ".idx"), f"path must end in .ds, .bin or .idx; got {os.fspath(path)!r}")
+    expect(suffix in SUFFIXES, f"path must end in .ds, .bin or .idx; got {os.fspath(path)!r}")
     return read_ds(path, vocab_size=vocab_size) if suffix == ".ds" else read_megatron(path, vocab_size=vocab_size)
 
 

@@ -6,7 +6,8 @@ not have comes back empty. They write over nothing and alias nothing, so the com
 `inplace=True` therefore means nothing here.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ _TARGETS = "Tensor classes, Tensor? weights, Tensor? token_weights, Tensor? clas
 _NUMBERS = (
     "SymInt V, int ignore_index, int v_start, float? label_smoothing, float? z_loss, float? logit_scale, float? softcap"
 )
+_T, _N = (schema.count(",") + 1 for schema in (_TARGETS, _NUMBERS))
+
+
+def _split(call: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """What an operator takes after its first tensors: the tensors and numbers of `pack`, and the rest."""
+    return call[:_T], call[_T : _T + _N], call[_T + _N :]
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -53,8 +60,8 @@ def cross_entropy(
     schema=f"(Tensor logits, {_TARGETS}, {_NUMBERS}, bool stats) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _cross_entropy(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    targets, terms = unpack(call[:5], call[5:12])
-    stats = call[12]
+    tensors, numbers, (stats,) = _split(call)
+    targets, terms = unpack(tensors, numbers)
     logits = _rows_together(logits)
     rows = row_ops(logits).cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
     return _filled(rows)
@@ -62,7 +69,8 @@ def _cross_entropy(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 @_cross_entropy.register_fake
 def _(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    return _fake_rows(logits, call[0].shape[0], call[12])
+    (classes, *_), _, (stats,) = _split(call)
+    return _fake_rows(logits, classes.shape[0], stats)
 
 
 @torch.library.custom_op(
@@ -77,7 +85,8 @@ def _cross_entropy_backward(
     logits: Tensor, lse: Tensor, entropy: Tensor, d_loss: Tensor, d_lse: Tensor | None, d_entropy: Tensor | None,
     *call: Any,
 ) -> Tensor:  # fmt: skip
-    targets, terms = unpack(call[:5], call[5:12])
+    tensors, numbers, _ = _split(call)
+    targets, terms = unpack(tensors, numbers)
     logits = _rows_together(logits)
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_ops(logits).cross_entropy_backward(
@@ -95,8 +104,8 @@ def _(logits: Tensor, *call: Any) -> Tensor:
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, *call = inputs
     _, lse, entropy, argmax = output
-    ctx.save_for_backward(logits, lse, entropy, *call[:5])
-    ctx.numbers = call[5:12]
+    tensors, ctx.numbers, _ = _split(call)
+    ctx.save_for_backward(logits, lse, entropy, *tensors)
     ctx.mark_non_differentiable(argmax)
     ctx.set_materialize_grads(False)
 
@@ -108,7 +117,7 @@ def _backward_rows(
     d_loss = torch.zeros_like(lse) if d_loss is None else d_loss
     d_entropy = None if d_entropy is None or entropy.numel() == 0 else d_entropy
     arguments = (logits, lse, entropy, d_loss, d_lse, d_entropy, *tensors, *ctx.numbers)
-    return torch.ops.llmfast.cross_entropy_backward(*arguments), *(None,) * 13
+    return torch.ops.llmfast.cross_entropy_backward(*arguments), *(None,) * (_T + _N + 1)
 
 
 _cross_entropy.register_autograd(_backward_rows, setup_context=_setup_rows)
@@ -118,8 +127,21 @@ _cross_entropy.register_autograd(_backward_rows, setup_context=_setup_rows)
 
 _LINEAR = (
     f"Tensor hidden, Tensor weight, Tensor? bias, {_TARGETS}, {_NUMBERS}, Tensor? count, str reduction, bool stats, "
-    "int budget, ScalarType dtype, ScalarType slab_dtype, float? grad_filter"
+    "int budget, ScalarType dtype, ScalarType slab_dtype, float? grad_filter, bool[] wants"
 )
+
+
+class _Settings(NamedTuple):
+    """The last of these."""
+
+    divisor: Tensor | None  # of a mean
+    reduction: Reduction
+    stats: bool
+    budget: int  # -1: "auto"
+    dtype: torch.dtype
+    slab_dtype: torch.dtype
+    grad_filter: float | None
+    wants: Sequence[bool]  # gradients of hidden, weight and bias
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
@@ -134,27 +156,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ca
     return loss, Rows(rows[0].detach(), *rows[1:])
 
 
-def _call(call: tuple[Any, ...]) -> Call:
-    targets, terms = unpack(call[:5], call[5:12])
-    _, reduction, stats, budget, dtype, slab_dtype, grad_filter = call[12:19]
-    return Call(
-        targets, terms, reduction, None, stats, None, "auto" if budget < 0 else budget, dtype, slab_dtype, None,
-        grad_filter,
+def _call(flat: Sequence[Any]) -> tuple[Call, _Settings]:
+    tensors, numbers, rest = _split(flat)
+    targets, terms = unpack(tensors, numbers)
+    s = _Settings(*rest)
+    call = Call(
+        targets, terms, s.reduction, None, s.stats, None, "auto" if s.budget < 0 else s.budget, s.dtype, s.slab_dtype,
+        None, s.grad_filter,
     )  # fmt: skip
+    return call, s
 
 
 @torch.library.custom_op(
     "llmfast::linear_cross_entropy",
     mutates_args=(),
-    schema=f"({_LINEAR}, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_LINEAR}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
-    call, wants = _call(flat[:19]), flat[19]
+    call, (count, *_, wants) = _call(flat)
     plan = call.plan(hidden, weight, (wants[0], wants[1]))
     now = any(wants) and call.reduction != "none"
     plan = plan.cut("chunk")  # logits kept for backward would have to be copied there, to be written over
     rows, made, _ = Loop(hidden, weight, bias, call, plan, wants[2]).forward(gradients=now)
-    loss = reduced(rows.loss, call.reduction, flat[12])
+    loss = reduced(rows.loss, call.reduction, count)
     filled = _filled(rows)
     d_weight = None if made.weight is None else made.weight.to(plan.accumulate_dtype)
     return (
@@ -166,7 +190,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, *
 
 @_linear_cross_entropy.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
-    call, wants = _call(flat[:19]), flat[19]
+    call, (*_, wants) = _call(flat)
     N = call.targets.classes.shape[0]
     rows = _fake_rows(hidden.new_empty(0, dtype=call.dtype), N, call.stats)
     loss = rows[0].new_empty(N if call.reduction == "none" else ())
@@ -185,15 +209,15 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[
     "llmfast::linear_cross_entropy_backward",
     mutates_args=(),
     schema=(
-        f"({_LINEAR}, bool[] wants, Tensor lse, Tensor entropy, Tensor d_loss, Tensor? d_lse, Tensor? d_entropy) "
+        f"({_LINEAR}, Tensor lse, Tensor entropy, Tensor d_loss, Tensor? d_lse, Tensor? d_entropy) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def _linear_cross_entropy_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any
 ) -> tuple[Tensor, ...]:
-    call, wants = _call(flat[:19]), flat[19]
-    lse, entropy, d_loss, d_lse, d_entropy = flat[20:]
+    *settings, lse, entropy, d_loss, d_lse, d_entropy = flat
+    call, (*_, wants) = _call(settings)
     plan = call.plan(hidden, weight, (wants[0], wants[1])).cut("recompute")
     made = Loop(hidden, weight, bias, call, plan, wants[2]).backward(
         None, lse, d_loss.contiguous(), entropy, contiguous(d_lse), contiguous(d_entropy)
@@ -206,15 +230,15 @@ def _linear_cross_entropy_backward(
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty(t.shape) if want and t is not None else hidden.new_empty(0)
-        for t, want in zip((hidden, weight, bias), flat[19])
+        for t, want in zip((hidden, weight, bias), _call(flat[:-5])[1].wants)
     )
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, *flat = inputs
     _, _, lse, entropy, argmax, *made = output
-    ctx.save_for_backward(hidden, weight, bias, lse, entropy, flat[12], *made, *flat[:5])
-    ctx.rest = (flat[5:12], flat[13:])
+    tensors, ctx.numbers, (count, *ctx.settings) = _split(flat)
+    ctx.save_for_backward(hidden, weight, bias, lse, entropy, count, *made, *tensors)
     ctx.mark_non_differentiable(output[1], argmax, *made)
     ctx.set_materialize_grads(False)
 
@@ -224,25 +248,24 @@ def _backward_linear(
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, lse, entropy, count, *rest = ctx.saved_tensors
     made, tensors = rest[:3], rest[3:]
-    numbers, settings = ctx.rest
-    reduction, wants = settings[0], settings[6]
+    settings = _Settings(count, *ctx.settings)
     inverse = None if count is None else reciprocal(count)
     d_entropy = None if d_entropy is None or entropy.numel() == 0 else d_entropy
     likes = (hidden, weight, bias)
-    if reduction != "none" and d_lse is None and d_entropy is None and d_loss is not None:
+    if settings.reduction != "none" and d_lse is None and d_entropy is None and d_loss is not None:
         factor = d_loss if inverse is None else d_loss * inverse
         wide = torch.promote_types(factor.dtype, torch.float32)
         gradients = [
             (g.to(wide) * factor).to(t.dtype) if want and t is not None else None
-            for g, t, want in zip(made, likes, wants)
+            for g, t, want in zip(made, likes, settings.wants)
         ]
     else:
         found = torch.ops.llmfast.linear_cross_entropy_backward(
-            hidden, weight, bias, *tensors, *numbers, count, *settings, lse, entropy, per_row(d_loss, inverse, lse),
+            hidden, weight, bias, *tensors, *ctx.numbers, *settings, lse, entropy, per_row(d_loss, inverse, lse),
             d_lse, d_entropy,
         )  # fmt: skip
-        gradients = [g if want else None for g, want in zip(found, wants)]
-    return *gradients, *(None,) * 20
+        gradients = [g if want else None for g, want in zip(found, settings.wants)]
+    return *gradients, *(None,) * (_T + _N + len(settings))
 
 
 _linear_cross_entropy.register_autograd(_backward_linear, setup_context=_setup_linear)

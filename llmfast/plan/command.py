@@ -1,7 +1,6 @@
 """`llmfast plan`: what to train for a budget, a law of one's own runs, what a run takes, and learning rates."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmfast._checks import expect
+from llmfast._console import columns, fail
 from llmfast._gpus import Gpu
 from llmfast.models import DecoderConfig
 from llmfast.optim.scaling import scale_lr
 from llmfast.plan import cost, laws, memory
 from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
 from llmfast.plan.laws import Allocation, ChinchillaLaw, PowerLaw
+from llmfast.plan.numbers import duration, in_bytes, number, short
 from llmfast.plan.picture import plot_chinchilla, plot_power
 from llmfast.plan.runs import Run, model_config, read_run
 
@@ -102,25 +103,20 @@ def run(args: argparse.Namespace) -> int:
                 expect(getattr(args, name) is None, f"--{name} before {args.topic} has no meaning")
         lines = topics[args.topic](args)
     except ImportError as e:
-        return _fail(f"{e}; this needs the extra: pip install 'llmfast-torch[train]'")
+        return fail(f"{e}; this needs the extra: pip install 'llmfast-torch[train]'")
     except (ValueError, OSError) as e:
-        return _fail(str(e))
+        return fail(str(e))
     except (OverflowError, ZeroDivisionError) as e:
-        return _fail(f"these numbers are too large or too small to compute with: {e}")
+        return fail(f"these numbers are too large or too small to compute with: {e}")
     print("\n".join(lines))
     return 0
-
-
-def _fail(message: str) -> int:
-    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 # A budget.
 
 
 def _budget(args: argparse.Namespace) -> list[str]:
-    C, N, D = (_number(f"--{name}", getattr(args, name)) for name in ("flops", "params", "tokens"))
+    C, N, D = (number(f"--{name}", getattr(args, name)) for name in ("flops", "params", "tokens"))
     given = sum(x is not None for x in (C, N, D))
     expect(given > 0, "plan needs --flops, --params or --tokens, or one of fit, memory, lr; see llmfast plan --help")
     expect(given < 3, "--flops, --params and --tokens: two of them say the third, C = 6 N D; leave one out")
@@ -137,13 +133,13 @@ def _budget(args: argparse.Namespace) -> list[str]:
     batch = laws.critical_batch(chosen.loss)
     lines = [
         f"{'the best for it' if given == 1 else 'this training'}, C = 6 N D, by {source}:",
-        f"  FLOPs                {budget:.3g} ({_short(budget / laws.PF_DAY)} PF-days; attention not counted)",
-        f"  parameters           {_short(chosen.params)}, embeddings included",
-        f"  tokens               {_short(chosen.tokens)}",
+        f"  FLOPs                {budget:.3g} ({short(budget / laws.PF_DAY)} PF-days; attention not counted)",
+        f"  parameters           {short(chosen.params)}, embeddings included",
+        f"  tokens               {short(chosen.tokens)}",
         f"  tokens a parameter   {chosen.tokens_per_param:.1f}",
         f"  loss                 {chosen.loss:.3f} nats a token, of the text and tokenizer that the law is of",
-        f"  critical batch       {_short(batch)} tokens at that loss, by Kaplan et al. 2020: "
-        f"{_short(chosen.tokens / batch)} steps",
+        f"  critical batch       {short(batch)} tokens at that loss, by Kaplan et al. 2020: "
+        f"{short(chosen.tokens / batch)} steps",
     ]
     if args.gpu is not None:
         lines.append(f"  time                 {_training_time(args, budget)}")
@@ -166,7 +162,7 @@ def _allocations(law: ChinchillaLaw, best: Allocation, chosen: Allocation) -> li
 
 
 def _cells(a: Allocation) -> tuple[str, str, str, str]:
-    return _short(a.params), _short(a.tokens), f"{a.tokens_per_param:.1f}", f"{a.loss:.3f}"
+    return short(a.params), short(a.tokens), f"{a.tokens_per_param:.1f}", f"{a.loss:.3f}"
 
 
 def _training_time(args: argparse.Namespace, flops: float) -> str:
@@ -176,7 +172,7 @@ def _training_time(args: argparse.Namespace, flops: float) -> str:
     expect(0 < args.utilisation <= 1, f"--utilisation must be above 0 and at most 1; got {args.utilisation}")
     seconds = flops / (args.gpus * args.utilisation * gpu.tensor_cores)
     return (
-        f"{_duration(seconds)} on {args.gpus} {gpu.name}, modelled: FLOPs / "
+        f"{duration(seconds)} on {args.gpus} {gpu.name}, modelled: FLOPs / "
         f"({args.gpus} * {args.utilisation:g} * {gpu.tensor_cores:.3g} a second)"
     )
 
@@ -185,7 +181,7 @@ def _training_time(args: argparse.Namespace, flops: float) -> str:
 
 
 def _fit(args: argparse.Namespace) -> list[str]:
-    budget = _number("--flops", args.budget)
+    budget = number("--flops", args.budget)
     runs = [read_run(folder) for folder in args.runs]
     varied = {
         name: int(distinct([getattr(r, name) for r in runs]).max()) + 1
@@ -216,7 +212,7 @@ def _fit_both(runs: list[Run], budget: float | None, args: argparse.Namespace) -
     rows: list[Sequence[str]] = [("FLOPs", "parameters", "", "tokens", "tokens/N", "loss")]
     for c in budgets:
         best = fit.law.optimal(c)
-        interval = _interval(fit, lambda law, c=c: law.optimal(c).params, _short)
+        interval = _interval(fit, lambda law, c=c: law.optimal(c).params, short)
         params, *rest = _cells(best)
         rows.append((f"{c:.2e}", params, interval, *rest))
     lines += _table(rows)
@@ -257,7 +253,7 @@ def _residuals(fit: "Fit[ChinchillaLaw] | Fit[PowerLaw]", runs: list[Run]) -> li
     rows: list[Sequence[str]] = [("run", "parameters", "tokens", "loss", "fit off by", "")]
     for i, (r, off) in enumerate(zip(runs, fit.residuals)):
         mark = "outlier" if i in fit.outliers else ""
-        rows.append((r.name, _short(r.params), _short(r.tokens), f"{r.loss:.4f}", f"{100 * off:+.2f} %", mark))
+        rows.append((r.name, short(r.params), short(r.tokens), f"{r.loss:.4f}", f"{100 * off:+.2f} %", mark))
     return _table(rows)
 
 
@@ -304,15 +300,15 @@ def _memory(args: argparse.Namespace) -> list[str]:
         ("loss, all logits in memory", estimate.loss_unfused),
     ]
     lines = [
-        f"{_short(count.total)} parameters, {_short(count.embedding)} of them embeddings"
+        f"{short(count.total)} parameters, {short(count.embedding)} of them embeddings"
         f"{' (tied)' if model.tie_embeddings else ''}; vocabulary of {model.vocab_size}",
         f"{rows * parts * seq_len} tokens a step: {parts} micro-batch(es) of {rows} rows of {seq_len}",
         "",
         f"`llmfast train` on one GPU, products in {matrices}:",
-        *(f"  {name:<36}{_bytes(size):>12}" for name, size in sizes if size),
+        *(f"  {name:<36}{in_bytes(size):>12}" for name, size in sizes if size),
     ]
     for name, peak in (("at most at a time", estimate.peak), ("... with all logits", estimate.peak_unfused)):
-        lines.append(f"  {name:<36}{_bytes(peak):>12}   {_judged(peak, have)}".rstrip())
+        lines.append(f"  {name:<36}{in_bytes(peak):>12}   {_judged(peak, have)}".rstrip())
     lines += [
         "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments",
         "",
@@ -322,7 +318,7 @@ def _memory(args: argparse.Namespace) -> list[str]:
     for p in memory.PRECISIONS:
         e = _estimate(config, model, p, have)
         columns = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
-        table.append((p.name, *(_bytes(size) for size in columns), _judged(e.peak, have)))
+        table.append((p.name, *(in_bytes(size) for size in columns), _judged(e.peak, have)))
     return [*lines, *_table(table), "", *_step_lines(config, model, args)]
 
 
@@ -356,7 +352,7 @@ def _memory_there(args: argparse.Namespace) -> int | None:
 
 
 def _judged(need: int, have: int | None) -> str:
-    return "" if have is None else f"{memory.verdict(need, have)} ({_bytes(have)})"
+    return "" if have is None else f"{memory.verdict(need, have)} ({in_bytes(have)})"
 
 
 def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace) -> list[str]:
@@ -375,8 +371,8 @@ def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace
         dtype = torch.float32 if t.dtype == "float32" and t.param_dtype == "float32" else torch.bfloat16
         seconds = step.seconds(gpu, dtype, utilisation=args.utilisation)
         lines += [
-            f"modelled on {gpu.name}: {_duration(seconds)} a step, {_short(tokens / seconds)} tokens a second, "
-            f"{_duration(seconds * t.steps)} in all",
+            f"modelled on {gpu.name}: {duration(seconds)} a step, {short(tokens / seconds)} tokens a second, "
+            f"{duration(seconds * t.steps)} in all",
             f"  {cost.FORMULA}, utilisation {args.utilisation:g} assumed;",
             "  launches are not in it, nor what is computed again; small models wait for launches above all",
         ]
@@ -397,7 +393,7 @@ def _unknown_rates(name: str) -> str:
 
 
 def _lr(args: argparse.Namespace) -> list[str]:
-    base, batch = _number("--base-batch", args.base_batch), _number("--batch", args.batch)
+    base, batch = number("--base-batch", args.base_batch), number("--batch", args.batch)
     assert base is not None and batch is not None  # both are required
     rows: list[Sequence[str]] = [("rule", "learning rate", "for")]
     rows.append(("linear", f"{scale_lr(args.lr, batch, base, 'linear'):.4g}", "SGD (Goyal et al. 2017)"))
@@ -405,52 +401,5 @@ def _lr(args: argparse.Namespace) -> list[str]:
     return [f"{args.lr:g} at a batch of {base:g}; at {batch:g}:", *_table(rows)]
 
 
-# Numbers, and how they are written.
-
-
-def _number(name: str, text: str | None) -> float | None:
-    """ "2.8B" or "1e21"."""
-    if text is None:
-        return None
-    units = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
-    try:
-        value = float(digits) * unit
-    except ValueError:
-        raise ValueError(f"{name} must be a number, such as 2.8e9 or 2.8B; got {text!r}") from None
-    expect(0 < value < float("inf"), f"{name} must be finite and above 0; got {text!r}")
-    return value
-
-
-def _short(x: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if x >= 0.9995 * size:
-            return f"{x / size:#.3g}".rstrip(".") + f" {unit}"
-    return f"{x:.3g}"
-
-
-def _bytes(n: int) -> str:
-    size = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60), ("s", 1)):
-        if seconds >= 2 * size or unit == "s":
-            return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds / size:.3g} {unit}"
-    raise AssertionError
-
-
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right, the last to the left if it has no numbers."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1])]
-        cells.append(row[-1].ljust(widths[-1]))
-        lines.append("  " + "   ".join(cells).rstrip())
-    return lines
+    return [f"  {line}" for line in columns(rows)]

@@ -9,6 +9,7 @@ import numpy as np
 from llmfast._checks import expect
 from llmfast.plan.fit import Fit, distinct
 from llmfast.plan.laws import ChinchillaLaw, PowerLaw
+from llmfast.plan.numbers import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def plot_chinchilla(
     bar = figure.colorbar(points, ax=[axes, below], label="parameters N", pad=0.02)
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(_short)
+    bar.ax.yaxis.set_major_formatter(lambda v, _: short(v))
     below.scatter(flops, 100 * fit.residuals, c=n, norm=colour, cmap="viridis", s=14)
     below.set(xlabel="FLOPs, 6 N D", xscale="log", xlim=axes.get_xlim(), ylabel="fit off by, %")
     figure.savefig(picture, dpi=120)
@@ -147,10 +148,3 @@ def _scientific(x: float) -> str:
         return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
     mantissa, exponent = f"{x:.1e}".split("e")
     return rf"{mantissa} \cdot 10^{{{int(exponent)}}}"
-
-
-def _short(x: float, _: object = None) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if x >= size:
-            return f"{x / size:.3g} {unit}"
-    return f"{x:g}"

@@ -103,7 +103,7 @@ def number(value: Any) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return isinstance(value, float) or not math.isnan(number(value))  # a loss may be NaN
 
 
 class ProgressDisplay:

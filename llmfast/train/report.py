@@ -12,7 +12,6 @@ import html
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -23,6 +22,7 @@ import numpy as np
 
 import llmfast
 from llmfast._checks import expect
+from llmfast._console import fail
 
 COLOURS = 5  # of the style sheet; further lines take them again, dashed and dotted
 BUCKETS = 150  # across a chart: a line's lowest and highest point in each are drawn
@@ -47,16 +47,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         write_report(args.runs, args.out)
     except ImportError as e:
-        return _fail(f"{e}; reports need the extra: pip install 'llmfast-torch[train]'")
+        return fail(f"{e}; reports need the extra: pip install 'llmfast-torch[train]'")
     except (ValueError, OSError) as e:
-        return _fail(str(e))
+        return fail(str(e))
     print(args.out)
     return 0
-
-
-def _fail(message: str) -> int:
-    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:

@@ -95,6 +95,16 @@ def test_sizes_that_triton_does_not_look_at_make_no_kinds():
     assert [kind.arguments[name] for name in ("V", "row_width", "ignore_index")] == [3, 3, 3] and kind.count == 3
 
 
+def test_addresses_that_triton_does_not_look_at_make_no_kinds():
+    def launch():
+        for start in range(3):
+            y = torch.zeros(5, 1, dtype=torch.int64)[start : start + 2]
+            rows.cross_entropy(HALF[:2, :17], Targets(y, token_weights=torch.ones(5)[start : start + 2]), Terms(17))
+
+    (kind,) = recorded(launch)
+    assert not kind.arguments["targets_ptr"]["aligned"] and kind.arguments["logits_ptr"]["aligned"] and kind.count == 3
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_aligned_sizes_are_accessed_by_vectors(compiled, target: str):
     facts = compiled["aligned", target].facts

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from llmfast._console import columns
 from llmfast.plan import BESIROGLU, ChinchillaLaw
 from llmfast.plan.command import add_arguments, run
+from llmfast.plan.numbers import duration, number, short
 
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parent.parent.parent
@@ -194,3 +196,27 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+def test_columns_of_words_begin_and_columns_of_numbers_end_together() -> None:
+    rows = [("name", "size", "what"), ("a", "9", "it fits"), ("longer", "1,234", "")]
+    assert columns(rows) == [
+        "name      size   what",
+        "a            9   it fits",
+        "longer   1,234",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0123, "12.3 ms"), (1, "1 s"), (119, "119 s"), (120, "2 minutes"), (7200, "2 hours"), (3e5, "3.47 days")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_numbers_are_read_as_they_are_written() -> None:
+    for text in ("70 B", "1.5 T", "999 k", "12.5 M"):
+        assert short(number("--params", text.replace(" ", "")) or 0) == text
+    assert number("--params", "2K") == number("--params", "2k") == 2000
+    assert number("--params", None) is None
