@@ -216,7 +216,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_numbers_are_read_as_they_are_written() -> None:
-    for text in ("70 B", "1.5 T", "999 k", "12.5 M"):
+    for text in ("70.0 B", "1.50 T", "999 k", "12.5 M"):
         assert short(number("--params", text.replace(" ", "")) or 0) == text
     assert number("--params", "2K") == number("--params", "2k") == 2000
     assert number("--params", None) is None
