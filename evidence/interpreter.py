@@ -17,7 +17,7 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
 * NumPy's floating-point warnings are silent inside a kernel: overflow to infinity is the kernel's own business.
 * `tl.reduce` with a function of one's own combines arrays, not elements one by one.
 * The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, `tl.sum` and `tl.max`
-  included. Here a launch patches it once.
+  included. Here a launch patches it once. And it looks types of NumPy up in a table that is made anew each time.
 * `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
 
 Known to work with Triton 3.7.1 and 3.9.0; `install()` fails where the parts it replaces are missing.
@@ -58,7 +58,10 @@ _POINTERS_FROM_POINTERS = {"addptr": 0, "bitcast": 0, "broadcast": 0, "expand_di
 _POINTERS_FROM_POINTERS |= {"splat": 1, "unsplat": 0}
 
 _REPLACED = {
-    "": ("TensorHandle", "_patch_lang", "_implicit_cvt", "interpreter_builder", "interpreter_semantic"),
+    "": (
+        *("TensorHandle", "_get_np_dtype", "_patch_lang", "_implicit_cvt", "interpreter_builder"),
+        "interpreter_semantic",
+    ),
     "InterpreterBuilder": (
         *("cast_impl", "binary_op", "create_fp_to_fp", "create_fma", "create_clampf", "create_maxnumf"),
         *("create_minnumf", "create_fadd", "create_dot", "create_masked_store", "create_masked_load"),
@@ -129,7 +132,8 @@ def bfloat16_arithmetic() -> Iterator[None]:
 
 
 def _is_bfloat16(value: Any) -> bool:
-    return bool(hasattr(value, "dtype") and value.dtype.scalar == tl.bfloat16)
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and dtype.scalar.name == "bf16"
 
 
 def _widened(handle: Any) -> Any:
@@ -173,12 +177,27 @@ def install() -> None:
     if getattr(interpreter, "_patched_by_llmfast", False):
         return
     _check_version(interpreter)
+    interpreter._get_np_dtype = _remembering_by_name(interpreter._get_np_dtype)
     _patch_arithmetic(interpreter)
     _patch_memory(interpreter)
     _patch_arguments(interpreter)
     _patch_launch(interpreter)
     _patch_libdevice(interpreter)
     interpreter._patched_by_llmfast = True
+
+
+def _remembering_by_name(numpy_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function from Triton's types to NumPy's, which makes a table of all of them at each call."""
+    known: dict[str, Any] = {}
+
+    def remembering(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        found = known.get(scalar.name)
+        if found is None:
+            found = known[scalar.name] = numpy_dtype(scalar)
+        return found
+
+    return remembering
 
 
 def _patch_arithmetic(interpreter: Any) -> None:
@@ -437,7 +456,7 @@ def _patch_launch(interpreter: Any) -> None:
 
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="All-NaN slice", category=RuntimeWarning)
-                observers.run_launch(described, run_programs)
+                _with_room(observers.run_launch, described, run_programs)
         finally:
             scope.restore()
             builder.options = stock_options
@@ -453,6 +472,15 @@ def _patch_launch(interpreter: Any) -> None:
     interpreter._patch_lang = patch_language
     executor.__call__ = launch
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: call(self.rewrite(), *args, **kwargs)
+
+
+def _with_room(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+# Python keeps frames in pieces of 16 KiB, and maps a new one whenever a call does not fit into the last: near its end at
+# every call, which took a third of the time of some kernels. Behind a frame of half a megabyte there is as much room.
+_with_room.__code__ = _with_room.__code__.replace(co_stacksize=70_000)
 
 
 def _names(function: Callable[..., Any], option: str, parameters: Sequence[str]) -> frozenset[str]:
