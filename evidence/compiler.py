@@ -74,33 +74,40 @@ def _run_worker(jobs: list[tuple[Specialization, str]]) -> list[Compiled]:
 # In the worker.
 
 
+BATCH = 64  # kernels that a worker compiles before it looks at their code
+
+
 def _work(given: str, answer: str) -> None:
-    facts = []
-    for fields, target in json.loads(Path(given).read_text()):
-        kind = Specialization(**fields)
-        try:
-            facts.append(_facts(kind, target))
-        except Exception as error:
-            raise RuntimeError(f"{kind} for {target}, launched by {kind.first_test}") from error
+    jobs = [(Specialization(**fields), target) for fields, target in json.loads(Path(given).read_text())]
+    facts: list[Fields] = []
+    for start in range(0, len(jobs), BATCH):
+        facts += _facts([_named_compile(kind, target) for kind, target in jobs[start : start + BATCH]])
     Path(answer).write_text(json.dumps(facts))
 
 
-def _facts(kind: Specialization, target: str) -> Fields:
-    """As JSON has them; kept beside Triton's own cache, as disassembling takes longer than compiling."""
+def _named_compile(kind: Specialization, target: str) -> Any:
+    try:
+        return _compile(kind, target)
+    except Exception as error:
+        raise RuntimeError(f"{kind} for {target}, launched by {kind.first_test}") from error
+
+
+def _facts(kernels: Sequence[Any]) -> list[Fields]:
+    """As JSON has them; kept beside Triton's own cache, so that what has not changed need not be disassembled again."""
     from triton import knobs
 
     from evidence import machine_code
 
-    compiled = _compile(kind, target)
     reader = sha256(Path(machine_code.__file__).read_bytes()).hexdigest()[:16]
-    kept = Path(knobs.cache.dir) / "llmfast-facts" / reader / f"{compiled.hash}.json"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(machine_code.facts(compiled)), file)
-        os.replace(file.name, kept)
-    fields: Fields = json.loads(kept.read_text())
-    return fields
+    folder = Path(knobs.cache.dir) / "llmfast-facts" / reader
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [folder / f"{kernel.hash}.json" for kernel in kernels]
+    fresh = [i for i, file in enumerate(kept) if not file.exists()]
+    for i, found in zip(fresh, machine_code.facts([kernels[i] for i in fresh])):
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(dataclasses.asdict(found), file)
+        os.replace(file.name, kept[i])
+    return [json.loads(file.read_text()) for file in kept]
 
 
 def _compile(kind: Specialization, target: str) -> Any:

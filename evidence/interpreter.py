@@ -478,8 +478,8 @@ def _with_room(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-# Python keeps frames in pieces of 16 KiB, and maps a new one whenever a call does not fit into the last: near its end at
-# every call, which took a third of the time of some kernels. Behind a frame of half a megabyte there is as much room.
+# Python keeps frames in pieces of 16 KiB, and maps a new one for a call that does not fit into the last: near its end
+# that is every call, and took half of the time of some kernels. Behind a frame of half a megabyte there is room.
 _with_room.__code__ = _with_room.__code__.replace(co_stacksize=70_000)
 
 

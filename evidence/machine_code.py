@@ -3,9 +3,12 @@
 NVIDIA's binaries are disassembled (SASS); AMD's assembly comes with the kernel.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -71,18 +74,33 @@ class Instruction:
     falls_through: bool = True
 
 
-def facts(compiled: Any) -> KernelFacts:
-    """The facts of a kernel as Triton returns it from a launch or from `triton.compile`."""
-    nvidia = compiled.metadata.target.backend == "cuda"
-    instructions, resources = (_read_nvidia if nvidia else _read_amd)(compiled)
-    count = _count_nvidia if nvidia else _count_amd
-    return KernelFacts(
-        num_warps=compiled.metadata.num_warps,
-        shared_bytes=compiled.metadata.shared,
-        **resources,
-        code=count(instructions),
-        hot_loops=tuple(map(count, innermost_loops(instructions))),
-    )
+def facts(kernels: Sequence[Any]) -> list[KernelFacts]:
+    """The facts of kernels as Triton returns them from launches or from `triton.compile`.
+
+    Of many at once: NVIDIA's disassembler takes a third of a second to begin, and next to nothing for a kernel.
+    """
+    code: dict[int, list[Instruction]] = {}  # by the kernel's place
+    for arch in {k.metadata.target.arch for k in kernels if _is_nvidia(k)}:
+        places = [i for i, k in enumerate(kernels) if k.metadata.target.arch == arch]
+        code |= zip(places, _disassembled([kernels[i] for i in places], arch))
+    found = []
+    for i, kernel in enumerate(kernels):
+        instructions = code[i] if _is_nvidia(kernel) else _parse_amd(kernel)
+        count, resources = (_count_nvidia, _nvidia_resources) if _is_nvidia(kernel) else (_count_amd, _amd_resources)
+        found.append(
+            KernelFacts(
+                num_warps=kernel.metadata.num_warps,
+                shared_bytes=kernel.metadata.shared,
+                **resources(kernel, instructions),
+                code=count(instructions),
+                hot_loops=tuple(map(count, innermost_loops(instructions))),
+            )
+        )
+    return found
+
+
+def _is_nvidia(kernel: Any) -> bool:
+    return bool(kernel.metadata.target.backend == "cuda")
 
 
 def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
@@ -150,25 +168,49 @@ _SASS_LOCAL = ("LDL", "STL")  # memory of a thread's own, to which registers are
 _NVIDIA_LIMITS = {80: (2048, 32, 164), 90: (2048, 32, 228), 100: (2048, 32, 228)}
 
 
-def _read_nvidia(compiled: Any) -> tuple[list[Instruction], dict[str, Any]]:
+def _disassembled(kernels: Sequence[Any], arch: int) -> list[list[Instruction]]:
+    """The instructions of each, from an image of memory in which their code lies one after the other."""
+    codes = [_section(kernel.asm["cubin"], f".text.{kernel.metadata.name}") for kernel in kernels]
+    with tempfile.TemporaryDirectory() as folder:
+        memory = Path(folder, "code.bin")
+        memory.write_bytes(b"".join(codes))
+        features = "a" if arch >= 90 else ""  # Triton compiles for all that this very GPU has
+        dump = _output_of(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}{features}", "--no-dataflow", memory)
+    ends = list(itertools.accumulate(map(len, codes)))
+    lines: list[list[str]] = [[] for _ in kernels]
+    for line in _SASS_LINE.finditer(dump):
+        lines[bisect.bisect_right(ends, int(line[1], 16))].append(line[0])
+    return [_parse_sass("\n".join(of_one)) for of_one in lines]
+
+
+def _section(elf: bytes, name: str) -> bytes:
+    """A section of a 64-bit little-endian ELF file (https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.sheader.html)."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names_at = struct.unpack_from("<3H", elf, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
+    names = sections[names_at][4]
+    for name_at, _, _, _, offset, length in sections:
+        if elf.startswith(name.encode() + b"\0", names + name_at):
+            return elf[offset : offset + length]
+    raise RuntimeError(f"no section {name} in the binary")
+
+
+def _nvidia_resources(kernel: Any, instructions: Sequence[Instruction]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(compiled.asm["cubin"])
-        dump = _output_of(knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", binary)
-    name = re.escape(compiled.metadata.name)
-    _, _, code = re.split(rf"^\s*Function : ({name})$", dump, maxsplit=1, flags=re.MULTILINE)
-    instructions = _parse_sass(re.split(r"^\s*Function : ", code, maxsplit=1, flags=re.MULTILINE)[0])
-    used = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", dump)
+        binary.write_bytes(kernel.asm["cubin"])
+        said = _output_of(knobs.nvidia.cuobjdump.path, "-res-usage", binary)
+    used = re.search(rf"Function {re.escape(kernel.metadata.name)}:\s+REG:(\d+) STACK:(\d+)", said)
     if used is None:
-        raise RuntimeError(f"no use of resources by {compiled.metadata.name} in what cuobjdump says:\n{dump[:2000]}")
+        raise RuntimeError(f"no use of resources by {kernel.metadata.name} in what cuobjdump says:\n{said[:2000]}")
     registers, stack = map(int, used.groups())
     spilled = [_sass_bits(i.opcode) // 8 for i in instructions if i.opcode.split(".")[0] in _SASS_LOCAL]
-    return instructions, dict(
+    return dict(
         registers=registers,
         spill_bytes=sum(spilled),
         stack_bytes=stack,
         scalar_spills=0,
-        occupancy=_nvidia_occupancy(compiled.metadata, registers),
+        occupancy=_nvidia_occupancy(kernel.metadata, registers),
     )
 
 
@@ -251,8 +293,8 @@ _AMD_TENSOR_CORE = re.compile(r"v_s?mfma|v_wmma")
 _AMD_SHUFFLE = re.compile(r"ds_b?permute|ds_swizzle|v_permlane|\w+_dpp$")
 
 
-def _read_amd(compiled: Any) -> tuple[list[Instruction], dict[str, Any]]:
-    text = compiled.asm["amdgcn"]
+def _amd_resources(kernel: Any, instructions: Sequence[Instruction]) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
 
     def field(name: str) -> int:
         found = re.search(rf"^\s+\.{name}:\s+(\d+)", text, flags=re.MULTILINE)
@@ -260,13 +302,10 @@ def _read_amd(compiled: Any) -> tuple[list[Instruction], dict[str, Any]]:
             raise RuntimeError(f"no {name} in the kernel's metadata")
         return int(found[1])
 
-    body = re.search(rf"^{re.escape(compiled.metadata.name)}:(.*?)^\.Lfunc_end", text, flags=re.MULTILINE | re.DOTALL)
-    if body is None:
-        raise RuntimeError(f"no code of {compiled.metadata.name} in the assembly")
     waves = re.search(r"^; Occupancy: (\d+)", text, flags=re.MULTILINE)  # by registers and shared memory
     if waves is None:
-        raise RuntimeError(f"no occupancy of {compiled.metadata.name} in the assembly")
-    return _parse_amd(body[1]), dict(
+        raise RuntimeError(f"no occupancy of {kernel.metadata.name} in the assembly")
+    return dict(
         registers=field("vgpr_count"),
         spill_bytes=4 * field("vgpr_spill_count"),
         stack_bytes=field("private_segment_fixed_size"),
@@ -275,10 +314,14 @@ def _read_amd(compiled: Any) -> tuple[list[Instruction], dict[str, Any]]:
     )
 
 
-def _parse_amd(code: str) -> list[Instruction]:
+def _parse_amd(kernel: Any) -> list[Instruction]:
+    name, text = kernel.metadata.name, kernel.asm["amdgcn"]
+    body = re.search(rf"^{re.escape(name)}:(.*?)^\.Lfunc_end", text, flags=re.MULTILINE | re.DOTALL)
+    if body is None:
+        raise RuntimeError(f"no code of {name} in the assembly")
     labels: dict[str, int] = {}
     lines: list[list[str]] = []
-    for line in code.splitlines():
+    for line in body[1].splitlines():
         words = line.split(";")[0].split()
         if words and words[0].endswith(":"):
             labels[words[0][:-1]] = len(lines)
