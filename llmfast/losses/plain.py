@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
 
-BLOCK_BYTES = 2 << 20  # rows are worked through in blocks of this size: several passes over it stay in a CPU's caches
+BLOCK_BYTES = 1 << 20  # a thread: rows are worked through in blocks, so that several passes over one stay in its cache
 
 
 class _Weights:
@@ -98,15 +98,15 @@ def cross_entropy(
     weights = _Weights(targets, terms, width, loss.dtype)
     mass = weights.mass(everywhere=True)
     scaled = [t for t in (weights.t, grad_scale) if t is not None]
-    for rows in _blocks(logits):
+    for rows, space in _blocks(logits, loss.dtype):
         given = logits[rows]
-        x = _logits(given, terms, loss.dtype)
+        x = _logits(given, terms, space)
         peak = x.amax(1)
         pull = weights.pull(x, x.gather(1, weights.columns[rows]), peak, rows)
         if best is not None:
             best[rows] = x.argmax(1)
         needs_x = entropy or (d_logits is not None and terms.softcap is not None)
-        p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows])
+        p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows], space)
         log_total = -p.amax(1).log()  # the largest probability is 1 / sum(exp(x - peak))
         total = log_total + peak
         lse[rows] = total
@@ -150,8 +150,8 @@ def cross_entropy_partials(
     partials = logits.new_zeros(5, N, dtype=dtype)
     best = torch.zeros_like(partials[0], dtype=torch.int64) if argmax else None
     weights = _Weights(targets, terms, width, dtype)
-    for rows in _blocks(logits):
-        x = _logits(logits[rows], terms, dtype)
+    for rows, space in _blocks(logits, dtype):
+        x = _logits(logits[rows], terms, space)
         peak, where = x.max(1)
         finite = peak.clamp(min=-1e38)
         below = x - finite[:, None]
@@ -185,13 +185,13 @@ def cross_entropy_backward(
     weights = _Weights(targets, terms, logits.shape[1], lse.dtype)
     mass = weights.mass(everywhere=True)
     upstream = d_loss if weights.t is None else d_loss * weights.t
-    for rows in _blocks(logits):
+    for rows, space in _blocks(logits, lse.dtype):
         given = logits[rows]
-        x = _logits(given, terms, lse.dtype)
+        x = _logits(given, terms, space)
         needs_x = d_entropy is not None or terms.softcap is not None
         if logits.shape[1] == terms.V:
             # Again: faster than exp(x - lse).
-            p = torch.softmax(x, 1) if needs_x else _softmax(x, given, d_logits[rows])
+            p = torch.softmax(x, 1) if needs_x else _softmax(x, given, d_logits[rows], space)
         else:
             p = (x - lse[rows, None]).exp_()
         extra = None
@@ -223,15 +223,18 @@ def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = F
     return out.add_(x * factor) if add else torch.mul(x, factor, out=out)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and space for as many in `dtype`: the same for all, since new memory costs more than what is done in it."""
     N, V = logits.shape
-    step = max(1, BLOCK_BYTES // (4 * max(V, 1)))
-    return (slice(start, min(start + step, N)) for start in range(0, N, step))
+    threads = torch.get_num_threads()
+    step = max(threads, threads * BLOCK_BYTES // (4 * max(V, 1)))  # each row is one thread's
+    space = logits.new_empty(min(step, N), V, dtype=dtype)
+    return ((slice(start, min(start + step, N)), space[: N - start]) for start in range(0, N, step))
 
 
-def _logits(given: Tensor, terms: Terms, dtype: torch.dtype) -> Tensor:
+def _logits(given: Tensor, terms: Terms, space: Tensor) -> Tensor:
     """softcap(logit_scale * (given + bias)); `given` itself where that is all it takes."""
-    x = given.to(dtype)
+    x = given if given.dtype == space.dtype else space.copy_(given)
     if terms.bias is not None:
         x = x + terms.bias
     if terms.logit_scale is not None:
@@ -254,10 +257,11 @@ def _slope(mass: Tensor | None, terms: Terms, lse: Tensor) -> Tensor | None:
     return (1.0 if mass is None else mass) + 2.0 * terms.z_loss * lse
 
 
-def _softmax(x: Tensor, given: Tensor, d_logits: Tensor | None) -> Tensor:
+def _softmax(x: Tensor, given: Tensor, d_logits: Tensor | None, space: Tensor) -> Tensor:
     """Softmax of the block `x`, into the gradient's buffer where there is one and the dtype allows; else over x."""
-    out = d_logits if d_logits is not None and d_logits.dtype == x.dtype else None if x is given else x
-    return torch.softmax(x, 1) if d_logits is None or out is None else torch.softmax(x, 1, out=out)
+    if d_logits is not None and d_logits.dtype == x.dtype:
+        return torch.softmax(x, 1, out=d_logits)
+    return torch.softmax(x, 1, out=space if x is given else x)
 
 
 def _groups(d: Tensor) -> Tensor:
