@@ -1,10 +1,14 @@
-"""What all commands print alike: a user's mistake in one line, and columns."""
+"""What all commands do alike: a user's mistake in one line, columns, and no file of anybody else's written over."""
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 MISTAKE = 2
 """The exit code of a user's mistake."""
+WRITTEN = "written by llmfast"
+"""In the first or last bytes of every file that a command writes where `--out` says."""
+_MARKED = 4096  # how many those are
 
 
 def fail(message: str) -> int:
@@ -25,3 +29,15 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
             for line, cell in zip(lines, cells)
         ]
     return [line.rstrip() for line in lines]
+
+
+def expect_replaceable(out: Path) -> None:
+    """FileExistsError where a file is already, unless it is empty or a command wrote it: a name is easily wrong."""
+    if not out.is_file() or out.stat().st_size == 0:
+        return
+    with out.open("rb") as file:
+        ends = file.read(_MARKED)
+        file.seek(max(0, out.stat().st_size - _MARKED))
+        ends += file.read()
+    if WRITTEN.encode() not in ends:
+        raise FileExistsError(f"{out} exists and was not {WRITTEN}: remove it first, or choose another --out")

@@ -232,6 +232,7 @@ def build(folder: Path, main: Main) -> None:
     with gzip.open(folder / "dirty" / "more.jsonl.gz", "wt") as file:
         file.write(lines)
     (folder / "config.toml").write_text(_toml(SETTINGS))
+    (folder / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + draw.randbytes(10_000))
     ByteTokenizer().save(folder / "bytes.json")
     BPETokenizer.train(texts, 300).save(folder / "tokenizer.json")
     ids = [np.frombuffer(t.encode(), np.uint8).astype(np.int64) for t in texts]
@@ -281,7 +282,8 @@ LONG = {"steps", "batch_size", "sample_tokens", "layers", "mtp_heads", "width", 
 JSONS: list[Any] = [None, True, -1, 0, 1e308, 10**30, "", "x", [], {}, [[]], {"a": 1}, float("nan"), float("inf")]
 TOKENS = shlex.split("""
     '' - -- -h --help --version --name --set --set== --set=a --set=.=1 --set=a..b=1 --name= --name=.. --name=a/b
-    --config --resume --config=corpus --config=. --config=/dev/null --overwrite --dry-run --profile --out=.
+    --config --resume --config=corpus --config=. --config=/dev/null --config=/dev/zero --overwrite --dry-run --profile
+    --set=data.tokenizer=/dev/zero --out=. --out=config.toml --out=corpus/0.txt
     --out=no/where.html --out=/dev/full --out=x.xyz --out= --start=nan --end=2 --floor=-1 --floor=nan --no-replay
     --target --target=corpus --general runs/base runs corpus nowhere [red] --gpu=H100 --gpu=x --gpus=0 --gpus=-1
     --gpus=x --utilisation=nan --utilisation=0 --utilisation=inf --flops=1e21 --params=-1 --params=1e400
@@ -439,8 +441,9 @@ def _arguments(d: Damager) -> Case:
         "continue": ["runs/base", *_set({"train.steps": 2, "runs": "runs"})],
     }
     arguments = [first, *base.get(first, []), *draw.choices(TOKENS, k=draw.choice([0, 1, 1, 2, 2, 3, 5]))]
-    # What may be written: where it was told to, and no run's folder is named here but base's.
+    # What may be written: where it was told to and nothing was. No run's folder is named here but base's.
     outs = [a.removeprefix("--out=") for a in arguments if a.startswith("--out=")]
+    outs = [out for out in outs if not os.path.lexists(d.folder / out)]
     return Case(arguments, may_change=tuple(outs) if first in ("report", "plan") else ())
 
 
@@ -590,9 +593,9 @@ def _places(d: Damager) -> Case:
     runs = draw.choice(["runs", "config.toml", "/proc", "/dev/null/x", "nowhere/deep", "corpus", "\0", "x" * 300])
     name = draw.choice(["base", "new", "0.txt", "self", "..."])
     over = draw.choice([[], ["--overwrite"]])
-    page = draw.choice(["/proc/x", "corpus", "runs/new.html"])
+    page = draw.choice(["/proc/x", "corpus", "runs/new.html", "corpus/0.txt", "runs/base/metrics.jsonl"])
     cleaned = draw.choice(["corpus", "runs", "/proc/x", "/dev/null", "dirty/out", ".", "config.toml", "runs/new"])
-    picture = draw.choice(["/proc/x.png", "corpus", "x.nothing", "no/where.png"])
+    picture = draw.choice(["/proc/x.png", "corpus", "x.nothing", "no/where.png", "photo.png"])
     further = ["continue", "runs/base", "--target", "other", "--set=train.steps=2"]
     arguments = draw.choice(
         [

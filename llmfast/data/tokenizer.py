@@ -151,6 +151,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         FileNotFoundError: `path` does not exist.
         ValueError: the file is no tokenizer.
     """
+    expect(not Path(path).is_char_device(), f"{path} is not a tokenizer file but a device")  # which may have no end
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or brackets without end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmfast._checks import expect
-from llmfast._console import columns, fail
+from llmfast._console import columns, expect_replaceable, fail
 from llmfast._gpus import Gpu
 from llmfast.models import DecoderConfig
 from llmfast.optim.scaling import scale_lr
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "size N and the tokens D, or floor + (scale / x)^exponent where they vary one of them.",
     )
     fit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    fit.add_argument("--out", type=Path, metavar="FILE", help="a picture of the fit (.png, .svg, .pdf)")
+    fit.add_argument("--out", type=Path, metavar="FILE", help="a picture of the fit: .png, .svg, .pdf")
     fit.add_argument("--flops", dest="budget", metavar="C", help="the budget to plan for (default: up to 100 runs)")
     fit.add_argument(
         "--resamples", type=int, default=RESAMPLES, help="for the intervals; 0: none (default: %(default)s)"
@@ -182,6 +182,8 @@ def _training_time(args: argparse.Namespace, flops: float) -> str:
 
 def _fit(args: argparse.Namespace) -> list[str]:
     budget = number("--flops", args.budget)
+    if args.out is not None:
+        expect_replaceable(args.out)
     runs = [read_run(folder) for folder in args.runs]
     varied = {
         name: int(distinct([getattr(r, name) for r in runs]).max()) + 1

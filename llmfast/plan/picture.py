@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmfast._checks import expect
+from llmfast._console import WRITTEN
 from llmfast.plan.fit import Fit, distinct
 from llmfast.plan.laws import ChinchillaLaw, PowerLaw
 from llmfast.plan.numbers import short
@@ -63,7 +64,7 @@ def plot_chinchilla(
     bar.ax.yaxis.set_major_formatter(lambda v, _: short(v))
     below.scatter(flops, 100 * fit.residuals, c=n, norm=colour, cmap="viridis", s=14)
     below.set(xlabel="FLOPs, 6 N D", xscale="log", xlim=axes.get_xlim(), ylabel="fit off by, %")
-    figure.savefig(picture, dpi=120)
+    _save(figure, picture)
 
 
 def plot_power(
@@ -94,7 +95,7 @@ def plot_power(
     _ticks(axes, loss, law.loss(along[-1]), law.floor)
     below.scatter(points, 100 * fit.residuals, s=14)
     below.set(xlabel=xlabel, xscale="log", xlim=axes.get_xlim(), ylabel="fit off by, %")
-    figure.savefig(picture, dpi=120)
+    _save(figure, picture)
 
 
 def _figure() -> Any:
@@ -108,6 +109,11 @@ def _figure() -> Any:
         each.grid(alpha=0.2)
     below.axhline(0, color="black", linewidth=0.8)
     return figure, axes, below
+
+
+def _save(figure: Any, picture: Path) -> None:
+    key = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}.get(picture.suffix.lower())
+    figure.savefig(picture, dpi=120, metadata={key: WRITTEN} if key else None)
 
 
 def _mark(axes: "Axes", fit: Fit[Any], x: "np.typing.NDArray[np.float64]", loss: Sequence[float]) -> None:

@@ -25,6 +25,7 @@ else:
 STATE_DTYPES: dict[str, StateDtype | None] = {
     "": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"
 }  # fmt: skip
+MOST_BYTES = 1 << 20  # of a file of settings
 
 
 @dataclass
@@ -135,9 +136,14 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config |
     config = base or Config()
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)  # a device may have no end
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {e.strerror}") from e
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path} is more than {MOST_BYTES >> 20} MiB, too much for settings")
+        try:
+            values = tomllib.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path} is not TOML: {e}") from e
         _fill(config, values, prefix="", where=str(path))

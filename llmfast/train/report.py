@@ -22,7 +22,7 @@ import numpy as np
 
 import llmfast
 from llmfast._checks import expect
-from llmfast._console import fail
+from llmfast._console import WRITTEN, expect_replaceable, fail
 
 COLOURS = 5  # of the style sheet; further lines take them again, dashed and dotted
 BUCKETS = 150  # across a chart: a line's lowest and highest point in each are drawn
@@ -38,13 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page; replaces only one that was made like this (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page as `add_arguments` has parsed it; returns the exit code, 2 for a user's mistake."""
     try:
+        expect_replaceable(args.out)
         write_report(args.runs, args.out)
     except ImportError as e:
         return fail(f"{e}; reports need the extra: pip install 'llmfast-torch[train]'")
@@ -182,7 +187,7 @@ def _page(runs: Sequence[Run]) -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{WRITTEN}">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}</style></head>'

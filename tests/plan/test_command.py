@@ -198,6 +198,22 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_only_a_picture_of_its_own_is_replaced(
+    suffix: str, plan: Callable[..., str], make_run: MakeRun, tmp_path: Path
+) -> None:
+    picture = tmp_path / f"fit.{suffix}"
+    command = ("fit", *(make_run(64, s) for s in (250, 1000, 4000, 16000)), "--out", picture, "--resamples", "0")
+    picture.write_bytes(b"a photograph" * 1000)
+    assert "exists and was not written by llmfast" in plan(*command, code=2)
+    assert picture.read_bytes() == b"a photograph" * 1000
+    picture.unlink()
+    plan(*command)
+    before = picture.stat().st_mtime_ns
+    plan(*command)
+    assert picture.stat().st_mtime_ns > before
+
+
 def test_columns_of_words_begin_and_columns_of_numbers_end_together() -> None:
     rows = [("name", "size", "what"), ("a", "9", "it fits"), ("longer", "1,234", "")]
     assert columns(rows) == [

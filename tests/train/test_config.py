@@ -78,6 +78,8 @@ def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
         load_config(file)
     with pytest.raises(ConfigError, match=r"cannot read .*nothing\.toml: No such file"):
         load_config(tmp_path / "nothing.toml")
+    with pytest.raises(ConfigError, match="/dev/zero is more than 1 MiB"):
+        load_config(Path("/dev/zero"))
     file.write_text("x = " + "[" * 100_000)
     with pytest.raises(ConfigError, match=r"c\.toml is not TOML"):
         load_config(file)

@@ -433,6 +433,17 @@ def test_what_is_no_run_is_refused(
     assert not out.exists()
 
 
+def test_only_a_page_of_its_own_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = folder(tmp_path / "a", usual()), tmp_path / "notes.txt"
+    out.write_text("weeks of work")
+    assert report(run, "--out", out) == 2
+    assert f"{out} exists and was not written by llmfast" in " ".join(capsys.readouterr().err.split())
+    assert out.read_text() == "weeks of work"
+    out.write_text("")
+    assert report(run, "--out", out) == 0 and "</html>" in out.read_text()
+    assert report(run, "--out", out) == 0
+
+
 def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(folder(tmp_path / "a", usual()), "--out", tmp_path / "none" / "page.html") == 2
     assert "none" in capsys.readouterr().err
