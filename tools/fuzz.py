@@ -373,16 +373,16 @@ class Damager:
         path, draw = self.folder / name, self.draw
         if not path.is_file():
             return
-        lines = path.read_text().splitlines()
-        for _ in range(draw.choice([1, 2, 5])):
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        for _ in range(draw.choice([1, 2, 5]) if lines else 0):
             at = draw.randrange(len(lines))
             try:
                 value = json.loads(lines[at])
-            except ValueError:
+            except (ValueError, RecursionError):  # an earlier damage
                 continue
             lines[at] = json.dumps(self._changed(value))
             self.done.append(f"{name}: {lines[at][:150]}")
-        path.write_text("\n".join(lines))
+        path.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
 
     def _changed(self, value: Any) -> Any:
         """With one thing in it replaced, dropped or added."""

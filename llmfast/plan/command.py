@@ -319,8 +319,8 @@ def _memory(args: argparse.Namespace) -> list[str]:
     table: list[Sequence[str]] = [("", "parameters", "gradients", "AdamW", "activations", "at most", "")]
     for p in memory.PRECISIONS:
         e = _estimate(config, model, p, have)
-        columns = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
-        table.append((p.name, *(in_bytes(size) for size in columns), _judged(e.peak, have)))
+        kinds = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
+        table.append((p.name, *(in_bytes(size) for size in kinds), _judged(e.peak, have)))
     return [*lines, *_table(table), "", *_step_lines(config, model, args)]
 
 
