@@ -26,6 +26,14 @@ STATE_DTYPES: dict[str, StateDtype | None] = {
     "": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"
 }  # fmt: skip
 MOST_BYTES = 1 << 20  # of a file of settings
+# What Hugging Face, nanoGPT and Megatron call some of the settings.
+ELSEWHERE = {
+    "learning_rate": "lr", "adam_epsilon": "eps", "adam_beta1": "beta1", "adam_beta2": "beta2", "max_steps": "steps",
+    "max_iters": "steps", "train_iters": "steps", "eval_steps": "eval_every", "logging_steps": "log_every",
+    "block_size": "seq_len", "seq_length": "seq_len", "hidden_size": "width", "n_embd": "width", "n_layer": "layers",
+    "num_layers": "layers", "num_hidden_layers": "layers", "n_head": "heads", "num_attention_heads": "heads",
+    "per_device_train_batch_size": "micro_batch_size", "grad_clip": "max_grad_norm",
+}  # fmt: skip
 
 
 @dataclass
@@ -223,6 +231,7 @@ def _closest(name: str) -> str:
     sections = sorted({v.partition(".")[0] for v in valid if "." in v})
     leaves = {v.rpartition(".")[2]: v for v in valid}
     leaf = name.rpartition(".")[2]  # `steps` and `data.steps` should find `train.steps`
+    leaf = ELSEWHERE.get(leaf, leaf)
     near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(name, [*valid, *sections], n=1)
     near = near or [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
     return f"; did you mean {near[0]}?" if near else f"; valid keys are {', '.join(valid)}"

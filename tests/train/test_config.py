@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmfast.train.config import Config, ConfigError, dump_config, load_config
+from llmfast.train.config import ELSEWHERE, Config, ConfigError, _names, dump_config, load_config
 
 
 def test_file_then_overrides(tmp_path: Path) -> None:
@@ -63,11 +63,19 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_names_of_other_trainers_lead_to_settings() -> None:
+    leaves = {name.rpartition(".")[2]: name for name in _names(Config(), "")}
+    for theirs, ours in ELSEWHERE.items():
+        assert theirs not in leaves
+        with pytest.raises(ConfigError, match=rf"did you mean {leaves[ours]}\?".replace(".", r"\.")):
+            load_config(None, [f"train.{theirs}=1"])
+
+
 def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("[optimizer]\nlearning_rate = 0.1\n")
     with pytest.raises(
-        ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate = 0\.1; did you mean optimizer\.lr"
+        ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate = 0\.1; did you mean optimizer\.lr\?"
     ):
         load_config(file)
     file.write_text("[optimizer\n")
