@@ -1,6 +1,7 @@
 """The command line: `llmfast train`, `continue`, `clean`, `plan`, `report` and `doctor`."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = args.run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are: names of files need not be Unicode
     try:
         status = run(args)
         sys.stdout.flush()

@@ -144,10 +144,15 @@ class Decoder(nn.Module):
         temperature: float = 0.8,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`tokens` followed by `count` sampled ones; the model sees the last `context`. Greedy at temperature 0."""
+        """`tokens` followed by `count` sampled ones; the model sees the last `context`. Greedy at temperature 0.
+
+        Raises:
+            ValueError: the model's logits are not finite, so that there is nothing to sample from.
+        """
         for _ in range(count):
             hidden = self(tokens[None, -context:])[0, -1]
             logits = (self.unembedding @ hidden).float()
+            expect(bool(logits.isfinite().all()), "the model's logits are not finite: there is nothing to sample from")
             if temperature == 0:
                 token = logits.argmax(keepdim=True)
             else:

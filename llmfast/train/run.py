@@ -164,7 +164,11 @@ def _report(
             ("tokens a pass, decoding greedily", f"{per_pass:.2f}"),
         ]
     trainer.metrics.close()
-    text = _sample(config, model, data.tokenizer, trainer.device) if t.sample_tokens > 0 else ""
+    try:
+        text = _sample(config, model, data.tokenizer, trainer.device) if t.sample_tokens > 0 else ""
+    except ValueError as e:
+        text = ""
+        say(console, f"no sample: {e}")
     if text:
         (run / "sample.txt").write_text(text, encoding="utf-8")
     entropy = _held_out_entropy(config, data)

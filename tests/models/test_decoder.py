@@ -174,3 +174,10 @@ def test_detached_depths_leave_the_trunk_alone() -> None:
 def test_refuses_heads_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_nothing_is_sampled_from_logits_that_are_not_finite() -> None:
+    model = Decoder(DecoderConfig(16, width=8, layers=1, heads=2))
+    model.embedding.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model.generate(torch.zeros(1, dtype=torch.int64), 1, context=4)
