@@ -251,7 +251,6 @@ def _summed(loss: Callable[..., Any], logits: Any, labels: Any) -> Any:
 
 
 def _optimizer(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
-
     from benchmarks.shapes import PARAMETERS
     from evidence.dry_run import reserve
     from evidence.pretend_cuda import pretending_cuda

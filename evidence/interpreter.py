@@ -17,7 +17,8 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
 * NumPy's floating-point warnings are silent inside a kernel: overflow to infinity is the kernel's own business.
 * `tl.reduce` with a function of one's own combines arrays, not elements one by one.
 * The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, `tl.sum` and `tl.max`
-  included. Here a launch patches it once. And it looks types of NumPy up in a table that is made anew each time.
+  included, and looks NumPy's types up in a table that it makes for each value. Here a launch patches it once, types are
+  remembered, and programs run where Python's stack has room.
 * `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
 
 Known to work with Triton 3.7.1 and 3.9.0; `install()` fails where the parts it replaces are missing.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llmfast
-from llmfast._console import fail
+from llmfast._commands import fail
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
 from llmfast.plan.command import add_arguments as add_plan_arguments

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llmfast._console import fail
+from llmfast._commands import fail
 from llmfast.clean.folder import clean
 
 

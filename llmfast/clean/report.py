@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llmfast._console import columns
+from llmfast._commands import columns
 
 SAMPLES = 3  # of each reason
 EXCERPT = 200  # characters

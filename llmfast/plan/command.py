@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmfast._checks import expect
-from llmfast._console import columns, expect_replaceable, fail
+from llmfast._commands import columns, expect_replaceable, fail
 from llmfast._gpus import Gpu
 from llmfast.models import DecoderConfig
 from llmfast.optim.scaling import scale_lr

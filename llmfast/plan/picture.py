@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmfast._checks import expect
-from llmfast._console import WRITTEN
+from llmfast._commands import WRITTEN
 from llmfast.plan.fit import Fit, distinct
 from llmfast.plan.laws import ChinchillaLaw, PowerLaw
 from llmfast.plan.numbers import short

@@ -22,7 +22,7 @@ import numpy as np
 
 import llmfast
 from llmfast._checks import expect
-from llmfast._console import WRITTEN, expect_replaceable, fail
+from llmfast._commands import WRITTEN, expect_replaceable, fail
 
 COLOURS = 5  # of the style sheet; further lines take them again, dashed and dotted
 BUCKETS = 150  # across a chart: a line's lowest and highest point in each are drawn

@@ -163,10 +163,10 @@ def test_binary_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer file"):
         load_tokenizer(tmp_path / "broken.json")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="/dev/zero is not a tokenizer file but a device"):
-        load_tokenizer("/dev/zero")
     with pytest.raises(ValueError, match=r"deep\.json is not a tokenizer file"):
         load_tokenizer(tmp_path / "deep.json")
+    with pytest.raises(ValueError, match="/dev/zero is not a tokenizer file but a device"):
+        load_tokenizer("/dev/zero")
     with pytest.raises(FileNotFoundError):
         load_tokenizer(tmp_path / "missing.json")
 

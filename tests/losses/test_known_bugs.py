@@ -19,13 +19,13 @@ def leaves(N: int, V: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[
     return torch.randn(N, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("N", [0, 1, 33])
+@pytest.mark.parametrize("N", [0, 1, 129])
 @pytest.mark.parametrize("V", [1, 2, 127, 128, 1000, 50257])
 def test_sizes_that_tiles_do_not_divide(path: str, N: int, V: int) -> None:
     """verl#2656, #2899: wrong log-probabilities where V is no multiple of the tile; unsloth#19: V above 65536."""
     hidden, weight = leaves(N, V, 4)
     targets = torch.randint(0, V, (N,))
-    loss = linear_cross_entropy(hidden, weight, targets, reduction="sum", memory_budget=16 * (V + 64) * 4)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="sum", memory_budget=64 * (V + 64) * 4)
     want = reference.linear_cross_entropy(hidden, weight, targets, reduction="sum")
     torch.testing.assert_close(loss, want)
     for a, b in zip(gradients(loss, hidden, weight), gradients(want, hidden, weight)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmfast._console import columns
+from llmfast._commands import columns
 from llmfast.plan import BESIROGLU, ChinchillaLaw
 from llmfast.plan.command import add_arguments, run
 from llmfast.plan.numbers import duration, number, short

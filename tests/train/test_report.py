@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from llmfast.cli import main
 from llmfast.train.config import Config, dump_config, load_config
 from llmfast.train.report import BUCKETS, SIZE, Axis, Chart, Point, Series, add_arguments, run, thinned, write_report
 from llmfast.train.run import train
@@ -442,6 +444,12 @@ def test_only_a_page_of_its_own_is_replaced(tmp_path: Path, capsys: pytest.Captu
     out.write_text("")
     assert report(run, "--out", out) == 0 and "</html>" in out.read_text()
     assert report(run, "--out", out) == 0
+
+
+def test_a_name_that_is_not_unicode_can_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / os.fsdecode(b"page\xff.html")
+    assert main(["report", str(folder(tmp_path / "a", usual())), "--out", str(out)]) == 0
+    assert out.exists() and "page\\udcff.html" in capsys.readouterr().out
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

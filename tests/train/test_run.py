@@ -155,6 +155,24 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported(
     assert "more than train.max_skipped=1" in error and error.count("\n") == 1
 
 
+def test_weights_that_nothing_can_be_sampled_from_are_told_of(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a damaged checkpoint may have left them, where the few rows that validate do not meet them."""
+    fit = Trainer.fit
+
+    def spoiled(self: Trainer) -> bool:
+        finished = fit(self)
+        next(self.model.parameters()).data.fill_(torch.nan)
+        return finished
+
+    monkeypatch.setattr(Trainer, "fit", spoiled)
+    assert cli(settings, "--name=nan") == 0
+    assert "no sample: the model's logits are not finite" in capsys.readouterr().out
+    folder = Path(settings[0].removeprefix("runs=")) / "nan"
+    assert (folder / "loss.png").exists() and not (folder / "sample.txt").exists()
+
+
 def test_names_are_found_for_runs_without_one(settings: list[str]) -> None:
     assert [run(settings, "train.steps=1").name for _ in range(2)] == ["demo", "demo-2"]
 
