@@ -7,6 +7,7 @@ interpreter that `evidence.interpreter` patched, and none of it needs to know.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,24 @@ class Launch:
 class Access:
     """One memory operation of one program."""
 
-    addresses: Array  # of the lanes that are not masked off, uint64, flat
+    addresses: Array  # of the lanes that are not masked off, int64, flat
     lanes: int  # masked or not
     size: int  # bytes of an element
     argument: str | None  # the argument whose pointer the addresses were computed from, where that is known
+
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """The first and the last address; there must be one."""
+        return int(self.addresses[0]), int(self.addresses[-1])
+
+    @cached_property
+    def consecutive(self) -> bool:
+        """Whether one element follows the other, from the first address to the last."""
+        count = self.addresses.size
+        return count <= 1 or bool(
+            self.ends[1] - self.ends[0] == (count - 1) * self.size
+            and (self.addresses[1:] - self.addresses[:-1] == self.size).all()
+        )
 
 
 class Observer:
@@ -139,4 +154,4 @@ def lanes(pointers: Any, mask: Any) -> Access:
     addresses = pointers.data
     kept = addresses if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    return Access(np.ravel(kept), addresses.size, size, pointers.attr.get("argument"))
+    return Access(np.ravel(kept).view(np.int64), addresses.size, size, pointers.attr.get("argument"))

@@ -110,7 +110,11 @@ class _Bounds:
 
     def outside(self, access: Access) -> Array:
         """The addresses that are not the tensor's."""
-        addresses = access.addresses.astype(np.int64)
+        addresses = access.addresses
+        if not self.axes and access.consecutive:
+            first, last = access.ends
+            if self.low <= first and last + access.size <= self.high:
+                return addresses[:0]
         wrong = (addresses < self.low) | (addresses + access.size > self.high)
         if not wrong.any():
             wrong = ~self.contain((addresses - self.low) // self.size)
@@ -159,6 +163,7 @@ class Sanitizer(Observer):
             merged.append((low, high, size, name))
         self._memories = sorted([*self._memories, *(_Memory(*span) for span in merged)], key=lambda m: m.low)
         self._lows = np.array([memory.low for memory in self._memories], dtype=np.int64)
+        self._highs = np.array([memory.high for memory in self._memories], dtype=np.int64)
 
     def _check_outputs(self) -> None:
         for memory in self._memories:
@@ -236,7 +241,7 @@ class Sanitizer(Observer):
             self._refuse_unordered(memory.loaded, at, memory, "stores", "loaded")
             self._refuse_unordered(memory.updated, at, memory, "stores", "updated")
             memory.stored[at] = self._program + 1
-        if not _consecutive(access):
+        if not access.consecutive:
             order = np.argsort(access.addresses, kind="stable")
             addresses, words = access.addresses[order], values[order].view(f"u{values.itemsize}")
             twice = (addresses[1:] == addresses[:-1]) & (words[1:] != words[:-1])
@@ -266,25 +271,33 @@ class Sanitizer(Observer):
             self._search_hidden_tensors(access)
             if (wrong := self._in_no_memory(access)).size:
                 self._fail_at(f"would {verb} outside of all tensors", wrong[0], access)
-        addresses = access.addresses.astype(np.int64)
-        owners = np.searchsorted(self._lows, addresses, side="right") - 1
+        if access.consecutive:
+            memory = self._memories[self._owners(access.ends[0])]
+            if memory.granule == access.size and access.ends[1] < memory.high:
+                begin = (access.ends[0] - memory.low) // access.size
+                return [(memory, slice(begin, begin + access.addresses.size))]
         found: list[tuple[_Memory, Index]] = []
-        for owner in [owners[0]] if owners[0] == owners[-1] and _consecutive(access) else np.unique(owners):
+        owners = self._owners(access.addresses)
+        for owner in np.unique(owners):
             memory = self._memories[owner]
-            if memory.granule == access.size and _consecutive(access):
-                begin = int(addresses[0] - memory.low) // access.size
-                found.append((memory, slice(begin, begin + addresses.size)))
-            else:
-                first = (addresses[owners == owner] - memory.low) // memory.granule
-                parts = np.arange(-(-access.size // memory.granule))
-                found.append((memory, np.unique(first[:, None] + parts)))
+            first = (access.addresses[owners == owner] - memory.low) // memory.granule
+            parts = np.arange(-(-access.size // memory.granule))
+            found.append((memory, np.unique(first[:, None] + parts)))
         return found
 
+    def _owners(self, addresses: Any) -> Any:
+        """The memories' numbers; of an address below all of them, -1."""
+        return np.searchsorted(self._lows, addresses, side="right") - 1
+
     def _in_no_memory(self, access: Access) -> Array:
-        addresses = access.addresses.astype(np.int64)
-        owners = np.searchsorted(self._lows, addresses, side="right") - 1
-        highs = np.array([memory.high for memory in self._memories], dtype=np.int64)
-        return addresses[(owners < 0) | (addresses + access.size > highs[np.maximum(owners, 0)])]
+        addresses = access.addresses
+        if access.consecutive:
+            owner = self._owners(access.ends[0])
+            if owner >= 0 and access.ends[1] + access.size <= self._highs[owner]:
+                return addresses[:0]
+        owners = self._owners(addresses)
+        lost: Array = addresses[(owners < 0) | (addresses + access.size > self._highs[np.maximum(owners, 0)])]
+        return lost
 
     def _search_hidden_tensors(self, access: Access) -> None:
         """Add the tensors that the addresses lie in: of a tensor and its views the smallest that fits."""
@@ -341,17 +354,6 @@ def _differs(first: Array, second: Array, granule: int) -> Array:
     different = np.zeros((-(-first.size // granule), granule), dtype=bool)
     different.reshape(-1)[: first.size] = first != second
     return np.asarray(different.any(axis=1))
-
-
-def _consecutive(access: Access) -> bool:
-    addresses = access.addresses
-    return bool(
-        addresses.size <= 1
-        or (
-            int(addresses[-1]) - int(addresses[0]) == (addresses.size - 1) * access.size
-            and (addresses[1:] - addresses[:-1] == access.size).all()
-        )
-    )
 
 
 class _HiddenTensors:

@@ -160,7 +160,7 @@ class _Ranges:
 
 def _runs(access: Access) -> tuple[Array, Array]:
     """The runs of neighbouring bytes that an access covers, each byte once."""
-    addresses = access.addresses.astype(np.int64)
+    addresses = access.addresses
     steps = addresses[1:] - addresses[:-1]
     if (steps != access.size).any():
         addresses = np.sort(addresses)
