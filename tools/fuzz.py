@@ -595,7 +595,7 @@ def _places(d: Damager) -> Case:
     over = draw.choice([[], ["--overwrite"]])
     page = draw.choice(["/proc/x", "corpus", "runs/new.html", "corpus/0.txt", "runs/base/metrics.jsonl"])
     cleaned = draw.choice(["corpus", "runs", "/proc/x", "/dev/null", "dirty/out", ".", "config.toml", "runs/new"])
-    picture = draw.choice(["/proc/x.png", "corpus", "x.nothing", "no/where.png", "photo.png"])
+    picture = draw.choice(["/proc/x.png", "corpus", "x.nothing", "no/where.png", "photo.png", "photo"])
     further = ["continue", "runs/base", "--target", "other", "--set=train.steps=2"]
     arguments = draw.choice(
         [

@@ -16,7 +16,7 @@ from llmfast.plan import cost, laws, memory
 from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
 from llmfast.plan.laws import Allocation, ChinchillaLaw, PowerLaw
 from llmfast.plan.numbers import duration, in_bytes, number, short
-from llmfast.plan.picture import plot_chinchilla, plot_power
+from llmfast.plan.picture import expect_format, plot_chinchilla, plot_power
 from llmfast.plan.runs import Run, model_config, read_run
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def _training_time(args: argparse.Namespace, flops: float) -> str:
 def _fit(args: argparse.Namespace) -> list[str]:
     budget = number("--flops", args.budget)
     if args.out is not None:
+        expect_format(args.out)
         expect_replaceable(args.out)
     runs = [read_run(folder) for folder in args.runs]
     varied = {

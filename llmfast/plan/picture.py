@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BEYOND = 10.0  # how many times the largest run's budget the frontier is drawn
+# The formats there are, each with the field of it that says what wrote the file.
+FIELDS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
+
+
+def expect_format(picture: Path) -> None:
+    """Not left to matplotlib, which adds .png to a name without a suffix: that may be another file's."""
+    expect(picture.suffix.lower() in FIELDS, f"a picture's name must end in .png, .svg or .pdf; got {str(picture)!r}")
 
 
 def plot_chinchilla(
@@ -29,11 +36,12 @@ def plot_chinchilla(
 
     Args:
         N, D, loss: as they were given to `fit_chinchilla`.
-        picture: the file to write; its suffix says the format.
+        picture: the file to write: .png, .svg or .pdf.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, NullLocator
 
+    expect_format(picture)
     expect(len(N) == len(fit.residuals), f"N must be of the fit's {len(fit.residuals)} runs; got {len(N)}")
     n, d, law = np.asarray(N, dtype=float), np.asarray(D, dtype=float), fit.law
     flops = 6 * n * d
@@ -79,9 +87,10 @@ def plot_power(
 
     Args:
         x, loss: as they were given to `fit_power`.
-        picture: the file to write; its suffix says the format.
+        picture: the file to write: .png, .svg or .pdf.
         xlabel: what x is.
     """
+    expect_format(picture)
     expect(len(x) == len(fit.residuals), f"x must be of the fit's {len(fit.residuals)} runs; got {len(x)}")
     points, law = np.asarray(x, dtype=float), fit.law
     figure, axes, below = _figure()
@@ -112,8 +121,7 @@ def _figure() -> Any:
 
 
 def _save(figure: Any, picture: Path) -> None:
-    key = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}.get(picture.suffix.lower())
-    figure.savefig(picture, dpi=120, metadata={key: WRITTEN} if key else None)
+    figure.savefig(picture, dpi=120, metadata={FIELDS[picture.suffix.lower()]: WRITTEN})
 
 
 def _mark(axes: "Axes", fit: Fit[Any], x: "np.typing.NDArray[np.float64]", loss: Sequence[float]) -> None:

@@ -214,6 +214,19 @@ def test_only_a_picture_of_its_own_is_replaced(
     assert picture.stat().st_mtime_ns > before
 
 
+@pytest.mark.parametrize("name", ["fit", "fit.", "fit.jpg", "fit.nothing"])
+def test_a_picture_has_a_suffix_of_a_format(
+    name: str, plan: Callable[..., str], make_run: MakeRun, tmp_path: Path
+) -> None:
+    """matplotlib would add .png to a name without one, and write over what is called so."""
+    (tmp_path / "fit.png").write_text("a photograph")
+    runs = [make_run(64, s) for s in (250, 1000, 4000, 16000)]
+    said = plan("fit", *runs, "--out", f"{tmp_path}/{name}", "--resamples", "0", code=2)
+    assert "a picture's name must end in .png, .svg or .pdf" in said
+    assert (tmp_path / "fit.png").read_text() == "a photograph"
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("fit")} == {"fit.png"}
+
+
 def test_columns_of_words_begin_and_columns_of_numbers_end_together() -> None:
     rows = [("name", "size", "what"), ("a", "9", "it fits"), ("longer", "1,234", "")]
     assert columns(rows) == [
