@@ -31,7 +31,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,9 @@ def install() -> None:
     if getattr(interpreter, "_patched_by_llmfast", False):
         return
     _check_version(interpreter)
+    with suppress(ImportError):
+        # Otherwise the first launch does, where `tl.static_print` is `print`, which has no signature in Python 3.10.
+        importlib.import_module("triton.experimental.gluon")
     interpreter._get_np_dtype = _remembering_by_name(interpreter._get_np_dtype)
     _patch_arithmetic(interpreter)
     _patch_memory(interpreter)
