@@ -11,11 +11,13 @@ from llmfast._dispatch import eager, use_kernels
 from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    NO_STATS,
     SMALL,
     LossStats,
     Options,
     OptionsGiven,
     Reduction,
+    RowStats,
     accuracy,
     denominator,
     per_row,
@@ -24,7 +26,7 @@ from llmfast.losses.targets import (
     refuse_second_derivative,
     restore,
 )
-from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
+from llmfast_kernels.terms import Targets, Terms, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,29 +150,32 @@ def cross_entropy(
     if torch.compiler.is_compiling() and process_group is None:
         from llmfast.losses import operators
 
-        loss, rows = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)
+        loss, stats = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)
     else:
-        loss, rows = _fused(flat, resolved, terms, reduction, num_valid, return_stats, process_group, inplace)
-    return finish(loss, rows, resolved, ignore_index, shape, return_stats, squeeze=targets.dim() == len(shape))
+        loss, stats = _fused(flat, resolved, terms, reduction, num_valid, return_stats, process_group, inplace)
+    return finish(loss, stats, resolved, ignore_index, shape, squeeze=targets.dim() == len(shape))
 
 
 def finish(
-    loss: Tensor, rows: Rows, targets: Targets, ignore_index: int, shape: torch.Size, return_stats: bool, squeeze: bool
+    loss: Tensor, stats: RowStats | None, targets: Targets, ignore_index: int, shape: torch.Size, squeeze: bool
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """What the user gets, in the user's shape."""
+    """Return the loss, and the statistics if there are any, in the user's shape."""
     loss = restore(loss, shape)
-    if not return_stats:
+    if stats is None:
         return loss
-    assert rows.entropy is not None and rows.argmax is not None
-    hits = accuracy(rows.argmax, targets, ignore_index)
-    token_loss, lse, entropy, argmax = (t.view(shape) for t in (rows.loss, rows.lse, rows.entropy, rows.argmax))
-    return loss, LossStats(token_loss, lse, entropy, argmax, hits[0] if squeeze else hits)
+    hits = accuracy(stats.argmax, targets, ignore_index)
+    return loss, LossStats(*(t.view(shape) for t in stats), hits[0] if squeeze else hits)
 
 
 @eager
-def _fused(logits: Tensor, *call: Any) -> tuple[Tensor, Rows]:
-    loss, *rows = _CrossEntropy.apply(logits, *call, torch.is_grad_enabled())
-    return loss, Rows(*rows)
+def _fused(logits: Tensor, *call: Any) -> tuple[Tensor, RowStats | None]:
+    return with_stats(_CrossEntropy.apply(logits, *call, torch.is_grad_enabled()))
+
+
+def with_stats(result: tuple[Tensor, ...]) -> tuple[Tensor, RowStats | None]:
+    """Name what an autograd function returns: the loss, then `RowStats` or `NO_STATS`."""
+    loss, *stats = result
+    return loss, None if stats[0] is None else RowStats(*stats)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -205,7 +210,7 @@ class _CrossEntropy(torch.autograd.Function):
             increment_version(logits)
             ctx.save_for_backward(logits, None if folds else inverse)  # who writes to them before backward is told so
             ctx.holds_gradient, ctx.consumed = True, False
-            return reduced(rows.loss, reduction, count), None, None, None, None
+            return reduced(rows.loss, reduction, count), *NO_STATS
 
         if group is None:
             rows = ops.cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
@@ -214,13 +219,13 @@ class _CrossEntropy(torch.autograd.Function):
                 ops, logits, targets, terms, group, V=logits.shape[1], entropy=stats, argmax=stats
             )  # fmt: skip
         if wants_gradient:
-            ctx.save_for_backward(logits, rows.lse, rows.entropy, inverse, *tensors)
+            ctx.save_for_backward(logits, rows.peak, rows.total, rows.entropy, inverse, *tensors)
         loss = reduced(rows.loss, reduction, count)
         if not stats:
-            return loss, None, None, None, None
-        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
-        ctx.mark_non_differentiable(token_loss, rows.argmax)
-        return loss, token_loss, rows.lse, rows.entropy, rows.argmax
+            return loss, *NO_STATS
+        told = RowStats.of(rows, loss)
+        ctx.mark_non_differentiable(told.token_loss, told.argmax)
+        return loss, *told
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -235,14 +240,14 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits = ctx.ops.scale(gradient.detach(), d_loss if factor is None else d_loss * factor)
             return d_logits, *nothing
 
-        logits, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        logits, peak, total, entropy, inverse, *tensors = ctx.saved_tensors
         if logits.numel() == 0:
             return torch.zeros_like(logits), *nothing
         targets, terms = unpack(tensors, ctx.numbers)
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.ops.cross_entropy_backward(
-            logits, targets, terms, lse, per_row(d_loss, inverse, lse), d_lse=contiguous(d_lse), entropy=entropy,
-            d_entropy=contiguous(d_entropy), d_logits=d_logits,
+            logits, targets, terms, peak, total, per_row(d_loss, inverse, peak), d_lse=contiguous(d_lse),
+            entropy=entropy, d_entropy=contiguous(d_entropy), d_logits=d_logits,
         )  # fmt: skip
         if ctx.inplace:
             increment_version(logits)

@@ -16,16 +16,19 @@ from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
 from llmfast._dispatch import eager, use_kernels
-from llmfast.losses.cross_entropy import contiguous, finish
+from llmfast.losses.cross_entropy import contiguous, finish, with_stats
 from llmfast.losses.parallel import ProcessGroup, group_size, local_weight, own_columns, parallel_rows, sum_over_ranks
+from llmfast.losses.plain import times
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    NO_STATS,
     SMALL,
     LossStats,
     Options,
     OptionsGiven,
     Reduction,
+    RowStats,
     denominator,
     per_row,
     reciprocal,
@@ -186,8 +189,8 @@ def linear_cross_entropy(
         grad_filter,
     )  # fmt: skip
     rows_2d = hidden.reshape(-1, hidden.shape[-1])
-    loss, rows = _on_valid_rows(rows_2d, weight, bias, call)
-    return finish(loss, rows, call.targets, ignore_index, shape, return_stats, squeeze=targets.dim() == len(shape))
+    loss, stats = _on_valid_rows(rows_2d, weight, bias, call)
+    return finish(loss, stats, call.targets, ignore_index, shape, squeeze=targets.dim() == len(shape))
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -230,7 +233,7 @@ class Call:
         )  # fmt: skip
 
 
-def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
     """The loss, over the rows that count alone where their number is known on the host."""
     classes, ignore_index = call.targets.classes, call.terms.ignore_index
     N = classes.shape[0]
@@ -253,7 +256,7 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
     surplus = torch.arange(size, device=count.device) >= count  # rows gathered in vain
     targets = call.targets[index]
     targets = replace(targets, classes=targets.classes.masked_fill(surplus[:, None], ignore_index))
-    loss, rows = _dispatch(hidden.index_select(0, index), weight, bias, replace(call, targets=targets))
+    loss, stats = _dispatch(hidden.index_select(0, index), weight, bias, replace(call, targets=targets))
     home = torch.where(surplus, N, index)  # those end beyond the last row
 
     def spread(t: Tensor, empty: float) -> Tensor:
@@ -261,15 +264,13 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
 
     poison = torch.where(count > size, torch.nan, 0.0)  # the rest of the rows would be lost
     loss = (spread(loss, 0.0) if loss.dim() else loss) + poison.to(loss.dtype)
-    if call.stats:
-        assert rows.entropy is not None and rows.argmax is not None
-        rows = Rows(
-            spread(rows.loss, 0.0), spread(rows.lse, 0.0), spread(rows.entropy, 0.0), spread(rows.argmax, -1)
-        )  # fmt: skip
-    return loss, rows
+    if stats is not None:
+        token_loss, lse, entropy, argmax = stats
+        stats = RowStats(spread(token_loss, 0.0), spread(lse, 0.0), spread(entropy, 0.0), spread(argmax, -1))
+    return loss, stats
 
 
-def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
     if torch.compiler.is_compiling() and call.group is None and call.accumulate_into is None:
         from llmfast.losses import operators
 
@@ -278,9 +279,8 @@ def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
 
 
 @eager
-def _planned(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
-    loss, *rows = _LinearCrossEntropy.apply(hidden, weight, bias, call, torch.is_grad_enabled())
-    return loss, Rows(*rows)
+def _planned(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
+    return with_stats(_LinearCrossEntropy.apply(hidden, weight, bias, call, torch.is_grad_enabled()))
 
 
 class Gradients(NamedTuple):
@@ -322,8 +322,9 @@ class Loop:
                 )
                 if d_logits is not None and plan.V > 0:
                     self.ops.cross_entropy_backward(
-                        logits, targets, self.terms, part.lse, torch.ones_like(part.lse), V=plan.V, d_logits=d_logits
-                    )
+                        logits, targets, self.terms, part.peak, part.total, torch.ones_like(part.loss), V=plan.V,
+                        d_logits=d_logits,
+                    )  # fmt: skip
                 alive = None
             else:
                 filtered = gradients and call.grad_filter is not None
@@ -344,7 +345,8 @@ class Loop:
     def backward(
         self,
         logits: Tensor | None,
-        lse: Tensor,
+        peak: Tensor,
+        total: Tensor,
         d_loss: Tensor,
         entropy: Tensor | None,
         d_lse: Tensor | None,
@@ -361,8 +363,8 @@ class Loop:
             if logits is None:
                 self._logits(self.hidden, weight, out=block[:, :width])
             self.ops.cross_entropy_backward(
-                block, call.targets, self.terms.columns(columns), lse, d_loss, V=width, d_lse=d_lse, entropy=entropy,
-                d_entropy=d_entropy, d_logits=d_block,
+                block, call.targets, self.terms.columns(columns), peak, total, d_loss, V=width, d_lse=d_lse,
+                entropy=entropy, d_entropy=d_entropy, d_logits=d_block,
             )  # fmt: skip
             d_logits = d_block[:, :width]
             if made.hidden is not None:
@@ -379,7 +381,7 @@ class Loop:
 
     def _empty_rows(self) -> Rows:
         empty = self.hidden.new_empty(0, dtype=self.plan.accumulate_dtype)
-        return Rows(empty, empty, empty, empty.long()) if self.call.stats else Rows(empty, empty, None, None)
+        return Rows(empty, empty, empty, *((empty, empty.long()) if self.call.stats else (None, None)))
 
     def _empty_gradients(self) -> Gradients:
         """Buffers that the products fill; zeros where there is none."""
@@ -459,7 +461,7 @@ def _joined(parts: list[Rows], empty: Rows) -> Rows:
         columns = [getattr(part, name) for part in parts]
         return None if columns[0] is None else torch.cat(columns)
 
-    return Rows(join("loss"), join("lse"), join("entropy"), join("argmax"))
+    return Rows(*(join(name) for name in Rows._fields))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -485,23 +487,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if any(needs):
             tensors, ctx.numbers = pack(call.targets, call.terms)
-            ctx.save_for_backward(hidden, weight, bias, rows.lse, rows.entropy, inverse, *tensors)
+            ctx.save_for_backward(hidden, weight, bias, rows.peak, rows.total, rows.entropy, inverse, *tensors)
             ctx.call, ctx.plan, ctx.needs = call, plan, needs
             ctx.made, ctx.logits = made if now else None, logits
             cast = plan.mode != "chunk" and (loop.hidden is not hidden or loop.weight is not weight)
             ctx.cast = (loop.hidden, loop.weight) if cast else None
         loss = reduced(rows.loss, call.reduction, count)
         if not call.stats:
-            return loss, None, None, None, None
-        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
-        ctx.mark_non_differentiable(token_loss, rows.argmax)
-        return loss, token_loss, rows.lse, rows.entropy, rows.argmax
+            return loss, *NO_STATS
+        told = RowStats.of(rows, loss)
+        ctx.mark_non_differentiable(told.token_loss, told.argmax)
+        return loss, *told
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         d_loss, _, d_lse, d_entropy, _ = upstream
-        hidden, weight, bias, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        hidden, weight, bias, peak, total, entropy, inverse, *tensors = ctx.saved_tensors
         call: Call = ctx.call
         given = call.accumulate_into
         if ctx.made is not None and d_lse is None and d_entropy is None:
@@ -520,7 +522,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             call = replace(call, targets=targets, terms=terms)
             loop = Loop(used_hidden, used_weight, bias, call, plan, ctx.needs[2])
             d_hidden, d_weight, d_bias = loop.backward(
-                logits, lse, per_row(d_loss, inverse, lse), entropy, contiguous(d_lse), contiguous(d_entropy)
+                logits, peak, total, per_row(d_loss, inverse, peak), entropy, contiguous(d_lse), contiguous(d_entropy)
             )
             if given is not None:
                 d_weight = None
@@ -548,5 +550,5 @@ def scaled(made: Gradients, factor: Tensor, hidden: Tensor, weight: Tensor, give
     else:
         d_weight = cast(made.weight, weight.dtype)
     return Gradients(
-        cast(made.hidden, hidden.dtype), d_weight, None if made.bias is None else made.bias * factor
+        cast(made.hidden, hidden.dtype), d_weight, None if made.bias is None else times(made.bias, factor)
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast.losses.parallel import ProcessGroup
-from llmfast_kernels.terms import Targets, Terms
+from llmfast_kernels.terms import Rows, Targets, Terms
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -25,6 +25,24 @@ class LossStats(NamedTuple):
     entropy: Tensor  # (...) float32 of the softmax, in nats, differentiable
     argmax: Tensor  # (...) int64: the most probable class, the first of equals
     accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that are the argmax
+
+
+class RowStats(NamedTuple):
+    """The same statistics of N rows, all (N,), on their way to the user."""
+
+    token_loss: Tensor
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+
+    @staticmethod
+    def of(rows: Rows, loss: Tensor) -> "RowStats":
+        """Take them from `rows`, with a token_loss that is not the returned `loss` itself."""
+        assert rows.entropy is not None and rows.argmax is not None
+        return RowStats(rows.loss.clone() if loss is rows.loss else rows.loss, rows.lse, rows.entropy, rows.argmax)
+
+
+NO_STATS = (None,) * len(RowStats._fields)
 
 
 class OptionsGiven(TypedDict, total=False):

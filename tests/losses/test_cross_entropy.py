@@ -44,8 +44,7 @@ def check(logits: Tensor, targets: Tensor, reduction: str, upstream: Tensor, **o
     assert ours[1].dtype == logits.dtype
     assert_no_worse(ours[0], torchs[0], truth[0], scale=scale * (max(1, len(targets)) if reduction == "sum" else 1))
     rows = max(1, (targets != -100).sum().item()) if reduction == "mean" else 1
-    # From the saved lse, p is off by as much as float32 rounds a number of the logits' size.
-    assert_no_worse(ours[1], torchs[1], truth[1], scale=upstream.abs().max().item() / rows * max(1.0, scale / 10))
+    assert_no_worse(ours[1], torchs[1], truth[1], scale=upstream.abs().max().item() / rows)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
