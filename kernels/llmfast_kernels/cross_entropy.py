@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, cdiv, next_power_of_2, warps
+from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, next_power_of_2, warps
 from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -279,6 +279,10 @@ def cross_entropy_kernel(
     own_y = y - v_start  # of a target that is no class, or ignored: before the first column
     here = (own_y >= 0) & (own_y < V)
     x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
+    base = 0.0
+    if SMOOTH:  # a sum of logits would round at their size, so it is one of differences from some logit of the row
+        base = read_logits(logits_row, bias_ptr, 0, None, None, logit_scale, softcap)
+        base = tl.where(tl.abs(base) < float("inf"), base, 0.0)
 
     peak = tl.full((THREADS,), LOWEST, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
@@ -287,14 +291,14 @@ def cross_entropy_kernel(
     best = tl.zeros((THREADS,), tl.int32)
     for start in range(0, full, BLOCK_V):
         x = read_logits(logits_row, bias_ptr, start + columns, None, None, logit_scale, softcap)
-        pulled = x * read_class_weights(c_row, start + columns, None, SMOOTH)
+        pulled = (x - base) * read_class_weights(c_row, start + columns, None, SMOOTH)
         peak, total, moment, pull, best = add_tile(
             x, pulled, start, peak, total, moment, pull, best, SMOOTH, ENTROPY, argmax_ptr is not None, VECTOR
         )
     if full < V:
         v = full + columns
         x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)
-        pulled = tl.where(v < V, x * read_class_weights(c_row, v, v < V, SMOOTH), 0.0)
+        pulled = tl.where(v < V, (x - base) * read_class_weights(c_row, v, v < V, SMOOTH), 0.0)
         x = tl.where(v < V, x, float("-inf"))  # after softcap, which would make a logit of it
         peak, total, moment, pull, best = add_tile(
             x, pulled, full, peak, total, moment, pull, best, SMOOTH, ENTROPY, argmax_ptr is not None, VECTOR
@@ -331,7 +335,7 @@ def cross_entropy_kernel(
         class_weight = V + 0.0
         if class_weights_ptr is not None:
             class_weight = tl.load(class_weight_sums_ptr)
-        row_pull += b * (tl.sum(pull, axis=0) - class_weight * row_peak)
+        row_pull += b * (tl.sum(pull, axis=0) + class_weight * (base - row_peak))
         mass += b * class_weight
     t = sane
     if token_weights_ptr is not None:
@@ -531,8 +535,14 @@ def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str
 
 
 def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None) -> dict[str, Any]:
-    """What both kernels take of rows and terms."""
+    """Return the arguments that both kernels take from rows and terms."""
     K, weights = targets.classes.shape[1], targets.weights
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits must have stride 1 along V; got strides {logits.stride()}")
+    expect_contiguous(
+        targets=targets.classes, target_weights=weights, token_weights=targets.token_weights, bias=terms.bias,
+        class_weights=terms.class_weights, class_weight_sums=terms.class_weight_sums,
+    )  # fmt: skip
     return {
         "logits_ptr": logits,
         "bias_ptr": terms.bias,
@@ -659,6 +669,7 @@ def cross_entropy_backward(
     N, row_width = logits.shape
     if N == 0:
         return
+    expect_contiguous(peak=peak, total=total, d_loss=d_loss, d_lse=d_lse, entropy=entropy, d_entropy=d_entropy)
     meta = backward_tile(row_width)
     with device_of(logits):
         cross_entropy_backward_kernel[(N, cdiv(row_width, meta["BLOCK_V"]))](

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, cdiv, warps
+from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, warps
 
 
 @triton.jit
@@ -63,10 +63,11 @@ def scale(
     x: Tensor,  # any shape, contiguous
     factor: Tensor,  # () f32
     *,
-    out: Tensor | None = None,  # like x, any float dtype
+    out: Tensor | None = None,  # like x, contiguous, any float dtype
     add: bool = False,
 ) -> Tensor:
     """factor * x into `out` (or added to it), or over `x` (which costs nothing when the factor is 1)."""
+    expect_contiguous(x=x, out=out)
     if x.numel() > 0:
         meta = tile()
         with device_of(x):

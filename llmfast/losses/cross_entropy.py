@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, use_kernels
+from llmfast._dispatch import eager, has_no_data, use_kernels
 from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
@@ -85,7 +85,8 @@ def cross_entropy(
             of the whole step under gradient accumulation or data parallelism.
         label_smoothing: share of each target spread evenly over the classes, in [0, 1].
         z_loss: coefficient of logsumexp^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
-            Once per token that has a valid target; class and target weights do not touch it.
+            Once per token that has a valid target, and not scaled by class or target weights. A mean divides it by
+            the same number as all else, the sum of weights (Liger-Kernel divides it by the count of tokens).
         softcap: bounds logits to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2.1).
         logit_scale: factor on the logits, before softcap: 1 / temperature.
         class_weights: (V,), as `weight` of torch's.
@@ -102,12 +103,13 @@ def cross_entropy(
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
             second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their
             memory must be left alone until backward, which runs once. Inside `torch.compile`, which plans memory
-            itself, it does nothing.
+            itself, and for tensors without data it does nothing.
 
     Returns:
         A scalar, or (...) for "none", in float32 (float64 for float64 logits); with `return_stats` a pair of that and
         `LossStats`. With nothing to average the mean is NaN and the gradient zero, as in
-        `torch.nn.functional.cross_entropy`.
+        `torch.nn.functional.cross_entropy`. Gradients of ignored tokens are zero, also where the upstream gradient is
+        infinite or NaN. Meta and fake tensors give meta and fake results.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or (CPU tensors) a target is out of range. On a
@@ -138,7 +140,7 @@ def cross_entropy(
         )
 
     if (
-        not torch.compiler.is_compiling() and not use_kernels(logits) and logits.dtype == torch.float32
+        not has_no_data(logits) and not use_kernels(logits) and logits.dtype == torch.float32
         and not (inplace or return_stats or process_group is not None)
         and logits.numel() <= SMALL["logits"] and options.are_torchs(targets, shape)
     ):  # fmt: skip
@@ -147,7 +149,7 @@ def cross_entropy(
     resolved = options.resolve(targets, shape, dtype)
     terms = options.terms(V, columns, dtype)
     flat = logits.reshape(shape.numel(), logits.shape[-1])
-    if torch.compiler.is_compiling() and process_group is None:
+    if has_no_data(logits) and process_group is None:
         from llmfast.losses import operators
 
         loss, stats = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, use_kernels
+from llmfast._checks import describe, expect, overlaps
+from llmfast._dispatch import adds_into_float32, eager, has_no_data, multiplies_into_float32, use_kernels
 from llmfast.losses.cross_entropy import contiguous, finish, with_stats
 from llmfast.losses.parallel import ProcessGroup, group_size, local_weight, own_columns, parallel_rows, sum_over_ranks
 from llmfast.losses.plain import times
@@ -123,7 +123,8 @@ def linear_cross_entropy(
             initialisation all of them are 1 / V, below such a threshold, and nothing but targets would be learnt from.
 
     Returns:
-        As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero.
+        As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero. Gradients of ignored tokens
+        are zero, and so is what they add to the others, also where the upstream gradient is infinite or NaN.
 
     For mean and sum, gradients are made in the forward pass if the logits do not fit `memory_budget`; only those that
     are needed, in float32 accumulation. Losses per token, and gradients through `LossStats`, compute the logits twice
@@ -157,6 +158,10 @@ def linear_cross_entropy(
         fits = accumulate_into.shape == weight.shape and accumulate_into.device == weight.device
         expect(fits, f"accumulate_into must be {describe(weight)}, in float32; got {describe(accumulate_into)}")
         expect(
+            not overlaps(accumulate_into),
+            f"accumulate_into must have memory for each element; got strides {accumulate_into.stride()}",
+        )
+        expect(
             weight.requires_grad or not torch.is_grad_enabled(),
             "accumulate_into is for the gradient of a weight that requires one",
         )
@@ -173,10 +178,12 @@ def linear_cross_entropy(
     )  # fmt: skip
     shape = hidden.shape[:-1]
     options.check(targets, shape, V, hidden.device)
+    if has_no_data(hidden) and not torch.compiler.is_compiling():
+        expect(accumulate_into is None, "accumulate_into does not work with meta or fake tensors")
 
     special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
     if (
-        not torch.compiler.is_compiling() and not use_kernels(hidden) and dtype == torch.float32 and not special
+        not has_no_data(hidden) and not use_kernels(hidden) and dtype == torch.float32 and not special
         and memory_budget == "auto" and targets.numel() * V <= SMALL["hidden"] and options.are_torchs(targets, shape)
     ):  # fmt: skip
         return options.torch_cross_entropy(F.linear(hidden, weight, bias), targets)
@@ -199,7 +206,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         if not t.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {describe(t)}")
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # a meta device has none
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden and weight must share a dtype; got {describe(hidden)} and {describe(weight)}")
@@ -229,7 +236,7 @@ class Call:
             weight_dtype=weight.dtype, device=hidden.device, memory_budget=self.budget, reduction=self.reduction,
             wants=wants, kernels=kernels, filtered=self.grad_filter is not None,
             widest=0 if self.group is None else -(-self.terms.V // group_size(self.group)),
-            float32_products=hidden.is_cuda and torch.version.hip is None,
+            float32_products=multiplies_into_float32(hidden.device, self.dtype),
         )  # fmt: skip
 
 
@@ -238,7 +245,7 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
     classes, ignore_index = call.targets.classes, call.terms.ignore_index
     N = classes.shape[0]
     hint = call.num_valid if isinstance(call.num_valid, int) and not isinstance(call.num_valid, bool) else None
-    on_cpu = classes.device.type == "cpu" and not torch.compiler.is_compiling() and not use_kernels(hidden)
+    on_cpu = classes.device.type == "cpu" and not has_no_data(classes) and not use_kernels(hidden)
     if N == 0 or (not on_cpu and (hint is None or hint >= N)):
         return _dispatch(hidden, weight, bias, call)
     valid = (classes != ignore_index).any(1)
@@ -271,7 +278,7 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
 
 
 def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
-    if torch.compiler.is_compiling() and call.group is None and call.accumulate_into is None:
+    if has_no_data(hidden) and call.group is None and call.accumulate_into is None:
         from llmfast.losses import operators
 
         return operators.linear_cross_entropy(hidden, weight, bias, call)
@@ -298,8 +305,10 @@ class Loop:
     ) -> None:  # fmt: skip
         self.hidden = hidden.to(plan.dtype)  # (N, D)
         self.weight = weight.to(plan.dtype)  # (V, D)
+        if call.grad_filter is not None:  # torch's products take any strides, the filtered one does not
+            self.hidden, self.weight = self.hidden.contiguous(), self.weight.contiguous()
         self.call, self.plan, self.wants_bias = call, plan, wants_bias
-        self.terms = call.terms if bias is None else replace(call.terms, bias=bias.detach())
+        self.terms = call.terms if bias is None else replace(call.terms, bias=bias.detach().contiguous())
         self.ops = row_ops(self.hidden)
 
     def forward(self, *, gradients: bool) -> tuple[Rows, Gradients, Tensor | None]:
@@ -427,24 +436,29 @@ class Loop:
 
     def _logits(self, hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
         if out.dtype != hidden.dtype and not self.plan.float32_products:
-            out.copy_(hidden.to(out.dtype) @ weight.T.to(out.dtype))  # slow, but who wants them rounded does not ask
+            # Slow, but the caller asked for unrounded logits.
+            torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)
         else:
             self._product(hidden, weight.T, out=out)
 
     def _product(self, a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
-        """out (+)= a @ b, accumulated in `out`'s dtype."""
+        """Put a @ b into `out`, or add it there, accumulated in its dtype.
+
+        Every product here says where it goes: autocast leaves those alone, and would round the others.
+        """
         if a.dtype == out.dtype:
             out.addmm_(a, b) if add else torch.mm(a, b, out=out)
         elif not self.plan.float32_products:
             # Casting the matrices would make the GEMM several times slower, so each chunk's product is rounded once and
             # only their sum is float32.
-            out.add_(a @ b) if add else out.copy_(a @ b)
+            product = torch.mm(a, b, out=a.new_empty(out.shape))
+            out.add_(product) if add else out.copy_(product)
         elif not add:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-        elif torch.__version__ >= "2.10":  # a TorchVersion: compared as versions are
+        elif adds_into_float32(out.device, a.dtype):
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:  # addmm took no float32 to add to (pytorch#154086, mended by #167931)
-            out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        else:
+            out.add_(torch.mm(a, b, out_dtype=out.dtype, out=torch.empty_like(out)))
 
     def _over_ranks(self, made: Gradients) -> Gradients:
         """Every rank has its columns' part of the hidden states' gradient."""
@@ -545,8 +559,11 @@ def scaled(made: Gradients, factor: Tensor, hidden: Tensor, weight: Tensor, give
 
     d_weight = None
     if made.weight is not None and given is not None:
-        scale(made.weight, factor, out=given, add=True)
-        increment_version(given)  # which a kernel does not do
+        if given.is_contiguous():
+            scale(made.weight, factor, out=given, add=True)
+            increment_version(given)  # which a kernel does not do
+        else:
+            given.add_(scale(made.weight, factor))
     else:
         d_weight = cast(made.weight, weight.dtype)
     return Gradients(

@@ -31,7 +31,7 @@ class _Weights:
         self.b = None  # (N,)
         weights = self.counts.to(dtype)
         if targets.weights is not None:
-            weights = weights * targets.weights
+            weights = torch.where(self.counts, targets.weights, 0)  # what an ignored target weighs may be NaN
         if terms.label_smoothing is not None:
             self.b = weights.sum(1) * (terms.label_smoothing / terms.V)
             weights = weights * (1 - terms.label_smoothing)
@@ -59,9 +59,10 @@ class _Weights:
         below = torch.where(self.here[rows], y_x - peak[:, None], 0)
         pull = (below if self.a is None else below * self.a[rows]).sum(1)
         if self.b is not None:
-            ones = self.V if self.terms.class_weight_sums is None else self.terms.class_weight_sums[0]
-            smoothed = x.sum(1) if self.c is None else x @ self.c
-            pull = pull + self.b[rows] * (smoothed - ones * peak)
+            below = x - peak[:, None]  # a sum of logits would round at their size
+            # In autocast `below @ c` would be rounded; products with `out` are not.
+            smoothed = below.sum(1) if self.c is None else torch.mv(below, self.c, out=below.new_empty(len(x)))
+            pull = pull + self.b[rows] * smoothed
         return pull
 
     def subtract(self, d: Tensor, rows: slice) -> None:
