@@ -166,7 +166,8 @@ def finish(
     if stats is None:
         return loss
     hits = accuracy(stats.argmax, targets, ignore_index)
-    return loss, LossStats(*(t.view(shape) for t in stats), hits[0] if squeeze else hits)
+    token_loss, lse, entropy, argmax = (t.view(shape) for t in stats)
+    return loss, LossStats(token_loss, lse, entropy, argmax, hits[0] if squeeze else hits)
 
 
 @eager

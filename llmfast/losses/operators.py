@@ -147,7 +147,9 @@ class _Settings(NamedTuple):
     wants: Sequence[bool]  # gradients of hidden, weight and bias
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+) -> tuple[Tensor, RowStats | None]:
     tensors, numbers = pack(call.targets, call.terms)
     wide = torch.promote_types(call.dtype, torch.float32)
     count = denominator(call.targets, call.terms, call.num_valid, wide) if call.reduction == "mean" else None
@@ -291,7 +293,7 @@ def _fake_rows(logits: Tensor, N: Any, stats: bool) -> tuple[Tensor, ...]:
 
 
 def _stats(loss: Tensor, told: Sequence[Tensor]) -> RowStats:
-    peak, total, entropy, argmax, lse = told
+    _, _, entropy, argmax, lse = told
     return RowStats(loss.detach(), lse, entropy, argmax)
 
 

@@ -223,7 +223,6 @@ def test_there_is_an_argmax_wherever_there_are_logits(path: str, softcap: float,
     logits, targets = torch.randn(200, 700) * 10, torch.randint(0, 700, (200,))
     options: Options = {"softcap": softcap, "logit_scale": logit_scale, "return_stats": True}
     _, stats = cross_entropy(logits, targets, **options)
-    _, truth = reference.cross_entropy(logits.double(), targets, **options)
     capped = softcap * torch.tanh((logit_scale or 1.0) * logits.double() / softcap)
     found = capped.gather(1, stats.argmax[:, None])[:, 0]
     torch.testing.assert_close(found, capped.amax(1), rtol=1e-6, atol=0)

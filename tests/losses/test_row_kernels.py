@@ -89,8 +89,8 @@ def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
     with pytest.raises(Exception, match=r"target is neither in \[0, V\) nor ignore_index"):
         rows.cross_entropy_kernel[(1,)](
             **arguments, grad_scale_ptr=None, loss_ptr=out, peak_ptr=out, total_ptr=out, entropy_ptr=None,
-            argmax_ptr=None, partials_ptr=None, d_logits_ptr=None, alive_ptr=None, d_logits_stride_n=0, threshold=None, ENTROPY=False,
-            GROUP=128, debug=True, **rows.tile(70), **rows.vectors(70, logits, None),
+            argmax_ptr=None, partials_ptr=None, d_logits_ptr=None, alive_ptr=None, d_logits_stride_n=0, threshold=None,
+            ENTROPY=False, GROUP=128, debug=True, **rows.tile(70), **rows.vectors(70, logits, None),
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from evidence.pretend_cuda import pretending_cuda
 from llmfast import _dispatch
 from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy
+from llmfast.losses.targets import on_device
 from llmfast.train.objective import FurtherTokens
 from support.launched import unrecorded
 
@@ -51,9 +52,7 @@ def test_autocast_rounds_the_inputs_and_nothing_else(path: str, options: str, bu
     def linear(h: Tensor, w: Tensor) -> Any:
         return linear_cross_entropy(h, w, targets, **given)
 
-    for got, want in zip(
-        outcome(linear, *low, within=torch.autocast("cpu", torch.bfloat16)), outcome(linear, *low)
-    ):
+    for got, want in zip(outcome(linear, *low, within=torch.autocast("cpu", torch.bfloat16)), outcome(linear, *low)):
         assert torch.equal(got, want)
     # Gradients of float32 parameters are as exact as their dtype allows; the values are the same.
     found = outcome(linear, hidden, weight, within=torch.autocast("cpu", torch.bfloat16))
@@ -121,10 +120,14 @@ def test_numbers_of_the_host_are_no_copies(kernels: None, shared: bool) -> None:
     weight, labels = torch.randn(V, D), torch.randint(0, V, (2, N))
     given: dict[str, Any] = {"head_weights": [1, 0.5, 0.25], "num_valid": [40, 30, 20]}
     want = mtp_cross_entropy(hiddens, weight, labels, **{name: torch.tensor(value) for name, value in given.items()})
-    with pretending_cuda(), mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
-        with mock.patch.object(torch, "tensor", refuses), mock.patch.object(torch, "as_tensor", refuses):
-            got = mtp_cross_entropy(hiddens, weight, labels, **given)
-            linear_cross_entropy(hiddens, weight, labels if shared else labels.expand(3, 2, N), num_valid=7)
+    with (
+        pretending_cuda(),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        mock.patch.object(torch, "tensor", refuses),
+        mock.patch.object(torch, "as_tensor", refuses),
+    ):
+        got = mtp_cross_entropy(hiddens, weight, labels, **given)
+        linear_cross_entropy(hiddens, weight, labels if shared else labels.expand(3, 2, N), num_valid=7)
     torch.testing.assert_close(got, want)
 
 
@@ -142,21 +145,17 @@ def test_weights_of_a_schedule_are_no_copies() -> None:
 def test_a_tensor_of_the_host_is_refused_while_a_graph_is_captured(name: str) -> None:
     elsewhere = mock.Mock(spec=Tensor, device=torch.device("cpu"), dtype=torch.float32, shape=(2,))
     with (
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         pytest.raises(ValueError, match=f"{name} must be on cuda:0 while a CUDA graph is captured; got .* on cpu"),
     ):
-        from llmfast.losses.targets import on_device
-
         on_device(name, elsewhere, torch.device("cuda", 0))
 
 
 def test_only_copies_to_an_accelerator_do_not_wait() -> None:
     """A copy to the host that is not waited for may be read before it has arrived."""
-    from llmfast.losses.targets import on_device
-
     for target, waits in (("cpu", True), ("cuda", False)):
         t = mock.Mock(spec=Tensor, device=torch.device("xpu"))
-        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False):
             on_device("num_valid", t, torch.device(target))
         assert t.to.call_args.kwargs == {"non_blocking": not waits}
 
