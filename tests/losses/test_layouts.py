@@ -17,34 +17,9 @@ import llmfast.losses
 from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, mtp_cross_entropy, mtp_valid_counts
 from llmfast.losses.mtp import MTPOptions
 from support.launched import unrecorded
+from support.layouts import LAYOUTS, expanded, strided, transposed
 
 T, D, V, K = 4, 16, 130, 2
-
-# Layouts: tensors of the same values, laid out otherwise in memory.
-
-
-def offset(t: Tensor) -> Tensor:
-    return torch.cat([t.new_ones(3), t.flatten()])[3:].view(t.shape)
-
-
-def strided(t: Tensor) -> Tensor:
-    return torch.stack([t, torch.ones_like(t)], -1)[..., 0]
-
-
-def transposed(t: Tensor) -> Tensor:
-    return t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() > 1 else strided(t)
-
-
-def sliced(t: Tensor) -> Tensor:
-    return torch.cat([t, torch.ones_like(t)], -1)[..., : t.shape[-1]] if t.dim() else t
-
-
-def expanded(t: Tensor) -> Tensor:
-    """The first row of `t`, as many times."""
-    return t[:1].expand(t.shape) if t.dim() else t
-
-
-LAYOUTS = [offset, strided, transposed, sliced, expanded]
 
 
 def labels(*shape: int) -> Tensor:
