@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from llmfast.optim import FusedOptimizer
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader
 
@@ -39,6 +40,7 @@ from llmfast.train.reading import Planner, Reader
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 CHECKSUMS, META = "checksums.json", "meta.json"
+_MEMBERS = ("params", "param_names")  # of a parameter group, that are no settings
 _UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, CheckpointException)
 # What a pickle that is none may raise besides, by Python's documentation and by what it makes of its fields.
 _NO_METADATA = (
@@ -129,16 +131,24 @@ class Checkpoints:
                 shutil.rmtree(_partial(final), ignore_errors=True)
         self._agree_on(problem)
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Restore the newest whole checkpoint, on however many ranks; what was saved with it.
+    def load(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, accept: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Restore the newest whole checkpoint, on however many ranks; return what was saved with it.
+
+        Groups of the optimizer keep the settings that differ from those it was made with before (`settings_of`).
+
+        Args:
+            accept: is given what was saved beside the tensors, before anything is restored, and may raise.
 
         Raises:
             FileNotFoundError: there is none.
-            OSError: none can be read, or it is of another model.
+            OSError: none can be read, or it is of another model or optimizer.
         """
         folder = self._newest()
         self._last = _step_of(folder)
         meta, keys = _meta(folder), _keys(folder)
+        accept(meta)
         sums = {
             name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
             for name, found in keys.items()
@@ -151,13 +161,25 @@ class Checkpoints:
         states: dict[str, Any] = state["optimizer"]["state"]
         for name in [name for name in states if f"optimizer.state.{name}" not in there]:
             del states[name]
+        if isinstance(optimizer, FusedOptimizer):
+            _shape_as_saved(states, keys)
+        groups: list[dict[str, Any]] = state["optimizer"]["param_groups"]
+        own = [dict(group) for group in groups]
+        for i, group in enumerate(groups):
+            for name in [name for name in group if f"optimizer.param_groups.{i}.{name}" not in there]:
+                del group[name]
         try:
             load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=self._world.size == 1)
             set_model_state_dict(plain(module), state["model"])
+        except _UNREADABLE as e:
+            raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
+        for group, mine, now, then in zip(groups, own, settings_of(optimizer), _settings_then(meta, optimizer)):
+            group |= {name: mine[name] for name in now if name not in group or now[name] != then.get(name)}
+        try:
             some = StateDictOptions(strict=False)
             set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
         except _UNREADABLE as e:
-            raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
+            raise OSError(f"{folder} does not go with the optimizer there is now: {_reason(e)}") from e
         for name, value in rng.items():
             (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
         return meta, sums
@@ -223,13 +245,50 @@ class Checkpoints:
         return "there is no earlier one" if good is None else f"the last good one is {good}"
 
 
-def load_weights(run: Path, model: nn.Module) -> None:
-    """The newest checkpoint's weights alone, to begin another run with; on every rank the same.
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """Write down the settings of each parameter group, to see later which of them a program has changed.
+
+    Some optimizers keep what they have counted in their groups, beside settings: only a change tells which is which.
+    """
+    return [
+        {name: repr(v.tolist() if isinstance(v, Tensor) else v) for name, v in group.items() if name not in _MEMBERS}
+        for group in optimizer.param_groups
+    ]
+
+
+def _settings_then(meta: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """Return what `settings_of` gave when the run began; earlier versions did not write it down."""
+    if (then := meta.get("groups")) is not None:
+        return list(then)
+    # Groups of ours hold settings alone: those that there are now hold.
+    return [{}] * len(optimizer.param_groups) if isinstance(optimizer, FusedOptimizer) else settings_of(optimizer)
+
+
+def _shape_as_saved(states: dict[str, dict[str, Any]], keys: Mapping[str, Any]) -> None:
+    """Make room for what a checkpoint has of each parameter, in its own formats. `FusedOptimizer` converts them."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, found in keys.items():
+        parameter, _, name = key.removeprefix("optimizer.state.").rpartition(".")
+        if parameter in states and key.startswith("optimizer.state.") and isinstance(found, TensorStorageMetadata):
+            known = list(states[parameter].values())
+            like = next((t for t in known if t.shape == found.size), None)
+            dtype = found.properties.dtype
+            empty = torch.empty(found.size, dtype=dtype, device=known[0].device)
+            saved.setdefault(parameter, {})[name] = empty if like is None else torch.empty_like(like, dtype=dtype)
+    states |= saved
+
+
+def load_weights(run: Path, model: nn.Module, accept: Callable[[dict[str, Any]], None]) -> None:
+    """Read the newest checkpoint's weights alone, to begin another run with; on every rank the same.
+
+    Args:
+        accept: is given what a trainer was told about the weights, before they are read, and may raise.
 
     Raises:
         OSError: there is none, or it is of another model.
     """
     folder = Checkpoints(run, World(torch.device("cpu")))._newest()
+    accept(_meta(folder).get("about", {}))
     inner = nn.ModuleDict({"model": model})  # as it is within `WithLoss`
     state = {"model": get_model_state_dict(inner)}
     _keys(folder)
@@ -280,10 +339,13 @@ def _meta(folder: Path) -> dict[str, Any]:
         or meta["step"] != _step_of(folder)
         or not isinstance(meta.get("recent"), list)
         or any(type(x) is not float for x in meta["recent"])
+        or not isinstance(meta.get("about", {}), dict)
+        or not isinstance(groups := meta.get("groups", []), list)
+        or any(not isinstance(group, dict) for group in groups)
     ):
         raise OSError(
-            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step, and recent losses; "
-            f"got {meta!r:.200}"
+            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step, recent losses, and of "
+            f"later versions settings of groups and what the trainer was told; got {meta!r:.200}"
         )
     return meta
 
@@ -302,7 +364,7 @@ def _reason(e: BaseException) -> str:
         e = next(iter(e.failures.values()))[0]
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [line for line in lines if "mismatch" in line.lower() or "missing" in line.lower()]
-    return (telling or lines or [type(e).__name__])[0]
+    return telling[0] if telling else " ".join(lines) or type(e).__name__
 
 
 def _damage(folder: Path) -> str:
