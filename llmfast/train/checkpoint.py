@@ -149,6 +149,8 @@ class Checkpoints:
         self._last = _step_of(folder)
         meta, keys = _meta(folder), _keys(folder)
         accept(meta)
+        # Before `_state` takes a step of nothing, which an optimizer may count.
+        own, now = [dict(group) for group in optimizer.param_groups], settings_of(optimizer)
         sums = {
             name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
             for name, found in keys.items()
@@ -164,7 +166,6 @@ class Checkpoints:
         if isinstance(optimizer, FusedOptimizer):
             _shape_as_saved(states, keys)
         groups: list[dict[str, Any]] = state["optimizer"]["param_groups"]
-        own = [dict(group) for group in groups]
         for i, group in enumerate(groups):
             for name in [name for name in group if f"optimizer.param_groups.{i}.{name}" not in there]:
                 del group[name]
@@ -173,8 +174,8 @@ class Checkpoints:
             set_model_state_dict(plain(module), state["model"])
         except _UNREADABLE as e:
             raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
-        for group, mine, now, then in zip(groups, own, settings_of(optimizer), _settings_then(meta, optimizer)):
-            group |= {name: mine[name] for name in now if name not in group or now[name] != then.get(name)}
+        for group, mine, today, then in zip(groups, own, now, meta.get("groups") or _settings_then(optimizer, now)):
+            group |= {name: mine[name] for name in today if name not in group or today[name] != then.get(name)}
         try:
             some = StateDictOptions(strict=False)
             set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
@@ -256,12 +257,12 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
     ]
 
 
-def _settings_then(meta: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
-    """Return what `settings_of` gave when the run began; earlier versions did not write it down."""
-    if (then := meta.get("groups")) is not None:
-        return list(then)
-    # Groups of ours hold settings alone: those that there are now hold.
-    return [{}] * len(optimizer.param_groups) if isinstance(optimizer, FusedOptimizer) else settings_of(optimizer)
+def _settings_then(optimizer: torch.optim.Optimizer, now: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Guess what `settings_of` would have given when a run of an earlier version began, which did not write it down.
+
+    Groups of ours hold settings alone, so today's can all take effect. Of others, nothing counts as changed.
+    """
+    return [{} for _ in now] if isinstance(optimizer, FusedOptimizer) else now
 
 
 def _shape_as_saved(states: dict[str, dict[str, Any]], keys: Mapping[str, Any]) -> None:
