@@ -6,7 +6,6 @@ It gets its name when all that is on disk. Whatever happens meanwhile, the ones 
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from llmfast.optim import FusedOptimizer, formats
 from llmfast.optim.row import is_dtensor
+from llmfast.train.durable import sync
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader
 
@@ -222,9 +222,9 @@ class Checkpoints:
         sums = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(partial.iterdir())}
         (partial / CHECKSUMS).write_text(json.dumps(sums))
         for path in (partial / META, partial / CHECKSUMS, partial):
-            _sync(path)
+            sync(path)
         partial.rename(final)
-        _sync(self.run)  # the new name is on disk before old ones go
+        sync(self.run)  # the new name is on disk before old ones go
         for old in _checkpoints(self.run)[: -self._keep_last]:
             if not self._keep_every or _step_of(old) % self._keep_every:
                 shutil.rmtree(_retire(old), ignore_errors=True)
@@ -414,14 +414,6 @@ def _sha256(file: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _bytes_of(state: Any) -> int:

@@ -47,6 +47,7 @@ from llmfast.train.config import (
     expect_same_weights,
     load_config,
 )
+from llmfast.train.durable import write_whole
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.parallel import World
@@ -146,9 +147,9 @@ def train(
                 say(console, f"not all of the run before could be removed; the rest is in {gone}")
         run.mkdir(parents=True, exist_ok=True)
         if not resume:  # where it was read from
-            _whole(run / "tokenizer.json", data.tokenizer.save)
+            write_whole(run / "tokenizer.json", data.tokenizer.save)
         trainer.about["tokenizer"] = _digest(run / "tokenizer.json")
-        _whole(run / "config.toml", lambda path: path.write_text(dump_config(config), encoding="utf-8"))
+        write_whole(run / "config.toml", lambda path: path.write_text(dump_config(config), encoding="utf-8"))
     say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
 
     before = trainer.tokens
@@ -164,13 +165,6 @@ def train(
             _report(config, trainer, whole, data, before, console)
     world.leave()
     return run
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that is all there, or as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
 
 
 def _report(

@@ -33,6 +33,7 @@ from llmfast.train.metrics import read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import make_optimizer
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
+from support.disk import Disk
 
 VOCABULARY, ROWS = 50, 4
 Optimizer = torch.optim.Optimizer
@@ -710,6 +711,17 @@ def test_anothers_checkpoints_are_not_taken_for_ones_own(tmp_path: Path) -> None
     assert sorted(tmp_path.rglob("*")) == before and read_metrics(tmp_path / "metrics.jsonl")
 
 
+# Power that fails.
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    trainer_of(settings(steps=4, save_every=2), fused, run=tmp_path)[0].fit()
+    assert saved(tmp_path) == [2, 4]
+    disk.expect_names(tmp_path / "metrics.jsonl", *tmp_path.glob("checkpoint-*"))
+    assert {"meta.json", "checksums.json", ".metadata"} < {f.name for f in tmp_path.glob("checkpoint-*/*")}
+
+
 # A disk that is full.
 
 
@@ -741,7 +753,7 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path, mon
     assert saved(tmp_path) == [2, 4]
 
 
-@pytest.mark.parametrize("what", ["FileSystemWriter.write_data", "FileSystemWriter.finish", "_sync"])
+@pytest.mark.parametrize("what", ["FileSystemWriter.write_data", "FileSystemWriter.finish", "sync"])
 def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
