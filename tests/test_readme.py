@@ -122,7 +122,9 @@ def results(name: str) -> list[dict[str, Any]]:
 
 def kernel(rows: list[dict[str, Any]], name: str, *arguments: str) -> dict[str, Any]:
     """What is known of the one machine code of a kernel for sm_90 with these arguments."""
-    found = [r for r in rows if r["kernel"] == name and r["target"] == "sm_90" and all(a in r["launch"] for a in arguments)]
+    found = [
+        r for r in rows if r["kernel"] == name and r["target"] == "sm_90" and all(a in r["launch"] for a in arguments)
+    ]
     figures = {(r["registers"], r["spill_bytes"], json.dumps(r["loops"])) for r in found}
     assert len(figures) == 1, f"{len(figures)} kinds of {name}"
     return found[0]

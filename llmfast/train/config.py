@@ -43,13 +43,11 @@ def kept(default: Any, by: str, seen: Callable[[Any], Any] | None = None) -> Any
     """Declare a setting that cannot change on `--resume`; all others take effect there.
 
     Args:
-        default: the value, or a function that makes it.
         by: RUN: another run may begin with the weights and have another value. WEIGHTS: these mean something else with
             another value, though their shapes may be the same, so `train.init_from` needs the same one too.
         seen: from the section to what weights see of the value; None: the value.
     """
-    given: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
-    return field(**given, metadata={"kept": by, "seen": seen})
+    return field(default=default, metadata={"kept": by, "seen": seen})
 
 
 def _own_heads(m: "ModelConfig") -> tuple[str, int]:
@@ -76,7 +74,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    sources: list[str] = kept(lambda: ["code", "prose"], RUN)  # or paths, or name=path
+    sources: list[str] = field(
+        default_factory=lambda: ["code", "prose"], metadata={"kept": RUN}
+    )  # or paths, or name=path
     # Of each source, over the run: 0.3, "0.9->0.3", "0:0.9, 0.5:0.9, 1:0.3", or "rest". None at all: by size.
     weights: dict[str, str | float] = field(default_factory=dict)
     # Two tokenizers are compared by what is in them: see `train`.
@@ -309,9 +309,7 @@ def _names(node: Any, prefix: str) -> Iterable[str]:
     return (name for name, *_ in _settings_of_both(node, node, prefix))
 
 
-def _settings_of_both(
-    one: Any, two: Any, prefix: str = ""
-) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any, Any]]:
+def _settings_of_both(one: Any, two: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any, Any]]:
     """Yield each setting's name and field, with the two sections it is in."""
     for f in dataclasses.fields(one):
         if dataclasses.is_dataclass(getattr(one, f.name)):

@@ -123,7 +123,7 @@ def test_integer_atomics_are_fine() -> None:
 
 @triton.jit
 def two_accesses_kernel(x_ptr, out_ptr, FIRST: tl.constexpr, SECOND: tl.constexpr, SEM: tl.constexpr):
-    """The last program does one thing to an element, and those before it another; each then reads it, if SECOND ends so."""
+    """The last program does one thing to an element, and those before it another."""
     n = tl.program_id(0)
     last = n == tl.num_programs(0) - 1
     if ((not last) and FIRST == "load") or (last and SECOND == "load"):

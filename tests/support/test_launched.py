@@ -93,7 +93,9 @@ def test_it_needs_no_plugin_that_can_be_turned_off(tmp_path: Path) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing() -> None: ...\n")
     (tmp_path / "conftest.py").write_text("from support.launched import *\n")
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {TESTS} {TESTS.parent} {TESTS.parent / 'kernels'}\n")
-    off = [option for name in ("cacheprovider", "stepwise", "xdist", "hypothesispytest") for option in ("-p", f"no:{name}")]
+    off = [
+        option for name in ("cacheprovider", "stepwise", "xdist", "hypothesispytest") for option in ("-p", f"no:{name}")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--machine-code", "-q", *off, str(tmp_path)],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
