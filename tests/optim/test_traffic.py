@@ -1,6 +1,7 @@
 """Bytes a parameter that a step moves, tables and all, counted as a GPU would move them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,3 +78,20 @@ def test_torchs_own_ways_move_more() -> None:
     assert step_of(torch.optim.AdamW, F32, {"foreach": True}).total().dram > 2.5 * ours
     rmsprop = step_of(torch.optim.RMSprop, F32, {"foreach": True}).total().dram
     assert rmsprop > 2.5 * step_of(FusedRMSprop, F32, {}).total().dram
+
+
+def test_the_readme_has_these_figures() -> None:
+    """1 M parameters in 200 tensors."""
+    stochastic = {"master_weights": "stochastic", "state_dtype": BF16}
+    counts = [
+        step_of(FusedAdamW, dtype, options)
+        for dtype, options in ((F32, {}), (BF16, stochastic), (BF16, {**stochastic, "state_dtype": "8bit"}))
+    ]
+    plain, low, coded = (f"{count.total().dram / NUMEL:.1f}" for count in counts)
+    (launches,) = {count.total("triton").calls for count in counts}
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    begin = (
+        f"| AdamW, float32, {NUMEL / 1e6:.0f} M parameters in {TENSORS} tensors: bytes a parameter, counted; launches |"
+    )
+    assert f"\n{begin} {plain}; {launches} | torch's `foreach` more than 2.5 times as many |" in text
+    assert f"\n| ... bfloat16 with stochastic rounding and bfloat16 moments; 8-bit moments | {low}; {coded} |" in text
