@@ -190,7 +190,8 @@ def mtp_valid_counts(
 def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: float) -> Tensor:
     """(..., T) -> (K, ..., T): the labels k tokens on, `empty` past the end of the sequence or of the document."""
     T = labels.shape[-1]
-    at = torch.arange(K, device=labels.device)[:, None] + torch.arange(T, device=labels.device)  # (K, T)
+    heads, places = (torch.arange(n, dtype=torch.int64, device=labels.device) for n in (K, T))
+    at = heads[:, None] + places  # (K, T)
     inside = at < T
     at = at.clamp(max=max(T - 1, 0))
     if document_ids is not None:
@@ -212,10 +213,10 @@ def _numbers(name: str, given: Numbers | None, K: int, device: torch.device) -> 
     if given is None:
         return None
     if not isinstance(given, Tensor):
-        given = torch.tensor(list(given), dtype=torch.float64)
+        given = torch.tensor(list(given), dtype=torch.float64, device="cpu")
     expect(given.shape == (K,), f"{name} must be ({K},), a number a head; got {describe(given)}")
     expect(not given.requires_grad, f"{name} gets no gradient here; detach it")
-    return given.to(device, non_blocking=True)
+    return given.to(device, non_blocking=device.type != "cpu")
 
 
 def _weights_of(targets: Tensor, valid: Tensor, moved: Tensor | None, class_weights: Tensor | None) -> Tensor:

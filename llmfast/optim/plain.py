@@ -99,7 +99,7 @@ def _without_trailing_none(states: list[Tensor | None]) -> list[Tensor | None]:
 def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Random bits of every element, flat, in memory order."""
     run, stride, offset, _ = row.shard
-    e = torch.arange(row.local.numel(), device=row.local.device)
+    e = torch.arange(row.local.numel(), dtype=torch.int64, device=row.local.device)
     e = e // run * stride + e % run + offset
     return formats.noise(e, formats.noise_keys(seed, step.to(row.local.device), row.identity))
 

@@ -54,9 +54,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         names = self._state_names(group)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
             before = state.get("momentum_buffer") is not None and self.rule == "sgd"
-            state["step"] = torch.tensor(float(before), dtype=torch.float32)
-        if p.device.type != "cpu" and state["step"].device != p.device and not p.is_complex():
-            state["step"] = state["step"].to(p.device, torch.float32)
+            state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
+        # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
+        home = state["step"].device if p.is_complex() else p.device
+        if (state["step"].device, state["step"].dtype) != (home, torch.float32):
+            state["step"] = state["step"].to(home, torch.float32)
         self._keep_low(p, identity, state)
         if o.ema_decay is not None and "ema_param" not in state:
             state["ema_param"] = self._value(p, state).to(torch.float32, copy=True)

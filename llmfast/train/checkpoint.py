@@ -140,7 +140,7 @@ class Checkpoints:
         self._last = _step_of(folder)
         meta, keys = _meta(folder), _keys(folder)
         sums = {
-            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
+            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
             for name, found in keys.items()
             if name.startswith("sums.") and isinstance(found, TensorStorageMetadata)
         }

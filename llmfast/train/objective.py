@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmfast.data import IGNORE_INDEX, Batch
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
+from llmfast.train.batch import on_device
 
 Sums = dict[str, Tensor]  # add up over micro-batches, ranks and steps
 
@@ -67,7 +68,7 @@ class NextToken:
         self.sources = list(sources)  # whose losses are logged one by one
 
     def num_valid(self, batch: Batch) -> Tensor:
-        return torch.tensor([batch.num_valid])
+        return torch.tensor([batch.num_valid], dtype=torch.int64, device="cpu")
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hidden = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
@@ -105,7 +106,8 @@ class FurtherTokens:
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hiddens = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, all_heads=True)
-        weights = torch.tensor(self._weights_at(step)).to(num_valid.device, non_blocking=True)
+        weights = torch.tensor(self._weights_at(step), dtype=torch.float32, device="cpu")
+        weights = on_device(weights, num_valid.device)
         loss, stats = mtp_cross_entropy(
             hiddens, model.unembedding, batch.labels,
             document_ids=batch.document_ids, head_weights=None if self._alone else weights, num_valid=num_valid,
