@@ -154,6 +154,7 @@ class FusedOptimizer(StateKeeper):
         if not rows:
             return
         params = [row.local for row in rows]
+        group = _with_lr_on(params[0].device, group)
         if self._decay_before_torch(group):
             for p in params:
                 p.mul_(1 - self._total_decay(group))
@@ -169,11 +170,12 @@ class FusedOptimizer(StateKeeper):
     def _total_decay(self, group: dict[str, Any]) -> Any:
         by_lr, decay, _ = self._decay(group)
         lr = _scalar(group["lr"])
-        return by_lr * lr + decay * (lr != 0)
+        moves: Any = lr != 0
+        return by_lr * lr + decay * (moves.to(lr.dtype) if isinstance(lr, Tensor) else moves)
 
     def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
         for row in rows:
-            group = self.param_groups[row.group]
+            group = _with_lr_on(row.local.device, self.param_groups[row.group])
             arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
             arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
             update_plainly(self.rule, row, amount, arguments, -1.0 if group["maximize"] else 1.0, self.options)
@@ -334,12 +336,19 @@ def _scalar(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
+def _with_lr_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
+    """Bring a learning rate over from another accelerator, or to the CPU. One on the CPU is good anywhere."""
+    lr = group["lr"]
+    elsewhere = isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device
+    return group | {"lr": _on(device, lr)} if elsewhere else group
+
+
 def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(device, non_blocking=True)
+    return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
 
 def _all_on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.to(device, non_blocking=True) for t in tensors]
+    return [t.to(device, non_blocking=device.type != "cpu") for t in tensors]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
