@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
-from llmfast.optim.plain import Amount, update_plainly
+from llmfast.optim.plain import Amount, leave, update_plainly
 from llmfast.optim.row import Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
@@ -86,8 +86,10 @@ class FusedOptimizer(StateKeeper):
         """Update every parameter that has a gradient.
 
         Where `self.grad_scale` or `self.found_inf` are set (one-element float32 tensors, as GradScaler sets them),
-        gradients count as divided by the first, and nothing at all changes if the second is not 0. Gradients stay as
-        they are; only torch's fused CPU kernels divide and clip them in place, as they do in torch.
+        gradients count as divided by the first, and nothing at all changes if the second is not 0. A scaled step
+        leaves gradients divided, and clipped if it clips, as `GradScaler.unscale_` and `clip_grad_norm_` would. A step
+        that only clips does so in place on a CPU; on an accelerator it leaves gradients as they are, and saves writing
+        them.
         """
         loss = None
         if closure is not None:
@@ -146,7 +148,11 @@ class FusedOptimizer(StateKeeper):
             self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
             chosen = {id(row) for row in fused}
             others = [row for row in mine if id(row) not in chosen]
-            self._call_torch(group, others, [amount.scaled(cast(Tensor, row.grad)) for row in others], False, None)
+            used = [amount.scaled(cast(Tensor, row.grad)) for row in others]
+            self._call_torch(group, others, used, False, None)
+            if amount.factor is not None:
+                for row, g in zip(others, used):
+                    leave(cast(Tensor, row.grad), g)
 
     def _call_torch(
         self, group: dict[str, Any], rows: list[Row], grads: list[Tensor], fused: bool, grad_scale: Tensor | None

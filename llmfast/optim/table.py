@@ -189,6 +189,7 @@ class PointerTable:
             self.table, self.grads, self.coefficients, self.chunk_tensor,
             rule=self.rule, param_dtype=param_dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes,
             master=master, low_dtype=low_dtype, strided=strided, averaged=averaged, zero=zero,
+            unscale=grad_scale is not None,
         )  # fmt: skip
         return norm
 
