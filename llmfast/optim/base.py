@@ -1,5 +1,6 @@
 """What every fused optimizer shares: which parameter takes which path, and the step itself."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, cast
@@ -10,7 +11,7 @@ from torch import Tensor
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
 from llmfast.optim.plain import Amount, leave, update_plainly
-from llmfast.optim.row import Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
@@ -28,7 +29,15 @@ class Plan(NamedTuple):
     plain_rows: list[Row]  # through `update_plainly`
     waiting: list[Tensor]  # had no gradient yet
     dtensors: list[Tensor]  # whichever way they go
-    buckets: dict[Bucket, torch.device]  # of these: the same on all ranks, whatever gradients each of them has
+    # Of these, that are clipped: the same on all ranks, whatever gradients each of them has.
+    buckets: dict[tuple[int, Bucket], torch.device]
+    clips: frozenset[int | None]  # of all groups: see `Row.clip`
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where something is to be updated, here or on other ranks."""
+        rows = (row.local.device for row in (*self.torch_rows, *self.plain_rows))
+        return [*dict.fromkeys([*(table.signature.device for table in self.tables), *rows, *self.buckets.values()])]
 
 
 class TorchCall(NamedTuple):
@@ -62,7 +71,10 @@ class FusedOptimizer(StateKeeper):
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
 
     grad_norm: Tensor | None = None
-    """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device."""
+    """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device.
+
+    Gradients of groups whose `max_grad_norm` is None do not count; all others do, whatever they are clipped with.
+    """
 
     @abstractmethod
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
@@ -111,31 +123,42 @@ class FusedOptimizer(StateKeeper):
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
-            hyper, lrs = [self._hyper(group) for group in self.param_groups], [g["lr"] for g in self.param_groups]
+            hyper, lrs = [*map(self._hyper, range(len(self.param_groups)))], [g["lr"] for g in self.param_groups]
             for table in plan.tables:
                 if table.refresh(hyper, lrs):
                     self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
-        sums = {} if self.options.max_grad_norm is None else self._sums(plan)
+        sums = {} if plan.clips == {None} else self._sums(plan)
+        told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
+        if sums and len(plan.clips) > 1:  # what is wrong with the gradients of some is wrong with the step
+            told = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in told.items()}
         self.grad_norm = None
         for table in plan.tables:
-            device = table.signature.device
-            norm = table.step(sums.get(device), self.options.zero_grads, *(_on(device, t) for t in amp))
-            self.grad_norm = norm if sums else None
+            device, clip = table.signature.device, table.signature.clip
+            norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *told[device])
+            self.grad_norm = norm if norm is not None else self.grad_norm
         for rows, update in ((plan.torch_rows, self._step_by_torch), (plan.plain_rows, self._step_plainly)):
-            for device in dict.fromkeys(row.local.device for row in rows):
-                here = [row for row in rows if row.local.device == device and row.param.grad is not None]
-                amount = Amount.of(
-                    _on(device, amp[0]), _on(device, amp[1]), sums.get(device), self.options.max_grad_norm
-                )
+            for device, clip in dict.fromkeys((row.local.device, row.clip) for row in rows):
+                here = [row for row in rows if (row.local.device, row.clip) == (device, clip)]
+                here = [row for row in here if row.param.grad is not None]
+                amount = Amount.of(*told[device], sums.get(device, {}).get(clip), self._limit(clip))
                 if here and not amount.skipped:
                     update(here, amount)
-                if sums:
-                    self.grad_norm = amount.norm
+                self.grad_norm = amount.norm if amount.norm is not None else self.grad_norm
                 if self.options.zero_grads:
                     for row in here:
                         cast(Tensor, row.param.grad).zero_()
-        if sums and self.grad_norm is None:  # the gradients are all on other ranks
-            self.grad_norm = Amount.of(amp[0], None, next(iter(sums.values())), self.options.max_grad_norm).norm
+        if sums and (
+            len(plan.clips) > 1 or self.grad_norm is None
+        ):  # of all clips; or all gradients are on other ranks
+            device, each = next(iter(sums.items()))
+            self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
+
+    def _limit(self, clip: int | None) -> float | None:
+        """The norm that gradients are clipped to."""
+        if clip is None:
+            return None
+        limit: float = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
+        return limit
 
     # Without kernels.
 
@@ -170,8 +193,8 @@ class FusedOptimizer(StateKeeper):
             states = [row.named_states() for row in rows]
             self._torch_update(TorchCall(group, params, grads, states, fused, grad_scale, differentiable))
         for row in rows:
-            if row.ema is not None and self.options.ema_decay is not None:
-                row.ema.lerp_(row.local.float(), 1 - self.options.ema_decay)
+            if row.ema is not None and (ema_decay := self.option(row.group, "ema_decay")) is not None:
+                row.ema.lerp_(row.local.float(), 1 - ema_decay)
 
     def _total_decay(self, group: dict[str, Any]) -> Any:
         by_lr, decay, _ = self._decay(group)
@@ -184,13 +207,15 @@ class FusedOptimizer(StateKeeper):
             group = _with_lr_on(row.local.device, self.param_groups[row.group])
             arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
             arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
-            update_plainly(self.rule, row, amount, arguments, -1.0 if group["maximize"] else 1.0, self.options)
+            sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(row.group)
+            update_plainly(self.rule, row, amount, arguments, sign, options)
 
     # With kernels.
 
-    def _hyper(self, group: dict[str, Any]) -> list[float]:
+    def _hyper(self, index: int) -> list[float]:
         """The group's hyperparameters in the order of the kernels' HYPER_NAMES."""
-        o, lr = self.options, group["lr"]
+        group = self.param_groups[index]
+        lr, ema_decay, limit = group["lr"], self.option(index, "ema_decay"), self.option(index, "max_grad_norm")
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         arguments = self._rule_arguments(group)
         eps = arguments.pop("eps", 0.0)
@@ -198,35 +223,40 @@ class FusedOptimizer(StateKeeper):
             -1.0 if on_device else float(lr),  # a learning rate on the device is not the host's to look at
             -1.0 if group["maximize"] else 1.0,
             *self._decay(group),
-            0.0 if o.ema_decay is None else 1.0 - o.ema_decay,
-            0.0 if o.max_grad_norm is None else o.max_grad_norm,
-            o.seed,
+            0.0 if ema_decay is None else 1.0 - ema_decay,
+            0.0 if limit is None else limit,
+            self.options.seed,
             eps,
             *arguments.values(),
             *[0.0] * (4 - len(arguments)),
         ]
 
-    def _sums(self, plan: Plan) -> dict[torch.device, Tensor]:
-        """On every device there is, float64 numbers that add up to the square of the norm of all gradients."""
-        parts: dict[Bucket | None, list[Tensor]] = {bucket: [] for bucket in plan.buckets}
+    def _sums(self, plan: Plan) -> dict[torch.device, dict[int | None, Tensor]]:
+        """On every device there is, for each clip: float64 numbers that add up to the square of the gradients' norm."""
+        parts: dict[tuple[int, Bucket | None], list[Tensor]] = {key: [] for key in plan.buckets}
         for table in plan.tables:
-            parts.setdefault(table.signature.bucket, []).append(table.sum_squares())
-        others = [*plan.torch_rows, *plan.plain_rows]
-        for row in others:
-            parts.setdefault(row.shard.bucket, []).append(_square(row))
-        total: list[Tensor] = []
-        for bucket, sums in parts.items():
+            if (clip := table.signature.clip) is not None:
+                parts.setdefault((clip, table.signature.bucket), []).append(table.sum_squares())
+        for row in (*plan.torch_rows, *plan.plain_rows):
+            if row.clip is not None:
+                parts.setdefault((row.clip, row.shard.bucket), []).append(_square(row))
+        totals: dict[int | None, list[Tensor]] = {}
+        for (clip, bucket), sums in parts.items():
+            total = totals.setdefault(clip, [])
             if bucket is None:
                 total += sums
                 continue
             # One number, however the pieces are divided into tables here: on other ranks they may be otherwise.
-            sums = sums or [_zero(plan.buckets[bucket])]
+            sums = sums or [_zero(plan.buckets[clip, bucket])]
             total.append(_stacked(_all_on(sums[0].device, sums)).sum())
             for dim in bucket.dims:
                 torch.distributed.all_reduce(total[-1], group=bucket.mesh.get_group(dim))
-        devices = dict.fromkeys([*(t.signature.device for t in plan.tables), *(row.local.device for row in others)])
-        devices |= dict.fromkeys(plan.buckets.values())
-        return {device: _stacked(_all_on(device, total)) for device in devices}
+        if not totals:
+            return {}
+        return {
+            device: {clip: _stacked(_all_on(device, total)) for clip, total in totals.items()}
+            for device in plan.devices
+        }
 
     # Who goes where.
 
@@ -240,21 +270,31 @@ class FusedOptimizer(StateKeeper):
         )
 
     def _settings(self) -> Any:
-        o = self.options
-        groups = [(self._state_names(group), group["differentiable"]) for group in self.param_groups]
-        return groups, o.master_weights, o.state_dtype, o.ema_decay is None
+        self._match_groups()
+        return [
+            (
+                self._state_names(group), group["differentiable"], self._clip_of(index),
+                self.option(index, "master_weights"), self.option(index, "state_dtype"),
+                self.option(index, "ema_decay") is None,
+            )
+            for index, group in enumerate(self.param_groups)
+        ]  # fmt: skip
 
     def make_plan(self, chosen: Tensor | None = None) -> Plan:
         """For all parameters, or for one."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
+        settings = self._settings()
         self._refuse_what_no_path_takes()
         self._check_states()
         params = [p for group in self.param_groups for p in group["params"]] if chosen is None else [chosen]
         dtensors = [p for p in params if is_dtensor(p)]
         bring_together(dtensors)
-        shards = [(shard_of(p).bucket, local(p).device) for p in dtensors]
-        buckets = {bucket: device for bucket, device in shards if bucket is not None}
+        clips = {p: self._clip_of(index) for index, group in enumerate(self.param_groups) for p in group["params"]}
+        buckets: dict[tuple[int, Bucket], torch.device] = {}
+        for p in dtensors:
+            if (bucket := shard_of(p).bucket) is not None and (clip := clips[p]) is not None:
+                buckets[clip, bucket] = local(p).device
         signatures: dict[Signature, list[Row]] = {}
         torch_rows: list[Row] = []
         plain_rows: list[Row] = []
@@ -279,7 +319,8 @@ class FusedOptimizer(StateKeeper):
         for table in tables:
             table.looks()
         watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
-        return Plan(self._settings(), watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets)
+        kinds = frozenset(clips[p] for p in params)
+        return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
         p, g = row.local, row.grad
@@ -314,8 +355,8 @@ class FusedOptimizer(StateKeeper):
 
     def _refuse_what_no_path_takes(self) -> None:
         """Before anything changes."""
-        o = self.options
         for index, group in enumerate(self.param_groups):
+            o = self.options_of(index)
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -359,6 +400,13 @@ def _all_on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].reshape(1) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _unless_finite(sums: dict[int | None, Tensor], skip: Tensor | None) -> Tensor:
+    """What `found_inf` is, if gradients whose sums of squares are not finite are found in it too."""
+    total = torch.cat([*sums.values()]).sum()
+    found = (total.abs() < math.inf).logical_not().float()  # NaN is less than nothing
+    return found if skip is None else found + skip.reshape(())
 
 
 def _zero(device: torch.device) -> Tensor:

@@ -55,11 +55,13 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
         ValueError: a parameter of the model is not the optimizer's, the optimizer has `max_grad_norm` or
             differentiable groups, or the model contains DistributedDataParallel or FSDP1.
     """
-    expect(
-        optimizer.options.max_grad_norm is None,
-        f"max_grad_norm={optimizer.options.max_grad_norm} needs all gradients at once, which stepping in backward "
-        "never has; clip by value in a hook, or step after backward",
-    )
+    for index in range(len(optimizer.param_groups)):
+        limit = optimizer.option(index, "max_grad_norm")
+        expect(
+            limit is None,
+            f"max_grad_norm={limit} needs all gradients at once, which stepping in backward never has; clip by value "
+            "in a hook, or step after backward",
+        )
     expect(
         not any(group["differentiable"] for group in optimizer.param_groups),
         "differentiable groups cannot be stepped in backward",

@@ -9,6 +9,9 @@ from torch import Tensor
 from llmfast.optim.formats import MasterWeights
 
 
+SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
+
+
 class Bucket(NamedTuple):
     """Where the pieces of a tensor are: a device mesh, and its dimensions along which it is cut."""
 
@@ -42,6 +45,7 @@ class Row:
     state: dict[str, Any]
     local: Tensor
     shard: Shard
+    clip: int | None  # rows with the same are clipped together; None: neither clipped nor measured
     master: MasterWeights | None
     names: tuple[str | None, ...]
     states: tuple[Tensor | None, ...]  # three

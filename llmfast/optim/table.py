@@ -28,6 +28,7 @@ class Signature(NamedTuple):
     averaged: bool
     strided: bool
     bucket: Bucket | None  # of ranks that hold the other pieces of these tensors
+    clip: int | None  # see `Row.clip`
 
 
 def signature(row: Row) -> Signature:
@@ -42,6 +43,7 @@ def signature(row: Row) -> Signature:
         averaged=row.ema is not None,
         strided=row.shard.strided,
         bucket=row.shard.bucket,
+        clip=row.clip,
     )
 
 
@@ -179,7 +181,7 @@ class PointerTable:
         """
         from llmfast_kernels import optimizer as kernels
 
-        _, param_dtype, grad_dtype, state_dtypes, master, low_dtype, averaged, strided, _ = self.signature
+        _, param_dtype, grad_dtype, state_dtypes, master, low_dtype, averaged, strided, *_ = self.signature
         norm = None if sums is None else torch.empty((), dtype=torch.float32, device=self.signature.device)
         kernels.prepare(
             self.table, self.grads, self.hyper, self.steps, self.coefficients, rule=self.rule,

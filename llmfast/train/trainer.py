@@ -139,8 +139,13 @@ class Trainer:
         self.module = spread(WithLoss(model, self.objective), config, self.world, own)
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model)
         fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
-        if fused is not None and fused.options.max_grad_norm is None and not fused.steps_in_backward:
-            raise ValueError("the optimizer needs max_grad_norm (math.inf: only measure), which skips bad steps")
+        if fused is not None and not fused.steps_in_backward:
+            for index in range(len(fused.param_groups)):
+                if fused.option(index, "max_grad_norm") is None:
+                    raise ValueError(
+                        "the optimizer needs max_grad_norm in every group (math.inf: only measure), which skips bad "
+                        f"steps; got None in group {index}"
+                    )
         if fused is not None and fused.steps_in_backward:
             if isinstance(self.module, DistributedDataParallel):
                 raise ConfigError("an optimizer that steps in backward needs train.parallel='fsdp': DDP reduces later")

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_torchs_goes_on_with_more_precise_weights_and_coarser_st
     torch.testing.assert_close(values(params), values(theirs.param_groups[0]["params"]), rtol=0.02, atol=lr)
     for p in params:
         assert ours.state[p]["master_param"].dtype == torch.float32
-        codes = [name for name in ours.state[p] if f"{name}_scale" in ours.state[p]]
+        codes = [name for name in ours.state[p] if name.endswith("_code")]
         assert codes and all(ours.state[p][name].dtype in (torch.int8, torch.uint8) for name in codes)
 
 
@@ -259,7 +259,7 @@ def test_a_weight_that_was_set_to_something_else_has_no_old_bits(path: str) -> N
 def test_lost_bits_are_told_of(path: str, source: Any) -> None:
     optimizer = FusedAdamW([torch.ones(3, dtype=BF16, requires_grad=True)], lr=0.01, master_weights=source)
     train(optimizer, 1)
-    name = {"fp32": "master_param", "kahan": "kahan_comp"}.get(source, "remainder")
+    name = {"fp32": "master_param", "kahan": "kahan_comp"}.get(source, "low_bits")
     with pytest.warns(UserWarning, match=rf"holds {name}: bits of parameter 0, \(3,\) torch.bfloat16.*are lost"):
         other = loaded_at_lr_0(optimizer, None)
     assert torch.equal(values(of(other)), values(of(optimizer)))
