@@ -66,9 +66,6 @@ class _Adam(FusedOptimizer):
                 group["lr_max"] > 0, f"decay='relative' needs a group's lr, or lr_max, above 0; got {group['lr_max']}"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "decay": self.decay}
-
 
 class FusedAdam(_Adam, torch.optim.Adam):
     """`torch.optim.Adam` with all tensors of a dtype signature updated by one launch; weight decay is an L2 penalty.

@@ -375,8 +375,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return name != "step" and self.option(index, "state_dtype") is not None
 
     def __getstate__(self) -> dict[str, Any]:
+        """Keep every public attribute, other than methods that somebody has wrapped, as schedulers wrap `step`."""
+        methods = {name for name in vars(self) if callable(getattr(type(self), name, None))}
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in methods}
         own = [dict(options) for options in self.group_options]
-        return {**super().__getstate__(), "options": dataclasses.replace(self.options), "group_options": own}
+        public |= {"options": dataclasses.replace(self.options), "group_options": own}
+        return public | super().__getstate__()
 
     # The average.
 
