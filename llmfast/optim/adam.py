@@ -60,6 +60,7 @@ class _Adam(FusedOptimizer):
         )  # fmt: skip
 
     def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        super()._complete_group(group, options)
         if self.decay == "relative" and "lr_max" not in group:
             group["lr_max"] = float(group["lr"])
             expect(

@@ -3,18 +3,22 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
+from llmfast.optim.options import Options
 from llmfast.optim.plain import Amount, leave, update_plainly
-from llmfast.optim.row import SHARED, Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, is_dtensor, local, places, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
+
+if TYPE_CHECKING:
+    from llmfast.optim.release import ReleaseHandle
 
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
@@ -65,7 +69,7 @@ class FusedOptimizer(StateKeeper):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    steps_in_backward = False  # see `optimizer_in_backward`
+    _in_backward: "ReleaseHandle | None" = None
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
     # In which torch's fused CPU kernel is right.
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
@@ -91,6 +95,11 @@ class FusedOptimizer(StateKeeper):
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
         """True if torch's own update knows no decay like this group's."""
         return False
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """True from `optimizer_in_backward` until `remove` of its handle. A copy of the optimizer does not."""
+        return self._in_backward is not None
 
     @torch.no_grad()
     @eager
@@ -280,17 +289,17 @@ class FusedOptimizer(StateKeeper):
             for index, group in enumerate(self.param_groups)
         ]  # fmt: skip
 
-    def make_plan(self, chosen: Tensor | None = None) -> Plan:
-        """For all parameters, or for one."""
+    def make_plan(self, chosen: Place | None = None) -> Plan:
+        """For all parameters, or for one, which takes no longer where there are many."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         settings = self._settings()
-        self._refuse_what_no_path_takes()
-        self._check_states()
-        params = [p for group in self.param_groups for p in group["params"]] if chosen is None else [chosen]
-        dtensors = [p for p in params if is_dtensor(p)]
+        planned = places(self.param_groups) if chosen is None else [chosen]
+        self._refuse_what_no_path_takes(planned)
+        self._check_states(planned)
+        dtensors = [place.param for place in planned if is_dtensor(place.param)]
         bring_together(dtensors)
-        clips = {p: self._clip_of(index) for index, group in enumerate(self.param_groups) for p in group["params"]}
+        clips = {place.param: self._clip_of(place.group) for place in planned}
         buckets: dict[tuple[int, Bucket], torch.device] = {}
         for p in dtensors:
             if (bucket := shard_of(p).bucket) is not None and (clip := clips[p]) is not None:
@@ -299,27 +308,23 @@ class FusedOptimizer(StateKeeper):
         torch_rows: list[Row] = []
         plain_rows: list[Row] = []
         waiting: list[Tensor] = []
-        identity = -1
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                identity += 1
-                if chosen is not None and p is not chosen:
-                    continue
-                if p.grad is None and not self.state.get(p):
-                    waiting.append(p)
-                    continue
-                row = self._row(p, index, identity)
-                if self._is_for_kernels(row, group):
-                    signatures.setdefault(signature(row), []).append(row)
-                elif self._is_for_torch(row, group):
-                    torch_rows.append(row)
-                else:
-                    plain_rows.append(row)
+        for p, index, _, identity in planned:
+            if p.grad is None and not self.state.get(p):
+                waiting.append(p)
+                continue
+            row, group = self._row(p, index, identity), self.param_groups[index]
+            if self._is_for_kernels(row, group):
+                signatures.setdefault(signature(row), []).append(row)
+            elif self._is_for_torch(row, group):
+                torch_rows.append(row)
+            else:
+                plain_rows.append(row)
         tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
         for table in tables:
             table.looks()
-        watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
-        kinds = frozenset(clips[p] for p in params)
+        only = None if chosen is None else chosen.param
+        watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
+        kinds = frozenset(clips.values())
         return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
@@ -353,25 +358,32 @@ class FusedOptimizer(StateKeeper):
             and not self.param_groups[row.group]["differentiable"]
         )
 
-    def _refuse_what_no_path_takes(self) -> None:
+    def _refuse_what_no_path_takes(self, planned: list[Place]) -> None:
         """Before anything changes."""
-        for index, group in enumerate(self.param_groups):
+        for p, index, number, _ in planned:
+            if p.grad is None:
+                continue
+            name, sparse = f"parameter {number} of group {index}, {describe(p)}", p.grad.layout != torch.strided
+            if sparse and not self.takes_sparse:
+                raise ValueError(f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam")
+            differentiable = self.param_groups[index]["differentiable"]
+            odd = "is sparse" if sparse else "is of a differentiable group" if differentiable else None
+            if odd is None:
+                continue
             o = self.options_of(index)
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                name, sparse = f"parameter {i} of group {index}, {describe(p)}", p.grad.layout != torch.strided
-                if sparse and not self.takes_sparse:
-                    raise ValueError(
-                        f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam"
-                    )
-                odd = "is sparse" if sparse else "is of a differentiable group" if group["differentiable"] else None
-                if odd and (o.master_of(p) is not None or o.state_dtype is not None):
-                    raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
+            if o.master_of(p) is not None or o.state_dtype is not None:
+                raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._plan = None
+        if self._in_backward is not None:
+            self._in_backward.take(self.param_groups[-1]["params"])
+
+    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        super()._complete_group(group, options)
+        if self._in_backward is not None:
+            self._in_backward.expect_possible(group, options.max_grad_norm)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict, unpickling and deepcopy come this way
         super().__setstate__(state)

@@ -14,7 +14,7 @@ from llmfast._checks import describe
 from llmfast.optim import formats
 from llmfast.optim.formats import LOW, LOW_BITS
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import SHARED, Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 CODES = {True: torch.int8, False: torch.uint8}  # of 8-bit states that have a sign, and that have none
@@ -111,13 +111,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
 
-    def _check_states(self) -> None:
+    def _check_states(self, places: list[Place]) -> None:
         """Raises ValueError if a state does not belong to its parameter."""
-        for group in self.param_groups:
-            names = [name for name in (*self._state_names(group), *OWN_NAMES) if name is not None]
-            for p in group["params"]:
-                if (state := self.state.get(p)) is not None:
-                    for name in names:
+        for p, index, _, _ in places:
+            if (state := self.state.get(p)) is not None:
+                for name in (*self._state_names(self.param_groups[index]), *OWN_NAMES):
+                    if name is not None:
                         self._check(p, name, state)
 
     def _check(self, p: Tensor, base: str, state: dict[str, Any]) -> None:
