@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRMSprop, FusedSGD
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD
 from llmfast.train.batch import on_device
 
 ROOT = Path(__file__).parent.parent
@@ -73,18 +73,21 @@ def test_an_optimizer_waits_for_what_comes_to_the_cpu(make: Any, path: str) -> N
     assert not found
 
 
+_to = Tensor.to
+
+
+def arriving(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`Tensor.to`, for which a tensor on the meta device is 0.1 on an accelerator."""
+    if not self.is_meta:
+        return _to(self, *args, **kwargs)
+    assert args[0] == torch.device("cpu") and not kwargs.get("non_blocking")
+    return torch.tensor(0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [FusedAdamW, FusedSGD, FusedRMSprop, FusedAdagrad])
 def test_a_learning_rate_on_another_device_is_waited_for(make: Any, dtype: torch.dtype) -> None:
     """Torch's own updates do not wait for it."""
-    original = Tensor.to
-
-    def arriving(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.is_meta:
-            return original(self, *args, **kwargs)
-        assert args[0] == torch.device("cpu") and not kwargs.get("non_blocking")
-        return torch.tensor(0.1)
-
     params = [torch.nn.Parameter(torch.ones(3, 4, dtype=dtype)) for _ in range(2)]
     for p, lr in zip(params, (0.1, torch.empty((), device="meta"))):
         optimizer = make([p])
@@ -92,6 +95,19 @@ def test_a_learning_rate_on_another_device_is_waited_for(make: Any, dtype: torch
         p.grad = torch.ones_like(p)
         with mock.patch.object(Tensor, "to", arriving):
             optimizer.step()
+    torch.testing.assert_close(params[1], params[0])
+
+
+@pytest.mark.parametrize("make", [FusedAdamW, FusedLion])
+def test_betas_on_another_device_are_waited_for(make: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    for p, beta in zip(params, (0.1, torch.empty((), device="meta"))):
+        optimizer = make([p])
+        optimizer.param_groups[0]["betas"] = (beta, beta)
+        with mock.patch.object(Tensor, "to", arriving):
+            for sign in (1.0, -1.0):
+                p.grad = torch.full_like(p, sign)
+                optimizer.step()
     torch.testing.assert_close(params[1], params[0])
 
 

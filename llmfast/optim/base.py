@@ -132,9 +132,11 @@ class FusedOptimizer(StateKeeper):
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
-            hyper, lrs = [*map(self._hyper, range(len(self.param_groups)))], [g["lr"] for g in self.param_groups]
+            given = [*map(self._hyper, range(len(self.param_groups)))]
+            hyper = [[-1.0 if isinstance(x, Tensor) else x for x in row] for row in given]
+            on_device = [(i, j, x) for i, row in enumerate(given) for j, x in enumerate(row) if isinstance(x, Tensor)]
             for table in plan.tables:
-                if table.refresh(hyper, lrs):
+                if table.refresh(hyper, on_device):
                     self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
         sums = {} if plan.clips == {None} else self._sums(plan)
         told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
@@ -192,7 +194,7 @@ class FusedOptimizer(StateKeeper):
         if not rows:
             return
         params = [row.local for row in rows]
-        group = _with_lr_on(params[0].device, group)
+        group = _with_numbers_on(params[0].device, group)
         if self._decay_before_torch(group):
             for p in params:
                 p.mul_(1 - self._total_decay(group))
@@ -213,7 +215,7 @@ class FusedOptimizer(StateKeeper):
 
     def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
         for row in rows:
-            group = _with_lr_on(row.local.device, self.param_groups[row.group])
+            group = _with_numbers_on(row.local.device, self.param_groups[row.group])
             arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
             arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
             sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(row.group)
@@ -221,22 +223,21 @@ class FusedOptimizer(StateKeeper):
 
     # With kernels.
 
-    def _hyper(self, index: int) -> list[float]:
-        """The group's hyperparameters in the order of the kernels' HYPER_NAMES."""
+    def _hyper(self, index: int) -> list[float | Tensor]:
+        """The group's hyperparameters in the order of the kernels' HYPER_NAMES; tensors where they are on a device."""
         group = self.param_groups[index]
-        lr, ema_decay, limit = group["lr"], self.option(index, "ema_decay"), self.option(index, "max_grad_norm")
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        ema_decay, limit = self.option(index, "ema_decay"), self.option(index, "max_grad_norm")
         arguments = self._rule_arguments(group)
         eps = arguments.pop("eps", 0.0)
         return [
-            -1.0 if on_device else float(lr),  # a learning rate on the device is not the host's to look at
+            _number(group["lr"]),
             -1.0 if group["maximize"] else 1.0,
             *self._decay(group),
             0.0 if ema_decay is None else 1.0 - ema_decay,
             0.0 if limit is None else limit,
             self.options.seed,
             eps,
-            *arguments.values(),
+            *map(_number, arguments.values()),
             *[0.0] * (4 - len(arguments)),
         ]
 
@@ -395,11 +396,23 @@ def _scalar(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
-def _with_lr_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """Bring a learning rate over from another accelerator, or to the CPU. One on the CPU is good anywhere."""
-    lr = group["lr"]
-    elsewhere = isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device
-    return group | {"lr": _on(device, lr)} if elsewhere else group
+def _number(x: float | Tensor) -> float | Tensor:
+    """A float; but a tensor on a device is not the host's to look at."""
+    return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
+
+
+def _with_numbers_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
+    """Bring over numbers that are tensors elsewhere. One on the CPU is good anywhere, and betas there are floats."""
+
+    def near(x: Any) -> Any:
+        return _on(device, x) if isinstance(x, Tensor) and x.device not in (device, torch.device("cpu")) else x
+
+    if isinstance(group["lr"], Tensor):
+        group = group | {"lr": near(group["lr"])}
+    if any(isinstance(beta, Tensor) for beta in group.get("betas", ())) and not group["differentiable"]:
+        betas = map(near, group["betas"])
+        group = group | {"betas": tuple(map(_number, betas))}
+    return group
 
 
 def _on(device: torch.device, t: Tensor | None) -> Tensor | None:

@@ -119,19 +119,19 @@ class PointerTable:
         # An empty gradient has no address, but is one.
         return [address or 1 for address in addresses] if 0 in addresses else addresses
 
-    def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> bool:
+    def refresh(self, hyper: list[list[float]], on_device: list[tuple[int, int, Tensor]]) -> bool:
         """Bring gradient addresses (0 for none) and hyperparameters, one list a group, up to date on the device.
 
-        To be called when `looks` has. A learning rate that lives on the device is copied there, unseen by the host.
+        To be called when `looks` has. Hyperparameters that live on a device, such as a learning rate, are copied to row
+        and column, unseen by the host.
         Returns True while a CUDA graph is captured.
         """
         addresses = self._addresses_now
         in_graph = capturing(self.signature.device)
         if in_graph or addresses != self._addresses or hyper != self._hyper_values:
             self._upload(addresses, hyper, in_graph)
-        for row, lr in enumerate(lrs):
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                self.hyper[row, 0].copy_(lr.reshape(()), non_blocking=self.hyper.device.type != "cpu")
+        for row, column, number in on_device:
+            self.hyper[row, column].copy_(number.reshape(()), non_blocking=self.hyper.device.type != "cpu")
         return in_graph
 
     def _upload(self, addresses: list[int], hyper: list[list[float]], in_graph: bool) -> None:

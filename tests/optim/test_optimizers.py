@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.optim import FusedAdamW, FusedRMSprop, FusedSGD, reference
+from evidence.pretend_cuda import pretending_cuda
+from llmfast.optim import FusedAdamW, FusedLion, FusedRMSprop, FusedSGD, reference
 from llmfast.optim.row import is_dense
 from support.training import FULL, PLAIN, SCALAR, Case, gradients, parameters, scaled, values
 
@@ -279,6 +280,26 @@ def test_torchs_own_grad_scaler(path: str, case: Case) -> None:
         return values(params)
 
     torch.testing.assert_close(run(case.make_ours), run(case.make_exact), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [FusedAdamW, FusedLion])
+def test_numbers_on_a_device_stay_there(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning rate and betas, which something on the device may set, too: the host does not look at them."""
+    with pretending_cuda():
+        params = [torch.ones(600, requires_grad=True) for _ in range(2)]
+        lr, betas = torch.tensor(0.1), (torch.tensor(0.5), torch.tensor(0.75))
+        optimizers = make(params[:1], lr=0.1, betas=(0.5, 0.75)), make(params[1:], lr=lr, betas=betas)
+        for p in params:
+            p.grad = torch.linspace(-1, 1, 600)
+        optimizers[0].step()
+        monkeypatch.setattr(Tensor, "__float__", None)
+        optimizers[1].step()
+        lr.mul_(2), betas[0].mul_(0.5)
+        optimizers[1].step()
+        monkeypatch.undo()
+        optimizers[0].param_groups[0].update(lr=0.2, betas=(0.25, 0.75))
+        optimizers[0].step()
+    torch.testing.assert_close(params[1], params[0], rtol=1e-6, atol=1e-7)
 
 
 def gradients_after_a_scaled_step(
