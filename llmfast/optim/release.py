@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from llmfast._checks import describe, expect
@@ -86,7 +87,7 @@ def _expect_settings(group: dict[str, Any], max_grad_norm: float | None) -> None
 
 def _arrives_late(p: Tensor) -> bool:
     """True if FSDP2 copies gradients to the CPU and calls hooks without a wait for the copies: pytorch#180666."""
-    waits = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+    waits = TorchVersion(torch.__version__) >= "2.13"
     return not waits and is_dtensor(p) and local(p).device.type == "cpu" != p.device_mesh.device_type  # type: ignore[attr-defined]
 
 
