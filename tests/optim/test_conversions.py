@@ -240,6 +240,7 @@ def test_low_bits_of_older_checkpoints_are_told_apart_by_their_dtype(
     assert_holds(resumed, form, Format(source, None, averaged=False), truth)
 
 
+@pytest.mark.filterwarnings("ignore:the state holds ema_param. an average of parameter [1-3]")
 def test_an_average_that_is_not_kept_up_does_not_stay() -> None:
     model, optimizer = trained(Format(None, None, averaged=True))
     other, resumed = made(Format(None, None, averaged=False))
