@@ -136,7 +136,7 @@ class Written(Hooks):
 
 
 def trainer_of(config: Config, world: World | None = None, torchs: bool = False, **more: Any) -> Trainer:
-    model = decoder(config)
+    model = decoder(config).to(getattr(torch, config.train.param_dtype))
     K, weights_at = model.config.targets, functools.partial(head_weights_at, config=config)
     objective = (
         NextToken(SOURCES)
@@ -464,9 +464,10 @@ def check_formats(rank: int, size: int, config: Config, folder: str, resume: boo
         state = optimizer.torch_state_dict()["state"][i]
         held = {"weight": optimizer.master_value(p), **{name: state[name] for name in ("exp_avg", "exp_avg_sq")}}
         found |= {f"{name} {i}": t.full_tensor() if isinstance(t, DTensor) else t for name, t in held.items()}
+    found = {name: t.float().clone() for name, t in found.items()}
     if resume:
         assert trainer.fit()
-    return {name: t.float() for name, t in found.items()}
+    return found
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
