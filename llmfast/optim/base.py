@@ -310,6 +310,7 @@ class FusedOptimizer(StateKeeper):
         for table in tables:
             table.looks()
         watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
+        self._loaded = self._loaded - set(params)
         kinds = frozenset(clips[p] for p in params)
         return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds)
 

@@ -173,6 +173,26 @@ def test_torch_distributed_checkpoint_converts_or_names_what_is_missing(
         assert_holds(resumed, target, source, truth)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("source", FORMATS[::2], ids=str)
+@pytest.mark.filterwarnings("ignore:the state holds")
+@unrecorded()
+def test_whole_state_dicts_are_converted(source: Format, offload: bool) -> None:
+    """DCP fills in what they lack, from states that the new optimizer has of its first, random weights."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+    model, optimizer = trained(source)
+    truth = held(optimizer)
+    weights, states = map(copy.deepcopy, get_state_dict(model, optimizer, options=options))
+    for target in FORMATS:
+        if offload and target.averaged and not source.averaged:
+            continue  # what is filled in is a copy then, which looks like what was saved
+        other, resumed = made(target, seed=1)
+        mine = copy.deepcopy(states)
+        set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=mine, options=options)
+        settle(resumed)
+        assert_holds(resumed, target, source, truth)
+
+
 def test_a_flattened_state_of_other_formats_is_refused_by_name() -> None:
     """Without a checkpoint between them, which would say that a key is missing."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
