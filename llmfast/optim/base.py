@@ -325,6 +325,7 @@ class FusedOptimizer(StateKeeper):
             table.looks()
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
+        self._loaded = self._loaded - clips.keys()
         kinds = frozenset(clips.values())
         return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds)
 

@@ -36,6 +36,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     never_coded: ClassVar[frozenset[str]] = frozenset()
     # Keys of groups that torch's optimizer does not have.
     own_group_keys: ClassVar[tuple[str, ...]] = ()
+    # Parameters whose states were loaded, until these are in use.
+    _loaded: set[Tensor] | frozenset[Tensor] = frozenset()
     # Arguments of the constructor, beyond `Extras`, that no group can have for itself.
     whole_arguments: ClassVar[tuple[str, ...]] = ()
 
@@ -189,6 +191,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         if name is not None and kept == [name] and state[name].dtype == (dtype or p.dtype):
             if not _lies_like(state[name], p):
                 state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
+            if master == "fp32" and p in self._loaded:  # a master copy of other weights may have stayed in its place
+                x, q = local(state[name]), local(p)
+                x.copy_(torch.where((x.to(q.dtype) == q) | q.isnan(), x, q))
             return
         value = self._value(p, state)
         for n in kept:
@@ -317,7 +322,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         mine = [{k: v for k, v in group.items() if k in self.own_group_keys} for group in self.param_groups]
 
         def read(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            state = {i: self._readable(i, s) if isinstance(s, dict) else s for i, s in loaded["state"].items()}
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            state = dict(loaded["state"])
+            for i, (p, index) in zip(ids, self._params_by_key().values()):
+                if i in state:
+                    state[i] = self._of_one_format(p, index, self._readable(i, state[i]))
             given.update(loaded, state=state)
             return given
 
@@ -328,6 +337,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         finally:
             handle.remove()
         ids = [i for group in given["param_groups"] for i in group["params"]]
+        self._loaded = {p for p, _ in self._params_by_key().values()}
         for i, (p, index) in zip(ids, self._params_by_key().values()):
             for name, value in given["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and self._stays_as_saved(index, name):
@@ -360,6 +370,23 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         if OLD_LOW_BITS in readable:
             readable[LOW_BITS] = readable.pop(OLD_LOW_BITS)
         return readable
+
+    def _of_one_format(self, p: Tensor, index: int, saved: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what torch.distributed.checkpoint has added to a whole state dict (`full_state_dict`).
+
+        What it does not find there, it takes from the state that is here: what is kept in the format of this optimizer
+        then stands beside the same in the format that was saved.
+        """
+        options, here = self.options_of(index), self.state.get(p, {})
+        low = LOW.get(options.master_of(p) or "", ("",))[0]
+        added = {low} if any(name in saved for name in LOW_NAMES if name != low) else set()
+        if saved.get("step") is not here.get("step") and saved.get("ema_param") is here.get("ema_param"):
+            added.add("ema_param")
+        for name in saved:
+            if f"{name}_code" in saved:
+                codes_are_ours = options.state_dtype == "8bit" and not is_dtensor(p)
+                added |= {f"{name}_code", f"{name}_scale"} if codes_are_ours else {name}
+        return {name: value for name, value in saved.items() if name not in added}
 
     def _keeper_of(self, name: str) -> str:
         """The setting with which a state of that name is kept."""

@@ -31,7 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import distribute_tensor
 
+from llmfast.optim import FusedOptimizer, formats
+from llmfast.optim.row import is_dtensor
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader
 
@@ -146,13 +149,18 @@ class Checkpoints:
         }
         rng = {name: t for name, t in _rng(self._world.rank).items() if f"rng.{name}" in keys}
         state = {**_state(module, optimizer), "sums": sums, "rng": rng}
+        states: dict[str, Any] = state["optimizer"]["state"]
         # A parameter that had no gradient by then has no state there.
         there = {prefix for name in keys for prefix in accumulate(name.split("."), "{}.{}".format)}
-        states: dict[str, Any] = state["optimizer"]["state"]
         for name in [name for name in states if f"optimizer.state.{name}" not in there]:
             del states[name]
+        params = dict(plain(module).named_parameters())
+        if isinstance(optimizer, FusedOptimizer):  # which brings any format into its own
+            states.update({name: _as_saved(params[name], name, mine, keys) for name, mine in states.items()})
         try:
             load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=self._world.size == 1)
+            for name, saved in states.items():
+                _spread_codes(params[name], saved)
             set_model_state_dict(plain(module), state["model"])
             some = StateDictOptions(strict=False)
             set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
@@ -256,6 +264,36 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
             if "step" in state:
                 state["step"] = state["step"] * 0
     return {"model": model, "optimizer": states}
+
+
+def _as_saved(p: Tensor, name: str, mine: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Make room for the state of one parameter as it is in the checkpoint, which may be of other formats than `mine`."""
+    prefix = f"optimizer.state.{name}."
+    found: dict[str, Any] = {}
+    for key, saved in keys.items():
+        state = key.removeprefix(prefix)
+        if not key.startswith(prefix) or "." in state:  # or of a parameter whose name goes on
+            continue
+        if state in mine:
+            found[state] = mine[state]
+        elif not isinstance(saved, TensorStorageMetadata):
+            continue
+        elif saved.size == p.shape and not (is_dtensor(p) and state.endswith(("_code", "_scale"))):
+            found[state] = torch.empty_like(p, dtype=saved.properties.dtype, requires_grad=False)
+        else:  # step counters, scales, and the codes that these are of, which only one process has written
+            found[state] = torch.empty(saved.size, dtype=saved.properties.dtype, device=p.device)
+    return found
+
+
+def _spread_codes(p: Tensor, state: dict[str, Any]) -> None:
+    """Decode 8-bit states that one process has written, where the parameter is a DTensor's: see `state_dict`."""
+    if not is_dtensor(p):
+        return
+    for name in [name.removesuffix("_code") for name in state if name.endswith("_code")]:
+        code, scale = state.pop(f"{name}_code"), state.pop(f"{name}_scale")
+        whole = formats.decoded(code.flatten(), scale).view(code.shape)
+        mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+        state[name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def _rng(rank: int) -> dict[str, Tensor]:
