@@ -35,7 +35,7 @@ def test_only_copies_to_an_accelerator_are_not_waited_for() -> None:
                     to = f"{target}.device" if method == "copy_" else ast.unparse(node.args[0])
                     assert ast.unparse(keyword.value) == f"{to}.type != 'cpu'", where
                     asked += 1
-    assert asked > 5
+    assert asked > 3
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def cross_entropy(
     c = torch.ones(V, dtype=x.dtype, device=x.device) if class_weights is None else class_weights.to(x.dtype)
     keep = y != ignore_index
     y = y.masked_fill(~keep, 0).long()
-    w = keep.to(x.dtype) * (1.0 if target_weights is None else target_weights.to(x.dtype))
+    w = keep.to(x.dtype) if target_weights is None else torch.where(keep, target_weights.to(x.dtype), 0.0)
     t = torch.ones(shape, dtype=x.dtype, device=x.device) if token_weights is None else token_weights.to(x.dtype)
 
     lse = x.logsumexp(-1)
@@ -53,7 +53,7 @@ def cross_entropy(
         loss = loss + z_loss * lse**2
     valid = keep.any(-1)
     loss = torch.where(valid, t * loss, 0.0)
-    total = (t[..., None] * w * c[y]).sum() if num_valid is None else num_valid
+    total = torch.where(keep, t[..., None] * w * c[y], 0.0).sum() if num_valid is None else num_valid
     result = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[reduction]
     if not return_stats:
         return result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmfast.data import IGNORE_INDEX, Batch
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
-from llmfast.train.batch import on_device
+from llmfast.losses.targets import numbers
 
 Sums = dict[str, Tensor]  # add up over micro-batches, ranks and steps
 
@@ -79,11 +79,11 @@ class NextToken:
         loss, stats = linear_cross_entropy(hidden, model.unembedding, batch.labels, return_stats=True, **options)
         one_hot = F.one_hot(batch.sources, len(self.sources)).float()  # (B, sources)
         token_loss, valid = stats.token_loss.view(batch.labels.shape), batch.labels != IGNORE_INDEX
-        sums = {
-            "loss": loss.detach(),
-            "source_loss": token_loss.detach().float().sum(1) @ one_hot,
-            "source_tokens": valid.float().sum(1) @ one_hot,
-        }
+
+        def by_source(by_token: Tensor) -> Tensor:  # no matrix product: autocast would round it
+            return (by_token.float().sum(1, keepdim=True) * one_hot).sum(0)
+
+        sums = {"loss": loss.detach(), "source_loss": by_source(token_loss), "source_tokens": by_source(valid)}
         return loss, sums
 
     def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
@@ -106,8 +106,7 @@ class FurtherTokens:
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hiddens = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, all_heads=True)
-        weights = torch.tensor(self._weights_at(step), dtype=torch.float32, device="cpu")
-        weights = on_device(weights, num_valid.device)
+        weights = numbers(self._weights_at(step), num_valid.device).float()
         loss, stats = mtp_cross_entropy(
             hiddens, model.unembedding, batch.labels,
             document_ids=batch.document_ids, head_weights=None if self._alone else weights, num_valid=num_valid,
