@@ -33,7 +33,6 @@ class Plan(NamedTuple):
     buckets: dict[tuple[int, Bucket], torch.device]
     clips: frozenset[int | None]  # of all groups: see `Row.clip`
 
-
     @property
     def devices(self) -> list[torch.device]:
         """Where something is to be updated, here or on other ranks."""
@@ -146,7 +145,9 @@ class FusedOptimizer(StateKeeper):
                 if self.options.zero_grads:
                     for row in here:
                         cast(Tensor, row.param.grad).zero_()
-        if sums and (len(plan.clips) > 1 or self.grad_norm is None):  # of all clips; or all gradients are on other ranks
+        if sums and (
+            len(plan.clips) > 1 or self.grad_norm is None
+        ):  # of all clips; or all gradients are on other ranks
             device, each = next(iter(sums.items()))
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
 
@@ -154,7 +155,7 @@ class FusedOptimizer(StateKeeper):
         """The norm that gradients are clipped to."""
         if clip is None:
             return None
-        limit: float = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
+        limit: float | None = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
         return limit
 
     # Without kernels.
