@@ -361,9 +361,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
             if not scale_of_numbers and not (name == "step" and self.rule == "sgd"):  # neither is saved by itself
                 raise ValueError(
-                    f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} keeps; "
-                    "got one of an optimizer with other settings, of which only equal names are handed on: load it into "
-                    "an optimizer with those settings, and that one's state_dict() into this one"
+                    f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
+                    "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "
+                    "it into an optimizer with those settings, and that one's state_dict() into this one"
                 )
         readable = {name: value for name, value in saved.items() if name not in empty}
         if OLD_LOW_BITS in readable:
