@@ -168,7 +168,7 @@ class FusedOptimizer(StateKeeper):
         """The norm that gradients are clipped to."""
         if clip is None:
             return None
-        limit: float = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
+        limit: float | None = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
         return limit
 
     # Without kernels.

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from llmfast.optim.formats import MasterWeights
 
-
 SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
 
 

@@ -271,9 +271,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         """
         saved = super().state_dict()
         params = self._params_by_key()
-        saved["state"] = {
-            key: self._exported(*params.get(key, (None, 0)), state) for key, state in saved["state"].items()
-        }
+        for key, state in saved["state"].items():
+            p, index = params.get(key, (None, 0))
+            saved["state"][key] = self._exported(p, index, state)
         saved["state"] = {key: state for key, state in saved["state"].items() if state or key not in params}
         return saved
 
@@ -362,9 +362,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
             if not scale_of_numbers and not (name == "step" and self.rule == "sgd"):  # neither is saved by itself
                 raise ValueError(
-                    f"the flattened state dict has no {name} for parameter {i}, which {self._keeper_of(name)} keeps, so "
-                    "it must be of other settings, and flattening hands on only what both have by name; load it into "
-                    "an optimizer with its own settings, and that one's state_dict() into this one"
+                    f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
+                    "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "
+                    "it into an optimizer with those settings, and that one's state_dict() into this one"
                 )
         readable = {name: value for name, value in saved.items() if name not in empty}
         if OLD_LOW_BITS in readable:
@@ -380,7 +380,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         options, here = self.options_of(index), self.state.get(p, {})
         low = LOW.get(options.master_of(p) or "", ("",))[0]
         added = {low} if any(name in saved for name in LOW_NAMES if name != low) else set()
-        if saved.get("step") is not here.get("step") and saved.get("ema_param") is here.get("ema_param"):
+        others_are_loaded = saved.get("step") is not here.get("step") and not is_dtensor(p)  # which are loaded in place
+        if others_are_loaded and saved.get("ema_param") is here.get("ema_param"):
             added.add("ema_param")
         for name in saved:
             if f"{name}_code" in saved:

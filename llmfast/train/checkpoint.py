@@ -267,7 +267,7 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
 
 
 def _as_saved(p: Tensor, name: str, mine: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """Make room for the state of one parameter as it is in the checkpoint, which may be of other formats than `mine`."""
+    """Make room for one parameter's state as it is in the checkpoint, which may be of other formats than `mine`."""
     prefix = f"optimizer.state.{name}."
     found: dict[str, Any] = {}
     for key, saved in keys.items():

@@ -74,7 +74,7 @@ def make(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
 
 def in_groups(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
     """Each with options of its own."""
-    optimizer, params = make()
+    _, params = make()
     groups = [{"params": params[:1], "max_grad_norm": 0.1, "state_dtype": "8bit"}, {"params": params[1:]}]
     return FusedAdamW(groups, **options), params
 

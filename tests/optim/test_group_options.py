@@ -24,7 +24,7 @@ from llmfast.optim import (
     optimizer_in_backward,
 )
 from llmfast.optim.options import Options as AllOptions
-from llmfast_kernels import grad_norm, optimizer as kernels_of_optimizer
+from llmfast_kernels import optimizer as kernels_of_optimizer
 from support.launched import unrecorded
 from support.training import Options, through_a_file
 
@@ -195,7 +195,8 @@ def test_the_norms_are_of_unscaled_gradients(path: str) -> None:
     mine.grad_scale, mine.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
     mine.step(), other.step()
     torch.testing.assert_close(mine.grad_norm, other.grad_norm, rtol=1e-6, atol=0)
-    assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-7) for p, q in zip(a, b))
+    for p, q in zip(a, b):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
     before = [p.detach().clone() for p in a]
     mine.found_inf = torch.tensor(1.0)
     mine.step()
@@ -361,7 +362,9 @@ def test_no_argument_is_dropped_in_silence(cls: Any) -> None:
             optimizer.add_param_group(group)
             assert optimizer.group_options[1] == {} and optimizer.param_groups[1][name] == value
         else:
-            with pytest.raises(ValueError, match=f"{name} must hold for all parameter groups: give it to {cls.__name__}"):
+            with pytest.raises(
+                ValueError, match=f"{name} must hold for all parameter groups: give it to {cls.__name__}"
+            ):
                 optimizer.add_param_group(group)
             assert len(optimizer.param_groups) == len(optimizer.group_options) == 1
 
@@ -393,7 +396,15 @@ def test_what_a_group_cannot_have_is_refused_before_anything_changes(option: Opt
 
 
 def test_the_callers_own_keys_are_nobodys_business() -> None:
-    own = {"name": "head", "initial_lr": 0.1, "max_lr": 1.0, "lr_scale": 0.5, "speed": 3, "grad_norm": 1.0, "use_muon": 1}
+    own = {
+        "name": "head",
+        "initial_lr": 0.1,
+        "max_lr": 1.0,
+        "lr_scale": 0.5,
+        "speed": 3,
+        "grad_norm": 1.0,
+        "use_muon": 1,
+    }
     optimizer = FusedAdamW([{"params": [torch.ones(2)], **own}])
     assert own.items() <= optimizer.param_groups[0].items()
 
@@ -415,7 +426,9 @@ def test_an_option_set_in_the_group_itself_is_refused(path: str, stepped: bool) 
         optimizer.step()
     before = p.detach().clone()
     optimizer.param_groups[0]["max_grad_norm"] = 0.5
-    with pytest.raises(ValueError, match=r"max_grad_norm of group 0 must be set in group_options\[0\], not in the group"):
+    with pytest.raises(
+        ValueError, match=r"max_grad_norm of group 0 must be set in group_options\[0\], not in the group"
+    ):
         optimizer.step()
     assert torch.equal(p, before)
 

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_flatten
 from llmfast.data import Batch
 from llmfast.data.packing import PADDING, batch_of
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.optim import FusedAdamW
 from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config, ConfigError
 from llmfast.train.objective import FurtherTokens, NextToken
 from llmfast.train.parallel import World
-from llmfast.optim import FusedAdamW
 from llmfast.train.run import make_optimizer
 from llmfast.train.schedule import head_weights_at
 from llmfast.train.trainer import Hooks, Trainer
