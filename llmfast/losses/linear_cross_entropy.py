@@ -260,7 +260,7 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
         assert hint is not None
         size = hint
     index = torch.nonzero_static(valid, size=size, fill_value=0)[:, 0]
-    surplus = torch.arange(size, device=count.device) >= count  # rows gathered in vain
+    surplus = torch.arange(size, dtype=torch.int64, device=count.device) >= count  # rows gathered in vain
     targets = call.targets[index]
     targets = replace(targets, classes=targets.classes.masked_fill(surplus[:, None], ignore_index))
     loss, stats = _dispatch(hidden.index_select(0, index), weight, bias, replace(call, targets=targets))

@@ -191,7 +191,8 @@ def mtp_valid_counts(
 def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: float) -> Tensor:
     """(..., T) -> (K, ..., T): the labels k tokens on, `empty` past the end of the sequence or of the document."""
     T = labels.shape[-1]
-    at = torch.arange(K, device=labels.device)[:, None] + torch.arange(T, device=labels.device)  # (K, T)
+    heads, places = (torch.arange(n, dtype=torch.int64, device=labels.device) for n in (K, T))
+    at = heads[:, None] + places  # (K, T)
     inside = at < T
     at = at.clamp(max=max(T - 1, 0))
     if document_ids is not None:

@@ -243,7 +243,7 @@ def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
 def accuracy(argmax: Tensor, targets: Targets, ignore_index: int) -> Tensor:
     """Share of the valid targets that are their row's argmax: (K,) for (N, K) targets. NaN where none is valid."""
     valid = targets.classes != ignore_index
-    return (valid & (targets.classes == argmax[:, None])).sum(0) / valid.sum(0)
+    return (valid & (targets.classes == argmax[:, None])).sum(0).float() / valid.sum(0)
 
 
 def refuse_second_derivative() -> None:

@@ -68,7 +68,7 @@ class NextToken:
         self.sources = list(sources)  # whose losses are logged one by one
 
     def num_valid(self, batch: Batch) -> Tensor:
-        return torch.tensor([batch.num_valid])
+        return torch.tensor([batch.num_valid], dtype=torch.int64, device="cpu")
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hidden = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
