@@ -20,6 +20,7 @@ from llmfast.optim.watch import Watch
 if TYPE_CHECKING:
     from llmfast.optim.release import ReleaseHandle
 
+FORMATS = ("master_weights", "state_dtype", "ema_decay")
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
@@ -36,12 +37,7 @@ class Plan(NamedTuple):
     # Of these, that are clipped: the same on all ranks, whatever gradients each of them has.
     buckets: dict[tuple[int, Bucket], torch.device]
     clips: frozenset[int | None]  # of all groups: see `Row.clip`
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """Where something is to be updated, here or on other ranks."""
-        rows = (row.local.device for row in (*self.torch_rows, *self.plain_rows))
-        return [*dict.fromkeys([*(table.signature.device for table in self.tables), *rows, *self.buckets.values()])]
+    devices: list[torch.device]  # on which something is updated, here or on other ranks
 
 
 class TorchCall(NamedTuple):
@@ -225,8 +221,8 @@ class FusedOptimizer(StateKeeper):
 
     def _hyper(self, index: int) -> list[float | Tensor]:
         """The group's hyperparameters in the order of the kernels' HYPER_NAMES; tensors where they are on a device."""
-        group = self.param_groups[index]
-        ema_decay, limit = self.option(index, "ema_decay"), self.option(index, "max_grad_norm")
+        group, own, o = self.param_groups[index], self.group_options[index], self.options  # read as fast as can be
+        ema_decay, limit = own.get("ema_decay", o.ema_decay), own.get("max_grad_norm", o.max_grad_norm)
         arguments = self._rule_arguments(group)
         eps = arguments.pop("eps", 0.0)
         return [
@@ -235,7 +231,7 @@ class FusedOptimizer(StateKeeper):
             *self._decay(group),
             0.0 if ema_decay is None else 1.0 - ema_decay,
             0.0 if limit is None else limit,
-            self.options.seed,
+            o.seed,
             eps,
             *map(_number, arguments.values()),
             *[0.0] * (4 - len(arguments)),
@@ -281,14 +277,14 @@ class FusedOptimizer(StateKeeper):
 
     def _settings(self) -> Any:
         self._match_groups()
-        return [
-            (
-                self._state_names(group), group["differentiable"], self._clip_of(index),
-                self.option(index, "master_weights"), self.option(index, "state_dtype"),
-                self.option(index, "ema_decay") is None,
-            )
-            for index, group in enumerate(self.param_groups)
-        ]  # fmt: skip
+        o, found = self.options, []
+        for index, (group, own) in enumerate(zip(self.param_groups, self.group_options)):
+            formats: Any = o.master_weights, o.state_dtype, o.ema_decay is None, o.max_grad_norm is None
+            if own:
+                master, state, ema_decay = (self.option(index, name) for name in FORMATS)
+                formats = master, state, ema_decay is None, self._clip_of(index)
+            found.append((self._state_names(group), group["differentiable"], formats))
+        return found
 
     def make_plan(self, chosen: Place | None = None) -> Plan:
         """For all parameters, or for one, which takes no longer where there are many."""
@@ -326,8 +322,13 @@ class FusedOptimizer(StateKeeper):
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
         self._loaded = self._loaded - clips.keys()
+        here = [
+            *(table.signature.device for table in tables),
+            *(row.local.device for row in (*torch_rows, *plain_rows)),
+        ]
+        devices = [*dict.fromkeys([*here, *buckets.values()])]
         kinds = frozenset(clips.values())
-        return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds)
+        return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds, devices)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
         p, g = row.local, row.grad
