@@ -35,11 +35,11 @@ class Extras(TypedDict, total=False):
             own.
         master_weights: how parameters of bfloat16 or float16 are given more bits than their own. "fp32": a float32 copy
             beside each, which from then on is the parameter: who sets a parameter to something else has to set
-            `state[p]["master_param"]` too. "split16", "split8": 16 or 8 more bits beside each, which with the
-            parameter's own make a float32, or one of 24 bits (relative steps below 1e-5 are lost then); bfloat16 only.
-            "kahan": what rounding lost, in the parameter's dtype, is added back before the next step. "stochastic":
-            nothing beside it, but rounding up or down with the odds that make it right on average; bfloat16 only.
-            Float32 parameters need none of it.
+            `state[p]["master_param"]` too, unless a state dict is loaded before the next step. "split16", "split8": 16
+            or 8 more bits beside each, which with the parameter's own make a float32, or one of 24 bits (relative steps
+            below 1e-5 are lost then); bfloat16 only. "kahan": what rounding lost, in the parameter's dtype, is added
+            back before the next step. "stochastic": nothing beside it, but rounding up or down with the odds that make
+            it right on average; bfloat16 only. Float32 parameters need none of it.
         state_dtype: of the moments, in place of the parameter's: float32, bfloat16, float16, or "8bit", where 128
             elements share a float32 scale and every element is rounded stochastically. (A maximum would keep whatever
             that adds: `max_exp_avg_sq` is float32 then.)

@@ -14,7 +14,7 @@ from llmfast._checks import describe
 from llmfast.optim import formats
 from llmfast.optim.formats import LOW, LOW_BITS
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import SHARED, Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 CODES = {True: torch.int8, False: torch.uint8}  # of 8-bit states that have a sign, and that have none
@@ -36,6 +36,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     never_coded: ClassVar[frozenset[str]] = frozenset()
     # Keys of groups that torch's optimizer does not have.
     own_group_keys: ClassVar[tuple[str, ...]] = ()
+    # Parameters whose states were loaded, until these are in use.
+    _loaded: set[Tensor] | frozenset[Tensor] = frozenset()
     # Arguments of the constructor, beyond `Extras`, that no group can have for itself.
     whole_arguments: ClassVar[tuple[str, ...]] = ()
 
@@ -91,9 +93,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         names = self._state_names(group)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
             before = state.get("momentum_buffer") is not None and self.rule == "sgd"
-            state["step"] = torch.tensor(float(before), dtype=torch.float32)
-        if p.device.type != "cpu" and state["step"].device != p.device and not p.is_complex():
-            state["step"] = state["step"].to(p.device, torch.float32)
+            state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
+        # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
+        home = state["step"].device if p.is_complex() else p.device
+        if (state["step"].device, state["step"].dtype) != (home, torch.float32):
+            state["step"] = state["step"].to(home, torch.float32)
         self._keep_low(p, identity, state, o)
         self._keep_average(p, identity, state, o)
         for name in names:
@@ -109,13 +113,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
 
-    def _check_states(self) -> None:
+    def _check_states(self, places: list[Place]) -> None:
         """Raises ValueError if a state does not belong to its parameter."""
-        for group in self.param_groups:
-            names = [name for name in (*self._state_names(group), *OWN_NAMES) if name is not None]
-            for p in group["params"]:
-                if (state := self.state.get(p)) is not None:
-                    for name in names:
+        for p, index, _, _ in places:
+            if (state := self.state.get(p)) is not None:
+                for name in (*self._state_names(self.param_groups[index]), *OWN_NAMES):
+                    if name is not None:
                         self._check(p, name, state)
 
     def _check(self, p: Tensor, base: str, state: dict[str, Any]) -> None:
@@ -188,6 +191,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         if name is not None and kept == [name] and state[name].dtype == (dtype or p.dtype):
             if not _lies_like(state[name], p):
                 state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
+            if master == "fp32" and p in self._loaded:  # a master copy of other weights may have stayed in its place
+                x, q = local(state[name]), local(p)
+                x.copy_(torch.where((x.to(q.dtype) == q) | q.isnan(), x, q))
             return
         value = self._value(p, state)
         for n in kept:
@@ -265,7 +271,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         """
         saved = super().state_dict()
         params = self._params_by_key()
-        saved["state"] = {key: self._exported(*params.get(key, (None, 0)), state) for key, state in saved["state"].items()}
+        for key, state in saved["state"].items():
+            p, index = params.get(key, (None, 0))
+            saved["state"][key] = self._exported(p, index, state)
         saved["state"] = {key: state for key, state in saved["state"].items() if state or key not in params}
         return saved
 
@@ -314,7 +322,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         mine = [{k: v for k, v in group.items() if k in self.own_group_keys} for group in self.param_groups]
 
         def read(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            state = {i: self._readable(i, s) if isinstance(s, dict) else s for i, s in loaded["state"].items()}
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            state = dict(loaded["state"])
+            for i, (p, index) in zip(ids, self._params_by_key().values()):
+                if i in state:
+                    state[i] = self._of_one_format(p, index, self._readable(i, state[i]))
             given.update(loaded, state=state)
             return given
 
@@ -325,6 +337,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         finally:
             handle.remove()
         ids = [i for group in given["param_groups"] for i in group["params"]]
+        self._loaded = {p for p, _ in self._params_by_key().values()}
         for i, (p, index) in zip(ids, self._params_by_key().values()):
             for name, value in given["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and self._stays_as_saved(index, name):
@@ -349,14 +362,32 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
             if not scale_of_numbers and not (name == "step" and self.rule == "sgd"):  # neither is saved by itself
                 raise ValueError(
-                    f"the flattened state dict has no {name} for parameter {i}, which {self._keeper_of(name)} keeps, so "
-                    "it must be of other settings, and flattening hands on only what both have by name; load it into "
-                    "an optimizer with its own settings, and that one's state_dict() into this one"
+                    f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
+                    "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "
+                    "it into an optimizer with those settings, and that one's state_dict() into this one"
                 )
         readable = {name: value for name, value in saved.items() if name not in empty}
         if OLD_LOW_BITS in readable:
             readable[LOW_BITS] = readable.pop(OLD_LOW_BITS)
         return readable
+
+    def _of_one_format(self, p: Tensor, index: int, saved: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what torch.distributed.checkpoint has added to a whole state dict (`full_state_dict`).
+
+        What it does not find there, it takes from the state that is here: what is kept in the format of this optimizer
+        then stands beside the same in the format that was saved.
+        """
+        options, here = self.options_of(index), self.state.get(p, {})
+        low = LOW.get(options.master_of(p) or "", ("",))[0]
+        added = {low} if any(name in saved for name in LOW_NAMES if name != low) else set()
+        others_are_loaded = saved.get("step") is not here.get("step") and not is_dtensor(p)  # which are loaded in place
+        if others_are_loaded and saved.get("ema_param") is here.get("ema_param"):
+            added.add("ema_param")
+        for name in saved:
+            if f"{name}_code" in saved:
+                codes_are_ours = options.state_dtype == "8bit" and not is_dtensor(p)
+                added |= {f"{name}_code", f"{name}_scale"} if codes_are_ours else {name}
+        return {name: value for name, value in saved.items() if name not in added}
 
     def _keeper_of(self, name: str) -> str:
         """The setting with which a state of that name is kept."""
@@ -371,8 +402,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return name != "step" and self.option(index, "state_dtype") is not None
 
     def __getstate__(self) -> dict[str, Any]:
+        """Keep every public attribute, other than methods that somebody has wrapped, as schedulers wrap `step`."""
+        methods = {name for name in vars(self) if callable(getattr(type(self), name, None))}
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in methods}
         own = [dict(options) for options in self.group_options]
-        return {**super().__getstate__(), "options": dataclasses.replace(self.options), "group_options": own}
+        public |= {"options": dataclasses.replace(self.options), "group_options": own}
+        return public | super().__getstate__()
 
     # The average.
 

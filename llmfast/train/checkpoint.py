@@ -154,7 +154,7 @@ class Checkpoints:
         # Before `_state` takes a step of nothing, which an optimizer may count.
         own, now = [dict(group) for group in optimizer.param_groups], settings_of(optimizer)
         sums = {
-            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
+            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
             for name, found in keys.items()
             if name.startswith("sums.") and isinstance(found, TensorStorageMetadata)
         }
@@ -310,7 +310,7 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
 
 
 def _as_saved(p: Tensor, name: str, mine: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """Make room for the state of one parameter as it is in the checkpoint, which may be of other formats than `mine`."""
+    """Make room for one parameter's state as it is in the checkpoint, which may be of other formats than `mine`."""
     prefix = f"optimizer.state.{name}."
     found: dict[str, Any] = {}
     for key, saved in keys.items():

@@ -377,7 +377,7 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()
+        torch.empty(1, dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"train.device = {config.train.device!r} is not usable: {str(e).splitlines()[0]}") from e
     low = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")

@@ -279,3 +279,19 @@ def test_modules_are_torchs(path: str) -> None:
     torch.testing.assert_close(ours(x, y), theirs(x, y))
     with pytest.raises(ValueError, match="out_features"):
         LinearCrossEntropyLoss(6, 9, out_features=(2,))
+
+
+def test_modules_refuse_targets_that_torchs_take_for_probabilities() -> None:
+    """Integers of the logits' shape would be taken for as many classes of each token: a plausible, wrong loss."""
+    one_hot = torch.eye(3, dtype=torch.int64)[[2, 1]]
+    message = r"target must hold class indices, one per token; \(2, 3\) is the shape of the logits"
+    with pytest.raises(ValueError, match=message):
+        CrossEntropyLoss()(torch.randn(2, 3), one_hot)
+    with pytest.raises(ValueError, match=message):
+        LinearCrossEntropyLoss(5, 3)(torch.randn(2, 5), one_hot)
+    with pytest.raises(ValueError, match="target must hold class indices"):  # classes on dimension 1
+        CrossEntropyLoss()(torch.randn(2, 3, 3), torch.ones(2, 3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="target must hold class indices"):  # of one token
+        CrossEntropyLoss()(torch.randn(3), one_hot[0])
+    with pytest.raises((ValueError, TypeError), match="target must hold class indices"):
+        CrossEntropyLoss()(torch.randn(2, 3), one_hot.float())

@@ -10,6 +10,7 @@ import torch
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
+from support.training import scaled
 
 TENSORS = 200
 SHAPE = (72, 72)
@@ -44,7 +45,13 @@ BUDGETS: list[tuple[Callable[..., torch.optim.Optimizer], torch.dtype, dict[str,
 ]
 
 
-def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, Any]) -> Counts:
+def step_of(
+    make: Callable[..., torch.optim.Optimizer],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    *,
+    scale: float | None = None,
+) -> Counts:
     with pretending_cuda():
         params = [torch.zeros(SHAPE, dtype=dtype, requires_grad=True) for _ in range(TENSORS)]
         for p in params:
@@ -56,6 +63,8 @@ def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, opti
         else:
             with counting(dry=True):
                 optimizer.step()
+        if scale is not None:
+            scaled(optimizer, scale)
         with counting(dry=True) as counts:
             optimizer.step()
     return counts
@@ -71,6 +80,22 @@ def test_bytes_a_parameter(
     assert total.dram <= budget * NUMEL
     assert counts.total("triton").calls == (4 if "max_grad_norm" in options else 2)
     assert not total.syncs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "budget"),
+    [
+        (F32, {}, 32.3),
+        (F32, {"max_grad_norm": 1.0}, 36.4),
+        (F32, {"zero_grads": True}, 32.3),  # zeros are written, and nothing before
+        (BF16, {"master_weights": "stochastic"}, 16.3),
+    ],
+)
+def test_a_scaler_costs_a_write_of_the_gradients(dtype: torch.dtype, options: dict[str, Any], budget: float) -> None:
+    counts = step_of(FusedAdamW, dtype, options, scale=1024.0)
+    assert counts.total().dram <= budget * NUMEL
+    assert counts.total("triton").calls == (4 if "max_grad_norm" in options else 2)
+    assert not counts.total().syncs
 
 
 def test_torchs_own_ways_move_more() -> None:

@@ -444,6 +444,79 @@ def test_a_run_goes_on_to_the_last_bit(how: str, tmp_path: Path) -> None:
     assert_same(states(resumed), states(whole))
 
 
+# master_weights and state_dtype of bfloat16 parameters, before and after.
+OTHER_FORMATS = [
+    (("split16", "8bit"), ("split8", "bfloat16")),
+    (("split8", "float32"), ("split16", "8bit")),
+    (("", ""), ("fp32", "8bit")),
+    (("fp32", "8bit"), ("kahan", "float32")),
+    (("kahan", "bfloat16"), ("split16", "float32")),
+    (("stochastic", "8bit"), ("fp32", "")),
+    (("split16", "float32"), ("", "8bit")),
+]
+
+
+def with_formats(formats: tuple[str, str]) -> tuple[Config, Callable[[nn.Module], Optimizer]]:
+    config, make = plan("bfloat16")
+    config.optimizer.master_weights, config.optimizer.state_dtype = formats
+    config.optimizer.schedule = "constant"
+    return config, make
+
+
+def what_is_held(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and moments with all their bits, whatever they are kept in."""
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, FusedAdamW)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found = {f"weight {i}": optimizer.master_value(p).float() for i, p in enumerate(params)}
+    for i, state in optimizer.torch_state_dict()["state"].items():
+        found |= {f"{name} {i}": state[name].float() for name in ("exp_avg", "exp_avg_sq", "step")}
+    return {name: t.clone() for name, t in found.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), OTHER_FORMATS, ids=str)
+@pytest.mark.filterwarnings("ignore:the state holds")
+def test_a_run_goes_on_with_other_formats(before: tuple[str, str], after: tuple[str, str], tmp_path: Path) -> None:
+    config, make = with_formats(before)
+    whole, _ = trainer_of(config, make, run=tmp_path, model=model_of().to(torch.bfloat16))
+    assert whole.fit()
+    config, make = with_formats(after)
+    config.train.steps = 9
+    resumed, _ = trainer_of(config, make, run=tmp_path, model=model_of(seed=5).to(torch.bfloat16))
+    resumed.resume()
+    loaded, wanted = what_is_held(resumed), what_is_held(whole)
+    for name, t in wanted.items():
+        # Weights keep all their bits until the first step; moments may be rounded to bfloat16 by then.
+        rounding = 0.0 if name.startswith(("weight", "step")) else 2.0**-8
+        torch.testing.assert_close(loaded[name], t, rtol=rounding, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert resumed.fit() and resumed.step == 9
+    ours, (_, state) = states(resumed), after
+    assert {name.split()[1] for name in ours if "exp_avg" in name} == (
+        {"exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"}
+        if state == "8bit"
+        else {"exp_avg", "exp_avg_sq"}
+    )
+
+
+def test_a_run_of_before_low_bits_had_their_name_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, make = with_formats(("split8", "8bit"))
+    whole, _ = trainer_of(config, make, run=tmp_path, model=model_of().to(torch.bfloat16))
+    save = whole.optimizer.state_dict
+
+    def as_before() -> Any:
+        saved = save()
+        for state in saved["state"].values():
+            state["remainder"] = (state.pop("low_bits") // 256).to(torch.int8)
+        return saved
+
+    monkeypatch.setattr(whole.optimizer, "state_dict", as_before)
+    assert whole.fit()
+    monkeypatch.undo()
+    resumed, _ = trainer_of(config, make, run=tmp_path, model=model_of(seed=5).to(torch.bfloat16))
+    resumed.resume()
+    assert_same(what_is_held(resumed), what_is_held(whole))
+
+
 class Partial(Model):
     """Of which some is frozen, some is not used, and some is no parameter."""
 
