@@ -100,7 +100,7 @@ DTYPES = [(torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float3
 def test_peak_memory_is_what_the_plan_says(
     mode: str, dtype: torch.dtype, slab_dtype: torch.dtype | None, wants: tuple[bool, bool], shape: str
 ) -> None:
-    """To the byte, but for a few numbers for each row: so no part of it can be wrong."""
+    """To the byte, but for at most six float32 numbers per row: so no part of it can be wrong."""
     N, D, V, budget = SHAPES[shape]
     arguments: dict[str, Any] = {"memory_budget": budget} | ({} if slab_dtype is None else {"slab_dtype": slab_dtype})
     with pretending_cuda():
@@ -111,7 +111,7 @@ def test_peak_memory_is_what_the_plan_says(
         with forced(mode), counting(dry=True) as counts:
             linear_cross_entropy(hidden, weight, targets, **arguments).backward()
     plan = LinearCrossEntropyPlan.make(N, D, V, mode=cast(Any, mode), dtype=dtype, wants=wants, **arguments)
-    assert 0 <= counts.peak_bytes - plan.peak_bytes <= 16 * N + 64
+    assert 0 <= counts.peak_bytes - plan.peak_bytes <= 24 * N + 64
     if wants == (True, True) and shape == "logits and gradients":
         total = counts.total()
         assert total.dram == pytest.approx(plan.hbm_bytes, rel=0.05)
