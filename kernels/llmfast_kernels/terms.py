@@ -48,12 +48,20 @@ class Terms:
 
 
 class Rows(NamedTuple):
-    """What comes of N rows, all (N,); 0, and an argmax of -1, where every target is ignored."""
+    """Results of N rows, all (N,). Ignored rows have loss, lse and entropy 0, and an argmax of -1.
+
+    logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large.
+    """
 
     loss: Tensor  # f32
-    lse: Tensor  # f32
+    peak: Tensor  # f32: largest logit
+    total: Tensor  # f32: sum(exp(x - peak))
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
+
+    @property
+    def lse(self) -> Tensor:
+        return self.peak + self.total.log()
 
 
 def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:

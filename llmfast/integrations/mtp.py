@@ -115,13 +115,13 @@ def add_mtp(
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
             lm.training = True  # of all modules it alone: it asks for all heads, and nothing drops out
-            lm.mtp_weights = torch.tensor([1.0] + [0.0] * heads, device="cpu")
+            lm.mtp_weights = _on_the_cpu([1.0] + [0.0] * heads)
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
         except Exception:
             _detach(lm)
             raise
-        lm.mtp_weights = torch.tensor(weights, device="cpu")
+        lm.mtp_weights = _on_the_cpu(weights)
     setattr(lm, OPTIONS, dict(options or {}))
     lm.mtp.train(lm.training)
     return model
@@ -149,7 +149,7 @@ def set_head_weights(model: nn.Module, head_weights: Sequence[float]) -> None:
     weights = [float(w) for w in head_weights]
     _expect_weights(weights, lm.config.llmfast_mtp["heads"])
     lm.config.llmfast_mtp["head_weights"] = weights
-    lm.mtp_weights = torch.tensor(weights, device="cpu")
+    lm.mtp_weights = _on_the_cpu(weights)
 
 
 def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, **kwargs: Any) -> Any:
@@ -301,7 +301,7 @@ def attach(lm: Any) -> None:
                 new.to(like.device, like.dtype)
     for p in lm.mtp.parameters():  # though the model may be frozen
         p.requires_grad_(p.is_floating_point())
-    lm.mtp_weights = torch.tensor(told["head_weights"], device="cpu")  # whatever torch's default device is
+    lm.mtp_weights = _on_the_cpu(told["head_weights"])
 
 
 def _detach(lm: Any) -> None:
@@ -310,6 +310,11 @@ def _detach(lm: Any) -> None:
     if hasattr(lm, "mtp"):
         del lm.mtp
     del lm.config.llmfast_mtp
+
+
+def _on_the_cpu(weights: list[float]) -> Tensor:
+    """Make `mtp_weights`. `from_pretrained` calls this with the model's dtype as torch's default."""
+    return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
 
 def _expect_weights(weights: list[float], heads: int) -> None:

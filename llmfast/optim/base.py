@@ -3,18 +3,22 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
-from llmfast.optim.plain import Amount, update_plainly
-from llmfast.optim.row import SHARED, Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.options import Options
+from llmfast.optim.plain import Amount, leave, update_plainly
+from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, is_dtensor, local, places, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
+
+if TYPE_CHECKING:
+    from llmfast.optim.release import ReleaseHandle
 
 FORMATS = ("master_weights", "state_dtype", "ema_decay")
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
@@ -61,7 +65,7 @@ class FusedOptimizer(StateKeeper):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    steps_in_backward = False  # see `optimizer_in_backward`
+    _in_backward: "ReleaseHandle | None" = None
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
     # In which torch's fused CPU kernel is right.
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
@@ -88,14 +92,21 @@ class FusedOptimizer(StateKeeper):
         """True if torch's own update knows no decay like this group's."""
         return False
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """True from `optimizer_in_backward` until `remove` of its handle. A copy of the optimizer does not."""
+        return self._in_backward is not None
+
     @torch.no_grad()
     @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Where `self.grad_scale` or `self.found_inf` are set (one-element float32 tensors, as GradScaler sets them),
-        gradients count as divided by the first, and nothing at all changes if the second is not 0. Gradients stay as
-        they are; only torch's fused CPU kernels divide and clip them in place, as they do in torch.
+        gradients count as divided by the first, and nothing at all changes if the second is not 0. A scaled step
+        leaves gradients divided, and clipped if it clips, as `GradScaler.unscale_` and `clip_grad_norm_` would. A step
+        that only clips does so in place on a CPU; on an accelerator it leaves gradients as they are, and saves writing
+        them.
         """
         loss = None
         if closure is not None:
@@ -117,9 +128,11 @@ class FusedOptimizer(StateKeeper):
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
-            hyper, lrs = [*map(self._hyper, range(len(self.param_groups)))], [g["lr"] for g in self.param_groups]
+            given = [*map(self._hyper, range(len(self.param_groups)))]
+            hyper = [[-1.0 if isinstance(x, Tensor) else x for x in row] for row in given]
+            on_device = [(i, j, x) for i, row in enumerate(given) for j, x in enumerate(row) if isinstance(x, Tensor)]
             for table in plan.tables:
-                if table.refresh(hyper, lrs):
+                if table.refresh(hyper, on_device):
                     self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
         sums = {} if plan.clips == {None} else self._sums(plan)
         told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
@@ -165,7 +178,11 @@ class FusedOptimizer(StateKeeper):
             self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
             chosen = {id(row) for row in fused}
             others = [row for row in mine if id(row) not in chosen]
-            self._call_torch(group, others, [amount.scaled(cast(Tensor, row.grad)) for row in others], False, None)
+            used = [amount.scaled(cast(Tensor, row.grad)) for row in others]
+            self._call_torch(group, others, used, False, None)
+            if amount.factor is not None:
+                for row, g in zip(others, used):
+                    leave(cast(Tensor, row.grad), g)
 
     def _call_torch(
         self, group: dict[str, Any], rows: list[Row], grads: list[Tensor], fused: bool, grad_scale: Tensor | None
@@ -173,6 +190,7 @@ class FusedOptimizer(StateKeeper):
         if not rows:
             return
         params = [row.local for row in rows]
+        group = _with_numbers_on(params[0].device, group)
         if self._decay_before_torch(group):
             for p in params:
                 p.mul_(1 - self._total_decay(group))
@@ -188,11 +206,12 @@ class FusedOptimizer(StateKeeper):
     def _total_decay(self, group: dict[str, Any]) -> Any:
         by_lr, decay, _ = self._decay(group)
         lr = _scalar(group["lr"])
-        return by_lr * lr + decay * (lr != 0)
+        moves: Any = lr != 0
+        return by_lr * lr + decay * (moves.to(lr.dtype) if isinstance(lr, Tensor) else moves)
 
     def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
         for row in rows:
-            group = self.param_groups[row.group]
+            group = _with_numbers_on(row.local.device, self.param_groups[row.group])
             arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
             arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
             sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(row.group)
@@ -200,23 +219,21 @@ class FusedOptimizer(StateKeeper):
 
     # With kernels.
 
-    def _hyper(self, index: int) -> list[float]:
-        """The group's hyperparameters in the order of the kernels' HYPER_NAMES."""
+    def _hyper(self, index: int) -> list[float | Tensor]:
+        """The group's hyperparameters in the order of the kernels' HYPER_NAMES; tensors where they are on a device."""
         group, own, o = self.param_groups[index], self.group_options[index], self.options  # read as fast as can be
-        lr, ema_decay = group["lr"], own.get("ema_decay", o.ema_decay)
-        limit = own.get("max_grad_norm", o.max_grad_norm)
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        ema_decay, limit = own.get("ema_decay", o.ema_decay), own.get("max_grad_norm", o.max_grad_norm)
         arguments = self._rule_arguments(group)
         eps = arguments.pop("eps", 0.0)
         return [
-            -1.0 if on_device else float(lr),  # a learning rate on the device is not the host's to look at
+            _number(group["lr"]),
             -1.0 if group["maximize"] else 1.0,
             *self._decay(group),
             0.0 if ema_decay is None else 1.0 - ema_decay,
             0.0 if limit is None else limit,
             o.seed,
             eps,
-            *arguments.values(),
+            *map(_number, arguments.values()),
             *[0.0] * (4 - len(arguments)),
         ]
 
@@ -269,17 +286,17 @@ class FusedOptimizer(StateKeeper):
             found.append((self._state_names(group), group["differentiable"], formats))
         return found
 
-    def make_plan(self, chosen: Tensor | None = None) -> Plan:
-        """For all parameters, or for one."""
+    def make_plan(self, chosen: Place | None = None) -> Plan:
+        """For all parameters, or for one, which takes no longer where there are many."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         settings = self._settings()
-        self._refuse_what_no_path_takes()
-        self._check_states()
-        params = [p for group in self.param_groups for p in group["params"]] if chosen is None else [chosen]
-        dtensors = [p for p in params if is_dtensor(p)]
+        planned = places(self.param_groups) if chosen is None else [chosen]
+        self._refuse_what_no_path_takes(planned)
+        self._check_states(planned)
+        dtensors = [place.param for place in planned if is_dtensor(place.param)]
         bring_together(dtensors)
-        clips = {p: self._clip_of(index) for index, group in enumerate(self.param_groups) for p in group["params"]}
+        clips = {place.param: self._clip_of(place.group) for place in planned}
         buckets: dict[tuple[int, Bucket], torch.device] = {}
         for p in dtensors:
             if (bucket := shard_of(p).bucket) is not None and (clip := clips[p]) is not None:
@@ -288,28 +305,24 @@ class FusedOptimizer(StateKeeper):
         torch_rows: list[Row] = []
         plain_rows: list[Row] = []
         waiting: list[Tensor] = []
-        identity = -1
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                identity += 1
-                if chosen is not None and p is not chosen:
-                    continue
-                if p.grad is None and not self.state.get(p):
-                    waiting.append(p)
-                    continue
-                row = self._row(p, index, identity)
-                if self._is_for_kernels(row, group):
-                    signatures.setdefault(signature(row), []).append(row)
-                elif self._is_for_torch(row, group):
-                    torch_rows.append(row)
-                else:
-                    plain_rows.append(row)
+        for p, index, _, identity in planned:
+            if p.grad is None and not self.state.get(p):
+                waiting.append(p)
+                continue
+            row, group = self._row(p, index, identity), self.param_groups[index]
+            if self._is_for_kernels(row, group):
+                signatures.setdefault(signature(row), []).append(row)
+            elif self._is_for_torch(row, group):
+                torch_rows.append(row)
+            else:
+                plain_rows.append(row)
         tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
         for table in tables:
             table.looks()
-        watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
-        self._loaded = self._loaded - set(params)
-        kinds = frozenset(clips[p] for p in params)
+        only = None if chosen is None else chosen.param
+        watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
+        self._loaded = self._loaded - clips.keys()
+        kinds = frozenset(clips.values())
         here = [
             *(table.signature.device for table in tables),
             *(row.local.device for row in (*torch_rows, *plain_rows)),
@@ -348,25 +361,32 @@ class FusedOptimizer(StateKeeper):
             and not self.param_groups[row.group]["differentiable"]
         )
 
-    def _refuse_what_no_path_takes(self) -> None:
+    def _refuse_what_no_path_takes(self, planned: list[Place]) -> None:
         """Before anything changes."""
-        for index, group in enumerate(self.param_groups):
+        for p, index, number, _ in planned:
+            if p.grad is None:
+                continue
+            name, sparse = f"parameter {number} of group {index}, {describe(p)}", p.grad.layout != torch.strided
+            if sparse and not self.takes_sparse:
+                raise ValueError(f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam")
+            differentiable = self.param_groups[index]["differentiable"]
+            odd = "is sparse" if sparse else "is of a differentiable group" if differentiable else None
+            if odd is None:
+                continue
             o = self.options_of(index)
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                name, sparse = f"parameter {i} of group {index}, {describe(p)}", p.grad.layout != torch.strided
-                if sparse and not self.takes_sparse:
-                    raise ValueError(
-                        f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam"
-                    )
-                odd = "is sparse" if sparse else "is of a differentiable group" if group["differentiable"] else None
-                if odd and (o.master_of(p) is not None or o.state_dtype is not None):
-                    raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
+            if o.master_of(p) is not None or o.state_dtype is not None:
+                raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._plan = None
+        if self._in_backward is not None:
+            self._in_backward.take(self.param_groups[-1]["params"])
+
+    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        super()._complete_group(group, options)
+        if self._in_backward is not None:
+            self._in_backward.expect_possible(group, options.max_grad_norm)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict, unpickling and deepcopy come this way
         super().__setstate__(state)
@@ -378,12 +398,31 @@ def _scalar(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
+def _number(x: float | Tensor) -> float | Tensor:
+    """A float; but a tensor on a device is not the host's to look at."""
+    return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
+
+
+def _with_numbers_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
+    """Bring over numbers that are tensors elsewhere. One on the CPU is good anywhere, and betas there are floats."""
+
+    def near(x: Any) -> Any:
+        return _on(device, x) if isinstance(x, Tensor) and x.device not in (device, torch.device("cpu")) else x
+
+    if isinstance(group["lr"], Tensor):
+        group = group | {"lr": near(group["lr"])}
+    if any(isinstance(beta, Tensor) for beta in group.get("betas", ())) and not group["differentiable"]:
+        betas = map(near, group["betas"])
+        group = group | {"betas": tuple(map(_number, betas))}
+    return group
+
+
 def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(device, non_blocking=True)
+    return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
 
 def _all_on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.to(device, non_blocking=True) for t in tensors]
+    return [t.to(device, non_blocking=device.type != "cpu") for t in tensors]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -31,6 +31,26 @@ class Shard(NamedTuple):
         return self.run != self.stride
 
 
+class Place(NamedTuple):
+    """Where a parameter stands in an optimizer."""
+
+    param: Tensor
+    group: int
+    number: int  # in its group
+    identity: int  # among all parameters
+
+    def holds(self, groups: list[dict[str, Any]]) -> bool:
+        """True if the parameter still stands there in its group."""
+        params = groups[self.group]["params"] if self.group < len(groups) else []
+        return self.number < len(params) and params[self.number] is self.param
+
+
+def places(groups: list[dict[str, Any]]) -> list[Place]:
+    """All parameters of an optimizer."""
+    found = [(p, index, i) for index, group in enumerate(groups) for i, p in enumerate(group["params"])]
+    return [Place(*place, identity) for identity, place in enumerate(found)]
+
+
 @dataclass
 class Row:
     """One parameter, the index of its group, its place among all, and its entry in the optimizer's state.

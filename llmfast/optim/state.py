@@ -14,7 +14,7 @@ from llmfast._checks import describe
 from llmfast.optim import formats
 from llmfast.optim.formats import LOW, LOW_BITS
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import SHARED, Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 CODES = {True: torch.int8, False: torch.uint8}  # of 8-bit states that have a sign, and that have none
@@ -93,9 +93,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         names = self._state_names(group)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
             before = state.get("momentum_buffer") is not None and self.rule == "sgd"
-            state["step"] = torch.tensor(float(before), dtype=torch.float32)
-        if p.device.type != "cpu" and state["step"].device != p.device and not p.is_complex():
-            state["step"] = state["step"].to(p.device, torch.float32)
+            state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
+        # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
+        home = state["step"].device if p.is_complex() else p.device
+        if (state["step"].device, state["step"].dtype) != (home, torch.float32):
+            state["step"] = state["step"].to(home, torch.float32)
         self._keep_low(p, identity, state, o)
         self._keep_average(p, identity, state, o)
         for name in names:
@@ -111,13 +113,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
 
-    def _check_states(self) -> None:
+    def _check_states(self, places: list[Place]) -> None:
         """Raises ValueError if a state does not belong to its parameter."""
-        for group in self.param_groups:
-            names = [name for name in (*self._state_names(group), *OWN_NAMES) if name is not None]
-            for p in group["params"]:
-                if (state := self.state.get(p)) is not None:
-                    for name in names:
+        for p, index, _, _ in places:
+            if (state := self.state.get(p)) is not None:
+                for name in (*self._state_names(self.param_groups[index]), *OWN_NAMES):
+                    if name is not None:
                         self._check(p, name, state)
 
     def _check(self, p: Tensor, base: str, state: dict[str, Any]) -> None:
@@ -401,8 +402,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return name != "step" and self.option(index, "state_dtype") is not None
 
     def __getstate__(self) -> dict[str, Any]:
+        """Keep every public attribute, other than methods that somebody has wrapped, as schedulers wrap `step`."""
+        methods = {name for name in vars(self) if callable(getattr(type(self), name, None))}
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in methods}
         own = [dict(options) for options in self.group_options]
-        return {**super().__getstate__(), "options": dataclasses.replace(self.options), "group_options": own}
+        public |= {"options": dataclasses.replace(self.options), "group_options": own}
+        return public | super().__getstate__()
 
     # The average.
 

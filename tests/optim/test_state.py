@@ -307,6 +307,26 @@ def test_a_copy_goes_on_alone_with_the_same_options(
     assert_same(twin.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_a_copy_has_every_public_attribute(
+    path: str, case: Case, clone: Callable[[FusedOptimizer], FusedOptimizer]
+) -> None:
+    optimizer = case.make_ours(some_parameters(), max_grad_norm=1.0)
+    train(optimizer)
+    optimizer.note = {"of": "the user"}
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # wraps `step`, which is of this optimizer alone
+    twin = clone(optimizer)
+    names = {name for name in vars(optimizer) if not name.startswith("_")} - {"step"}
+    assert names == {name for name in vars(twin) if not name.startswith("_")} > {"grad_norm", "note", "options"}
+    assert twin.note == optimizer.note
+    assert twin.grad_norm is not None and torch.equal(twin.grad_norm, optimizer.grad_norm)
+    assert "step" not in vars(twin)
+    before = values(of(optimizer))
+    train(twin, 1, first=2)
+    assert torch.equal(values(of(optimizer)), before)
+
+
 def test_a_copy_keeps_its_kind_of_decay() -> None:
     optimizer = FusedAdamW([torch.ones(3)], lr=0.1, decay="relative")
     twin = pickle.loads(pickle.dumps(optimizer))

@@ -66,7 +66,7 @@ def test_what_makes_no_sense_is_one_line(
         ([str(before), "--target", "nowhere"], "unknown source 'nowhere'"),
         ([str(before), "--target", str(other), "--end=0.95"], "end must leave the floor of 0.1 to replay; got 0.95"),
         ([str(tmp_path), "--target", str(other)], "cannot read"),
-        ([str(before), "--target", str(other), "--set=model.width=64"], "is damaged or of another model"),
+        ([str(before), "--target", str(other), "--set=model.width=64"], "Give model.width=32, or begin without"),
         ([str(before), "--target", str(other), "--set=train.stpes=64"], "did you mean train.steps"),
     ):
         assert main(["continue", *arguments]) == 2

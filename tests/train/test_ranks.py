@@ -364,7 +364,7 @@ def check_failure(rank: int, size: int, where: str, folder: str) -> tuple[str, i
                 if rank == 1 and where == "data":
                     patch.setattr(FileSystemWriter, "write_data", full)
                 if rank == 0 and where == "end":
-                    patch.setattr("llmfast.train.checkpoint._sync", full)
+                    patch.setattr("llmfast.train.checkpoint.sync", full)
 
     trainer.hooks.append(Fill())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="checkpoint") as caught:

@@ -21,6 +21,7 @@ from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import train
 from llmfast.train.trainer import Hooks, Trainer
+from support.disk import Disk
 
 
 def run(settings: list[str], *more: str, **options: bool) -> Path:
@@ -356,6 +357,18 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     metrics.write(step=2, tokens=9, loss=1.0)
     metrics.close()
     assert [json.loads(line)["loss"] for line in file.read_text().splitlines()] == [2.0, 1.0]
+
+
+def test_files_of_a_run_have_their_names_when_they_are_on_disk(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run goes on, and the log of before is at stake."""
+    disk = Disk(monkeypatch)
+    folder = run(settings, "name=safe")
+    disk.expect_names(*(folder / name for name in ("config.toml", "tokenizer.json", "metrics.jsonl")))
+    disk.named.clear()
+    run(settings, "name=safe", "train.steps=9", resume=True)
+    disk.expect_names(*(folder / name for name in ("config.toml", "metrics.jsonl", "checkpoint-00000009")))
 
 
 def test_a_run_without_end_can_be_looked_at(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:

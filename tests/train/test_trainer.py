@@ -2,7 +2,9 @@
 
 import copy
 import errno
+import hashlib
 import io
+import json
 import math
 import os
 import shutil
@@ -31,6 +33,7 @@ from llmfast.train.metrics import read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import make_optimizer
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
+from support.disk import Disk
 
 VOCABULARY, ROWS = 50, 4
 Optimizer = torch.optim.Optimizer
@@ -684,6 +687,73 @@ def test_a_damaged_one_does_not_push_out_whole_ones(tmp_path: Path) -> None:
     assert saved(tmp_path) == [6]
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a count in its groups, among the settings, as schedule-free optimizers do."""
+
+    def __init__(self, params: Any, momentum: float) -> None:
+        super().__init__(params, lr=0.01, momentum=momentum)
+        self.defaults["counted"] = self.param_groups[0]["counted"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["counted"] += 1
+        return super().step(closure)
+
+
+def test_groups_keep_what_was_counted_and_take_what_was_changed(tmp_path: Path) -> None:
+    trainer_of(settings(steps=4), lambda m: Counting(m.parameters(), momentum=0.9), run=tmp_path)[0].fit()
+    for momentum in (0.9, 0.5, 0.5):  # a change holds for the starts after it
+        resumed, _ = trainer_of(settings(), lambda m, x=momentum: Counting(m.parameters(), x), run=tmp_path)
+        resumed.resume()
+        (group,) = resumed.optimizer.param_groups
+        assert (group["counted"], group["momentum"]) == (resumed.step, momentum)
+        resumed.config.train.steps = resumed.step + 1
+        resumed.fit()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_groups_of_earlier_checkpoints(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
+    """They do not say what the groups were made with: those of ours hold settings alone."""
+    trainer_of(settings(steps=4), make, run=tmp_path)[0].fit()
+    for file in tmp_path.glob("checkpoint-*/meta.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "groups"}))
+        sums = json.loads((file.parent / "checksums.json").read_text())
+        sums["meta.json"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+        (file.parent / "checksums.json").write_text(json.dumps(sums))
+
+    def other(model: nn.Module) -> Optimizer:
+        made = make(model)
+        made.param_groups[0]["eps"] = 1.0
+        return made
+
+    resumed, _ = trainer_of(settings(), other, run=tmp_path)
+    resumed.resume()
+    assert resumed.optimizer.param_groups[0]["eps"] == (1.0 if make is fused else 1e-8)
+
+
+def test_an_optimizer_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    trainer_of(settings(steps=4), fused, run=tmp_path)[0].fit()
+
+    def refusing(model: nn.Module) -> Optimizer:
+        made = fused(model)
+
+        def refuse(optimizer: Any, state: Any) -> None:
+            raise ValueError("master_weights='split16' must be 'split8';\nnot both")
+
+        made.register_load_state_dict_pre_hook(refuse)
+        return made
+
+    with pytest.raises(OSError, match=r"checkpoint-00000004 does not go with the optimizer there is now: ") as e:
+        trainer_of(settings(), refusing, run=tmp_path)[0].resume()
+    assert str(e.value).endswith("now: master_weights='split16' must be 'split8'; not both")
+
+
+def test_a_stream_is_not_cut_anew() -> None:
+    stream = Stream(batches())
+    stream.batch(0, ROWS)
+    with pytest.raises(ValueError, match="a stream has batches of 3 sequences: none begins at sequence 4"):
+        stream.batch(4, 3)
+
+
 def test_nothing_whole_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         trainer_of(run=tmp_path)[0].resume()
@@ -712,6 +782,17 @@ def test_anothers_checkpoints_are_not_taken_for_ones_own(tmp_path: Path) -> None
     with pytest.raises(FileExistsError, match="holds checkpoints of another run: resume it, or choose another folder"):
         trainer_of(run=tmp_path)[0].fit()
     assert sorted(tmp_path.rglob("*")) == before and read_metrics(tmp_path / "metrics.jsonl")
+
+
+# Power that fails.
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    trainer_of(settings(steps=4, save_every=2), fused, run=tmp_path)[0].fit()
+    assert saved(tmp_path) == [2, 4]
+    disk.expect_names(tmp_path / "metrics.jsonl", *tmp_path.glob("checkpoint-*"))
+    assert {"meta.json", "checksums.json", ".metadata"} < {f.name for f in tmp_path.glob("checkpoint-*/*")}
 
 
 # A disk that is full.
@@ -745,7 +826,7 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path, mon
     assert saved(tmp_path) == [2, 4]
 
 
-@pytest.mark.parametrize("what", ["FileSystemWriter.write_data", "FileSystemWriter.finish", "_sync"])
+@pytest.mark.parametrize("what", ["FileSystemWriter.write_data", "FileSystemWriter.finish", "sync"])
 def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
