@@ -322,12 +322,12 @@ class FusedOptimizer(StateKeeper):
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
         self._loaded = self._loaded - clips.keys()
+        kinds = frozenset(clips.values())
         here = [
             *(table.signature.device for table in tables),
             *(row.local.device for row in (*torch_rows, *plain_rows)),
         ]
         devices = [*dict.fromkeys([*here, *buckets.values()])]
-        kinds = frozenset(clips.values())
         return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds, devices)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
