@@ -72,6 +72,17 @@ def test_nothing_but_ignored_tokens_in_further_losses(path: str, way: str, upstr
 
 
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("way", ["linear", "linear in chunks", "linear with statistics", "linear with terms"])
+def test_a_bias_learns_nothing_of_ignored_tokens(path: str, way: str, reduction: str, upstream: float) -> None:
+    hidden, weight = leaves()
+    bias = torch.randn(V).requires_grad_()
+    loss = WAYS[way](hidden, weight, torch.full((B, T), -100), reduction=reduction, bias=bias)
+    loss.backward(torch.full_like(loss, upstream))
+    assert bias.grad is not None and bias.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
 @pytest.mark.parametrize("way", ["linear", "linear in chunks"])
 def test_what_is_accumulated_into_stays_as_it_was(path: str, way: str, upstream: float) -> None:
     hidden, weight = leaves()

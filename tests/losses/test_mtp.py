@@ -197,6 +197,23 @@ def test_accuracy(path: str) -> None:
     torch.testing.assert_close(stats.accuracy, torch.tensor([3 / 4, 0.0]))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("K", [1, 3])
+def test_another_ignore_index_reaches_every_statistic(path: str, K: int, form: str) -> None:
+    labels, documents = batch("prompts")
+    hiddens, weight = leaves(K, form == "shared", torch.float32)
+    given = [*hiddens] if form == "list" else hiddens
+    options: dict[str, Any] = {"document_ids": documents, "head_weights": WEIGHTS[:K], "return_stats": True}
+    if form != "shared" and K == 1:
+        del options["head_weights"]
+    assert labels.eq(-100).any()
+    want = mtp_cross_entropy(given, weight, labels, **options)
+    got = mtp_cross_entropy(given, weight, labels.masked_fill(labels == -100, 5000), ignore_index=5000, **options)
+    torch.testing.assert_close(got[0], want[0])
+    for a, b in zip(got[1], want[1]):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
 def test_counts_of_valid_tokens() -> None:
     labels, documents = batch("packed")
     assert mtp_valid_counts(labels, 4, documents).tolist() == [20, 16, 12, 9]

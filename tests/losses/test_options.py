@@ -274,6 +274,23 @@ def test_statistics_of_a_masked_vocabulary(path: str, inplace: bool) -> None:
     assert found[-1][:, 100:].eq(0).all()
 
 
+@pytest.mark.parametrize("masked", [slice(0, 3), slice(97, None), slice(50, 60)], ids=str)
+def test_smoothing_over_masked_classes_is_infinite_as_in_torch(path: str, masked: slice) -> None:
+    """And not NaN, wherever in the row they are; the gradient is finite."""
+    logits, targets = torch.randn(4, 100), torch.tensor([7, 90, -100, 43])
+    logits[:, masked] = -torch.inf
+    for weights in (None, torch.rand(100) + 0.1):
+        found = []
+        for loss in (cross_entropy, torch.nn.functional.cross_entropy):
+            x = logits.clone().requires_grad_()
+            given = {"class_weights" if loss is cross_entropy else "weight": weights}
+            losses = loss(x, targets, label_smoothing=0.1, reduction="none", **given)
+            found.append((losses.detach(), *torch.autograd.grad(losses.sum(), x)))
+        assert found[0][0].tolist() == [torch.inf, torch.inf, 0.0, torch.inf]
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_shift_is_what_slicing_does(path: str) -> None:
     logits, tokens = torch.randn(2, 7, 30), torch.randint(0, 30, (2, 7))
     for shift in (1, 3):

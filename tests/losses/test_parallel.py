@@ -167,14 +167,33 @@ def check_ignored(rank: int, world: int, V: int) -> None:
         assert leaf.grad is not None and leaf.grad.eq(0).all()
 
 
+def check_far_from_zero(rank: int, world: int, V: int) -> None:
+    """A rank without classes adds nothing to the peak, however far below zero the logits of the others are."""
+    hidden, weight, _, targets = inputs(V)
+    share = -(-V // world)
+    own = slice(min(rank * share, V), min((rank + 1) * share, V))
+    for offset in (-1000.0, 1000.0):
+        z = (hidden @ weight.T + offset).double().requires_grad_()
+        truth = reference.cross_entropy(z, targets, return_stats=True)
+        (want,) = torch.autograd.grad(truth[0], z)
+        x = z.detach()[:, own].float().requires_grad_()
+        found = cross_entropy(x, targets, process_group=dist.group.WORLD, vocab_size=V, return_stats=True)
+        (got,) = torch.autograd.grad(found[0], x)
+        torch.testing.assert_close(got.double(), want[:, own], rtol=0, atol=1e-4)  # what logits so large round to
+        assert torch.equal(found[1].argmax, truth[1].argmax)
+        torch.testing.assert_close(found[0].double(), truth[0], rtol=0, atol=2e-4)
+
+
 def check(rank: int, world: int, V: int, kernels: bool) -> None:
     if kernels:
         with kernels_on_cpu():
             check_rank(rank, world, V)
             check_ignored(rank, world, V)
+            check_far_from_zero(rank, world, V)
     else:
         check_rank(rank, world, V)
         check_ignored(rank, world, V)
+        check_far_from_zero(rank, world, V)
         check_dtensors(rank, world, V)
         check_fsdp(rank, world, V)
 

@@ -79,6 +79,8 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: 
     made = forward(logits, targets, 70, d_logits=d_logits)
     backward(logits, targets, made, torch.ones(3), 70, d_logits=apart)
     assert made.loss.isnan().tolist() == [False, True, False]
+    partials, _ = rows.cross_entropy_partials(logits, one_each(targets), Terms(70))
+    assert partials.isnan().any(0).tolist() == [False, True, False], "no rank may be silent about it"
     for gradient in (d_logits, apart):
         assert gradient.isnan().all(1).tolist() == [False, True, False]
 
