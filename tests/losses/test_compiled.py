@@ -74,6 +74,26 @@ def test_inductor(path: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("budget", ["auto", 20000])
+def test_a_gradient_is_accumulated_as_it_is_outside(path: str, budget: Any) -> None:
+    """The graph breaks there; nothing else is different."""
+    hidden, weight, targets = tensors()
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        main, h = torch.ones_like(weight), hidden.detach().requires_grad_()
+
+        def loss(h: Tensor, w: Tensor, main: Tensor) -> Tensor:
+            return linear_cross_entropy(h * 1.0, w, targets, accumulate_into=main, memory_budget=budget)
+
+        value = (torch.compile(loss, backend="aot_eager") if compiled else loss)(h, weight, main)
+        value.backward()
+        assert weight.grad is None
+        found.append((value.detach(), h.grad, main.detach()))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
     _, weight, _ = tensors()
     torch._dynamo.reset()
