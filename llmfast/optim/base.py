@@ -279,7 +279,8 @@ class FusedOptimizer(StateKeeper):
         self._match_groups()
         o, found = self.options, []
         for index, (group, own) in enumerate(zip(self.param_groups, self.group_options)):
-            formats: Any = o.master_weights, o.state_dtype, o.ema_decay is None, o.max_grad_norm is None
+            clip = None if o.max_grad_norm is None else SHARED
+            formats: Any = o.master_weights, o.state_dtype, o.ema_decay is None, clip
             if own:
                 master, state, ema_decay = (self.option(index, name) for name in FORMATS)
                 formats = master, state, ema_decay is None, self._clip_of(index)

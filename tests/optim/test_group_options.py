@@ -215,6 +215,34 @@ def test_a_limit_may_change_between_steps(path: str) -> None:
     torch.testing.assert_close(params[1].detach(), torch.full((4,), -0.75), rtol=1e-5, atol=0)
 
 
+CHANGES: list[Options] = [{}, {"max_grad_norm": 0.1}, {"max_grad_norm": 0.2}, {"max_grad_norm": None}]
+
+
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize("shared", [None, 0.5])
+@pytest.mark.parametrize("now", CHANGES, ids=str)
+@pytest.mark.parametrize("before", CHANGES, ids=str)
+@unrecorded()
+def test_a_limit_of_a_group_may_come_and_go(
+    path: str, before: Options, now: Options, shared: float | None, group: int
+) -> None:
+    """The next step is that of an optimizer which has had the option from its start."""
+    params, twins = parameters(F32), parameters(F32)
+    optimizer = FusedSGD(grouped(params, *((before, {}) if group == 0 else ({}, before))), lr=1.0, max_grad_norm=shared)
+    other = FusedSGD(grouped(twins, *((now, {}) if group == 0 else ({}, now))), lr=1.0, max_grad_norm=shared)
+    gradients(params, 1)
+    optimizer.step()
+    with torch.no_grad():
+        for p, q in zip(params, twins):
+            q.copy_(p)
+    optimizer.group_options[group].clear()
+    optimizer.group_options[group].update(now)
+    gradients(params, 2), gradients(twins, 2)
+    optimizer.step(), other.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, twins))
+    torch.testing.assert_close(optimizer.grad_norm, other.grad_norm, rtol=1e-6, atol=0)
+
+
 def test_the_host_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretending_cuda():
         params = parameters()
