@@ -74,6 +74,25 @@ def test_inductor(path: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [None, "auto", 20000])
+def test_upstream_gradients_of_any_layout(path: str, budget: Any) -> None:
+    """What the graph itself sums sends back one number, expanded to all rows."""
+    hidden, weight, targets = tensors()
+
+    def total(h: Tensor, w: Tensor) -> Tensor:
+        if budget is None:
+            loss, stats = cross_entropy(h @ w.T, targets, reduction="none", return_stats=True)
+        else:
+            options: dict[str, Any] = {"reduction": "none", "return_stats": True, "memory_budget": budget}
+            loss, stats = linear_cross_entropy(h, w, targets, **options)
+        return loss.sum() + stats.lse.sum() + stats.entropy.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    for a, b in zip(outcome(compiled, hidden, weight), outcome(total, hidden, weight)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("budget", ["auto", 20000])
 def test_a_gradient_is_accumulated_as_it_is_outside(path: str, budget: Any) -> None:
     """The graph breaks there; nothing else is different."""
