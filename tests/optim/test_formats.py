@@ -18,10 +18,11 @@ ODD = [0.0, -0.0, 1.0, -1.5, 3.3895e38, -3.4e38, 1e-40, -1e-45, torch.inf, -torc
 
 
 def samples(n: int = 4096) -> Tensor:
-    """Of all magnitudes, and what is odd. The last NaN has all bits set, as CUDA makes it."""
+    """Of all magnitudes, and what is odd: NaNs with all bits set, as CUDA makes them, or none that bfloat16 has."""
     x = torch.randn(n) * 10.0 ** torch.empty(n).uniform_(-30, 30)
     x[: len(ODD)] = torch.tensor(ODD)
-    x[len(ODD)] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F80FFFF, 0xFF800001 - (1 << 32)], dtype=torch.int32)
+    x.view(torch.int32)[len(ODD) : len(ODD) + len(nans)] = nans
     return x
 
 
