@@ -141,6 +141,26 @@ def test_a_parameter_taken_out_of_its_group_is_left_alone(path: str) -> None:
     assert all(p.grad is None and not torch.equal(p, old) for p, old in [*zip(net.parameters(), before)][1:])
 
 
+def test_a_parameter_that_changes_groups_has_the_settings_of_the_new_one(path: str) -> None:
+    found = []
+    for in_backward in (True, False):
+        net = model()
+        groups = [{"params": list(net[i].parameters()), "lr": lr} for i, lr in ((0, 0.1), (2, 0.01), (4, 0.0))]
+        optimizer = FusedSGD(groups, momentum=0.9)
+        if in_backward:
+            optimizer_in_backward(net, optimizer)
+        for step in range(3):
+            if step:  # the first one's weight, then its bias, to the end of the next but one
+                optimizer.param_groups[2]["params"].append(optimizer.param_groups[0]["params"].pop(0))
+            loss(net, step).backward()
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append([p.detach() for p in net.parameters()])
+    for p, q in zip(*found):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
 def test_what_can_never_have_a_gradient_is_no_hindrance(path: str) -> None:
     net = model()
     net.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
