@@ -204,7 +204,28 @@ def test_argmax_and_accuracy(path: str, K: int) -> None:
     assert torch.equal(stats.argmax, truth.argmax)
     torch.testing.assert_close(stats.accuracy, truth.accuracy)
     assert stats.argmax[1, 1] == -1
-    assert not stats.token_loss.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@unrecorded()
+def test_statistics_without_a_gradient_say_so(path: str, reduction: Any, compiled: bool) -> None:
+    """Else one would be asked for, and silently be zero."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (6,))
+    ways: list[Callable[..., Any]] = [
+        lambda h, w, **o: cross_entropy(h @ w.T, targets, **o),
+        lambda h, w, **o: cross_entropy(h @ w.T, targets, inplace=True, **o),
+        lambda h, w, **o: linear_cross_entropy(h, w, targets, **o),
+        lambda h, w, **o: linear_cross_entropy(h, w, targets, memory_budget=600, **o),
+    ]
+    for way in ways:
+        torch._dynamo.reset()
+        run = torch.compile(way, backend="aot_eager", fullgraph=True) if compiled else way
+        loss, stats = run(hidden, weight, reduction=reduction, return_stats=True)
+        assert loss.requires_grad
+        found = {name: t.requires_grad for name, t in stats._asdict().items()}
+        assert found == {"token_loss": False, "lse": True, "entropy": True, "argmax": False, "accuracy": False}
 
 
 def test_the_first_of_equal_logits_is_the_argmax(path: str) -> None:
