@@ -23,7 +23,7 @@ from llmfast.optim import FusedAdamW, optimizer_in_backward
 from llmfast.plan.command import estimate_run
 from llmfast.plan.cost import step_flops
 from llmfast.train.checkpoint import load_weights, whole_weights
-from llmfast.train.config import STATE_DTYPES, Config, ConfigError, dump_config, load_config
+from llmfast.train.config import STATE_DTYPES, Config, ConfigError, DataConfig, dump_config, load_config
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.parallel import World
@@ -68,7 +68,8 @@ def train(
     torch.manual_seed(t.seed)
 
     say(console, f"reading {', '.join(config.data.sources)} ...")
-    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer)
+    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer, partial(say, console))
+    config.data.split = dict(data.split)
     mixture = _mixture(config, data)
     model = _model(config, data.tokenizer).to(device)
     if t.init_from and not resume:
@@ -282,8 +283,11 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     Raises:
         ConfigError: the run has no readable settings, or an override changes the model or the data.
     """
-    saved = load_config(run / "config.toml")
-    config = load_config(run / "config.toml", overrides)
+    # A run that does not say which column is the text has read no files with columns.
+    saved, config = (
+        load_config(run / "config.toml", these, base=Config(data=DataConfig(text_column="")))
+        for these in ([], overrides)
+    )
     for section in ("model", "data"):
         before, after = asdict(getattr(saved, section)), asdict(getattr(config, section))
         for key in before:
@@ -342,9 +346,10 @@ def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     return run
 
 
-def _prepare(config: Config, tokenizer: str) -> Dataset:
+def _prepare(config: Config, tokenizer: str, say: Callable[[str], None]) -> Dataset:
     d = config.data
-    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit}
+    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit, "text_column": d.text_column}
+    options |= {"split": d.split, "say": say}
     if d.fim_rate > 0:
         how: dict[str, Any] = {"level": d.fim_level, "spm_variant": d.fim_spm_variant, "loss": d.fim_loss}
         options["fim"] = partial(FIM, rate=d.fim_rate, spm_rate=d.fim_spm_rate, seed=config.train.seed, **how)
