@@ -88,9 +88,9 @@ def train(
     run = Path(world.agreed(str(_choose_run(config, resume=resume, overwrite=overwrite) if world.main else "")))
     config.name = run.name
     if resume:
-        before = _saved_settings(run)
-        config.data.split = config.data.split or before.data.split  # chosen by the run, not by its settings
-        expect_resumable(before, config, run, str(run))
+        saved = _saved_settings(run)
+        config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
+        expect_resumable(saved, config, run, str(run))
     micro_batch_size(config, world)
     if t.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
@@ -340,7 +340,7 @@ def _expect_same_weights(
     if "settings" in about:
         before = config_of(about["settings"], f"the checkpoint in {run}")
     elif (run / "config.toml").exists():
-        before = _saved_settings(run)
+        saved = _saved_settings(run)
     else:  # of a program with its own model
         say(console, f"{run} does not say how its weights were trained: only their shapes are compared")
         return
