@@ -298,10 +298,9 @@ def attach(lm: Any) -> None:
         eps = getattr(lm.config, "rms_norm_eps", 1e-5)
         embedding = lm.get_input_embeddings().weight
         lm.mtp = SequentialDepths(lambda: Block(layer), told["heads"], embedding.shape[1], norm_eps=eps, **told["depths"])
-        device = next(layer.parameters()).device
         for depth in lm.mtp.layers:
             for new in (depth.enorm, depth.hnorm, depth.eh_proj, depth.norm):
-                new.to(device, embedding.dtype)
+                new.to(embedding.device, embedding.dtype)
     if not any(p.requires_grad for p in layer.parameters()):
         _thaw(lm)
     lm.mtp_weights = _on_cpu(told["head_weights"])

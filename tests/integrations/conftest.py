@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt": ("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", GPT2),  # whose layers return lists
     "deepseek": ("DeepseekV3Config", "DeepseekV3ForCausalLM", SHAPE | LATENT),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", SHAPE | {"num_local_experts": 4, "output_router_logits": True}),
+    "diffllama": ("DiffLlamaConfig", "DiffLlamaForCausalLM", SHAPE),  # which is in part made where no context says
     "ernie": ("Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", SHAPE | ROUTED),
     "granite": ("GraniteConfig", "GraniteForCausalLM", SHAPE | {"logits_scaling": 3.0}),
     "cohere": ("CohereConfig", "CohereForCausalLM", SHAPE | {"logit_scale": 0.3}),

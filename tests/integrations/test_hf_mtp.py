@@ -245,7 +245,7 @@ def test_generation_does_not_use_them_and_undone_they_are_gone(make: Make, kind:
     assert model(**batch()).loss.item() == before.train()(**batch()).loss.item()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek", "diffllama"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> None:
     depths = {"repeated_layer": True, "hidden": "post_norm"} if kind == "sequential" else None
