@@ -174,7 +174,18 @@ def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, *
     expect(hasattr(transformers, name), f"{folder} holds a {name}, which transformers does not have")
     lm = fused_class(getattr(transformers, name), WithHeads).from_pretrained(folder, **kwargs)
     setattr(lm, OPTIONS, dict(options or {}))
+    _copy_what_is_not_saved(lm)
     return lm
+
+
+def _copy_what_is_not_saved(lm: Any) -> None:
+    """Fill the copies' buffers that a checkpoint does not hold. Some models only know how to do so for their layers."""
+    buffers = dict(lm.get_submodule(lm.config.llmfast_mtp["layer"]).named_buffers())
+    for layer in _copies(lm):
+        saved = layer.state_dict()
+        for name, buffer in layer.named_buffers():
+            if name not in saved:
+                buffer.copy_(buffers[name])
 
 
 class Block(nn.Module):
@@ -312,10 +323,14 @@ def _thaw(lm: Any) -> None:
     with torch.device("meta"):
         new = base(copy.deepcopy(lm.config)).get_submodule(layer)
     trained = {name for name, p in new.named_parameters() if p.requires_grad}
-    for block in lm.mtp.modules():
-        if isinstance(block, Block):
-            for name, p in block.layer.named_parameters():
-                p.requires_grad_(p.is_floating_point() and name in trained)
+    for copied in _copies(lm):
+        for name, p in copied.named_parameters():
+            p.requires_grad_(p.is_floating_point() and name in trained)
+
+
+def _copies(lm: Any) -> list[nn.Module]:
+    """The copies of the last layer."""
+    return [block.layer for block in lm.mtp.modules() if isinstance(block, Block)]
 
 
 def _on_cpu(head_weights: list[float]) -> Tensor:

@@ -245,7 +245,7 @@ def test_generation_does_not_use_them_and_undone_they_are_gone(make: Make, kind:
     assert model(**batch()).loss.item() == before.train()(**batch()).loss.item()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek", "diffllama"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek", "diffllama", "falcon"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> None:
     depths = {"repeated_layer": True, "hidden": "post_norm"} if kind == "sequential" else None
@@ -256,6 +256,8 @@ def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> N
     smoothed.load_state_dict(model.state_dict())
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    for ours, theirs in zip(loaded.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
     assert loaded(**batch()).loss.item() == smoothed(**batch()).loss.item() != model(**batch()).loss.item()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain(**batch()).loss.item() == pytest.approx(remove_mtp(model).eval()(**batch()).loss.item(), rel=1e-6)
