@@ -21,7 +21,8 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
   remembered, and programs run where Python's stack has room.
 * `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
 
-Known to work with Triton 3.6.0, 3.7.1 and 3.9.0, and NumPy 2.4; `install()` fails where the parts it replaces are missing.
+Known to work with Triton 3.6.0, 3.7.1 and 3.9.0, and NumPy 2.4; `install()` fails where the parts it replaces are
+missing.
 """
 
 import dataclasses

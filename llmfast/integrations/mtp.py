@@ -308,7 +308,9 @@ def attach(lm: Any) -> None:
     else:
         eps = getattr(lm.config, "rms_norm_eps", 1e-5)
         embedding = lm.get_input_embeddings().weight
-        lm.mtp = SequentialDepths(lambda: Block(layer), told["heads"], embedding.shape[1], norm_eps=eps, **told["depths"])
+        lm.mtp = SequentialDepths(
+            lambda: Block(layer), told["heads"], embedding.shape[1], norm_eps=eps, **told["depths"]
+        )
         for depth in lm.mtp.layers:
             for new in (depth.enorm, depth.hnorm, depth.eh_proj, depth.norm):
                 new.to(embedding.device, embedding.dtype)

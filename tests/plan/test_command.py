@@ -185,7 +185,9 @@ def test_imports_without_what_the_trainer_needs() -> None:
         import llmfast.plan, llmfast.plan.command
         print(llmfast.plan.BESIROGLU.optimal(1e21).params)"""
     path = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=gpus.HIDDEN | {"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=gpus.HIDDEN | {"PYTHONPATH": path}
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(2.778e9, rel=1e-3)
 

@@ -9,10 +9,10 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "ONEAPI_DEV
 _FOUND = "LLMFAST_TESTS_FOUND"  # in the environment, for processes that begin with all hidden
 
 
-def hide() -> None:
-    """Hide all GPUs from this process, before it imports torch, and from those it starts."""
-    os.environ.setdefault(_FOUND, json.dumps({name: os.environ.get(name) for name in HIDDEN}))
-    os.environ.update(HIDDEN)
+def hiding() -> dict[str, str]:
+    """What to set, before torch is imported, to hide all GPUs from a process and from those it starts."""
+    found = os.environ.get(_FOUND) or json.dumps({name: os.environ.get(name) for name in HIDDEN})
+    return {**HIDDEN, _FOUND: found}
 
 
 def as_found() -> dict[str, str]:

@@ -97,7 +97,7 @@ def test_a_process_may_see_them_where_it_has_to(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv(gpus._FOUND)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for _ in range(2):  # as in a worker of a process that has hidden them
-        gpus.hide()
+        os.environ |= gpus.hiding()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1" == os.environ["HIP_VISIBLE_DEVICES"]
         environment = gpus.as_found()
         assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
