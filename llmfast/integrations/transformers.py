@@ -191,7 +191,7 @@ def fused_class(base: Any, mixin: type) -> Any:
             for module in watched:
                 setattr(module, CALL, None)
         if call.losses == 0:
-            raise RuntimeError(f"{base.__operator_} does not make its loss by cross_entropy of its output embedding")
+            raise RuntimeError(f"{base.__name__} does not make its loss by cross_entropy of its output embedding")
         return _without_logits(outputs)
 
     # Trainer and generate() read the signature. No __wrapped__: accelerate would unwrap this forward to the bare one.
@@ -199,7 +199,7 @@ def fused_class(base: Any, mixin: type) -> Any:
     forward.__doc__ = base.forward.__doc__
     known_as = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     namespace = {**known_as, "forward": forward, "_llmfast_base": base, "_llmfast_mixin": mixin}
-    return type(base)(base.__operator_, (mixin, base), namespace)
+    return type(base)(base.__name__, (mixin, base), namespace)
 
 
 def become(lm: Any, mixin: type) -> None:
@@ -224,7 +224,7 @@ def restore(lm: Any) -> None:
 def expect_mixin(lm: Any, mixin: type, how: str) -> None:
     kind = vars(type(lm)).get("_llmfast_mixin")
     sharded = kind is None and isinstance(lm, mixin)
-    name = type(lm).__operator_
+    name = type(lm).__name__
     expect(not sharded, f"model must be as it was when {how}; {name} was made of it since, by FSDP perhaps")
     expect(kind is mixin, f"model must have been {how}; this {name} was not")
 
@@ -345,7 +345,7 @@ class Logits(StandIn):
 
     def __mul__(self, factor: Any) -> "Logits":
         if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise TypeError(f"the model multiplies or divides its logits by a {type(factor).__operator_}, not a number")
+            raise TypeError(f"the model multiplies or divides its logits by a {type(factor).__name__}, not a number")
         if self.cap is None:
             return replace(self, scale=self.scale * factor)
         return replace(self, cap=self.cap * factor)
@@ -363,7 +363,7 @@ class Logits(StandIn):
     def __add__(self, other: Any) -> "Logits":
         """An adapter's to those of the layer it adapts."""
         if not isinstance(other, Logits) or self.cap is not None or other.cap is not None:
-            raise TypeError(f"the model adds a {type(other).__operator_} to its logits")
+            raise TypeError(f"the model adds a {type(other).__name__} to its logits")
         ours, theirs = self._unscaled(), other._unscaled()
         hidden, weight = ours.parts[0]
         added = tuple((h.to(hidden.dtype), w.to(weight.dtype)) for h, w in theirs.parts)
@@ -459,7 +459,7 @@ class Logits(StandIn):
 
 
 def _name(function: Any) -> str:
-    return getattr(function, "__operator_", str(function))
+    return getattr(function, "__name__", str(function))
 
 
 # Who can be fused.
@@ -484,7 +484,7 @@ def expect_options(options: Mapping[str, Any]) -> None:
 
 def expect_fusable(lm: Any) -> None:
     """Raises ValueError for what can be known without running the model."""
-    name = type(lm).__operator_
+    name = type(lm).__name__
     expect(not isinstance(lm, Fused), f"{name} is fused already; unfuse_loss, or remove_mtp, undoes that")
     expect(
         "forward" not in vars(lm),
@@ -530,12 +530,12 @@ def own_loss(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     try:
         return _loss(lm(**batch))
     except Exception as error:
-        raise ValueError(f"{type(lm).__operator_} fails on two sequences of 8 tokens with labels: {error}") from error
+        raise ValueError(f"{type(lm).__name__} fails on two sequences of 8 tokens with labels: {error}") from error
 
 
 def expect_loss(lm: nn.Module, batch: dict[str, Tensor], wanted: Tensor) -> None:
     """Raises ValueError unless the fused model's is the same."""
-    name = type(lm).__operator_
+    name = type(lm).__name__
     try:
         loss = _loss(lm(**batch))
     except Exception as error:

@@ -315,7 +315,10 @@ def test_looks_like_the_class_it_was(make: Make) -> None:
 def state(model: nn.Module) -> Any:
     """All of a model that fusing could change."""
     modules = [
-        (type(m), m.training, sorted(vars(m)), list(m._forward_hooks.values()), list(m._forward_pre_hooks.values()))
+        (
+            *(type(m), m.training, sorted(vars(m)), list(m._forward_hooks.values())),
+            *(list(m._forward_pre_hooks.values()), list(m._forward_pre_hooks_with_kwargs)),
+        )
         for m in model.modules()
     ]
     return modules, torch.get_rng_state().tolist()
@@ -567,6 +570,25 @@ def test_a_loss_function_of_the_users(make: Make) -> None:
         model(**plain())
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* asks them for \.softmax"):
         fuse_loss(unfuse_loss(model))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stand_ins_look_like_the_logits(make: Make, dtype: torch.dtype, autocast: bool) -> None:
+    seen = []
+
+    def looking(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        seen.append((logits.dtype, logits.device, logits.shape, logits.size(-1)))
+        return F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1)).float()
+
+    model = make("llama").to(dtype)
+    model.loss_function = looking
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(**plain())
+        theirs = seen.pop()
+        fuse_loss(model)
+        model(**plain())
+    assert seen and set(seen[-1:]) == {theirs}
 
 
 def test_refuses_an_adapter_that_is_no_sum(make: Make) -> None:

@@ -219,7 +219,9 @@ def random_weights(model: torch.nn.Module) -> None:
             p.normal_(std=0.5)
 
 
-@pytest.mark.parametrize("options", [{}, {"rope_base": 50.0, "norm_eps": 0.3, "ffn_width": 24, "tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rope_base": 50.0, "norm_eps": 0.3, "ffn_width": 24, "tie_embeddings": False}]
+)
 def test_settings_reach_the_numbers(options: dict[str, Any]) -> None:
     model, tokens = small(**options).double(), torch.randint(0, 50, (9,))
     random_weights(model)
