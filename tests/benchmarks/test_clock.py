@@ -17,6 +17,26 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert timings["other"].spread == 0 and timings["slow"].seconds == 10
 
 
+def test_medians_and_quartiles() -> None:
+    timings = clock.compare({"ours": [1.0, 2.0, 3.0, 4.0, 5.0], "other": [1.0, 1.0, 1.0, 1.0, 40.0]})
+    other = timings["other"]  # whose ratios are 1, 2, 3, 4 and 1/8
+    assert (other.seconds, other.ratio) == (1.0, 2.0)
+    assert other.spread == pytest.approx(3.5 - 0.5625)
+    assert clock.compare({"ours": [3.0], "other": [6.0]})["other"] == clock.Timing(6.0, 0.5, 0.0)
+
+
+def test_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel_seconds(run: clock.Run) -> float:
+        copied = run()
+        assert isinstance(copied, torch.Tensor)
+        moved.append(2 * copied.nbytes)
+        return 0.5
+
+    moved: list[int] = []
+    monkeypatch.setattr(clock, "kernel_seconds", kernel_seconds)
+    assert clock.copy_bandwidth(1 << 20) == moved[0] / 0.5 == 1 << 21
+
+
 def test_time_and_memory() -> None:
     assert 0.01 <= clock.timed(lambda: time.sleep(0.01)) < 1
     assert clock.peak_bytes(lambda: torch.empty(1000) + 1) == 8000
