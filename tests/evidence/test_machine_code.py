@@ -1,8 +1,19 @@
 """The search for loops against small graphs, and the readers of assembly against lines of it."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from evidence.machine_code import ORDERS, Instruction, _amd_bits, _count_nvidia, _parse_sass, innermost_loops, takes
+from evidence.machine_code import (
+    ORDERS,
+    Instruction,
+    _amd_bits,
+    _count_nvidia,
+    _nvidia_occupancy,
+    _parse_sass,
+    innermost_loops,
+    takes,
+)
 
 
 def graph(*lines: tuple[int | None, bool]) -> list[Instruction]:
@@ -94,3 +105,20 @@ def test_sass_is_parsed():
 )
 def test_amd_widths(suffix, bits):
     assert _amd_bits(suffix) == bits
+
+
+@pytest.mark.parametrize(
+    ("arch", "num_warps", "registers", "shared", "programs"),
+    [
+        (80, 4, 32, 0, 16),  # 2048 threads
+        (80, 1, 32, 0, 32),  # no more programs than that
+        (90, 8, 65, 0, 3),  # 72 registers of each thread, by 8
+        (90, 2, 32, 7 << 10, 28),  # and 1 KiB of each program is the system's: 28 of 8 KiB
+        (90, 4, 32, 75 << 10, 3),
+        (90, 4, 32, 76 << 10, 2),
+        (80, 4, 32, 82 << 10, 1),
+    ],
+)
+def test_occupancy_is_what_fits_together(arch, num_warps, registers, shared, programs):
+    metadata = SimpleNamespace(target=SimpleNamespace(arch=arch), num_warps=num_warps, shared=shared)
+    assert _nvidia_occupancy(metadata, registers) == programs * num_warps * 32 / 2048

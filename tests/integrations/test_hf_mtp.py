@@ -16,7 +16,7 @@ from llmfast.optim import FusedAdamW
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
-from llmfast.integrations.mtp import Block, add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
+from llmfast.integrations.mtp import Block, _documents, add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
 from llmfast.integrations.transformers import fuse_loss, unfuse_loss  # noqa: E402
 
 Make = Callable[..., Any]
@@ -197,6 +197,45 @@ def test_modules_may_be_called_by_name(make: Make, kind: Any) -> None:
     for module in (model.model.layers[-1], model.model.norm, model.lm_head):
         module.register_forward_pre_hook(by_name, with_kwargs=True)
     assert_same(gradients(add_mtp(model, 2, kind), batch()), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_ignored_is_the_callers(make: Make, kind: Any) -> None:
+    model, usual = add_mtp(make("llama"), 2, kind), batch()
+    other = {**usual, "labels": usual["labels"].masked_fill(usual["labels"] == -100, 1), "ignore_index": 1}
+    assert_same(gradients(model, other), gradients(model, usual))
+
+
+def test_documents_begin_where_positions_do_not_go_on() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 9, 10, 10, 11], [1, 1, 0, 1, 2, 3]])
+    wanted = [[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2]]
+    found = _documents(positions, torch.zeros(3, 6))
+    assert found is not None and found.tolist() == wanted
+    one_for_all = _documents(positions[1:2], torch.zeros(2, 6))
+    assert one_for_all is not None and one_for_all.tolist() == wanted[1:2] * 2
+    assert _documents(None, torch.zeros(3, 6)) is None
+    with pytest.raises(ValueError, match=r"position_ids must be \(B, 5\) for several heads"):
+        _documents(positions, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_hear_of_the_models_own_layer_alone(make: Make, kind: Any) -> None:
+    model, heard = make("llama"), []
+    for module in model.model.layers[-1].modules():
+        module.register_forward_hook(lambda module, *others: heard.append(module))
+        module.register_forward_pre_hook(lambda module, *others: heard.append(module))
+    model(**batch())
+    once, own = len(heard), {*model.model.layers[-1].modules()}
+    add_mtp(model, 2, kind)
+    heard.clear()
+    model(**batch())
+    assert len(heard) == once and own.issuperset(heard)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_new_norms_are_like_the_models(make: Make, eps: float) -> None:
+    model = add_mtp(make("llama", rms_norm_eps=eps), 2, "sequential")
+    assert {module.eps for module in model.mtp.modules() if isinstance(module, nn.RMSNorm)} == {eps}
 
 
 def test_no_logits_of_any_head(make: Make) -> None:

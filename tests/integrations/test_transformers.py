@@ -591,6 +591,28 @@ def test_stand_ins_look_like_the_logits(make: Make, dtype: torch.dtype, autocast
     assert seen and set(seen[-1:]) == {theirs}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_has_the_dtype_that_the_models_has(make: Make, autocast: bool) -> None:
+    model = Handwritten(make("llama").config).train()  # which does not make its logits float32
+    model = model if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted = model(**padded()).loss
+        ours = fuse_loss(model)(**padded()).loss
+    assert ours.dtype == wanted.dtype == (torch.float32 if autocast else torch.bfloat16)
+
+
+def test_logits_stay_on_their_device(make: Make) -> None:
+    model = fuse_loss(make("llama"))
+    for ask in (
+        lambda x: x.to("meta"),
+        lambda x: x.to(device=torch.device("meta")),
+        lambda x: x.to(torch.ones(1).to("meta")),
+    ):
+        model.loss_function = lambda logits, labels, vocab_size, ask=ask, **kwargs: ask(logits)
+        with pytest.raises(TypeError, match="the model moves its logits from cpu to meta"):
+            model(**plain())
+
+
 def test_refuses_an_adapter_that_is_no_sum(make: Make) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
