@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from llmfast._gpus import GPUS
+from llmfast._gpus import named
 from llmfast.data import (
     FIM,
     Batch,
@@ -124,7 +124,7 @@ def train(
         world.leave()
         return run
     order = Mixed(data, mixture)
-    hooks = [Shares(order), Utilisation(config, model, world), *([Profile(run)] if profile else [])]
+    hooks = [Shares(order), Utilisation(config, model, world, console), *([Profile(run)] if profile else [])]
     trainer = Trainer(
         model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model), order, config,
         run=run, validation=_validation(config, data), world=world, dtype=dtype, console=console, hooks=hooks,
@@ -240,10 +240,12 @@ class Utilisation(Hooks):
     That is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs that `llmfast.plan` counts.
     """
 
-    def __init__(self, config: Config, model: Decoder, world: World) -> None:
+    def __init__(self, config: Config, model: Decoder, world: World, console: Console) -> None:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-        known = [gpu for gpu in GPUS if gpu.name.split()[0] in name.split()]
-        self._peak = known[0].tensor_cores * world.size if known else 0.0
+        gpu = named(name)
+        if name and gpu is None:
+            say(console, f"no MFU is logged: the peak rate of {name} is not known")
+        self._peak = gpu.tensor_cores * world.size if gpu else 0.0
         self._flops = step_flops(model.config, 1, config.data.seq_len).flops  # a token
 
     def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from llmfast._commands import columns
 from llmfast.plan import BESIROGLU, ChinchillaLaw
 from llmfast.plan.command import add_arguments, run
 from llmfast.plan.numbers import duration, number, short
+from support import gpus
 
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parent.parent.parent
@@ -184,7 +185,9 @@ def test_imports_without_what_the_trainer_needs() -> None:
         import llmfast.plan, llmfast.plan.command
         print(llmfast.plan.BESIROGLU.optimal(1e21).params)"""
     path = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=gpus.HIDDEN | {"PYTHONPATH": path}
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(2.778e9, rel=1e-3)
 
