@@ -11,9 +11,9 @@ A row's logits are x = softcap(logit_scale * (given + bias)), its targets y_k we
 with a_k = (1 - label_smoothing) w_k c[y_k], b = label_smoothing / V sum_k w_k and class weights c. All of it is linear
 in lse and x, so a row needs its peak, the sum of its exponentials, and what pulls the loss down: sum a_k x[y_k] +
 b sum c_v x_v. Exponents are base 2, and peaks are those of x log2(e). All that follows is taken from the difference of
-x log2(e) and the peak, which one fma makes and rounds once: it is as good for logits of 1e8 as for those of 1. lse, which
-rounds at the size of the logits, is made only for the z-loss and for those who ask. Arithmetic is float32. What is not
-used is a None pointer or scalar, and costs nothing.
+x log2(e) and the peak, which one fma makes and rounds once: it is as good for logits of 1e8 as for those of 1. lse
+rounds at the size of the logits, and is made only for the z-loss and for those who ask. Arithmetic is float32. What is
+not used is a None pointer or scalar, and costs nothing.
 """
 
 import math

@@ -342,7 +342,7 @@ def _expect_same_weights(
     if "settings" in about:
         before = config_of(about["settings"], f"the checkpoint in {run}")
     elif (run / "config.toml").exists():
-        saved = _saved_settings(run)
+        before = _saved_settings(run)
     else:  # of a program with its own model
         say(console, f"{run} does not say how its weights were trained: only their shapes are compared")
         return
