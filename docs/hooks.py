@@ -19,10 +19,11 @@ def settings(section: ast.ClassDef, lines: list[str]) -> list[tuple[str, str, st
     for field in section.body:
         if not isinstance(field, ast.AnnAssign) or field.value is None or field.end_lineno is None:
             continue
-        default = ast.unparse(field.value)
-        if default.startswith("field(default_factory="):
-            factory = field.value.keywords[0].value  # type: ignore[attr-defined]
-            default = ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else "{}"
+        value = field.value
+        if isinstance(value, ast.Call):  # kept(value, ...) or field(default_factory=...)
+            value = value.args[0] if value.args else value.keywords[0].value
+            value = value.body if isinstance(value, ast.Lambda) else value
+        default = "{}" if isinstance(value, ast.Name) else ast.unparse(value)
         above = lines[field.lineno - 2].strip()
         _, _, comment = lines[field.end_lineno - 1].partition("  # ")
         if not comment and above.startswith("# "):

@@ -62,7 +62,7 @@ class _Memory:
     name: str
     bytes: Array = field(init=False)  # the memory itself
     before: Array = field(init=False)  # what it held before the launch
-    # Per element, 1 + the program that touched it last; for loads -1 once programs without an order did.
+    # Per element, 1 + the program that touched it last; for loads and updates -1 once programs without an order did.
     stored: Array = field(init=False)
     loaded: Array = field(init=False)
     updated: Array = field(init=False)  # atomically
@@ -249,14 +249,17 @@ class Sanitizer(Observer):
                 self._fail_at("stores two values at once", addresses[1:][twice][0], access)
 
     def atomic(self, access: Access, ordered: bool) -> None:
-        for memory, at in self._find(access, "update"):
+        touched = self._find(access, "update")
+        for memory, at in touched:
             self._refuse_unordered(memory.stored, at, memory, "updates", "stored")
             self._refuse_unordered(memory.loaded, at, memory, "updates", "loaded")
-            memory.updated[at] = self._program + 1
         if ordered and access.addresses.size == 1:
             released = self._released.setdefault(int(access.addresses[0]), set())
             self._ordered |= released
             released |= self._ordered | {self._program + 1}
+        for memory, at in touched:
+            others = self._unordered(memory.updated[at])
+            memory.updated[at] = np.where(others, -1, self._program + 1)
 
     def _find(self, access: Access, verb: str) -> list[tuple[_Memory, Index]]:
         """The memories an access goes to, with the elements it touches there."""

@@ -1,5 +1,6 @@
 """Which implementation a tensor takes: Triton kernels on an accelerator, plain torch everywhere else."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -22,6 +23,48 @@ def use_kernels(t: Tensor) -> bool:
     if t.dtype not in KERNEL_DTYPES:
         return False
     return ((t.is_cuda or t.is_xpu) and _has_triton()) or _kernels_on_cpu
+
+
+def has_no_data(t: Tensor) -> bool:
+    """True for meta tensors, fake tensors, and whatever torch.compile traces: all there is of them is shapes."""
+    if t.is_meta or torch.compiler.is_compiling():
+        return True
+    # A fake tensor cannot exist before its module does, whose import takes long.
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(t, fake.FakeTensor)
+
+
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where torch multiplies matrices of a low-precision `dtype` into a float32 one (`mm(out_dtype=)`).
+
+    NVIDIA's GPUs have it in every torch that llmfast runs with, CPUs in none. Others are asked once.
+    """
+    if device.type == "cpu" or device.type == "meta":
+        return False
+    return (device.type == "cuda" and torch.version.hip is None) or _works("mm", device.type, dtype)
+
+
+def adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where `addmm(out_dtype=)` takes a float32 matrix to add to: on NVIDIA's GPUs since torch 2.10.
+
+    See pytorch#154086, mended by #167931.
+    """
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.__version__ >= "2.10"  # a TorchVersion: compared as versions are
+    return _works("addmm", device.type, dtype)
+
+
+@cache
+def _works(product: str, device: str, dtype: torch.dtype) -> bool:
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        if product == "mm":
+            torch.mm(a, a, out_dtype=torch.float32)
+        else:
+            torch.addmm(torch.zeros(16, 16, dtype=torch.float32, device=device), a, a, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):  # not on this device, or no such argument
+        return False
+    return True
 
 
 @cache

@@ -100,15 +100,15 @@ def _path(t: Tensor) -> str:
 def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     """Name and error of each operation's results: its loss and gradients, or the parameter after a few steps."""
     name = str(dtype).removeprefix("torch.")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     N, D, V = 64, 32, 1000
 
     def random(*shape: int) -> Tensor:
-        drawn: Tensor = torch.randn(*shape, generator=generator)
+        drawn: Tensor = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(device, dtype).requires_grad_()
 
     logits, hidden, weight, heads = random(N, V), random(N, D), random(V, D), random(2, N, D)
-    targets = torch.randint(0, V, (N,), generator=generator).to(device)
+    targets = torch.randint(0, V, (N,), generator=generator, dtype=torch.int64, device="cpu").to(device)
     targets[3] = -100
     options: dict[str, Any] = {"label_smoothing": 0.1, "softcap": 20.0}
 

@@ -1,9 +1,13 @@
 """The README's Python runs as it stands, and its commands exist."""
 
+import json
 import re
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
+import torch
 
 from support.code_blocks import ROOT, commands, expect_command, run_python
 
@@ -32,3 +36,100 @@ def test_make_verbs_exist() -> None:
 def test_named_files_exist() -> None:
     for path in re.findall(r"`((?:llmfast|kernels|tests|examples)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
+
+
+def measured() -> dict[str, list[str]]:
+    """The table of what has been measured: by what, the figures of llmfast, those beside it, and what remakes them."""
+    _, _, text = README.partition("## What has been measured")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: lines.index("| | |")][1:]]
+    return {what: cells for what, *cells in rows}
+
+
+def test_measured_figures_are_those_of_the_results() -> None:
+    """Every number that `make bench` makes. Those of `make test`: tests/optim/test_traffic.py counts them."""
+    rows = results("results.json")
+
+    def one(section: str, **wanted: Any) -> dict[str, Any]:
+        return next(row for row in rows if row["section"] == section and wanted.items() <= row.items())
+
+    size = {"N": 1024, "D": 256, "V": 16384}
+    ways = ("llmfast", "torch", "Liger", "cut-cross-entropy")
+    loss = {w: one("compared", operation="linear_cross_entropy", way=w, size=size, dtype="bfloat16") for w in ways}
+    moved = {way: f"{row['dram'] / (1024 * 16384):.1f}" for way, row in loss.items()}
+    products = {way: row["dot_flops"] / (2 * 1024 * 256 * 16384) for way, row in loss.items()}
+    assert products == {"llmfast": 3, "torch": 3, "Liger": 3, "cut-cross-entropy": 4}
+    errors = {w: ", ".join(short(r["errors"][name]) for name in ("hidden", "weight")) for w, r in loss.items()}
+    torch.manual_seed(0)
+    exact = torch.randn(1 << 20, dtype=torch.float64)
+    # Of normal numbers; of the gradient itself, whose values are spread otherwise, a little less.
+    rounding = "1.6e-3"
+    assert float((exact.bfloat16() - exact).norm() / exact.norm()) == pytest.approx(float(rounding), abs=1e-4)
+
+    clock = {"operation": "linear_cross_entropy", "size": {"N": 1024, "D": 512, "V": 50257}, "dtype": "torch.float32"}
+    took = {
+        way: f"{row['seconds']:.2f} s and {row['peak_bytes'] / 2**20:.0f} MiB"
+        for way in ("llmfast", "torch", "torch linear_cross_entropy")
+        for row in [one("clock", way=way, **clock)]
+    }
+    code = [row for row in rows if row["section"] == "machine code" and "llmfast" in row["ways"]]
+    row_kernel = kernel(code, "cross_entropy_kernel", "d_logits_ptr=*bfloat16:16", "logits_ptr=*bfloat16:16")
+    update = kernel(code, "update_kernel", "RULE=adam,", "PARAM_TYPE={'triton_type': 'fp32'}", "MASTER=,")
+    (hot, *_) = update["loops"]
+    elements = 1024 // (32 * update["warps"])  # of a thread: "BLOCK=1024"
+    assert "BLOCK=1024," in update["launch"]
+    mtp = {row["way"]: row for row in results("mtp.json")}
+    sequential = mtp["sequential depths, D = 1"]
+    begin = "linear loss, forward and backward, bfloat16, N=1024, D=256, V=16384: bytes a logit, counted"
+    wanted = {
+        begin: [
+            moved["llmfast"],
+            f"torch {moved['torch']}, Liger {moved['Liger']}, cut-cross-entropy {moved['cut-cross-entropy']} but four "
+            "products for three",
+        ],
+        f"... its error in the gradients of hidden states and weight, where rounding to bfloat16 costs {rounding}": [
+            errors["llmfast"],
+            "; ".join(f"{way} {errors[way]}" for way in ways[1:]),
+        ],
+        "... on two CPU cores, float32, N=1024, D=512, V=50257": [
+            f"{took['llmfast']} beyond the inputs",
+            f"torch unfused {took['torch']}; `F.linear_cross_entropy` with options "
+            f"{took['torch linear_cross_entropy']}",
+        ],
+        "row kernel for sm_90 (loss, lse and gradient, bfloat16): registers, spills, width of accesses": [
+            f"{row_kernel['registers']}, {row_kernel['spill_bytes']}, all 16 bytes", ""
+        ],
+        "AdamW, float32, for sm_90": [
+            f"{update['registers']}, {update['spill_bytes']}, all 16 bytes, "
+            f"{hot['instructions'] / elements:.0f} instructions a parameter", ""
+        ],
+        "sequential depth at the demo's size: validation loss of the next token; guesses accepted": [
+            f"{mean(sequential['validation']):.3f}; {100 * sequential['acceptance'][0]:.0f} %",
+            f"without further heads {mean(mtp['next token only']['validation']):.3f}",
+        ],
+    }  # fmt: skip
+    assert {loop["access_bits"] == [128] for loop in [*row_kernel["loops"], hot]} == {True}
+    found = {what: cells[:2] for what, cells in measured().items()}
+    by_tests = {what for what in found if what.startswith(("AdamW, float32, 1 M", "... bfloat16 with stochastic"))}
+    assert len(by_tests) == 2 and found.keys() - by_tests == wanted.keys()
+    assert {what: found[what] for what in wanted} == wanted
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    return rows
+
+
+def kernel(rows: list[dict[str, Any]], name: str, *arguments: str) -> dict[str, Any]:
+    """What is known of the one machine code of a kernel for sm_90 with these arguments."""
+    found = [
+        r for r in rows if r["kernel"] == name and r["target"] == "sm_90" and all(a in r["launch"] for a in arguments)
+    ]
+    figures = {(r["registers"], r["spill_bytes"], json.dumps(r["loops"])) for r in found}
+    assert len(figures) == 1, f"{len(figures)} kinds of {name}"
+    return found[0]
+
+
+def short(x: float) -> str:
+    """1.7e-3"""
+    return re.sub(r"e-0*", "e-", f"{x:.1e}")

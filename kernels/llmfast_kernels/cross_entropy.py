@@ -1,8 +1,8 @@
 """Cross-entropy of rows of logits: loss, logsumexp and gradient. See `kernels/README.md` for the axis letters.
 
-Two kernels. `cross_entropy_kernel` makes loss and lse in one pass over a row and, if given a place for it, the
+Two kernels. `cross_entropy_kernel` makes loss, peak and total in one pass over a row and, if given a place for it, the
 gradient in a second pass whose reads the caches serve. `cross_entropy_backward_kernel` makes the gradient later,
-from the saved lse, when the upstream gradient differs from row to row or the row lies on several devices.
+from the saved peak and total, when the upstream gradient differs from row to row or the row lies on several devices.
 
 A row's logits are x = softcap(logit_scale * (given + bias)), its targets y_k weigh w_k, and its loss is
 
@@ -10,8 +10,10 @@ A row's logits are x = softcap(logit_scale * (given + bias)), its targets y_k we
 
 with a_k = (1 - label_smoothing) w_k c[y_k], b = label_smoothing / V sum_k w_k and class weights c. All of it is linear
 in lse and x, so a row needs its peak, the sum of its exponentials, and what pulls the loss down: sum a_k x[y_k] +
-b sum c_v x_v. Exponents are base 2, arithmetic is float32. What is not used is a None pointer or scalar, and costs
-nothing.
+b sum c_v x_v. Exponents are base 2, and peaks are those of x log2(e). All that follows is taken from the difference of
+x log2(e) and the peak, which one fma makes and rounds once: it is as good for logits of 1e8 as for those of 1. lse, which
+rounds at the size of the logits, is made only for the z-loss and for those who ask. Arithmetic is float32. What is not
+used is a None pointer or scalar, and costs nothing.
 """
 
 import math
@@ -23,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, cdiv, next_power_of_2, warps
+from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, next_power_of_2, warps
 from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite, so that a row (or a lane) of -inf logits makes no inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+PEAK_UNIT = 0.6931471805599453  # of the peaks that the launchers give and take, in that of the logits: ln(2)
 
 # What the kernels need to know of these numbers comes as VECTOR; a binary for each that is 1 or a multiple of 16 would
 # be no better.
@@ -40,7 +43,8 @@ SIZES = [
 # Of these a row takes a number or a few, which are as quick to come by from any address.
 BY_ROW = [
     *("targets_ptr", "target_weights_ptr", "token_weights_ptr", "class_weight_sums_ptr", "grad_scale_ptr"),
-    *("loss_ptr", "lse_ptr", "entropy_ptr", "argmax_ptr", "partials_ptr", "d_loss_ptr", "d_lse_ptr", "d_entropy_ptr"),
+    *("loss_ptr", "peak_ptr", "total_ptr", "entropy_ptr", "argmax_ptr", "partials_ptr"),
+    *("d_loss_ptr", "d_lse_ptr", "d_entropy_ptr"),
 ]
 
 PARTIALS = 5  # numbers that a device has to say of a row that others hold a part of
@@ -141,11 +145,15 @@ def add_tile(
 
 @triton.jit
 def gradient(x, c, peak, factor, smooth, entropy_factor, entropy_shift, logit_scale, softcap):
-    """Of the given logits, but for the targets' own part: (factor p + entropy_factor p (x + shift) - smooth c) x'."""
-    p = tl.exp2(tl.fma(x, LOG2E, -peak))
-    d = p * factor
+    """The gradient of the given logits without the targets' own part.
+
+    (factor e + entropy_factor e (t ln(2) + entropy_shift) - smooth c) x', where e = 2^t and t = x log2(e) - peak.
+    """
+    t = tl.fma(x, LOG2E, -peak)
+    e = tl.exp2(t)
+    d = e * factor
     if entropy_factor is not None:
-        d += tl.where(p > 0, p * entropy_factor * (x + entropy_shift), 0.0)
+        d += tl.where(e > 0, e * entropy_factor * tl.fma(t, LN2, entropy_shift), 0.0)
     if smooth is not None:
         d -= smooth * c
     return through_softcap(d, x, logit_scale, softcap)
@@ -191,12 +199,13 @@ def cross_entropy_kernel(
     class_weights_ptr,  # (V_total,) f32, or None for 1
     class_weight_sums_ptr,  # (2,) f32: over the columns here, over all; None as class_weights
     grad_scale_ptr,  # () f32 that the gradient is multiplied by, or None for 1
-    # out; loss, lse, entropy are 0 and argmax is -1 where a row is ignored
+    # out; loss, peak, entropy are 0, total is 1 and argmax is -1 where a row is ignored
     loss_ptr,  # (N,) f32
-    lse_ptr,  # (N,) f32
+    peak_ptr,  # (N,) f32: max(x log2(e))
+    total_ptr,  # (N,) f32: sum(2^(x log2(e) - peak))
     entropy_ptr,  # (N,) f32, or None
     argmax_ptr,  # (N,) int64, or None
-    partials_ptr,  # (5, N) f32: peak, total, moment, pull - mass * peak, mass of the columns here; or None
+    partials_ptr,  # (5, N) f32 of the columns here, see `cross_entropy_partials`; or None
     d_logits_ptr,  # (N, row_width) gradient of grad_scale * sum(loss), or None; may be logits_ptr
     alive_ptr,  # (N, row_width // GROUP) int8: groups of columns with a gradient of `threshold` or more; or None
     # sizes
@@ -245,7 +254,8 @@ def cross_entropy_kernel(
     if tl.max(y, axis=0) == -2:
         if loss_ptr is not None:
             tl.store(loss_ptr + n, 0.0)
-            tl.store(lse_ptr + n, 0.0)
+            tl.store(peak_ptr + n, 0.0)
+            tl.store(total_ptr + n, 1.0)
         if entropy_ptr is not None:
             tl.store(entropy_ptr + n, 0.0)
         if argmax_ptr is not None:
@@ -306,8 +316,11 @@ def cross_entropy_kernel(
         best_start = tl.min(tl.where(peak == row_peak, best, full), axis=0)
         v = best_start + columns
         x = read_logits(logits_row, bias_ptr, v, v < V, v < V, logit_scale, softcap)
-        first = tl.min(tl.where((x * LOG2E == row_peak) & (v < V), v, V_total), axis=0)
-        tl.store(argmax_ptr + n, tl.where(first < V_total, first + v_start, -1).to(tl.int64))
+        # Its own maximum, not row_peak: the same formula may be rounded otherwise here.
+        x = tl.where(v < V, x, float("-inf"))
+        best_here = (x >= tl.max(x, axis=0)) | (x != x)  # NaN, as torch has it, is the largest
+        first = tl.min(tl.where(best_here & (v < V), v, V - 1), axis=0)
+        tl.store(argmax_ptr + n, (first + v_start).to(tl.int64))
 
     # All differences are taken against the peak, so a confident row keeps its small loss to float32's last bits.
     row_pull = tl.sum(tl.where(here, a * tl.fma(x_y, LOG2E, -row_peak), 0.0), axis=0) * LN2
@@ -332,14 +345,15 @@ def cross_entropy_kernel(
         return
 
     log_total = tl.log(row_total)
-    lse = tl.fma(row_peak, LN2, log_total)
     loss = mass * log_total - row_pull
     slope = mass  # of the loss in lse
     if z_loss is not None:
+        lse = tl.fma(row_peak, LN2, log_total)
         loss += z_loss * lse * lse
         slope += 2.0 * z_loss * lse
     tl.store(loss_ptr + n, loss * t)
-    tl.store(lse_ptr + n, lse)
+    tl.store(peak_ptr + n, row_peak)
+    tl.store(total_ptr + n, row_total)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + n, log_total - row_moment / row_total)
 
@@ -386,7 +400,8 @@ def cross_entropy_backward_kernel(
     token_weights_ptr,  # (N,) f32, or None for 1
     class_weights_ptr,  # (V_total,) f32, or None for 1
     class_weight_sums_ptr,  # (2,) f32: over the columns here, over all; None as class_weights
-    lse_ptr,  # (N,) f32, of all columns
+    peak_ptr,  # (N,) f32, of all columns
+    total_ptr,  # (N,) f32, of all columns
     entropy_ptr,  # (N,) f32, or None
     d_loss_ptr,  # (N,) f32
     d_lse_ptr,  # (N,) f32, or None
@@ -439,8 +454,9 @@ def cross_entropy_backward_kernel(
     a, b, t = weigh_targets(
         n, y, target_weights_ptr, target_weights_stride_n, class_weights_ptr, label_smoothing, V_total, BLOCK_K
     )
-    lse = tl.load(lse_ptr + n)
-    peak = lse * LOG2E
+    peak = tl.load(peak_ptr + n)
+    total = tl.load(total_ptr + n)
+    log_total = tl.log(total)
     t *= tl.load(d_loss_ptr + n)
     if token_weights_ptr is not None:
         t *= tl.load(token_weights_ptr + n)
@@ -451,15 +467,16 @@ def cross_entropy_backward_kernel(
             class_weight = tl.load(class_weight_sums_ptr + 1)
         slope += b * class_weight
     if z_loss is not None:
-        slope += 2.0 * z_loss * lse
+        slope += 2.0 * z_loss * tl.fma(peak, LN2, log_total)
     factor = t * slope
     if d_lse_ptr is not None:
         factor += tl.load(d_lse_ptr + n)
+    factor /= total
     entropy_factor = None
     entropy_shift = None
     if d_entropy_ptr is not None:
-        entropy_factor = -tl.load(d_entropy_ptr + n)
-        entropy_shift = tl.load(entropy_ptr + n) - lse
+        entropy_factor = -tl.load(d_entropy_ptr + n) / total
+        entropy_shift = tl.load(entropy_ptr + n) - log_total
     smooth = t * b if SMOOTH else None
 
     own_y = y - v_start
@@ -512,8 +529,14 @@ def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str
 
 
 def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None) -> dict[str, Any]:
-    """What both kernels take of rows and terms."""
+    """Return the arguments that both kernels take from rows and terms."""
     K, weights = targets.classes.shape[1], targets.weights
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits must have stride 1 along V; got strides {logits.stride()}")
+    expect_contiguous(
+        targets=targets.classes, target_weights=weights, token_weights=targets.token_weights, bias=terms.bias,
+        class_weights=terms.class_weights, class_weight_sums=terms.class_weight_sums,
+    )  # fmt: skip
     return {
         "logits_ptr": logits,
         "bias_ptr": terms.bias,
@@ -553,7 +576,7 @@ def cross_entropy(
     alive: Tensor | None = None,  # (N, row_width // GROUP) int8, filled
     threshold: float | None = None,
 ) -> Rows:
-    """Loss, lse and on request more of every row; fills `d_logits` with the gradient of grad_scale * sum(loss).
+    """Loss, peak, total and on request more of every row; fills `d_logits` with the gradient of grad_scale * sum(loss).
 
     Padding is read, ignored, and overwritten with zeros in `d_logits`: where it rounds the rows up to 16 bytes, rows of
     any V are accessed 16 bytes at a time. It ends before the second multiple of 1024 from V on. `alive` says which
@@ -562,6 +585,7 @@ def cross_entropy(
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     rows = Rows(
         loss,
+        torch.empty_like(loss),
         torch.empty_like(loss),
         torch.empty_like(loss) if entropy else None,
         torch.empty_like(loss, dtype=torch.int64) if argmax else None,
@@ -581,8 +605,8 @@ def cross_entropy_partials(
 ) -> tuple[Tensor, Tensor | None]:
     """What the columns here add to each row's loss, (5, N) f32, for rows that lie on several devices; and argmax.
 
-    peak of x * log2e; total = sum 2^(x * log2e - peak); moment = sum p ln(p) * total less its share of the peak; pull,
-    less mass * peak; mass: the weight of the columns' pull. See the top of this file.
+    peak of x log2(e); total = sum(2^t) with t = x log2(e) - peak; moment = sum(t ln(2) 2^t); pull, less mass * peak
+    ln(2); mass: the weight of the columns' pull. See the top of this file.
     """
     partials = logits.new_empty(PARTIALS, logits.shape[0], dtype=torch.float32)
     best = torch.empty_like(partials[0], dtype=torch.int64) if argmax else None
@@ -613,7 +637,8 @@ def _launch(
         cross_entropy_kernel[(N,)](
             **arguments(logits, targets, terms, V),
             grad_scale_ptr=grad_scale, loss_ptr=None if rows is None else rows.loss,
-            lse_ptr=None if rows is None else rows.lse, entropy_ptr=None if rows is None else rows.entropy,
+            peak_ptr=None if rows is None else rows.peak, total_ptr=None if rows is None else rows.total,
+            entropy_ptr=None if rows is None else rows.entropy,
             argmax_ptr=argmax if rows is None else rows.argmax, partials_ptr=partials, d_logits_ptr=d_logits,
             alive_ptr=alive, d_logits_stride_n=0 if d_logits is None else d_logits.stride(0), threshold=threshold,
             ENTROPY=entropy, GROUP=GROUP, **meta, **vectors(row_width, logits, d_logits),
@@ -624,7 +649,8 @@ def cross_entropy_backward(
     logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
     targets: Targets,
     terms: Terms,
-    lse: Tensor,  # (N,) f32
+    peak: Tensor,  # (N,) f32, of all columns
+    total: Tensor,  # (N,) f32, of all columns
     d_loss: Tensor,  # (N,) f32
     *,
     V: int | None = None,
@@ -637,11 +663,12 @@ def cross_entropy_backward(
     N, row_width = logits.shape
     if N == 0:
         return
+    expect_contiguous(peak=peak, total=total, d_loss=d_loss, d_lse=d_lse, entropy=entropy, d_entropy=d_entropy)
     meta = backward_tile(row_width)
     with device_of(logits):
         cross_entropy_backward_kernel[(N, cdiv(row_width, meta["BLOCK_V"]))](
             **arguments(logits, targets, terms, V),
-            lse_ptr=lse, entropy_ptr=entropy, d_loss_ptr=d_loss, d_lse_ptr=d_lse, d_entropy_ptr=d_entropy,
-            d_logits_ptr=d_logits, d_logits_stride_n=d_logits.stride(0),
+            peak_ptr=peak, total_ptr=total, entropy_ptr=entropy, d_loss_ptr=d_loss, d_lse_ptr=d_lse,
+            d_entropy_ptr=d_entropy, d_logits_ptr=d_logits, d_logits_stride_n=d_logits.stride(0),
             **meta, **vectors(row_width, logits, d_logits),
         )  # fmt: skip

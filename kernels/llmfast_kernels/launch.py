@@ -1,6 +1,7 @@
 """What every launch needs to know about the target it runs on."""
 
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -14,6 +15,13 @@ def warps(threads: int) -> int:
     # The interpreter has no driver to ask, and no warps.
     target = None if knobs.runtime.interpret else driver.active.get_current_target()
     return max(1, threads // (32 if target is None else target.warp_size))
+
+
+def expect_contiguous(**tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor whose strides a kernel would not look at: it would read something else."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; got strides {t.stride()} for shape {tuple(t.shape)}")
 
 
 def cdiv(a: int, b: int) -> int:

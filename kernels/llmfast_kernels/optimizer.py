@@ -333,7 +333,7 @@ def update_tile(
     RULE: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     STATE0: tl.constexpr, STATE1: tl.constexpr, STATE2: tl.constexpr,
     MASTER: tl.constexpr, LOW_TYPE: tl.constexpr, NOISE: tl.constexpr, STRIDED: tl.constexpr,
-    AVERAGED: tl.constexpr, ZERO: tl.constexpr,
+    AVERAGED: tl.constexpr, ZERO: tl.constexpr, UNSCALE: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr, halves, HALF: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements from `start` on, all of them there if ALIGNED, else `count`.
@@ -358,6 +358,8 @@ def update_tile(
     scale1_ptr = elements(scale1, start // GROUP, group, tl.float32, False)
 
     g = tl.load(g_ptr, mask=mask).to(tl.float32) * factor
+    if UNSCALE:
+        tl.store(g_ptr, tl.where(factor < 0.0, -g, g).to(GRAD_TYPE), mask=mask)  # the sign is the update's affair
     s0_halves, s1_halves, low_halves = halves
     p = read_param(p_ptr, low_ptr, low_halves, HALF, mask, MASTER)
     s0 = read_state(s0_ptr, scale0_ptr, s0_halves, HALF, mask, group_mask)
@@ -420,6 +422,7 @@ def update_kernel(
     STRIDED: tl.constexpr,  # whether tensors are pieces whose elements do not follow on each other in the whole
     AVERAGED: tl.constexpr,  # whether an average of the parameter is kept
     ZERO: tl.constexpr,  # whether to leave zeros in the gradient
+    UNSCALE: tl.constexpr,  # whether to leave in the gradient what the update took of it
     PAIRED: tl.constexpr,  # whether some elements are bytes, which go 16 at a time only with two tiles together
     # tile
     CHUNK: tl.constexpr,
@@ -465,13 +468,13 @@ def update_kernel(
             )  # fmt: skip
             first = update_tile(
                 g, addresses, here, BLOCK, rule, factors, keys,
-                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
-                BLOCK, True, halves, 0,
+                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED,
+                ZERO, UNSCALE, BLOCK, True, halves, 0,
             )  # fmt: skip
             second = update_tile(
                 g, addresses, here + BLOCK, BLOCK, rule, factors, keys,
-                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
-                BLOCK, True, halves, 1,
+                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED,
+                ZERO, UNSCALE, BLOCK, True, halves, 1,
             )  # fmt: skip
             write_halves(s0, here, first[0], second[0], STATE0, BLOCK)
             write_halves(s1, here, first[1], second[1], STATE1, BLOCK)
@@ -479,14 +482,14 @@ def update_kernel(
         else:
             update_tile(
                 g, addresses, here, BLOCK, rule, factors, keys,
-                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
-                BLOCK, True, (None, None, None), None,
+                RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED,
+                ZERO, UNSCALE, BLOCK, True, (None, None, None), None,
             )  # fmt: skip
     for offset in range(whole, count, BLOCK):
         update_tile(
             g, addresses, start + offset, count - offset, rule, factors, keys,
-            RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED, ZERO,
-            BLOCK, False, (None, None, None), None,
+            RULE, PARAM_TYPE, GRAD_TYPE, STATE0, STATE1, STATE2, MASTER, LOW_TYPE, NOISE, STRIDED, AVERAGED,
+            ZERO, UNSCALE, BLOCK, False, (None, None, None), None,
         )  # fmt: skip
 
 
@@ -552,6 +555,7 @@ def update(
     strided: bool,
     averaged: bool,
     zero: bool,
+    unscale: bool,
 ) -> None:
     """One step of every tensor in the table by one launch, whatever T is. All tensors share these dtypes."""
     dtypes = [param_dtype, grad_dtype, *state_dtypes, low_dtype]
@@ -565,5 +569,6 @@ def update(
                 RULE=rule, PARAM_TYPE=param_type, GRAD_TYPE=grad_type,
                 STATE0=state_types[0], STATE1=state_types[1], STATE2=state_types[2],
                 MASTER=master or "", LOW_TYPE=low_type, NOISE=coded or master == "stochastic", STRIDED=strided,
-                AVERAGED=averaged, ZERO=zero, PAIRED=coded or low_dtype in bytes_, **tile(), **FP_FUSION,
+                AVERAGED=averaged, ZERO=zero, UNSCALE=unscale and not zero, PAIRED=coded or low_dtype in bytes_,
+                **tile(), **FP_FUSION,
             )  # fmt: skip

@@ -1,11 +1,19 @@
-"""Multiply a buffer by a scalar that lives on the device: in place, into another dtype, or added to a buffer."""
+"""Multiply a buffer by a scalar that lives on the device: in place, into another dtype, or added to a buffer.
+
+Zeros stay zeros even if the scalar is infinite or NaN: gradients of ignored rows are zero whatever comes from upstream.
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, cdiv, warps
+from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, warps
+
+
+@triton.jit
+def times(x, factor):
+    return tl.where(x == 0.0, x, x * factor)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -29,7 +37,7 @@ def scale_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK  # numel can pass 2**31
     i = start + tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
-        x = tl.load(x_ptr + i).to(tl.float32) * factor
+        x = times(tl.load(x_ptr + i).to(tl.float32), factor)
         if out_ptr is None:
             tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty))
         else:
@@ -37,7 +45,7 @@ def scale_kernel(
                 x += tl.load(out_ptr + i).to(tl.float32)
             tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty))
     else:
-        x = tl.load(x_ptr + i, mask=i < numel, other=0.0).to(tl.float32) * factor
+        x = times(tl.load(x_ptr + i, mask=i < numel, other=0.0).to(tl.float32), factor)
         if out_ptr is None:
             tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty), mask=i < numel)
         else:
@@ -55,10 +63,11 @@ def scale(
     x: Tensor,  # any shape, contiguous
     factor: Tensor,  # () f32
     *,
-    out: Tensor | None = None,  # like x, any float dtype
+    out: Tensor | None = None,  # like x, contiguous, any float dtype
     add: bool = False,
 ) -> Tensor:
     """factor * x into `out` (or added to it), or over `x` (which costs nothing when the factor is 1)."""
+    expect_contiguous(x=x, out=out)
     if x.numel() > 0:
         meta = tile()
         with device_of(x):

@@ -143,7 +143,7 @@ class Mixture:
         return {"rows": self.rows, "seed": self.seed, "phases": [phase._asdict() for phase in self.phases]}
 
     def resumed(self, state: Mapping[str, Any], consumed: int) -> "Mixture":
-        """This mixture's weights from sequence `consumed` on, after the past that is in `state`.
+        """Return this mixture's weights from sequence `consumed` on, after the past that is in `state`, by its seed.
 
         Raises:
             ValueError: the sources are not those of the past, or `state` is none.

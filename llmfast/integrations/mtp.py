@@ -119,13 +119,13 @@ def add_mtp(
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
             lm.training = True  # of all modules it alone: it asks for all heads, and nothing drops out
-            lm.mtp_weights = _on_cpu([1.0] + [0.0] * heads)
+            lm.mtp_weights = _on_the_cpu([1.0] + [0.0] * heads)
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
         except Exception:
             _detach(lm)
             raise
-        lm.mtp_weights = _on_cpu(weights)
+        lm.mtp_weights = _on_the_cpu(weights)
     setattr(lm, OPTIONS, dict(options or {}))
     lm.mtp.train(lm.training)
     return model
@@ -153,7 +153,7 @@ def set_head_weights(model: nn.Module, head_weights: Sequence[float]) -> None:
     weights = [float(w) for w in head_weights]
     _expect_weights(weights, lm.config.llmfast_mtp["heads"])
     lm.config.llmfast_mtp["head_weights"] = weights
-    lm.mtp_weights = _on_cpu(weights)
+    lm.mtp_weights = _on_the_cpu(weights)
 
 
 def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, **kwargs: Any) -> Any:
@@ -316,7 +316,7 @@ def attach(lm: Any) -> None:
                 new.to(embedding.device, embedding.dtype)
     if not any(p.requires_grad for p in layer.parameters()):
         _thaw(lm)
-    lm.mtp_weights = _on_cpu(told["head_weights"])
+    lm.mtp_weights = _on_the_cpu(told["head_weights"])
 
 
 def _thaw(lm: Any) -> None:
@@ -335,16 +335,17 @@ def _copies(lm: Any) -> list[nn.Module]:
     return [block.layer for block in lm.mtp.modules() if isinstance(block, Block)]
 
 
-def _on_cpu(head_weights: list[float]) -> Tensor:
-    return torch.tensor(head_weights, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
-
-
 def _detach(lm: Any) -> None:
     restore(lm)
     vars(lm).pop("mtp_weights", None)
     if hasattr(lm, "mtp"):
         del lm.mtp
     del lm.config.llmfast_mtp
+
+
+def _on_the_cpu(weights: list[float]) -> Tensor:
+    """Make `mtp_weights`. `from_pretrained` calls this with the model's dtype as torch's default."""
+    return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
 
 def _expect_weights(weights: list[float], heads: int) -> None:

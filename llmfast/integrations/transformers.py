@@ -519,7 +519,7 @@ def unchanged(lm: nn.Module) -> Iterator[None]:
 def probes(lm: Any) -> list[dict[str, Tensor]]:
     """Two batches of 2 x 8 tokens, the second with padding and with labels to ignore."""
     device, V = lm.get_input_embeddings().weight.device, lm.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(1, 17, device=device) % V).view(2, 8)
+    ids = (torch.arange(1, 17, dtype=torch.int64, device=device) % V).view(2, 8)
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[0, :3] = labels[1, 5:] = -100
     mask[1, 5:] = 0

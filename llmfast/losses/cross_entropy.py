@@ -7,15 +7,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, use_kernels
+from llmfast._dispatch import eager, has_no_data, use_kernels
 from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    NO_STATS,
     SMALL,
     LossStats,
     Options,
     OptionsGiven,
     Reduction,
+    RowStats,
     accuracy,
     denominator,
     per_row,
@@ -24,7 +26,7 @@ from llmfast.losses.targets import (
     refuse_second_derivative,
     restore,
 )
-from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
+from llmfast_kernels.terms import Targets, Terms, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +85,8 @@ def cross_entropy(
             of the whole step under gradient accumulation or data parallelism.
         label_smoothing: share of each target spread evenly over the classes, in [0, 1].
         z_loss: coefficient of logsumexp^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
-            Once per token that has a valid target; class and target weights do not touch it.
+            Once per token that has a valid target, and not scaled by class or target weights. A mean divides it by
+            the same number as all else, the sum of weights (Liger-Kernel divides it by the count of tokens).
         softcap: bounds logits to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2.1).
         logit_scale: factor on the logits, before softcap: 1 / temperature.
         class_weights: (V,), as `weight` of torch's.
@@ -100,12 +103,13 @@ def cross_entropy(
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
             second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their
             memory must be left alone until backward, which runs once. Inside `torch.compile`, which plans memory
-            itself, it does nothing.
+            itself, and for tensors without data it does nothing.
 
     Returns:
         A scalar, or (...) for "none", in float32 (float64 for float64 logits); with `return_stats` a pair of that and
         `LossStats`. With nothing to average the mean is NaN and the gradient zero, as in
-        `torch.nn.functional.cross_entropy`.
+        `torch.nn.functional.cross_entropy`. Gradients of ignored tokens are zero, also where the upstream gradient is
+        infinite or NaN. Meta and fake tensors give meta and fake results.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or (CPU tensors) a target is out of range. On a
@@ -136,7 +140,7 @@ def cross_entropy(
         )
 
     if (
-        not torch.compiler.is_compiling() and not use_kernels(logits) and logits.dtype == torch.float32
+        not has_no_data(logits) and not use_kernels(logits) and logits.dtype == torch.float32
         and not (inplace or return_stats or process_group is not None)
         and logits.numel() <= SMALL["logits"] and options.are_torchs(targets, shape)
     ):  # fmt: skip
@@ -145,32 +149,36 @@ def cross_entropy(
     resolved = options.resolve(targets, shape, dtype)
     terms = options.terms(V, columns, dtype)
     flat = logits.reshape(shape.numel(), logits.shape[-1])
-    if torch.compiler.is_compiling() and process_group is None:
+    if has_no_data(logits) and process_group is None:
         from llmfast.losses import operators
 
-        loss, rows = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)
+        loss, stats = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)
     else:
-        loss, rows = _fused(flat, resolved, terms, reduction, num_valid, return_stats, process_group, inplace)
-    return finish(loss, rows, resolved, ignore_index, shape, return_stats, squeeze=targets.dim() == len(shape))
+        loss, stats = _fused(flat, resolved, terms, reduction, num_valid, return_stats, process_group, inplace)
+    return finish(loss, stats, resolved, ignore_index, shape, squeeze=targets.dim() == len(shape))
 
 
 def finish(
-    loss: Tensor, rows: Rows, targets: Targets, ignore_index: int, shape: torch.Size, return_stats: bool, squeeze: bool
+    loss: Tensor, stats: RowStats | None, targets: Targets, ignore_index: int, shape: torch.Size, squeeze: bool
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """What the user gets, in the user's shape."""
+    """Return the loss, and the statistics if there are any, in the user's shape."""
     loss = restore(loss, shape)
-    if not return_stats:
+    if stats is None:
         return loss
-    assert rows.entropy is not None and rows.argmax is not None
-    hits = accuracy(rows.argmax, targets, ignore_index)
-    token_loss, lse, entropy, argmax = (t.view(shape) for t in (rows.loss, rows.lse, rows.entropy, rows.argmax))
+    hits = accuracy(stats.argmax, targets, ignore_index)
+    token_loss, lse, entropy, argmax = (t.view(shape) for t in stats)
     return loss, LossStats(token_loss, lse, entropy, argmax, hits[0] if squeeze else hits)
 
 
 @eager
-def _fused(logits: Tensor, *call: Any) -> tuple[Tensor, Rows]:
-    loss, *rows = _CrossEntropy.apply(logits, *call, torch.is_grad_enabled())
-    return loss, Rows(*rows)
+def _fused(logits: Tensor, *call: Any) -> tuple[Tensor, RowStats | None]:
+    return with_stats(_CrossEntropy.apply(logits, *call, torch.is_grad_enabled()))
+
+
+def with_stats(result: tuple[Tensor, ...]) -> tuple[Tensor, RowStats | None]:
+    """Name what an autograd function returns: the loss, then `RowStats` or `NO_STATS`."""
+    loss, *stats = result
+    return loss, None if stats[0] is None else RowStats(*stats)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -205,7 +213,7 @@ class _CrossEntropy(torch.autograd.Function):
             increment_version(logits)
             ctx.save_for_backward(logits, None if folds else inverse)  # who writes to them before backward is told so
             ctx.holds_gradient, ctx.consumed = True, False
-            return reduced(rows.loss, reduction, count), None, None, None, None
+            return reduced(rows.loss, reduction, count), *NO_STATS
 
         if group is None:
             rows = ops.cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
@@ -214,13 +222,13 @@ class _CrossEntropy(torch.autograd.Function):
                 ops, logits, targets, terms, group, V=logits.shape[1], entropy=stats, argmax=stats
             )  # fmt: skip
         if wants_gradient:
-            ctx.save_for_backward(logits, rows.lse, rows.entropy, inverse, *tensors)
+            ctx.save_for_backward(logits, rows.peak, rows.total, rows.entropy, inverse, *tensors)
         loss = reduced(rows.loss, reduction, count)
         if not stats:
-            return loss, None, None, None, None
-        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
-        ctx.mark_non_differentiable(token_loss, rows.argmax)
-        return loss, token_loss, rows.lse, rows.entropy, rows.argmax
+            return loss, *NO_STATS
+        told = RowStats.of(rows, ops.lse(rows), loss)
+        ctx.mark_non_differentiable(told.token_loss, told.argmax)
+        return loss, *told
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -235,14 +243,14 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits = ctx.ops.scale(gradient.detach(), d_loss if factor is None else d_loss * factor)
             return d_logits, *nothing
 
-        logits, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        logits, peak, total, entropy, inverse, *tensors = ctx.saved_tensors
         if logits.numel() == 0:
             return torch.zeros_like(logits), *nothing
         targets, terms = unpack(tensors, ctx.numbers)
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.ops.cross_entropy_backward(
-            logits, targets, terms, lse, per_row(d_loss, inverse, lse), d_lse=contiguous(d_lse), entropy=entropy,
-            d_entropy=contiguous(d_entropy), d_logits=d_logits,
+            logits, targets, terms, peak, total, per_row(d_loss, inverse, peak), d_lse=contiguous(d_lse),
+            entropy=entropy, d_entropy=contiguous(d_entropy), d_logits=d_logits,
         )  # fmt: skip
         if ctx.inplace:
             increment_version(logits)

@@ -14,18 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, use_kernels
-from llmfast.losses.cross_entropy import contiguous, finish
+from llmfast._checks import describe, expect, overlaps
+from llmfast._dispatch import adds_into_float32, eager, has_no_data, multiplies_into_float32, use_kernels
+from llmfast.losses.cross_entropy import contiguous, finish, with_stats
 from llmfast.losses.parallel import ProcessGroup, group_size, local_weight, own_columns, parallel_rows, sum_over_ranks
+from llmfast.losses.plain import times
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
+    NO_STATS,
     SMALL,
     LossStats,
     Options,
     OptionsGiven,
     Reduction,
+    RowStats,
     denominator,
     per_row,
     reciprocal,
@@ -120,7 +123,8 @@ def linear_cross_entropy(
             initialisation all of them are 1 / V, below such a threshold, and nothing but targets would be learnt from.
 
     Returns:
-        As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero.
+        As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero. Gradients of ignored tokens
+        are zero, and so is what they add to the others, also where the upstream gradient is infinite or NaN.
 
     For mean and sum, gradients are made in the forward pass if the logits do not fit `memory_budget`; only those that
     are needed, in float32 accumulation. Losses per token, and gradients through `LossStats`, compute the logits twice
@@ -154,6 +158,10 @@ def linear_cross_entropy(
         fits = accumulate_into.shape == weight.shape and accumulate_into.device == weight.device
         expect(fits, f"accumulate_into must be {describe(weight)}, in float32; got {describe(accumulate_into)}")
         expect(
+            not overlaps(accumulate_into),
+            f"accumulate_into must have memory for each element; got strides {accumulate_into.stride()}",
+        )
+        expect(
             weight.requires_grad or not torch.is_grad_enabled(),
             "accumulate_into is for the gradient of a weight that requires one",
         )
@@ -170,10 +178,12 @@ def linear_cross_entropy(
     )  # fmt: skip
     shape = hidden.shape[:-1]
     options.check(targets, shape, V, hidden.device)
+    if has_no_data(hidden) and not torch.compiler.is_compiling():
+        expect(accumulate_into is None, "accumulate_into does not work with meta or fake tensors")
 
     special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
     if (
-        not torch.compiler.is_compiling() and not use_kernels(hidden) and dtype == torch.float32 and not special
+        not has_no_data(hidden) and not use_kernels(hidden) and dtype == torch.float32 and not special
         and memory_budget == "auto" and targets.numel() * V <= SMALL["hidden"] and options.are_torchs(targets, shape)
     ):  # fmt: skip
         return options.torch_cross_entropy(F.linear(hidden, weight, bias), targets)
@@ -186,8 +196,8 @@ def linear_cross_entropy(
         grad_filter,
     )  # fmt: skip
     rows_2d = hidden.reshape(-1, hidden.shape[-1])
-    loss, rows = _on_valid_rows(rows_2d, weight, bias, call)
-    return finish(loss, rows, call.targets, ignore_index, shape, return_stats, squeeze=targets.dim() == len(shape))
+    loss, stats = _on_valid_rows(rows_2d, weight, bias, call)
+    return finish(loss, stats, call.targets, ignore_index, shape, squeeze=targets.dim() == len(shape))
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -196,7 +206,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         if not t.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {describe(t)}")
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # a meta device has none
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden and weight must share a dtype; got {describe(hidden)} and {describe(weight)}")
@@ -226,16 +236,16 @@ class Call:
             weight_dtype=weight.dtype, device=hidden.device, memory_budget=self.budget, reduction=self.reduction,
             wants=wants, kernels=kernels, filtered=self.grad_filter is not None,
             widest=0 if self.group is None else -(-self.terms.V // group_size(self.group)),
-            float32_products=hidden.is_cuda and torch.version.hip is None,
+            float32_products=multiplies_into_float32(hidden.device, self.dtype),
         )  # fmt: skip
 
 
-def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
+def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
     """The loss, over the rows that count alone where their number is known on the host."""
     classes, ignore_index = call.targets.classes, call.terms.ignore_index
     N = classes.shape[0]
     hint = call.num_valid if isinstance(call.num_valid, int) and not isinstance(call.num_valid, bool) else None
-    on_cpu = classes.device.type == "cpu" and not torch.compiler.is_compiling() and not use_kernels(hidden)
+    on_cpu = classes.device.type == "cpu" and not has_no_data(classes) and not use_kernels(hidden)
     if N == 0 or (not on_cpu and (hint is None or hint >= N)):
         return _dispatch(hidden, weight, bias, call)
     valid = (classes != ignore_index).any(1)
@@ -250,10 +260,10 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
         assert hint is not None
         size = hint
     index = torch.nonzero_static(valid, size=size, fill_value=0)[:, 0]
-    surplus = torch.arange(size, device=count.device) >= count  # rows gathered in vain
+    surplus = torch.arange(size, dtype=torch.int64, device=count.device) >= count  # rows gathered in vain
     targets = call.targets[index]
     targets = replace(targets, classes=targets.classes.masked_fill(surplus[:, None], ignore_index))
-    loss, rows = _dispatch(hidden.index_select(0, index), weight, bias, replace(call, targets=targets))
+    loss, stats = _dispatch(hidden.index_select(0, index), weight, bias, replace(call, targets=targets))
     home = torch.where(surplus, N, index)  # those end beyond the last row
 
     def spread(t: Tensor, empty: float) -> Tensor:
@@ -261,16 +271,14 @@ def _on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Ca
 
     poison = torch.where(count > size, torch.nan, 0.0)  # the rest of the rows would be lost
     loss = (spread(loss, 0.0) if loss.dim() else loss) + poison.to(loss.dtype)
-    if call.stats:
-        assert rows.entropy is not None and rows.argmax is not None
-        rows = Rows(
-            spread(rows.loss, 0.0), spread(rows.lse, 0.0), spread(rows.entropy, 0.0), spread(rows.argmax, -1)
-        )  # fmt: skip
-    return loss, rows
+    if stats is not None:
+        token_loss, lse, entropy, argmax = stats
+        stats = RowStats(spread(token_loss, 0.0), spread(lse, 0.0), spread(entropy, 0.0), spread(argmax, -1))
+    return loss, stats
 
 
-def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
-    if torch.compiler.is_compiling() and call.group is None and call.accumulate_into is None:
+def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
+    if has_no_data(hidden) and call.group is None and call.accumulate_into is None:
         from llmfast.losses import operators
 
         return operators.linear_cross_entropy(hidden, weight, bias, call)
@@ -278,9 +286,8 @@ def _dispatch(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
 
 
 @eager
-def _planned(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Rows]:
-    loss, *rows = _LinearCrossEntropy.apply(hidden, weight, bias, call, torch.is_grad_enabled())
-    return loss, Rows(*rows)
+def _planned(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, RowStats | None]:
+    return with_stats(_LinearCrossEntropy.apply(hidden, weight, bias, call, torch.is_grad_enabled()))
 
 
 class Gradients(NamedTuple):
@@ -298,8 +305,10 @@ class Loop:
     ) -> None:  # fmt: skip
         self.hidden = hidden.to(plan.dtype)  # (N, D)
         self.weight = weight.to(plan.dtype)  # (V, D)
+        if call.grad_filter is not None:  # torch's products take any strides, the filtered one does not
+            self.hidden, self.weight = self.hidden.contiguous(), self.weight.contiguous()
         self.call, self.plan, self.wants_bias = call, plan, wants_bias
-        self.terms = call.terms if bias is None else replace(call.terms, bias=bias.detach())
+        self.terms = call.terms if bias is None else replace(call.terms, bias=bias.detach().contiguous())
         self.ops = row_ops(self.hidden)
 
     def forward(self, *, gradients: bool) -> tuple[Rows, Gradients, Tensor | None]:
@@ -322,8 +331,9 @@ class Loop:
                 )
                 if d_logits is not None and plan.V > 0:
                     self.ops.cross_entropy_backward(
-                        logits, targets, self.terms, part.lse, torch.ones_like(part.lse), V=plan.V, d_logits=d_logits
-                    )
+                        logits, targets, self.terms, part.peak, part.total, torch.ones_like(part.loss), V=plan.V,
+                        d_logits=d_logits,
+                    )  # fmt: skip
                 alive = None
             else:
                 filtered = gradients and call.grad_filter is not None
@@ -344,7 +354,8 @@ class Loop:
     def backward(
         self,
         logits: Tensor | None,
-        lse: Tensor,
+        peak: Tensor,
+        total: Tensor,
         d_loss: Tensor,
         entropy: Tensor | None,
         d_lse: Tensor | None,
@@ -361,8 +372,8 @@ class Loop:
             if logits is None:
                 self._logits(self.hidden, weight, out=block[:, :width])
             self.ops.cross_entropy_backward(
-                block, call.targets, self.terms.columns(columns), lse, d_loss, V=width, d_lse=d_lse, entropy=entropy,
-                d_entropy=d_entropy, d_logits=d_block,
+                block, call.targets, self.terms.columns(columns), peak, total, d_loss, V=width, d_lse=d_lse,
+                entropy=entropy, d_entropy=d_entropy, d_logits=d_block,
             )  # fmt: skip
             d_logits = d_block[:, :width]
             if made.hidden is not None:
@@ -379,7 +390,7 @@ class Loop:
 
     def _empty_rows(self) -> Rows:
         empty = self.hidden.new_empty(0, dtype=self.plan.accumulate_dtype)
-        return Rows(empty, empty, empty, empty.long()) if self.call.stats else Rows(empty, empty, None, None)
+        return Rows(empty, empty, empty, *((empty, empty.long()) if self.call.stats else (None, None)))
 
     def _empty_gradients(self) -> Gradients:
         """Buffers that the products fill; zeros where there is none."""
@@ -425,24 +436,29 @@ class Loop:
 
     def _logits(self, hidden: Tensor, weight: Tensor, *, out: Tensor) -> None:
         if out.dtype != hidden.dtype and not self.plan.float32_products:
-            out.copy_(hidden.to(out.dtype) @ weight.T.to(out.dtype))  # slow, but who wants them rounded does not ask
+            # Slow, but the caller asked for unrounded logits.
+            torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)
         else:
             self._product(hidden, weight.T, out=out)
 
     def _product(self, a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
-        """out (+)= a @ b, accumulated in `out`'s dtype."""
+        """Put a @ b into `out`, or add it there, accumulated in its dtype.
+
+        Every product here says where it goes: autocast leaves those alone, and would round the others.
+        """
         if a.dtype == out.dtype:
             out.addmm_(a, b) if add else torch.mm(a, b, out=out)
         elif not self.plan.float32_products:
             # Casting the matrices would make the GEMM several times slower, so each chunk's product is rounded once and
             # only their sum is float32.
-            out.add_(a @ b) if add else out.copy_(a @ b)
+            product = torch.mm(a, b, out=a.new_empty(out.shape))
+            out.add_(product) if add else out.copy_(product)
         elif not add:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-        elif torch.__version__ >= "2.10":  # a TorchVersion: compared as versions are
+        elif adds_into_float32(out.device, a.dtype):
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:  # addmm took no float32 to add to (pytorch#154086, mended by #167931)
-            out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        else:
+            out.add_(torch.mm(a, b, out_dtype=out.dtype, out=torch.empty_like(out)))
 
     def _over_ranks(self, made: Gradients) -> Gradients:
         """Every rank has its columns' part of the hidden states' gradient."""
@@ -459,7 +475,7 @@ def _joined(parts: list[Rows], empty: Rows) -> Rows:
         columns = [getattr(part, name) for part in parts]
         return None if columns[0] is None else torch.cat(columns)
 
-    return Rows(join("loss"), join("lse"), join("entropy"), join("argmax"))
+    return Rows(*(join(name) for name in Rows._fields))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -485,23 +501,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if any(needs):
             tensors, ctx.numbers = pack(call.targets, call.terms)
-            ctx.save_for_backward(hidden, weight, bias, rows.lse, rows.entropy, inverse, *tensors)
+            ctx.save_for_backward(hidden, weight, bias, rows.peak, rows.total, rows.entropy, inverse, *tensors)
             ctx.call, ctx.plan, ctx.needs = call, plan, needs
             ctx.made, ctx.logits = made if now else None, logits
             cast = plan.mode != "chunk" and (loop.hidden is not hidden or loop.weight is not weight)
             ctx.cast = (loop.hidden, loop.weight) if cast else None
         loss = reduced(rows.loss, call.reduction, count)
         if not call.stats:
-            return loss, None, None, None, None
-        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
-        ctx.mark_non_differentiable(token_loss, rows.argmax)
-        return loss, token_loss, rows.lse, rows.entropy, rows.argmax
+            return loss, *NO_STATS
+        told = RowStats.of(rows, loop.ops.lse(rows), loss)
+        ctx.mark_non_differentiable(told.token_loss, told.argmax)
+        return loss, *told
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         d_loss, _, d_lse, d_entropy, _ = upstream
-        hidden, weight, bias, lse, entropy, inverse, *tensors = ctx.saved_tensors
+        hidden, weight, bias, peak, total, entropy, inverse, *tensors = ctx.saved_tensors
         call: Call = ctx.call
         given = call.accumulate_into
         if ctx.made is not None and d_lse is None and d_entropy is None:
@@ -520,7 +536,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             call = replace(call, targets=targets, terms=terms)
             loop = Loop(used_hidden, used_weight, bias, call, plan, ctx.needs[2])
             d_hidden, d_weight, d_bias = loop.backward(
-                logits, lse, per_row(d_loss, inverse, lse), entropy, contiguous(d_lse), contiguous(d_entropy)
+                logits, peak, total, per_row(d_loss, inverse, peak), entropy, contiguous(d_lse), contiguous(d_entropy)
             )
             if given is not None:
                 d_weight = None
@@ -543,10 +559,13 @@ def scaled(made: Gradients, factor: Tensor, hidden: Tensor, weight: Tensor, give
 
     d_weight = None
     if made.weight is not None and given is not None:
-        scale(made.weight, factor, out=given, add=True)
-        increment_version(given)  # which a kernel does not do
+        if given.is_contiguous():
+            scale(made.weight, factor, out=given, add=True)
+            increment_version(given)  # which a kernel does not do
+        else:
+            given.add_(scale(made.weight, factor))
     else:
         d_weight = cast(made.weight, weight.dtype)
     return Gradients(
-        cast(made.hidden, hidden.dtype), d_weight, None if made.bias is None else made.bias * factor
+        cast(made.hidden, hidden.dtype), d_weight, None if made.bias is None else times(made.bias, factor)
     )  # fmt: skip

@@ -5,10 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmfast._checks import expect
+from llmfast._checks import describe, expect
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
 from llmfast.losses.targets import Reduction
+
+
+def _refuse_probabilities(target: Tensor, shape: torch.Size) -> None:
+    """Raise where torch's modules would read class probabilities: here they would be taken for several classes each."""
+    expect(
+        target.shape != shape,
+        f"target must hold class indices, one per token; {tuple(shape)} is the shape of the logits, got "
+        f"{describe(target)} (probabilities are not supported; for one-hot targets pass target.argmax(...))",
+    )
 
 
 class CrossEntropyLoss(nn.Module):
@@ -34,6 +43,7 @@ class CrossEntropyLoss(nn.Module):
         self.options = options
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
+        _refuse_probabilities(target, input.shape)
         if input.dim() > 2:
             # torch has classes on dimension 1: (N, V, d1, ...) with targets (N, d1, ...).
             input = input.movedim(1, -1)
@@ -77,6 +87,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.reduction, self.label_smoothing, self.options = reduction, label_smoothing, more
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
+        _refuse_probabilities(target, torch.Size((*input.shape[:-1], self.linear.out_features)))
         return linear_cross_entropy(
             input, self.linear.weight, target, bias=self.linear.bias, class_weights=self.weight,
             ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing,

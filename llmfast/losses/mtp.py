@@ -14,6 +14,7 @@ from torch import Tensor
 from llmfast._checks import describe, expect
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
 from llmfast.losses.parallel import ProcessGroup
+from llmfast.losses.targets import numbers, on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,7 +156,7 @@ def mtp_cross_entropy(
     token_weights: Tensor | None = options.pop("token_weights", None)
     moved = None if token_weights is None else head_targets(token_weights, K, None, 0)
     if divisors is None:
-        divisors = _weights_of(targets, valid, moved, options.get("class_weights")).flatten(1).sum(1)
+        divisors = _weights_of(targets, valid, moved, options.get("class_weights"), wide).flatten(1).sum(1)
     # Within the buffer of logits gradients stay near their own size: what all heads have in common is divided by later.
     common = divisors.max().to(wide)
     factors = torch.ones(K, dtype=wide, device=labels.device) if weights is None else weights.to(wide)
@@ -190,7 +191,8 @@ def mtp_valid_counts(
 def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: float) -> Tensor:
     """(..., T) -> (K, ..., T): the labels k tokens on, `empty` past the end of the sequence or of the document."""
     T = labels.shape[-1]
-    at = torch.arange(K, device=labels.device)[:, None] + torch.arange(T, device=labels.device)  # (K, T)
+    heads, places = (torch.arange(n, dtype=torch.int64, device=labels.device) for n in (K, T))
+    at = heads[:, None] + places  # (K, T)
     inside = at < T
     at = at.clamp(max=max(T - 1, 0))
     if document_ids is not None:
@@ -212,18 +214,23 @@ def _numbers(name: str, given: Numbers | None, K: int, device: torch.device) -> 
     if given is None:
         return None
     if not isinstance(given, Tensor):
-        given = torch.tensor(list(given), dtype=torch.float64)
-    expect(given.shape == (K,), f"{name} must be ({K},), a number a head; got {describe(given)}")
+        expect(len(given) == K, f"{name} must be {K} numbers, one per head; got {len(given)}")
+        given = numbers(given, device)
+    expect(given.shape == (K,), f"{name} must be ({K},), one number per head; got {describe(given)}")
     expect(not given.requires_grad, f"{name} gets no gradient here; detach it")
-    return given.to(device, non_blocking=True)
+    return on_device(name, given, device)
 
 
-def _weights_of(targets: Tensor, valid: Tensor, moved: Tensor | None, class_weights: Tensor | None) -> Tensor:
-    """(K, ..., T): what each target counts in a mean."""
+def _weights_of(
+    targets: Tensor, valid: Tensor, moved: Tensor | None, class_weights: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return what each target counts in a mean, (K, ..., T), in `dtype` where anything is weighted."""
     weights: Tensor = valid
     if class_weights is not None:
-        weights = torch.where(valid, class_weights[torch.where(valid, targets, 0).long()], 0.0)
-    return weights if moved is None else weights * moved
+        weights = torch.where(valid, class_weights.to(dtype)[torch.where(valid, targets, 0).long()], 0.0)
+    if moved is not None:
+        weights = torch.where(valid, weights * moved.to(dtype), 0.0)  # what is ignored may weigh NaN
+    return weights
 
 
 def _alone(

@@ -1,6 +1,5 @@
 """Rows that lie on several devices: each holds some columns of the logits (vocab-parallel)."""
 
-import math
 import sys
 from typing import Any, TypeAlias
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmfast._checks import expect
+from llmfast.losses.plain import empty_where
 from llmfast.losses.rows import RowOps
 from llmfast_kernels.terms import Rows, Targets, Terms
 
@@ -48,41 +48,32 @@ def parallel_rows(
     """`RowOps.cross_entropy` of all ranks' columns, the same on every rank, by two all-reduces of a few (N,)."""
     if V == 0:  # fewer classes than ranks
         partials = logits.new_zeros(5, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
-        partials[0] = -3e38
+        partials[0] = torch.finfo(partials.dtype).min
         best = logits.new_zeros(logits.shape[0], dtype=torch.int64) if argmax else None
     else:
         partials, best = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
     own_peak = partials[0]
     peak = own_peak.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-    shift = own_peak - peak  # in powers of two
+    # Finite, also for a rank without classes.
+    shift = ((own_peak - peak) * ops.peak_unit).clamp(min=torch.finfo(peak.dtype).min)
     total, moment, pull, mass = partials[1:]
-    rescale = shift.exp2()
-    sums = torch.stack([
-        total * rescale,
-        (moment + total * shift * math.log(2)) * rescale,
-        pull + mass * shift * math.log(2),
-        mass,
-    ])  # fmt: skip
+    rescale = shift.exp()
+    moment = (moment + total * shift.clamp(min=-1000)) * rescale  # exp(-1000) is 0 too, but 0 * -inf would be NaN
+    sums = torch.stack([total * rescale, moment, pull + mass * shift, mass])
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
     total, moment, pull, mass = sums
     log_total = total.log()
-    lse = peak * math.log(2) + log_total
     loss = mass * log_total - pull
     if terms.z_loss is not None:
-        loss += terms.z_loss * lse * lse
+        loss += terms.z_loss * (peak * ops.peak_unit + log_total) ** 2
     if targets.token_weights is not None:
         loss *= targets.token_weights
     if best is not None:
-        best = torch.where(own_peak == peak, best, terms.V)
+        best = torch.where(own_peak < peak, terms.V, best)
         dist.all_reduce(best, dist.ReduceOp.MIN, group)
     ignored = (targets.classes == terms.ignore_index).all(1)
-    return Rows(
-        loss.masked_fill_(ignored, 0.0),
-        lse.masked_fill_(ignored, 0.0),
-        (log_total - moment / total).masked_fill_(ignored, 0.0) if entropy else None,
-        None if best is None else best.masked_fill_(ignored, -1),
-    )
+    return empty_where(ignored, Rows(loss, peak, total, log_total - moment / total if entropy else None, best))
 
 
 def group_size(group: Any) -> int:

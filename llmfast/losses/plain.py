@@ -5,7 +5,6 @@ takes 20 and `logsumexp` 27 (two cores, torch 2.13). The signatures are those of
 `llmfast_kernels.cross_entropy` says what they compute.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +31,7 @@ class _Weights:
         self.b = None  # (N,)
         weights = self.counts.to(dtype)
         if targets.weights is not None:
-            weights = weights * targets.weights
+            weights = torch.where(self.counts, targets.weights, 0)  # what an ignored target weighs may be NaN
         if terms.label_smoothing is not None:
             self.b = weights.sum(1) * (terms.label_smoothing / terms.V)
             weights = weights * (1 - terms.label_smoothing)
@@ -60,9 +59,10 @@ class _Weights:
         below = torch.where(self.here[rows], y_x - peak[:, None], 0)
         pull = (below if self.a is None else below * self.a[rows]).sum(1)
         if self.b is not None:
-            ones = self.V if self.terms.class_weight_sums is None else self.terms.class_weight_sums[0]
-            smoothed = x.sum(1) if self.c is None else x @ self.c
-            pull = pull + self.b[rows] * (smoothed - ones * peak)
+            below = x - peak[:, None]  # a sum of logits would round at their size
+            # In autocast `below @ c` would be rounded; products with `out` are not.
+            smoothed = below.sum(1) if self.c is None else torch.mv(below, self.c, out=below.new_empty(len(x)))
+            pull = pull + self.b[rows] * smoothed
         return pull
 
     def subtract(self, d: Tensor, rows: slice) -> None:
@@ -92,7 +92,7 @@ def cross_entropy(
     logits, d_logits = logits[:, :V], None if d_logits is None else d_logits[:, :V]
     N, width = logits.shape
     loss = logits.new_empty(N, dtype=torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.empty_like(loss)
+    peaks, totals = torch.empty_like(loss), torch.empty_like(loss)
     H = torch.empty_like(loss) if entropy else None
     best = torch.empty_like(loss, dtype=torch.int64) if argmax else None
     weights = _Weights(targets, terms, width, loss.dtype)
@@ -107,16 +107,17 @@ def cross_entropy(
             best[rows] = x.argmax(1)
         needs_x = entropy or (d_logits is not None and terms.softcap is not None)
         p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows], space)
-        log_total = -p.amax(1).log()  # the largest probability is 1 / sum(exp(x - peak))
-        total = log_total + peak
-        lse[rows] = total
+        largest = p.amax(1)  # 1 / sum(exp(x - peak))
+        log_total = -largest.log()
+        lse = peak + log_total
+        peaks[rows], totals[rows] = peak, largest.reciprocal()
         loss[rows] = (log_total if mass is None else mass[rows] * log_total) - pull
         if terms.z_loss is not None:
-            loss[rows] += terms.z_loss * total * total
+            loss[rows] += terms.z_loss * lse * lse
         if H is not None:
-            H[rows] = total - (p * torch.where(p > 0, x, 0)).sum(1)
+            H[rows] = log_total - (p * torch.where(p > 0, x - peak[:, None], 0)).sum(1)
         if d_logits is not None:
-            slope = _slope(None if mass is None else mass[rows], terms, total)
+            slope = _slope(None if mass is None else mass[rows], terms, lse)
             if slope is not None:
                 p *= slope[:, None]
             weights.subtract(p, rows)
@@ -129,10 +130,7 @@ def cross_entropy(
                 alive[rows] = F.pad(groups, (0, alive.shape[1] - groups.shape[1]))
     if weights.t is not None:
         loss *= weights.t
-    for t in (loss, lse, H):
-        if t is not None:
-            t.masked_fill_(weights.ignored, 0.0)
-    return Rows(loss, lse, H, None if best is None else best.masked_fill_(weights.ignored, -1))
+    return empty_where(weights.ignored, Rows(loss, peaks, totals, H, best))
 
 
 def cross_entropy_partials(
@@ -156,7 +154,7 @@ def cross_entropy_partials(
         finite = peak.clamp(min=-1e38)
         below = x - finite[:, None]
         exponentials = below.exp()
-        partials[0, rows] = finite * math.log2(math.e)
+        partials[0, rows] = finite
         partials[1, rows] = exponentials.sum(1)
         partials[2, rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
         partials[3, rows] = weights.pull(x, x.gather(1, weights.columns[rows]), finite, rows)
@@ -172,7 +170,8 @@ def cross_entropy_backward(
     logits: Tensor,  # (N, V or more)
     targets: Targets,
     terms: Terms,
-    lse: Tensor,  # (N,)
+    peak: Tensor,  # (N,)
+    total: Tensor,  # (N,)
     d_loss: Tensor,  # (N,)
     *,
     V: int | None = None,
@@ -182,23 +181,24 @@ def cross_entropy_backward(
     d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
     logits, d_logits = logits[:, :V], d_logits[:, :V]
-    weights = _Weights(targets, terms, logits.shape[1], lse.dtype)
+    weights = _Weights(targets, terms, logits.shape[1], peak.dtype)
     mass = weights.mass(everywhere=True)
+    log_total = total.log()
     upstream = d_loss if weights.t is None else d_loss * weights.t
-    for rows, space in _blocks(logits, lse.dtype):
+    for rows, space in _blocks(logits, peak.dtype):
         given = logits[rows]
         x = _logits(given, terms, space)
         needs_x = d_entropy is not None or terms.softcap is not None
         if logits.shape[1] == terms.V:
-            # Again: faster than exp(x - lse).
+            # Again: faster than exp(x - peak) / total.
             p = torch.softmax(x, 1) if needs_x else _softmax(x, given, d_logits[rows], space)
         else:
-            p = (x - lse[rows, None]).exp_()
+            p = (x - peak[rows, None]).sub_(log_total[rows, None]).exp_()
         extra = None
         if d_entropy is not None and entropy is not None:
-            shift = (entropy - lse)[rows, None]
-            extra = torch.where(p > 0, p * (x + shift), 0) * -d_entropy[rows, None]
-        slope = _slope(None if mass is None else mass[rows], terms, lse[rows])
+            shift = (entropy - log_total)[rows, None]
+            extra = torch.where(p > 0, p * (x - peak[rows, None] + shift), 0) * -d_entropy[rows, None]
+        slope = _slope(None if mass is None else mass[rows], terms, (peak + log_total)[rows])
         if d_lse is None:
             if slope is not None:
                 p *= slope[:, None]
@@ -216,11 +216,29 @@ def cross_entropy_backward(
         _store(p, weights.ignored[rows], d_logits[rows])
 
 
+def empty_where(ignored: Tensor, rows: Rows) -> Rows:
+    """Give ignored rows what `Rows` says they have, in place."""
+    for t, value in ((rows.loss, 0), (rows.peak, 0), (rows.total, 1), (rows.entropy, 0), (rows.argmax, -1)):
+        if t is not None:
+            t.masked_fill_(ignored, value)
+    return rows
+
+
 def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """factor * x into `out` (or added to it), or over `x`."""
+    """Put factor * x into `out` (or add it there), or over `x`. Zeros stay zeros, see `times`."""
+    if x.is_cpu and factor.isfinite():  # on a CPU looking is cheaper than two more passes
+        if out is None:
+            return x.mul_(factor)
+        return out.add_(x * factor) if add else torch.mul(x, factor, out=out)
+    product = times(x, factor)
     if out is None:
-        return x.mul_(factor)
-    return out.add_(x * factor) if add else torch.mul(x, factor, out=out)
+        return x.copy_(product)
+    return out.add_(product) if add else out.copy_(product)
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, where zeros stay zeros: an ignored row has no gradient, even if upstream is infinite or NaN."""
+    return torch.where(x == 0, x, x * factor)
 
 
 def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -37,11 +37,11 @@ def cross_entropy(
         x = x * logit_scale
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
-    c = torch.ones(V, dtype=x.dtype) if class_weights is None else class_weights.to(x.dtype)
+    c = torch.ones(V, dtype=x.dtype, device=x.device) if class_weights is None else class_weights.to(x.dtype)
     keep = y != ignore_index
     y = y.masked_fill(~keep, 0).long()
-    w = keep.to(x.dtype) * (1.0 if target_weights is None else target_weights.to(x.dtype))
-    t = torch.ones(shape, dtype=x.dtype) if token_weights is None else token_weights.to(x.dtype)
+    w = keep.to(x.dtype) if target_weights is None else torch.where(keep, target_weights.to(x.dtype), 0.0)
+    t = torch.ones(shape, dtype=x.dtype, device=x.device) if token_weights is None else token_weights.to(x.dtype)
 
     lse = x.logsumexp(-1)
     surprise = lse[..., None] - x
@@ -53,16 +53,16 @@ def cross_entropy(
         loss = loss + z_loss * lse**2
     valid = keep.any(-1)
     loss = torch.where(valid, t * loss, 0.0)
-    total = (t[..., None] * w * c[y]).sum() if num_valid is None else num_valid
+    total = torch.where(keep, t[..., None] * w * c[y], 0.0).sum() if num_valid is None else num_valid
     result = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[reduction]
     if not return_stats:
         return result
     p = x.softmax(-1)
     entropy = lse - (p * torch.where(p > 0, x, 0.0)).sum(-1)
     argmax = torch.where(valid, x.argmax(-1), -1)
-    hits = (keep & (y == argmax[..., None])).flatten(0, -2).sum(0) / keep.flatten(0, -2).sum(0)
+    hits = (keep & (y == argmax[..., None])).flatten(0, -2).sum(0).float() / keep.flatten(0, -2).sum(0)
     accuracy = hits if targets.dim() > len(shape) else hits[0]
-    zero = torch.zeros((), dtype=x.dtype)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return result, LossStats(
         loss.detach(), torch.where(valid, lse, zero), torch.where(valid, entropy, zero), argmax, accuracy
     )

@@ -1,5 +1,6 @@
 """What both losses do with targets, options, reductions and counts, before and after the rows."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast._dispatch import has_no_data
 from llmfast.losses.parallel import ProcessGroup
-from llmfast_kernels.terms import Targets, Terms
+from llmfast_kernels.terms import Rows, Targets, Terms
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -25,6 +27,24 @@ class LossStats(NamedTuple):
     entropy: Tensor  # (...) float32 of the softmax, in nats, differentiable
     argmax: Tensor  # (...) int64: the most probable class, the first of equals
     accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that are the argmax
+
+
+class RowStats(NamedTuple):
+    """The same statistics of N rows, all (N,), on their way to the user."""
+
+    token_loss: Tensor
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+
+    @staticmethod
+    def of(rows: Rows, lse: Tensor, loss: Tensor) -> "RowStats":
+        """Take them from `rows`, with a token_loss that is not the returned `loss` itself."""
+        assert rows.entropy is not None and rows.argmax is not None
+        return RowStats(rows.loss.clone() if loss is rows.loss else rows.loss, lse, rows.entropy, rows.argmax)
+
+
+NO_STATS = (None,) * len(RowStats._fields)
 
 
 class OptionsGiven(TypedDict, total=False):
@@ -107,7 +127,7 @@ class Options(NamedTuple):
 
     def terms(self, V: int, columns: slice, dtype: torch.dtype) -> Terms:
         """For rows over `V` classes, of which this rank holds `columns`."""
-        weights = None if self.class_weights is None else self.class_weights.to(dtype)
+        weights = None if self.class_weights is None else self.class_weights.to(dtype).contiguous()
         sums = None
         if weights is not None and self.label_smoothing:
             sums = torch.stack([weights[columns].sum(), weights.sum()])
@@ -126,7 +146,7 @@ def check_targets(targets: Tensor, shape: torch.Size, V: int, device: torch.devi
         f"targets must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}",
     )
     expect(targets.device == device, f"targets must be on {device}; got {describe(targets)}")
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would be a host sync
+    if targets.device.type == "cpu" and not has_no_data(targets):  # elsewhere looking would be a host sync
         wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
         if wrong.any():
             value = targets[wrong][0].item()
@@ -173,7 +193,7 @@ def denominator(targets: Targets, terms: Terms, num_valid: int | Tensor | None, 
     """What a mean divides by, a 0-d tensor beside the targets: the sum of all weights that count, on the device."""
     classes = targets.classes
     if isinstance(num_valid, Tensor):
-        return num_valid.detach().to(classes.device, dtype, non_blocking=classes.device.type != "cpu").reshape(())
+        return on_device("num_valid", num_valid.detach(), classes.device).to(dtype).reshape(())
     if num_valid is not None:
         return torch.full((), num_valid, dtype=dtype, device=classes.device)
     counts = classes != terms.ignore_index
@@ -181,11 +201,31 @@ def denominator(targets: Targets, terms: Terms, num_valid: int | Tensor | None, 
     if terms.class_weights is not None:
         known = counts & (classes >= 0) & (classes < terms.V)
         weights = torch.where(known, terms.class_weights[torch.where(known, classes, 0).long()], 0.0)
-    if targets.weights is not None:
-        weights = weights * targets.weights
-    if targets.token_weights is not None:
-        weights = weights * targets.token_weights[:, None]
+    for given in (targets.weights, None if targets.token_weights is None else targets.token_weights[:, None]):
+        if given is not None:
+            weights = torch.where(counts, weights * given, 0.0)  # what an ignored target weighs may be NaN
     return weights.sum().to(dtype)
+
+
+def numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """Make a float64 tensor of a few numbers, written by the device itself.
+
+    A copy from the host's memory would be a wait, and a CUDA graph cannot hold one.
+    """
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
+
+
+def on_device(name: str, t: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor on `device`, without a wait.
+
+    Raises:
+        ValueError: `t` lies elsewhere while a CUDA graph is captured, which cannot copy from the host's memory.
+    """
+    if t.device == device:
+        return t
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{name} must be on {device} while a CUDA graph is captured; got {describe(t)}")
+    return t.to(device, non_blocking=device.type != "cpu")  # a copy to the host would be read before it has arrived
 
 
 def reciprocal(count: Tensor) -> Tensor:
@@ -203,7 +243,7 @@ def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
 def accuracy(argmax: Tensor, targets: Targets, ignore_index: int) -> Tensor:
     """Share of the valid targets that are their row's argmax: (K,) for (N, K) targets. NaN where none is valid."""
     valid = targets.classes != ignore_index
-    return (valid & (targets.classes == argmax[:, None])).sum(0) / valid.sum(0)
+    return (valid & (targets.classes == argmax[:, None])).sum(0).float() / valid.sum(0)
 
 
 def refuse_second_derivative() -> None:

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     def trunk(self, tokens: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Trunk:
         """The part before the norm and any heads; arguments as for the whole."""
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device).expand_as(tokens)
         rope = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
         mask = None
         if document_ids is not None:

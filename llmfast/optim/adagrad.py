@@ -55,6 +55,8 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
             params, lr, lr_decay, weight_decay, initial_accumulator_value, eps,
             maximize=maximize, differentiable=differentiable,
         )  # fmt: skip
+        for state in self.state.values():  # torch has made them on its default device
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def _state_names(self, group: dict[str, Any]) -> Names:
         return "sum", None, None

@@ -9,7 +9,7 @@ from torch.optim.adam import adam
 
 from llmfast._checks import expect
 from llmfast.optim.base import FusedOptimizer, TorchCall
-from llmfast.optim.options import Extras
+from llmfast.optim.options import Extras, Options
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
@@ -59,17 +59,13 @@ class _Adam(FusedOptimizer):
             eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        super()._complete_group(group, options)
         if self.decay == "relative" and "lr_max" not in group:
             group["lr_max"] = float(group["lr"])
-            if group["lr_max"] <= 0:
-                self.param_groups.pop()
-                raise ValueError(f"decay='relative' needs a group's lr, or lr_max, above 0; got {group['lr_max']}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "decay": self.decay}
+            expect(
+                group["lr_max"] > 0, f"decay='relative' needs a group's lr, or lr_max, above 0; got {group['lr_max']}"
+            )
 
 
 class FusedAdam(_Adam, torch.optim.Adam):
@@ -132,6 +128,8 @@ class FusedAdamW(_Adam, torch.optim.AdamW):
         ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
         TypeError: an unknown keyword.
     """
+
+    whole_arguments = ("decay",)
 
     def __init__(
         self,

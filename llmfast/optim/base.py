@@ -1,20 +1,26 @@
 """What every fused optimizer shares: which parameter takes which path, and the step itself."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, eager, use_kernels
-from llmfast.optim.plain import Amount, update_plainly
-from llmfast.optim.row import Bucket, Row, bring_together, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.options import Options
+from llmfast.optim.plain import Amount, leave, update_plainly
+from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, is_dtensor, local, places, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
 
+if TYPE_CHECKING:
+    from llmfast.optim.release import ReleaseHandle
+
+FORMATS = ("master_weights", "state_dtype", "ema_decay")
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
@@ -28,7 +34,10 @@ class Plan(NamedTuple):
     plain_rows: list[Row]  # through `update_plainly`
     waiting: list[Tensor]  # had no gradient yet
     dtensors: list[Tensor]  # whichever way they go
-    buckets: dict[Bucket, torch.device]  # of these: the same on all ranks, whatever gradients each of them has
+    # Of these, that are clipped: the same on all ranks, whatever gradients each of them has.
+    buckets: dict[tuple[int, Bucket], torch.device]
+    clips: frozenset[int | None]  # of all groups: see `Row.clip`
+    devices: list[torch.device]  # on which something is updated, here or on other ranks
 
 
 class TorchCall(NamedTuple):
@@ -56,13 +65,16 @@ class FusedOptimizer(StateKeeper):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    steps_in_backward = False  # see `optimizer_in_backward`
+    _in_backward: "ReleaseHandle | None" = None
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
     # In which torch's fused CPU kernel is right.
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
 
     grad_norm: Tensor | None = None
-    """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device."""
+    """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device.
+
+    Gradients of groups whose `max_grad_norm` is None do not count; all others do, whatever they are clipped with.
+    """
 
     @abstractmethod
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
@@ -80,14 +92,21 @@ class FusedOptimizer(StateKeeper):
         """True if torch's own update knows no decay like this group's."""
         return False
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """True from `optimizer_in_backward` until `remove` of its handle. A copy of the optimizer does not."""
+        return self._in_backward is not None
+
     @torch.no_grad()
     @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Where `self.grad_scale` or `self.found_inf` are set (one-element float32 tensors, as GradScaler sets them),
-        gradients count as divided by the first, and nothing at all changes if the second is not 0. Gradients stay as
-        they are; only torch's fused CPU kernels divide and clip them in place, as they do in torch.
+        gradients count as divided by the first, and nothing at all changes if the second is not 0. A scaled step
+        leaves gradients divided, and clipped if it clips, as `GradScaler.unscale_` and `clip_grad_norm_` would. A step
+        that only clips does so in place on a CPU; on an accelerator it leaves gradients as they are, and saves writing
+        them.
         """
         loss = None
         if closure is not None:
@@ -109,31 +128,44 @@ class FusedOptimizer(StateKeeper):
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
-            hyper, lrs = [self._hyper(group) for group in self.param_groups], [g["lr"] for g in self.param_groups]
+            given = [*map(self._hyper, range(len(self.param_groups)))]
+            hyper = [[-1.0 if isinstance(x, Tensor) else x for x in row] for row in given]
+            on_device = [(i, j, x) for i, row in enumerate(given) for j, x in enumerate(row) if isinstance(x, Tensor)]
             for table in plan.tables:
-                if table.refresh(hyper, lrs):
+                if table.refresh(hyper, on_device):
                     self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
-        sums = {} if self.options.max_grad_norm is None else self._sums(plan)
+        sums = {} if plan.clips == {None} else self._sums(plan)
+        told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
+        if sums and len(plan.clips) > 1:  # what is wrong with the gradients of some is wrong with the step
+            told = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in told.items()}
         self.grad_norm = None
         for table in plan.tables:
-            device = table.signature.device
-            norm = table.step(sums.get(device), self.options.zero_grads, *(_on(device, t) for t in amp))
-            self.grad_norm = norm if sums else None
+            device, clip = table.signature.device, table.signature.clip
+            norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *told[device])
+            self.grad_norm = norm if norm is not None else self.grad_norm
         for rows, update in ((plan.torch_rows, self._step_by_torch), (plan.plain_rows, self._step_plainly)):
-            for device in dict.fromkeys(row.local.device for row in rows):
-                here = [row for row in rows if row.local.device == device and row.param.grad is not None]
-                amount = Amount.of(
-                    _on(device, amp[0]), _on(device, amp[1]), sums.get(device), self.options.max_grad_norm
-                )
+            for device, clip in dict.fromkeys((row.local.device, row.clip) for row in rows):
+                here = [row for row in rows if (row.local.device, row.clip) == (device, clip)]
+                here = [row for row in here if row.param.grad is not None]
+                amount = Amount.of(*told[device], sums.get(device, {}).get(clip), self._limit(clip))
                 if here and not amount.skipped:
                     update(here, amount)
-                if sums:
-                    self.grad_norm = amount.norm
+                self.grad_norm = amount.norm if amount.norm is not None else self.grad_norm
                 if self.options.zero_grads:
                     for row in here:
                         cast(Tensor, row.param.grad).zero_()
-        if sums and self.grad_norm is None:  # the gradients are all on other ranks
-            self.grad_norm = Amount.of(amp[0], None, next(iter(sums.values())), self.options.max_grad_norm).norm
+        if sums and (
+            len(plan.clips) > 1 or self.grad_norm is None
+        ):  # of all clips; or all gradients are on other ranks
+            device, each = next(iter(sums.items()))
+            self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
+
+    def _limit(self, clip: int | None) -> float | None:
+        """The norm that gradients are clipped to."""
+        if clip is None:
+            return None
+        limit: float | None = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
+        return limit
 
     # Without kernels.
 
@@ -146,7 +178,11 @@ class FusedOptimizer(StateKeeper):
             self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
             chosen = {id(row) for row in fused}
             others = [row for row in mine if id(row) not in chosen]
-            self._call_torch(group, others, [amount.scaled(cast(Tensor, row.grad)) for row in others], False, None)
+            used = [amount.scaled(cast(Tensor, row.grad)) for row in others]
+            self._call_torch(group, others, used, False, None)
+            if amount.factor is not None:
+                for row, g in zip(others, used):
+                    leave(cast(Tensor, row.grad), g)
 
     def _call_torch(
         self, group: dict[str, Any], rows: list[Row], grads: list[Tensor], fused: bool, grad_scale: Tensor | None
@@ -154,6 +190,7 @@ class FusedOptimizer(StateKeeper):
         if not rows:
             return
         params = [row.local for row in rows]
+        group = _with_numbers_on(params[0].device, group)
         if self._decay_before_torch(group):
             for p in params:
                 p.mul_(1 - self._total_decay(group))
@@ -163,62 +200,69 @@ class FusedOptimizer(StateKeeper):
             states = [row.named_states() for row in rows]
             self._torch_update(TorchCall(group, params, grads, states, fused, grad_scale, differentiable))
         for row in rows:
-            if row.ema is not None and self.options.ema_decay is not None:
-                row.ema.lerp_(row.local.float(), 1 - self.options.ema_decay)
+            if row.ema is not None and (ema_decay := self.option(row.group, "ema_decay")) is not None:
+                row.ema.lerp_(row.local.float(), 1 - ema_decay)
 
     def _total_decay(self, group: dict[str, Any]) -> Any:
         by_lr, decay, _ = self._decay(group)
         lr = _scalar(group["lr"])
-        return by_lr * lr + decay * (lr != 0)
+        moves: Any = lr != 0
+        return by_lr * lr + decay * (moves.to(lr.dtype) if isinstance(lr, Tensor) else moves)
 
     def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
         for row in rows:
-            group = self.param_groups[row.group]
+            group = _with_numbers_on(row.local.device, self.param_groups[row.group])
             arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
             arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
-            update_plainly(self.rule, row, amount, arguments, -1.0 if group["maximize"] else 1.0, self.options)
+            sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(row.group)
+            update_plainly(self.rule, row, amount, arguments, sign, options)
 
     # With kernels.
 
-    def _hyper(self, group: dict[str, Any]) -> list[float]:
-        """The group's hyperparameters in the order of the kernels' HYPER_NAMES."""
-        o, lr = self.options, group["lr"]
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    def _hyper(self, index: int) -> list[float | Tensor]:
+        """The group's hyperparameters in the order of the kernels' HYPER_NAMES; tensors where they are on a device."""
+        group, own, o = self.param_groups[index], self.group_options[index], self.options  # read as fast as can be
+        ema_decay, limit = own.get("ema_decay", o.ema_decay), own.get("max_grad_norm", o.max_grad_norm)
         arguments = self._rule_arguments(group)
         eps = arguments.pop("eps", 0.0)
         return [
-            -1.0 if on_device else float(lr),  # a learning rate on the device is not the host's to look at
+            _number(group["lr"]),
             -1.0 if group["maximize"] else 1.0,
             *self._decay(group),
-            0.0 if o.ema_decay is None else 1.0 - o.ema_decay,
-            0.0 if o.max_grad_norm is None else o.max_grad_norm,
+            0.0 if ema_decay is None else 1.0 - ema_decay,
+            0.0 if limit is None else limit,
             o.seed,
             eps,
-            *arguments.values(),
+            *map(_number, arguments.values()),
             *[0.0] * (4 - len(arguments)),
         ]
 
-    def _sums(self, plan: Plan) -> dict[torch.device, Tensor]:
-        """On every device there is, float64 numbers that add up to the square of the norm of all gradients."""
-        parts: dict[Bucket | None, list[Tensor]] = {bucket: [] for bucket in plan.buckets}
+    def _sums(self, plan: Plan) -> dict[torch.device, dict[int | None, Tensor]]:
+        """On every device there is, for each clip: float64 numbers that add up to the square of the gradients' norm."""
+        parts: dict[tuple[int, Bucket | None], list[Tensor]] = {key: [] for key in plan.buckets}
         for table in plan.tables:
-            parts.setdefault(table.signature.bucket, []).append(table.sum_squares())
-        others = [*plan.torch_rows, *plan.plain_rows]
-        for row in others:
-            parts.setdefault(row.shard.bucket, []).append(_square(row))
-        total: list[Tensor] = []
-        for bucket, sums in parts.items():
+            if (clip := table.signature.clip) is not None:
+                parts.setdefault((clip, table.signature.bucket), []).append(table.sum_squares())
+        for row in (*plan.torch_rows, *plan.plain_rows):
+            if row.clip is not None:
+                parts.setdefault((row.clip, row.shard.bucket), []).append(_square(row))
+        totals: dict[int | None, list[Tensor]] = {}
+        for (clip, bucket), sums in parts.items():
+            total = totals.setdefault(clip, [])
             if bucket is None:
                 total += sums
                 continue
             # One number, however the pieces are divided into tables here: on other ranks they may be otherwise.
-            sums = sums or [_zero(plan.buckets[bucket])]
+            sums = sums or [_zero(plan.buckets[clip, bucket])]
             total.append(_stacked(_all_on(sums[0].device, sums)).sum())
             for dim in bucket.dims:
                 torch.distributed.all_reduce(total[-1], group=bucket.mesh.get_group(dim))
-        devices = dict.fromkeys([*(t.signature.device for t in plan.tables), *(row.local.device for row in others)])
-        devices |= dict.fromkeys(plan.buckets.values())
-        return {device: _stacked(_all_on(device, total)) for device in devices}
+        if not totals:
+            return {}
+        return {
+            device: {clip: _stacked(_all_on(device, total)) for clip, total in totals.items()}
+            for device in plan.devices
+        }
 
     # Who goes where.
 
@@ -232,46 +276,59 @@ class FusedOptimizer(StateKeeper):
         )
 
     def _settings(self) -> Any:
-        o = self.options
-        groups = [(self._state_names(group), group["differentiable"]) for group in self.param_groups]
-        return groups, o.master_weights, o.state_dtype, o.ema_decay is None
+        self._match_groups()
+        o, found = self.options, []
+        for index, (group, own) in enumerate(zip(self.param_groups, self.group_options)):
+            formats: Any = o.master_weights, o.state_dtype, o.ema_decay is None, o.max_grad_norm is None
+            if own:
+                master, state, ema_decay = (self.option(index, name) for name in FORMATS)
+                formats = master, state, ema_decay is None, self._clip_of(index)
+            found.append((self._state_names(group), group["differentiable"], formats))
+        return found
 
-    def make_plan(self, chosen: Tensor | None = None) -> Plan:
-        """For all parameters, or for one."""
+    def make_plan(self, chosen: Place | None = None) -> Plan:
+        """For all parameters, or for one, which takes no longer where there are many."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
-        self._refuse_what_no_path_takes()
-        self._check_states()
-        params = [p for group in self.param_groups for p in group["params"]] if chosen is None else [chosen]
-        dtensors = [p for p in params if is_dtensor(p)]
+        settings = self._settings()
+        planned = places(self.param_groups) if chosen is None else [chosen]
+        self._refuse_what_no_path_takes(planned)
+        self._check_states(planned)
+        dtensors = [place.param for place in planned if is_dtensor(place.param)]
         bring_together(dtensors)
-        shards = [(shard_of(p).bucket, local(p).device) for p in dtensors]
-        buckets = {bucket: device for bucket, device in shards if bucket is not None}
+        clips = {place.param: self._clip_of(place.group) for place in planned}
+        buckets: dict[tuple[int, Bucket], torch.device] = {}
+        for p in dtensors:
+            if (bucket := shard_of(p).bucket) is not None and (clip := clips[p]) is not None:
+                buckets[clip, bucket] = local(p).device
         signatures: dict[Signature, list[Row]] = {}
         torch_rows: list[Row] = []
         plain_rows: list[Row] = []
         waiting: list[Tensor] = []
-        identity = -1
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                identity += 1
-                if chosen is not None and p is not chosen:
-                    continue
-                if p.grad is None and not self.state.get(p):
-                    waiting.append(p)
-                    continue
-                row = self._row(p, index, identity)
-                if self._is_for_kernels(row, group):
-                    signatures.setdefault(signature(row), []).append(row)
-                elif self._is_for_torch(row, group):
-                    torch_rows.append(row)
-                else:
-                    plain_rows.append(row)
+        for p, index, _, identity in planned:
+            if p.grad is None and not self.state.get(p):
+                waiting.append(p)
+                continue
+            row, group = self._row(p, index, identity), self.param_groups[index]
+            if self._is_for_kernels(row, group):
+                signatures.setdefault(signature(row), []).append(row)
+            elif self._is_for_torch(row, group):
+                torch_rows.append(row)
+            else:
+                plain_rows.append(row)
         tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
         for table in tables:
             table.looks()
-        watch = Watch(self.param_groups, self.state, chosen)  # after the tables, which put step counters together
-        return Plan(self._settings(), watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets)
+        only = None if chosen is None else chosen.param
+        watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
+        self._loaded = self._loaded - clips.keys()
+        kinds = frozenset(clips.values())
+        here = [
+            *(table.signature.device for table in tables),
+            *(row.local.device for row in (*torch_rows, *plain_rows)),
+        ]
+        devices = [*dict.fromkeys([*here, *buckets.values()])]
+        return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds, devices)
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
         p, g = row.local, row.grad
@@ -304,25 +361,32 @@ class FusedOptimizer(StateKeeper):
             and not self.param_groups[row.group]["differentiable"]
         )
 
-    def _refuse_what_no_path_takes(self) -> None:
+    def _refuse_what_no_path_takes(self, planned: list[Place]) -> None:
         """Before anything changes."""
-        o = self.options
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                name, sparse = f"parameter {i} of group {index}, {describe(p)}", p.grad.layout != torch.strided
-                if sparse and not self.takes_sparse:
-                    raise ValueError(
-                        f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam"
-                    )
-                odd = "is sparse" if sparse else "is of a differentiable group" if group["differentiable"] else None
-                if odd and (o.master_of(p) is not None or o.state_dtype is not None):
-                    raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
+        for p, index, number, _ in planned:
+            if p.grad is None:
+                continue
+            name, sparse = f"parameter {number} of group {index}, {describe(p)}", p.grad.layout != torch.strided
+            if sparse and not self.takes_sparse:
+                raise ValueError(f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam")
+            differentiable = self.param_groups[index]["differentiable"]
+            odd = "is sparse" if sparse else "is of a differentiable group" if differentiable else None
+            if odd is None:
+                continue
+            o = self.options_of(index)
+            if o.master_of(p) is not None or o.state_dtype is not None:
+                raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._plan = None
+        if self._in_backward is not None:
+            self._in_backward.take(self.param_groups[-1]["params"])
+
+    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        super()._complete_group(group, options)
+        if self._in_backward is not None:
+            self._in_backward.expect_possible(group, options.max_grad_norm)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict, unpickling and deepcopy come this way
         super().__setstate__(state)
@@ -334,16 +398,42 @@ def _scalar(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
+def _number(x: float | Tensor) -> float | Tensor:
+    """A float; but a tensor on a device is not the host's to look at."""
+    return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
+
+
+def _with_numbers_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
+    """Bring over numbers that are tensors elsewhere. One on the CPU is good anywhere, and betas there are floats."""
+
+    def near(x: Any) -> Any:
+        return _on(device, x) if isinstance(x, Tensor) and x.device not in (device, torch.device("cpu")) else x
+
+    if isinstance(group["lr"], Tensor):
+        group = group | {"lr": near(group["lr"])}
+    if any(isinstance(beta, Tensor) for beta in group.get("betas", ())) and not group["differentiable"]:
+        betas = map(near, group["betas"])
+        group = group | {"betas": tuple(map(_number, betas))}
+    return group
+
+
 def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(device, non_blocking=True)
+    return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
 
 def _all_on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.to(device, non_blocking=True) for t in tensors]
+    return [t.to(device, non_blocking=device.type != "cpu") for t in tensors]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].reshape(1) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _unless_finite(sums: dict[int | None, Tensor], skip: Tensor | None) -> Tensor:
+    """What `found_inf` is, if gradients whose sums of squares are not finite are found in it too."""
+    total = torch.cat([*sums.values()]).sum()
+    found = (total.abs() < math.inf).logical_not().float()  # NaN is less than nothing
+    return found if skip is None else found + skip.reshape(())
 
 
 def _zero(device: torch.device) -> Tensor:

@@ -13,11 +13,12 @@ GROUP = 128  # elements that share the scale of an 8-bit state
 MASK = 0xFFFFFFFF
 
 MasterWeights = Literal["fp32", "split16", "split8", "stochastic", "kahan"]
+LOW_BITS = "low_bits"
 # Where each keeps what a parameter cannot hold: name of the state, and dtype (None: the parameter's).
 LOW: dict[str, tuple[str, torch.dtype | None]] = {
     "fp32": ("master_param", torch.float32),
-    "split16": ("remainder", torch.int16),
-    "split8": ("remainder", torch.int8),
+    "split16": (LOW_BITS, torch.int16),
+    "split8": (LOW_BITS, torch.int8),
     "kahan": ("kahan_comp", None),
 }
 BITS = {"split16": 16, "split8": 8}
@@ -69,6 +70,11 @@ def joined(high: Tensor, low: Tensor, low_bits: int) -> Tensor:
     bits = high.view(torch.int16).int()
     low = torch.where(_is_finite(bits), low.int(), 0)
     return ((bits << 16) + (low << (16 - low_bits))).view(torch.float32)
+
+
+def sixteen(low: Tensor) -> Tensor:
+    """The low half of `split` as 16 bits, of which 8 are zero where there were 8: as it is saved, of either kind."""
+    return low.to(torch.int16) * 256 if low.dtype == torch.int8 else low.to(torch.int16)
 
 
 def rounded_stochastically(x: Tensor, random: Tensor) -> Tensor:

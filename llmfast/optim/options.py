@@ -1,7 +1,9 @@
 """What the fused optimizers can do beyond torch's, in one place."""
 
-from dataclasses import dataclass, fields
-from typing import Literal, TypedDict
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,20 +18,28 @@ _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, "8bit")
 class Extras(TypedDict, total=False):
     """Keywords of every fused optimizer, beyond those of its namesake in torch.
 
+    A parameter group may have `max_grad_norm`, `master_weights`, `state_dtype` and `ema_decay` of its own, None among
+    them: `[{"params": embedding, "state_dtype": torch.float32}, {"params": others}]`. The optimizer takes them out of
+    the group and keeps them in `group_options`, a dict for each group that may be changed between steps. They are
+    settings of the run, not part of its state: `state_dict` does not have them, and loading does not change them.
+
     Attributes:
         max_grad_norm: gradients are clipped to this global norm in the update itself, as
             `torch.nn.utils.clip_grad_norm_` would before it, over all parameters and all shards of DTensors. The norm
             before clipping is left in `optimizer.grad_norm`, on the device; a step where it is not finite changes
-            nothing. `math.inf` clips nothing, and still measures. Parameters that are not DTensors count as whole and
-            as the same on all ranks: with FSDP1, or the parts of ZeroRedundancyOptimizer, the norm would be each rank's
+            nothing. `math.inf` clips nothing, and still measures. A group with a `max_grad_norm` of its own is clipped
+            to the norm of its own gradients alone, and the groups without are clipped together, to the norm of theirs;
+            a group with None is neither clipped nor measured. `grad_norm` is then the norm of all gradients that are
+            measured, and if it is not finite, no group changes. Parameters that are not DTensors count as whole and as
+            the same on all ranks: with FSDP1, or the parts of ZeroRedundancyOptimizer, the norm would be each rank's
             own.
         master_weights: how parameters of bfloat16 or float16 are given more bits than their own. "fp32": a float32 copy
             beside each, which from then on is the parameter: who sets a parameter to something else has to set
-            `state[p]["master_param"]` too. "split16", "split8": 16 or 8 more bits beside each, which with the
-            parameter's own make a float32, or one of 24 bits (relative steps below 1e-5 are lost then); bfloat16 only.
-            "kahan": what rounding lost, in the parameter's dtype, is added back before the next step. "stochastic":
-            nothing beside it, but rounding up or down with the odds that make it right on average; bfloat16 only.
-            Float32 parameters need none of it.
+            `state[p]["master_param"]` too, unless a state dict is loaded before the next step. "split16", "split8": 16
+            or 8 more bits beside each, which with the parameter's own make a float32, or one of 24 bits (relative steps
+            below 1e-5 are lost then); bfloat16 only. "kahan": what rounding lost, in the parameter's dtype, is added
+            back before the next step. "stochastic": nothing beside it, but rounding up or down with the odds that make
+            it right on average; bfloat16 only. Float32 parameters need none of it.
         state_dtype: of the moments, in place of the parameter's: float32, bfloat16, float16, or "8bit", where 128
             elements share a float32 scale and every element is rounded stochastically. (A maximum would keep whatever
             that adds: `max_exp_avg_sq` is float32 then.)
@@ -52,6 +62,8 @@ class Extras(TypedDict, total=False):
 @dataclass
 class Options:
     """`Extras` with their defaults. `max_grad_norm` and `ema_decay` may be set to other numbers between steps."""
+
+    PER_GROUP: ClassVar = frozenset({"max_grad_norm", "master_weights", "state_dtype", "ema_decay"})
 
     max_grad_norm: float | None = None
     master_weights: MasterWeights | None = None
@@ -81,6 +93,30 @@ class Options:
             if name not in names:
                 raise TypeError(f"got an unexpected keyword argument {name!r}; those beyond torch's are {names}")
         return cls(**extras)
+
+    def given_in(self, group: dict[str, Any], allowed: Collection[str], optimizer: type) -> dict[str, Any]:
+        """Return the options that a parameter group has of its own.
+
+        Other keys are torch's, named in `allowed`, or what the caller wants to find in the group again.
+
+        Raises:
+            ValueError: an option is out of range or holds for whole optimizers alone, or a key is nearly an option.
+        """
+        names = [field.name for field in fields(self)]
+        whole = {*names, *getattr(optimizer, "whole_arguments", ())} - self.PER_GROUP
+        long = [name for name in names if "_" in name]  # "speed" is near "seed", and somebody's own
+        for key in group:
+            if key in whole:
+                raise ValueError(
+                    f"{key} must hold for all parameter groups: give it to {optimizer.__name__} itself; got "
+                    f"{key}={group[key]!r} in a group"
+                )
+            known = key in allowed or key in self.PER_GROUP or not isinstance(key, str)
+            if not known and (near := difflib.get_close_matches(key, long, 1, 0.85)):
+                raise ValueError(f"a parameter group must name options right: {near[0]!r}; got {key!r}")
+        own = {key: group[key] for key in group if key in self.PER_GROUP}
+        replace(self, **own)  # raises what the constructor raises
+        return own
 
     def master_of(self, p: Tensor) -> MasterWeights | None:
         """How this parameter is given more bits: float32 and float64 have them."""

@@ -37,6 +37,8 @@ class Amount:
             amount.factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * scale
             overflow = ~norm.isfinite()
             amount.skip = overflow if amount.skip is None else amount.skip | overflow
+        if amount.factor is not None and amount.factor.device.type == "cpu" and amount.factor == 1:
+            amount.factor = None
         return amount
 
     @property
@@ -46,7 +48,7 @@ class Amount:
 
     def divisor(self) -> Tensor | None:
         """What torch's fused CPU kernels divide gradients by, in place."""
-        return None if self.factor is None or self.factor == 1 else (1 / self.factor).float()
+        return None if self.factor is None else (1 / self.factor).float()
 
     def scaled(self, g: Tensor) -> Tensor:
         return g if self.factor is None else g * self.factor.to(g.dtype)
@@ -64,6 +66,14 @@ def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
         t.copy_(torch.where(skip, old, t))
 
 
+def leave(g: Tensor, used: Tensor) -> None:
+    """Write into a gradient what was used of it, as torch's `unscale_` and `clip_grad_norm_` do."""
+    if g.layout == torch.strided:  # where it is expanded, there is one element for many
+        once = tuple(slice(None) if stride else slice(1) for stride in g.stride())
+        g, used = g[once], used[once]
+    g.copy_(used)
+
+
 def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any], sign: float, o: Options) -> None:
     """One step of one tensor, in float32 (float64 for float64), by `reference`'s function of that name."""
     if amount.skipped:
@@ -71,14 +81,13 @@ def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any
     p, g = row.local, row.grad
     assert g is not None
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    with undone_if(amount.skip, row.tensors):
+    used = amount.scaled(g.to(dtype))
+    with undone_if(amount.skip, row.tensors if amount.factor is None else [*row.tensors, g]):
         step = row.state["step"].add_(1)
         scales = (*row.scales, None)
         states = [None if t is None else _read(t, scale, dtype) for t, scale in zip(row.states, scales)]
         value = _read_param(row, dtype)
-        getattr(reference, rule)(
-            value, amount.scaled(g.to(dtype)) * sign, *_without_trailing_none(states), step=step.double(), **arguments
-        )
+        getattr(reference, rule)(value, used * sign, *_without_trailing_none(states), step=step.double(), **arguments)
         noise = None
         if row.master == "stochastic" or any(scale is not None for scale in scales):
             noise = _noise(row, step, o.seed)
@@ -88,6 +97,8 @@ def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any
                 _write(t, scale, x, None if noise is None else noise[1] >> 16 * i)
         if row.ema is not None and o.ema_decay is not None:
             row.ema.lerp_(value.float(), 1 - o.ema_decay)
+        if amount.factor is not None:
+            leave(g, used)
 
 
 def _without_trailing_none(states: list[Tensor | None]) -> list[Tensor | None]:
@@ -99,7 +110,7 @@ def _without_trailing_none(states: list[Tensor | None]) -> list[Tensor | None]:
 def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Random bits of every element, flat, in memory order."""
     run, stride, offset, _ = row.shard
-    e = torch.arange(row.local.numel(), device=row.local.device)
+    e = torch.arange(row.local.numel(), dtype=torch.int64, device=row.local.device)
     e = e // run * stride + e % run + offset
     return formats.noise(e, formats.noise_keys(seed, step.to(row.local.device), row.identity))
 

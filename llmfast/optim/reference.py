@@ -5,6 +5,8 @@ added to the gradient, times the parameter; `decay` is the share of itself that 
 `step` counts from 1 at the first update; it may be a tensor, as may `lr` and `decay`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,8 @@ def sgd(
     grad = _with_l2(grad, param, l2)
     change = grad
     if momentum_buffer is not None:
-        rate = 1 - dampening * (torch.as_tensor(step, device=grad.device) > 1)
+        later: Any = step > 1
+        rate = 1 - dampening * (later.to(grad) if isinstance(later, Tensor) else later)
         momentum_buffer.mul_(momentum).add_(rate * grad)
         change = grad + momentum * momentum_buffer if nesterov else momentum_buffer
     _fall(param, decay, lr * change)

@@ -1,10 +1,15 @@
 """Stepping inside backward: each parameter as soon as its gradient is there, which is then freed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from torch.utils.hooks import RemovableHandle
 
-from llmfast._checks import expect
+from llmfast._checks import describe, expect
 from llmfast.optim.base import FusedOptimizer, Plan
+from llmfast.optim.row import Place, is_dtensor, local, places
 
 _REDUCE_LATER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
 
@@ -14,17 +19,51 @@ class ReleaseHandle:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
+        self._places: dict[Tensor, Place] = {}
         self._plans: dict[Tensor, Plan] = {}
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        optimizer.steps_in_backward = True
-        self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in params]
+        self._handles: list[RemovableHandle] = []
+        for group in optimizer.param_groups:
+            self.take(group["params"])
+        optimizer._in_backward = self
+
+    def take(self, params: list[Tensor]) -> None:
+        """Step these in backward too, as soon as they require gradients."""
+        for p in params:
+            if not (p.is_floating_point() or p.is_complex()):  # it never will
+                continue
+            # While a parameter is frozen it takes no hook, but it keeps those that it has.
+            requires_grad = p.requires_grad
+            p.requires_grad_(True)
+            self._handles.append(p.register_post_accumulate_grad_hook(self._step))
+            p.requires_grad_(requires_grad)
+
+    @staticmethod
+    def expect_possible(group: dict[str, Any], max_grad_norm: float | None) -> None:
+        """Raises ValueError if a group cannot be stepped in backward."""
+        _expect_settings(group, max_grad_norm)
+        for p in group["params"]:
+            expect(
+                not _arrives_late(p),
+                f"FSDP2 of torch {torch.__version__} calls hooks before a gradient has come to the CPU, where "
+                f"CPUOffloadPolicy keeps {describe(p)}; step after backward, leave parameters on the device, or use "
+                "torch 2.13 or newer",
+            )
 
     @torch.no_grad()
     def _step(self, p: Tensor) -> None:
-        optimizer = self._optimizer
+        optimizer, groups = self._optimizer, self._optimizer.param_groups
+        for index, group in enumerate(groups):  # they may have been given other settings since
+            _expect_settings(group, optimizer.option(index, "max_grad_norm"))
+        place = self._places.get(p)
+        if place is None or not place.holds(groups):
+            self._plans.clear()
+            self._places = {place.param: place for place in places(groups)}
+            place = self._places.get(p)
+        if place is None:  # it has been taken out of its group
+            return
         plan = self._plans.get(p)
         if plan is None or not optimizer.still_holds(plan):
-            plan = self._plans[p] = optimizer.make_plan(p)
+            plan = self._plans[p] = optimizer.make_plan(place)
         optimizer.follow(plan)
         p.grad = None
 
@@ -33,7 +72,23 @@ class ReleaseHandle:
         for handle in self._handles:
             handle.remove()
         self._plans.clear()
-        self._optimizer.steps_in_backward = False
+        if self._optimizer._in_backward is self:
+            self._optimizer._in_backward = None
+
+
+def _expect_settings(group: dict[str, Any], max_grad_norm: float | None) -> None:
+    expect(
+        max_grad_norm is None,
+        f"max_grad_norm={max_grad_norm} needs all gradients at once, which stepping in backward never has; clip by "
+        "value in a hook, or step after backward",
+    )
+    expect(not group["differentiable"], "differentiable groups cannot be stepped in backward")
+
+
+def _arrives_late(p: Tensor) -> bool:
+    """True if FSDP2 copies gradients to the CPU and calls hooks without a wait for the copies: pytorch#180666."""
+    waits = TorchVersion(torch.__version__) >= "2.13"
+    return not waits and is_dtensor(p) and local(p).device.type == "cpu" != p.device_mesh.device_type  # type: ignore[attr-defined]
 
 
 def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> ReleaseHandle:
@@ -41,29 +96,27 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
 
     There is then never more than a few gradients at a time. A training step is `loss.backward()`; calling
     `optimizer.step()` after it does nothing more, and keeps learning-rate schedulers content. The numbers are those of
-    stepping after backward. Every backward steps, so that gradients cannot be accumulated over several. With FSDP2
-    (`fully_shard` comes first) a gradient is complete when it has been reduced; wrappers that reduce later are refused.
+    stepping after backward. Every backward steps, so that gradients cannot be accumulated over several. Parameters that
+    are frozen now are stepped once they require gradients, and those of `add_param_group` once they are added. With
+    FSDP2 (`fully_shard` comes first) a gradient is complete when it has been reduced; wrappers that reduce later are
+    refused, as is `CPUOffloadPolicy` before torch 2.13, which calls hooks while gradients are still on their way.
 
     Args:
         model: all of its parameters that require gradients must be the optimizer's.
-        optimizer: without `max_grad_norm`, which needs all gradients at once.
+        optimizer: without `max_grad_norm`, which needs all gradients at once. Set later, it makes the next backward
+            raise.
 
     Returns:
         A handle, whose `remove()` ends it.
 
     Raises:
         ValueError: a parameter of the model is not the optimizer's, the optimizer has `max_grad_norm` or
-            differentiable groups, or the model contains DistributedDataParallel or FSDP1.
+            differentiable groups or steps in backward already, or the model contains DistributedDataParallel, FSDP1 or,
+            before torch 2.13, parameters that FSDP2 keeps on the CPU.
     """
-    expect(
-        optimizer.options.max_grad_norm is None,
-        f"max_grad_norm={optimizer.options.max_grad_norm} needs all gradients at once, which stepping in backward "
-        "never has; clip by value in a hook, or step after backward",
-    )
-    expect(
-        not any(group["differentiable"] for group in optimizer.param_groups),
-        "differentiable groups cannot be stepped in backward",
-    )
+    expect(not optimizer.steps_in_backward, "optimizer steps in backward already; its handle's remove() ends that")
+    for index, group in enumerate(optimizer.param_groups):
+        ReleaseHandle.expect_possible(group, optimizer.option(index, "max_grad_norm"))
     for module in model.modules():
         for wrapper in _REDUCE_LATER.intersection(kind.__name__ for kind in type(module).__mro__):
             raise ValueError(f"{wrapper} reduces gradients after the hooks that would step; use fully_shard")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
+from llmfast._checks import expect
 from llmfast.optim.base import FusedOptimizer, TorchCall
-from llmfast.optim.options import Extras
+from llmfast.optim.options import Extras, Options
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
@@ -56,11 +57,12 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
             params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize, differentiable=differentiable
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if self.options.state_dtype == "8bit" and self.param_groups[-1]["centered"]:
-            self.param_groups.pop()
-            raise ValueError('centered=True takes a difference for which state_dtype="8bit" is too coarse')
+    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        super()._complete_group(group, options)
+        expect(
+            options.state_dtype != "8bit" or not group["centered"],
+            'centered=True takes a difference for which state_dtype="8bit" is too coarse',
+        )
 
     def _state_names(self, group: dict[str, Any]) -> Names:
         return (

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from llmfast.optim.formats import MasterWeights
 
+SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
+
 
 class Bucket(NamedTuple):
     """Where the pieces of a tensor are: a device mesh, and its dimensions along which it is cut."""
@@ -29,6 +31,26 @@ class Shard(NamedTuple):
         return self.run != self.stride
 
 
+class Place(NamedTuple):
+    """Where a parameter stands in an optimizer."""
+
+    param: Tensor
+    group: int
+    number: int  # in its group
+    identity: int  # among all parameters
+
+    def holds(self, groups: list[dict[str, Any]]) -> bool:
+        """True if the parameter still stands there in its group."""
+        params = groups[self.group]["params"] if self.group < len(groups) else []
+        return self.number < len(params) and params[self.number] is self.param
+
+
+def places(groups: list[dict[str, Any]]) -> list[Place]:
+    """All parameters of an optimizer."""
+    found = [(p, index, i) for index, group in enumerate(groups) for i, p in enumerate(group["params"])]
+    return [Place(*place, identity) for identity, place in enumerate(found)]
+
+
 @dataclass
 class Row:
     """One parameter, the index of its group, its place among all, and its entry in the optimizer's state.
@@ -42,6 +64,7 @@ class Row:
     state: dict[str, Any]
     local: Tensor
     shard: Shard
+    clip: int | None  # rows with the same are clipped together; None: neither clipped nor measured
     master: MasterWeights | None
     names: tuple[str | None, ...]
     states: tuple[Tensor | None, ...]  # three

@@ -84,14 +84,15 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
                 if first and buffer is not None:
                     state["momentum_buffer"].copy_(buffer)
 
-    def _exported(self, p: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
+    def _exported(self, p: Tensor | None, index: int, state: dict[str, Any]) -> dict[str, Any]:
         """As torch has it: no buffer before the first step, and no counter but where rounding depends on it."""
-        exported = super()._exported(p, state)
+        exported = super()._exported(p, index, state)
         if p is None or "step" not in state:
             return exported
-        if "momentum_buffer" in exported and float(state["step"]) == 0:
-            del exported["momentum_buffer"]
-            exported.pop("momentum_buffer_scale", None)
-        if not (self.options.master_weights == "stochastic" or self.options.state_dtype == "8bit"):
+        buffers = {"momentum_buffer", "momentum_buffer_code", "momentum_buffer_scale"}.intersection(exported)
+        if buffers and float(state["step"]) == 0:
+            for name in buffers:
+                del exported[name]
+        if self.option(index, "master_weights") != "stochastic" and self.option(index, "state_dtype") != "8bit":
             del exported["step"]
         return exported

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast.optim import formats
-from llmfast.optim.formats import LOW
+from llmfast.optim.formats import LOW, LOW_BITS
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 CODES = {True: torch.int8, False: torch.uint8}  # of 8-bit states that have a sign, and that have none
 LOW_NAMES = tuple(dict.fromkeys(name for name, _ in LOW.values()))
+OLD_LOW_BITS = "remainder"  # in older checkpoints: of 8 bits as int8, so that only the dtype says how many there are
 OWN_NAMES = ("ema_param", *LOW_NAMES)  # beside those that torch has
 
 
@@ -26,6 +27,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     """An optimizer whose state_dict is torch's, and that keeps more than torch's where `Extras` say so."""
 
     options: Options
+    group_options: list[dict[str, Any]]
+    """What parameter groups have in place of `options`, a dict for each group; see `Extras`."""
     rule: ClassVar[str]  # the kernels' name of it
     # States that are squares, and so without a sign.
     squares: ClassVar[frozenset[str]] = frozenset()
@@ -33,10 +36,46 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     never_coded: ClassVar[frozenset[str]] = frozenset()
     # Keys of groups that torch's optimizer does not have.
     own_group_keys: ClassVar[tuple[str, ...]] = ()
+    # Parameters whose states were loaded, until these are in use.
+    _loaded: set[Tensor] | frozenset[Tensor] = frozenset()
+    # Arguments of the constructor, beyond `Extras`, that no group can have for itself.
+    whole_arguments: ClassVar[tuple[str, ...]] = ()
 
     def _take(self, extras: Extras) -> None:
         """To be called before torch's constructor, which adds parameter groups."""
         self.options = Options.given(extras)
+        self.group_options = []
+
+    def option(self, index: int, name: str) -> Any:
+        """Return what holds for a group: its own option, or else the optimizer's."""
+        return self.group_options[index].get(name, getattr(self.options, name))
+
+    def options_of(self, index: int) -> Options:
+        """Return all options of a group."""
+        return dataclasses.replace(self.options, **self.group_options[index])
+
+    def _match_groups(self) -> None:
+        """Raises if options of groups can no longer be told to belong to which."""
+        if len(self.group_options) != len(self.param_groups):
+            if any(self.group_options):
+                raise RuntimeError(
+                    f"param_groups must only be added to, by add_param_group, where groups have options of their own; "
+                    f"got {len(self.param_groups)} groups for group_options={self.group_options}"
+                )
+            self.group_options = [{} for _ in self.param_groups]
+        for index, group in enumerate(self.param_groups):
+            if not Options.PER_GROUP.isdisjoint(group):
+                name = min(Options.PER_GROUP.intersection(group))
+                raise ValueError(
+                    f"{name} of group {index} must be set in group_options[{index}], not in the group itself, where "
+                    f"it has no effect; got {group[name]!r}"
+                )
+
+    def _clip_of(self, index: int) -> int | None:
+        """Which gradients a group's are clipped together with: its index, or SHARED, or None if it is not clipped."""
+        if self.option(index, "max_grad_norm") is None:
+            return None
+        return index if "max_grad_norm" in self.group_options[index] else SHARED
 
     @abstractmethod
     def _state_names(self, group: dict[str, Any]) -> Names:
@@ -50,39 +89,40 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     def _row(self, p: Tensor, index: int, identity: int) -> Row:
         """The parameter with its state: made where missing, in its memory order and the formats asked for."""
-        group, o, state = self.param_groups[index], self.options, self.state[p]
+        group, o, state = self.param_groups[index], self.options_of(index), self.state[p]
         names = self._state_names(group)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
             before = state.get("momentum_buffer") is not None and self.rule == "sgd"
-            state["step"] = torch.tensor(float(before), dtype=torch.float32)
-        if p.device.type != "cpu" and state["step"].device != p.device and not p.is_complex():
-            state["step"] = state["step"].to(p.device, torch.float32)
-        self._keep_low(p, identity, state)
-        if o.ema_decay is not None and "ema_param" not in state:
-            state["ema_param"] = self._value(p, state).to(torch.float32, copy=True)
+            state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
+        # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
+        home = state["step"].device if p.is_complex() else p.device
+        if (state["step"].device, state["step"].dtype) != (home, torch.float32):
+            state["step"] = state["step"].to(home, torch.float32)
+        self._keep_low(p, identity, state, o)
+        self._keep_average(p, identity, state, o)
         for name in names:
             if name is not None:
-                self._keep_state(p, state, name, self._first_value(group))
+                self._keep_state(p, state, name, self._first_value(group), o)
         pieces = {name: local(t) for name, t in state.items() if isinstance(t, Tensor)}
         master = o.master_of(p)
         return Row(
-            p, index, identity, state, local(p), shard_of(p), master, names,
-            states=tuple(None if name is None else pieces[name] for name in names),
+            p, index, identity, state, local(p), shard_of(p), self._clip_of(index), master, names,
+            states=tuple(None if name is None else pieces[_stored(state, name)] for name in names),
             scales=tuple(None if name is None else pieces.get(f"{name}_scale") for name in names[:2]),
             low=pieces[LOW[master][0]] if master in LOW else None,
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
 
-    def _check_states(self) -> None:
+    def _check_states(self, places: list[Place]) -> None:
         """Raises ValueError if a state does not belong to its parameter."""
-        for group in self.param_groups:
-            names = [name for name in (*self._state_names(group), *OWN_NAMES) if name is not None]
-            for p in group["params"]:
-                if (state := self.state.get(p)) is not None:
-                    for name in names:
+        for p, index, _, _ in places:
+            if (state := self.state.get(p)) is not None:
+                for name in (*self._state_names(self.param_groups[index]), *OWN_NAMES):
+                    if name is not None:
                         self._check(p, name, state)
 
-    def _check(self, p: Tensor, name: str, state: dict[str, Any]) -> None:
+    def _check(self, p: Tensor, base: str, state: dict[str, Any]) -> None:
+        name = _stored(state, base)
         t = state.get(name)
         if t is None:
             return
@@ -93,14 +133,19 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                 f"state {name} of {describe(p)} is spread over ranks as {_spread(t)}, its parameter as {_spread(p)}; "
                 "torch.distributed.checkpoint brings a state to where it belongs"
             )
-        scale, groups = state.get(f"{name}_scale"), -(-local(t).numel() // formats.GROUP)
-        if t.dtype in CODES.values() and name not in OWN_NAMES and (scale is None or scale.shape != (groups,)):
+        scale, groups = state.get(f"{base}_scale"), -(-local(t).numel() // formats.GROUP)
+        if t.dtype in CODES.values() and base not in OWN_NAMES and (scale is None or scale.shape != (groups,)):
             came = "none" if scale is None else describe(scale)
-            raise ValueError(f"state {name} of {describe(p)} holds 8-bit codes, which need {groups} scales; got {came}")
+            raise ValueError(f"state {base} of {describe(p)} holds 8-bit codes, which need {groups} scales; got {came}")
 
-    def _keep_state(self, p: Tensor, state: dict[str, Any], name: str, first: float) -> None:
-        """Make the state, or bring it to the dtype that the options ask for and to the parameter's memory order."""
-        t, wanted = state.get(name), self.options.state_dtype
+    def _keep_state(self, p: Tensor, state: dict[str, Any], name: str, first: float, o: Options) -> None:
+        """Make the state, or bring it to the dtype that the options ask for and to the parameter's memory order.
+
+        8-bit codes are named `<name>_code`, and their scales `<name>_scale`. Those of a DTensor are named `<name>`: it
+        is saved as numbers, and torch.distributed.checkpoint finds the names of what is saved among those of states.
+        """
+        stored = _stored(state, name)
+        t, wanted = state.get(stored), o.state_dtype
         if wanted == "8bit" and name in self.never_coded:
             wanted = torch.float32
         if wanted == "8bit":
@@ -110,7 +155,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                     t = torch.full_like(p, first, dtype=torch.float32, memory_format=torch.preserve_format)
                 elif t.dtype in CODES.values():
                     t = self._decoded(state, name)
-                state[name], state[f"{name}_scale"] = _coded(t, p, dtype)
+                state.pop(stored, None)
+                state[name if is_dtensor(p) else f"{name}_code"], state[f"{name}_scale"] = _coded(t, p, dtype)
             return
         if t is None:
             value = complex(first, first) if p.is_complex() else first
@@ -118,22 +164,36 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             return
         if t.dtype in CODES.values():
             t = self._decoded(state, name).to(wanted or p.dtype)
-            del state[f"{name}_scale"]
+            del state[stored], state[f"{name}_scale"]
         if wanted is not None:
             t = t.to(wanted)
         if not _lies_like(t, p):  # loaded from a run where it lay otherwise
             t = torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
-        if t is not state[name]:
+        if t is not state.get(name):
             state[name] = t
 
-    def _keep_low(self, p: Tensor, identity: int, state: dict[str, Any]) -> None:
+    def _keep_average(self, p: Tensor, identity: int, state: dict[str, Any], o: Options) -> None:
+        """Make the average where one is asked for; it does not stay behind where none is, to be taken for a new one."""
+        if o.ema_decay is not None and "ema_param" not in state:
+            state["ema_param"] = self._value(p, state).to(torch.float32, copy=True)
+        elif o.ema_decay is None and state.pop("ema_param", None) is not None:
+            warnings.warn(
+                f"the state holds ema_param: an average of parameter {identity}, {describe(p)}, which is lost with "
+                "ema_decay=None",
+                stacklevel=5,
+            )
+
+    def _keep_low(self, p: Tensor, identity: int, state: dict[str, Any], o: Options) -> None:
         """Make what the options say to keep beside the parameter, out of what another way of it has left, if any."""
-        master = self.options.master_of(p)
+        master = o.master_of(p)
         name, dtype = LOW.get(master or "", (None, None))
         kept = [n for n in LOW_NAMES if n in state]
         if name is not None and kept == [name] and state[name].dtype == (dtype or p.dtype):
             if not _lies_like(state[name], p):
                 state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
+            if master == "fp32" and p in self._loaded:  # a master copy of other weights may have stayed in its place
+                x, q = local(state[name]), local(p)
+                x.copy_(torch.where((x.to(q.dtype) == q) | q.isnan(), x, q))
             return
         value = self._value(p, state)
         for n in kept:
@@ -143,7 +203,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         elif kept:
             warnings.warn(
                 f"the state holds {kept[0]}: bits of parameter {identity}, {describe(p)}, beyond those of its dtype, "
-                f"which are lost with master_weights={self.options.master_weights!r}",
+                f"which are lost with master_weights={o.master_weights!r}",
                 stacklevel=5,
             )
 
@@ -156,8 +216,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         if "kahan_comp" in state:
             compensation: Tensor = state["kahan_comp"]
             return p.float() + compensation.float()
-        if "remainder" in state and p.dtype == torch.bfloat16:
-            low = state["remainder"]
+        if LOW_BITS in state and p.dtype == torch.bfloat16:
+            low = state[LOW_BITS]
             value = torch.empty_like(p, dtype=torch.float32)
             local(value).copy_(formats.joined(local(p), local(low), 8 * low.dtype.itemsize))
             return value
@@ -165,7 +225,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     def _decoded(self, state: dict[str, Any], name: str) -> Tensor:
         """An 8-bit state in float32."""
-        codes = state[name]
+        codes = state[_stored(state, name)]
         value = torch.empty_like(codes, dtype=torch.float32)
         flat = formats.decoded(formats.in_memory_order(local(codes)), state[f"{name}_scale"])
         formats.in_memory_order(local(value)).copy_(flat)
@@ -176,15 +236,29 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return self._value(p, self.state.get(p, {})).clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._match_groups()
+        own: dict[str, Any] = {}
+        if isinstance(param_group, dict):  # else torch says what it must be
+            allowed = {*self.defaults, *self.own_group_keys, "params", "param_names"}
+            own = self.options.given_in(param_group, allowed, type(self))
+        if own:  # the caller's own group keeps them, for another optimizer
+            param_group = {key: value for key, value in param_group.items() if key not in own}
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         names = group.get("param_names", [f"parameter {i} of group {index}" for i in range(len(group["params"]))])
+        options = dataclasses.replace(self.options, **own)
         try:
             for p, name in zip(group["params"], names):
-                self.options.expect_fits(p, name)
+                options.expect_fits(p, name)
+            self._complete_group(group, options)
         except ValueError:
             self.param_groups.pop()
             raise
+        self.group_options.append(own)
+
+    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
+        """Add what a new group lacks; raises ValueError where its options do not go together."""
+        return
 
     # Saving and loading it.
 
@@ -192,11 +266,14 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         """As torch's optimizer of the same name saves it; with keys of its own for what `Extras` keep.
 
         An 8-bit state is `<name>_code` and `<name>_scale`, which nobody takes for what torch has; of a DTensor it is
-        `<name>` in float32, which other ranks can take over. `torch_state_dict` is for torch.
+        `<name>` in float32, which other ranks can take over. `torch_state_dict` is for torch. Options of groups are
+        not saved: states of any format load into an optimizer of any other.
         """
         saved = super().state_dict()
         params = self._params_by_key()
-        saved["state"] = {key: self._exported(params.get(key), state) for key, state in saved["state"].items()}
+        for key, state in saved["state"].items():
+            p, index = params.get(key, (None, 0))
+            saved["state"][key] = self._exported(p, index, state)
         saved["state"] = {key: state for key, state in saved["state"].items() if state or key not in params}
         return saved
 
@@ -220,21 +297,22 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         base = name.removesuffix("_code")
         return self._decoded({base: state[name], f"{base}_scale": state[f"{base}_scale"]}, base)
 
-    def _params_by_key(self) -> dict[Any, Tensor]:
-        return dict(enumerate(p for group in self.param_groups for p in group["params"]))
+    def _params_by_key(self) -> dict[Any, tuple[Tensor, int]]:
+        """Parameters by their number, each with the index of its group."""
+        return dict(enumerate((p, index) for index, group in enumerate(self.param_groups) for p in group["params"]))
 
-    def _exported(self, p: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
+    def _exported(self, p: Tensor | None, index: int, state: dict[str, Any]) -> dict[str, Any]:
         """What is saved of one parameter's state."""
-        exported: dict[str, Any] = {}
-        spread = p is not None and is_dtensor(p)
-        for name, value in state.items():
-            base = name.removesuffix("_scale")
+        # torch.distributed.checkpoint casts by value to what it finds under the same name: so of low bits there are 16.
+        exported = {name: formats.sixteen(t) if name == LOW_BITS else t for name, t in state.items()}
+        if p is None or not is_dtensor(p):
+            return exported
+        for name in state:
             if f"{name}_scale" in state:
-                exported[name if spread else f"{name}_code"] = self._decoded(state, name) if spread else value
-            elif spread and name == "remainder" and value.dtype == torch.int16:  # NCCL and gloo do not carry that
-                exported[name] = value.int()
-            elif not (spread and name.endswith("_scale") and base in state):
-                exported[name] = value
+                exported[name] = self._decoded(state, name)
+                del exported[f"{name}_scale"]
+            elif name == LOW_BITS:  # NCCL and gloo do not carry int16
+                exported[name] = exported[name].int()
         return exported
 
     @torch.no_grad()
@@ -242,34 +320,94 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         """As torch's, from any optimizer of the same name, and without casting what `Extras` keep in other dtypes."""
         given: dict[str, Any] = {}
         mine = [{k: v for k, v in group.items() if k in self.own_group_keys} for group in self.param_groups]
+
+        def read(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            state = dict(loaded["state"])
+            for i, (p, index) in zip(ids, self._params_by_key().values()):
+                if i in state:
+                    state[i] = self._of_one_format(p, index, self._readable(i, state[i]))
+            given.update(loaded, state=state)
+            return given
+
         # The last of the hooks: it sees what the others have made of it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
+        handle = self.register_load_state_dict_pre_hook(read)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
         ids = [i for group in given["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
-            saved = given["state"].get(i, {})
-            for name, value in saved.items():
-                if name.endswith("_code"):
-                    self.state[p][name.removesuffix("_code")] = self.state[p].pop(name)
-                if isinstance(value, Tensor) and self._stays_as_saved(name):
-                    # int32 is a DTensor's "remainder": see `_exported`.
-                    dtype = torch.int16 if value.dtype == torch.int32 else value.dtype
-                    self.state[p][name.removesuffix("_code")] = value.to(p.device, dtype)
+        self._loaded = {p for p, _ in self._params_by_key().values()}
+        for i, (p, index) in zip(ids, self._params_by_key().values()):
+            for name, value in given["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and self._stays_as_saved(index, name):
+                    value = value.to(p.device)
+                    self.state[p][name] = formats.sixteen(value) if name == LOW_BITS else value
         for group, kept in zip(self.param_groups, mine):
             for key, value in kept.items():
                 group.setdefault(key, value)
+            for key in Options.PER_GROUP.intersection(group):  # once saved with groups, where they had no effect
+                del group[key]
 
-    def _stays_as_saved(self, name: str) -> bool:
+    def _readable(self, i: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        """One parameter's saved state with today's names, and without what a flattened one left empty.
+
+        Of a flattened state dict, torch.distributed.checkpoint hands on what has the name of a state that is here, and
+        an empty dict where there is none of that name.
+        """
+        empty = {name for name, value in saved.items() if isinstance(value, dict) and not value}
+        if len(empty) == len(saved):
+            return {}
+        for name in sorted(empty):
+            scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
+            if not scale_of_numbers and not (name == "step" and self.rule == "sgd"):  # neither is saved by itself
+                raise ValueError(
+                    f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
+                    "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "
+                    "it into an optimizer with those settings, and that one's state_dict() into this one"
+                )
+        readable = {name: value for name, value in saved.items() if name not in empty}
+        if OLD_LOW_BITS in readable:
+            readable[LOW_BITS] = readable.pop(OLD_LOW_BITS)
+        return readable
+
+    def _of_one_format(self, p: Tensor, index: int, saved: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what torch.distributed.checkpoint has added to a whole state dict (`full_state_dict`).
+
+        What it does not find there, it takes from the state that is here: what is kept in the format of this optimizer
+        then stands beside the same in the format that was saved.
+        """
+        options, here = self.options_of(index), self.state.get(p, {})
+        low = LOW.get(options.master_of(p) or "", ("",))[0]
+        added = {low} if any(name in saved for name in LOW_NAMES if name != low) else set()
+        others_are_loaded = saved.get("step") is not here.get("step") and not is_dtensor(p)  # which are loaded in place
+        if others_are_loaded and saved.get("ema_param") is here.get("ema_param"):
+            added.add("ema_param")
+        for name in saved:
+            if f"{name}_code" in saved:
+                codes_are_ours = options.state_dtype == "8bit" and not is_dtensor(p)
+                added |= {f"{name}_code", f"{name}_scale"} if codes_are_ours else {name}
+        return {name: value for name, value in saved.items() if name not in added}
+
+    def _keeper_of(self, name: str) -> str:
+        """The setting with which a state of that name is kept."""
+        masters = [repr(master) for master, (low, _) in LOW.items() if low == name]
+        if masters or name == "ema_param":
+            return f"master_weights={' or '.join(masters)}" if masters else "ema_decay"
+        return "state_dtype='8bit'" if name.endswith(("_code", "_scale")) else "a state_dtype other than '8bit'"
+
+    def _stays_as_saved(self, index: int, name: str) -> bool:
         if name in OWN_NAMES or name.endswith(("_code", "_scale")):
             return True
-        return name != "step" and self.options.state_dtype is not None
+        return name != "step" and self.option(index, "state_dtype") is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "options": dataclasses.replace(self.options)}
+        """Keep every public attribute, other than methods that somebody has wrapped, as schedulers wrap `step`."""
+        methods = {name for name in vars(self) if callable(getattr(type(self), name, None))}
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in methods}
+        own = [dict(options) for options in self.group_options]
+        public |= {"options": dataclasses.replace(self.options), "group_options": own}
+        return public | super().__getstate__()
 
     # The average.
 
@@ -280,7 +418,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: the optimizer keeps no averages.
         """
-        if self.options.ema_decay is None:
+        if all(self.option(index, "ema_decay") is None for index in range(len(self.param_groups))):
             raise ValueError("ema_weights is for optimizers with ema_decay; this one has None")
         averages = [(p, state["ema_param"]) for p, state in self.state.items() if "ema_param" in state]
         before = [p.detach().clone() for p, _ in averages]
@@ -293,6 +431,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             with torch.no_grad():
                 for (p, _), value in zip(averages, before):
                     p.copy_(value)
+
+
+def _stored(state: dict[str, Any], name: str) -> str:
+    """The name of a state as it is kept: see `_keep_state`."""
+    code = f"{name}_code"
+    return code if code in state else name
 
 
 def _spread(t: Tensor) -> Any:

@@ -28,6 +28,7 @@ class Signature(NamedTuple):
     averaged: bool
     strided: bool
     bucket: Bucket | None  # of ranks that hold the other pieces of these tensors
+    clip: int | None  # see `Row.clip`
 
 
 def signature(row: Row) -> Signature:
@@ -42,6 +43,7 @@ def signature(row: Row) -> Signature:
         averaged=row.ema is not None,
         strided=row.shard.strided,
         bucket=row.shard.bucket,
+        clip=row.clip,
     )
 
 
@@ -80,7 +82,7 @@ class PointerTable:
         self.steps = torch.stack([row.state["step"].to(device, torch.float32).reshape(()) for row in rows])  # (T,)
         for row, step in zip(rows, self.steps.unbind()):
             row.state["step"] = step
-        self._host = self._dynamic = torch.empty(0)
+        self._host = self._dynamic = _no_memory()
         self._captured: list[Tensor] = []
         self.grads = self.hyper = self._dynamic
         self._addresses_now: list[int] = []  # of the gradients
@@ -117,19 +119,19 @@ class PointerTable:
         # An empty gradient has no address, but is one.
         return [address or 1 for address in addresses] if 0 in addresses else addresses
 
-    def refresh(self, hyper: list[list[float]], lrs: list[float | Tensor]) -> bool:
+    def refresh(self, hyper: list[list[float]], on_device: list[tuple[int, int, Tensor]]) -> bool:
         """Bring gradient addresses (0 for none) and hyperparameters, one list a group, up to date on the device.
 
-        To be called when `looks` has. A learning rate that lives on the device is copied there, unseen by the host.
+        To be called when `looks` has. Hyperparameters that live on a device, such as a learning rate, are copied to row
+        and column, unseen by the host.
         Returns True while a CUDA graph is captured.
         """
         addresses = self._addresses_now
         in_graph = capturing(self.signature.device)
         if in_graph or addresses != self._addresses or hyper != self._hyper_values:
             self._upload(addresses, hyper, in_graph)
-        for row, lr in enumerate(lrs):
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                self.hyper[row, 0].copy_(lr.reshape(()), non_blocking=True)
+        for row, column, number in on_device:
+            self.hyper[row, column].copy_(number.reshape(()), non_blocking=self.hyper.device.type != "cpu")
         return in_graph
 
     def _upload(self, addresses: list[int], hyper: list[list[float]], in_graph: bool) -> None:
@@ -139,24 +141,24 @@ class PointerTable:
         if in_graph:
             # A graph copies from this memory at every replay, so that it becomes the graph's, as does the buffer it is
             # copied to. Steps outside the graph take others. The step before has laid the memory by.
-            host, self._host, self._dynamic = self._host, torch.empty(0), torch.empty(0)
+            host, self._host, self._dynamic = self._host, _no_memory(), _no_memory()
             if host.numel() != size:
                 raise RuntimeError("take one step between two captures in CUDA graphs")
         else:
             # Pinned memory is torch's to reuse only once the copy from it is done: its allocator sees to that.
-            host = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
+            host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
             if pinned and self._host.numel() != size:
-                self._host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+                self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
         host.numpy()[:T] = addresses
         host.numpy()[T:].view(np.float64)[:] = np.asarray(hyper, np.float64).ravel()
         if self._dynamic.shape != host.shape:
             self._dynamic = torch.empty_like(host, device=self.signature.device, pin_memory=False)
             self.grads = self._dynamic[:T]  # (T,)
             self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, hyperparameters)
-        self._dynamic.copy_(host, non_blocking=True)
+        self._dynamic.copy_(host, non_blocking=self._dynamic.device.type != "cpu")
         if in_graph:
             self._captured += [host, self._dynamic]
-            self._addresses, self._hyper_values, self._dynamic = [], [], torch.empty(0)
+            self._addresses, self._hyper_values, self._dynamic = [], [], _no_memory()
         else:
             self._addresses, self._hyper_values = addresses, hyper
 
@@ -179,7 +181,7 @@ class PointerTable:
         """
         from llmfast_kernels import optimizer as kernels
 
-        _, param_dtype, grad_dtype, state_dtypes, master, low_dtype, averaged, strided, _ = self.signature
+        _, param_dtype, grad_dtype, state_dtypes, master, low_dtype, averaged, strided, *_ = self.signature
         norm = None if sums is None else torch.empty((), dtype=torch.float32, device=self.signature.device)
         kernels.prepare(
             self.table, self.grads, self.hyper, self.steps, self.coefficients, rule=self.rule,
@@ -189,8 +191,13 @@ class PointerTable:
             self.table, self.grads, self.coefficients, self.chunk_tensor,
             rule=self.rule, param_dtype=param_dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes,
             master=master, low_dtype=low_dtype, strided=strided, averaged=averaged, zero=zero,
+            unscale=grad_scale is not None,
         )  # fmt: skip
         return norm
+
+
+def _no_memory() -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def capturing(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ class Watch:
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], only: Tensor | None) -> None:
         self._only = only
-        self._params = [list(group["params"]) for group in groups]
+        self._params = [] if only is not None else [list(group["params"]) for group in groups]
         watched = list(chain.from_iterable(self._params)) if only is None else [only]
         self._dtensors = [(p, local(p)) for p in watched if is_dtensor(p)]
         self._locals = [local(p) for p in watched]

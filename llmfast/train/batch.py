@@ -28,6 +28,6 @@ def on_device(batch: Any, device: torch.device) -> Any:
 
     def moved(t: Tensor) -> Tensor:
         pinned = t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" else t
-        return pinned.to(device, non_blocking=True)
+        return pinned.to(device, non_blocking=device.type != "cpu")
 
     return map_tensors(batch, moved)

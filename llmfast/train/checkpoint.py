@@ -6,7 +6,6 @@ It gets its name when all that is on disk. Whatever happens meanwhile, the ones 
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,7 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import distribute_tensor
 
+from llmfast.optim import FusedOptimizer, formats
+from llmfast.optim.row import is_dtensor
+from llmfast.train.durable import sync
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader
 
@@ -39,6 +42,7 @@ from llmfast.train.reading import Planner, Reader
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 CHECKSUMS, META = "checksums.json", "meta.json"
+_MEMBERS = ("params", "param_names")  # of a parameter group, that are no settings
 _UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, CheckpointException)
 # What a pickle that is none may raise besides, by Python's documentation and by what it makes of its fields.
 _NO_METADATA = (
@@ -129,35 +133,59 @@ class Checkpoints:
                 shutil.rmtree(_partial(final), ignore_errors=True)
         self._agree_on(problem)
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Restore the newest whole checkpoint, on however many ranks; what was saved with it.
+    def load(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, accept: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Restore the newest whole checkpoint, on however many ranks; return what was saved with it.
+
+        Groups of the optimizer keep the settings that differ from those it was made with before (`settings_of`).
+
+        Args:
+            accept: is given what was saved beside the tensors, before anything is restored, and may raise.
 
         Raises:
             FileNotFoundError: there is none.
-            OSError: none can be read, or it is of another model.
+            OSError: none can be read, or it is of another model or optimizer.
         """
         folder = self._newest()
         self._last = _step_of(folder)
         meta, keys = _meta(folder), _keys(folder)
+        accept(meta)
+        # Before `_state` takes a step of nothing, which an optimizer may count.
+        own, now = [dict(group) for group in optimizer.param_groups], settings_of(optimizer)
         sums = {
-            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype)
+            name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
             for name, found in keys.items()
             if name.startswith("sums.") and isinstance(found, TensorStorageMetadata)
         }
         rng = {name: t for name, t in _rng(self._world.rank).items() if f"rng.{name}" in keys}
         state = {**_state(module, optimizer), "sums": sums, "rng": rng}
+        states: dict[str, Any] = state["optimizer"]["state"]
         # A parameter that had no gradient by then has no state there.
         there = {prefix for name in keys for prefix in accumulate(name.split("."), "{}.{}".format)}
-        states: dict[str, Any] = state["optimizer"]["state"]
         for name in [name for name in states if f"optimizer.state.{name}" not in there]:
             del states[name]
+        params = dict(plain(module).named_parameters())
+        if isinstance(optimizer, FusedOptimizer):  # which brings any format into its own
+            states.update({name: _as_saved(params[name], name, mine, keys) for name, mine in states.items()})
+        groups: list[dict[str, Any]] = state["optimizer"]["param_groups"]
+        for i, group in enumerate(groups):
+            for name in [name for name in group if f"optimizer.param_groups.{i}.{name}" not in there]:
+                del group[name]
         try:
             load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=self._world.size == 1)
+            for name, saved in states.items():
+                _spread_codes(params[name], saved)
             set_model_state_dict(plain(module), state["model"])
+        except _UNREADABLE as e:
+            raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
+        for group, mine, today, then in zip(groups, own, now, meta.get("groups") or _settings_then(optimizer, now)):
+            group |= {name: mine[name] for name in today if name not in group or today[name] != then.get(name)}
+        try:
             some = StateDictOptions(strict=False)
             set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
         except _UNREADABLE as e:
-            raise OSError(f"{folder} is damaged or of another model: {_reason(e)}") from e
+            raise OSError(f"{folder} does not go with the optimizer there is now: {_reason(e)}") from e
         for name, value in rng.items():
             (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
         return meta, sums
@@ -194,9 +222,9 @@ class Checkpoints:
         sums = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(partial.iterdir())}
         (partial / CHECKSUMS).write_text(json.dumps(sums))
         for path in (partial / META, partial / CHECKSUMS, partial):
-            _sync(path)
+            sync(path)
         partial.rename(final)
-        _sync(self.run)  # the new name is on disk before old ones go
+        sync(self.run)  # the new name is on disk before old ones go
         for old in _checkpoints(self.run)[: -self._keep_last]:
             if not self._keep_every or _step_of(old) % self._keep_every:
                 shutil.rmtree(_retire(old), ignore_errors=True)
@@ -223,13 +251,36 @@ class Checkpoints:
         return "there is no earlier one" if good is None else f"the last good one is {good}"
 
 
-def load_weights(run: Path, model: nn.Module) -> None:
-    """The newest checkpoint's weights alone, to begin another run with; on every rank the same.
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """Write down the settings of each parameter group, to see later which of them a program has changed.
+
+    Some optimizers keep what they have counted in their groups, beside settings: only a change tells which is which.
+    """
+    return [
+        {name: repr(v.tolist() if isinstance(v, Tensor) else v) for name, v in group.items() if name not in _MEMBERS}
+        for group in optimizer.param_groups
+    ]
+
+
+def _settings_then(optimizer: torch.optim.Optimizer, now: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Guess what `settings_of` would have given when a run of an earlier version began, which did not write it down.
+
+    Groups of ours hold settings alone, so today's can all take effect. Of others, nothing counts as changed.
+    """
+    return [{} for _ in now] if isinstance(optimizer, FusedOptimizer) else now
+
+
+def load_weights(run: Path, model: nn.Module, accept: Callable[[dict[str, Any]], None]) -> None:
+    """Read the newest checkpoint's weights alone, to begin another run with; on every rank the same.
+
+    Args:
+        accept: is given what a trainer was told about the weights, before they are read, and may raise.
 
     Raises:
         OSError: there is none, or it is of another model.
     """
     folder = Checkpoints(run, World(torch.device("cpu")))._newest()
+    accept(_meta(folder).get("about", {}))
     inner = nn.ModuleDict({"model": model})  # as it is within `WithLoss`
     state = {"model": get_model_state_dict(inner)}
     _keys(folder)
@@ -258,6 +309,36 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     return {"model": model, "optimizer": states}
 
 
+def _as_saved(p: Tensor, name: str, mine: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Make room for one parameter's state as it is in the checkpoint, which may be of other formats than `mine`."""
+    prefix = f"optimizer.state.{name}."
+    found: dict[str, Any] = {}
+    for key, saved in keys.items():
+        state = key.removeprefix(prefix)
+        if not key.startswith(prefix) or "." in state:  # or of a parameter whose name goes on
+            continue
+        if state in mine:
+            found[state] = mine[state]
+        elif not isinstance(saved, TensorStorageMetadata):
+            continue
+        elif saved.size == p.shape and not (is_dtensor(p) and state.endswith(("_code", "_scale"))):
+            found[state] = torch.empty_like(p, dtype=saved.properties.dtype, requires_grad=False)
+        else:  # step counters, scales, and the codes that these are of, which only one process has written
+            found[state] = torch.empty(saved.size, dtype=saved.properties.dtype, device=p.device)
+    return found
+
+
+def _spread_codes(p: Tensor, state: dict[str, Any]) -> None:
+    """Decode 8-bit states that one process has written, where the parameter is a DTensor's: see `state_dict`."""
+    if not is_dtensor(p):
+        return
+    for name in [name.removesuffix("_code") for name in state if name.endswith("_code")]:
+        code, scale = state.pop(f"{name}_code"), state.pop(f"{name}_scale")
+        whole = formats.decoded(code.flatten(), scale).view(code.shape)
+        mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+        state[name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
 def _rng(rank: int) -> dict[str, Tensor]:
     states = {f"cpu{rank}": torch.get_rng_state()}
     return states | ({f"cuda{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
@@ -280,10 +361,13 @@ def _meta(folder: Path) -> dict[str, Any]:
         or meta["step"] != _step_of(folder)
         or not isinstance(meta.get("recent"), list)
         or any(type(x) is not float for x in meta["recent"])
+        or not isinstance(meta.get("about", {}), dict)
+        or not isinstance(groups := meta.get("groups", []), list)
+        or any(not isinstance(group, dict) for group in groups)
     ):
         raise OSError(
-            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step, and recent losses; "
-            f"got {meta!r:.200}"
+            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step, recent losses, and of "
+            f"later versions settings of groups and what the trainer was told; got {meta!r:.200}"
         )
     return meta
 
@@ -302,7 +386,7 @@ def _reason(e: BaseException) -> str:
         e = next(iter(e.failures.values()))[0]
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [line for line in lines if "mismatch" in line.lower() or "missing" in line.lower()]
-    return (telling or lines or [type(e).__name__])[0]
+    return telling[0] if telling else " ".join(lines) or type(e).__name__
 
 
 def _damage(folder: Path) -> str:
@@ -330,14 +414,6 @@ def _sha256(file: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _bytes_of(state: Any) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -13,6 +13,7 @@ import torch
 
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
+from llmfast.data.split import SPLITS
 from llmfast.optim.options import StateDtype
 
 if sys.version_info >= (3, 11):
@@ -36,37 +37,65 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+RUN, WEIGHTS = "run", "weights"
+
+
+def kept(default: Any, by: str, seen: Callable[[Any], Any] | None = None) -> Any:
+    """Declare a setting that cannot change on `--resume`; all others take effect there.
+
+    Args:
+        by: RUN: another run may begin with the weights and have another value. WEIGHTS: these mean something else with
+            another value, though their shapes may be the same, so `train.init_from` needs the same one too.
+        seen: from the section to what weights see of the value; None: the value.
+    """
+    return field(default=default, metadata={"kept": by, "seen": seen})
+
+
+def _own_heads(m: "ModelConfig") -> tuple[str, int]:
+    """Describe the heads that have weights: "shared" reads all its targets off the one hidden state of "none"."""
+    return ("none", 0) if m.mtp == "shared" else (m.mtp, m.mtp_heads)
+
+
 @dataclass
 class ModelConfig:
-    width: int = 192
-    layers: int = 6
-    heads: int = 6
-    ffn_width: int = 0  # 0: 8/3 of the width
-    tie_embeddings: bool = True
-    mtp: str = "none"  # prediction of further tokens: "none", "parallel", "sequential" or "shared"
-    mtp_heads: int = 0  # parallel: heads, the last of `layers` is the first; sequential: depths; shared: targets
-    mtp_concat: str = "embedding_first"  # this and the rest: of sequential depths; or "hidden_first"
-    mtp_hidden: str = "pre_norm"  # or "post_norm"
-    mtp_repeated_layer: bool = False
+    width: int = kept(192, WEIGHTS)
+    layers: int = kept(6, WEIGHTS)
+    heads: int = kept(6, WEIGHTS)
+    ffn_width: int = kept(0, WEIGHTS)  # 0: 8/3 of the width
+    tie_embeddings: bool = kept(True, WEIGHTS)
+    # prediction of further tokens: "none", "parallel", "sequential" or "shared"
+    mtp: str = kept("none", WEIGHTS, lambda m: _own_heads(m)[0])
+    # parallel: heads, the last of `layers` is the first; sequential: depths; shared: targets
+    mtp_heads: int = kept(0, WEIGHTS, lambda m: _own_heads(m)[1])
+    mtp_concat: str = kept("embedding_first", WEIGHTS)  # this and the rest: of sequential depths; or "hidden_first"
+    mtp_hidden: str = kept("pre_norm", WEIGHTS)  # or "post_norm"
+    mtp_repeated_layer: bool = kept(False, WEIGHTS)
     mtp_detach: bool = False  # depths change neither the trunk nor the embeddings
 
 
 @dataclass
 class DataConfig:
-    sources: list[str] = field(default_factory=lambda: ["code", "prose"])  # or paths, or name=path
+    sources: list[str] = field(
+        default_factory=lambda: ["code", "prose"], metadata={"kept": RUN}
+    )  # or paths, or name=path
     # Of each source, over the run: 0.3, "0.9->0.3", "0:0.9, 0.5:0.9, 1:0.3", or "rest". None at all: by size.
     weights: dict[str, str | float] = field(default_factory=dict)
-    tokenizer: str = "bpe"  # "bpe", "bytes", or the path of a tokenizer.json
-    vocab_size: int = 8192  # of a "bpe" that is trained
-    seq_len: int = 256
-    held_out: float = 0.05  # share of files that only validate
-    packing: str = "concat"  # documents one after another; or "best_fit", which cuts only what is longer than a row
-    fim_rate: float = 0.0  # share of documents that are rearranged for fill-in-the-middle
-    fim_spm_rate: float = 0.5  # share of those with the suffix first
-    fim_level: str = "char"  # or "token"
-    fim_unit: str = "context"  # a row's part of a document; or "document"
-    fim_spm_variant: int = 2
-    fim_loss: str = "all"  # or "middle"
+    # Two tokenizers are compared by what is in them: see `train`.
+    tokenizer: str = kept("bpe", WEIGHTS, lambda d: None)  # "bpe", "bytes", or the path of a tokenizer.json
+    vocab_size: int = kept(8192, RUN)  # of a "bpe" that is trained
+    seq_len: int = kept(256, RUN)
+    text_column: str = kept("text", RUN)  # of .jsonl and .parquet; "": files with columns are left out
+    held_out: float = kept(0.05, RUN)  # share of each source that only validates
+    # By source, what that is: whole "documents" or the "end" of its text. A run notes what it chose.
+    split: dict[str, str] = field(default_factory=dict, metadata={"kept": RUN})
+    # documents one after another; or "best_fit", which cuts only what is longer than a row
+    packing: str = kept("concat", RUN)
+    fim_rate: float = kept(0.0, RUN)  # share of documents that are rearranged for fill-in-the-middle
+    fim_spm_rate: float = kept(0.5, RUN)  # share of those with the suffix first
+    fim_level: str = kept("char", RUN)  # or "token"
+    fim_unit: str = kept("context", RUN)  # a row's part of a document; or "document"
+    fim_spm_variant: int = kept(2, RUN)
+    fim_loss: str = kept("all", RUN)  # or "middle"
 
 
 @dataclass
@@ -100,11 +129,11 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints
     keep_every: int = 0  # also keep those of every so many steps
     max_skipped: int = 100  # stop after so many steps whose gradient was not finite; 0: never
-    seed: int = 0
-    init_from: str = ""  # a run whose last weights are the first ones here
+    seed: int = kept(0, RUN)
+    init_from: str = kept("", RUN)  # a run whose last weights are the first ones here
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     dtype: str = "auto"  # of autocast: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
-    param_dtype: str = "float32"  # or "bfloat16", with optimizer.master_weights
+    param_dtype: str = kept("float32", RUN)  # or "bfloat16", with optimizer.master_weights
     parallel: str = "ddp"  # under torchrun: "ddp", "fsdp" or "hsdp"
     shard_size: int = 0  # "hsdp": ranks that share one set of parameters
     vocab_parallel: bool = False  # each rank holds some classes of the untied output layer, for all ranks' tokens
@@ -135,6 +164,37 @@ class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or makes no sense."""
 
 
+def expect_resumable(before: Config, after: Config, run: Path, found: str) -> None:
+    """Check that `after` changes nothing of a run that a resumed one keeps; `before` was found where `found` says.
+
+    Raises:
+        ConfigError: naming the first setting that differs.
+    """
+    for name, f, there, here in _settings_of_both(before, after):
+        if "kept" in f.metadata and getattr(there, f.name) != getattr(here, f.name):
+            raise ConfigError(
+                f"{name} cannot change on --resume: {found} has {_shown(getattr(there, f.name))}; got "
+                f"{_shown(getattr(here, f.name))}. Only a new run can have that"
+                + (f"; train.init_from={run} begins it with these weights" if f.metadata["kept"] == RUN else "")
+            )
+
+
+def expect_same_weights(before: Config, after: Config, run: Path) -> None:
+    """Check that the weights of `run`, which was trained as `before` says, mean the same in a model as in `after`.
+
+    Raises:
+        ConfigError: naming the first setting that differs.
+    """
+    for name, f, there, here in _settings_of_both(before, after):
+        seen = f.metadata.get("seen") or (lambda section, key=f.name: getattr(section, key))
+        if f.metadata.get("kept") == WEIGHTS and seen(there) != seen(here):
+            was = getattr(there, f.name)
+            raise ConfigError(
+                f"{name} must be that of the weights in train.init_from={run}, {_shown(was)}; got "
+                f"{_shown(getattr(here, f.name))}. Give {name}={was}, or begin without train.init_from"
+            )
+
+
 def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
     """Defaults (or `base`), then the file, then the overrides, then a check of the values.
 
@@ -151,13 +211,25 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config |
         if len(content) > MOST_BYTES:
             raise ConfigError(f"{path} is more than {MOST_BYTES >> 20} MiB, too much for settings")
         try:
-            values = tomllib.loads(content.decode("utf-8"))
+            values = tomllib.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path} is not TOML: {e}") from e
         _fill(config, values, prefix="", where=str(path))
     for override in overrides:
         _fill(config, _parse_override(override), prefix="", where=f"--set {override}")
     _check(config)
+    return config
+
+
+def config_of(values: dict[str, Any], where: str) -> Config:
+    """Settings from nested tables of them; the rest are defaults.
+
+    Raises:
+        ConfigError: naming `where`, the key and its value.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: settings must be a table; got {_shown(values)}")
+    _fill(config := Config(), values, prefix="", where=where)
     return config
 
 
@@ -238,12 +310,16 @@ def _closest(name: str) -> str:
 
 
 def _names(node: Any, prefix: str) -> Iterable[str]:
-    for f in dataclasses.fields(node):
-        value = getattr(node, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _names(value, f"{prefix}{f.name}.")
+    return (name for name, *_ in _settings_of_both(node, node, prefix))
+
+
+def _settings_of_both(one: Any, two: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any, Any]]:
+    """Yield each setting's name and field, with the two sections it is in."""
+    for f in dataclasses.fields(one):
+        if dataclasses.is_dataclass(getattr(one, f.name)):
+            yield from _settings_of_both(getattr(one, f.name), getattr(two, f.name), f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name
+            yield prefix + f.name, f, one, two
 
 
 def _check(config: Config) -> None:
@@ -306,6 +382,8 @@ def _check(config: Config) -> None:
         for name, value in (("fim_rate", d.fim_rate), ("fim_spm_rate", d.fim_spm_rate)):
             expect(0 <= value <= 1, f"data.{name} must be in [0, 1]; got {value}")
         expect(len(d.sources) > 0, "data.sources must name at least one source")
+        for name, how in d.split.items():
+            expect(how in SPLITS, f"data.split.{name} must be one of {str(SPLITS)[1:-1]}; got {how!r}")
         for name, weight in d.weights.items():
             try:
                 expect(weight == REST or Curve.parse(weight) is not None, "")

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llmfast._checks import expect
+from llmfast.train.durable import write_whole
 
 PLAIN_SECONDS = 15.0  # between lines where the output is a file and a bar makes no sense
 
@@ -27,9 +28,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, resume_at: int = 0, tensorboard: bool = False) -> None:
         """Keeps what is there up to step `resume_at` (after a crash there may be more) and appends."""
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() and resume_at else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._events: Any = None
         if tensorboard:
@@ -70,7 +70,7 @@ def read_metrics(path: Path, *, losses: bool = True) -> list[dict[str, Any]]:
     """
     lines = []
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text: {e}") from e
     for text in texts:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmfast.data import IGNORE_INDEX, Batch
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
+from llmfast.losses.targets import numbers
 
 Sums = dict[str, Tensor]  # add up over micro-batches, ranks and steps
 
@@ -67,7 +68,7 @@ class NextToken:
         self.sources = list(sources)  # whose losses are logged one by one
 
     def num_valid(self, batch: Batch) -> Tensor:
-        return torch.tensor([batch.num_valid])
+        return torch.tensor([batch.num_valid], dtype=torch.int64, device="cpu")
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hidden = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
@@ -78,11 +79,11 @@ class NextToken:
         loss, stats = linear_cross_entropy(hidden, model.unembedding, batch.labels, return_stats=True, **options)
         one_hot = F.one_hot(batch.sources, len(self.sources)).float()  # (B, sources)
         token_loss, valid = stats.token_loss.view(batch.labels.shape), batch.labels != IGNORE_INDEX
-        sums = {
-            "loss": loss.detach(),
-            "source_loss": token_loss.detach().float().sum(1) @ one_hot,
-            "source_tokens": valid.float().sum(1) @ one_hot,
-        }
+
+        def by_source(by_token: Tensor) -> Tensor:  # no matrix product: autocast would round it
+            return (by_token.float().sum(1, keepdim=True) * one_hot).sum(0)
+
+        sums = {"loss": loss.detach(), "source_loss": by_source(token_loss), "source_tokens": by_source(valid)}
         return loss, sums
 
     def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class FurtherTokens:
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
         hiddens = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, all_heads=True)
-        weights = torch.tensor(self._weights_at(step)).to(num_valid.device, non_blocking=True)
+        weights = numbers(self._weights_at(step), num_valid.device).float()
         loss, stats = mtp_cross_entropy(
             hiddens, model.unembedding, batch.labels,
             document_ids=batch.document_ids, head_weights=None if self._alone else weights, num_valid=num_valid,

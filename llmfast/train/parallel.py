@@ -68,7 +68,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), dtype=torch.int64, device=self.device)).item())
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -153,7 +155,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
         if p.grad is not None:
             kinds.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
     if not kinds:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     norms = [nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in kinds.values()]
     norm: Tensor = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     for some in kinds.values():

@@ -1,10 +1,12 @@
 """A run from its settings to its report: `llmfast train` is this."""
 
+import hashlib
 import math
 import shlex
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -16,14 +18,37 @@ import torch
 from rich.console import Console
 
 from llmfast._gpus import named
-from llmfast.data import FIM, Batch, BestFitRows, Dataset, Mixed, Mixture, Rows, Tokenizer, prepare, unigram_entropy
+from llmfast.data import (
+    FIM,
+    Batch,
+    BestFitRows,
+    Dataset,
+    Mixed,
+    Mixture,
+    Rows,
+    Tokenizer,
+    load_tokenizer,
+    prepare,
+    unigram_entropy,
+)
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW, optimizer_in_backward
 from llmfast.plan.command import estimate_run
 from llmfast.plan.cost import step_flops
 from llmfast.train.checkpoint import load_weights, whole_weights
-from llmfast.train.config import STATE_DTYPES, Config, ConfigError, dump_config, load_config
+from llmfast.train.config import (
+    STATE_DTYPES,
+    Config,
+    ConfigError,
+    DataConfig,
+    config_of,
+    dump_config,
+    expect_resumable,
+    expect_same_weights,
+    load_config,
+)
+from llmfast.train.durable import write_whole
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.parallel import World
@@ -62,17 +87,23 @@ def train(
     console = console or Console(quiet=not world.main)
     run = Path(world.agreed(str(_choose_run(config, resume=resume, overwrite=overwrite) if world.main else "")))
     config.name = run.name
+    if resume:
+        saved = _saved_settings(run)
+        config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
+        expect_resumable(saved, config, run, str(run))
     micro_batch_size(config, world)
     if t.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
     torch.manual_seed(t.seed)
 
     say(console, f"reading {', '.join(config.data.sources)} ...")
-    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer)
+    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer, partial(say, console))
+    config.data.split = dict(data.split)
     mixture = _mixture(config, data)
     model = _model(config, data.tokenizer).to(device)
     if t.init_from and not resume:
-        load_weights(Path(t.init_from), model)
+        begun = Path(t.init_from)
+        load_weights(begun, model, lambda about: _expect_same_weights(about, begun, config, data.tokenizer, console))
     model = model.to(getattr(torch, t.param_dtype))
     torch.manual_seed(t.seed + world.rank)  # what is random in training is not to be the same on all ranks
     say(
@@ -97,6 +128,7 @@ def train(
     trainer = Trainer(
         model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model), order, config,
         run=run, validation=_validation(config, data), world=world, dtype=dtype, console=console, hooks=hooks,
+        about={"settings": asdict(config)},
     )  # fmt: skip
     if resume:
         try:
@@ -105,7 +137,9 @@ def train(
         except ValueError as e:
             raise ConfigError(str(e)) from e
         try:
-            trainer.resume()
+            trainer.resume(lambda meta: _expect_resumable(meta, config, run))
+        except ConfigError:
+            raise
         except ValueError as e:
             raise ConfigError(f"data: {e}") from e
     if world.main:
@@ -116,8 +150,10 @@ def train(
             if gone.exists():
                 say(console, f"not all of the run before could be removed; the rest is in {gone}")
         run.mkdir(parents=True, exist_ok=True)
-        _whole(run / "tokenizer.json", data.tokenizer.save)
-        _whole(run / "config.toml", lambda path: path.write_text(dump_config(config), encoding="utf-8"))
+        if not resume:  # where it was read from
+            write_whole(run / "tokenizer.json", data.tokenizer.save)
+        trainer.about["tokenizer"] = _digest(run / "tokenizer.json")
+        write_whole(run / "config.toml", lambda path: path.write_text(dump_config(config), encoding="utf-8"))
     say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
 
     before = trainer.tokens
@@ -133,13 +169,6 @@ def train(
             _report(config, trainer, whole, data, before, console)
     world.leave()
     return run
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that is all there, or as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
 
 
 def _report(
@@ -279,19 +308,76 @@ def _whole_model(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> Deco
 
 
 def resumed_config(run: Path, overrides: list[str]) -> Config:
-    """The settings a run was started with, with overrides of what may change.
+    """Read the settings of a run, wherever it has been moved to, with overrides of what may change.
 
     Raises:
-        ConfigError: the run has no readable settings, or an override changes the model or the data.
+        ConfigError: the run has no readable settings, or an override changes what a resumed run keeps.
     """
-    saved = load_config(run / "config.toml")
-    config = load_config(run / "config.toml", overrides)
-    for section in ("model", "data"):
-        before, after = asdict(getattr(saved, section)), asdict(getattr(config, section))
-        for key in before:
-            if before[key] != after[key] and key != "weights":  # those of sequences to come
-                raise ConfigError(f"{section}.{key} cannot change on --resume; {run} has {before[key]!r}")
+    config = _saved_settings(run, overrides)
+    config.name, config.runs = run.name, str(run.parent)
+    expect_resumable(_saved_settings(run), config, run, str(run))
     return config
+
+
+def _saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:
+    # A run that does not say which column is the text has read no files with columns.
+    return load_config(run / "config.toml", overrides, base=Config(data=DataConfig(text_column="")))
+
+
+def _expect_resumable(meta: Mapping[str, Any], config: Config, run: Path) -> None:
+    """Check the settings against those that a checkpoint was written with: files beside it may have been edited."""
+    about, done = meta.get("about", {}), meta["step"]
+    if "settings" in about:  # by earlier versions nothing was written down
+        found = f"the checkpoint in {run}"
+        expect_resumable(config_of(about["settings"], found), config, run, found)
+    _expect_own_tokenizer(about, run)
+    if config.train.steps < done:
+        raise ConfigError(f"train.steps must be at least the {done} that {run} has done; got {config.train.steps}")
+
+
+def _expect_same_weights(
+    about: Mapping[str, Any], run: Path, config: Config, tokenizer: Tokenizer, console: Console
+) -> None:
+    """Check that weights of `run` mean what they meant there. Shapes do not show heads or tokenizers."""
+    if "settings" in about:
+        before = config_of(about["settings"], f"the checkpoint in {run}")
+    elif (run / "config.toml").exists():
+        saved = _saved_settings(run)
+    else:  # of a program with its own model
+        say(console, f"{run} does not say how its weights were trained: only their shapes are compared")
+        return
+    expect_same_weights(before, config, run)
+    file = run / "tokenizer.json"
+    try:
+        theirs = load_tokenizer(file)
+        _expect_own_tokenizer(about, run)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"train.init_from={run} needs the tokenizer of its weights: {e}") from e
+    if _content(theirs) != _content(tokenizer):
+        raise ConfigError(
+            f"data.tokenizer must be that of the weights in train.init_from={run}, of {theirs.vocab_size} ids; got "
+            f"{config.data.tokenizer!r}, of {tokenizer.vocab_size} others. Give data.tokenizer={file}"
+        )
+
+
+def _expect_own_tokenizer(about: Mapping[str, Any], run: Path) -> None:
+    if about.get("tokenizer", digest := _digest(run / "tokenizer.json")) != digest:
+        raise ConfigError(
+            f"{run / 'tokenizer.json'} is not the tokenizer that {run} was trained with: its SHA-256 was "
+            f"{about['tokenizer']}, and is {digest}. Put the file back"
+        )
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _content(tokenizer: Tokenizer) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(file := Path(folder) / "tokenizer.json")
+        return file.read_bytes()
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -301,7 +387,7 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()
+        torch.empty(1, dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"train.device = {config.train.device!r} is not usable: {str(e).splitlines()[0]}") from e
     low = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
@@ -344,9 +430,10 @@ def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     return run
 
 
-def _prepare(config: Config, tokenizer: str) -> Dataset:
+def _prepare(config: Config, tokenizer: str, say: Callable[[str], None]) -> Dataset:
     d = config.data
-    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit}
+    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit, "text_column": d.text_column}
+    options |= {"split": d.split, "say": say}
     if d.fim_rate > 0:
         how: dict[str, Any] = {"level": d.fim_level, "spm_variant": d.fim_spm_variant, "loss": d.fim_loss}
         options["fim"] = partial(FIM, rate=d.fim_rate, spm_rate=d.fim_spm_rate, seed=config.train.seed, **how)

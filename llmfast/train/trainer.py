@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmfast.optim import FusedOptimizer
 from llmfast.train.batch import on_device
-from llmfast.train.checkpoint import Checkpoints
+from llmfast.train.checkpoint import Checkpoints, settings_of
 from llmfast.train.config import Config, ConfigError
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
@@ -46,7 +46,9 @@ class Stream:
         self._batches, self._next = iter(batches), 0
 
     def batch(self, first: int, count: int) -> Any:
-        number = first // count
+        number, within = divmod(first, count)
+        if within:
+            raise ValueError(f"a stream has batches of {count} sequences: none begins at sequence {first}")
         if number < self._next:
             raise ValueError("a stream of batches cannot go back")
         batch = next(islice(self._batches, number - self._next, None), None)
@@ -94,6 +96,7 @@ class Trainer:
         validation: by name, batches to evaluate, as a function that gives them anew.
         hooks: see `Hooks`.
         world: the ranks; default: this process alone, on the device of the model.
+        about: what checkpoints are to say about their weights, for JSON; `resume` shows it to `accept`.
     """
 
     def __init__(
@@ -110,8 +113,10 @@ class Trainer:
         world: World | None = None,
         dtype: torch.dtype = torch.float32,
         console: Console | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config = config or Config()
+        self.about = dict(about or {})
         t = config.train
         self.world = world or World(next(model.parameters()).device)
         self.device, self.dtype, self.run, self.hooks = self.world.device, dtype, run, list(hooks)
@@ -139,8 +144,13 @@ class Trainer:
         self.module = spread(WithLoss(model, self.objective), config, self.world, own)
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model)
         fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
-        if fused is not None and fused.options.max_grad_norm is None and not fused.steps_in_backward:
-            raise ValueError("the optimizer needs max_grad_norm (math.inf: only measure), which skips bad steps")
+        if fused is not None and not fused.steps_in_backward:
+            for index in range(len(fused.param_groups)):
+                if fused.option(index, "max_grad_norm") is None:
+                    raise ValueError(
+                        "the optimizer needs max_grad_norm in every group (math.inf: only measure), which skips bad "
+                        f"steps; got None in group {index}"
+                    )
         if fused is not None and fused.steps_in_backward:
             if isinstance(self.module, DistributedDataParallel):
                 raise ConfigError("an optimizer that steps in backward needs train.parallel='fsdp': DDP reduces later")
@@ -148,6 +158,7 @@ class Trainer:
                 raise ConfigError("an optimizer that steps in backward needs all of a step's rows in one micro-batch")
         # What is scheduled: config.optimizer.lr, in the units of each group's own learning rate.
         scheduled = config.optimizer.lr
+        self._settings = settings_of(self.optimizer)  # before any step
         self._lr_shares = [float(g["lr"]) / scheduled if scheduled else 1.0 for g in self.optimizer.param_groups]
         self.step = 0  # steps done
         self.sequences = 0  # read by all ranks: the next one's number
@@ -167,15 +178,22 @@ class Trainer:
         # DDP and FSDP2 divide the sum of all ranks' gradients by their number.
         self._share = float(self.world.size)
 
-    def resume(self) -> None:
+    def resume(self, accept: Callable[[dict[str, Any]], None] = lambda meta: None) -> None:
         """Go on from the newest whole checkpoint of the run's folder.
 
+        Settings are those of now: the trainer's, and of the optimizer's groups those that it was made with otherwise
+        than at the last start. Other values in groups, which an optimizer may have counted, are the checkpoint's.
+
+        Args:
+            accept: is given the checkpoint's meta.json before anything changes: its "step", what the trainer was told
+                "about" the weights, and more. It may raise.
+
         Raises:
-            OSError: there is none that can be read, or it is of another model.
+            OSError: there is none that can be read, or it is of another model or optimizer.
         """
         if self.checkpoints is None:
             raise ValueError("resume needs a run folder")
-        meta, tensors = self.checkpoints.load(self.module, self.optimizer)
+        meta, tensors = self.checkpoints.load(self.module, self.optimizer, accept)
         self.step, self.sequences, self.tokens = meta["step"], meta["sequences"], meta["tokens"]
         self.skipped, self.logged_step, self._recent = meta["skipped"], meta["logged_step"], meta["recent"]
         if self.world.main:  # of all ranks
@@ -258,6 +276,8 @@ class Trainer:
             "logged_step": self.logged_step,
             "recent": self._recent,
             "data": None if state is None else state(),
+            "groups": self._settings,
+            "about": self.about,
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, meta, self._sums_of_all_ranks())
         for hook in self.hooks:

@@ -1,6 +1,7 @@
 """The page of results, from rows that are made up."""
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_its_pictures_are_there_and_reproducible(folder: Path) -> None:
     report.draw(folder)
     assert pictures == {name: (folder / name).read_bytes() for name in pictures}
     assert page == (folder / "README.md").read_text()
+
+
+def test_the_page_in_the_repository_is_of_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure on it: the page is made again."""
+    folder = Path(report.__file__).parent / "results"
+    for name in ("results.json", "mtp.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setattr(report, "picture", lambda *args: None)
+    report.draw(tmp_path)
+    found, wanted = ((f / "README.md").read_text().splitlines() for f in (folder, tmp_path))
+    assert len(wanted) > 300
+    for line, (mine, again) in enumerate(zip_longest(found, wanted), 1):
+        assert mine == again, f"line {line} of {folder / 'README.md'}: run python -m benchmarks.report"
 
 
 def test_results_are_data_a_line_a_row(folder: Path) -> None:

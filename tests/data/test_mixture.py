@@ -126,6 +126,16 @@ def test_resuming_with_the_same_weights_changes_nothing() -> None:
     assert np.array_equal(np.stack(resumed.sequences(0, 20_000)), whole)
 
 
+@pytest.mark.parametrize("consumed", [1, 700, 5000])
+def test_the_seed_of_the_past_stays_whatever_resumes_it(consumed: int) -> None:
+    """In what was read as in what comes: the rest of an epoch is known by the seed that began it."""
+    whole = np.stack(mixture(seed=3).sequences(0, 9000))
+    resumed = mixture(seed=4).resumed(mixture(seed=3).state(), consumed)
+    assert resumed.seed == 3 and resumed.state()["seed"] == 3
+    assert np.array_equal(np.stack(resumed.sequences(0, 9000)), whole)
+    assert not np.array_equal(np.stack(mixture(seed=4).sequences(0, consumed)), whole[:, :consumed])
+
+
 def test_other_sources_are_refused() -> None:
     other = Mixture({**ROWS, "code": 91}, WEIGHTS, total=20_000)
     with pytest.raises(ValueError, match=r"rows have changed: they were .*'code': 90.* and are .*'code': 91"):

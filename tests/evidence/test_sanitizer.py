@@ -133,6 +133,57 @@ def test_integer_atomics_are_fine() -> None:
 
 
 @triton.jit
+def two_accesses_kernel(x_ptr, out_ptr, FIRST: tl.constexpr, SECOND: tl.constexpr, SEM: tl.constexpr):
+    """The last program does one thing to an element, and those before it another."""
+    n = tl.program_id(0)
+    last = n == tl.num_programs(0) - 1
+    if ((not last) and FIRST == "load") or (last and SECOND == "load"):
+        tl.store(out_ptr + n, tl.load(x_ptr))
+    if ((not last) and FIRST == "store") or (last and SECOND == "store"):
+        tl.store(x_ptr, 0)
+    if ((not last) and FIRST == "atomic") or (last and (SECOND == "atomic" or SECOND == "atomic and load")):
+        tl.atomic_add(x_ptr, 1, sem=SEM)
+    if last and SECOND == "atomic and load":
+        tl.store(out_ptr + n, tl.load(x_ptr))
+
+
+DONE = {"load": "loaded", "store": "stored", "atomic": "updated"}
+DOES = {"load": "loads", "store": "stores", "atomic": "updates"}
+
+
+@pytest.mark.parametrize("first", DONE)
+@pytest.mark.parametrize("second", DOES)
+def test_any_two_accesses_of_two_programs_need_an_order(first: str, second: str) -> None:
+    def launch(programs: int) -> None:
+        x, out = torch.zeros(1, dtype=torch.int32), torch.zeros(programs, dtype=torch.int32)
+        two_accesses_kernel[(programs,)](x, out, FIRST=first, SECOND=second, SEM="relaxed")
+
+    with sanitizing():
+        launch(1)
+        if first == second and first != "store":
+            launch(2)
+            return
+        program = 1 if first == "store" else 2  # of three: two loads, or two updates, are fine themselves
+        by = "program 0" if program == 1 else "several others"
+        with pytest.raises(Fault, match=f"program 1 of 2, {DOES[second]} what program 0 {DONE[first]}, in x_ptr"):
+            launch(2)
+        verb = DOES[first if program == 1 else second]
+        with pytest.raises(Fault, match=f"program {program} of 3, {verb} what {by} {DONE[first]}, in x_ptr"):
+            launch(3)
+
+
+def test_what_others_updated_is_not_read_after_an_update_of_ones_own() -> None:
+    def launch(sem: str) -> None:
+        x, out = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+        two_accesses_kernel[(2,)](x, out, FIRST="atomic", SECOND="atomic and load", SEM=sem)
+
+    with sanitizing(), pytest.raises(Fault, match="program 1 of 2, loads what several others updated, in x_ptr"):
+        launch("relaxed")
+    with sanitizing(), pytest.raises(Fault, match="writes other bits to out_ptr when its programs run backwards"):
+        launch("acq_rel")  # there is an order, and the result tells which
+
+
+@triton.jit
 def shift_kernel(x_ptr, BLOCK: tl.constexpr):
     """In place, each program reads one element of its right neighbour."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -110,7 +110,7 @@ def test_operators_keep_their_promises(path: str, reduction: str) -> None:
         torch.ops.llmfast.linear_cross_entropy.default,
         (hidden, weight, torch.randn(30, requires_grad=True), *flat, *numbers, *settings, [True, True, True]),
     )
-    rows = [torch.randn(12) for _ in range(5)]
+    rows = [torch.randn(12), torch.rand(12) + 1, *(torch.randn(12) for _ in range(4))]  # peak, total, ...
     torch.library.opcheck(
         torch.ops.llmfast.cross_entropy_backward.default, (torch.randn(12, 30), *rows, *flat, *numbers)
     )

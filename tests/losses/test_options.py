@@ -1,5 +1,6 @@
 """All options of both losses, in combinations, against the float64 reference."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -215,6 +216,47 @@ def test_the_first_of_equal_logits_is_the_argmax(path: str) -> None:
     assert stats.argmax.tolist() == [0, 700, 4999]
 
 
+@pytest.mark.parametrize("softcap", [0.7, 5.0, 30.0])
+@pytest.mark.parametrize("logit_scale", [None, 1.7])
+def test_there_is_an_argmax_wherever_there_are_logits(path: str, softcap: float, logit_scale: float | None) -> None:
+    """softcap is computed at two places of a kernel, which a compiler may round differently."""
+    logits, targets = torch.randn(200, 700) * 10, torch.randint(0, 700, (200,))
+    options: Options = {"softcap": softcap, "logit_scale": logit_scale, "return_stats": True}
+    _, stats = cross_entropy(logits, targets, **options)
+    capped = softcap * torch.tanh((logit_scale or 1.0) * logits.double() / softcap)
+    found = capped.gather(1, stats.argmax[:, None])[:, 0]
+    torch.testing.assert_close(found, capped.amax(1), rtol=1e-6, atol=0)
+    assert stats.argmax.ge(0).all() and stats.argmax.lt(700).all()
+
+
+def test_argmax_when_two_places_round_differently(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernel's second look at the row gave other numbers than the first."""
+    from llmfast_kernels import cross_entropy as rows
+
+    exact, calls = rows.read_logits, itertools.count()
+
+    def rounded(*arguments: Any) -> Any:  # a row of 700 is read for its target, as a tile, and for the argmax
+        return exact(*arguments) * (1.0 - 1e-6 * (next(calls) % 3 == 2))
+
+    logits = torch.rand(4, 700) + 1
+    monkeypatch.setattr(rows, "read_logits", rounded)
+    _, stats = cross_entropy(logits, torch.zeros(4, dtype=torch.int64), return_stats=True)
+    assert next(calls) % (3 * 4) == 0
+    assert torch.equal(stats.argmax, logits.argmax(1))
+
+
+def test_argmax_of_rows_without_a_finite_logit(path: str) -> None:
+    logits = torch.full((4, 1500), -torch.inf)
+    logits[1] = -1e8
+    logits[2] = torch.nan
+    logits[3, 1200] = torch.nan
+    loss, stats = cross_entropy(logits, torch.full((4,), 3), return_stats=True, reduction="none")
+    assert isinstance(loss, Tensor)
+    assert stats.argmax.ge(0).all() and stats.argmax.lt(1500).all()
+    assert loss.isnan().tolist() == [True, False, True, True]
+    torch.testing.assert_close(loss[1], torch.tensor(1500.0).log())
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_statistics_of_a_masked_vocabulary(path: str, inplace: bool) -> None:
     logits, targets = torch.randn(5, 3000), torch.tensor([7, 0, 99, -100, 50])
@@ -266,6 +308,18 @@ def test_z_loss_sees_neither_class_weights_nor_the_number_of_targets(path: str) 
     plain = cross_entropy(logits, targets, class_weights=weights, reduction="none")
     added = cross_entropy(logits, targets, class_weights=weights, z_loss=0.5, reduction="none")
     torch.testing.assert_close(added - plain, 0.5 * logits.logsumexp(1) ** 2)
+
+
+def test_a_mean_divides_all_of_the_loss_by_the_same_number(path: str) -> None:
+    """z-loss too: so that parts of a batch add up to the whole when each is divided by its sum of weights."""
+    logits, targets, weights = torch.randn(12, 20), torch.randint(0, 20, (12,)), torch.rand(20) + 0.1
+    options: Options = {"class_weights": weights, "z_loss": 0.3}
+    want = torch.nn.functional.cross_entropy(logits, targets, weights)
+    want = want + 0.3 * logits.logsumexp(1).square().sum() / weights[targets].sum()
+    torch.testing.assert_close(cross_entropy(logits, targets, **options), want)
+    total = weights[targets].sum()
+    parts = [cross_entropy(logits[i : i + 4], targets[i : i + 4], num_valid=total, **options) for i in (0, 4, 8)]
+    torch.testing.assert_close(torch.stack(parts).sum(), want)
 
 
 @pytest.mark.parametrize(

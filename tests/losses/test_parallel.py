@@ -152,12 +152,29 @@ def check_fsdp(rank: int, world: int, V: int) -> None:
             torch.testing.assert_close(layer.weight.grad.full_tensor(), want, rtol=1e-4, atol=1e-6)
 
 
+def check_ignored(rank: int, world: int, V: int) -> None:
+    """A step without a valid label, its sum divided by 0, has gradients of zero."""
+    hidden, weight, _, targets = inputs(V)
+    ignored = torch.full_like(targets, -100)
+    share = -(-V // world)
+    h, w = hidden.requires_grad_(), weight[min(rank * share, V) : min((rank + 1) * share, V)].clone().requires_grad_()
+    z = (hidden @ w.T).detach().requires_grad_()
+    given: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_size": V, "reduction": "sum"}
+    for budget in ("auto", 60):
+        (linear_cross_entropy(h, w, ignored, memory_budget=budget, **given) / 0).backward()
+    (cross_entropy(z, ignored, **given) / 0).backward()
+    for leaf in (h, w, z):
+        assert leaf.grad is not None and leaf.grad.eq(0).all()
+
+
 def check(rank: int, world: int, V: int, kernels: bool) -> None:
     if kernels:
         with kernels_on_cpu():
             check_rank(rank, world, V)
+            check_ignored(rank, world, V)
     else:
         check_rank(rank, world, V)
+        check_ignored(rank, world, V)
         check_dtensors(rank, world, V)
         check_fsdp(rank, world, V)
 

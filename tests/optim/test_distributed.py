@@ -338,6 +338,44 @@ def test_ranks_with_other_kinds_of_gradients_wait_for_nobody(ranks: Ranks, path:
     ranks.run(check_uneven_gradients, path)
 
 
+def check_clips_of_groups(rank: int, world: int, path: str) -> None:
+    """A rank may have nothing of a group, or no gradients for it; all have to add up the same numbers."""
+    found = [putting(layout) for layout in (((4,), ROWS), BLOCKS, COPIES_OF_ROWS)]
+    puts: list[Put] = [torch.clone, *(put for put in found if put is not None)]
+    assert len(puts) == 4
+    shapes = [(2, 6), (9, 3)] * len(puts)  # of the first, ranks 2 and 3 have nothing by rows
+    params = [puts[i // 2](t).requires_grad_() for i, t in enumerate(drawn(0, shapes))]
+    alone = [t.requires_grad_() for t in drawn(0, shapes)]
+    groups = [{"params": params[::3]}, {"params": params[1::3], "max_grad_norm": 0.3}]
+    groups.append({"params": params[2::3], "max_grad_norm": None, "state_dtype": "8bit"})
+    with taking(path):
+        a, b = FusedAdamW(groups, lr=1e-2, max_grad_norm=1.5), torch.optim.AdamW(alone, lr=1e-2)
+        for step in range(1, 4):
+            for i, (p, q, g) in enumerate(zip(params, alone, drawn(step, shapes))):
+                p.grad, q.grad = puts[i // 2](g), g
+            a.step()
+            norms = [torch.nn.utils.clip_grad_norm_(alone[k::3], most) for k, most in ((0, 1.5), (1, 0.3))]
+            b.step()
+            torch.testing.assert_close(a.grad_norm, torch.stack(norms).norm(), rtol=1e-6, atol=0)
+        for i, (p, q) in enumerate(zip(params, alone)):
+            rounding = 5e-3 if i % 3 == 2 else 1e-6
+            torch.testing.assert_close(whole(p), q.detach(), rtol=rounding, atol=rounding)
+
+        before = [whole(p) for p in params]
+        for i, (p, g) in enumerate(zip(params, drawn(9, shapes))):
+            p.grad = puts[i // 2](g)
+        grad = params[4].grad
+        if rank == 3 and isinstance(grad, DTensor):
+            grad.to_local()[0, 0] = torch.inf
+        a.step()
+        assert a.grad_norm == torch.inf
+        assert all(torch.equal(whole(p), value) for p, value in zip(params, before))
+
+
+def test_groups_are_clipped_over_all_ranks(ranks: Ranks, path: str) -> None:
+    ranks.run(check_clips_of_groups, path)
+
+
 def check_partial(rank: int, world: int, path: str) -> None:
     mesh = mesh_of(4)
     weight, x = drawn(0, [(3, 4), (8, 4)])
@@ -507,6 +545,63 @@ def check_checkpoints(rank: int, world: int, path: str, name: str, folder: str) 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_goes_on_with_as_many_ranks_or_others(ranks: Ranks, path: str, name: str, tmp_path: Path) -> None:
     ranks.run(check_checkpoints, path, name, str(tmp_path / "checkpoint"))
+
+
+# Formats before and after that have the same names in a checkpoint of DTensors, or some of them.
+CONVERSIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"state_dtype": "8bit"}, {"state_dtype": "8bit"}),
+    ({"state_dtype": "8bit", "master_weights": "split16"}, {"state_dtype": F32, "master_weights": "split8"}),
+    ({"state_dtype": F32, "master_weights": "split8", "ema_decay": 0.9}, {"master_weights": "split16"}),
+    ({"master_weights": "split16"}, {"state_dtype": "8bit", "master_weights": "stochastic"}),
+    ({"master_weights": "fp32", "state_dtype": F32}, {"master_weights": "fp32", "state_dtype": "8bit"}),
+]
+
+
+def held(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, Tensor]:
+    found = {f"weight {i}": whole(optimizer.master_value(p)).float() for i, p in enumerate(model.parameters())}
+    for i, state in optimizer.torch_state_dict()["state"].items():
+        found |= {f"{name} {i}": whole(t).float() for name, t in state.items()}
+    return {name: t.clone() for name, t in found.items()}
+
+
+def check_conversions(rank: int, world: int, folder: str, flat: bool) -> None:
+    mesh_of(2), mesh_of(3)  # all ranks have to
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    for number, (before, after) in enumerate(CONVERSIONS):
+        wanted: dict[str, Tensor] = {}
+        if rank < 2:
+            model = sharded(network().to(BF16), mesh_of(2))
+            optimizer = FusedAdamW(model.parameters(), lr=1e-2, **before)
+            for step in (1, 2):
+                fed(model, optimizer, step)
+            weights, states = get_state_dict(model, optimizer, options=options)
+            save({"model": weights, "optimizer": states}, checkpoint_id=f"{folder}/{number}", **group_of(2))
+            wanted = held(model, optimizer)
+        torch.distributed.barrier()
+        if rank < 3:
+            model = sharded(network(1).to(BF16), mesh_of(3))
+            optimizer = FusedAdamW(model.parameters(), lr=1e-2, **after)
+            weights, states = get_state_dict(model, optimizer, options=options)
+            load({"model": weights, "optimizer": states}, checkpoint_id=f"{folder}/{number}", **group_of(3))
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states, options=options)
+            found = held(model, optimizer)
+            fed(model, optimizer, 3)  # brings it into the formats asked for
+            kept = ("exp_avg_scale" in state for state in optimizer.state.values())
+            assert all(kept) if after.get("state_dtype") == "8bit" else not any(kept)
+            # Weights that none keep more bits of are those of the model; states may be read into the parameter's dtype.
+            whole_weights = LOW_NAME.get(before.get("master_weights")) == LOW_NAME.get(after.get("master_weights"))
+            for name, t in wanted.items():
+                exact = name.startswith("step") or (name.startswith("weight") and whole_weights)
+                rounding = 0.0 if exact else 2.0**-8
+                torch.testing.assert_close(found[name], t, rtol=rounding, atol=0.0)
+
+
+LOW_NAME = {"fp32": "master_param", "split16": "low_bits", "split8": "low_bits"}
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_a_checkpoint_goes_on_with_other_ranks_and_formats(ranks: Ranks, flat: bool, tmp_path: Path) -> None:
+    ranks.run(check_conversions, str(tmp_path), flat)
 
 
 def check_full_checkpoints(rank: int, world: int, path: str) -> None:

@@ -26,7 +26,7 @@ class Graph(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "copy_":
             self.work.append(lambda: args[0].copy_(args[1]))
-        elif name == "stack" or name == "sum":
+        elif name in ("stack", "sum", "cat", "abs", "lt", "logical_not", "sqrt", "mul", "_to_copy"):
             self.work.append(lambda: made.copy_(func(*args, **(kwargs or {}))))
         elif not name.startswith("_record_function"):
             assert name in (
@@ -38,7 +38,7 @@ class Graph(TorchDispatchMode):
                 "detach",
                 "alias",
                 "reshape",
-                "_to_copy",
+                *("eq", "ne", "bitwise_not", "add", "reciprocal", "clamp"),  # of a factor that nobody asks for
             ), name
         return made
 
@@ -72,14 +72,32 @@ def make(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
     return FusedAdamW(params, **options), params
 
 
+def in_groups(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
+    """Each with options of its own."""
+    _, params = make()
+    groups = [{"params": params[:1], "max_grad_norm": 0.1, "state_dtype": "8bit"}, {"params": params[1:]}]
+    return FusedAdamW(groups, **options), params
+
+
 def fill(grads: list[Tensor | None], value: float) -> None:
     for g in grads:
         assert g is not None
         g.copy_(torch.cos(value * torch.arange(g.numel())).view(g.shape))
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"lr": 0.01, "ema_decay": 0.9}])
-def test_replays_step_as_steps_do(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make, {}),
+        (make, {"max_grad_norm": 0.1}),
+        (make, {"lr": 0.01, "ema_decay": 0.9}),
+        (in_groups, {"max_grad_norm": 0.5}),
+        (in_groups, {}),
+    ],
+)
+def test_replays_step_as_steps_do(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any], options: dict[str, Any]
+) -> None:
     with pretending_cuda():
         a, ours = make(**options)
         b, theirs = make(**options)
@@ -94,6 +112,7 @@ def test_replays_step_as_steps_do(monkeypatch: pytest.MonkeyPatch, options: dict
             a.step()
         fill(static, 2)
         graph.replay()
+        norm = None if a.grad_norm is None else a.grad_norm.clone()
         # A step outside, with other gradients, which then are gone.
         for p in ours:
             p.grad = torch.empty_like(p)
@@ -107,6 +126,8 @@ def test_replays_step_as_steps_do(monkeypatch: pytest.MonkeyPatch, options: dict
         for p, q in zip(ours, theirs):
             assert torch.equal(p, q)
             assert all(torch.equal(t, b.state[q][name]) for name, t in a.state[p].items())
+        if norm is not None:
+            assert norm.isfinite() and norm != a.grad_norm  # each replay measures
 
 
 def test_a_learning_rate_on_the_device_is_read_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_weights_of_fewer_bits_are_closer_than_bfloat16(path: str) -> None:
 
 def test_an_average_of_8_bits_points_the_same_way(path: str) -> None:
     optimizer, params = train(state_dtype="8bit")
-    assert all(optimizer.state[p]["exp_avg"].dtype == torch.int8 for p in params)
+    assert all(optimizer.state[p]["exp_avg_code"].dtype == torch.int8 for p in params)
     start, truth = values(parameters(BF16)).double(), by_the_rule(torch.float64)
     cosine = torch.cosine_similarity(values(params).double() - start, truth - start, dim=0)
     assert cosine > 0.99

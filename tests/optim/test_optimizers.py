@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.optim import FusedAdamW, FusedRMSprop, FusedSGD, reference
+from evidence.pretend_cuda import pretending_cuda
+from llmfast.optim import FusedAdamW, FusedLion, FusedRMSprop, FusedSGD, reference
 from llmfast.optim.row import is_dense
 from support.training import FULL, PLAIN, SCALAR, Case, gradients, parameters, scaled, values
 
@@ -279,6 +280,90 @@ def test_torchs_own_grad_scaler(path: str, case: Case) -> None:
         return values(params)
 
     torch.testing.assert_close(run(case.make_ours), run(case.make_exact), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [FusedAdamW, FusedLion])
+def test_numbers_on_a_device_stay_there(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning rate and betas, which something on the device may set, too: the host does not look at them."""
+    with pretending_cuda():
+        params = [torch.ones(600, requires_grad=True) for _ in range(2)]
+        lr, betas = torch.tensor(0.1), (torch.tensor(0.5), torch.tensor(0.75))
+        optimizers = make(params[:1], lr=0.1, betas=(0.5, 0.75)), make(params[1:], lr=lr, betas=betas)
+        for p in params:
+            p.grad = torch.linspace(-1, 1, 600)
+        optimizers[0].step()
+        monkeypatch.setattr(Tensor, "__float__", None)
+        optimizers[1].step()
+        lr.mul_(2), betas[0].mul_(0.5)
+        optimizers[1].step()
+        monkeypatch.undo()
+        optimizers[0].param_groups[0].update(lr=0.2, betas=(0.25, 0.75))
+        optimizers[0].step()
+    torch.testing.assert_close(params[1], params[0], rtol=1e-6, atol=1e-7)
+
+
+def gradients_after_a_scaled_step(
+    make: Callable[..., Any], dtype: torch.dtype, max_norm: float | None = None, factor: float = 1.0
+) -> list[Tensor | None]:
+    """Of parameters in float32 and float64 too, and of one whose gradient lies otherwise than it."""
+    params = [
+        *parameters(dtype),
+        torch.ones(6, 4).requires_grad_(),
+        torch.ones(3, dtype=torch.float64).requires_grad_(),
+    ]
+    optimizer, scaler = make(params), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    gradients(4, params)
+    params[-2].grad = torch.ones(4, 6).T
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_(1024.0 * factor)
+    if max_norm is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(params, max_norm)
+    scaler.step(optimizer)
+    return [p.grad for p in params]
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_step_leaves_gradients_divided(path: str, case: Case, dtype: torch.dtype) -> None:
+    """Fused or not, torch's do, and what reads gradients after a step must not have to know which way each has gone."""
+    ours = gradients_after_a_scaled_step(case.make_ours, dtype)
+    theirs = gradients_after_a_scaled_step(case.make_exact, dtype)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    clipped = gradients_after_a_scaled_step(lambda params: case.make_ours(params, max_grad_norm=0.5), dtype)
+    theirs = gradients_after_a_scaled_step(case.make_exact, dtype, max_norm=0.5)
+    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-7  # where torch clips, it has rounded before
+    torch.testing.assert_close(clipped, theirs, rtol=tolerance, atol=1e-6)
+
+
+def test_a_skipped_step_leaves_gradients_alone(path: str) -> None:
+    found = gradients_after_a_scaled_step(FusedAdamW, torch.float32, factor=torch.inf)
+    assert all(g is None or not g.isfinite().any() for g in found) and found[-1] is not None
+
+
+def test_a_scaled_step_may_leave_zeros(path: str) -> None:
+    found = gradients_after_a_scaled_step(lambda params: FusedAdamW(params, zero_grads=True), torch.float32)
+    assert all(g is None or not g.any() for g in found)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_of_every_kind_are_left_divided(path: str, maximize: bool) -> None:
+    params = [torch.ones(4, requires_grad=True), torch.ones(3, dtype=torch.complex64, requires_grad=True)]
+    params += [torch.ones(4, 2, requires_grad=True), torch.ones(4, 2, dtype=torch.float16, requires_grad=True)]
+    optimizer = FusedSGD(params, lr=0.1, maximize=maximize)
+    params[0].grad, params[1].grad = torch.full((4,), 8.0), torch.full((3,), 8j)
+    params[2].grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.full((2, 2), 8.0), (4, 2))
+    params[3].grad = torch.tensor(8.0).half().expand(4, 2)  # one element for all
+    scaled(optimizer, 4.0)
+    optimizer.step()
+    wanted = [torch.full((4,), 2.0), torch.full((3,), 2j), torch.zeros(4, 2), torch.full((4, 2), 2.0).half()]
+    wanted[2][1] = 4.0
+    for p, g in zip(params, wanted):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.to_dense() if p.grad.is_sparse else p.grad, g)
+        torch.testing.assert_close(p.detach(), torch.ones_like(g) + (0.1 if maximize else -0.1) * g)
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)

@@ -1,12 +1,19 @@
 """Stepping inside backward."""
 
+import copy
 import gc
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfast.optim import FusedAdamW, FusedSGD, optimizer_in_backward
 
@@ -90,6 +97,175 @@ def test_nothing_is_kept_alive(path: str) -> None:
     loss(net, 0).backward()
     gc.collect()
     assert len(seen) == 6 and all(ref() is None for ref in seen)
+
+
+@pytest.mark.parametrize("after", ["step", "nothing"])
+@pytest.mark.parametrize("late", ["unfrozen", "frozen again", "added"])
+def test_parameters_that_come_later_are_stepped_like_the_others(path: str, late: str, after: str) -> None:
+    """Unfrozen ones, and those of a new group, which has a learning rate of its own."""
+
+    def trained(ours: bool) -> nn.Module:
+        net = model()
+        layer = list(net[0].parameters())
+        for p in layer:
+            p.requires_grad_(False)
+        params = [p for p in net.parameters() if late != "added" or all(p is not other for other in layer)]
+        optimizer: Any = (FusedAdamW if ours else torch.optim.AdamW)(params, lr=1e-2)
+        if ours:
+            optimizer_in_backward(net, optimizer)
+        for step in range(6):
+            for p in layer:
+                p.requires_grad_(step >= 2 and not (late == "frozen again" and step == 4))
+            if late == "added" and step == 2:
+                optimizer.add_param_group({"params": layer, "lr": 5e-2})
+            loss(net, step).backward()
+            assert not ours or all(p.grad is None for p in net.parameters())
+            if not ours or after == "step":
+                optimizer.step()
+            optimizer.zero_grad()
+        return net
+
+    for (name, p), q in zip(trained(True).named_parameters(), trained(False).parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_parameter_taken_out_of_its_group_is_left_alone(path: str) -> None:
+    net = model()
+    optimizer = FusedSGD(net.parameters(), lr=0.1)
+    optimizer_in_backward(net, optimizer)
+    loss(net, 0).backward()
+    out = optimizer.param_groups[0]["params"].pop(0)
+    before = [p.detach().clone() for p in net.parameters()]
+    loss(net, 1).backward()
+    assert torch.equal(out, before[0]) and out.grad is not None
+    assert all(p.grad is None and not torch.equal(p, old) for p, old in [*zip(net.parameters(), before)][1:])
+
+
+def test_what_can_never_have_a_gradient_is_no_hindrance(path: str) -> None:
+    net = model()
+    net.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    optimizer_in_backward(net, FusedSGD(net.parameters(), lr=0.1))
+    loss(net, 0).backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_settings_that_come_later_and_cannot_be_kept_are_refused(path: str, late: bool) -> None:
+    """Before anything changes."""
+    changes: list[tuple[str, Callable[[FusedAdamW], None]]] = [
+        ("max_grad_norm=1.0 needs all", lambda o: setattr(o.options, "max_grad_norm", 1.0)),
+        ("max_grad_norm=2.0 needs all", lambda o: o.group_options[1].update(max_grad_norm=2.0)),
+        ("differentiable groups", lambda o: o.param_groups[1].update(differentiable=True)),
+    ]
+    for message, change in changes:
+        net = model()
+        optimizer = FusedAdamW([{"params": net[:2].parameters()}, {"params": net[2:].parameters()}])
+        optimizer_in_backward(net, optimizer)
+        if late:
+            loss(net, 0).backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        change(optimizer)
+        with pytest.raises(ValueError, match=message):
+            loss(net, 1).backward()
+        assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before))
+
+
+def test_groups_that_cannot_be_stepped_are_not_added(path: str) -> None:
+    net, further = model(), nn.Linear(2, 2)
+    optimizer = FusedAdamW(net.parameters())
+    optimizer_in_backward(net, optimizer)
+    for option in ({"max_grad_norm": 1.0}, {"differentiable": True}):
+        with pytest.raises(ValueError, match=r"all gradients at once|differentiable groups"):
+            optimizer.add_param_group({"params": list(further.parameters()), **option})
+    assert len(optimizer.param_groups) == len(optimizer.group_options) == 1
+    further(torch.ones(1, 2)).sum().backward()
+    assert further.weight.grad is not None
+
+
+def test_two_handles_at_a_time_are_refused(path: str) -> None:
+    net = model()
+    optimizer = FusedAdamW(net.parameters())
+    handle = optimizer_in_backward(net, optimizer)
+    with pytest.raises(ValueError, match=r"steps in backward already"):
+        optimizer_in_backward(net, optimizer)
+    handle.remove()
+    again = optimizer_in_backward(net, optimizer)
+    handle.remove()
+    assert optimizer.steps_in_backward
+    again.remove()
+    optimizer.add_param_group({"params": [extra := nn.Parameter(torch.ones(2))]})
+    extra.sum().backward()
+    assert extra.grad is not None and not optimizer.steps_in_backward
+
+
+def test_a_copy_does_not_step_in_backward(path: str) -> None:
+    net = model()
+    optimizer = FusedSGD(net.parameters(), lr=0.1)
+    optimizer_in_backward(net, optimizer)
+    loss(net, 0).backward()
+    twin = copy.deepcopy(optimizer)
+    assert not twin.steps_in_backward
+    params = twin.param_groups[0]["params"]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    twin.step()
+    assert not any(torch.equal(p, old) for p, old in zip(params, before))
+
+
+def test_a_plan_for_one_parameter_looks_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first backward takes as long as the square of their number."""
+    looked = 0
+    original = FusedSGD._check
+
+    def counted(self: FusedSGD, *args: Any) -> None:
+        nonlocal looked
+        looked += 1
+        original(self, *args)
+
+    def of(count: int) -> int:
+        nonlocal looked
+        params = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(count)])
+        optimizer = FusedSGD(params.parameters(), lr=0.1, momentum=0.9)
+        for p in params:  # states to look at
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer_in_backward(params, optimizer)
+        looked = 0
+        torch.stack([p.sum() for p in params]).sum().backward()
+        return looked
+
+    monkeypatch.setattr(FusedSGD, "_check", counted)
+    few, many = of(8), of(32)
+    assert 0 < many == 4 * few
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.12.1+cu130", True), ("2.13.0", False), ("2.14.0+cpu", False)])
+def test_gradients_on_their_way_to_the_cpu_are_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+) -> None:
+    """FSDP2's CPUOffloadPolicy keeps pieces on the CPU of a mesh of other devices."""
+    monkeypatch.setattr(torch, "__version__", version)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        for kind in ("cuda", "cpu"):
+            mesh = DeviceMesh(kind, [0, 1], _init_backend=False)
+            meta = TensorMeta(torch.Size([4, 2]), (2, 1), torch.float32)
+            piece = DTensor(torch.ones(2, 2), DTensorSpec(mesh, (Shard(0),), meta), requires_grad=False)
+            net, plain = nn.Module(), nn.Linear(2, 2)
+            net.weight = nn.Parameter(piece)
+            whole, added = FusedSGD(net.parameters(), lr=0.1), FusedSGD(plain.parameters(), lr=0.1)
+            optimizer_in_backward(plain, added)
+            expected: Any = nullcontext()
+            if refused and kind == "cuda":
+                expected = pytest.raises(ValueError, match=r"CPUOffloadPolicy keeps \(4, 2\).* torch 2.13 or newer")
+            with expected:
+                optimizer_in_backward(net, whole)
+            with expected:
+                added.add_param_group({"params": [net.weight]})
+            assert len(added.param_groups) == (1 if refused and kind == "cuda" else 2)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_refuses_what_it_could_not_do() -> None:

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_torchs_goes_on_with_more_precise_weights_and_coarser_st
     torch.testing.assert_close(values(params), values(theirs.param_groups[0]["params"]), rtol=0.02, atol=lr)
     for p in params:
         assert ours.state[p]["master_param"].dtype == torch.float32
-        codes = [name for name in ours.state[p] if f"{name}_scale" in ours.state[p]]
+        codes = [name for name in ours.state[p] if name.endswith("_code")]
         assert codes and all(ours.state[p][name].dtype in (torch.int8, torch.uint8) for name in codes)
 
 
@@ -259,7 +259,7 @@ def test_a_weight_that_was_set_to_something_else_has_no_old_bits(path: str) -> N
 def test_lost_bits_are_told_of(path: str, source: Any) -> None:
     optimizer = FusedAdamW([torch.ones(3, dtype=BF16, requires_grad=True)], lr=0.01, master_weights=source)
     train(optimizer, 1)
-    name = {"fp32": "master_param", "kahan": "kahan_comp"}.get(source, "remainder")
+    name = {"fp32": "master_param", "kahan": "kahan_comp"}.get(source, "low_bits")
     with pytest.warns(UserWarning, match=rf"holds {name}: bits of parameter 0, \(3,\) torch.bfloat16.*are lost"):
         other = loaded_at_lr_0(optimizer, None)
     assert torch.equal(values(of(other)), values(of(optimizer)))
@@ -305,6 +305,26 @@ def test_a_copy_goes_on_alone_with_the_same_options(
     train(optimizer, 1, first=2)
     assert torch.equal(values(of(optimizer)), values(of(twin)))
     assert_same(twin.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_a_copy_has_every_public_attribute(
+    path: str, case: Case, clone: Callable[[FusedOptimizer], FusedOptimizer]
+) -> None:
+    optimizer = case.make_ours(some_parameters(), max_grad_norm=1.0)
+    train(optimizer)
+    optimizer.note = {"of": "the user"}
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # wraps `step`, which is of this optimizer alone
+    twin = clone(optimizer)
+    names = {name for name in vars(optimizer) if not name.startswith("_")} - {"step"}
+    assert names == {name for name in vars(twin) if not name.startswith("_")} > {"grad_norm", "note", "options"}
+    assert twin.note == optimizer.note
+    assert twin.grad_norm is not None and torch.equal(twin.grad_norm, optimizer.grad_norm)
+    assert "step" not in vars(twin)
+    before = values(of(optimizer))
+    train(twin, 1, first=2)
+    assert torch.equal(values(of(optimizer)), before)
 
 
 def test_a_copy_keeps_its_kind_of_decay() -> None:

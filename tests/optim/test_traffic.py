@@ -1,6 +1,7 @@
 """Bytes a parameter that a step moves, tables and all, counted as a GPU would move them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
+from support.training import scaled
 
 TENSORS = 200
 SHAPE = (72, 72)
@@ -43,7 +45,13 @@ BUDGETS: list[tuple[Callable[..., torch.optim.Optimizer], torch.dtype, dict[str,
 ]
 
 
-def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, Any]) -> Counts:
+def step_of(
+    make: Callable[..., torch.optim.Optimizer],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    *,
+    scale: float | None = None,
+) -> Counts:
     with pretending_cuda():
         params = [torch.zeros(SHAPE, dtype=dtype, requires_grad=True) for _ in range(TENSORS)]
         for p in params:
@@ -55,6 +63,8 @@ def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, opti
         else:
             with counting(dry=True):
                 optimizer.step()
+        if scale is not None:
+            scaled(optimizer, scale)
         with counting(dry=True) as counts:
             optimizer.step()
     return counts
@@ -72,8 +82,41 @@ def test_bytes_a_parameter(
     assert not total.syncs
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "budget"),
+    [
+        (F32, {}, 32.3),
+        (F32, {"max_grad_norm": 1.0}, 36.4),
+        (F32, {"zero_grads": True}, 32.3),  # zeros are written, and nothing before
+        (BF16, {"master_weights": "stochastic"}, 16.3),
+    ],
+)
+def test_a_scaler_costs_a_write_of_the_gradients(dtype: torch.dtype, options: dict[str, Any], budget: float) -> None:
+    counts = step_of(FusedAdamW, dtype, options, scale=1024.0)
+    assert counts.total().dram <= budget * NUMEL
+    assert counts.total("triton").calls == (4 if "max_grad_norm" in options else 2)
+    assert not counts.total().syncs
+
+
 def test_torchs_own_ways_move_more() -> None:
     ours = step_of(FusedAdamW, F32, {}).total().dram
     assert step_of(torch.optim.AdamW, F32, {"foreach": True}).total().dram > 2.5 * ours
     rmsprop = step_of(torch.optim.RMSprop, F32, {"foreach": True}).total().dram
     assert rmsprop > 2.5 * step_of(FusedRMSprop, F32, {}).total().dram
+
+
+def test_the_readme_has_these_figures() -> None:
+    """1 M parameters in 200 tensors."""
+    stochastic = {"master_weights": "stochastic", "state_dtype": BF16}
+    counts = [
+        step_of(FusedAdamW, dtype, options)
+        for dtype, options in ((F32, {}), (BF16, stochastic), (BF16, {**stochastic, "state_dtype": "8bit"}))
+    ]
+    plain, low, coded = (f"{count.total().dram / NUMEL:.1f}" for count in counts)
+    (launches,) = {count.total("triton").calls for count in counts}
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    begin = (
+        f"| AdamW, float32, {NUMEL / 1e6:.0f} M parameters in {TENSORS} tensors: bytes a parameter, counted; launches |"
+    )
+    assert f"\n{begin} {plain}; {launches} | torch's `foreach` more than 2.5 times as many |" in text
+    assert f"\n| ... bfloat16 with stochastic rounding and bfloat16 moments; 8-bit moments | {low}; {coded} |" in text

@@ -1,5 +1,7 @@
 """Scaling laws against numbers that the papers print, and against a search."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
@@ -21,10 +23,39 @@ from llmfast.plan import (
     PowerLaw,
     critical_batch,
     kaplan_optimal,
+    laws,
     training_flops,
 )
+from llmfast.plan.laws import KaplanLaw
 
 budgets = st.floats(1e15, 1e27)
+
+
+DAY = 24 * 60 * 60 * 1e15  # of a petaflop/s
+# Every law in `llmfast.plan.laws`, with the digits that its paper prints; compute in PF-days.
+PRINTED: dict[str, ChinchillaLaw | KaplanLaw | PowerLaw] = {
+    "BESIROGLU": ChinchillaLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658),
+    "HOFFMANN": ChinchillaLaw(1.69, 406.4, 410.7, 0.34, 0.28),
+    "KAPLAN_N": PowerLaw(8.8e13, 0.076),
+    "KAPLAN_D": PowerLaw(5.4e13, 0.095),
+    "KAPLAN_C": PowerLaw(3.1e8 * DAY, 0.050),
+    "KAPLAN": KaplanLaw(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103),
+    "HENIGHAN_N": PowerLaw(1.47e14, 0.070),
+    "HENIGHAN_C": PowerLaw(3.47e8 * DAY, 0.048),
+    "HENIGHAN_MATH_N": PowerLaw(1.1e4, 0.16, 0.28),
+    "HENIGHAN_MATH_C": PowerLaw(1.4e-5 * DAY, 0.17, 0.14),
+}
+
+
+def test_every_constant_is_as_printed() -> None:
+    found = {name: law for name, law in vars(laws).items() if isinstance(law, ChinchillaLaw | KaplanLaw | PowerLaw)}
+    assert found.keys() == PRINTED.keys()
+    for name, law in found.items():
+        assert dataclasses.asdict(law) == pytest.approx(dataclasses.asdict(PRINTED[name]), rel=1e-12), name
+    numbers = {name for name, value in vars(laws).items() if isinstance(value, int | float)}
+    assert numbers == {"PF_DAY"} and laws.PF_DAY == 8.64e19
+    defaults = {name: p.default for name, p in inspect.signature(critical_batch).parameters.items()}
+    assert defaults == {"loss": inspect.Parameter.empty, "scale": 2e8, "exponent": 0.21}
 
 
 def test_besiroglus_refit_at_1e21_flops() -> None:

@@ -1,7 +1,9 @@
 """Estimated bytes against counted ones: of states, of what autograd keeps, and of whole training steps."""
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from evidence.traffic import counting
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import Extras, FusedAdamW
-from llmfast.plan import PRECISIONS, Precision, activation_bytes, estimate_memory
+from llmfast.plan import PRECISIONS, MemoryEstimate, Precision, activation_bytes, estimate_memory
 from llmfast.plan.memory import GB, GPU_MEMORY, GPU_RATES, memory_of, parse_bytes, unfused_loss_bytes, verdict
 
 SPLIT16 = next(p for p in PRECISIONS if p.name == "bf16, split16")
@@ -93,7 +95,7 @@ def test_activations_are_what_autograd_keeps(options: dict[str, Any], stored: st
     precision = next(p for p in PRECISIONS if p.parameters == dtype)
     estimate = estimate_memory(c, batch_size=B, seq_len=T, precision=precision, autocast=autocast, device="cpu")
     kept = saved_bytes(c, B, T, autocast=autocast, dtype=dtype)
-    assert estimate.activations + estimate.weight_copies == pytest.approx(kept, rel=0.05)
+    assert estimate.activations + estimate.weight_copies == pytest.approx(kept, rel=0.03)
 
 
 def test_activations_on_a_gpu_by_hand() -> None:
@@ -106,6 +108,29 @@ def test_activations_on_a_gpu_by_hand() -> None:
     assert found == (3 * 16 * token, 0)
     again = activation_bytes(c, 3, 16, stored=torch.float32, compute=torch.bfloat16, checkpoint=True)
     assert again == (3 * 16 * (token - 2 * block + 2 * 4 * 64), 3 * 16 * (block + 2 * 192))
+    # Heads beyond those among the layers, and depths, which are not computed again.
+    head, depth = norm + 4 * 64, 2 * norm + 2 * 2 * 64 + 1 + block + norm + 4 * 64
+    for mtp, count, more, more_again in (
+        ("parallel", 3, 2 * (block + head), 2 * (4 * 64 + head)),
+        ("sequential", 2, 2 * depth, 2 * depth),
+        ("shared", 3, 0, 0),
+    ):
+        other = dataclasses.replace(c, mtp=mtp, mtp_heads=count)
+        found = activation_bytes(other, 3, 16, stored=torch.float32, compute=torch.bfloat16)
+        assert found == (3 * 16 * (token + more), 0)
+        again = activation_bytes(other, 3, 16, stored=torch.float32, compute=torch.bfloat16, checkpoint=True)
+        kept = token - 2 * block + 2 * 4 * 64 + more_again
+        assert again == (3 * 16 * kept, 3 * 16 * (block + 2 * 192))
+
+
+def test_activations_in_one_dtype_by_hand() -> None:
+    """In float32 there are no other angles; on a CPU a norm keeps more, and attention's result is there twice."""
+    c = DecoderConfig(300, width=64, layers=2, heads=4)
+    for device, norm, results in (("cuda", 4 * 64 + 4, 8), ("cpu", 8 * 64 + 4, 9)):
+        block = 2 * norm + 4 * results * 64 + 4 * 4 * 192 + 4 * 16 + 4 * 4
+        token = 8 + 4 * 16 + 16 + 2 * block + norm + 4 * 64
+        found = activation_bytes(c, 3, 16, stored=torch.float32, compute=torch.float32, device=cast(Any, device))
+        assert found == (3 * 16 * token, 0)
 
 
 def counted_peak(c: DecoderConfig, B: int, T: int, *, accumulate: int, autocast: bool, again: bool, fused: bool) -> int:
@@ -136,32 +161,60 @@ def counted_peak(c: DecoderConfig, B: int, T: int, *, accumulate: int, autocast:
     return counts.peak_bytes
 
 
-@pytest.mark.parametrize(
-    ("options", "B", "T", "vocab_size", "how"),
-    [
-        ({}, 4, 128, 4096, {}),
-        ({}, 4, 128, 4096, {"fused": False}),
-        ({}, 4, 128, 4096, {"autocast": True, "fused": False}),
-        ({"width": 64, "layers": 6}, 2, 128, 1000, {"again": True}),
-        ({"width": 64, "layers": 8}, 2, 128, 300, {"again": True, "autocast": True, "accumulate": 2}),
-        ({"width": 256}, 1, 32, 4096, {}),  # parameters and gradients are the most of it
-        ({"width": 256}, 1, 32, 4096, {"accumulate": 2}),
-        ({"width": 256, "tie_embeddings": False}, 1, 32, 4096, {"accumulate": 2}),
-        ({"mtp": "parallel", "mtp_heads": 3}, 4, 64, 4096, {}),
-        ({"mtp": "sequential", "mtp_heads": 2}, 2, 128, 500, {"autocast": True}),
-    ],
-)
-def test_the_peak_is_what_a_training_step_takes(
-    options: dict[str, Any], B: int, T: int, vocab_size: int, how: dict[str, Any]
-) -> None:
-    c = DecoderConfig(vocab_size, **{"width": 128, "layers": 2, "heads": 4} | options)
-    how = {"accumulate": 1, "autocast": False, "again": False, "fused": True} | how
-    counted = counted_peak(c, B, T, **how)
+Case = tuple[dict[str, Any], int, int, int, dict[str, Any], float]
+# Options of the decoder, rows, tokens a row, vocabulary, how a step is made, and how close the estimate has to be: some
+# operators hold for a moment what is not counted.
+CASES: list[Case] = [
+    ({}, 4, 128, 4096, {}, 0.03),
+    ({}, 4, 128, 4096, {"fused": False}, 0.003),
+    ({}, 4, 128, 4096, {"autocast": True, "fused": False}, 0.01),
+    ({"width": 64, "layers": 6}, 2, 128, 1000, {"again": True}, 0.03),
+    ({"width": 64, "layers": 8}, 2, 128, 300, {"again": True, "autocast": True, "accumulate": 2}, 0.015),
+    ({"width": 256}, 1, 32, 4096, {}, 0.001),  # parameters and gradients are the most of it
+    ({"width": 256}, 1, 32, 4096, {"accumulate": 2}, 0.001),
+    ({"width": 256, "tie_embeddings": False}, 1, 32, 4096, {"accumulate": 2}, 0.001),
+    ({"mtp": "parallel", "mtp_heads": 3}, 4, 64, 4096, {}, 0.03),
+    ({"mtp": "sequential", "mtp_heads": 2}, 2, 128, 500, {"autocast": True}, 0.05),
+    ({"width": 64, "layers": 4}, 4, 256, 64, {}, 0.01),  # activations
+    ({"width": 64, "layers": 2}, 8, 256, 64, {"again": True}, 0.03),  # those of one block, again
+    ({"width": 256, "layers": 8}, 1, 16, 64, {"autocast": True, "accumulate": 2}, 0.01),  # matrices in bfloat16
+    ({"width": 64, "layers": 1, "tie_embeddings": False}, 1, 64, 1024, {"again": True, "accumulate": 2}, 0.015),
+    ({"width": 128, "layers": 1}, 2, 64, 2048, {"fused": False, "accumulate": 2}, 0.001),
+]
+
+
+def estimate_of(case: Case) -> tuple[MemoryEstimate, Callable[[MemoryEstimate], int]]:
+    """The estimate of a case, and which peak of it is meant."""
+    options, B, T, vocab_size, how, _ = case
     estimate = estimate_memory(
-        c, batch_size=B, seq_len=T, accumulate=how["accumulate"], autocast=how["autocast"], device="cpu",
-        checkpoint_activations=how["again"],
+        decoder(options, vocab_size), batch_size=B, seq_len=T, accumulate=how.get("accumulate", 1),
+        autocast=how.get("autocast", False), device="cpu", checkpoint_activations=how.get("again", False),
     )  # fmt: skip
-    assert (estimate.peak if how["fused"] else estimate.peak_unfused) == pytest.approx(counted, rel=0.1)
+    return estimate, lambda e: e.peak if how.get("fused", True) else e.peak_unfused
+
+
+def decoder(options: dict[str, Any], vocab_size: int) -> DecoderConfig:
+    return DecoderConfig(vocab_size, **{"width": 128, "layers": 2, "heads": 4} | options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_peak_is_what_a_training_step_takes(case: Case) -> None:
+    options, B, T, vocab_size, how, close = case
+    how = {"accumulate": 1, "autocast": False, "again": False, "fused": True} | how
+    counted = counted_peak(decoder(options, vocab_size), B, T, **how)
+    estimate, peak = estimate_of(case)
+    assert peak(estimate) == pytest.approx(counted, rel=close)
+
+
+@pytest.mark.parametrize("term", [f.name for f in dataclasses.fields(MemoryEstimate)])
+def test_some_case_tells_if_a_term_of_the_peak_is_missing(term: str) -> None:
+    """By three times what it may be off: so it would if the term were half as large, or counted twice."""
+    missed = []
+    for case in CASES:
+        estimate, peak = estimate_of(case)
+        without = dataclasses.replace(estimate, **{term: not estimate.accumulate if term == "accumulate" else 0})
+        missed.append(abs(peak(without) / peak(estimate) - 1) / case[-1])
+    assert max(missed) > 3
 
 
 def test_what_makes_it_smaller() -> None:
@@ -183,17 +236,24 @@ def test_what_makes_it_smaller() -> None:
     assert estimate_memory(c, batch_size=4, seq_len=4096, gpu_memory=4 << 30).loss < usual.loss
 
 
-def test_the_unfused_loss_is_what_torch_takes() -> None:
-    N, D, V = 512, 32, 4096
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+@pytest.mark.parametrize(
+    ("N", "D", "V", "how"),
+    [
+        *((512, 32, 4096, how) for how in ("float32", "autocast", "bfloat16")),
+        *((16, 1024, 512, "float32"), (1024, 256, 64, "float32")),
+    ],
+)
+def test_the_unfused_loss_is_what_torch_takes(N: int, D: int, V: int, how: str) -> None:
+    """Logits, or in the last two gradients of the weight and of the hidden states, are the most of it."""
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    hidden, weight = (torch.randn(n, D).to(dtype).requires_grad_() for n in (N, V))
     targets = torch.randint(0, V, (N,))
-    for autocast in (False, True):
-        with counting() as counts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = F.cross_entropy(F.linear(hidden, weight), targets)
-            loss.backward()
-        assert unfused_loss_bytes(N, D, V, torch.float32) == pytest.approx(counts.peak_bytes, rel=0.03)
-        hidden.grad = weight.grad = None
+    with counting() as counts:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = F.cross_entropy(F.linear(hidden, weight).float(), targets)
+        loss.backward()
+    inputs = (N + V) * D * 2 if how == "autocast" else 0  # cast
+    assert counts.peak_bytes == pytest.approx(unfused_loss_bytes(N, D, V, dtype) + inputs, abs=64)
 
 
 def test_gpus_and_amounts() -> None:

@@ -101,7 +101,8 @@ def all_kernels() -> set[str]:
 
 def is_whole_suite(session: pytest.Session) -> bool:
     config = session.config
-    chosen = config.option.keyword or config.option.markexpr or config.option.deselect or config.option.lf
+    # Of pytest's plugins, any may be turned off, and with it its options.
+    chosen = any(getattr(config.option, name, None) for name in ("keyword", "markexpr", "deselect", "lf"))
     return not chosen and not session.shouldstop and config.args_source == pytest.Config.ArgsSource.TESTPATHS
 
 

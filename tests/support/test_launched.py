@@ -1,8 +1,12 @@
 """The check of machine code after the tests, on a session that is none."""
 
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -11,6 +15,7 @@ from evidence.launches import Recorder, Specialization
 from evidence.machine_code import Code, KernelFacts
 from support import launched
 
+TESTS = Path(__file__).parent.parent
 CODE = Code(10, {128: 2}, {128: 2}, 1, 0, 0, 0, {})
 FACTS = KernelFacts(
     num_warps=4, shared_bytes=0, registers=32, spill_bytes=0, occupancy=1.0, stack_bytes=0, scalar_spills=0,
@@ -81,6 +86,31 @@ def test_a_kernel_that_no_test_launches_fails_the_whole_suite(
     for kernel in launched.all_kernels():
         recorder.add(replace(KIND, kernel=kernel))
     assert check(monkeypatch, FACTS, whole=True)["machine code::every kernel is launched by a test"].outcome == "passed"
+
+
+def test_it_needs_no_plugin_that_can_be_turned_off(tmp_path: Path) -> None:
+    """A whole session in its own process, of a folder whose only test launches nothing."""
+    (tmp_path / "test_nothing.py").write_text("def test_nothing() -> None: ...\n")
+    (tmp_path / "conftest.py").write_text("from support.launched import *\n")
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {TESTS} {TESTS.parent} {TESTS.parent / 'kernels'}\n")
+    off = [
+        option for name in ("cacheprovider", "stepwise", "xdist", "hypothesispytest") for option in ("-p", f"no:{name}")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--machine-code", "-q", *off, str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["keyword", "markexpr", "deselect", "lf", None])
+def test_a_part_of_the_suite_is_not_the_whole(name: str | None) -> None:
+    session: Any = Session(whole=True)
+    vars(session.config.option).clear()  # as without the plugins
+    if name is not None:
+        setattr(session.config.option, name, "chosen")
+    assert launched.is_whole_suite(session) == (name is None)
+    assert not launched.is_whole_suite(cast(Any, Session(whole=False)))
 
 
 def test_launches_of_other_processes_are_added(recorder: Recorder) -> None:

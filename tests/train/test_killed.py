@@ -121,7 +121,7 @@ def _slow_down() -> None:
 
     from llmfast.train import checkpoint
 
-    for owner, name in ((checkpoint, "_sha256"), (checkpoint, "_sync"), (FileSystemWriter, "write_data")):
+    for owner, name in ((checkpoint, "_sha256"), (checkpoint, "sync"), (FileSystemWriter, "write_data")):
         original = getattr(owner, name)
 
         def slow(*args: Any, original: Any = original) -> Any:

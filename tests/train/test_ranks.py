@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from llmfast.data import Batch
 from llmfast.data.packing import PADDING, batch_of
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.optim import FusedAdamW
 from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config, ConfigError
 from llmfast.train.objective import FurtherTokens, NextToken
@@ -134,7 +136,7 @@ class Written(Hooks):
 
 
 def trainer_of(config: Config, world: World | None = None, torchs: bool = False, **more: Any) -> Trainer:
-    model = decoder(config)
+    model = decoder(config).to(getattr(torch, config.train.param_dtype))
     K, weights_at = model.config.targets, functools.partial(head_weights_at, config=config)
     objective = (
         NextToken(SOURCES)
@@ -362,7 +364,7 @@ def check_failure(rank: int, size: int, where: str, folder: str) -> tuple[str, i
                 if rank == 1 and where == "data":
                     patch.setattr(FileSystemWriter, "write_data", full)
                 if rank == 0 and where == "end":
-                    patch.setattr("llmfast.train.checkpoint._sync", full)
+                    patch.setattr("llmfast.train.checkpoint.sync", full)
 
     trainer.hooks.append(Fill())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="checkpoint") as caught:
@@ -447,6 +449,52 @@ def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[
     assert sorted(number for read, _ in found for number in read) == list(range(2 * 16, 7 * 16))
     assert_same(found[0][1], whole)
     assert_same(found[0][1], seven_steps(bool(classes)))
+
+
+def check_formats(rank: int, size: int, config: Config, folder: str, resume: bool) -> Any:
+    trainer = trainer_of(config, world_of(rank, size) if size > 1 else None, run=Path(folder))
+    if resume:
+        trainer.resume()
+    else:
+        assert trainer.fit()
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, FusedAdamW)
+    found = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.torch_state_dict()["state"][i]
+        held = {"weight": optimizer.master_value(p), **{name: state[name] for name in ("exp_avg", "exp_avg_sq")}}
+        found |= {f"{name} {i}": t.full_tensor() if isinstance(t, DTensor) else t for name, t in held.items()}
+    found = {name: t.float().clone() for name, t in found.items()}
+    if resume:
+        assert trainer.fit()
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("split16", "8bit"), ("split16", "8bit")), (("split8", "8bit"), ("fp32", "float32")),
+     (("", ""), ("split8", "8bit"))],
+    ids=str,
+)  # fmt: skip
+def test_a_run_goes_on_with_other_ranks_and_formats(
+    ranks: Any, before: tuple[str, str], after: tuple[str, str], sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """Codes of 8 bits are one process's way to save them, float32 that of several."""
+
+    def run(size: int, formats: tuple[str, str], steps: int, resume: bool) -> Any:
+        config = settings(parallel="fsdp", steps=steps, save_every=2, param_dtype="bfloat16", micro_batch_size=4)
+        config.optimizer.master_weights, config.optimizer.state_dtype = formats
+        more = config, str(tmp_path), resume
+        return check_formats(0, 1, *more) if size == 1 else ranks(size).run(check_formats, *more)[0]
+
+    wanted = run(sizes[0], before, 2, False)
+    found = run(sizes[1], after, 4, True)
+    for name, t in wanted.items():
+        # In bfloat16, or coded again in other groups; all else is taken over as it is.
+        again = not name.startswith("weight") and (after[1] == "8bit")
+        rounding = {"rtol": 0.05, "atol": 0.02 * t.abs().max().item()} if again else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(found[name], t, **rounding, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @functools.cache

@@ -2,7 +2,9 @@
 
 import copy
 import errno
+import hashlib
 import io
+import json
 import math
 import os
 import shutil
@@ -31,6 +33,7 @@ from llmfast.train.metrics import read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import make_optimizer
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
+from support.disk import Disk
 
 VOCABULARY, ROWS = 50, 4
 Optimizer = torch.optim.Optimizer
@@ -441,6 +444,79 @@ def test_a_run_goes_on_to_the_last_bit(how: str, tmp_path: Path) -> None:
     assert_same(states(resumed), states(whole))
 
 
+# master_weights and state_dtype of bfloat16 parameters, before and after.
+OTHER_FORMATS = [
+    (("split16", "8bit"), ("split8", "bfloat16")),
+    (("split8", "float32"), ("split16", "8bit")),
+    (("", ""), ("fp32", "8bit")),
+    (("fp32", "8bit"), ("kahan", "float32")),
+    (("kahan", "bfloat16"), ("split16", "float32")),
+    (("stochastic", "8bit"), ("fp32", "")),
+    (("split16", "float32"), ("", "8bit")),
+]
+
+
+def with_formats(formats: tuple[str, str]) -> tuple[Config, Callable[[nn.Module], Optimizer]]:
+    config, make = plan("bfloat16")
+    config.optimizer.master_weights, config.optimizer.state_dtype = formats
+    config.optimizer.schedule = "constant"
+    return config, make
+
+
+def what_is_held(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and moments with all their bits, whatever they are kept in."""
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, FusedAdamW)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found = {f"weight {i}": optimizer.master_value(p).float() for i, p in enumerate(params)}
+    for i, state in optimizer.torch_state_dict()["state"].items():
+        found |= {f"{name} {i}": state[name].float() for name in ("exp_avg", "exp_avg_sq", "step")}
+    return {name: t.clone() for name, t in found.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), OTHER_FORMATS, ids=str)
+@pytest.mark.filterwarnings("ignore:the state holds")
+def test_a_run_goes_on_with_other_formats(before: tuple[str, str], after: tuple[str, str], tmp_path: Path) -> None:
+    config, make = with_formats(before)
+    whole, _ = trainer_of(config, make, run=tmp_path, model=model_of().to(torch.bfloat16))
+    assert whole.fit()
+    config, make = with_formats(after)
+    config.train.steps = 9
+    resumed, _ = trainer_of(config, make, run=tmp_path, model=model_of(seed=5).to(torch.bfloat16))
+    resumed.resume()
+    loaded, wanted = what_is_held(resumed), what_is_held(whole)
+    for name, t in wanted.items():
+        # Weights keep all their bits until the first step; moments may be rounded to bfloat16 by then.
+        rounding = 0.0 if name.startswith(("weight", "step")) else 2.0**-8
+        torch.testing.assert_close(loaded[name], t, rtol=rounding, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert resumed.fit() and resumed.step == 9
+    ours, (_, state) = states(resumed), after
+    assert {name.split()[1] for name in ours if "exp_avg" in name} == (
+        {"exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"}
+        if state == "8bit"
+        else {"exp_avg", "exp_avg_sq"}
+    )
+
+
+def test_a_run_of_before_low_bits_had_their_name_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, make = with_formats(("split8", "8bit"))
+    whole, _ = trainer_of(config, make, run=tmp_path, model=model_of().to(torch.bfloat16))
+    save = whole.optimizer.state_dict
+
+    def as_before() -> Any:
+        saved = save()
+        for state in saved["state"].values():
+            state["remainder"] = (state.pop("low_bits") // 256).to(torch.int8)
+        return saved
+
+    monkeypatch.setattr(whole.optimizer, "state_dict", as_before)
+    assert whole.fit()
+    monkeypatch.undo()
+    resumed, _ = trainer_of(config, make, run=tmp_path, model=model_of(seed=5).to(torch.bfloat16))
+    resumed.resume()
+    assert_same(what_is_held(resumed), what_is_held(whole))
+
+
 class Partial(Model):
     """Of which some is frozen, some is not used, and some is no parameter."""
 
@@ -611,6 +687,73 @@ def test_a_damaged_one_does_not_push_out_whole_ones(tmp_path: Path) -> None:
     assert saved(tmp_path) == [6]
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a count in its groups, among the settings, as schedule-free optimizers do."""
+
+    def __init__(self, params: Any, momentum: float) -> None:
+        super().__init__(params, lr=0.01, momentum=momentum)
+        self.defaults["counted"] = self.param_groups[0]["counted"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["counted"] += 1
+        return super().step(closure)
+
+
+def test_groups_keep_what_was_counted_and_take_what_was_changed(tmp_path: Path) -> None:
+    trainer_of(settings(steps=4), lambda m: Counting(m.parameters(), momentum=0.9), run=tmp_path)[0].fit()
+    for momentum in (0.9, 0.5, 0.5):  # a change holds for the starts after it
+        resumed, _ = trainer_of(settings(), lambda m, x=momentum: Counting(m.parameters(), x), run=tmp_path)
+        resumed.resume()
+        (group,) = resumed.optimizer.param_groups
+        assert (group["counted"], group["momentum"]) == (resumed.step, momentum)
+        resumed.config.train.steps = resumed.step + 1
+        resumed.fit()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_groups_of_earlier_checkpoints(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
+    """They do not say what the groups were made with: those of ours hold settings alone."""
+    trainer_of(settings(steps=4), make, run=tmp_path)[0].fit()
+    for file in tmp_path.glob("checkpoint-*/meta.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "groups"}))
+        sums = json.loads((file.parent / "checksums.json").read_text())
+        sums["meta.json"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+        (file.parent / "checksums.json").write_text(json.dumps(sums))
+
+    def other(model: nn.Module) -> Optimizer:
+        made = make(model)
+        made.param_groups[0]["eps"] = 1.0
+        return made
+
+    resumed, _ = trainer_of(settings(), other, run=tmp_path)
+    resumed.resume()
+    assert resumed.optimizer.param_groups[0]["eps"] == (1.0 if make is fused else 1e-8)
+
+
+def test_an_optimizer_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    trainer_of(settings(steps=4), fused, run=tmp_path)[0].fit()
+
+    def refusing(model: nn.Module) -> Optimizer:
+        made = fused(model)
+
+        def refuse(optimizer: Any, state: Any) -> None:
+            raise ValueError("master_weights='split16' must be 'split8';\nnot both")
+
+        made.register_load_state_dict_pre_hook(refuse)
+        return made
+
+    with pytest.raises(OSError, match=r"checkpoint-00000004 does not go with the optimizer there is now: ") as e:
+        trainer_of(settings(), refusing, run=tmp_path)[0].resume()
+    assert str(e.value).endswith("now: master_weights='split16' must be 'split8'; not both")
+
+
+def test_a_stream_is_not_cut_anew() -> None:
+    stream = Stream(batches())
+    stream.batch(0, ROWS)
+    with pytest.raises(ValueError, match="a stream has batches of 3 sequences: none begins at sequence 4"):
+        stream.batch(4, 3)
+
+
 def test_nothing_whole_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         trainer_of(run=tmp_path)[0].resume()
@@ -639,6 +782,17 @@ def test_anothers_checkpoints_are_not_taken_for_ones_own(tmp_path: Path) -> None
     with pytest.raises(FileExistsError, match="holds checkpoints of another run: resume it, or choose another folder"):
         trainer_of(run=tmp_path)[0].fit()
     assert sorted(tmp_path.rglob("*")) == before and read_metrics(tmp_path / "metrics.jsonl")
+
+
+# Power that fails.
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    trainer_of(settings(steps=4, save_every=2), fused, run=tmp_path)[0].fit()
+    assert saved(tmp_path) == [2, 4]
+    disk.expect_names(tmp_path / "metrics.jsonl", *tmp_path.glob("checkpoint-*"))
+    assert {"meta.json", "checksums.json", ".metadata"} < {f.name for f in tmp_path.glob("checkpoint-*/*")}
 
 
 # A disk that is full.
@@ -672,7 +826,7 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path, mon
     assert saved(tmp_path) == [2, 4]
 
 
-@pytest.mark.parametrize("what", ["FileSystemWriter.write_data", "FileSystemWriter.finish", "_sync"])
+@pytest.mark.parametrize("what", ["FileSystemWriter.write_data", "FileSystemWriter.finish", "sync"])
 def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,210 @@
+"""Every tensor argument of every loss in every layout: a kernel that takes it for contiguous reads something else.
+
+The arguments are found in the signatures. One that is added later fails here until `VALUES` says what it may hold.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import llmfast.losses
+from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, mtp_cross_entropy, mtp_valid_counts
+from llmfast.losses.mtp import MTPOptions
+from support.launched import unrecorded
+from support.layouts import LAYOUTS, expanded, strided, transposed
+
+T, D, V, K = 4, 16, 130, 2
+
+
+def labels(*shape: int) -> Tensor:
+    y = torch.randint(0, V, shape)
+    return y.masked_fill(torch.rand(shape) < 0.2, -100)
+
+
+# What each argument may hold; tensors alone, other arguments have their defaults.
+VALUES: dict[str, Callable[[], Tensor]] = {
+    "logits": lambda: torch.randn(2, T, V),
+    "hidden": lambda: torch.randn(2, T, D),
+    "hiddens": lambda: torch.randn(K, 2, T, D),
+    "weight": lambda: torch.randn(V, D),
+    "bias": lambda: torch.randn(V),
+    "targets": lambda: labels(2, T),
+    "labels": lambda: labels(2, T),
+    "class_weights": lambda: torch.rand(V),
+    "token_weights": lambda: torch.rand(2, T),
+    "target_weights": lambda: torch.rand(2, T, K),
+    "document_ids": lambda: torch.arange(T).div(4, rounding_mode="floor").expand(2, T).contiguous(),
+    "num_valid": lambda: torch.tensor([9]),
+    "head_weights": lambda: torch.rand(K),
+    "accumulate_into": lambda: torch.randn(V, D),
+}
+FUNCTIONS = [f for name in llmfast.losses.__all__ if inspect.isfunction(f := getattr(llmfast.losses, name))]
+
+
+def arguments(function: Callable[..., Any]) -> list[str]:
+    """The names of the function's arguments that may be tensors."""
+    hints = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
+    if function is mtp_cross_entropy:
+        hints.update(get_type_hints(MTPOptions, localns={"ProcessGroup": Any}))
+    return [name for name, hint in hints.items() if "Tensor" in str(hint) or "Numbers" in str(hint)]
+
+
+def value(function: Callable[..., Any], name: str) -> Tensor:
+    if function is mtp_cross_entropy and name == "num_valid":
+        return torch.tensor([9.0, 8.0])
+    return VALUES[name]()
+
+
+def call(function: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """What the function returns, the gradients of what has one, and what is accumulated into."""
+    tensors = dict(tensors)
+    if "target_weights" in tensors:
+        y = torch.stack([tensors["targets"], tensors["targets"].flip(0)], -1)
+        tensors["targets"] = y if tensors["targets"].is_contiguous() else strided(y)
+    leaves = {}
+    for name in ("logits", "hidden", "hiddens", "weight", "bias"):
+        if name in tensors and tensors[name].is_floating_point():
+            leaves[name] = tensors[name].detach().requires_grad_()
+    if "document_ids" in tensors and "shift" in inspect.signature(function).parameters:
+        options["shift"] = 1
+    main = tensors.get("accumulate_into")
+    result = function(**{**tensors, **leaves}, **options)
+    if not leaves:
+        return [result]
+    found = torch.autograd.grad(result, list(leaves.values()), allow_unused=True)
+    return [result.detach(), *(g for g in found if g is not None), *([] if main is None else [main])]
+
+
+cases = [(f, name) for f in FUNCTIONS for name in arguments(f)]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=3)
+@given(
+    others=st.lists(st.sampled_from(sorted(VALUES)), unique=True, max_size=4),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=len(VALUES), max_size=len(VALUES)),
+    layout=st.sampled_from(LAYOUTS),
+    budget=st.sampled_from(["auto", 3 * V * 4]),
+    filtered=st.booleans(),
+    seed=st.integers(0, 100),
+)
+@pytest.mark.parametrize(("function", "name"), cases, ids=lambda x: x if isinstance(x, str) else x.__name__)
+@unrecorded()
+def test_any_layout(
+    path: str, function: Callable[..., Any], name: str, others: list[str], layouts: list[Any], layout: Any,
+    budget: Any, filtered: bool, seed: int,
+) -> None:  # fmt: skip
+    """Equal to the same call with contiguous tensors."""
+    torch.manual_seed(seed)
+    parameters = inspect.signature(function).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    names = dict.fromkeys([*required, name, *(n for n in others if n in arguments(function))])
+    if function is mtp_cross_entropy:
+        names.pop("target_weights", None)
+    chosen = dict(zip(VALUES, layouts)) | {name: layout}
+    options: dict[str, Any] = {}
+    if function.__name__ in ("linear_cross_entropy", "mtp_cross_entropy"):
+        options = {"memory_budget": budget, "grad_filter": 1e-9 if filtered else None}
+    if function is mtp_valid_counts:
+        options = {"heads": K}
+        names.pop("heads", None)
+    tensors = {}
+    for n in names:
+        as_is = n == "accumulate_into" and chosen[n] is expanded  # refused, see below
+        tensors[n] = value(function, n) if as_is else chosen[n](value(function, n))
+    plain = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    got, want = call(function, tensors, **options), call(function, plain, **options)
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(b.abs().max().item(), 0.1))
+
+
+def test_every_tensor_argument_has_a_value() -> None:
+    names = {name for _, name in cases}
+    assert names == set(VALUES), "VALUES must say what a new argument may hold"
+    assert {f.__name__ for f in FUNCTIONS} == {
+        "cross_entropy", "linear_cross_entropy", "mtp_cross_entropy", "mtp_valid_counts"
+    }  # fmt: skip
+
+
+DTYPES = {
+    "bias": [torch.bfloat16, torch.float16, torch.float64],
+    "class_weights": [torch.bfloat16, torch.float16, torch.float64],
+    "token_weights": [torch.bfloat16, torch.float16, torch.float64],
+    "target_weights": [torch.bfloat16, torch.float16, torch.float64],
+    "head_weights": [torch.bfloat16, torch.float64],
+    "num_valid": [torch.int32, torch.float32, torch.float64],
+    "targets": [torch.int32],
+    "labels": [torch.int32],
+    "document_ids": [torch.int32, torch.int16, torch.uint8],
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "dtype"),
+    [(f, name, dtype) for f, name in cases for dtype in DTYPES.get(name, [])],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+@unrecorded()
+def test_any_dtype_that_is_allowed(path: str, function: Callable[..., Any], name: str, dtype: torch.dtype) -> None:
+    """Equal to the same values in the usual dtype."""
+    parameters = inspect.signature(function).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    names = [n for n in dict.fromkeys([*required, name]) if n != "heads"]
+    options = {"heads": K} if function is mtp_valid_counts else {}
+    tensors = {n: value(function, n) for n in names}
+    usual = tensors[name].dtype
+    tensors[name] = tensors[name].to(dtype)
+    got = call(function, tensors, **options)
+    want = call(function, {**tensors, name: tensors[name].to(usual)}, **options)
+    for a, b in zip(got, want):
+        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0  # the gradient of a bias has the bias's dtype
+        torch.testing.assert_close(a.double(), b.double(), rtol=max(1e-5, eps), atol=max(1e-6, eps / 100))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_modules_take_weights_in_any_layout(path: str, layout: Callable[[Tensor], Tensor]) -> None:
+    weight, y, z = layout(torch.rand(V)), labels(12), torch.randn(12, V)
+    torch.testing.assert_close(CrossEntropyLoss(weight)(z, y), nn.functional.cross_entropy(z, y, weight.contiguous()))
+    linear = LinearCrossEntropyLoss(D, V, weight=weight)
+    hidden = torch.randn(12, D)
+    want = nn.functional.cross_entropy(linear.linear(hidden), y, weight.contiguous())
+    torch.testing.assert_close(linear(hidden, y), want)
+
+
+def test_an_expanded_tensor_is_nothing_to_accumulate_into(path: str) -> None:
+    hidden, weight = torch.randn(4, D), torch.randn(V, D, requires_grad=True)
+    with pytest.raises(ValueError, match=r"accumulate_into must have memory for each element; got strides \(0, 1\)"):
+        llmfast.losses.linear_cross_entropy(hidden, weight, labels(4), accumulate_into=torch.zeros(1, D).expand(V, D))
+
+
+def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
+    """What is above them makes tensors contiguous; an argument that is forgotten there is an error here."""
+    from llmfast_kernels import cross_entropy as rows
+    from llmfast_kernels.filtered_matmul import filtered_matmul
+    from llmfast_kernels.scale import scale
+    from llmfast_kernels.terms import Targets, Terms
+
+    y = Targets(torch.zeros(4, 1, dtype=torch.int64))
+    z, half, one = torch.randn(4, V), strided(torch.ones(V)), strided(torch.ones(4))
+    good = torch.ones(4)
+    for terms in (Terms(V, bias=half), Terms(V, class_weights=half)):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            rows.cross_entropy(z, y, terms)
+    with pytest.raises(ValueError, match="token_weights must be contiguous"):
+        rows.cross_entropy(z, Targets(y.classes, None, one), Terms(V))
+    with pytest.raises(ValueError, match="logits must have stride 1 along V"):
+        rows.cross_entropy(transposed(z), y, Terms(V))
+    for name in ("peak", "total", "d_loss", "d_lse", "entropy", "d_entropy"):
+        given: dict[str, Any] = {n: good for n in ("peak", "total", "d_loss")} | {name: one}
+        with pytest.raises(ValueError, match=f"{name} must be contiguous"):
+            rows.cross_entropy_backward(z, y, Terms(V), **given, d_logits=torch.empty_like(z))
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        scale(z, torch.tensor(2.0), out=transposed(z))
+    with pytest.raises(ValueError, match="b must have stride 1 along its rows"):
+        filtered_matmul(z, strided(torch.randn(V, D)), torch.ones(1, 2, dtype=torch.int8), out=torch.empty(4, D))

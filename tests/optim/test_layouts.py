@@ -1,0 +1,73 @@
+"""Parameters and gradients of every optimizer in every layout: equal to contiguous ones.
+
+An expanded gradient is what `x.sum().backward()` leaves behind.
+"""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import llmfast.optim
+from support.launched import unrecorded
+from support.layouts import LAYOUTS, WRITABLE
+
+CLASSES = [
+    c
+    for name in llmfast.optim.__all__
+    if inspect.isclass(c := getattr(llmfast.optim, name))
+    and issubclass(c, torch.optim.Optimizer)
+    and not inspect.isabstract(c)
+]
+SHAPES = [(6, 10), (17,), (3, 4, 5)]
+STEPS = 3
+
+
+def train(cls: Any, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> list[Tensor]:
+    parameters = [nn.Parameter(t) for t in start]
+    optimizer = cls(parameters, **options)
+    for step in gradients:
+        for p, g in zip(parameters, step):
+            p.grad = g
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=6)
+@given(
+    of_parameters=st.lists(st.sampled_from(WRITABLE), min_size=len(SHAPES), max_size=len(SHAPES)),
+    of_gradients=st.lists(st.sampled_from(LAYOUTS), min_size=STEPS, max_size=STEPS),
+    of_lr=st.sampled_from([None, *LAYOUTS]),
+    options=st.sampled_from(
+        [{}, {"max_grad_norm": 0.5}, {"master_weights": "fp32", "ema_decay": 0.9}, {"maximize": True}]
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+@unrecorded()
+def test_any_layout(
+    path: str, cls: Any, of_parameters: list[Any], of_gradients: list[Any], of_lr: Any, options: dict[str, Any],
+    dtype: torch.dtype, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    start = [layout(torch.randn(shape).to(dtype)) for layout, shape in zip(of_parameters, SHAPES)]
+    gradients = [[layout(torch.randn(shape).to(dtype)) for shape in SHAPES] for layout in of_gradients]
+    lr = torch.tensor([0.01])
+    given = {"lr": 0.01 if of_lr is None else of_lr(lr)[0], **options}
+
+    def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+
+    want = train(cls, contiguous(start), [contiguous(step) for step in gradients], **given)
+    got = train(cls, start, gradients, **given)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+def test_there_are_optimizers() -> None:
+    assert len(CLASSES) >= 6
