@@ -3,8 +3,6 @@
 import ast
 import copy
 import dataclasses
-import hashlib
-import json
 import re
 import shutil
 import sys
@@ -34,6 +32,7 @@ from llmfast.train.config import (
 from llmfast.train.run import make_optimizer, resumed_config, train
 from llmfast.train.schedule import lr_of_step
 from llmfast.train.trainer import Hooks, Trainer
+from support.checkpoints import signed
 
 SETTINGS = [name for name in _names(Config(), "") if "." in name]
 # Read only where there are several ranks; tests/train/test_ranks.py resumes under others.
@@ -269,15 +268,6 @@ def edited(folder: Path, before: str, after: str) -> None:
     text = file.read_text()
     assert before in text
     file.write_text(text.replace(before, after))
-
-
-def signed(checkpoint: Path, **meta: Any) -> None:
-    """Give a checkpoint another meta.json, of which None leaves something out, and the checksums that belong to it."""
-    file = checkpoint / "meta.json"
-    file.write_text(json.dumps({k: v for k, v in {**json.loads(file.read_text()), **meta}.items() if v is not None}))
-    sums = json.loads((checkpoint / "checksums.json").read_text())
-    sums["meta.json"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    (checkpoint / "checksums.json").write_text(json.dumps(sums))
 
 
 @pytest.mark.parametrize(

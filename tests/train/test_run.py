@@ -22,6 +22,7 @@ from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import train
 from llmfast.train.trainer import Hooks, Trainer
+from support.checkpoints import signed
 from support.disk import Disk
 
 
@@ -319,6 +320,8 @@ def test_a_run_of_before_goes_on_with_the_files_it_read(
     path.write_text(
         "\n".join(x for x in written.splitlines() if "text_column" not in x and not x.endswith('= "documents"'))
     )
+    for checkpoint in folder.glob("checkpoint-*"):
+        signed(checkpoint, about=None)
     (corpus / f"more{suffix}").write_text(json.dumps({"text": "more " * 500}))
     status = cli([settings[0]], "--name=old", "--resume", "--set=train.steps=10")
     if suffix == ".txt":
