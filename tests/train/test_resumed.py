@@ -380,6 +380,18 @@ def test_weights_to_begin_with_mean_what_they_meant(name: str, base: Path, copie
         torch.testing.assert_close(hidden(config, state), hidden(saved, state), rtol=0, atol=0)
 
 
+def test_settings_edited_beside_weights_do_not_change_what_these_are(copied: Path, base: Path) -> None:
+    """The checkpoint says it, and not the file beside it; of earlier versions there is only the file."""
+    edited(copied, "heads = 2", "heads = 4")
+    message = r"^model\.heads must be that of the weights in train\.init_from=.*, 2; got 4\."
+    with pytest.raises(ConfigError, match=message):
+        begun_from(copied, base, "model.heads=4")
+    begun_from(copied, base)
+    signed(copied / "checkpoint-00000002", about=None)
+    with pytest.raises(ConfigError, match=message.replace("2; got 4", "4; got 2")):
+        begun_from(copied, base, name="again")
+
+
 def test_every_declaration_of_weights_is_of_the_model_or_the_tokenizer() -> None:
     config = Config()
     names = {n for n, f, *_ in _settings_of_both(config, config) if f.metadata.get("kept") == WEIGHTS}

@@ -858,6 +858,35 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
     assert saved(tmp_path) == [3, 7] and not list(tmp_path.glob(".*"))
 
 
+def test_the_last_one_that_could_not_be_written_can_be_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing trained in between, it is not taken for saved."""
+
+    def full(*args: Any, **more: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Fill(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == 3:
+                assert trainer.checkpoints is not None
+                trainer.checkpoints.wait()
+                monkeypatch.setattr("llmfast.train.checkpoint.sync", full)
+
+    trainer, _ = trainer_of(settings(steps=4, save_every=2), run=tmp_path, hooks=[Fill()])
+    with pytest.raises(OSError, match=r"^checkpoint-00000004 could not be written: .*No space left on device; "):
+        trainer.fit()
+    assert trainer.step == 4 and saved(tmp_path) == [2]
+    monkeypatch.undo()
+    trainer.save()
+    assert trainer.checkpoints is not None
+    trainer.checkpoints.wait()
+    assert saved(tmp_path) == [2, 4]
+    resumed, _ = trainer_of(settings(steps=4), run=tmp_path)
+    resumed.resume()
+    assert resumed.step == 4
+
+
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     class Fill(Hooks):
         def before_step(self, trainer: Trainer) -> None:
