@@ -175,9 +175,11 @@ def test_every_setting_takes_effect_or_is_refused_by_name(
     override = changed(saved, name)
     # "rest" of a weight that is given; of no meaning elsewhere.
     more = ["train.steps=3", *([f"data.weights.{saved.data.sources[0]}=rest"] if name == "data.weights" else [])]
-    kept = next("kept" in f.metadata for found, f, *_ in _settings_of_both(saved, saved) if found == name)
+    kept = next(f.metadata.get("kept") for found, f, *_ in _settings_of_both(saved, saved) if found == name)
     if kept:
-        with pytest.raises(ConfigError, match=rf"^{re.escape(name)} cannot change on --resume: .* has .*; got "):
+        begin = f"; train.init_from={copied} begins it with these weights" if kept != WEIGHTS else ""
+        message = rf"^{re.escape(name)} cannot change on --resume: .* has .*; got .*\. Only a new run can have that"
+        with pytest.raises(ConfigError, match=message + re.escape(begin) + "$"):
             resumed_config(copied, [override])
         direct = load_config(copied / "config.toml", [override, f"runs={copied.parent}", "name=copied"])
         with pytest.raises(ConfigError, match=rf"^{re.escape(name)} cannot change on --resume: "):
