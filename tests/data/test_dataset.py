@@ -11,6 +11,7 @@ from llmfast.data import (
     BestFitRows,
     BPETokenizer,
     ByteTokenizer,
+    Mixed,
     Mixture,
     PackedRows,
     Rows,
@@ -110,6 +111,21 @@ def test_training_rows_are_rearranged_and_validation_is_not(folders: list[str], 
         assert (batch.tokens == middle).any()
         assert (batch.tokens != again.tokens).any() == (unit == "context")  # another cut when it comes again
     assert not any((rows.batch(range(len(rows))).tokens == middle).any() for rows in data.validation.values())
+
+
+def test_a_sequence_is_the_same_in_whatever_batch_it_is_read(folders: list[str]) -> None:
+    """Its number in the training decides how it is cut, and not its place in the batch."""
+    data = prepare(folders, tokenizer="bytes", seq_len=64, held_out=0, fim=partial(FIM, rate=1.0))
+    mixture = Mixture({name: len(rows) for name, rows in data.train.items()}, {}, total=100)
+    mixed = Mixed(data, mixture)
+    together = mixed.batch(5, 12)
+    for i, (source, row) in enumerate(zip(*mixture.sequences(5, 17))):
+        alone, direct = mixed.batch(5 + i, 1), data.train[folders[source]].batch([row], samples=[5 + i])
+        for name in ("tokens", "labels", "document_ids", "positions"):
+            assert getattr(together, name)[i].tolist() == getattr(alone, name)[0].tolist(), name
+            assert getattr(together, name)[i].tolist() == getattr(direct, name)[0].tolist(), name
+        assert together.sources is not None and alone.sources is not None
+        assert together.sources[i] == alone.sources[0] == source
 
 
 def test_best_fit_rows_keep_documents_whole(folders: list[str]) -> None:

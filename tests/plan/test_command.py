@@ -137,6 +137,27 @@ def test_the_settings_own_precision(plan: Callable[..., str]) -> None:
     assert "copies of the matrices" not in text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "products", "rate"),
+    [
+        ("auto", "float32", "bfloat16", 989e12),
+        ("bfloat16", "float32", "bfloat16", 989e12),
+        ("float32", "float32", "float32", 66.9e12),
+        ("float32", "bfloat16", "bfloat16", 989e12),  # without autocast, in the dtype of the parameters
+    ],
+)
+def test_products_are_modelled_in_the_dtype_they_are_in(
+    plan: Callable[..., str], dtype: str, param_dtype: str, products: str, rate: float
+) -> None:
+    settings = ("data.tokenizer=bytes", f"train.dtype={dtype}", f"train.param_dtype={param_dtype}")
+    text = plan("memory", *(f"--set={s}" for s in settings), "--gpu", "H100", "--utilisation", "0.5")
+    assert f"`llmfast train` on one GPU, products in {products}:" in text
+    assert ("copies of the matrices in bfloat16" in text) == (products != param_dtype)
+    flops = float(text.partition("a step takes ")[2].split()[0])
+    seconds = float(text.partition("modelled on H100 SXM: ")[2].split(" ms a step")[0]) / 1e3
+    assert seconds == pytest.approx(flops / (0.5 * rate), rel=0.01)
+
+
 def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
     text = plan("lr", "--lr", "3e-4", "--base-batch", "0.5M", "--batch", "2M")
     assert line(text, "linear").startswith("0.0012") and line(text, "square root").startswith("0.0006")

@@ -174,9 +174,11 @@ def test_every_setting_takes_effect_or_is_refused_by_name(
     override = changed(saved, name)
     # "rest" of a weight that is given; of no meaning elsewhere.
     more = ["train.steps=3", *([f"data.weights.{saved.data.sources[0]}=rest"] if name == "data.weights" else [])]
-    kept = next("kept" in f.metadata for found, f, *_ in _settings_of_both(saved, saved) if found == name)
+    kept = next(f.metadata.get("kept") for found, f, *_ in _settings_of_both(saved, saved) if found == name)
     if kept:
-        with pytest.raises(ConfigError, match=rf"^{re.escape(name)} cannot change on --resume: .* has .*; got "):
+        begin = f"; train.init_from={copied} begins it with these weights" if kept != WEIGHTS else ""
+        message = rf"^{re.escape(name)} cannot change on --resume: .* has .*; got .*\. Only a new run can have that"
+        with pytest.raises(ConfigError, match=message + re.escape(begin) + "$"):
             resumed_config(copied, [override])
         direct = load_config(copied / "config.toml", [override, f"runs={copied.parent}", "name=copied"])
         with pytest.raises(ConfigError, match=rf"^{re.escape(name)} cannot change on --resume: "):
@@ -368,6 +370,18 @@ def test_weights_to_begin_with_mean_what_they_meant(name: str, base: Path, copie
     else:
         state = {key: t.float() for key, t in weights(base).items()}
         torch.testing.assert_close(hidden(config, state), hidden(saved, state), rtol=0, atol=0)
+
+
+def test_settings_edited_beside_weights_do_not_change_what_these_are(copied: Path, base: Path) -> None:
+    """The checkpoint says it, and not the file beside it; of earlier versions there is only the file."""
+    edited(copied, "heads = 2", "heads = 4")
+    message = r"^model\.heads must be that of the weights in train\.init_from=.*, 2; got 4\."
+    with pytest.raises(ConfigError, match=message):
+        begun_from(copied, base, "model.heads=4")
+    begun_from(copied, base)
+    signed(copied / "checkpoint-00000002", about=None)
+    with pytest.raises(ConfigError, match=message.replace("2; got 4", "4; got 2")):
+        begun_from(copied, base, name="again")
 
 
 def test_every_declaration_of_weights_is_of_the_model_or_the_tokenizer() -> None:
