@@ -150,6 +150,13 @@ def test_the_seed_of_the_past_stays_whatever_resumes_it(consumed: int) -> None:
     assert not np.array_equal(np.stack(mixture(seed=4).sequences(0, consumed)), whole[:, :consumed])
 
 
+def test_the_same_sources_in_another_order_are_refused() -> None:
+    """A batch has them by their numbers: it would read the wrong ones."""
+    turned = Mixture(dict(reversed(ROWS.items())), WEIGHTS, total=20_000)
+    with pytest.raises(ValueError, match="rows have changed: they were"):
+        turned.resumed(mixture().state(), 100)
+
+
 def test_other_sources_are_refused() -> None:
     other = Mixture({**ROWS, "code": 91}, WEIGHTS, total=20_000)
     with pytest.raises(ValueError, match=r"rows have changed: they were .*'code': 90.* and are .*'code': 91"):
