@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.clock import copy_bandwidth, device, peak_bytes, timed
+from benchmarks.clock import copy_bandwidth, device, kernel_seconds, peak_bytes
 from benchmarks.conftest import Add, Race
 from benchmarks.shapes import MODELS, TOKENS
 from benchmarks.ways import ways
@@ -40,13 +40,13 @@ def race_losses(
     for name, way in ways(operation, TIER, dtype).items():
 
         def run(way: Any = way.run) -> None:
-            for leaf in leaves:
-                leaf.grad = None
+            clear(leaves)
             way(*leaves, targets).backward()
 
         try:
             if GPU:
                 run()  # compiles, where there is something to compile
+            clear(leaves)  # or gradients would count as what was there before
             peaks[name] = peak_bytes(run)
             runs[name] = run
         except torch.OutOfMemoryError:
@@ -59,6 +59,11 @@ def race_losses(
             "clock", operation=operation, shape=shape, size=size, dtype=str(dtype), way=name, seconds=timing.seconds,
             ratio=timing.ratio, spread=timing.spread, peak_bytes=peaks[name],
         )  # fmt: skip
+
+
+def clear(leaves: Any) -> None:
+    for leaf in leaves:
+        leaf.grad = None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,7 +90,7 @@ def gemm_seconds(hidden: torch.Tensor, weight: torch.Tensor) -> float:
         h = hidden[start : start + rows]
         logits = h @ weight.T
         for a, b in ((h, weight.T), (logits, weight), (logits.T, h)):
-            seconds += timed(partial(torch.mm, a, b))
+            seconds += kernel_seconds(partial(torch.mm, a, b))
     return seconds
 
 

@@ -21,7 +21,8 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
   remembered, and programs run where Python's stack has room.
 * `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
 
-Known to work with Triton 3.7.1 and 3.9.0; `install()` fails where the parts it replaces are missing.
+Known to work with Triton 3.6.0, 3.7.1 and 3.9.0, and NumPy 2.4; `install()` fails where the parts it replaces are
+missing.
 """
 
 import dataclasses
@@ -418,6 +419,8 @@ def _patch_launch(interpreter: Any) -> None:
         scope = stock_patch_language(sees_all)
         for module in (tl, tl.core):
             scope.set_attr(module, "multiple_of", _checked_multiple_of(module.multiple_of))
+        # NumPy 2.4 refuses int() of an array of one element, which Triton 3.6 asks for.
+        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         return scope
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class KernelFacts:
     scalar_spills: int  # registers; always 0 on NVIDIA
     code: Code
     hot_loops: tuple[Code, ...]  # innermost loops, in the order of the code
+    orders: tuple[str, ...]  # those of ORDERS that some way through the code takes
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "KernelFacts":
@@ -62,7 +63,13 @@ class KernelFacts:
             }
             return Code(**{**counts, **widths})
 
-        return cls(**{**fields, "code": code(fields["code"]), "hot_loops": tuple(map(code, fields["hot_loops"]))})
+        told = {"code": code(fields["code"]), "hot_loops": tuple(map(code, fields["hot_loops"]))}
+        return cls(**{**fields, **told, "orders": tuple(fields["orders"])})
+
+
+# Orders in which accesses to global memory and barriers may follow one another. A rewriting loop is an innermost one
+# that loads and stores; its stores are of that name alone, and its barriers are left out.
+ORDERS = ("load, barrier, store, barrier, store", "rewriting loop, barrier, store")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +101,7 @@ def facts(kernels: Sequence[Any]) -> list[KernelFacts]:
                 **resources(kernel, instructions),
                 code=count(instructions),
                 hot_loops=tuple(map(count, innermost_loops(instructions))),
+                orders=tuple(order for order in ORDERS if takes(instructions, order, count)),
             )
         )
     return found
@@ -153,6 +161,35 @@ def _closure(begin: Iterable[int], edges: Sequence[Iterable[int]], without: int 
         seen |= fresh
         waiting += fresh
     return seen
+
+
+def takes(instructions: Sequence[Instruction], order: str, count: Callable[[Sequence[Instruction]], Code]) -> bool:
+    """True if some way through the code meets what `order` names, one after the other."""
+    loops = [(loop, count(loop)) for loop in innermost_loops(instructions)]
+    rewriting = {id(i) for loop, code in loops if code.load_bits and code.store_bits for i in loop}
+
+    def name(instruction: Instruction) -> str:
+        code = count([instruction])
+        if id(instruction) in rewriting:
+            return "rewriting loop" if code.store_bits else ""
+        return "load" if code.load_bits else "store" if code.store_bits else "barrier" if code.barriers else ""
+
+    names, wanted = [name(instruction) for instruction in instructions], order.split(", ")
+    seen: set[tuple[int, int]] = set()  # an instruction, and how much of the order was met before it
+    waiting = [(0, 0)]
+    while waiting:
+        at, met = waiting.pop()
+        if at >= len(instructions) or (at, met) in seen:
+            continue
+        seen.add((at, met))
+        met += names[at] == wanted[met]
+        if met == len(wanted):
+            return True
+        if instructions[at].falls_through:
+            waiting.append((at + 1, met))
+        if (target := instructions[at].target) is not None:
+            waiting.append((target, met))
+    return False
 
 
 # NVIDIA: SASS and the use of resources, from the binary.

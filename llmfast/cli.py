@@ -182,7 +182,8 @@ def _out_of_memory(e: MemoryError | RuntimeError) -> bool:
 
 
 def _missing(e: ImportError) -> int:
-    return fail(f"{e}; training needs the extra: pip install 'llmfast-torch[train]'")
+    advice = "" if "pip install" in str(e) else "; training needs the extra: pip install 'llmfast-torch[train]'"
+    return fail(f"{e}{advice}")
 
 
 if __name__ == "__main__":

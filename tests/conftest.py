@@ -1,12 +1,14 @@
 """One pytest process for everything: kernels run in Triton's interpreter, on CPU tensors.
 
-The variable must be set before anything imports Triton. Machine code, which the interpreter cannot give, is looked at
-after the tests, by worker processes: see support/launched.py.
+The variable must be set before anything imports Triton, and GPUs be hidden before anything imports torch. Machine code,
+which the interpreter cannot give, is looked at after the tests, by worker processes: see support/launched.py.
 """
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+from support import gpus
+
+os.environ |= {"TRITON_INTERPRET": "1", **gpus.hiding()}
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -2,13 +2,16 @@
 
 import argparse
 import ast
+import base64
 import gzip
 import importlib
 import inspect
 import json
 import os
+import time
 from collections import Counter
 from dataclasses import asdict
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import pytest
 
 from llmfast.clean import Report, add_arguments, clean, folder, run
 from llmfast.cli import main
+from llmfast.data import load, prepare
 from llmfast.data.tokenizer import BPETokenizer, ByteTokenizer
 
 for needed in folder.NEEDED:
@@ -378,6 +382,74 @@ def test_nothing_is_left(text: str, tmp_path: Path, tokenizer: Path, capsys: pyt
     assert [path.name for path in (output / "tokens").iterdir()] == ["tokenizer.json"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+def test_a_table_is_cleaned_by_its_column_and_what_json_cannot_hold_is_counted(suffix: str, tmp_path: Path) -> None:
+    """NaN, half a surrogate pair and a large number once cost the document, as not JSON."""
+    path = tmp_path / f"a{suffix}"
+    when = datetime(2024, 5, 6, 7, 8)
+    if suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        table = {"body": [BREAD, GERMAN], "score": [float("nan"), 1.0], "raw": [b"x", None], "when": [when, None]}
+        pytest.importorskip("pyarrow.parquet").write_table(pa.table(table), path)
+        kept_columns = {"score": None, "raw": None, "when": when.isoformat()}
+        lost = {"score": 1, "raw": 1}
+    else:
+        row = '{"score": NaN, "half": "\\ud800", "big": [1, 1%s], "id": null, "body": %s}\n'
+        content = b"\xef\xbb\xbf" + (row % ("0" * 30, json.dumps(BREAD)) + json.dumps({"body": GERMAN})).encode()
+        path.write_bytes(pytest.importorskip("zstandard").compress(content) if suffix.endswith("zst") else content)
+        kept_columns = {"score": None, "half": None, "big": [1, None]}
+        lost = {"score": 1, "half": 1, "big": 1}
+    report = clean(path, tmp_path / "out", text_column="body")
+    (record,) = records(tmp_path / "out" / "text")
+    assert (record["text"], record["id"]) == (BREAD.strip(), f"a{suffix}/0")
+    assert record["metadata"]["input"] == kept_columns
+    assert went(tmp_path / "out") == {f"a{suffix}/1": ("language", "de")}
+    assert report.stages[0].values == lost
+    counts = ", ".join(f"{column} {count}" for column, count in lost.items())
+    assert f"such as NaN; null now: {counts}." in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"no text in a column 'text' \(text_column names .*columns are .*'body'"):
+        clean(path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_is_not_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    (corpus / "a.pdf").touch()
+    assert run(arguments(corpus, tmp_path / "out")) == 2
+    assert "; 1 file of another kind is left out: .pdf (1)" in capsys.readouterr().err
+    (corpus / "a.txt").write_text(BREAD)
+    assert run(arguments(corpus, tmp_path / "out")) == 0
+    assert "llmfast: 1 file of another kind is left out: .pdf (1)" in capsys.readouterr().err.splitlines()
+
+
+def test_what_was_kept_can_be_trained_on_and_cleaned_again(cleaned: tuple[Path, Report], tmp_path: Path) -> None:
+    output, _ = cleaned
+    said: list[str] = []
+    texts = {document.text for document in load(str(output), say=said.append)}
+    assert texts == set(kept(output).values())
+    assert said == [f"{output}: it was written by llmfast clean; of that only text/ is read"]
+    data = prepare([str(output)], tokenizer="bytes", seq_len=64, say=said.append)
+    assert len(data.train[str(output)]) > 0 and len(data.validation[str(output)]) > 0
+    again = clean(output, tmp_path / "again")
+    assert again.stages[0].documents_in == len(kept(output)) and again.ignored == {}
+    assert again.documents == len(kept(output))
+
+
+def test_a_long_word_takes_no_time_by_its_square_and_addresses_are_found_as_before() -> None:
+    from datatrove.pipeline.formatters import PIIFormatter
+
+    from llmfast.clean.recipe import Addresses
+
+    ours, theirs = Addresses(email_replacement="E", ip_replacement="I"), PIIFormatter(True, True, True, "E", "I")
+    for text in (ADDRESSES, f"<{EMAIL}>,{EMAIL};\n{EMAIL}\tx@y @ !a@b.cc a@[1.2.3.ab:] {IP}", *PLANTED.values()):
+        assert ours.format(text) == theirs.format(text)
+    text = base64.b64encode(np.random.default_rng(0).bytes(1_000_000)).decode()
+    start = time.perf_counter()
+    assert ours.format(text) == text
+    assert time.perf_counter() - start < 20
+
+
 def test_another_language(tmp_path: Path) -> None:
     corpus = tmp_path / "in"
     corpus.mkdir()
@@ -427,10 +499,10 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         clean(corpus, output, workers=0)
     with pytest.raises(ValueError, match="output must not be a mount point"):
         clean(corpus, "/proc")
-    with pytest.raises(ValueError, match=r"inputs must be one of \.txt, "):
+    with pytest.raises(ValueError, match=r"inputs must be one of \.md, "):
         clean(corpus / "table.csv", output)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no \.txt, \.md"):
+    with pytest.raises(ValueError, match=r"no \.md, \.py"):
         clean(tmp_path / "empty", output)
     for language in ("xx", "frr"):  # North Frisian has a tokenizer, but py3langid does not know it
         with pytest.raises(ValueError, match=f"language must be one .*; got '{language}'"):

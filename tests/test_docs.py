@@ -152,6 +152,22 @@ def test_every_public_name_is_in_the_reference() -> None:
             assert f"llmfast.{package}" in shown
 
 
+def test_figures_of_the_limits_are_the_codes() -> None:
+    """What pages say of models and targets is what runs."""
+    from evidence.compiler import TARGETS
+    from llmfast import _gpus
+    from llmfast.plan import cost
+
+    page = " ".join((ROOT / "docs" / "limits.md").read_text().split())
+    micro = f"{_gpus.LAUNCH * 1e6:g} µs"
+    shares = f"{_gpus.BANDWIDTH_SHARE:g} · bandwidth", f"{_gpus.TENSOR_CORE_SHARE:g} · tensor cores"
+    for formula in re.findall(r"sum over launches of .*?\)\)", page):
+        assert micro in formula and all(share in formula for share in shares), formula
+    assert len(re.findall(r"sum over launches of", page)) == 2
+    assert f"with a utilisation of {cost.UTILISATION:g}," in page
+    assert f"compiled for {', '.join(TARGETS[:-1])} and {TARGETS[-1]}:" in page
+
+
 def test_settings_are_all_listed() -> None:
     page = hooks.on_page_markdown(text_of(DOCS / "trainer.md"))
     assert hooks.PLACE not in page

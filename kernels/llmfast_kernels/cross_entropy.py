@@ -10,9 +10,10 @@ A row's logits are x = softcap(logit_scale * (given + bias)), its targets y_k we
 
 with a_k = (1 - label_smoothing) w_k c[y_k], b = label_smoothing / V sum_k w_k and class weights c. All of it is linear
 in lse and x, so a row needs its peak, the sum of its exponentials, and what pulls the loss down: sum a_k x[y_k] +
-b sum c_v x_v. Logits are compared with the peak before anything else is done to them: that difference is exact where it
-matters, however large the logits are, and lse, which rounds at their size, is made only for who asks. Arithmetic is
-float32. What is not used is a None pointer or scalar, and costs nothing.
+b sum c_v x_v. Exponents are base 2, and peaks are those of x log2(e). All that follows is taken from the difference of
+x log2(e) and the peak, which one fma makes and rounds once: it is as good for logits of 1e8 as for those of 1. lse
+rounds at the size of the logits, and is made only for the z-loss and for those who ask. Arithmetic is float32. What is
+not used is a None pointer or scalar, and costs nothing.
 """
 
 import math
@@ -29,9 +30,9 @@ from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Where a running maximum starts. Finite, so that a row (or a lane) of -inf logits makes no inf - inf; the lowest number
-# that is, so that logits masked by it are like any others.
-LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# Where a running maximum starts. Finite, so that a row (or a lane) of -inf logits makes no inf - inf.
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+PEAK_UNIT = 0.6931471805599453  # of the peaks that the launchers give and take, in that of the logits: ln(2)
 
 # What the kernels need to know of these numbers comes as VECTOR; a binary for each that is 1 or a multiple of 16 would
 # be no better.
@@ -118,25 +119,23 @@ def add_tile(
 ):  # fmt: skip
     """Fold a tile of logits into each thread's running values.
 
-    peak of x; total and moment, the sums of 2^t and t 2^t with t = (x - peak) * log2e; pull, the sum of `pulled`; best,
-    where the tile starts that the peak lies in. The reshape follows the order in which a tile lies in the
+    peak of x * log2e; total and moment, the sums of 2^t and t 2^t with t = x * log2e - peak; pull, the sum of `pulled`;
+    best, where the tile starts that the peak lies in. The reshape follows the order in which a tile lies in the
     threads' registers: every thread folds its own elements and none waits for another inside the loop; rescaling costs
     one exponential a thread, not one an element.
     """
     THREADS: tl.constexpr = peak.shape[0]
     x = tl.reshape(x, (x.shape[0] // (THREADS * VECTOR), THREADS, VECTOR))
-    tile_peak = tl.max(tl.max(x, axis=2), axis=0)
+    tile_peak = tl.max(tl.max(x, axis=2), axis=0) * LOG2E
     if ARGMAX:
         best = tl.where(tile_peak > peak, start, best)
     new_peak = tl.maximum(peak, tile_peak)
-    t = (x - new_peak[None, :, None]) * LOG2E
+    t = tl.fma(x, LOG2E, -new_peak[None, :, None])
     terms = tl.exp2(t)
-    move = (peak - new_peak) * LOG2E
-    rescale = tl.exp2(move)
+    rescale = tl.exp2(peak - new_peak)
     if ENTROPY:
         t = tl.maximum(t, -1000.0)  # 2^-1000 is 0 as 2^-inf is, but 0 * -inf would be NaN
-        move = tl.maximum(move, -1000.0)
-        moment = rescale * tl.fma(move, total, moment) + tl.sum(tl.sum(t * terms, axis=2), axis=0)
+        moment = rescale * tl.fma(peak - new_peak, total, moment) + tl.sum(tl.sum(t * terms, axis=2), axis=0)
     total = total * rescale + tl.sum(tl.sum(terms, axis=2), axis=0)
     if SMOOTH:
         pulled = tl.reshape(pulled, (pulled.shape[0] // (THREADS * VECTOR), THREADS, VECTOR))
@@ -148,13 +147,13 @@ def add_tile(
 def gradient(x, c, peak, factor, smooth, entropy_factor, entropy_shift, logit_scale, softcap):
     """The gradient of the given logits without the targets' own part.
 
-    (factor e + entropy_factor e (x - peak + entropy_shift) - smooth c) x', where e = exp(x - peak).
+    (factor e + entropy_factor e (t ln(2) + entropy_shift) - smooth c) x', where e = 2^t and t = x log2(e) - peak.
     """
-    below = x - peak
-    e = tl.exp2(below * LOG2E)
+    t = tl.fma(x, LOG2E, -peak)
+    e = tl.exp2(t)
     d = e * factor
     if entropy_factor is not None:
-        d += tl.where(e > 0, e * entropy_factor * (below + entropy_shift), 0.0)
+        d += tl.where(e > 0, e * entropy_factor * tl.fma(t, LN2, entropy_shift), 0.0)
     if smooth is not None:
         d -= smooth * c
     return through_softcap(d, x, logit_scale, softcap)
@@ -202,8 +201,8 @@ def cross_entropy_kernel(
     grad_scale_ptr,  # () f32 that the gradient is multiplied by, or None for 1
     # out; loss, peak, entropy are 0, total is 1 and argmax is -1 where a row is ignored
     loss_ptr,  # (N,) f32
-    peak_ptr,  # (N,) f32: max(x)
-    total_ptr,  # (N,) f32: sum(exp(x - peak))
+    peak_ptr,  # (N,) f32: max(x log2(e))
+    total_ptr,  # (N,) f32: sum(2^(x log2(e) - peak))
     entropy_ptr,  # (N,) f32, or None
     argmax_ptr,  # (N,) int64, or None
     partials_ptr,  # (5, N) f32 of the columns here, see `cross_entropy_partials`; or None
@@ -279,10 +278,6 @@ def cross_entropy_kernel(
     own_y = y - v_start  # of a target that is no class, or ignored: before the first column
     here = (own_y >= 0) & (own_y < V)
     x_y = read_logits(logits_row, bias_ptr, own_y, here, here, logit_scale, softcap)
-    base = 0.0
-    if SMOOTH:  # a sum of logits would round at their size, so it is one of differences from some logit of the row
-        base = read_logits(logits_row, bias_ptr, 0, None, None, logit_scale, softcap)
-        base = tl.where(tl.abs(base) < float("inf"), base, 0.0)
 
     peak = tl.full((THREADS,), LOWEST, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
@@ -291,14 +286,14 @@ def cross_entropy_kernel(
     best = tl.zeros((THREADS,), tl.int32)
     for start in range(0, full, BLOCK_V):
         x = read_logits(logits_row, bias_ptr, start + columns, None, None, logit_scale, softcap)
-        pulled = (x - base) * read_class_weights(c_row, start + columns, None, SMOOTH)
+        pulled = x * read_class_weights(c_row, start + columns, None, SMOOTH)
         peak, total, moment, pull, best = add_tile(
             x, pulled, start, peak, total, moment, pull, best, SMOOTH, ENTROPY, argmax_ptr is not None, VECTOR
         )
     if full < V:
         v = full + columns
         x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)
-        pulled = tl.where(v < V, (x - base) * read_class_weights(c_row, v, v < V, SMOOTH), 0.0)
+        pulled = tl.where(v < V, x * read_class_weights(c_row, v, v < V, SMOOTH), 0.0)
         x = tl.where(v < V, x, float("-inf"))  # after softcap, which would make a logit of it
         peak, total, moment, pull, best = add_tile(
             x, pulled, full, peak, total, moment, pull, best, SMOOTH, ENTROPY, argmax_ptr is not None, VECTOR
@@ -311,11 +306,10 @@ def cross_entropy_kernel(
     a_here = tl.where(here, a, 0.0)
 
     row_peak = tl.max(peak, axis=0)
-    move = (peak - row_peak) * LOG2E
-    rescale = tl.exp2(move)
+    rescale = tl.exp2(peak - row_peak)
     row_moment = 0.0
     if ENTROPY:
-        row_moment = tl.sum(rescale * tl.fma(tl.maximum(move, -1000.0), total, moment), axis=0) * LN2
+        row_moment = tl.sum(rescale * tl.fma(peak - row_peak, total, moment), axis=0) * LN2
     row_total = tl.sum(total * rescale, axis=0)
 
     if argmax_ptr is not None:  # one more tile: the first column of the first tile where the peak was found
@@ -329,13 +323,13 @@ def cross_entropy_kernel(
         tl.store(argmax_ptr + n, (first + v_start).to(tl.int64))
 
     # All differences are taken against the peak, so a confident row keeps its small loss to float32's last bits.
-    row_pull = tl.sum(tl.where(here, a * (x_y - row_peak), 0.0), axis=0)
+    row_pull = tl.sum(tl.where(here, a * tl.fma(x_y, LOG2E, -row_peak), 0.0), axis=0) * LN2
     mass = tl.sum(a_here, axis=0)
     if SMOOTH:
         class_weight = V + 0.0
         if class_weights_ptr is not None:
             class_weight = tl.load(class_weight_sums_ptr)
-        row_pull += b * (tl.sum(pull, axis=0) + class_weight * (base - row_peak))
+        row_pull += b * (tl.sum(pull, axis=0) - class_weight * (row_peak * LN2))
         mass += b * class_weight
     t = sane
     if token_weights_ptr is not None:
@@ -354,7 +348,7 @@ def cross_entropy_kernel(
     loss = mass * log_total - row_pull
     slope = mass  # of the loss in lse
     if z_loss is not None:
-        lse = row_peak + log_total
+        lse = tl.fma(row_peak, LN2, log_total)
         loss += z_loss * lse * lse
         slope += 2.0 * z_loss * lse
     tl.store(loss_ptr + n, loss * t)
@@ -473,7 +467,7 @@ def cross_entropy_backward_kernel(
             class_weight = tl.load(class_weight_sums_ptr + 1)
         slope += b * class_weight
     if z_loss is not None:
-        slope += 2.0 * z_loss * (peak + log_total)
+        slope += 2.0 * z_loss * tl.fma(peak, LN2, log_total)
     factor = t * slope
     if d_lse_ptr is not None:
         factor += tl.load(d_lse_ptr + n)
@@ -611,8 +605,8 @@ def cross_entropy_partials(
 ) -> tuple[Tensor, Tensor | None]:
     """What the columns here add to each row's loss, (5, N) f32, for rows that lie on several devices; and argmax.
 
-    peak of x; total = sum(exp(x - peak)); moment = sum((x - peak) exp(x - peak)); pull, less mass * peak; mass: the
-    weight of the columns' pull. See the top of this file.
+    peak of x log2(e); total = sum(2^t) with t = x log2(e) - peak; moment = sum(t ln(2) 2^t); pull, less mass * peak
+    ln(2); mass: the weight of the columns' pull. See the top of this file.
     """
     partials = logits.new_empty(PARTIALS, logits.shape[0], dtype=torch.float32)
     best = torch.empty_like(partials[0], dtype=torch.int64) if argmax else None

@@ -50,18 +50,15 @@ class Terms:
 class Rows(NamedTuple):
     """Results of N rows, all (N,). Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
-    logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large.
+    logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
+    peak is the largest logit in the unit of the row operations that made it.
     """
 
     loss: Tensor  # f32
-    peak: Tensor  # f32: largest logit
-    total: Tensor  # f32: sum(exp(x - peak))
+    peak: Tensor  # f32
+    total: Tensor  # f32: sum(exp(x - largest x))
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
-
-    @property
-    def lse(self) -> Tensor:
-        return self.peak + self.total.log()
 
 
 def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from llmfast._commands import fail
 from llmfast.clean.folder import clean
+from llmfast.data.reader import SUFFIXES, TEXT_COLUMN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """To the parser of `llmfast clean`; `run` takes what it parses."""
-    parser.add_argument("input", type=Path, metavar="INPUT", help="a folder (or file) of .txt, .md, .rst, .jsonl[.gz]")
+    kinds = ", ".join(SUFFIXES)
+    parser.add_argument("input", type=Path, metavar="INPUT", help=f"a folder (or file) of {kinds}")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder for text/, removed/ and report.md")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json: also write tokens/*.ds")
     parser.add_argument("--language", default="en", metavar="CODE", help="the only one that is kept (default: en)")
@@ -19,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share the files (default: 1)"
+    )
+    parser.add_argument(
+        "--text-column",
+        default=TEXT_COLUMN,
+        metavar="NAME",
+        help="of .jsonl and .parquet, the one that is the text (default: text)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, once the new one is complete")
 
@@ -33,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             language=args.language,
             language_model=args.language_model,
             workers=args.workers,
+            text_column=args.text_column,
             overwrite=args.overwrite,
             say=_say,
         )

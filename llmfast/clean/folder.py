@@ -9,8 +9,18 @@ from tempfile import TemporaryDirectory
 
 from llmfast._checks import expect
 from llmfast.clean.report import Report
+from llmfast.data.reader import (
+    NO_TEXT,
+    SUFFIXES,
+    TEXT_COLUMN,
+    Found,
+    LeftOut,
+    expect_packages,
+    find,
+    others_left_out,
+    read,
+)
 
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.gz")
 NEEDED = ("datatrove", "ftfy", "orjson", "py3langid", "regex", "spacy", "tokenizers", "xxhash")
 
 
@@ -22,6 +32,7 @@ def clean(
     language: str = "en",
     language_model: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    text_column: str = TEXT_COLUMN,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Report:
@@ -33,9 +44,10 @@ def clean(
     is kept, and how many files there are, depends on `workers`.
 
     Args:
-        inputs: A folder, searched recursively for .txt, .md and .rst (a file is a document) and .jsonl and .jsonl.gz
-            (a line is one: an object with a string `text`, perhaps an `id`; the rest goes to `metadata.input`). Names
-            that start with a dot are skipped. Or one such file.
+        inputs: A folder, searched recursively for .txt, .md, .rst and .py (a file is a document), .jsonl, .jsonl.gz
+            and .jsonl.zst (a line is one: an object with the text, perhaps an `id`; the rest goes to
+            `metadata.input`), and .parquet (a row is one). Names that start with a dot are skipped. Or one such file.
+            Of a folder that this function wrote only `text/` is read.
         output: A folder that does not exist yet, or is empty.
         tokenizer: A `tokenizer.json` that has "<|endoftext|>", which then ends each document. Documents are shuffled
             within a file.
@@ -45,20 +57,23 @@ def clean(
             of 0.65. Needs `pip install fasteners fasttext-numpy2-wheel`; datatrove keeps a copy by path in its cache.
         workers: Processes. Each takes every `workers`-th file. They import the script that called, so for more than
             one it needs `if __name__ == "__main__":`.
+        text_column: The column of tables that is the text.
         overwrite: Replace an output that this function wrote.
-        say: Gets a line for each step as it begins.
+        say: Gets a line for each step as it begins, and before that one about files that are not read.
 
     Raises:
         FileNotFoundError: An input, tokenizer or language model does not exist.
         FileExistsError: The output is not empty, and `overwrite` is not given or it is not one of ours.
         ValueError: An argument is out of range, the folders contain each other, or there is no file to read.
-        ImportError: The extra `clean` is not installed.
+        ImportError: The extra `clean` is not installed, or what one of the files needs.
     """
     # Not Path.resolve, which before Python 3.13 raises a RuntimeError for links in a circle.
     inputs, output = Path(os.path.realpath(inputs)), Path(os.path.realpath(output))
     expect(workers >= 1, f"workers must be at least 1; got {workers}")
+    expect(bool(text_column), "text_column must name a column; got ''")
     _check_folders(inputs, output, overwrite)
-    root, names, ignored = _find(inputs)
+    root, found = _find(inputs)
+    names, ignored = [name for name, _ in found.files], dict(found.others)
     if language_model is not None and not Path(language_model).is_file():
         raise FileNotFoundError(f"no such file: language_model {os.fspath(language_model)}")
     missing = [name for name in NEEDED if find_spec(name) is None]
@@ -75,6 +90,9 @@ def clean(
         encoder is None or isinstance(encoder, BPETokenizer),
         f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
     )
+    say = say or (lambda text: None)
+    if ignored:
+        say(others_left_out(ignored))
     model = None if language_model is None else Path(os.path.realpath(language_model))
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +102,10 @@ def clean(
         if encoder is not None:
             (new / "tokens").mkdir()
             encoder.save(new / "tokens" / TOKENIZER_FILE)  # neither cuts nor pads, whatever the original did
-        pipelines = Pipelines(new, min(workers, len(names)), say or (lambda text: None))
+        pipelines = Pipelines(new, min(workers, len(names)), text_column, say)
         stages = pipelines.run(root, names, language, model)
+        if stages[0].documents_out == 0 and NO_TEXT in stages[0].reasons:
+            raise ValueError(_no_text(inputs, found, text_column))
         settings = {
             "inputs": str(inputs),
             "language": language,
@@ -116,13 +136,23 @@ def _check_folders(inputs: Path, output: Path, overwrite: bool) -> None:
             raise FileExistsError(f"output exists: {output}; {advice}")
 
 
-def _find(inputs: Path) -> tuple[Path, list[str], dict[str, int]]:
-    """The folder to start from, names of the files to read from there, and counts of others by suffix."""
+def _no_text(inputs: Path, found: Found, text_column: str) -> str:
+    left = LeftOut(text_column)
+    for name, path in found.files:
+        for record in read(path, name, text_column, whole=True):
+            left.add(record)
+    return "; ".join(
+        [f"no text in a column {text_column!r} (text_column names another) in {inputs}", *left.sentences(found)]
+    )
+
+
+def _find(inputs: Path) -> tuple[Path, Found]:
+    """The folder to start from, and the files there."""
     if inputs.is_file():
-        expect(inputs.name.endswith(SUFFIXES), f"inputs must be one of {', '.join(SUFFIXES)}; got {inputs}")
-        return inputs.parent, [inputs.name], {}
-    relative = [path.relative_to(inputs) for path in inputs.rglob("*") if path.is_file()]
-    visible = sorted(path.as_posix() for path in relative if not any(part.startswith(".") for part in path.parts))
-    names = [name for name in visible if name.lower().endswith(SUFFIXES)]
-    expect(bool(names), f"no {', '.join(SUFFIXES)} in {inputs}")
-    return inputs, names, dict(Counter(Path(n).suffix or "(none)" for n in visible if not n.lower().endswith(SUFFIXES)))
+        expect(inputs.name.lower().endswith(SUFFIXES), f"inputs must be one of {', '.join(SUFFIXES)}; got {inputs}")
+        expect_packages([inputs.name])
+        return inputs.parent, Found([(inputs.name, inputs)], Counter(), [])
+    found = find(inputs, SUFFIXES)
+    others = f"; {others_left_out(found.others)}" if found.others else ""
+    expect(bool(found.files), f"no {', '.join(SUFFIXES)} in {inputs}{others}")
+    return inputs, found

@@ -26,12 +26,13 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.logging import setup_default_logger
 
-from llmfast.clean.reader import Count, Reader
+from llmfast.clean.reader import LOST, Count, Reader
 from llmfast.clean.recipe import REASONS, STAGES, exact_config, filters, minhash_config
 from llmfast.clean.report import Stage, removed
 from llmfast.data.tokenizer import END_OF_TEXT
 
 TOKENIZER_FILE = "tokenizer.json"
+LINES_CUT = "line-filter-"  # begins the names of C4's counters
 
 
 class Pipelines:
@@ -40,14 +41,16 @@ class Pipelines:
     Args:
         folder: Gets `text/`, `removed/`, `logs/`, and `tokens/` where there is a `tokens/tokenizer.json` already.
         workers: Processes, and the number of parts into which each pipeline divides its files.
+        text_column: The column of tables that is the text.
         say: Gets a line for each pipeline as it begins.
     """
 
-    def __init__(self, folder: Path, workers: int, say: Callable[[str], None]) -> None:
-        self.folder, self.workers, self.say = folder, workers, say
+    def __init__(self, folder: Path, workers: int, text_column: str, say: Callable[[str], None]) -> None:
+        self.folder, self.workers, self.text_column, self.say = folder, workers, text_column, say
         self.scratch = folder / "scratch"
         self.counts: dict[str, tuple[int, int]] = {}  # documents and bytes after each stage
         self.lines: dict[str, dict[str, int]] = {}
+        self.lost: dict[str, int] = {}
         self.tokens = 0
 
     def run(self, root: Path, names: list[str], language: str, language_model: Path | None) -> list[Stage]:
@@ -62,7 +65,7 @@ class Pipelines:
         return self._stages()
 
     def _filter(self, root: Path, names: list[str], language: str, language_model: Path | None) -> None:
-        steps = [Reader(root, names, self._off("read")), Count("read")]
+        steps = [Reader(root, names, self.text_column, self._off("read")), Count("read")]
         for stage, step in filters(language, language_model, self._off):
             steps += [step, Count(stage)]
         self._execute("filters", [*steps, _writer(self.scratch / "filtered")])
@@ -97,7 +100,9 @@ class Pipelines:
         for i, stat in enumerate(stats):
             if stat.name in ("found", *STAGES):
                 self.counts[stat.name] = stat["bytes"].n, int(stat["bytes"].total)
-                self.lines[stat.name] = _lines_cut(stats[i - 1])
+                self.lines[stat.name] = _counters(stats[i - 1], LINES_CUT)
+            if stat.name == "found":
+                self.lost = _counters(stat, LOST)
             self.tokens += int(stat["tokens"].total)
 
     def _off(self, stage: str) -> Any:
@@ -121,6 +126,7 @@ class Pipelines:
                     reasons=reasons,
                     samples=samples,
                     lines=self.lines.get(name, {}),
+                    values=self.lost if name == "read" else {},
                 )
             )
             documents_in, bytes_in = documents_out, bytes_out
@@ -172,8 +178,7 @@ def _writer(folder: Path) -> Any:
     return JsonlWriter(str(folder), compression=None)
 
 
-def _lines_cut(stat: Any) -> dict[str, int]:
-    prefix = "line-filter-"  # of C4's counters
+def _counters(stat: Any, prefix: str) -> dict[str, int]:
     return {k.removeprefix(prefix): int(v.total) for k, v in stat.stats.items() if k.startswith(prefix)}
 
 

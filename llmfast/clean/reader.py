@@ -3,35 +3,57 @@
 # mypy: disable-error-code="import-not-found,import-untyped"
 # pyright: reportMissingImports=false
 
-import gzip
-import zlib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-import orjson
 from datatrove.data import Document
 from datatrove.utils.stats import Stats
+
+from llmfast.data.reader import Record, is_unicode, read
+
+LOST = "lost-value-"  # begins the names of the counters of values that were lost, and then comes the column
+_DEEPEST = 200  # levels of lists and objects; orjson, with which datatrove writes, takes 254
 
 
 class Reader:
     """First step of a pipeline: yields what can be read, and writes off what cannot."""
 
-    def __init__(self, root: Path, names: list[str], exclusion_writer: Any) -> None:
-        self.root, self.names, self.exclusion_writer = root, names, exclusion_writer
+    def __init__(self, root: Path, names: list[str], text_column: str, exclusion_writer: Any) -> None:
+        self.root, self.names, self.text_column, self.exclusion_writer = root, names, text_column, exclusion_writer
         self.stats = Stats("found")  # datatrove adds them up over processes
 
     def __call__(self, data: None, rank: int, world_size: int) -> Iterator[Document]:
         with self.exclusion_writer as writer:
             for name in self.names[rank::world_size]:
                 shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # no other is JSON
-                for document, fault in _documents(self.root / name, shown):
+                for record in read(self.root / name, shown, self.text_column, whole=True):
+                    document = self._document(record)
                     self.stats["bytes"].update(len(document.text.encode("utf-8")))
-                    if fault:
-                        document.metadata["filter_reason"] = fault
+                    if record.fault is not None:
+                        document.metadata["filter_reason"] = record.fault
                         writer.write(document, rank)
                     else:
                         yield document
+
+    def _document(self, record: Record) -> Document:
+        if record.fault not in (None, "blank"):
+            return Document(record.text, record.name)
+        columns = {}
+        for column, value in record.columns.items():
+            lost: list[Any] = []
+            name = column.encode("utf-8", "replace").decode("utf-8")
+            columns[name] = _storable(value, lost)
+            if lost:
+                self.stats[LOST + name].update(len(lost))
+        identity = columns.pop("id", None)
+        # Not at the top, where datatrove would take a "rank" or "filter_reason" for its own.
+        metadata = {"input": columns} if columns else {}
+        return Document(record.text, record.name if identity is None else str(identity), metadata=metadata)
 
 
 class Count:
@@ -46,39 +68,26 @@ class Count:
             yield document
 
 
-def _documents(path: Path, name: str) -> Iterator[tuple[Document, str | None]]:
-    """Documents, and what is wrong with them if something is."""
-    if not name.lower().endswith((".jsonl", ".gz")):
-        yield _text(path.read_bytes(), name)
-        return
-    i = -1
-    try:
-        with gzip.open(path) if name.lower().endswith(".gz") else path.open("rb") as lines:
-            for i, line in enumerate(lines):
-                if line.strip():
-                    yield _record(line, f"{name}/{i}")
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        yield Document("", f"{name}/{i + 1}"), "broken gzip from here on"
-
-
-def _text(content: bytes, name: str) -> tuple[Document, str | None]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return Document(content.decode("utf-8", "replace"), name), "not UTF-8"
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as text mode does
-    return Document(text, name), None if text.strip() else "blank"
-
-
-def _record(line: bytes, where: str) -> tuple[Document, str | None]:
-    broken = Document(line.decode("utf-8", "replace"), where)
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return broken, "not JSON"
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        return broken, "no text"
-    text, identity = record.pop("text"), record.pop("id", where)
-    # Not at the top, where datatrove would take a "rank" or "filter_reason" for its own.
-    metadata = {"input": record} if record else {}
-    return Document(text, str(identity), metadata=metadata), None if text.strip() else "blank"
+def _storable(value: Any, lost: list[Any], depth: int = 0) -> Any:
+    """What JSON has for a value. None for one that it has nothing for, which is added to `lost`."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, str) and is_unicode(value):
+        return value
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if isinstance(value, list | tuple) and depth < _DEEPEST:
+        return [_storable(item, lost, depth + 1) for item in value]
+    if isinstance(value, Mapping) and depth < _DEEPEST:
+        return {
+            str(key).encode("utf-8", "replace").decode("utf-8"): _storable(item, lost, depth + 1)
+            for key, item in value.items()
+        }
+    lost.append(value)
+    return None

@@ -19,6 +19,7 @@ IPv4 addresses are found, in the text but not in other columns of JSONL, and a v
 # mypy: disable-error-code="import-not-found,import-untyped"
 # pyright: reportMissingImports=false
 
+import re
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -59,6 +60,7 @@ STAGES = {
     "near_duplicates": "Of nearly equal texts one stays: MinHash of 5-grams of words, 14 buckets of 8 hashes, which "
     "finds most pairs that share 0.72 or more of them.",
 }
+_WORD = re.compile(r"\S+")
 # Of those stages that only say yes or no.
 REASONS = {"language": "another language", "exact_duplicates": "equal text", "near_duplicates": "nearly equal text"}
 
@@ -82,7 +84,7 @@ def filters(
     off = exclusion_writer
     return [
         ("fix_text", FTFYFormatter()),
-        ("addresses", PIIFormatter(email_replacement=EMAIL, ip_replacement=IP)),
+        ("addresses", Addresses(email_replacement=EMAIL, ip_replacement=IP)),
         ("language", _language_filter(language, language_model, off("language"))),
         ("repetition", GopherRepetitionFilter(language=language, exclusion_writer=off("repetition"))),
         (
@@ -104,6 +106,19 @@ def filters(
         ),
         ("fineweb", FineWebQualityFilter(language=language, exclusion_writer=off("fineweb"))),
     ]
+
+
+class Addresses(PIIFormatter):  # type: ignore[misc]
+    """Looks for e-mail addresses only in words with an @, with the same result.
+
+    datatrove's pattern takes time by the square of a word's length: minutes for 100 kB of base64.
+    """
+
+    def format(self, text: str) -> str:
+        replace = self.emails_replacer.replace
+        text = _WORD.sub(lambda word: replace(word[0]) if "@" in word[0] else word[0], text)
+        replaced: str = self.ip_replacer.replace(text)
+        return replaced
 
 
 def exact_config() -> ExactDedupConfig:

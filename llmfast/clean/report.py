@@ -33,6 +33,7 @@ class Stage:
     reasons: dict[str, int]  # documents that went
     samples: dict[str, list[Sample]]  # at most `SAMPLES` by reason
     lines: dict[str, int] = field(default_factory=dict)  # lines cut out of documents, by reason
+    values: dict[str, int] = field(default_factory=dict)  # lost in other columns than the text, by column
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Report:
             if s.lines:
                 counts = ", ".join(f"{reason} {count:,}" for reason, count in s.lines.items())
                 parts.append(f"Lines cut, in documents that went later too: {counts}.")
+            if s.values:
+                counts = ", ".join(f"{column} {count:,}" for column, count in s.values.items())
+                parts.append(f"Values of other columns that JSON has nothing for, such as NaN; null now: {counts}.")
             for reason, count in s.reasons.items():
                 parts.append(f"**{reason}**: {count:,}")
                 parts.append(_indented("\n".join(f"{x.id}: {x.text}" for x in s.samples[reason])))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,11 @@ from llmfast.data.best_fit import pack_best_fit
 from llmfast.data.fim import FIM, FIMDocumentRows, FIMRows
 from llmfast.data.mixture import Mixture
 from llmfast.data.packing import Batch, PackedRows, Rows, joined, pack
-from llmfast.data.sources import is_held_out, load
-from llmfast.data.token_files import SUFFIXES, open_token_file
-from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from llmfast.data.reader import TEXT_COLUMN
+from llmfast.data.sources import Document, load, warn
+from llmfast.data.split import SPLITS, Split, by_document, by_end
+from llmfast.data.token_files import SUFFIXES, TokenFile, open_token_file
+from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokenizer, TokenIds, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Dataset:
     train: dict[str, Rows]  # by source
     validation: dict[str, Rows]  # by source; empty where nothing was held out
     tokenizer: Tokenizer
+    split: dict[str, Split] = field(default_factory=dict)  # by source: how the validation part was chosen
 
     def batch(self, source: npt.NDArray[np.int64], row: npt.NDArray[np.int64], first: int) -> Batch:
         """Training sequences `first` and following: (B,) sources and rows, as `Mixture.sequences` gives them."""
@@ -69,22 +72,33 @@ def prepare(
     packing: Literal["concat", "best_fit"] = "concat",
     fim: Callable[[Tokenizer], FIM] | None = None,
     fim_unit: Literal["context", "document"] = "context",
+    text_column: str = TEXT_COLUMN,
+    split: Mapping[str, Split] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Dataset:
-    """Load the sources, split them by file, train the tokenizer on the training part, encode and pack.
+    """Load the sources, split them, train the tokenizer on the training part, encode and pack.
 
     Args:
         sources: "code", "prose", or paths of folders and files; see `load`. "name=path" gives one another name. Files
-            of tokens (.ds, .bin, .idx) are mapped into memory; of these the last documents validate.
+            of tokens (.ds, .bin, .idx) are mapped into memory.
         tokenizer: "bpe" (needs `tokenizers`), "bytes", or the path of a saved tokenizer: that of the files of tokens.
         vocab_size: Ids of a new BPE tokenizer; the others have their own.
         seq_len: Tokens per row.
-        held_out: Share of each source's files that is kept for validation; 0 keeps none.
+        held_out: Share of each source that is kept for validation; 0 keeps none.
         packing: "concat" (`pack`) or "best_fit" (`pack_best_fit`), of texts.
         fim: With the tokenizer, how documents of the training part are rearranged; see `FIM`.
         fim_unit: Rearranged is what a row has of a document ("context"), or documents before they are packed.
+        text_column: The column of tables that is the text; see `text_files`.
+        split: By source, how the validation part is chosen. "documents" holds out whole ones, by a hash of their names
+            (of a file of tokens, the last ones); "end" holds out the last part of the text, or of the tokens. By
+            default that is "documents", and "end" where whole ones leave less than a row in either part.
+            `Dataset.split` has what was done: give that again for the same parts, whatever the tokenizer and seq_len.
+        say: Gets lines about what is left out of the sources, and which end of the text validates; by default these
+            are warnings.
 
     Raises:
         ValueError: An argument is out of range, or a source has too little text for one row in either part.
+        ImportError: A file or the tokenizer needs a package that is not installed.
     """
     expect(not isinstance(sources, str), f"sources must be a list of names; got the string {sources!r}")
     expect(len(sources) > 0, "sources must name at least one source")
@@ -106,31 +120,50 @@ def prepare(
         saved = tokenizer not in ("bpe", "bytes")
         expect(saved, f"files of tokens need the tokenizer.json they were made with; got tokenizer={tokenizer!r}")
         expect(not whole, "fim_unit='document' needs texts; files of tokens can have fim_unit='context'")
-    texts = {name: _split(name, where, held_out) for name, where in places.items() if name not in files}
-    encoder = _tokenizer(tokenizer, [text for train, _ in texts.values() for text in train], vocab_size)
-    rearranged = None if fim is None else fim(encoder)
-
-    train: dict[str, Rows] = {}
-    validation: dict[str, Rows] = {}
-    for name, where in places.items():
-        if name in texts:
-            part, held = texts[name]
-            if rearranged is not None and whole:
-                train[name] = FIMDocumentRows.pack(encoder.encode_batch(part), seq_len, rearranged)
+    for name, how in (split or {}).items():
+        expect(name in places, f"split must name sources; got {name!r}, which is none of {', '.join(places)}")
+        expect(how in SPLITS, f"split of {name!r} must be one of {str(SPLITS)[1:-1]}; got {how!r}")
+    documents = {
+        name: load(where, text_column=text_column, say=say) for name, where in places.items() if name not in files
+    }
+    given: dict[str, Split] = dict(split or {})
+    chosen: dict[str, Split] = {}
+    for name in places:
+        few = name in documents and held_out > 0 and not all(by_document(documents[name], held_out))
+        chosen[name] = given.get(name, "end" if few else "documents")
+    while True:
+        texts = {name: _parts(name, documents[name], held_out, chosen[name]) for name in documents}
+        encoder = _tokenizer(tokenizer, [text for train, _ in texts.values() for text in train], vocab_size)
+        rearranged = None if fim is None else fim(encoder)
+        tokens = {name: open_token_file(places[name], vocab_size=encoder.vocab_size) for name in files}
+        rows: dict[str, tuple[Rows, Rows | None]] = {}
+        short: dict[str, ValueError] = {}
+        for name in places:
+            try:
+                if name in files:
+                    rows[name] = _rows_of_tokens(tokens[name], held_out, chosen[name], seq_len)
+                else:
+                    rows[name] = _rows_of_texts(texts[name], encoder, seq_len, packing, rearranged if whole else None)
+            except ValueError as error:
+                short[name] = error
+        for name, reason in short.items():
+            if held_out == 0 or chosen[name] == "end" or name in given:
+                raise ValueError(f"source {name!r}: {reason}") from reason
+            chosen[name] = "end"
+        if not short:
+            break
+    for name, how in chosen.items():
+        if held_out > 0 and how == "end":
+            if name in files:
+                what, (kept, held) = "tokens", (part.num_tokens for part in tokens[name].split(held_out, how))
             else:
-                train[name] = _pack(f"source {name!r}'s training part", part, encoder, seq_len, packing)
-            if held_out > 0:
-                validation[name] = _pack(f"source {name!r}'s validation part", held, encoder, seq_len, packing)
-        else:
-            file = open_token_file(where, vocab_size=encoder.vocab_size)
-            if held_out > 0:
-                file, rest = file.split(held_out)
-                validation[name] = rest.rows(seq_len)
-            train[name] = file.rows(seq_len)
-        rows = train[name]
-        if rearranged is not None and isinstance(rows, PackedRows):
-            train[name] = FIMRows(rows, rearranged)
-    return Dataset(train, validation, encoder)
+                what, (kept, held) = "text", (sum(map(len, part)) for part in texts[name])
+            why = "" if name in given else ", as it has too few documents to hold out whole ones"
+            (say or warn)(f"{name}: the last {held / (kept + held):.1%} of its {what} validate{why}")
+    train = {name: part for name, (part, _) in rows.items()}
+    if rearranged is not None:
+        train = {n: FIMRows(part, rearranged) if isinstance(part, PackedRows) else part for n, part in train.items()}
+    return Dataset(train, {name: held for name, (_, held) in rows.items() if held is not None}, encoder, chosen)
 
 
 def _is_tokens(where: str) -> bool:
@@ -143,18 +176,16 @@ def source_name(source: str) -> tuple[str, str]:
     return (name, where) if equals and re.fullmatch(r"[\w-]+", name) else (source, source)
 
 
-def _split(name: str, where: str, held_out: float) -> tuple[list[str], list[str]]:
+def _parts(name: str, documents: Sequence[Document], held_out: float, how: Split) -> tuple[list[str], list[str]]:
     """Texts to train on, and those to validate on."""
-    parts: tuple[list[str], list[str]] = [], []
-    for document in load(where):
-        parts[is_held_out(document, held_out)].append(document.text)
-    kept, held = parts
-    expect(bool(kept), f"source {name!r} has no file left to train on at held_out={held_out}")
+    kept, held = (by_document if how == "documents" or held_out == 0 else by_end)(documents, held_out)
+    part = "train" if not kept else "validate"
     expect(
-        bool(held) or held_out == 0,
-        f"source {name!r} has no file to validate on at held_out={held_out}; try more, or 0",
+        bool(kept) and (bool(held) or held_out == 0),
+        f"source {name!r} has no {'document' if how == 'documents' else 'text'} to {part} on at held_out={held_out}"
+        + ("; split='end' holds out a part of its text" if how == "documents" else ""),
     )
-    return parts
+    return kept, held
 
 
 def _tokenizer(name: str, texts: list[str], vocab_size: int) -> Tokenizer:
@@ -168,9 +199,36 @@ def _tokenizer(name: str, texts: list[str], vocab_size: int) -> Tokenizer:
         raise ValueError(f"unknown tokenizer {name!r}: expected 'bpe', 'bytes' or a file that exists") from None
 
 
-def _pack(part: str, texts: list[str], tokenizer: Tokenizer, seq_len: int, packing: str) -> PackedRows:
-    ids = tokenizer.encode_batch(texts)
-    try:
-        return (pack if packing == "concat" else pack_best_fit)(ids, seq_len, tokenizer.eot_id)
-    except ValueError as error:
-        raise ValueError(f"{part} is too small: {error}") from error
+def _rows_of_tokens(file: TokenFile, held_out: float, how: Split, seq_len: int) -> tuple[Rows, Rows | None]:
+    if held_out == 0:
+        return file.rows(seq_len), None
+    kept, held = file.split(held_out, how)
+    return kept.rows(seq_len), held.rows(seq_len)
+
+
+def _rows_of_texts(
+    texts: tuple[list[str], list[str]], tokenizer: Tokenizer, seq_len: int, packing: str, rearranged: FIM | None
+) -> tuple[Rows, Rows | None]:
+    """Rows of the texts to train on, and of those to validate on if there are any."""
+    kept, held = (tokenizer.encode_batch(part) for part in texts)
+    if packing == "concat":
+        _expect_rows({"training": kept, **({"validation": held} if texts[1] else {})}, seq_len)
+    pack_texts = pack if packing == "concat" else pack_best_fit
+    train = (
+        pack_texts(kept, seq_len, tokenizer.eot_id)
+        if rearranged is None
+        else FIMDocumentRows.pack(kept, seq_len, rearranged)
+    )
+    return train, pack_texts(held, seq_len, tokenizer.eot_id) if texts[1] else None
+
+
+def _expect_rows(parts: Mapping[str, Sequence[TokenIds]], seq_len: int) -> None:
+    """ValueError if a part fills no row, with what would."""
+    tokens = {part: sum(len(ids) + 1 for ids in documents if len(ids)) for part, documents in parts.items()}
+    most = min(tokens.values()) - 1
+    for part, n in tokens.items():
+        expect(
+            n > seq_len,
+            f"its {part} part is too small: one row of seq_len={seq_len} needs {seq_len + 1} tokens, and it has {n}; "
+            f"give it more text{f', or take a seq_len of at most {most}' if most >= 2 else ''}",
+        )

@@ -150,7 +150,9 @@ class Mixture:
         """
         try:
             then = state["rows"]
-            expect(then == self.rows, f"the sources' rows have changed: they were {then}, and are {self.rows}")
+            # In the same order: a batch has sources by their numbers.
+            same = [*then.items()] == [*self.rows.items()]
+            expect(same, f"the sources' rows have changed: they were {then}, and are {self.rows}")
             past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"])
         except (LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"this is not the state of a mixture: {state!r:.200}") from e

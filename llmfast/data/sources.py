@@ -9,15 +9,15 @@ import difflib
 import hashlib
 import re
 import sysconfig
-import tokenize
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from llmfast._checks import expect
-
-TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
+from llmfast.data.reader import TEXT_COLUMN, Found, LeftOut, expect_packages, find, read, read_text, suffixes
 
 # Whole folders of the standard library that are no code people write by hand: tests, third-party packages, the manual.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
@@ -40,12 +40,12 @@ def python_code() -> Iterator[Document]:
     `encodings`, and files that do not decode.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    for name, path in _files(root, (".py",)):
+    for name, path in find(root, (".py",)).files:
         if _SKIPPED_FOLDERS.intersection(name.split("/")) or name.startswith("_sysconfigdata"):
             continue
         try:
-            text = _read(path)
-        except (UnicodeDecodeError, SyntaxError):  # SyntaxError: an unknown encoding is declared
+            text = read_text(path)
+        except (UnicodeDecodeError, SyntaxError, LookupError):
             continue
         if text.strip() and not (name.startswith("encodings/") and _CHARACTER_TABLE.search(text)):
             yield Document(name, text)
@@ -64,37 +64,63 @@ def python_prose() -> Iterator[Document]:
             yield Document(f"docstrings/{code.name}", text)
 
 
-def text_files(path: str | PathLike[str]) -> Iterator[Document]:
-    """The text files under a folder, sorted by path, or one file of any suffix.
+def text_files(
+    path: str | PathLike[str], *, text_column: str = TEXT_COLUMN, say: Callable[[str], None] | None = None
+) -> Iterator[Document]:
+    """The texts under a folder, sorted by path, or of one file.
 
-    Folders are searched recursively for .md, .py, .rst and .txt; names that start with a dot are skipped, and so are
-    blank files. Text is UTF-8 (a .py file may declare another encoding); line ends become "\\n".
+    Folders are searched recursively; names that start with a dot are skipped. A .md, .py, .rst or .txt file is a
+    document, and so is a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet. One file may have any suffix.
+    Of a folder that `llmfast clean` wrote only `text/` is read. Text is UTF-8 (a .py file may declare another
+    encoding); line ends become "\\n", and a byte order mark goes.
+
+    Args:
+        path: The folder or file.
+        text_column: The column that is the text; "" leaves files with columns out.
+        say: Gets a line for each sort of what is left out (files of other kinds, blank ones, broken lines), with its
+            number and the first place. By default these are warnings.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: nothing but blank files was found, or a file does not decode.
+        ValueError: There is no text, or a file is damaged or not UTF-8.
+        ImportError: A file needs a package that is not installed.
     """
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"no such file or folder: {root}")
-    found = False
-    for name, file in [(root.name, root)] if root.is_file() else _files(root, TEXT_SUFFIXES):
-        try:
-            text = _read(file)
-        except (UnicodeDecodeError, SyntaxError) as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-        if text.strip():
-            found = True
-            yield Document(name, text)
-    looked_for = "" if root.is_file() else f"; looked for {', '.join(TEXT_SUFFIXES)}"
-    expect(found, f"no text in {root}{looked_for}")
+    kinds = suffixes(text_column)
+    if root.is_file():
+        expect_packages([root.name])
+        found = Found([(root.name, root)], Counter(), [])
+    else:
+        found = find(root, kinds)
+    left, some = LeftOut(text_column), False
+    for name, file in found.files:
+        for record in read(file, name, text_column):
+            if record.fault is None:
+                some = True
+                yield Document(record.name, record.text)
+            elif record.damaged:
+                what = "is not UTF-8 text" if record.fault == "not UTF-8" else f"is damaged, {record.fault}"
+                raise ValueError(f"{file} {what}: {record.place}")
+            else:
+                left.add(record)
+    if not some:
+        column = f" in a column {text_column!r} (text_column names another)" if left.columns else ""
+        looked_for = [] if root.is_file() else [f"looked for {', '.join(kinds)}"]
+        why = [] if root.is_file() and left.only_blank else left.sentences(found)
+        raise ValueError("; ".join([f"no text{column} in {root}", *looked_for, *why]))
+    for sentence in left.sentences(found):
+        (say or warn)(f"{root}: {sentence}")
 
 
 BUILT_IN: dict[str, Callable[[], Iterator[Document]]] = {"code": python_code, "prose": python_prose}
 
 
-def load(name: str) -> list[Document]:
+def load(name: str, *, text_column: str = TEXT_COLUMN, say: Callable[[str], None] | None = None) -> list[Document]:
     """All documents of "code", "prose", or of the folder or file called `name` ("./code" is a folder called code).
+
+    `text_column` and `say` are those of `text_files`.
 
     Raises:
         ValueError: `name` is none of these, or holds no text.
@@ -104,7 +130,7 @@ def load(name: str) -> list[Document]:
         expect(bool(documents), f"source {name!r} is empty: this Python has no sources in its standard library folder")
         return documents
     if name and Path(name).exists():
-        return list(text_files(name))
+        return list(text_files(name, text_column=text_column, say=say))
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     choices = ", ".join(map(repr, BUILT_IN))
@@ -122,21 +148,9 @@ def is_held_out(document: Document, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < fraction * 2.0**64
 
 
-def _files(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Name ("json/decoder.py") and path of each file under `root`, sorted by name."""
-    found = []
-    for path in root.rglob("*"):
-        relative = path.relative_to(root)
-        if path.suffix.lower() in suffixes and path.is_file() and not any(p.startswith(".") for p in relative.parts):
-            found.append((relative.as_posix(), path))
-    return sorted(found)
-
-
-def _read(path: Path) -> str:
-    if path.suffix.lower() == ".py":
-        with tokenize.open(path) as file:  # honours `# -*- coding: ... -*-`
-            return file.read()
-    return path.read_text(encoding="utf-8-sig")
+def warn(text: str) -> None:
+    """Say it to who gave no `say`."""
+    warnings.warn(text, stacklevel=2)
 
 
 def _topics() -> Iterator[Document]:

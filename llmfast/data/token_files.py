@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from llmfast._checks import expect
 from llmfast.data.packing import PackedRows
+from llmfast.data.split import LEAST_TOKENS, SPLITS, Split, end
 
 Ends = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
@@ -89,19 +90,35 @@ class TokenFile:
             file=self,
         )
 
-    def split(self, held_out: float) -> tuple["TokenFile", "TokenFile"]:
-        """The documents to train on, and the last `held_out` share of all, rounded, to validate on. Copies nothing.
+    def split(self, held_out: float, how: Split = "documents") -> tuple["TokenFile", "TokenFile"]:
+        """Divide the file into a part to train on and, after it, one to validate on. Copies nothing.
 
-        The last ones are as good as any if they were shuffled before, as datatrove does by default.
+        The last documents are as good as any if they were shuffled before, as datatrove does by default.
+
+        Args:
+            held_out: Share to validate on.
+            how: "documents" takes whole ones, that share of their number, rounded. "end" takes that share of the
+                tokens, but at least 1000, or a fifth where that is less, from the closest start of a document or else
+                from within one.
 
         Raises:
             ValueError: `held_out` is not between 0 and 1, or leaves one of the parts without a document.
         """
         expect(0 < held_out < 1, f"held_out must be between 0 and 1; got {held_out}")
-        documents = len(self.document_ends)
-        kept = documents - round(held_out * documents)
-        expect(0 < kept < documents, f"held_out={held_out} of {documents} documents leaves a part without any")
-        train, validation = self.document_ends[:kept], self.document_ends[kept:]
+        expect(how in SPLITS, f"how must be one of {str(SPLITS)[1:-1]}; got {how!r}")
+        documents, tokens = len(self.document_ends), self.num_tokens
+        if how == "end":
+            expect(tokens > 1, f"held_out={held_out} of {tokens} tokens leaves a part without any")
+            cut, near = end(tokens, held_out, LEAST_TOKENS)
+            cut += self.start
+            closest = int(self.document_ends[np.abs(self.document_ends - cut).argmin()])
+            cut = closest if abs(closest - cut) <= near else cut
+            train = np.append(self.document_ends[self.document_ends < cut], cut)
+            validation = self.document_ends[self.document_ends > cut]
+        else:
+            kept = documents - round(held_out * documents)
+            expect(0 < kept < documents, f"held_out={held_out} of {documents} documents leaves a part without any")
+            train, validation = self.document_ends[:kept], self.document_ends[kept:]
         return replace(self, document_ends=train), replace(self, document_ends=validation, start=int(train[-1]))
 
     def verify(self) -> None:
@@ -314,7 +331,7 @@ def _ds_metadata(path: Path) -> tuple[int | None, int | None]:
     """Bytes a token and number of tokens, None for what is not said."""
     if not path.exists():
         return None, None
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     expect(len(lines) >= 2 and lines[1].isdecimal(), f"{path}: line 2 must be a number of tokens; got {lines[1:2]}")
     _, bar, size = lines[0].rpartition("|")
     expect(not bar or size in ("2", "4"), f"{path}: line 1 must end in |2 or |4, bytes a token; got {lines[0]!r}")

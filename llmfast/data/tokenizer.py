@@ -5,10 +5,11 @@ Both give every text back exactly, and neither ever produces a special id from t
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,18 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|pad|>")
 """Tokens with an id of their own in every tokenizer that is made here."""
 MIN_BPE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+LONGEST_WORD = 256
+"""Characters of a word, number, or run of signs or spaces; what is longer is several to a tokenizer trained here."""
+
+# GPT-2's pattern, but for the bound: training rewrites a word with each merge in it, so that a long one would take time
+# by the square of its length. It never joins letters and punctuation, so no merge can rebuild a special token.
+_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}").replace(
+    "1,N", f"1,{LONGEST_WORD}"
+)
+_LARGE = 1 << 20  # characters from which on a call may take longer than Ctrl-C should
 
 TokenIds = npt.NDArray[np.int32]
+T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
@@ -91,7 +102,9 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> "BPETokenizer":
-        """The same texts always give the same vocabulary; a short text may give fewer than `vocab_size` ids.
+        """Make a vocabulary; the same texts always give the same one, and few of them fewer than `vocab_size` ids.
+
+        No token is made of more than `LONGEST_WORD` characters.
 
         Raises:
             ValueError: `vocab_size` has no room for 256 bytes and the special tokens, or there is no text.
@@ -104,8 +117,9 @@ class BPETokenizer:
         texts = [text for text in texts if text]
         expect(bool(texts), "texts must hold at least one non-empty text")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        # GPT-2's pattern never joins letters and punctuation, so no merge can rebuild a special token.
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pre = tokenizers.pre_tokenizers
+        words = pre.Split(tokenizers.Regex(_WORDS), "isolated")
+        backend.pre_tokenizer = pre.Sequence([words, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
         backend.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -114,7 +128,16 @@ class BPETokenizer:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer=trainer, length=len(texts))
+        rest = iter(texts)
+
+        def train() -> None:
+            backend.train_from_iterator(rest, trainer=trainer, length=len(texts))
+
+        try:
+            _interruptible(train, sum(map(len, texts)))
+        finally:
+            for _ in rest:  # where it was interrupted: what still reads them in its own thread stops
+                pass
         return cls(backend)
 
     @classmethod
@@ -122,7 +145,7 @@ class BPETokenizer:
         """Read a `tokenizer.json`; ValueError if it is none."""
         tokenizers = _tokenizers()
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
         except OSError:
             raise
         except Exception as error:  # the library raises nothing more specific
@@ -133,7 +156,9 @@ class BPETokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = _interruptible(
+            lambda: self._backend.encode_batch_fast(texts, add_special_tokens=False), sum(map(len, texts))
+        )
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -153,13 +178,34 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """
     expect(not Path(path).is_char_device(), f"{path} is not a tokenizer file but a device")  # which may have no end
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or brackets without end
         raise ValueError(f"{path} is not a tokenizer file: {error}") from error
     if isinstance(content, dict) and content.get("type") == _BYTES_FILE["type"]:
         expect(content == json.loads(json.dumps(_BYTES_FILE)), f"{path} has other byte tokens than this version's")
         return ByteTokenizer()
     return BPETokenizer.load(path)
+
+
+def _interruptible(call: Callable[[], T], characters: int) -> T:
+    """Make a call of the library; a long one in another thread, or Ctrl-C would not be heard until it ends."""
+    if characters < _LARGE or threading.current_thread() is not threading.main_thread():
+        return call()
+    ended: list[tuple[T | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            ended.append((call(), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    ((result, error),) = ended
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def _checked(ids: npt.ArrayLike, vocab_size: int) -> npt.NDArray[np.int64]:

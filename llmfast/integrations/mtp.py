@@ -34,6 +34,7 @@ from llmfast.integrations.transformers import (
     own_loss,
     probes,
     restore,
+    split_input,
     unchanged,
 )
 from llmfast.losses import mtp_cross_entropy
@@ -66,6 +67,9 @@ def add_mtp(
 
     The heads are `model.mtp`, saved with the model. `load_mtp` reads both; `from_pretrained` alone reads the model and
     warns of what it leaves out. `config.llmfast_mtp` says what was added.
+
+    Copies of the last layer have its dtypes, its buffers, and train what it trains. If all of the layer is frozen, they
+    train what a new model of that class would: heads alone can learn on a frozen model.
 
     Args:
         model: A decoder-only `PreTrainedModel`, as `fuse_loss` takes it; PEFT comes afterwards, with
@@ -115,13 +119,13 @@ def add_mtp(
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
             lm.training = True  # of all modules it alone: it asks for all heads, and nothing drops out
-            lm.mtp_weights = _on_the_cpu([1.0] + [0.0] * heads)
+            lm.mtp_weights = _on_cpu([1.0] + [0.0] * heads)
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
         except Exception:
             _detach(lm)
             raise
-        lm.mtp_weights = _on_the_cpu(weights)
+        lm.mtp_weights = _on_cpu(weights)
     setattr(lm, OPTIONS, dict(options or {}))
     lm.mtp.train(lm.training)
     return model
@@ -149,7 +153,7 @@ def set_head_weights(model: nn.Module, head_weights: Sequence[float]) -> None:
     weights = [float(w) for w in head_weights]
     _expect_weights(weights, lm.config.llmfast_mtp["heads"])
     lm.config.llmfast_mtp["head_weights"] = weights
-    lm.mtp_weights = _on_the_cpu(weights)
+    lm.mtp_weights = _on_cpu(weights)
 
 
 def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, **kwargs: Any) -> Any:
@@ -170,7 +174,18 @@ def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, *
     expect(hasattr(transformers, name), f"{folder} holds a {name}, which transformers does not have")
     lm = fused_class(getattr(transformers, name), WithHeads).from_pretrained(folder, **kwargs)
     setattr(lm, OPTIONS, dict(options or {}))
+    _copy_what_is_not_saved(lm)
     return lm
+
+
+def _copy_what_is_not_saved(lm: Any) -> None:
+    """Fill the copies' buffers that a checkpoint does not hold. Some models only know how to do so for their layers."""
+    buffers = dict(lm.get_submodule(lm.config.llmfast_mtp["layer"]).named_buffers())
+    for layer in _copies(lm):
+        saved = layer.state_dict()
+        for name, buffer in layer.named_buffers():
+            if name not in saved:
+                buffer.copy_(buffers[name])
 
 
 class Block(nn.Module):
@@ -190,9 +205,8 @@ class Block(nn.Module):
 def keep_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     call = getattr(layer, CALL, None)
     if isinstance(call, AllHeads) and call.keeps():
-        x, *others = args if args else (kwargs["hidden_states"],)
-        others_kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        call.input = x, tuple(map(_but_no_cache, others)), {k: _but_no_cache(v) for k, v in others_kwargs.items()}
+        x, others, named = split_input(args, kwargs, layer)
+        call.input = x, tuple(map(_but_no_cache, others)), {k: _but_no_cache(v) for k, v in named.items()}
 
 
 def keep_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -293,15 +307,36 @@ def attach(lm: Any) -> None:
         lm.mtp = ParallelHeads(lambda: Block(layer), told["heads"])
     else:
         eps = getattr(lm.config, "rms_norm_eps", 1e-5)
-        width = lm.get_input_embeddings().weight.shape[1]
-        lm.mtp = SequentialDepths(lambda: Block(layer), told["heads"], width, norm_eps=eps, **told["depths"])
-        like = next(p for p in layer.parameters() if p.is_floating_point())
+        embedding = lm.get_input_embeddings().weight
+        lm.mtp = SequentialDepths(
+            lambda: Block(layer), told["heads"], embedding.shape[1], norm_eps=eps, **told["depths"]
+        )
         for depth in lm.mtp.layers:
             for new in (depth.enorm, depth.hnorm, depth.eh_proj, depth.norm):
-                new.to(like.device, like.dtype)
-    for p in lm.mtp.parameters():  # though the model may be frozen
-        p.requires_grad_(p.is_floating_point())
-    lm.mtp_weights = _on_the_cpu(told["head_weights"])
+                new.to(embedding.device, embedding.dtype)
+    if not any(p.requires_grad for p in layer.parameters()):
+        _thaw(lm)
+    lm.mtp_weights = _on_cpu(told["head_weights"])
+
+
+def _thaw(lm: Any) -> None:
+    """Let copies of a frozen layer learn: what a new model of the class trains, and not a router's bias, say."""
+    base, layer = type(lm)._llmfast_base, lm.config.llmfast_mtp["layer"]
+    with torch.device("meta"):
+        new = base(copy.deepcopy(lm.config)).get_submodule(layer)
+    trained = {name for name, p in new.named_parameters() if p.requires_grad}
+    for copied in _copies(lm):
+        for name, p in copied.named_parameters():
+            p.requires_grad_(p.is_floating_point() and name in trained)
+
+
+def _copies(lm: Any) -> list[nn.Module]:
+    """The copies of the last layer."""
+    return [block.layer for block in lm.mtp.modules() if isinstance(block, Block)]
+
+
+def _on_cpu(head_weights: list[float]) -> Tensor:
+    return torch.tensor(head_weights, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _detach(lm: Any) -> None:
@@ -310,11 +345,6 @@ def _detach(lm: Any) -> None:
     if hasattr(lm, "mtp"):
         del lm.mtp
     del lm.config.llmfast_mtp
-
-
-def _on_the_cpu(weights: list[float]) -> Tensor:
-    """Make `mtp_weights`. `from_pretrained` calls this with the model's dtype as torch's default."""
-    return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
 
 def _expect_weights(weights: list[float], heads: int) -> None:
@@ -339,17 +369,20 @@ def _norm(lm: Any, layers: str, batch: dict[str, Tensor]) -> str:
     between: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if made and not given and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                between[name] = args[0], output
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x = split_input(args, kwargs, module)[0]
+            if made and not given and isinstance(x, Tensor) and isinstance(output, Tensor):
+                between[name] = x, output
 
         return hook
 
     handles = [
         last.register_forward_hook(lambda module, args, output: made.append(_tensor(output))),
-        head.register_forward_pre_hook(lambda module, args: given.append(args[0])),
+        head.register_forward_pre_hook(
+            lambda module, args, kwargs: given.append(split_input(args, kwargs, module)[0]), with_kwargs=True
+        ),
         *(
-            module.register_forward_hook(see(name))
+            module.register_forward_hook(see(name), with_kwargs=True)
             for name, module in lm.named_modules()
             if name and not f"{name}.".startswith(f"{layers}.")
         ),
@@ -377,8 +410,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _tensor(output: Any) -> Tensor:
     """What a layer makes is a tensor, or the first of several."""
-    made: Tensor = output[0] if isinstance(output, tuple) else output
-    return made
+    made = output[0] if isinstance(output, tuple | list) else output
+    expect(isinstance(made, Tensor), f"the last layer must return hidden states, alone or first; got {type(output)}")
+    return made  # type: ignore[no-any-return]
 
 
 def _but_no_cache(value: Any) -> Any:

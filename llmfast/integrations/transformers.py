@@ -123,10 +123,24 @@ class Call:
         return loss
 
 
-def defer_input(head: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The output embedding's forward pre-hook."""
+def defer_input(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replace the output embedding's input; its forward pre-hook."""
     call: Call | None = getattr(head, CALL, None)
-    return None if call is None or not args else (call.head_input(args[0]), *args[1:])
+    if call is None:
+        return None
+    hidden, others, named = split_input(args, kwargs, head)
+    return (call.head_input(hidden), *others), named
+
+
+def split_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any] | None, module: nn.Module | None = None
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The first argument of a module's or a torch function's call, by position or by name; and the others."""
+    named = dict(kwargs or {})
+    if args:
+        return args[0], args[1:], named
+    name = "input" if module is None else next(iter(inspect.signature(module.forward).parameters), "")
+    return named.pop(name, None), (), named
 
 
 class Fused:
@@ -143,7 +157,7 @@ class Fused:
         """The modules whose hooks are to know of the call."""
         head: nn.Module = self.get_output_embeddings()  # type: ignore[attr-defined]
         if defer_input not in head._forward_pre_hooks.values():  # PEFT or a new vocabulary brings a new one
-            head.register_forward_pre_hook(defer_input)
+            head.register_forward_pre_hook(defer_input, with_kwargs=True)
         return [head]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -224,9 +238,32 @@ def _without_logits(outputs: Any) -> Any:
 # Stand-ins for hidden states and logits.
 
 
-class HeadInput:
+class StandIn:
+    """A place for a tensor that models use in a few ways. Any other use is an error that names it."""
+
+    _other_use: ClassVar[str]  # how that error's sentence begins
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{self._other_use} .{name}")
+
+
+def _refusing(operator: str) -> Any:
+    def method(self: StandIn, *others: Any) -> NoReturn:
+        raise TypeError(f"{self._other_use} {operator}")
+
+    return method
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "matmul", "pow")
+for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "abs", "lt", "le", "gt", "ge", "getitem"):
+    setattr(StandIn, f"__{_operator}__", _refusing(f"__{_operator}__"))  # Python looks for these in the class alone
+
+
+class HeadInput(StandIn):
     """Hidden states (..., D) on their way into the output embedding. What it does to them is done, but for the last
     linear map: that makes `Logits`."""
+
+    _other_use = "the output embedding is more than a linear map: it asks its input for"
 
     def __init__(self, hidden: Tensor, call: Call) -> None:
         self.hidden, self.call = hidden, call
@@ -246,14 +283,11 @@ class HeadInput:
     def to(self, *args: Any, **kwargs: Any) -> "HeadInput":
         return HeadInput(self.hidden.to(*args, **kwargs), self.call)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"the output embedding is more than a linear map: it asks its input for .{name}")
-
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        x, others, kwargs = args[0], args[1:], kwargs or {}
+        x, others, kwargs = split_input(args, kwargs)
         if isinstance(x, HeadInput) and function is F.linear:
             return linear(x.hidden, x.call, *others, **kwargs)
         if isinstance(x, HeadInput) and function is F.dropout:
@@ -268,10 +302,12 @@ def linear(hidden: Tensor, call: Call, weight: Tensor, bias: Tensor | None = Non
 
 
 @dataclass(frozen=True, eq=False)
-class Logits:
+class Logits(StandIn):
     """(..., V), not computed: cap * tanh(scale * z) where there is a cap, else scale * z, of z = the sum of all
     hidden @ weight.T, and bias. They answer to what models do to logits on the way to a loss, and to nothing else.
     """
+
+    _other_use: ClassVar[str] = "the model needs its logits for more than a loss: it asks them for"
 
     parts: tuple[tuple[Tensor, Tensor], ...]  # hidden states (..., D) and weight (V, D), each with a D of its own
     bias: Tensor | None  # (V,)
@@ -304,9 +340,6 @@ class Logits:
         if len(self.parts) == 1:
             return self.parts[0]
         return torch.cat([hidden for hidden, _ in self.parts], -1), torch.cat([weight for _, weight in self.parts], -1)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"the model needs its logits for more than a loss: it asks them for .{name}")
 
     # What of them are still such logits.
 
@@ -343,22 +376,25 @@ class Logits:
         parts = tuple((hidden * self.scale, weight) for hidden, weight in self.parts)
         return replace(self, parts=parts, bias=None if self.bias is None else self.bias * self.scale, scale=1.0)
 
-    def float(self) -> "Logits":
+    def float(self, memory_format: Any = None) -> "Logits":
         return replace(self, dtype=torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> "Logits":
         logits = self
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.dtype):
+            if isinstance(value, Tensor):
+                logits = logits.to(value.dtype, value.device)
+            elif isinstance(value, torch.dtype):
                 logits = replace(logits, dtype=value)
             elif isinstance(value, str | torch.device) and torch.device(value) != self.device:
                 raise TypeError(f"the model moves its logits from {self.device} to {value}")
         return logits
 
-    def contiguous(self) -> "Logits":
+    def contiguous(self, memory_format: Any = None) -> "Logits":
         return self
 
-    def view(self, *sizes: Any) -> "Logits":
+    def view(self, *sizes: Any, **named: Any) -> "Logits":
+        sizes = sizes or tuple(named.values())  # torch calls them `size` here and `shape` in reshape
         *lead, last = sizes[0] if isinstance(sizes[0], tuple | list) else sizes
         rows, V = self.shape[:-1].numel(), self.shape[-1]
         if last != V and not (last == -1 and math.prod(lead) == rows):
@@ -384,12 +420,12 @@ class Logits:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        x, others, kwargs = args[0], args[1:], kwargs or {}
+        x, others, kwargs = split_input(args, kwargs)
         if isinstance(x, Logits):
             if function is F.cross_entropy:
                 return x.cross_entropy(*others, **kwargs)
-            if function in (torch.tanh, F.tanh):
-                return x.tanh()
+            if function is torch.tanh:
+                return x.tanh(*others, **kwargs)
             if function is F.linear and x.scale == 1.0 and x.cap is None:  # the first half of an adapter
                 return linear(F.linear(*x.joined(), x.bias), x.call, *others, **kwargs)
         raise TypeError(f"the model needs its logits for more than a loss: it uses torch's {_name(function)}")

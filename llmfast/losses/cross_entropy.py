@@ -226,7 +226,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss = reduced(rows.loss, reduction, count)
         if not stats:
             return loss, *NO_STATS
-        told = RowStats.of(rows, loss)
+        told = RowStats.of(rows, ops.lse(rows), loss)
         ctx.mark_non_differentiable(told.token_loss, told.argmax)
         return loss, *told
 

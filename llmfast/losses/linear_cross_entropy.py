@@ -509,7 +509,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = reduced(rows.loss, call.reduction, count)
         if not call.stats:
             return loss, *NO_STATS
-        told = RowStats.of(rows, loss)
+        told = RowStats.of(rows, loop.ops.lse(rows), loss)
         ctx.mark_non_differentiable(told.token_loss, told.argmax)
         return loss, *told
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmfast.losses.cross_entropy import contiguous
 from llmfast.losses.linear_cross_entropy import Call, Loop
 from llmfast.losses.plain import times
-from llmfast.losses.rows import row_ops
+from llmfast.losses.rows import RowOps, row_ops
 from llmfast.losses.targets import Reduction, RowStats, denominator, per_row, reciprocal, reduced
 from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
 
@@ -65,8 +65,8 @@ def _cross_entropy(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
     tensors, numbers, (stats,) = _split(call)
     targets, terms = unpack(tensors, numbers)
     logits = _rows_together(logits)
-    rows = row_ops(logits).cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
-    return _filled(rows)
+    ops = row_ops(logits)
+    return _filled(ops.cross_entropy(logits, targets, terms, entropy=stats, argmax=stats), ops)
 
 
 @_cross_entropy.register_fake
@@ -182,9 +182,10 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, *
     plan = call.plan(hidden, weight, (wants[0], wants[1]))
     now = any(wants) and call.reduction != "none"
     plan = plan.cut("chunk")  # logits kept for backward would have to be copied there, to be written over
-    rows, made, _ = Loop(hidden, weight, bias, call, plan, wants[2]).forward(gradients=now)
+    loop = Loop(hidden, weight, bias, call, plan, wants[2])
+    rows, made, _ = loop.forward(gradients=now)
     loss = reduced(rows.loss, call.reduction, count)
-    filled = _filled(rows)
+    filled = _filled(rows, loop.ops)
     d_weight = None if made.weight is None else made.weight.to(plan.accumulate_dtype)
     return (
         loss.clone() if loss is rows.loss else loss,
@@ -277,12 +278,12 @@ def _backward_linear(
 _linear_cross_entropy.register_autograd(_backward_linear, setup_context=_setup_linear)
 
 
-def _filled(rows: Rows) -> tuple[Tensor, ...]:
+def _filled(rows: Rows, ops: RowOps) -> tuple[Tensor, ...]:
     """Return what `_ROWS` names, empty where it was not asked for."""
     loss, peak, total, entropy, argmax = rows
     if entropy is None or argmax is None:
         return loss, peak, total, loss.new_empty(0), loss.new_empty(0, dtype=torch.int64), loss.new_empty(0)
-    return loss, peak, total, entropy, argmax, rows.lse
+    return loss, peak, total, entropy, argmax, ops.lse(rows)
 
 
 def _fake_rows(logits: Tensor, N: Any, stats: bool) -> tuple[Tensor, ...]:

@@ -55,7 +55,8 @@ def parallel_rows(
     own_peak = partials[0]
     peak = own_peak.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-    shift = (own_peak - peak).clamp(min=torch.finfo(peak.dtype).min)  # finite, also for a rank without classes
+    # Finite, also for a rank without classes.
+    shift = ((own_peak - peak) * ops.peak_unit).clamp(min=torch.finfo(peak.dtype).min)
     total, moment, pull, mass = partials[1:]
     rescale = shift.exp()
     moment = (moment + total * shift.clamp(min=-1000)) * rescale  # exp(-1000) is 0 too, but 0 * -inf would be NaN
@@ -65,7 +66,7 @@ def parallel_rows(
     log_total = total.log()
     loss = mass * log_total - pull
     if terms.z_loss is not None:
-        loss += terms.z_loss * (peak + log_total) ** 2
+        loss += terms.z_loss * (peak * ops.peak_unit + log_total) ** 2
     if targets.token_weights is not None:
         loss *= targets.token_weights
     if best is not None:

@@ -25,7 +25,7 @@ DEFAULT_BUDGET_ELSEWHERE = 1 << 30
 def default_budget(device: torch.device) -> int:
     """Bytes. A tenth of the memory there is, not of what happens to be free: chunking must not change between runs."""
     budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_ELSEWHERE)
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():  # a plan can be asked for where there is no GPU
         budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 10)
     return budget
 

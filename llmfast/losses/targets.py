@@ -38,10 +38,10 @@ class RowStats(NamedTuple):
     argmax: Tensor
 
     @staticmethod
-    def of(rows: Rows, loss: Tensor) -> "RowStats":
+    def of(rows: Rows, lse: Tensor, loss: Tensor) -> "RowStats":
         """Take them from `rows`, with a token_loss that is not the returned `loss` itself."""
         assert rows.entropy is not None and rows.argmax is not None
-        return RowStats(rows.loss.clone() if loss is rows.loss else rows.loss, rows.lse, rows.entropy, rows.argmax)
+        return RowStats(rows.loss.clone() if loss is rows.loss else rows.loss, lse, rows.entropy, rows.argmax)
 
 
 NO_STATS = (None,) * len(RowStats._fields)

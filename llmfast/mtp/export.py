@@ -74,7 +74,7 @@ def load_deepseek(folder: Path) -> "Decoder":
 
     from llmfast.models import Decoder, DecoderConfig
 
-    values = json.loads((folder / "config.json").read_text())
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     ours = values.get("llmfast", {})
     depths = values["num_nextn_predict_layers"]
     c = DecoderConfig(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast._gpus import A100, B200, H100, MI300X, Gpu
+from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, RTX5080, RTX5090, Gpu
 from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
 from llmfast.models import DecoderConfig
 from llmfast.optim.formats import GROUP, LOW, MasterWeights
@@ -27,9 +27,11 @@ GB = 10**9
 GPU_MEMORY: dict[str, int] = {
     "T4": 16 * GB, "RTX3090": 24 * GB, "RTX4090": 24 * GB, "RTX5090": 32 * GB, "L40S": 48 * GB,
     "A100-40": 40 * GB, "A100": 80 * GB, "H100": 80 * GB, "H200": 141 * GB, "B200": 180 * GB, "MI300X": 192 * GB,
+    "RTX5080": 16 * GB, "GB200": 186 * GB, "B300": 288 * GB, "MI325X": 256 * GB,
 }  # fmt: skip
 GPU_RATES: dict[str, Gpu] = {
-    "A100-40": A100, "A100": A100, "H100": H100, "H200": H100, "B200": B200, "MI300X": MI300X,
+    "A100-40": A100, "A100": A100, "H100": H100, "H200": H200, "B200": B200, "MI300X": MI300X,
+    "RTX5080": RTX5080, "RTX5090": RTX5090, "GB200": GB200, "B300": B300, "MI325X": MI325X,
 }  # fmt: skip
 
 

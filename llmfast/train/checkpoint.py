@@ -67,6 +67,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[Path, Future[None]] | None = None
         self._last = -1  # step of the one that was last written, begun or loaded
+        self._own = False  # whether those in `run` are this run's
 
     def is_saved(self, step: int) -> bool:
         """True if the last one is of this step: nothing was trained since."""
@@ -74,7 +75,7 @@ class Checkpoints:
 
     def expect_own(self) -> None:
         """Raises FileExistsError if some are of a run that was not resumed: they would be taken for this one's."""
-        if self._world.agreed(self._last < 0 and bool(_checkpoints(self.run))):
+        if self._world.agreed(not self._own and bool(_checkpoints(self.run))):
             raise FileExistsError(f"{self.run} holds checkpoints of another run: resume it, or choose another folder")
 
     def save(
@@ -111,7 +112,7 @@ class Checkpoints:
             except BaseException as e:
                 written.set_exception(e)
 
-        self._writing, self._last = (final, written), step
+        self._writing, self._last, self._own = (final, written), step, True
         future.add_done_callback(settle)
 
     @property
@@ -148,7 +149,7 @@ class Checkpoints:
             OSError: none can be read, or it is of another model or optimizer.
         """
         folder = self._newest()
-        self._last = _step_of(folder)
+        self._last, self._own = _step_of(folder), True
         meta, keys = _meta(folder), _keys(folder)
         accept(meta)
         # Before `_state` takes a step of nothing, which an optimizer may count.

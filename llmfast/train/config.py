@@ -13,6 +13,7 @@ import torch
 
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
+from llmfast.data.split import SPLITS
 from llmfast.optim.options import StateDtype
 
 if sys.version_info >= (3, 11):
@@ -83,7 +84,10 @@ class DataConfig:
     tokenizer: str = kept("bpe", WEIGHTS, lambda d: None)  # "bpe", "bytes", or the path of a tokenizer.json
     vocab_size: int = kept(8192, RUN)  # of a "bpe" that is trained
     seq_len: int = kept(256, RUN)
-    held_out: float = kept(0.05, RUN)  # share of files that only validate
+    text_column: str = kept("text", RUN)  # of .jsonl and .parquet; "": files with columns are left out
+    held_out: float = kept(0.05, RUN)  # share of each source that only validates
+    # By source, what that is: whole "documents" or the "end" of its text. A run notes what it chose.
+    split: dict[str, str] = field(default_factory=dict, metadata={"kept": RUN})
     # documents one after another; or "best_fit", which cuts only what is longer than a row
     packing: str = kept("concat", RUN)
     fim_rate: float = kept(0.0, RUN)  # share of documents that are rearranged for fill-in-the-middle
@@ -207,7 +211,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config |
         if len(content) > MOST_BYTES:
             raise ConfigError(f"{path} is more than {MOST_BYTES >> 20} MiB, too much for settings")
         try:
-            values = tomllib.loads(content.decode("utf-8"))
+            values = tomllib.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path} is not TOML: {e}") from e
         _fill(config, values, prefix="", where=str(path))
@@ -378,6 +382,8 @@ def _check(config: Config) -> None:
         for name, value in (("fim_rate", d.fim_rate), ("fim_spm_rate", d.fim_spm_rate)):
             expect(0 <= value <= 1, f"data.{name} must be in [0, 1]; got {value}")
         expect(len(d.sources) > 0, "data.sources must name at least one source")
+        for name, how in d.split.items():
+            expect(how in SPLITS, f"data.split.{name} must be one of {str(SPLITS)[1:-1]}; got {how!r}")
         for name, weight in d.weights.items():
             try:
                 expect(weight == REST or Curve.parse(weight) is not None, "")

@@ -35,12 +35,15 @@ def continued_config(
         ConfigError: the run has no settings, or an argument or override is wrong.
     """
     config = load_config(run / "config.toml")
+    # Runs that do not say how they were split held out whole documents.
+    split = {source_name(source)[0]: "documents" for source in config.data.sources} | config.data.split
     general = list(general) or [source for source in config.data.sources if source not in target]
     config.name, config.runs = "", str(run.parent)
     config.data.sources = [*target, *general]
     config.data.tokenizer = str(run / "tokenizer.json")
     config.train.init_from = str(run)
     names = [[source_name(source)[0] for source in sources] for sources in (target, general)]
+    config.data.split = {name: how for name, how in split.items() if name in names[1]}
     try:
         config.data.weights = continued_weights(*names, start=start, end=end, floor=floor, replay=replay)
     except ValueError as e:

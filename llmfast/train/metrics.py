@@ -70,7 +70,7 @@ def read_metrics(path: Path, *, losses: bool = True) -> list[dict[str, Any]]:
     """
     lines = []
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text: {e}") from e
     for text in texts:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from llmfast._gpus import GPUS
+from llmfast._gpus import named
 from llmfast.data import (
     FIM,
     Batch,
@@ -41,6 +41,7 @@ from llmfast.train.config import (
     STATE_DTYPES,
     Config,
     ConfigError,
+    DataConfig,
     config_of,
     dump_config,
     expect_resumable,
@@ -87,14 +88,17 @@ def train(
     run = Path(world.agreed(str(_choose_run(config, resume=resume, overwrite=overwrite) if world.main else "")))
     config.name = run.name
     if resume:
-        expect_resumable(load_config(run / "config.toml"), config, run, str(run))
+        saved = _saved_settings(run)
+        config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
+        expect_resumable(saved, config, run, str(run))
     micro_batch_size(config, world)
     if t.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
     torch.manual_seed(t.seed)
 
     say(console, f"reading {', '.join(config.data.sources)} ...")
-    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer)
+    data = _prepare(config, str(run / "tokenizer.json") if resume else config.data.tokenizer, partial(say, console))
+    config.data.split = dict(data.split)
     mixture = _mixture(config, data)
     model = _model(config, data.tokenizer).to(device)
     if t.init_from and not resume:
@@ -120,7 +124,7 @@ def train(
         world.leave()
         return run
     order = Mixed(data, mixture)
-    hooks = [Shares(order), Utilisation(config, model, world), *([Profile(run)] if profile else [])]
+    hooks = [Shares(order), Utilisation(config, model, world, console), *([Profile(run)] if profile else [])]
     trainer = Trainer(
         model, _objective(config, model, list(data.train)), lambda model: make_optimizer(config, model), order, config,
         run=run, validation=_validation(config, data), world=world, dtype=dtype, console=console, hooks=hooks,
@@ -236,10 +240,12 @@ class Utilisation(Hooks):
     That is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs that `llmfast.plan` counts.
     """
 
-    def __init__(self, config: Config, model: Decoder, world: World) -> None:
+    def __init__(self, config: Config, model: Decoder, world: World, console: Console) -> None:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-        known = [gpu for gpu in GPUS if gpu.name.split()[0] in name.split()]
-        self._peak = known[0].tensor_cores * world.size if known else 0.0
+        gpu = named(name)
+        if name and gpu is None:
+            say(console, f"no MFU is logged: the peak rate of {name} is not known")
+        self._peak = gpu.tensor_cores * world.size if gpu else 0.0
         self._flops = step_flops(model.config, 1, config.data.seq_len).flops  # a token
 
     def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
@@ -307,10 +313,15 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     Raises:
         ConfigError: the run has no readable settings, or an override changes what a resumed run keeps.
     """
-    config = load_config(run / "config.toml", overrides)
+    config = _saved_settings(run, overrides)
     config.name, config.runs = run.name, str(run.parent)
-    expect_resumable(load_config(run / "config.toml"), config, run, str(run))
+    expect_resumable(_saved_settings(run), config, run, str(run))
     return config
+
+
+def _saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:
+    # A run that does not say which column is the text has read no files with columns.
+    return load_config(run / "config.toml", overrides, base=Config(data=DataConfig(text_column="")))
 
 
 def _expect_resumable(meta: Mapping[str, Any], config: Config, run: Path) -> None:
@@ -328,11 +339,10 @@ def _expect_same_weights(
     about: Mapping[str, Any], run: Path, config: Config, tokenizer: Tokenizer, console: Console
 ) -> None:
     """Check that weights of `run` mean what they meant there. Shapes do not show heads or tokenizers."""
-    saved = run / "config.toml"
     if "settings" in about:
         before = config_of(about["settings"], f"the checkpoint in {run}")
-    elif saved.exists():
-        before = load_config(saved)
+    elif (run / "config.toml").exists():
+        before = _saved_settings(run)
     else:  # of a program with its own model
         say(console, f"{run} does not say how its weights were trained: only their shapes are compared")
         return
@@ -420,9 +430,10 @@ def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     return run
 
 
-def _prepare(config: Config, tokenizer: str) -> Dataset:
+def _prepare(config: Config, tokenizer: str, say: Callable[[str], None]) -> Dataset:
     d = config.data
-    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit}
+    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit, "text_column": d.text_column}
+    options |= {"split": d.split, "say": say}
     if d.fim_rate > 0:
         how: dict[str, Any] = {"level": d.fim_level, "spm_variant": d.fim_spm_variant, "loss": d.fim_loss}
         options["fim"] = partial(FIM, rate=d.fim_rate, spm_rate=d.fim_spm_rate, seed=config.train.seed, **how)

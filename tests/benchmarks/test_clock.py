@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import clock, test_kernels
+from benchmarks import clock, test_kernels, test_losses
 from evidence.pretend_cuda import pretending_cuda
 
 
@@ -15,6 +15,26 @@ def test_ratios_are_taken_round_by_round() -> None:
     timings = clock.compare({"ours": [1.0, 2.0, 1.0], "other": [2.0, 4.0, 2.0], "slow": [10.0]})
     assert timings["ours"].ratio == 1 and timings["other"].ratio == 0.5 and timings["slow"].ratio == 0.1
     assert timings["other"].spread == 0 and timings["slow"].seconds == 10
+
+
+def test_medians_and_quartiles() -> None:
+    timings = clock.compare({"ours": [1.0, 2.0, 3.0, 4.0, 5.0], "other": [1.0, 1.0, 1.0, 1.0, 40.0]})
+    other = timings["other"]  # whose ratios are 1, 2, 3, 4 and 1/8
+    assert (other.seconds, other.ratio) == (1.0, 2.0)
+    assert other.spread == pytest.approx(3.5 - 0.5625)
+    assert clock.compare({"ours": [3.0], "other": [6.0]})["other"] == clock.Timing(6.0, 0.5, 0.0)
+
+
+def test_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel_seconds(run: clock.Run) -> float:
+        copied = run()
+        assert isinstance(copied, torch.Tensor)
+        moved.append(2 * copied.nbytes)
+        return 0.5
+
+    moved: list[int] = []
+    monkeypatch.setattr(clock, "kernel_seconds", kernel_seconds)
+    assert clock.copy_bandwidth(1 << 20) == moved[0] / 0.5 == 1 << 21
 
 
 def test_time_and_memory() -> None:
@@ -48,3 +68,30 @@ def test_kernels_for_a_gpu_run(added: list[dict[str, Any]], run: Any, least_byte
     seconds = row["seconds"]
     assert row["section"] == "kernels" and row["bandwidth"] == least_bytes / seconds
     assert row["share"] == row["bandwidth"] / 1e3
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_peak_memory_counts_gradients(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """Those of a warm-up, or of the way before, are gone when a way's memory is measured."""
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(60, 8, requires_grad=True)
+    before = []
+
+    def peak_bytes(run: clock.Run) -> int:
+        before.append([hidden.grad, weight.grad])
+        run()
+        return 1
+
+    monkeypatch.setattr(test_losses, "GPU", on_gpu)
+    monkeypatch.setattr(test_losses, "peak_bytes", peak_bytes)
+    test_losses.race_losses(
+        lambda *args, **fields: None, lambda runs, **options: {}, "linear_cross_entropy", "shape", {}, torch.float32,
+        [hidden, weight], torch.tensor([1, 2, 3, -100]),
+    )  # fmt: skip
+    assert len(before) > 1 and before == [[None, None]] * len(before)
+
+
+def test_the_roof_is_no_single_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the products took a hundred times as long once."""
+    samples = iter([1.0, 1.0, 100.0, 1.0, 1.0, *[2.0] * 5, *[3.0] * 5])
+    monkeypatch.setattr(clock, "timed", lambda run: run() is None or next(samples))
+    assert test_losses.gemm_seconds(torch.randn(4, 8), torch.randn(60, 8)) == 6.0

@@ -65,6 +65,22 @@ def test_the_page_says_what_was_found(folder: Path) -> None:
     assert "NaN" not in page and "nan" not in page
 
 
+def test_every_figure_of_a_comparison(tmp_path: Path) -> None:
+    """N V logits, K heads of them; products of matrices over 2 N D V of each."""
+    counted = dict(
+        section="compared", way="ours", dram=3.2e6, moved=6.4e6, dot_flops=9.6e7, peak_bytes=5 << 19, syncs=7,
+        errors={"loss": 1e-6, "hidden": 2e-3, "weight": 3e-3, "logits": 4e-3},
+    )  # fmt: skip
+    N_V, errors = {"N": 400, "V": 2000}, "2.5 | 7 | 1.0e-06 | 2.0e-03 | 3.0e-03"
+    for operation, size, cells in (
+        ("linear_cross_entropy", N_V | {"D": 10}, f"4.00 | 8.00 | 6.00 | {errors}"),
+        ("mtp_cross_entropy", N_V | {"D": 10, "K": 4}, f"1.00 | 2.00 | 1.50 | {errors}"),
+        ("cross_entropy", N_V, "4.00 | 8.00 | 2.5 | 7 | 1.0e-06 | 4.0e-03"),
+    ):
+        page = report.compared([counted | {"operation": operation, "size": size}], tmp_path)
+        assert f"| ours | {cells} |" in page, operation
+
+
 def test_its_pictures_are_there_and_reproducible(folder: Path) -> None:
     page = (folder / "README.md").read_text()
     pictures = {

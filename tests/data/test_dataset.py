@@ -1,3 +1,4 @@
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from llmfast.data import (
     BestFitRows,
     BPETokenizer,
     ByteTokenizer,
+    Mixed,
     Mixture,
     PackedRows,
     Rows,
@@ -111,6 +113,21 @@ def test_training_rows_are_rearranged_and_validation_is_not(folders: list[str], 
     assert not any((rows.batch(range(len(rows))).tokens == middle).any() for rows in data.validation.values())
 
 
+def test_a_sequence_is_the_same_in_whatever_batch_it_is_read(folders: list[str]) -> None:
+    """Its number in the training decides how it is cut, and not its place in the batch."""
+    data = prepare(folders, tokenizer="bytes", seq_len=64, held_out=0, fim=partial(FIM, rate=1.0))
+    mixture = Mixture({name: len(rows) for name, rows in data.train.items()}, {}, total=100)
+    mixed = Mixed(data, mixture)
+    together = mixed.batch(5, 12)
+    for i, (source, row) in enumerate(zip(*mixture.sequences(5, 17))):
+        alone, direct = mixed.batch(5 + i, 1), data.train[folders[source]].batch([row], samples=[5 + i])
+        for name in ("tokens", "labels", "document_ids", "positions"):
+            assert getattr(together, name)[i].tolist() == getattr(alone, name)[0].tolist(), name
+            assert getattr(together, name)[i].tolist() == getattr(direct, name)[0].tolist(), name
+        assert together.sources is not None and alone.sources is not None
+        assert together.sources[i] == alone.sources[0] == source
+
+
 def test_best_fit_rows_keep_documents_whole(folders: list[str]) -> None:
     data = prepare(folders, tokenizer="bytes", seq_len=600, held_out=0.2, packing="best_fit")
     for folder, rows in data.train.items():
@@ -123,6 +140,112 @@ def test_best_fit_rows_keep_documents_whole(folders: list[str]) -> None:
             for document in of.unique()
         }
         assert texts <= found
+
+
+def small(tmp_path: Path, files: int, characters: int, line_breaks: bool = True) -> tuple[str, list[str]]:
+    """A folder of files that share no word, none of which its name's hash holds out."""
+    folder = tmp_path / f"{files}-files"
+    folder.mkdir()
+    texts = []
+    for i in range(files):
+        words = (f"w{i}x{j}" for j in range(characters))
+        texts.append(("\n" if line_breaks else " ").join(words)[:characters])
+        (folder / f"{15 + i}.txt").write_text(texts[-1])
+    return str(folder), texts
+
+
+def text_of(rows: Rows, tokenizer: Tokenizer) -> str:
+    return "".join(stream_text(rows, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("files", "characters", "line_breaks"),
+    [(1, 100_000, True), (1, 100_000, False), (1, 3000, True), (2, 3000, True), (10, 400, True), (30, 200, False)],
+)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_few_documents_are_a_source(
+    files: int, characters: int, line_breaks: bool, tokenizer: str, tmp_path: Path
+) -> None:
+    """And no text is on both sides; each word here is there once."""
+    folder, texts = small(tmp_path, files, characters, line_breaks)
+    said: list[str] = []
+    data = prepare([folder], tokenizer=tokenizer, seq_len=64, say=said.append)
+    assert data.split == {folder: "end"}
+    (line,) = said
+    assert line.startswith(f"{folder}: the last ") and "% of its text validate, as it has too few documents" in line
+    words = [set(text_of(part[folder], data.tokenizer).split()) for part in (data.train, data.validation)]
+    cut_short = 4  # words at the ends of parts and of rows
+    assert len(words[0] & words[1]) <= cut_short
+    assert len(words[0] | words[1]) >= len(set(" ".join(texts).split())) - (70 if tokenizer == "bytes" else 40)
+    again = prepare([folder], tokenizer=tokenizer, seq_len=32, split=data.split, say=said.append)
+    assert said[1:] == [line.partition(",")[0]]
+    assert (
+        text_of(again.validation[folder], again.tokenizer)[:300]
+        == text_of(data.validation[folder], data.tokenizer)[:300]
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_one_row_is_a_source(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"one{suffix}"
+    text = " ".join(f"w{i}" for i in range(3000))
+    if suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.table({"body": [text]}), path)
+    else:
+        path.write_text(json.dumps({"body": text}))
+    data = prepare([str(path)], tokenizer="bytes", seq_len=64, text_column="body", say=[].append)
+    train, held = (text_of(part[str(path)], data.tokenizer) for part in (data.train, data.validation))
+    assert text.startswith(train) and text.index(held[:1000]) > len(train) - 1
+
+
+def test_a_large_source_beside_a_small_one_keeps_its_split(folders: list[str], tmp_path: Path) -> None:
+    folder, _ = small(tmp_path, 1, 5000)
+    options: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "held_out": 0.2}
+    data = prepare([folders[0], folder], say=[].append, **options)
+    assert data.split == {folders[0]: "documents", folder: "end"}
+    alone = prepare(folders[:1], **options)
+    np.testing.assert_array_equal(
+        data.validation[folders[0]].batch([0, 1]).tokens, alone.validation[folders[0]].batch([0, 1]).tokens
+    )
+
+
+def test_whole_documents_that_are_too_short_for_a_row_are_not_enough(folders: list[str]) -> None:
+    """Of 40 files 8 are held out, which once was an error."""
+    one, said = folders[0], []
+    data = prepare([one], tokenizer="bytes", seq_len=2600, held_out=0.1, say=said.append)
+    assert data.split == {one: "end"} and len(said) == 1
+
+
+def test_advice_works(tmp_path: Path) -> None:
+    folder, _ = small(tmp_path, 3, 100)
+    options: dict[str, Any] = {"tokenizer": "bytes", "say": [].append}
+    with pytest.raises(ValueError, match=r"training part is too small: .* needs 1025 tokens, and it has 243; ") as e:
+        prepare([folder], **options)
+    most = int(str(e.value).rpartition("a seq_len of at most ")[2])
+    assert len(prepare([folder], seq_len=most, **options).validation[folder]) == 1
+    with pytest.raises(ValueError, match="too small"):
+        prepare([folder], seq_len=most + 1, **options)
+
+
+@pytest.mark.parametrize("documents", [1, 10])
+def test_few_documents_of_tokens_are_a_source(documents: int, tmp_path: Path) -> None:
+    tokenizer, path = ByteTokenizer(), tmp_path / "few.ds"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    texts = [f"{i}" * 3000 for i in range(documents)]
+    write_ds(path, tokenizer.encode_batch(texts), vocab_size=264, eot_id=tokenizer.eot_id)
+    said: list[str] = []
+    data = prepare([str(path)], tokenizer=str(tmp_path / "tokenizer.json"), seq_len=64, say=said.append)
+    assert data.split == {str(path): "end"}
+    assert [line.partition("% ")[2] for line in said] == [
+        "of its tokens validate, as it has too few documents to hold out whole ones"
+    ]
+    kept, held = (part[str(path)].batch(range(len(part[str(path)]))).tokens for part in (data.train, data.validation))
+    total = sum(len(text) + 1 for text in texts)
+    assert total - 3 * 64 <= kept.numel() + held.numel() <= total
+    assert 64 <= held.numel() <= max(0.05 * total, 1500)
+    whole = np.fromfile(path, "<u2")
+    np.testing.assert_array_equal(kept.numpy().ravel(), whole[: kept.numel()])
 
 
 def test_errors_name_the_argument(folders: list[str]) -> None:
@@ -141,8 +264,10 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
         (one, {"fim": FIM, "fim_unit": "document", "packing": "best_fit"}, "needs packing='concat'"),
         (one, {"seq_len": 10**6}, "training part is too small: .*needs 1000001 tokens"),
         (one, {"seq_len": 6000, "held_out": 0.1}, "validation part is too small"),
-        (one, {"held_out": 1e-9}, "has no file to validate on at held_out=1e-09; try more, or 0"),
-        (one, {"held_out": 1 - 1e-9}, "has no file left to train on"),
+        (one, {"held_out": 1 - 1e-9}, "training part is too small"),
+        (one, {"split": {"two": "end"}}, "split must name sources; got 'two'"),
+        (one, {"split": {one[0]: "ends"}}, "must be one of 'documents', 'end'; got 'ends'"),
+        (one, {"split": {one[0]: "documents"}, "held_out": 1e-9}, "has no document to validate on .* split='end' hold"),
     ]
     usual: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "held_out": 0.2}
     for sources, options, match in cases:

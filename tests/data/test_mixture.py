@@ -119,6 +119,20 @@ def test_editing_the_future_leaves_the_past_alone(consumed: int) -> None:
     assert np.array_equal(np.stack(again.sequences(0, stop)), now[:, :stop])
 
 
+@pytest.mark.parametrize("consumed", [0, 5000])
+def test_shares_are_those_of_the_weights_in_force(consumed: int) -> None:
+    """Whatever they were before; the table has both."""
+    new = {"general": 0.2, "code": "0.5->0.1", "maths": "rest"}
+    made = mixture(30_000, new)
+    edited = made.resumed(mixture().state(), consumed)
+    for progress in (0.0, 0.5, 1.0):
+        assert edited.shares(progress) == made.shares(progress) != mixture().shares(progress)
+    _, *lines = edited.table()
+    first = [f"{x:.0%}" for x in (mixture() if consumed else made).shares(0.0).values()]
+    last = [f"{x:.0%}" for x in made.shares(1.0).values()]
+    assert [line[2] for line in lines] == [a if a == b else f"{a} -> {b}" for a, b in zip(first, last)]
+
+
 def test_resuming_with_the_same_weights_changes_nothing() -> None:
     whole = np.stack(mixture().sequences(0, 20_000))
     resumed = mixture().resumed(mixture().state(), 5000)
@@ -134,6 +148,13 @@ def test_the_seed_of_the_past_stays_whatever_resumes_it(consumed: int) -> None:
     assert resumed.seed == 3 and resumed.state()["seed"] == 3
     assert np.array_equal(np.stack(resumed.sequences(0, 9000)), whole)
     assert not np.array_equal(np.stack(mixture(seed=4).sequences(0, consumed)), whole[:, :consumed])
+
+
+def test_the_same_sources_in_another_order_are_refused() -> None:
+    """A batch has them by their numbers: it would read the wrong ones."""
+    turned = Mixture(dict(reversed(ROWS.items())), WEIGHTS, total=20_000)
+    with pytest.raises(ValueError, match="rows have changed: they were"):
+        turned.resumed(mixture().state(), 100)
 
 
 def test_other_sources_are_refused() -> None:

@@ -1,7 +1,9 @@
 import json
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfast.data import SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from llmfast.data.tokenizer import LONGEST_WORD
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [p.read_text("utf-8") for p in sorted(Path(json.__file__).parent.glob("*.py"))]
@@ -188,3 +191,75 @@ def test_a_file_by_others(bpe: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "no_eot.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(ValueError, match=r"no <\|endoftext\|> token"):
         load_tokenizer(tmp_path / "no_eot.json")
+
+
+LONG = {
+    "one letter": "a" * 2_000_000,
+    "letters": "".join(np.random.default_rng(0).choice(list("acgt"), 200_000)),
+    "spaces": " " * 200_000 + "x",
+    "lines": "\n" * 200_000,
+    "signs": "=" * 200_000,
+    "digits": "".join(np.random.default_rng(0).choice(list("0123456789"), 200_000)),
+    "CJK": "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 50_000))),
+}
+
+
+def words_of(tokenizer: BPETokenizer, text: str) -> list[str]:
+    """As they are handed to BPE, a character for a byte."""
+    return [word for word, _ in tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_word_is_cut_and_comes_back(kind: str, bpe: BPETokenizer) -> None:
+    """Training takes time by the square of what is not cut: 2 MB of one letter never ended."""
+    text = LONG[kind]
+    assert max(map(len, words_of(bpe, text))) <= LONGEST_WORD * len(text[0].encode())
+    start = time.perf_counter()
+    trained = BPETokenizer.train([text, *TEXTS], 600)
+    assert time.perf_counter() - start < 30
+    for tokenizer in (trained, bpe):
+        check_round_trip(tokenizer, text)
+
+
+@settings(deadline=None)
+@given(text=any_text)
+def test_ordinary_text_has_the_words_of_gpt2(bpe: BPETokenizer, text: str) -> None:
+    """So earlier files and new ones split it alike."""
+    tokenizers = pytest.importorskip("tokenizers")
+    gpt2 = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for some in (text, *TEXTS, *ODD):
+        assert words_of(bpe, some) == [word for word, _ in gpt2.pre_tokenize_str(some)]
+
+
+@pytest.mark.parametrize("call", ["BPETokenizer.train([text], 30_000)", "small.encode_batch([text] * 50)"])
+def test_ctrl_c_is_heard(call: str) -> None:
+    code = f"""if True:
+        import random
+        from llmfast.data import BPETokenizer
+        words = [random.randbytes(4).hex() for _ in range(100_000)]
+        text = " ".join(random.choices(words, k=500_000))
+        small = BPETokenizer.train([text[:1000]], 300)
+        print("ready", flush=True)
+        try:
+            {call}
+        except KeyboardInterrupt:
+            print("heard", flush=True)"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        start = time.perf_counter()
+        assert process.stdout.readline() == "heard\n"
+        assert time.perf_counter() - start < 3
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("kind", [ByteTokenizer, BPETokenizer])
+def test_a_byte_order_mark_before_a_tokenizer_is_no_content(kind: type, bpe: BPETokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    (bpe if kind is BPETokenizer else ByteTokenizer()).save(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert (
+        load_tokenizer(path).encode("a b").tolist()
+        == (bpe if kind is BPETokenizer else ByteTokenizer()).encode("a b").tolist()
+    )

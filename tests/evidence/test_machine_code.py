@@ -1,8 +1,19 @@
 """The search for loops against small graphs, and the readers of assembly against lines of it."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from evidence.machine_code import Instruction, _amd_bits, _count_nvidia, _parse_sass, innermost_loops
+from evidence.machine_code import (
+    ORDERS,
+    Instruction,
+    _amd_bits,
+    _count_nvidia,
+    _nvidia_occupancy,
+    _parse_sass,
+    innermost_loops,
+    takes,
+)
 
 
 def graph(*lines: tuple[int | None, bool]) -> list[Instruction]:
@@ -32,6 +43,33 @@ NEXT, END = (None, True), (None, False)
 )
 def test_innermost_loops(instructions, loops):
     assert ["".join(instruction.opcode for instruction in loop) for loop in innermost_loops(instructions)] == loops
+
+
+LOOP = "rewriting loop, barrier, store"
+TWO = "load, barrier, store, barrier, store"
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "jumps", "orders"),
+    [
+        pytest.param("LDG BAR STG BAR STG EXIT", {}, [TWO], id="two barriers"),
+        pytest.param("LDG BAR STG STG EXIT", {}, [], id="one left out"),
+        pytest.param("BAR LDG STG BAR STG EXIT", {}, [], id="the other one left out"),
+        pytest.param("LDG BAR STG BAR EXIT", {}, [], id="no store behind it"),
+        pytest.param("LDG STG BRA BAR STG EXIT", {2: 0}, [LOOP], id="a barrier behind a loop"),
+        pytest.param("LDG STG BRA STG EXIT", {2: 0}, [], id="none behind a loop"),
+        pytest.param("LDG STG BAR BRA STG EXIT", {3: 0}, [], id="within a loop"),
+        pytest.param("BAR STG LDG STG BRA STG EXIT", {4: 2}, [], id="before a loop"),
+        pytest.param("LDG STG BRA BAR STG BRA EXIT", {2: 0, 5: 4}, [LOOP], id="the last store in a loop of its own"),
+        pytest.param("LDG BRA BAR STG EXIT STG BAR STG EXIT", {1: 5}, [], id="on two ways that do not meet"),
+    ],
+)
+def test_orders_on_the_way_through(opcodes, jumps, orders):
+    code = [
+        Instruction(opcode, jumps.get(index), falls_through=opcode != "EXIT")
+        for index, opcode in enumerate(opcodes.split())
+    ]
+    assert [order for order in ORDERS if takes(code, order, _count_nvidia)] == sorted(orders)
 
 
 def test_sass_is_parsed():
@@ -67,3 +105,20 @@ def test_sass_is_parsed():
 )
 def test_amd_widths(suffix, bits):
     assert _amd_bits(suffix) == bits
+
+
+@pytest.mark.parametrize(
+    ("arch", "num_warps", "registers", "shared", "programs"),
+    [
+        (80, 4, 32, 0, 16),  # 2048 threads
+        (80, 1, 32, 0, 32),  # no more programs than that
+        (90, 8, 65, 0, 3),  # 72 registers of each thread, by 8
+        (90, 2, 32, 7 << 10, 28),  # and 1 KiB of each program is the system's: 28 of 8 KiB
+        (90, 4, 32, 75 << 10, 3),
+        (90, 4, 32, 76 << 10, 2),
+        (80, 4, 32, 82 << 10, 1),
+    ],
+)
+def test_occupancy_is_what_fits_together(arch, num_warps, registers, shared, programs):
+    metadata = SimpleNamespace(target=SimpleNamespace(arch=arch), num_warps=num_warps, shared=shared)
+    assert _nvidia_occupancy(metadata, registers) == programs * num_warps * 32 / 2048

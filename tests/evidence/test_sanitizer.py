@@ -69,6 +69,17 @@ def test_the_gap_between_the_rows_of_a_view_is_outside() -> None:
             rows_kernel[(4,)](view, 21, 24, 1.0, BLOCK=32)
 
 
+@pytest.mark.parametrize("columns", [slice(None, None, 2), slice(1, None, 3)])
+def test_the_gap_between_the_elements_of_a_view_is_outside(columns):
+    whole = torch.zeros(4, 24)
+    with sanitizing(), pytest.raises(Fault, match=r"would store outside x_ptr, of \d+ elements: element 1\b"):
+        rows_kernel[(4,)](whole[:, columns], 5, 24, 1.0, BLOCK=32)
+    column = whole[:, columns][:, :1]
+    with sanitizing():
+        rows_kernel[(4,)](column, 1, 24, 1.0, BLOCK=32)
+    assert column.eq(1).all() and whole.sum() == 4
+
+
 @triton.jit
 def table_kernel(table_ptr, numel, BLOCK: tl.constexpr):
     x_ptr = tl.load(table_ptr + tl.program_id(0)).to(tl.pointer_type(tl.float32))

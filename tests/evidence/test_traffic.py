@@ -58,6 +58,43 @@ def test_softmax_reads_and_writes_each_element_once(dry: bool) -> None:
 
 
 @triton.jit
+def arithmetic_kernel(x_ptr, HOW: tl.constexpr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    if HOW == "fma":
+        x = tl.fma(x, x, x)
+    elif HOW == "add":
+        x = x + x
+    elif HOW == "subtract":
+        x = x - 1.0
+    elif HOW == "multiply":
+        x = x * x
+    elif HOW == "maximum":
+        x = tl.maximum(x, 0.5)
+    elif HOW == "clamp":
+        x = tl.clamp(x, 0.0, 0.5)
+    elif HOW == "divide":
+        x = x / 3.0
+    elif HOW == "root":
+        x = tl.sqrt(x)
+    elif HOW == "logarithm":
+        x = tl.log(x)
+    tl.store(x_ptr + tl.arange(0, BLOCK), x)
+
+
+@pytest.mark.parametrize(
+    ("how", "flops", "special"),
+    [
+        ("nothing", 0, 0), ("add", 1, 0), ("subtract", 1, 0), ("multiply", 1, 0), ("fma", 2, 0), ("maximum", 1, 0),
+        ("clamp", 2, 0), ("divide", 0, 1), ("root", 0, 1), ("logarithm", 0, 1),
+    ],
+)  # fmt: skip
+def test_what_each_operation_counts(how: str, flops: int, special: int) -> None:
+    counts = counted(lambda: arithmetic_kernel[(1,)](torch.rand(64), HOW=how, BLOCK=64))
+    kernel = counts.by_name()["arithmetic_kernel"]
+    assert (kernel.flops, kernel.transcendentals) == (64 * flops, 64 * special)
+
+
+@triton.jit
 def strided_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i * stride))

@@ -29,6 +29,10 @@ LATENT = dict(
     num_experts_per_tok=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
     first_k_dense_replace=1,
 )  # fmt: skip
+ROUTED = dict(moe_intermediate_size=16, moe_num_experts=4, moe_k=2)
+MIXED = dict(
+    mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8,
+)  # fmt: skip
 CAPPED = dict(head_dim=8, final_logit_softcapping=3.0)
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -41,8 +45,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SHAPE),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", SHAPE),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
+    "gpt": ("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", GPT2),  # whose layers return lists
     "deepseek": ("DeepseekV3Config", "DeepseekV3ForCausalLM", SHAPE | LATENT),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", SHAPE | {"num_local_experts": 4, "output_router_logits": True}),
+    "diffllama": ("DiffLlamaConfig", "DiffLlamaForCausalLM", SHAPE),  # which is in part made where no context says
+    "falcon": ("FalconH1Config", "FalconH1ForCausalLM", SHAPE | MIXED),  # whose layers have buffers that are not saved
+    "ernie": ("Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", SHAPE | ROUTED),
     "granite": ("GraniteConfig", "GraniteForCausalLM", SHAPE | {"logits_scaling": 3.0}),
     "cohere": ("CohereConfig", "CohereForCausalLM", SHAPE | {"logit_scale": 0.3}),
     "phi": ("PhiConfig", "PhiForCausalLM", SHAPE),  # whose output embedding has a bias

@@ -1,6 +1,7 @@
 """Further heads on Hugging Face's models: what they compute, how they are saved, and how the Trainer trains them."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llmfast.optim import FusedAdamW
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
-from llmfast.integrations.mtp import add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
+from llmfast.integrations.mtp import Block, _documents, add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
 from llmfast.integrations.transformers import fuse_loss, unfuse_loss  # noqa: E402
 
 Make = Callable[..., Any]
@@ -36,7 +37,7 @@ def gradients(model: nn.Module, *batches: dict[str, Any]) -> tuple[float, dict[s
         loss = model(**each).loss
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -104,7 +105,7 @@ def test_loss_and_gradients_are_those_of_modules_called_by_hand(make: Make, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["tied", "gpt2", "gemma2", "deepseek", "mixtral", "phi"])
+@pytest.mark.parametrize("name", ["tied", "gpt2", "gpt", "gemma2", "deepseek", "mixtral", "ernie", "phi"])
 def test_every_class_of_models(make: Make, name: str, kind: Any) -> None:
     """All heads learn, and the next token's is the model's own."""
     model = make(name)
@@ -134,6 +135,107 @@ def test_heads_alone_learn_on_a_frozen_model(make: Make, kind: Any) -> None:
     for name, p in model.named_parameters():
         assert p.dtype == torch.bfloat16
         assert p.requires_grad == (p.grad is not None) == name.startswith("mtp")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", ["nothing", "a part of the layer", "the layer", "the model"])
+def test_copies_train_what_the_layer_trains(make: Make, kind: Any, frozen: str) -> None:
+    """And never what no model of the class does, such as the bias of a router."""
+    model = make("ernie")
+    layer = model.model.layers[-1]
+    never = {name for name, p in layer.named_parameters() if not p.requires_grad}
+    assert len(never) == 1
+    if frozen == "a part of the layer":
+        layer.self_attn.requires_grad_(False)
+    elif frozen != "nothing":
+        (model if frozen == "the model" else layer).requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in layer.named_parameters()}
+    if not any(wanted.values()):
+        wanted = {name: name not in never for name in wanted}
+    add_mtp(model, 2, kind)
+    copies = [block.layer for block in model.mtp.modules() if isinstance(block, Block)]
+    assert len(copies) == 2
+    for copied in copies:
+        assert {name: p.requires_grad for name, p in copied.named_parameters()} == wanted
+        assert not any(p.requires_grad for name, p in copied.named_parameters() if name in never)
+    new = [p for name, p in model.mtp.named_parameters() if ".layer." not in name]
+    assert len(new) == (8 if kind == "sequential" else 0) and all(p.requires_grad for p in new)
+    model(**batch()).loss.backward()
+    assert all((p.grad is None) == (not p.requires_grad) for p in model.mtp.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_have_the_dtypes_and_buffers_of_the_layer(make: Make, kind: Any) -> None:
+    model = make("gpt2").bfloat16()
+    layer = model.transformer.h[-1]
+    layer.ln_1.float(), layer.ln_2.float()  # as those do who keep norms precise
+    layer.register_buffer("kept", torch.arange(3, dtype=torch.int16))
+    layer.register_buffer("passing", torch.full((2,), 0.1, dtype=torch.float64), persistent=False)
+    add_mtp(model, 2, kind)
+    for block in model.mtp.modules():
+        if isinstance(block, Block):
+            for ours, theirs in zip(block.layer.parameters(), layer.parameters(), strict=True):
+                assert ours.dtype == theirs.dtype and torch.equal(ours, theirs) and ours is not theirs
+            ours, theirs = dict(block.layer.named_buffers()), dict(layer.named_buffers())
+            assert ours.keys() == theirs.keys() >= {"kept", "passing"}
+            assert all(torch.equal(ours[name], b) and ours[name].dtype == b.dtype for name, b in theirs.items())
+            assert block.layer.state_dict().keys() == layer.state_dict().keys()
+    assert {p.dtype for name, p in model.mtp.named_parameters() if ".layer." not in name} <= {torch.bfloat16}
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.mtp.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_may_be_called_by_name(make: Make, kind: Any) -> None:
+    model = make("llama")
+    wanted = gradients(add_mtp(copy.deepcopy(model), 2, kind), batch())
+
+    def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = next(iter(inspect.signature(module.forward).parameters))
+        return (), {**kwargs, name: args[0]}
+
+    for module in (model.model.layers[-1], model.model.norm, model.lm_head):
+        module.register_forward_pre_hook(by_name, with_kwargs=True)
+    assert_same(gradients(add_mtp(model, 2, kind), batch()), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_ignored_is_the_callers(make: Make, kind: Any) -> None:
+    model, usual = add_mtp(make("llama"), 2, kind), batch()
+    other = {**usual, "labels": usual["labels"].masked_fill(usual["labels"] == -100, 1), "ignore_index": 1}
+    assert_same(gradients(model, other), gradients(model, usual))
+
+
+def test_documents_begin_where_positions_do_not_go_on() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 9, 10, 10, 11], [1, 1, 0, 1, 2, 3]])
+    wanted = [[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2]]
+    found = _documents(positions, torch.zeros(3, 6))
+    assert found is not None and found.tolist() == wanted
+    one_for_all = _documents(positions[1:2], torch.zeros(2, 6))
+    assert one_for_all is not None and one_for_all.tolist() == wanted[1:2] * 2
+    assert _documents(None, torch.zeros(3, 6)) is None
+    with pytest.raises(ValueError, match=r"position_ids must be \(B, 5\) for several heads"):
+        _documents(positions, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_hear_of_the_models_own_layer_alone(make: Make, kind: Any) -> None:
+    model, heard = make("llama"), []
+    for module in model.model.layers[-1].modules():
+        module.register_forward_hook(lambda module, *others: heard.append(module))
+        module.register_forward_pre_hook(lambda module, *others: heard.append(module))
+    model(**batch())
+    once, own = len(heard), {*model.model.layers[-1].modules()}
+    add_mtp(model, 2, kind)
+    heard.clear()
+    model(**batch())
+    assert len(heard) == once and own.issuperset(heard)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_new_norms_are_like_the_models(make: Make, eps: float) -> None:
+    model = add_mtp(make("llama", rms_norm_eps=eps), 2, "sequential")
+    assert {module.eps for module in model.mtp.modules() if isinstance(module, nn.RMSNorm)} == {eps}
 
 
 def test_no_logits_of_any_head(make: Make) -> None:
@@ -182,7 +284,7 @@ def test_generation_does_not_use_them_and_undone_they_are_gone(make: Make, kind:
     assert model(**batch()).loss.item() == before.train()(**batch()).loss.item()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek", "diffllama", "falcon"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> None:
     depths = {"repeated_layer": True, "hidden": "post_norm"} if kind == "sequential" else None
@@ -193,6 +295,8 @@ def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> N
     smoothed.load_state_dict(model.state_dict())
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    for ours, theirs in zip(loaded.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
     assert loaded(**batch()).loss.item() == smoothed(**batch()).loss.item() != model(**batch()).loss.item()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain(**batch()).loss.item() == pytest.approx(remove_mtp(model).eval()(**batch()).loss.item(), rel=1e-6)

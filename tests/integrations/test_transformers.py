@@ -24,8 +24,8 @@ Batch = dict[str, Any]
 Result = tuple[float, dict[str, Tensor]]
 
 CLASSES = [
-    *("llama", "tied", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "gpt2", "deepseek", "mixtral"),
-    *("granite", "cohere", "phi"),
+    *("llama", "tied", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "gpt2", "gpt", "deepseek"),
+    *("mixtral", "ernie", "granite", "cohere", "phi"),
 ]
 
 # The Trainer's smoothing takes the place of the model's whole loss, that of its router too.
@@ -118,7 +118,7 @@ def test_label_smoothing_is_the_trainers(make: Make, name: str) -> None:
     model, batch = make(name, **NO_ROUTER_LOSS.get(name, {})), padded()
     loss = LabelSmoother(0.1)(model(**batch), batch["labels"], shift_labels=True)
     loss.backward()
-    theirs = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    theirs = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     assert_same(result(fuse_loss(model, label_smoothing=0.1), batch), theirs)
 
 
@@ -189,7 +189,7 @@ def test_grad_scaler_and_float16(make: Make) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_step_saves_the_memory_of_the_logits(make: Make, name: str) -> None:
     V, batch = 32_000, plain(V=32_000, T=96)
-    model = make(name, vocab_size=V, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 96})
+    model = make(name, vocab_size=V, **{"n_positions" if name in ("gpt", "gpt2") else "max_position_embeddings": 96})
     logits = batch["input_ids"].numel() * V * 4
 
     def peak() -> int:
@@ -315,7 +315,10 @@ def test_looks_like_the_class_it_was(make: Make) -> None:
 def state(model: nn.Module) -> Any:
     """All of a model that fusing could change."""
     modules = [
-        (type(m), m.training, sorted(vars(m)), list(m._forward_hooks.values()), list(m._forward_pre_hooks.values()))
+        (
+            *(type(m), m.training, sorted(vars(m)), list(m._forward_hooks.values())),
+            *(list(m._forward_pre_hooks.values()), list(m._forward_pre_hooks_with_kwargs)),
+        )
         for m in model.modules()
     ]
     return modules, torch.get_rng_state().tolist()
@@ -402,6 +405,7 @@ LORA = {
         "target_modules": ["lm_head"], "lora_dropout": 0.2, "use_rslora": True, "lora_bias": True,
     },
     "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens of a tied model": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 300]},
 }  # fmt: skip
 
 
@@ -409,7 +413,7 @@ LORA = {
 @pytest.mark.parametrize("first", ["fuse", "adapt"])
 def test_an_adapted_head(make: Make, kind: str, first: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
-    model = make("phi" if "bias" in kind else "llama")
+    model = make("phi" if "bias" in kind else "tied" if "tied" in kind else "llama")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **LORA[kind])
 
     def seeded(adapted: nn.Module) -> Result:
@@ -441,6 +445,46 @@ def test_two_adapters_at_a_time(make: Make) -> None:
     assert_same(ours, result(unfuse_loss(adapted), padded()))
 
 
+# What models may write otherwise.
+
+
+class Named(nn.Linear):
+    """An output embedding whose every call names its arguments."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(weight=self.weight, input=F.dropout(training=True, input=input, p=0.0))
+
+
+class ByName(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
+    """All that the stand-ins answer to, with every argument named, and in another order where Python allows that."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head = Named(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits, loss = self.lm_head(input=hidden.to(dtype=torch.float32)), None
+        if labels is not None:
+            capped = torch.tanh(input=logits.to(tensor=hidden) / 3.0) * 3.0
+            shifted = capped[:, :-1].contiguous(memory_format=torch.contiguous_format)
+            shifted = shifted.float(memory_format=torch.preserve_format)
+            rows = shifted.view(size=(-1, shifted.size(dim=-1))).reshape(shape=(-1, shifted.size(dim=-1)))
+            loss = F.cross_entropy(ignore_index=-100, target=labels[:, 1:].reshape(-1), input=rows)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_arguments_may_be_named(make: Make) -> None:
+    model = ByName(make("llama").config).train()
+    theirs = result(model, padded())
+    fuse_loss(model)
+    assert_same(result(model, padded()), theirs)
+    assert model(**padded()).logits is None
+
+
 # What is refused.
 
 
@@ -455,6 +499,8 @@ class Handwritten(transformers.LlamaForCausalLM):  # type: ignore[misc, name-def
         if labels is not None:
             if self.how == "temperature of its own":
                 logits = logits * self.model.norm.weight.mean()
+            if self.how == "operators":
+                logits = -logits
             if self.how == "part of the vocabulary":
                 logits = logits[..., :300]
             shifted, targets = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
@@ -489,6 +535,7 @@ def test_a_loss_written_out_by_hand(make: Make, how: str) -> None:
     ("how", "reason"),
     [
         ("temperature of its own", "multiplies or divides its logits by a Tensor"),
+        ("operators", "asks them for __neg__"),
         ("part of the vocabulary", "takes a part of its vocabulary"),
         ("log_softmax", "uses torch's log_softmax"),
         ("mean", "asks them for .mean"),
@@ -525,10 +572,58 @@ def test_a_loss_function_of_the_users(make: Make) -> None:
         fuse_loss(unfuse_loss(model))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stand_ins_look_like_the_logits(make: Make, dtype: torch.dtype, autocast: bool) -> None:
+    seen = []
+
+    def looking(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        seen.append((logits.dtype, logits.device, logits.shape, logits.size(-1)))
+        return F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1)).float()
+
+    model = make("llama").to(dtype)
+    model.loss_function = looking
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(**plain())
+        theirs = seen.pop()
+        fuse_loss(model)
+        model(**plain())
+    assert seen and set(seen[-1:]) == {theirs}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_has_the_dtype_that_the_models_has(make: Make, autocast: bool) -> None:
+    model = Handwritten(make("llama").config).train()  # which does not make its logits float32
+    model = model if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted = model(**padded()).loss
+        ours = fuse_loss(model)(**padded()).loss
+    assert ours.dtype == wanted.dtype == (torch.float32 if autocast else torch.bfloat16)
+
+
+def test_logits_stay_on_their_device(make: Make) -> None:
+    model = fuse_loss(make("llama"))
+    for ask in (
+        lambda x: x.to("meta"),
+        lambda x: x.to(device=torch.device("meta")),
+        lambda x: x.to(torch.ones(1).to("meta")),
+    ):
+        model.loss_function = lambda logits, labels, vocab_size, ask=ask, **kwargs: ask(logits)
+        with pytest.raises(TypeError, match="the model moves its logits from cpu to meta"):
+            model(**plain())
+
+
 def test_refuses_an_adapter_that_is_no_sum(make: Make) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be fused"):
+        fuse_loss(peft.get_peft_model(make("llama"), config))
+
+
+def test_refuses_a_head_that_changes_its_input(make: Make) -> None:
+    peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
+    config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* asks its input for __mul__"):
         fuse_loss(peft.get_peft_model(make("llama"), config))
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast.losses import linear_cross_entropy
+from support import gpus
 
 N, V, D = 1024, 32000, 256
 
@@ -83,7 +84,8 @@ def test_memory() -> None:
     def measure(way: str) -> int:
         code = f"import test_cpu_cost; print(test_cpu_cost.extra_memory({way!r}))"
         folder = Path(__file__).parent
-        environment = {"PYTHONPATH": f"{folder}:{folder.parents[1]}:{folder.parents[1] / 'kernels'}", "PATH": ""}
+        path = ":".join(map(str, (folder, folder.parent, folder.parents[1], folder.parents[1] / "kernels")))
+        environment = gpus.HIDDEN | {"PYTHONPATH": path, "PATH": ""}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         return int(run.stdout)
 

@@ -268,7 +268,7 @@ def test_argmax_when_two_places_round_differently(kernels: None, monkeypatch: py
 
 def test_argmax_of_rows_without_a_finite_logit(path: str) -> None:
     logits = torch.full((4, 1500), -torch.inf)
-    logits[1] = torch.finfo(torch.float32).min
+    logits[1] = -1e8
     logits[2] = torch.nan
     logits[3, 1200] = torch.nan
     loss, stats = cross_entropy(logits, torch.full((4,), 3), return_stats=True, reduction="none")

@@ -74,6 +74,11 @@ def test_the_mode_follows_from_budget_and_gradients(change: dict[str, Any], mode
     assert plan.mode == mode
 
 
+def test_a_plan_for_a_gpu_can_be_asked_for_without_one() -> None:
+    plan = LinearCrossEntropyPlan.make(16384, 4096, 128256)
+    assert plan.budget == 1 << 30 and plan.mode == "chunk"
+
+
 def test_the_plan_prints_what_the_other_modes_cost() -> None:
     plan = LinearCrossEntropyPlan.make(16384, 4096, 128256, memory_budget=1 << 30)
     text = str(plan)

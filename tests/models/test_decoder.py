@@ -181,3 +181,87 @@ def test_nothing_is_sampled_from_logits_that_are_not_finite() -> None:
     model.embedding.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="logits are not finite"):
         model.generate(torch.zeros(1, dtype=torch.int64), 1, context=4)
+
+
+# Every setting, by numbers.
+
+
+def by_hand(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states (T, D) of one sequence (T,), in float64, from the weights and the settings alone."""
+    c, weights = model.config, {name: t.double() for name, t in model.state_dict().items()}
+    T, half = len(tokens), c.width // c.heads // 2
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weights[f"{name}.weight"]
+
+    angles = torch.arange(T).double()[:, None] / c.rope_base ** (torch.arange(half).double() / half)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        turns = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([turns.real, turns.imag], 1)
+
+    x = weights["embedding.weight"][tokens]
+    for i in range(c.layers):
+        read = norm(x, f"blocks.{i}.attention_norm") @ weights[f"blocks.{i}.attention.qkv.weight"].T
+        heads = []
+        for q, k, v in zip(*(part.split(2 * half, 1) for part in read.chunk(3, 1)), strict=True):
+            scores = turned(q) @ turned(k).T / (2 * half) ** 0.5
+            heads.append(scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(1) @ v)
+        x = x + torch.cat(heads, 1) @ weights[f"blocks.{i}.attention.out.weight"].T
+        gate, up = (norm(x, f"blocks.{i}.ffn_norm") @ weights[f"blocks.{i}.ffn.gate_up.weight"].T).chunk(2, 1)
+        x = x + (gate * gate.sigmoid() * up) @ weights[f"blocks.{i}.ffn.out.weight"].T
+    return norm(x, "norm")
+
+
+def random_weights(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rope_base": 50.0, "norm_eps": 0.3, "ffn_width": 24, "tie_embeddings": False}]
+)
+def test_settings_reach_the_numbers(options: dict[str, Any]) -> None:
+    model, tokens = small(**options).double(), torch.randint(0, 50, (9,))
+    random_weights(model)
+    torch.testing.assert_close(model(tokens[None])[0], by_hand(model, tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+@pytest.mark.parametrize("mtp", ["none", "parallel", "sequential"])
+def test_every_norm_has_the_eps_of_the_settings(mtp: Any, eps: float) -> None:
+    model = small(mtp=mtp, mtp_heads=0 if mtp == "none" else 2, norm_eps=eps)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert len(norms) == {"none": 5, "parallel": 7, "sequential": 15}[mtp]
+    assert {norm.eps for norm in norms} == {eps}
+
+
+@pytest.mark.parametrize("layers", [1, 8])
+def test_weights_start_as_gpt2s(layers: int) -> None:
+    """And the branches' last layers smaller, by the root of how many there are."""
+    model = small(layers=layers, width=128, tie_embeddings=False)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            wanted = 0.02 / (2 * layers) ** 0.5 if name.endswith("out.weight") else 0.02
+            assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+            assert abs(p.mean().item()) < 0.05 * wanted, name
+        else:
+            assert p.eq(1).all(), name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_samples_from_the_last_tokens_at_a_temperature(temperature: float) -> None:
+    model, tokens = small(), torch.randint(0, 50, (7,))
+    random_weights(model)
+    found = model.generate(
+        tokens, 12, context=4, temperature=temperature, generator=torch.Generator().manual_seed(3)
+    )  # fmt: skip
+    generator, wanted = torch.Generator().manual_seed(3), tokens
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model(wanted[-4:][None])[0, -1] @ model.unembedding.T
+            p = (logits / temperature).softmax(0) if temperature else logits.eq(logits.max()).float()
+            token = torch.multinomial(p, 1, generator=generator) if temperature else p.argmax()[None]
+            wanted = torch.cat([wanted, token])
+    assert torch.equal(found, wanted)

@@ -53,8 +53,8 @@ def test_by_name() -> None:
         ({"schedule": "cosine"}, "schedule must be one of 'constant', 'linear', 'staged'; got 'cosine'"),
         ({"fraction": 1.5}, r"fraction must be in \[0, 1\]; got 1.5"),
         ({"K": 0}, "K must be at least 1; got 0"),
-        ({"weight": -1.0}, "weight must not be negative; got -1.0"),
-        ({"final": -1.0}, "final must not be negative; got -1.0"),
+        ({"weight": -0.01}, "weight must not be negative; got -0.01"),
+        ({"final": -0.01}, "final must not be negative; got -0.01"),
     ],
 )
 def test_refuses(changed: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from llmfast._commands import columns
 from llmfast.plan import BESIROGLU, ChinchillaLaw
 from llmfast.plan.command import add_arguments, run
 from llmfast.plan.numbers import duration, number, short
+from support import gpus
 
 MakeRun = Callable[..., Path]
 ROOT = Path(__file__).parent.parent.parent
@@ -136,6 +137,27 @@ def test_the_settings_own_precision(plan: Callable[..., str]) -> None:
     assert "copies of the matrices" not in text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "products", "rate"),
+    [
+        ("auto", "float32", "bfloat16", 989e12),
+        ("bfloat16", "float32", "bfloat16", 989e12),
+        ("float32", "float32", "float32", 66.9e12),
+        ("float32", "bfloat16", "bfloat16", 989e12),  # without autocast, in the dtype of the parameters
+    ],
+)
+def test_products_are_modelled_in_the_dtype_they_are_in(
+    plan: Callable[..., str], dtype: str, param_dtype: str, products: str, rate: float
+) -> None:
+    settings = ("data.tokenizer=bytes", f"train.dtype={dtype}", f"train.param_dtype={param_dtype}")
+    text = plan("memory", *(f"--set={s}" for s in settings), "--gpu", "H100", "--utilisation", "0.5")
+    assert f"`llmfast train` on one GPU, products in {products}:" in text
+    assert ("copies of the matrices in bfloat16" in text) == (products != param_dtype)
+    flops = float(text.partition("a step takes ")[2].split()[0])
+    seconds = float(text.partition("modelled on H100 SXM: ")[2].split(" ms a step")[0]) / 1e3
+    assert seconds == pytest.approx(flops / (0.5 * rate), rel=0.01)
+
+
 def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
     text = plan("lr", "--lr", "3e-4", "--base-batch", "0.5M", "--batch", "2M")
     assert line(text, "linear").startswith("0.0012") and line(text, "square root").startswith("0.0006")
@@ -184,7 +206,9 @@ def test_imports_without_what_the_trainer_needs() -> None:
         import llmfast.plan, llmfast.plan.command
         print(llmfast.plan.BESIROGLU.optimal(1e21).params)"""
     path = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=gpus.HIDDEN | {"PYTHONPATH": path}
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(2.778e9, rel=1e-3)
 

@@ -21,7 +21,7 @@ from llmfast.plan import (
     plot_chinchilla,
     plot_power,
 )
-from llmfast.plan.fit import distinct
+from llmfast.plan.fit import Fit, distinct
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NOISE = 0.005
@@ -121,6 +121,13 @@ def test_intervals_hold_the_truth_and_say_less_of_fewer_runs() -> None:
     assert low < BESIROGLU.optimal(1e21).params < high
     again, other = (fit_chinchilla(*runs(BESIROGLU, 1, grid=4), resamples=3, seed=seed) for seed in (0, 1))
     assert again.resampled == few.resampled[:3] and again.resampled != other.resampled
+
+
+def test_an_interval_leaves_out_as_much_on_either_side() -> None:
+    fit = Fit(PowerLaw(1.0, 0.5), np.zeros(4), tuple(PowerLaw(float(i + 1), 0.5) for i in range(101)))
+    for level, low, high in ((0.95, 3.5, 98.5), (0.5, 26.0, 76.0), (0.2, 41.0, 61.0)):
+        assert fit.interval(lambda law: law.scale, level) == pytest.approx((low, high))
+    assert fit.interval(lambda law: law.scale) == fit.interval(lambda law: law.scale, 0.95)
 
 
 @pytest.mark.parametrize(("truth", "floor"), [(PowerLaw(1e9, 0.3, 1.5), True), (PowerLaw(8.8e13, 0.076), False)])

@@ -72,6 +72,8 @@ def _rows(compiled: Compiled) -> Iterator[str]:
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
         if (loop.shuffles or loop.barriers) and not filtered and not mixed:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
+    if _has(compiled, "d_logits_ptr"):
+        yield from _order(compiled, "rewriting loop, barrier, store")
 
 
 def _rows_backward(compiled: Compiled) -> Iterator[str]:
@@ -79,6 +81,13 @@ def _rows_backward(compiled: Compiled) -> Iterator[str]:
     code, bits, out = compiled.facts.code, _row_bits(compiled), _row_bits(compiled, "d_logits_ptr")
     if bits not in code.load_bits or out not in code.store_bits:
         yield f"loads {code.load_bits} and stores {code.store_bits}, none of {bits} and {out} bits"
+    yield from _order(compiled, "load, barrier, store, barrier, store")
+
+
+def _order(compiled: Compiled, order: str) -> Iterator[str]:
+    """Threads that read or write what others write wait for them, where a program has more than one warp."""
+    if compiled.facts.num_warps > 1 and order not in compiled.facts.orders:
+        yield f"does not take this order: {order}"
 
 
 def _update(compiled: Compiled) -> Iterator[str]:

@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent.parent
 CODE = Code(10, {128: 2}, {128: 2}, 1, 0, 0, 0, {})
 FACTS = KernelFacts(
     num_warps=4, shared_bytes=0, registers=32, spill_bytes=0, occupancy=1.0, stack_bytes=0, scalar_spills=0,
-    code=CODE, hot_loops=(CODE,),
+    code=CODE, hot_loops=(CODE,), orders=(),
 )  # fmt: skip
 KIND = Specialization("llmfast_kernels.optimizer:prepare_kernel", {}, {"enable_fp_fusion": True}, "tests/a.py::test_b")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmfast.train.config import ELSEWHERE, Config, ConfigError, _names, dump_config, load_config
+from llmfast.train.metrics import read_metrics
 
 
 def test_file_then_overrides(tmp_path: Path) -> None:
@@ -53,6 +54,7 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
         ("train.dtype=int8", "train.dtype must be one of 'auto', 'float32', 'bfloat16'; got 'int8'"),
         ("data.sources=[]", "data.sources must name at least one source"),
         ("data.held_out=0.0", "data.held_out must be between 0 and 1; got 0.0"),
+        ("data.split={a='ends'}", "data.split.a must be one of 'documents', 'end'; got 'ends'"),
         ("train.vocab_parallel=true", "train.vocab_parallel needs model.tie_embeddings=false"),
         ("name=../x", "name must be a folder name; got '../x'"),
     ],
@@ -91,6 +93,13 @@ def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
     file.write_text("x = " + "[" * 100_000)
     with pytest.raises(ConfigError, match=r"c\.toml is not TOML"):
         load_config(file)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nsteps = 7\r\n")
+    assert load_config(tmp_path / "settings.toml").train.steps == 7
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1, "tokens": 2}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "tokens": 2}]
 
 
 def test_messages_stay_short_whatever_a_file_holds(tmp_path: Path) -> None:

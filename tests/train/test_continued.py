@@ -57,6 +57,12 @@ def test_the_settings_are_those_of_the_run_but_for_the_text(before: Path, other:
     assert config.data.weights == {str(other): "0.1->0.8", saved.data.sources[0]: "rest"}
     assert config.data.tokenizer == str(before / "tokenizer.json") and config.train.init_from == str(before)
     assert (config.train.steps, config.name) == (7, "x")
+    assert config.data.split == {saved.data.sources[0]: "documents"}
+    # Validation text stays what it was, also of runs that do not say how they were split.
+    path = before / "config.toml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.endswith('= "documents"')))
+    assert load_config(path).data.split == {}
+    assert continued_config(before, [str(other)]).data.split == config.data.split
 
 
 def test_what_makes_no_sense_is_one_line(

@@ -248,6 +248,20 @@ def test_summary_and_settings_say_what_differs(tmp_path: Path) -> None:
     assert "differ in data.tokenizer: their losses are not of the same tokens" in found.text
 
 
+def test_summary_takes_of_each_number_what_it_means(tmp_path: Path) -> None:
+    """Skipped steps are counted from the beginning, spikes are not; memory is the most, speed the median."""
+    of_lines = zip((10, 20, 30), (2, 5, 5), (5, 12, 3), (100.0, 900.0, 200.0), ({}, {"spike": True}, {"spike": True}))
+    lines = [
+        logged(step, skipped=skipped, memory_bytes=memory * 2**30, tokens_per_s=speed, **spike)
+        for step, skipped, memory, speed, spike in of_lines
+    ]
+    rows = page(folder(tmp_path / "a", [*lines, evaluated(10, a=3), evaluated(30, a=2)])).rows
+    found = {row[0]: row[1] for row in rows}
+    assert [found[name] for name in ("steps", "steps skipped", "loss spikes")] == ["30\u00a0of\u00a040", "5", "2"]
+    assert [found[name] for name in ("tokens/s, median", "peak memory")] == ["200", "12.0\u00a0GiB"]
+    assert found["validation loss, nats a token"] == "2.000"
+
+
 def test_settings_that_do_not_differ(tmp_path: Path) -> None:
     a, b = (folder(tmp_path / name, usual()) for name in "ab")
     assert page(a).row("train.steps") == ["1000", "40"]

@@ -3,8 +3,6 @@
 import ast
 import copy
 import dataclasses
-import hashlib
-import json
 import re
 import shutil
 import sys
@@ -34,6 +32,7 @@ from llmfast.train.config import (
 from llmfast.train.run import make_optimizer, resumed_config, train
 from llmfast.train.schedule import lr_of_step
 from llmfast.train.trainer import Hooks, Trainer
+from support.checkpoints import signed
 
 SETTINGS = [name for name in _names(Config(), "") if "." in name]
 # Read only where there are several ranks; tests/train/test_ranks.py resumes under others.
@@ -175,9 +174,11 @@ def test_every_setting_takes_effect_or_is_refused_by_name(
     override = changed(saved, name)
     # "rest" of a weight that is given; of no meaning elsewhere.
     more = ["train.steps=3", *([f"data.weights.{saved.data.sources[0]}=rest"] if name == "data.weights" else [])]
-    kept = next("kept" in f.metadata for found, f, *_ in _settings_of_both(saved, saved) if found == name)
+    kept = next(f.metadata.get("kept") for found, f, *_ in _settings_of_both(saved, saved) if found == name)
     if kept:
-        with pytest.raises(ConfigError, match=rf"^{re.escape(name)} cannot change on --resume: .* has .*; got "):
+        begin = f"; train.init_from={copied} begins it with these weights" if kept != WEIGHTS else ""
+        message = rf"^{re.escape(name)} cannot change on --resume: .* has .*; got .*\. Only a new run can have that"
+        with pytest.raises(ConfigError, match=message + re.escape(begin) + "$"):
             resumed_config(copied, [override])
         direct = load_config(copied / "config.toml", [override, f"runs={copied.parent}", "name=copied"])
         with pytest.raises(ConfigError, match=rf"^{re.escape(name)} cannot change on --resume: "):
@@ -269,15 +270,6 @@ def edited(folder: Path, before: str, after: str) -> None:
     text = file.read_text()
     assert before in text
     file.write_text(text.replace(before, after))
-
-
-def signed(checkpoint: Path, **meta: Any) -> None:
-    """Give a checkpoint another meta.json, of which None leaves something out, and the checksums that belong to it."""
-    file = checkpoint / "meta.json"
-    file.write_text(json.dumps({k: v for k, v in {**json.loads(file.read_text()), **meta}.items() if v is not None}))
-    sums = json.loads((checkpoint / "checksums.json").read_text())
-    sums["meta.json"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    (checkpoint / "checksums.json").write_text(json.dumps(sums))
 
 
 @pytest.mark.parametrize(
@@ -378,6 +370,18 @@ def test_weights_to_begin_with_mean_what_they_meant(name: str, base: Path, copie
     else:
         state = {key: t.float() for key, t in weights(base).items()}
         torch.testing.assert_close(hidden(config, state), hidden(saved, state), rtol=0, atol=0)
+
+
+def test_settings_edited_beside_weights_do_not_change_what_these_are(copied: Path, base: Path) -> None:
+    """The checkpoint says it, and not the file beside it; of earlier versions there is only the file."""
+    edited(copied, "heads = 2", "heads = 4")
+    message = r"^model\.heads must be that of the weights in train\.init_from=.*, 2; got 4\."
+    with pytest.raises(ConfigError, match=message):
+        begun_from(copied, base, "model.heads=4")
+    begun_from(copied, base)
+    signed(copied / "checkpoint-00000002", about=None)
+    with pytest.raises(ConfigError, match=message.replace("2; got 4", "4; got 2")):
+        begun_from(copied, base, name="again")
 
 
 def test_every_declaration_of_weights_is_of_the_model_or_the_tokenizer() -> None:

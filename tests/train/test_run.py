@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import train
 from llmfast.train.trainer import Hooks, Trainer
+from support.checkpoints import signed
 from support.disk import Disk
 
 
@@ -283,6 +285,70 @@ def test_an_empty_source_is_an_error(settings: list[str], tmp_path: Path, capsys
     assert cli(settings, f"--set=data.sources=['{tmp_path / 'empty'}']") == 2
     assert "empty" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_file_is_a_source_and_keeps_its_split(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On resume and where the run is continued, whatever the rows' length is there."""
+    (tmp_path / "input.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(2000)))
+    one = [*settings, f"data.sources=['one={tmp_path / 'input.txt'}']", "data.held_out=0.1"]
+    assert cli(one, "--name=one") == 0
+    first = capsys.readouterr().out
+    folder = tmp_path / "runs" / "one"
+    assert "one: the last 11.3% of its text validate, as it has too few documents" in " ".join(first.split())
+    assert load_config(folder / "config.toml").data.split == {"one": "end"}
+    before = read_metrics(folder / "metrics.jsonl")[-1]["validation"]
+    assert cli([settings[0]], "--name=one", "--resume", "--set=train.steps=10") == 0
+
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": f"{i} and {i}\n" * 9}) + "\n" for i in range(50)))
+    arguments = [str(folder), "--target", f"more={tmp_path / 'more.jsonl'}", "--name=more", "--set=train.steps=2"]
+    assert main(["continue", *arguments, "--set=data.seq_len=16"]) == 0
+    data = load_config(folder.parent / "more" / "config.toml").data
+    assert data.split == {"more": "documents", "one": "end"} and list(before) == ["one"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_run_of_before_goes_on_with_the_files_it_read(
+    suffix: str, settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its settings name neither a split nor a column: files with columns beside its own were not read."""
+    folder = run(settings, "name=old")
+    path = folder / "config.toml"
+    written = path.read_text()
+    assert 'text_column = "text"' in written and "[data.split]" in written
+    path.write_text(
+        "\n".join(x for x in written.splitlines() if "text_column" not in x and not x.endswith('= "documents"'))
+    )
+    for checkpoint in folder.glob("checkpoint-*"):
+        signed(checkpoint, about=None)
+    (corpus / f"more{suffix}").write_text(json.dumps({"text": "more " * 500}))
+    status = cli([settings[0]], "--name=old", "--resume", "--set=train.steps=10")
+    if suffix == ".txt":
+        assert status == 2 and "the sources' rows have changed" in capsys.readouterr().err
+    else:
+        out = " ".join(capsys.readouterr().out.split())
+        assert status == 0 and "1 file of another kind is left out: .jsonl (1)" in out
+        assert load_config(path).data.text_column == ""
+
+
+def test_what_is_left_out_is_said_once(settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (corpus / "x.pdf").write_text("x")
+    (corpus / "x.jsonl").write_text('{"text": "of a line"}\n{broken\n')
+    assert cli(settings, "--name=first") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("1 file of another kind is left out: .pdf (1)") == 1
+    assert out.count("1 document is left out: not JSON (1, x.jsonl, line 2)") == 1
+
+
+def test_a_missing_package_for_a_file_is_one_line_with_its_own_advice(
+    settings: list[str], corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (corpus / "x.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert cli(settings, "--name=first") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("reading .parquet files needs pyarrow: pip install 'llmfast-torch[formats]'")
 
 
 def test_a_dry_run_only_says_what_it_would_do(

@@ -444,6 +444,24 @@ def test_a_run_goes_on_to_the_last_bit(how: str, tmp_path: Path) -> None:
     assert_same(states(resumed), states(whole))
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_what_was_counted_goes_on(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
+    """Skipped steps, and the losses that one which jumps is measured by."""
+    config = settings(steps=24, save_every=20, lr=1e-5, max_skipped=1)
+    bad = {"loss": weighted, "run": tmp_path}
+    whole, written = trainer_of(config, make, data=batches(bad=(2, 22)), **bad)
+    with pytest.raises(NonFinite, match=r"^2 steps had a gradient that is not finite"):
+        whole.fit()
+    resumed, also = trainer_of(config, make, data=batches(bad=(2, 22)), **bad)
+    resumed.resume()
+    assert (resumed.step, resumed.skipped) == (20, 1)
+    with pytest.raises(NonFinite, match=r"^2 steps had a gradient that is not finite"):
+        resumed.fit()
+    assert written["spike"][20:] == [None, None, True] and written["skipped"][20:] == [1, 1, 2]
+    assert json.dumps(also.lines) == json.dumps(written.lines[20:])  # in which NaN is NaN
+    assert (resumed.tokens, resumed.sequences, resumed.skipped) == (whole.tokens, whole.sequences, whole.skipped)
+
+
 # master_weights and state_dtype of bfloat16 parameters, before and after.
 OTHER_FORMATS = [
     (("split16", "8bit"), ("split8", "bfloat16")),
@@ -722,12 +740,13 @@ def test_groups_of_earlier_checkpoints(make: Callable[[nn.Module], Optimizer], t
 
     def other(model: nn.Module) -> Optimizer:
         made = make(model)
-        made.param_groups[0]["eps"] = 1.0
+        made.param_groups[0] |= {"eps": 1.0, "later": 3}  # one that no optimizer had by then
         return made
 
     resumed, _ = trainer_of(settings(), other, run=tmp_path)
     resumed.resume()
     assert resumed.optimizer.param_groups[0]["eps"] == (1.0 if make is fused else 1e-8)
+    assert resumed.optimizer.param_groups[0]["later"] == 3
 
 
 def test_an_optimizer_of_another_kind_is_an_error(tmp_path: Path) -> None:
@@ -856,6 +875,33 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
     resumed.resume()
     assert resumed.step == 3 and resumed.fit()
     assert saved(tmp_path) == [3, 7] and not list(tmp_path.glob(".*"))
+
+
+def test_the_last_one_that_could_not_be_written_can_be_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing trained in between, it is not taken for saved."""
+
+    def full(*args: Any, **more: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Fill(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == 3:
+                assert trainer.checkpoints is not None
+                trainer.checkpoints.wait()
+                monkeypatch.setattr("llmfast.train.checkpoint.sync", full)
+
+    trainer, _ = trainer_of(settings(steps=4, save_every=2), run=tmp_path, hooks=[Fill()])
+    with pytest.raises(OSError, match=r"^checkpoint-00000004 could not be written: .*No space left on device; "):
+        trainer.fit()
+    assert trainer.step == 4 and saved(tmp_path) == [2]
+    monkeypatch.undo()
+    trainer.fit()
+    assert saved(tmp_path) == [2, 4]
+    resumed, _ = trainer_of(settings(steps=4), run=tmp_path)
+    resumed.resume()
+    assert resumed.step == 4
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,0 +1,329 @@
+"""Files to documents, for `prepare` and for `llmfast clean` alike.
+
+    .md .py .rst .txt              a file is a document
+    .jsonl .jsonl.gz .jsonl.zst    a line is one: an object with the text in one of its columns
+    .parquet                       a row is one
+
+Text is UTF-8 (a .py file may declare another encoding). A byte order mark is not part of it, and line ends become
+"\\n". What cannot be read is yielded too, with the reason: the caller says what it left out.
+"""
+
+# pyarrow and zstandard are optional.
+# mypy: disable-error-code="import-not-found,import-untyped"
+# pyright: reportMissingImports=false
+
+import gzip
+import io
+import json
+import os
+import tokenize
+import zlib
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
+TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
+TEXT_COLUMN = "text"
+NO_TEXT = "no text"  # the fault of a line or row whose text column is missing or holds something else than a string
+
+_NEEDED = {".parquet": "pyarrow", ".zst": "zstandard"}  # packages of the extra `formats`
+_CLEANED = {"report.json", "report.md", "logs", "text"}  # what `llmfast clean` always writes
+_CHUNK = 1 << 17  # bytes of a compressed file that are read at once
+_NAMED_COLUMNS = 20  # in a message
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document, or what there is in place of one and why it cannot be read."""
+
+    name: str  # unique within the source: "deep/x.md", or "more.jsonl/17" for the line or row counted from 0
+    place: str  # for a message: "more.jsonl, line 18"
+    text: str
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the others of its line or row
+    fault: str | None = None  # such as "not JSON"
+    damaged: bool = False  # the fault is the file's: what follows in it cannot be read either
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files below a folder."""
+
+    files: list[tuple[str, Path]]  # those to read, sorted by name, such as "json/decoder.py"
+    others: Counter[str]  # how many are not read, by kind
+    cleaned: list[str]  # folders that `llmfast clean` wrote: of these only what it kept counts
+
+
+def find(root: Path, suffixes: tuple[str, ...]) -> Found:
+    """Search a folder recursively for files with one of the suffixes. Names that start with a dot are skipped.
+
+    Raises:
+        OSError: A folder cannot be read.
+        ImportError: A file needs a package that is not installed.
+    """
+    files, others, cleaned = [], Counter[str](), []
+    for place, folders, names in os.walk(root, onerror=_raise):
+        folder, relative = Path(place), Path(place).relative_to(root)
+        if {*folders, *names} >= _CLEANED:
+            cleaned.append(relative.as_posix())
+            folders[:], names = ["text"], []
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others["link to a folder"] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
+        for name in names:
+            if name.startswith("."):
+                continue
+            if not os.path.isfile(os.path.join(place, name)):  # of thousands, quicker than by Path
+                others["neither file nor folder"] += 1  # a link to nothing, a socket, a device
+            elif name.lower().endswith(suffixes):
+                files.append(((relative / name).as_posix(), folder / name))
+            else:
+                others[os.path.splitext(name)[1] or "(none)"] += 1
+    expect_packages(name for name, _ in files)
+    return Found(sorted(files), +others, cleaned)
+
+
+def expect_packages(names: Iterable[str]) -> None:
+    """ImportError for a file that needs a package which is not installed."""
+    needed = {package for name in names for suffix, package in _NEEDED.items() if name.lower().endswith(suffix)}
+    missing = sorted(package for package in needed if find_spec(package) is None)
+    if missing:
+        suffixes = ", ".join(suffix for suffix, package in _NEEDED.items() if package in missing)
+        raise ImportError(f"reading {suffixes} files needs {', '.join(missing)}: pip install 'llmfast-torch[formats]'")
+
+
+def suffixes(text_column: str) -> tuple[str, ...]:
+    """The suffixes of files to read; without a text column, only those of text."""
+    return SUFFIXES if text_column else TEXT_SUFFIXES
+
+
+def read(path: Path, name: str, text_column: str = TEXT_COLUMN, *, whole: bool = False) -> Iterator[Record]:
+    """Yield the documents of one file. A file that is no table, whatever its suffix, is one document.
+
+    Args:
+        path: Where it is.
+        name: What it is called in its source.
+        text_column: The column of a table that is the text; "" takes a table for text too.
+        whole: Also read the other columns of a table.
+    """
+    lower = name.lower()
+    if not text_column or not lower.endswith(TABLE_SUFFIXES):
+        return iter([_file(path, name)])
+    if lower.endswith(".parquet"):
+        return _rows(path, name, text_column, whole)
+    return _lines(path, name, text_column)
+
+
+def read_text(path: Path) -> str:
+    """Read a file of text.
+
+    Raises:
+        UnicodeDecodeError: It is not in the encoding that it should be in.
+        SyntaxError, LookupError: It is a .py file that declares an unknown encoding.
+    """
+    content, encoding = path.read_bytes(), "utf-8-sig"
+    if path.suffix.lower() == ".py":
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+class LeftOut:
+    """Counts what was not read, and says so in one sentence per sort."""
+
+    def __init__(self, text_column: str) -> None:
+        self._text_column = text_column
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self.columns = ""  # of the first line or row that has others, but not that of the text
+
+    def add(self, record: Record) -> None:
+        """Count a record that has a fault."""
+        assert record.fault is not None
+        self._counts[record.fault] += 1
+        self._first.setdefault(record.fault, record.place)
+        if record.fault == NO_TEXT and not self.columns and self._text_column not in record.columns:
+            shown = [repr(column) for column in list(record.columns)[:_NAMED_COLUMNS]]
+            more = len(record.columns) - len(shown)
+            self.columns = ", ".join(shown) + (f" and {more} more" if more else "")
+
+    @property
+    def only_blank(self) -> bool:
+        return not self._counts.keys() - {"blank"}
+
+    def sentences(self, found: Found) -> Iterator[str]:
+        """Say what was counted, and which files of other kinds there are."""
+        for folder in found.cleaned:
+            yield f"{'it' if folder == '.' else folder} was written by llmfast clean; of that only text/ is read"
+        if found.others:
+            yield others_left_out(found.others)
+        if self._counts:
+            n = self._counts.total()
+            kinds = [
+                f"{fault} ({count}, {'the first in ' if count > 1 else ''}{self._first[fault]}"
+                + (f", whose columns are {self.columns})" if fault == NO_TEXT and self.columns else ")")
+                for fault, count in self._counts.most_common()
+            ]
+            yield f"{n} {'documents are' if n > 1 else 'document is'} left out: {', '.join(kinds)}"
+
+
+def others_left_out(others: Mapping[str, int]) -> str:
+    """Say how many files of which kinds are not read."""
+    n = sum(others.values())
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(others.items(), key=lambda kind: (-kind[1], kind)))
+    return f"{n} {'files of other kinds are' if n > 1 else 'file of another kind is'} left out: {kinds}"
+
+
+def _file(path: Path, name: str) -> Record:
+    try:
+        text = read_text(path)
+    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
+        place = f"{name}, byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"{name}: {error}"
+        return Record(name, place, path.read_bytes().decode("utf-8", "replace"), fault="not UTF-8", damaged=True)
+    return Record(name, name, text, fault=None if text.strip() else "blank")
+
+
+def _lines(path: Path, name: str, text_column: str) -> Iterator[Record]:
+    compression, i = Path(name).suffix.lower().removeprefix(".jsonl").removeprefix("."), -1
+    try:
+        with _OPENERS[compression](path) as lines:
+            for i, line in enumerate(lines):
+                line = line.removeprefix(BOM_UTF8)  # also where files were joined
+                if line.strip():
+                    yield _line(line, f"{name}/{i}", f"{name}, line {i + 1}", text_column)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        fault = f"broken {'gzip' if compression == 'gz' else 'zstd'} from here on"
+        yield Record(f"{name}/{i + 1}", f"{name}, line {i + 2}", "", fault=fault, damaged=True)
+
+
+def _line(line: bytes, name: str, place: str, text_column: str) -> Record:
+    try:
+        columns = _parsed(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        fault = "not UTF-8"
+    except RecursionError:
+        fault = "nested too deeply"
+    except ValueError:
+        fault = "not JSON"
+    else:
+        record = _record(columns if isinstance(columns, dict) else {}, name, place, text_column)
+        if record.fault in (None, "blank"):
+            return record
+        return Record(name, place, line.decode("utf-8"), record.columns, record.fault)
+    return Record(name, place, line.decode("utf-8", "replace"), fault=fault)
+
+
+def _parsed(line: str) -> Any:
+    """Parse JSON. NaN, which it does not know, is Python's."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than Python takes
+        return json.loads(line, parse_int=float)
+
+
+def _record(columns: dict[str, Any], name: str, place: str, text_column: str) -> Record:
+    text = columns.get(text_column)
+    if not isinstance(text, str):
+        return Record(name, place, "", columns, NO_TEXT)
+    rest = {column: value for column, value in columns.items() if column != text_column}
+    if not is_unicode(text):
+        return Record(name, place, text.encode("utf-8", "replace").decode("utf-8"), rest, "lone surrogate")
+    return Record(name, place, text, rest, None if text.strip() else "blank")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether UTF-8 can hold it: JSON can escape one half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _rows(path: Path, name: str, text_column: str, whole: bool) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    i = -1
+    try:
+        with ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_column not in columns:
+                yield Record(name, name, "", dict.fromkeys(columns), NO_TEXT)
+                return
+            for batch in file.iter_batches(batch_size=1000, columns=None if whole else [text_column]):
+                for row in range(batch.num_rows):
+                    i += 1
+                    yield _row(batch, row, f"{name}/{i}", f"{name}, row {i + 1}", text_column)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        yield Record(f"{name}/{i + 1}", f"{name}, row {i + 2}", "", fault="broken Parquet from here on", damaged=True)
+
+
+def _row(batch: Any, row: int, name: str, place: str, text_column: str) -> Record:
+    columns, broken = {}, False
+    for column, values in zip(batch.schema.names, batch.columns):
+        try:
+            columns[column] = values[row].as_py()
+        except UnicodeDecodeError:  # Parquet's strings are bytes that nobody need have checked
+            columns[column], broken = None, broken or column == text_column
+    if broken:
+        return Record(name, place, "", columns, "not UTF-8")
+    return _record(columns, name, place, text_column)
+
+
+class _Zstandard(io.RawIOBase):
+    """A decompressed file. The package's own streams take a file that was cut off for one that ends."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._error, self._file = zstandard.ZstdError, path.open("rb")
+        self._frame: Any = None
+        self._ready, self._compressed = memoryview(b""), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._file.read(_CHUNK)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._ready = memoryview(self._frame.decompress(self._compressed))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        n = min(len(buffer), len(self._ready))
+        buffer[:n] = self._ready[:n]
+        self._ready = self._ready[n:]
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+_OPENERS: dict[str, Callable[[Path], AbstractContextManager[Iterable[bytes]]]] = {
+    "": lambda path: path.open("rb"),
+    "gz": gzip.open,
+    "zst": lambda path: io.BufferedReader(_Zstandard(path), _CHUNK),
+}
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error

@@ -1,0 +1,211 @@
+"""Every kind of file gives the same documents, and what is not read is said."""
+
+import builtins
+import gzip
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfast.data import Document, load, text_files
+from llmfast.data.reader import SUFFIXES, find, read
+
+pyarrow = pytest.importorskip("pyarrow")
+pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+zstandard = pytest.importorskip("zstandard")
+
+TEXTS = ["first\n", "zweiter é", "third <|endoftext|>"]
+
+
+def zst(content: bytes) -> bytes:
+    """Two frames, as files that were joined have."""
+    half = len(content) // 2
+    return b"".join(zstandard.compress(part) for part in (content[:half], content[half:]))
+
+
+def parquet(path: Path, **columns: Any) -> None:
+    pyarrow_parquet.write_table(pyarrow.table(columns), path)
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zst}
+
+
+def write_table(path: Path, texts: list[str], column: str = "text") -> None:
+    """One of the kinds of files with columns, by its suffix."""
+    if path.suffix == ".parquet":
+        parquet(path, **{column: texts, "n": range(len(texts))})
+        return
+    lines = "".join(json.dumps({column: text, "n": n}) + "\n" for n, text in enumerate(texts))
+    path.write_bytes(PACKED["".join(path.suffixes)](lines.encode()))
+
+
+def say_nothing(text: str) -> None:
+    pytest.fail(text)
+
+
+@pytest.mark.parametrize("suffix", [*PACKED, ".parquet"])
+def test_a_row_is_a_document(suffix: str, tmp_path: Path) -> None:
+    write_table(tmp_path / f"a{suffix}", TEXTS)
+    expected = [Document(f"a{suffix}/{i}", text) for i, text in enumerate(TEXTS)]
+    assert load(str(tmp_path), say=say_nothing) == expected == load(str(tmp_path / f"a{suffix}"), say=say_nothing)
+
+
+@pytest.mark.parametrize("suffix", [*PACKED, ".parquet"])
+def test_another_column_can_be_the_text_and_a_wrong_one_is_told_the_columns(suffix: str, tmp_path: Path) -> None:
+    write_table(tmp_path / f"a{suffix}", TEXTS, column="content")
+    assert [d.text for d in load(str(tmp_path), text_column="content", say=say_nothing)] == TEXTS
+    for where in (tmp_path, tmp_path / f"a{suffix}"):
+        with pytest.raises(ValueError, match=r"no text in a column 'text' .*whose columns are 'content', 'n'"):
+            load(str(where))
+
+
+def test_without_a_text_column_files_with_columns_are_left_out(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.txt").write_text("b")
+    said: list[str] = []
+    assert load(str(tmp_path), text_column="", say=said.append) == [Document("b.txt", "b")]
+    assert said == [f"{tmp_path}: 1 file of another kind is left out: .jsonl (1)"]
+
+
+@pytest.mark.parametrize("suffix", [s for s in SUFFIXES if s != ".parquet"])
+def test_a_byte_order_mark_is_no_content(suffix: str, tmp_path: Path) -> None:
+    mark, path = b"\xef\xbb\xbf", tmp_path / f"a{suffix}"
+    if suffix in PACKED:  # also in the middle, where two files were joined
+        path.write_bytes(PACKED[suffix](b"".join(mark + json.dumps({"text": t}).encode() + b"\r\n" for t in TEXTS)))
+    else:
+        path.write_bytes(mark + TEXTS[0].encode())
+    expected = TEXTS if suffix in PACKED else TEXTS[:1]
+    assert [document.text for document in load(str(tmp_path), say=say_nothing)] == expected
+
+
+def test_a_broken_line_costs_that_line_and_is_called_what_it_is(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "kept", "score": NaN, "other": "\\ud800", "many": ' + b"9" * 5000 + b"}",
+        b"{broken",
+        b"",
+        b'["a list"]',
+        b'{"text": 7}',
+        b'{"text": " "}',
+        b'{"text": "half \\udc00 a pair"}',
+        b'{"text": "latin \xe9"}',
+        b'{"text": "x", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b"{broken too",
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    assert load(str(tmp_path), say=said.append) == [Document("a.jsonl/0", "kept")]
+    assert said == [
+        f"{tmp_path}: 8 documents are left out: not JSON (2, the first in a.jsonl, line 2), "
+        "no text (2, the first in a.jsonl, line 4), blank (1, a.jsonl, line 6), lone surrogate (1, a.jsonl, line 7), "
+        "not UTF-8 (1, a.jsonl, line 8), nested too deeply (1, a.jsonl, line 9)"
+    ]
+
+
+def test_a_broken_row_costs_that_row(tmp_path: Path) -> None:
+    bad = pyarrow.array([b"kept", b"\xff", None, b" "], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 4, bad.buffers())  # nobody checks that it is UTF-8
+    parquet(tmp_path / "a.parquet", text=column)
+    said: list[str] = []
+    assert load(str(tmp_path), say=said.append) == [Document("a.parquet/0", "kept")]
+    assert "3 documents are left out: not UTF-8 (1, a.parquet, row 2), no text (1, a.parquet, row 3" in said[0]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_file_that_is_cut_off_is_an_error(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    write_table(path, [f"{i} {os.urandom(50).hex()}" for i in range(3000)])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"a{suffix} is damaged, broken .* from here on: a{suffix}, (line|row) \d+"):
+        load(str(tmp_path))
+    path.write_bytes(b"neither")
+    with pytest.raises(ValueError, match=rf"a{suffix} is damaged, .*: a{suffix}, (line|row) 1$"):
+        load(str(tmp_path))
+
+
+def test_what_a_folder_holds_besides_is_counted_once(tmp_path: Path) -> None:
+    for name in ("a.txt", "x.pdf", "deep/y.pdf", "deep/z.docx", "Makefile", "blank.md", "deep/blank.txt", ".git/x.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text" if "blank" not in name else "\n")
+    (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match="left out") as warned:
+        assert list(text_files(tmp_path)) == [Document("a.txt", "text")]
+    assert [str(w.message) for w in warned] == [
+        f"{tmp_path}: 6 files of other kinds are left out: .pdf (2), (none) (1), .docx (1), link to a folder (1), "
+        "neither file nor folder (1)",
+        f"{tmp_path}: 2 documents are left out: blank (2, the first in blank.md)",
+    ]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"no text in .*\.parquet; 6 files of other kinds are left out: \.pdf \(2\)"):
+        load(str(tmp_path))
+
+
+def test_of_a_cleaned_folder_only_what_was_kept_is_read(tmp_path: Path) -> None:
+    cleaned = tmp_path / "in" / "cleaned"
+    for name in ("text/00000.jsonl", "removed/c4/00000.jsonl", "logs/x.txt", "report.json", "report.md"):
+        (cleaned / name).parent.mkdir(parents=True, exist_ok=True)
+        (cleaned / name).write_text(json.dumps({"text": name}))
+    said: list[str] = []
+    for where in (cleaned, cleaned.parent):
+        assert [document.text for document in load(str(where), say=said.append)] == ["text/00000.jsonl"]
+    assert said == [
+        f"{cleaned}: it was written by llmfast clean; of that only text/ is read",
+        f"{cleaned.parent}: cleaned was written by llmfast clean; of that only text/ is read",
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # root may read all
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        find(tmp_path, SUFFIXES)
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".parquet", "pyarrow"), (".jsonl.zst", "zstandard")])
+def test_a_missing_package_is_named_with_its_extra(
+    suffix: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(tmp_path / f"a{suffix}", TEXTS)
+    monkeypatch.setitem(sys.modules, package, None)
+    for where in (tmp_path, tmp_path / f"a{suffix}"):
+        with pytest.raises(ImportError, match=rf"needs {package}: pip install 'llmfast-torch\[formats\]'"):
+            load(str(where))
+
+
+def test_other_columns_are_read_only_where_they_are_wanted(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", TEXTS)
+    assert [r.columns for r in read(tmp_path / "a.parquet", "a.parquet")] == [{}] * 3
+    assert [r.columns for r in read(tmp_path / "a.parquet", "a.parquet", whole=True)] == [{"n": i} for i in range(3)]
+
+
+def test_unknown_encodings_are_told(tmp_path: Path) -> None:
+    for declared in ("nonsense", "rot13"):  # the second is one, but not of text
+        (tmp_path / "a.py").write_text(f"# -*- coding: {declared} -*-\n")
+        with pytest.raises(ValueError, match=r"a\.py is not UTF-8 text: a\.py"):
+            load(str(tmp_path))
+
+
+def test_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real = builtins.open
+
+    def keep(self: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(real(self, *args, **kwargs))
+        return opened[-1]
+
+    write_table(tmp_path / "a.jsonl.zst", TEXTS)
+    monkeypatch.setattr(Path, "open", keep)
+    load(str(tmp_path))
+    assert opened and all(file.closed for file in opened)

@@ -1,0 +1,65 @@
+"""That each option of the command line reaches what it is for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfast.cli import main
+from llmfast.train.config import Config, load_config
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `train` and `continued_config` are given, in place of both."""
+    seen: dict[str, Any] = {}
+
+    def train(config: Config, **options: Any) -> None:
+        seen["config"], seen["train"] = config, options
+
+    def continued_config(*arguments: Any, **options: Any) -> Config:
+        seen["continued"] = (*arguments, options)
+        return Config(name="continued")
+
+    monkeypatch.setattr("llmfast.train.run.train", train)
+    monkeypatch.setattr("llmfast.train.continued.continued_config", continued_config)
+    return seen
+
+
+NOTHING = {"resume": False, "overwrite": False, "dry_run": False, "profile": False}
+
+
+@pytest.mark.parametrize("flag", ["", "--overwrite", "--dry-run", "--profile"])
+def test_flags_of_train(flag: str, calls: dict[str, Any]) -> None:
+    assert main(["train", "--name=7", "--set=train.steps=3", *([flag] if flag else [])]) == 0
+    assert calls["config"] == load_config(None, ["name='7'", "train.steps=3"])
+    assert calls["train"] == NOTHING | ({flag[2:].replace("-", "_"): True} if flag else {})
+
+
+def test_settings_of_train(calls: dict[str, Any], tmp_path: Path) -> None:
+    """Of the file, then of the options; and on --resume of the run, wherever it is kept."""
+    run = tmp_path / "x"
+    run.mkdir()
+    (run / "config.toml").write_text("name = 'x'\n[train]\nsteps = 5\nlog_every = 7\n")
+    assert main(["train", f"--config={run / 'config.toml'}", "--set=train.steps=6", "--name=y"]) == 0
+    assert calls["config"] == load_config(None, ["name=y", "train.steps=6", "train.log_every=7"])
+    assert calls["train"] == NOTHING
+    where = f"runs={tmp_path}"
+    assert main(["train", "--resume", "--name=x", f"--set={where}", "--set=train.steps=6"]) == 0
+    assert calls["config"] == load_config(None, ["name=x", where, "train.steps=6", "train.log_every=7"])
+    assert calls["train"] == NOTHING | {"resume": True}
+
+
+def test_options_of_continue(calls: dict[str, Any]) -> None:
+    usual = {"general": [], "start": 0.1, "end": 0.7, "floor": 0.1, "replay": True, "overrides": []}
+    for arguments, options, overwrite in (
+        ([], {}, False),
+        (["--general", "c", "d"], {"general": ["c", "d"]}, False),
+        (["--start=0.2", "--end=0.6", "--floor=0.3"], {"start": 0.2, "end": 0.6, "floor": 0.3}, False),
+        (["--no-replay"], {"replay": False}, False),
+        (["--name=z", "--set=train.steps=3", "--overwrite"], {"overrides": ["train.steps=3", 'name="z"']}, True),
+    ):
+        assert main(["continue", "runs/before", "--target", "a", "b", *arguments]) == 0
+        assert calls["continued"] == (Path("runs/before"), ["a", "b"], usual | options)
+        assert calls["config"] == Config(name="continued")
+        assert calls["train"] in ({"overwrite": overwrite}, NOTHING | {"overwrite": overwrite})

@@ -1,0 +1,32 @@
+"""Files that survive a power failure."""
+
+from pathlib import Path
+
+import pytest
+
+from llmfast.train.durable import write_whole
+from support.disk import Disk
+
+
+def test_a_file_and_its_name_are_on_disk_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: nothing that is written later may be what brings them there."""
+    disk = Disk(monkeypatch)
+    for text in ("first", "second, longer"):
+        disk.named.clear()
+        write_whole(tmp_path / "x.txt", lambda path, text=text: path.write_text(text))
+        disk.expect_names(tmp_path / "x.txt")
+        assert [file.name for file in tmp_path.iterdir()] == ["x.txt"]
+        assert (tmp_path / "x.txt").read_text() == text
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_text("before")
+
+    def full(path: Path) -> None:
+        path.write_text("aft")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, full)
+    assert file.read_text() == "before"

@@ -1,0 +1,25 @@
+"""What is shown while a run goes on."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from llmfast.train.metrics import PLAIN_SECONDS, ProgressDisplay
+
+
+@pytest.mark.parametrize("done", [0, 900])
+def test_the_time_left_is_by_the_steps_of_this_start(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run has not taken its earlier steps in the time since it was started again."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    out = io.StringIO()
+    with ProgressDisplay(Console(file=out, width=200), 1000, done) as display:
+        for steps in (0, 50, 100):
+            display.show(done + steps, 2.5, 1e-3, 12345.0)
+            now += 2 * PLAIN_SECONDS
+    assert out.getvalue().splitlines() == [
+        f"step {done + steps}/1000  loss 2.500  12,345 tok/s  lr 1.0e-03  {left:.0f} s left"
+        for steps, left in ((0, 0), (50, (950 - done) * 30 / 50), (100, (900 - done) * 60 / 100))
+    ]
