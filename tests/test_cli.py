@@ -1,4 +1,4 @@
-"""That each option of the command line reaches what it is for."""
+"""Each option of the command line reaches what it is for."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llmfast.cli import main
-from llmfast.train.config import Config, load_config
+from llmfast.train.config import Config, dump_config, load_config
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_settings_of_train(calls: dict[str, Any], tmp_path: Path) -> None:
     """Of the file, then of the options; and on --resume of the run, wherever it is kept."""
     run = tmp_path / "x"
     run.mkdir()
-    (run / "config.toml").write_text("name = 'x'\n[train]\nsteps = 5\nlog_every = 7\n")
+    (run / "config.toml").write_text(dump_config(load_config(None, ["name=x", "train.steps=5", "train.log_every=7"])))
     assert main(["train", f"--config={run / 'config.toml'}", "--set=train.steps=6", "--name=y"]) == 0
     assert calls["config"] == load_config(None, ["name=y", "train.steps=6", "train.log_every=7"])
     assert calls["train"] == NOTHING
