@@ -69,7 +69,7 @@ class Count:
 
 
 def _storable(value: Any, lost: list[Any], depth: int = 0) -> Any:
-    """What JSON has for a value. None for one that it has nothing for, which is added to `lost`."""
+    """Return what JSON has for a value: None where it has nothing, and the value is added to `lost`."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and -(2**63) <= value < 2**64:

@@ -431,7 +431,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _unless_finite(sums: dict[int | None, Tensor], skip: Tensor | None) -> Tensor:
-    """What `found_inf` is, if gradients whose sums of squares are not finite are found in it too."""
+    """Return `found_inf`, set as well where a sum of squares is not finite."""
     total = torch.cat([*sums.values()]).sum()
     found = (total.abs() < math.inf).logical_not().float()  # NaN is less than nothing
     return found if skip is None else found + skip.reshape(())

@@ -28,7 +28,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     options: Options
     group_options: list[dict[str, Any]]
-    """What parameter groups have in place of `options`, a dict for each group; see `Extras`."""
+    """Options that parameter groups have in place of `options`, one dict per group; see `Extras`."""
     rule: ClassVar[str]  # the kernels' name of it
     # States that are squares, and so without a sign.
     squares: ClassVar[frozenset[str]] = frozenset()
