@@ -154,9 +154,8 @@ class FusedOptimizer(StateKeeper):
                 if self.options.zero_grads:
                     for row in here:
                         cast(Tensor, row.param.grad).zero_()
-        if sums and (
-            len(plan.clips) > 1 or self.grad_norm is None
-        ):  # of all clips; or all gradients are on other ranks
+        # Of all clips together; or all gradients are on other ranks.
+        if sums and (len(plan.clips) > 1 or self.grad_norm is None):
             device, each = next(iter(sums.items()))
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
 
