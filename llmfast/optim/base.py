@@ -20,6 +20,7 @@ from llmfast.optim.watch import Watch
 if TYPE_CHECKING:
     from llmfast.optim.release import ReleaseHandle
 
+NUMBERS = {float, int}
 FORMATS = ("master_weights", "state_dtype", "ema_decay")
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
@@ -128,9 +129,11 @@ class FusedOptimizer(StateKeeper):
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
-            given = [*map(self._hyper, range(len(self.param_groups)))]
-            hyper = [[-1.0 if isinstance(x, Tensor) else x for x in row] for row in given]
-            on_device = [(i, j, x) for i, row in enumerate(given) for j, x in enumerate(row) if isinstance(x, Tensor)]
+            hyper: list[list[Any]] = [*map(self._hyper, range(len(self.param_groups)))]
+            mixed = [i for i, row in enumerate(hyper) if not NUMBERS.issuperset(map(type, row))]
+            on_device = [(i, j, x) for i in mixed for j, x in enumerate(hyper[i]) if isinstance(x, Tensor)]
+            for i, j, _ in on_device:
+                hyper[i][j] = -1.0
             for table in plan.tables:
                 if table.refresh(hyper, on_device):
                     self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
