@@ -28,6 +28,7 @@ from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedR
 from llmfast.train import Config, Trainer
 from llmfast.train.objective import FurtherTokens, NextToken
 from support.defaults import DEFAULTS, assert_same, defaults
+from support.launched import unrecorded
 
 ROOT = Path(__file__).parent.parent
 # Functions of torch that make a tensor of no other tensor. `from_numpy` has the array's memory and dtype.
@@ -237,6 +238,7 @@ PROGRAMS: dict[str, Callable[[], Later]] = {
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 @pytest.mark.parametrize("program", PROGRAMS)
+@unrecorded()
 def test_other_defaults_change_nothing(path: str, program: str, kind: str) -> None:
     wanted = PROGRAMS[program]()()
     later = PROGRAMS[program]()

@@ -317,9 +317,7 @@ def cross_entropy_kernel(
         v = best_start + columns
         x = read_logits(logits_row, bias_ptr, v, v < V, v < V, logit_scale, softcap)
         # Its own maximum, not row_peak: the same formula may be rounded otherwise here.
-        x = tl.where(v < V, x, float("-inf"))
-        best_here = (x >= tl.max(x, axis=0)) | (x != x)  # NaN, as torch has it, is the largest
-        first = tl.min(tl.where(best_here & (v < V), v, V - 1), axis=0)
+        first = best_start + tl.argmax(tl.where(v < V, x, float("-inf")), axis=0)
         tl.store(argmax_ptr + n, (first + v_start).to(tl.int64))
 
     # All differences are taken against the peak, so a confident row keeps its small loss to float32's last bits.

@@ -85,7 +85,7 @@ def changed(config: Config, name: str) -> str:
     if isinstance(value, bool):
         return f"{name}={'false' if value else 'true'}"
     if isinstance(value, dict):
-        return f"{name}.b=0.25"
+        return f"{name}.b=" + {"data.split": "'end'"}.get(name, "0.25")
     if isinstance(value, list):
         others = [[*value, "prose"]]
     elif isinstance(value, str):
@@ -396,7 +396,9 @@ def with_bpe(base: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     sources = load_config(base / "config.toml").data.sources
     bpe = ["data.tokenizer=bpe", "data.vocab_size=270", "model.mtp=none", "model.mtp_heads=0"]
     here = [f"runs={tmp_path}", "name=bpe", f"data.sources={sources[:1]}"]
-    return train(load_config(base / "config.toml", [*bpe, *here]), console=QUIET), bpe
+    config = load_config(base / "config.toml", [*bpe, *here])
+    config.data.split = {}  # it names both sources
+    return train(config, console=QUIET), bpe
 
 
 def test_another_tokenizer_is_refused(with_bpe: tuple[Path, list[str]], base: Path, tmp_path: Path) -> None:
