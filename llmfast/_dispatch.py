@@ -34,6 +34,12 @@ def has_no_data(t: Tensor) -> bool:
     return fake is not None and isinstance(t, fake.FakeTensor)
 
 
+def expect_data(t: Tensor, argument: str) -> None:
+    """Raise ValueError for a meta or fake tensor, with which `argument` can do nothing."""
+    if has_no_data(t) and not torch.compiler.is_compiling():
+        raise ValueError(f"{argument} does not work with meta or fake tensors")
+
+
 def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """True where torch multiplies matrices of a low-precision `dtype` into a float32 one (`mm(out_dtype=)`).
 

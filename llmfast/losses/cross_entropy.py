@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, has_no_data, use_kernels
+from llmfast._dispatch import eager, expect_data, has_no_data, use_kernels
 from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import (
@@ -122,6 +122,7 @@ def cross_entropy(
         raise TypeError(f"logits must be floating point; got {describe(logits)}")
     V, columns = logits.shape[-1], slice(0, logits.shape[-1])
     if process_group is not None:
+        expect_data(logits, "process_group")
         V, columns = own_columns(process_group, V, vocab_size)
     elif vocab_size not in (None, V):
         raise ValueError(f"vocab_size={vocab_size} needs a process_group")

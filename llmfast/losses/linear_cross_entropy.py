@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast._checks import describe, expect, overlaps
-from llmfast._dispatch import adds_into_float32, eager, has_no_data, multiplies_into_float32, use_kernels
+from llmfast._dispatch import (
+    adds_into_float32,
+    eager,
+    expect_data,
+    has_no_data,
+    multiplies_into_float32,
+    use_kernels,
+)
 from llmfast.losses.cross_entropy import contiguous, finish, with_stats
 from llmfast.losses.parallel import ProcessGroup, group_size, local_weight, own_columns, parallel_rows, sum_over_ranks
 from llmfast.losses.plain import times
@@ -143,6 +150,8 @@ def linear_cross_entropy(
     )
     expect(weight.device == hidden.device, f"weight must be on {hidden.device}; got {describe(weight)}")
     hidden, weight, bias, process_group, vocab_size = local_weight(hidden, weight, bias, process_group, vocab_size)
+    if process_group is not None:
+        expect_data(hidden, "process_group")
     own = weight.shape[0]
     V, columns = (own, slice(0, own)) if process_group is None else own_columns(process_group, own, vocab_size)
     if process_group is None and vocab_size not in (None, V):
@@ -178,8 +187,8 @@ def linear_cross_entropy(
     )  # fmt: skip
     shape = hidden.shape[:-1]
     options.check(targets, shape, V, hidden.device)
-    if has_no_data(hidden) and not torch.compiler.is_compiling():
-        expect(accumulate_into is None, "accumulate_into does not work with meta or fake tensors")
+    if accumulate_into is not None:
+        expect_data(hidden, "accumulate_into")
 
     special = return_stats or grad_filter or accumulate_into is not None or process_group is not None
     if (

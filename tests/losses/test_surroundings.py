@@ -212,8 +212,15 @@ def test_heads_without_data_give_shapes(shared: bool) -> None:
     assert got == [(torch.Size(s), torch.float32, "meta") for s in ((), shape, (V, D))]
 
 
-def test_what_writes_into_a_tensor_needs_one_with_data() -> None:
+def test_what_needs_data_says_so() -> None:
     h, w = torch.zeros(N, D, device="meta"), torch.zeros(V, D, device="meta", requires_grad=True)
     y = torch.zeros(N, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="accumulate_into does not work with meta or fake tensors"):
         linear_cross_entropy(h, w, y, accumulate_into=torch.zeros(V, D, device="meta"))
+    group: Any = object()
+    for loss in (
+        lambda: linear_cross_entropy(h, w, y, process_group=group),
+        lambda: cross_entropy(h, y, process_group=group),
+    ):
+        with pytest.raises(ValueError, match="process_group does not work with meta or fake tensors"):
+            loss()
