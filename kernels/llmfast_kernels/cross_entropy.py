@@ -340,52 +340,53 @@ def cross_entropy_kernel(
         tl.store(partials_ptr + 2 * N + n, row_moment)
         tl.store(partials_ptr + 3 * N + n, row_pull * sane)
         tl.store(partials_ptr + 4 * N + n, mass)
-        return
+    else:  # a return above would not keep the compiler from what needs loss_ptr
+        log_total = tl.log(row_total)
+        loss = mass * log_total - row_pull
+        slope = mass  # of the loss in lse
+        if z_loss is not None:
+            lse = tl.fma(row_peak, LN2, log_total)
+            loss += z_loss * lse * lse
+            slope += 2.0 * z_loss * lse
+        tl.store(loss_ptr + n, loss * t)
+        tl.store(peak_ptr + n, row_peak)
+        tl.store(total_ptr + n, row_total)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + n, log_total - row_moment / row_total)
 
-    log_total = tl.log(row_total)
-    loss = mass * log_total - row_pull
-    slope = mass  # of the loss in lse
-    if z_loss is not None:
-        lse = tl.fma(row_peak, LN2, log_total)
-        loss += z_loss * lse * lse
-        slope += 2.0 * z_loss * lse
-    tl.store(loss_ptr + n, loss * t)
-    tl.store(peak_ptr + n, row_peak)
-    tl.store(total_ptr + n, row_total)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + n, log_total - row_moment / row_total)
+        if d_logits_ptr is not None:
+            d_logits_row = d_logits_ptr + n * (d_logits_stride_n // VECTOR) * VECTOR
+            if grad_scale_ptr is not None:
+                t *= tl.load(grad_scale_ptr)
+            factor = t * slope / row_total
+            smooth = t * b if SMOOTH else None
+            # Backwards through the row: what was read last is what the caches still hold.
+            if full < row_width:
+                v = full + columns
+                x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)
+                c = read_class_weights(c_row, v, v < V, SMOOTH)
+                d = gradient(x, c, row_peak, factor, smooth, None, None, logit_scale, softcap)
+                d = tl.where(v < V, d, 0.0)
+                tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty), mask=v < row_width)
+                if alive_ptr is not None:
+                    g = full // GROUP + tl.arange(0, BLOCK_V // GROUP)
+                    alive = alive_groups(d, threshold, GROUP)
+                    tl.store(alive_row + g, alive, mask=g < row_width // GROUP)
+            for done in range(BLOCK_V, full + BLOCK_V, BLOCK_V):
+                v = full - done + columns
+                x = read_logits(logits_row, bias_ptr, v, None, None, logit_scale, softcap)
+                c = read_class_weights(c_row, v, None, SMOOTH)
+                d = gradient(x, c, row_peak, factor, smooth, None, None, logit_scale, softcap)
+                tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty))
+                if alive_ptr is not None:
+                    g = (full - done) // GROUP + tl.arange(0, BLOCK_V // GROUP)
+                    tl.store(alive_row + g, alive_groups(d, threshold, GROUP))
 
-    if d_logits_ptr is not None:
-        d_logits_row = d_logits_ptr + n * (d_logits_stride_n // VECTOR) * VECTOR
-        if grad_scale_ptr is not None:
-            t *= tl.load(grad_scale_ptr)
-        factor = t * slope / row_total
-        smooth = t * b if SMOOTH else None
-        # Backwards through the row: what was read last is what the caches still hold.
-        if full < row_width:
-            v = full + columns
-            x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)
-            c = read_class_weights(c_row, v, v < V, SMOOTH)
-            d = gradient(x, c, row_peak, factor, smooth, None, None, logit_scale, softcap)
-            d = tl.where(v < V, d, 0.0)
-            tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty), mask=v < row_width)
-            if alive_ptr is not None:
-                g = full // GROUP + tl.arange(0, BLOCK_V // GROUP)
-                alive = alive_groups(d, threshold, GROUP)
-                tl.store(alive_row + g, alive, mask=g < row_width // GROUP)
-        for done in range(BLOCK_V, full + BLOCK_V, BLOCK_V):
-            v = full - done + columns
-            x = read_logits(logits_row, bias_ptr, v, None, None, logit_scale, softcap)
-            c = read_class_weights(c_row, v, None, SMOOTH)
-            d = gradient(x, c, row_peak, factor, smooth, None, None, logit_scale, softcap)
-            tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty))
-            if alive_ptr is not None:
-                g = (full - done) // GROUP + tl.arange(0, BLOCK_V // GROUP)
-                tl.store(alive_row + g, alive_groups(d, threshold, GROUP))
-
-        c_y = read_class_weights(c_row, own_y, here, SMOOTH)
-        d_y = gradient(x_y, c_y, row_peak, factor, smooth, None, None, logit_scale, softcap)
-        store_targets(d_y, x_y, t * a, y, own_y, here, d_logits_row, alive_row, threshold, logit_scale, softcap, GROUP)
+            c_y = read_class_weights(c_row, own_y, here, SMOOTH)
+            d_y = gradient(x_y, c_y, row_peak, factor, smooth, None, None, logit_scale, softcap)
+            store_targets(
+                d_y, x_y, t * a, y, own_y, here, d_logits_row, alive_row, threshold, logit_scale, softcap, GROUP
+            )
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=BY_ROW)
