@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -159,6 +160,8 @@ def _decode(value: Any) -> Any:
         return value
     if "dtype" in value:
         return _Pointer(**value)
+    if "record" in value:
+        return namedtuple("Record", value["record"])(*map(_decode, value["record"].values()))
     if "triton_type" in value:
         return tl.dtype(value["triton_type"])
     if "function" in value:

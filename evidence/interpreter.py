@@ -40,8 +40,9 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from evidence import observers
-from evidence.observers import Access, Array, Launch, lanes
+from evidence import libdevice, observers
+from evidence.observers import Access, Array, Launch, dtype_name, lanes
+from evidence.rounding import bfloat16_to_float32, float32_to_bfloat16, float64_to_bfloat16, fma_float32
 
 # What may touch a bfloat16 value: operations that move or reinterpret bits, and the conversions we implement.
 _ALLOWED_ON_BFLOAT16 = frozenset(
@@ -75,48 +76,6 @@ _REPLACED = {
     "ReduceScanOpInterface": ("check_tensor",),
     "ReduceOps": ("generic_reduce",),
 }
-
-
-def bfloat16_to_float32(stored: Array) -> Array:
-    """The float32 values of bfloat16 bit patterns held as uint16; exact."""
-    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def float32_to_bfloat16(values: Array) -> Array:
-    """The uint16 patterns of the bfloat16 values nearest to float32 ones, ties to even; NaN stays NaN."""
-    word = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    last_kept = (word >> np.uint32(16)) & np.uint32(1)
-    rounded = (word + np.uint32(0x7FFF) + last_kept) >> np.uint32(16)
-    # The carry of the addition above would turn a NaN with a large payload into an infinity or a zero.
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
-
-
-def _round_to_odd(rounded: Array, error: Array) -> Array:
-    """Step `rounded` towards the exact value `rounded + error` where it is inexact and its last bit is even.
-
-    A value rounded to odd can be rounded again to a format at least two bits narrower as if it had been exact.
-    """
-    word = rounded.view(f"uint{8 * rounded.itemsize}")
-    inexact_even = (error != 0) & ~np.isnan(error) & (word % 2 == 0)
-    towards = np.copysign(rounded.dtype.type(np.inf), error.astype(rounded.dtype))
-    return np.where(inexact_even, np.nextafter(rounded, towards), rounded)
-
-
-def float64_to_bfloat16(values: Array) -> Array:
-    """As `float32_to_bfloat16`, with a single rounding although float32 is passed on the way."""
-    nearest = values.astype(np.float32)
-    return float32_to_bfloat16(_round_to_odd(nearest, values - nearest))
-
-
-def fma_float32(x: Array, y: Array, z: Array) -> Array:
-    """`x * y + z` rounded once, for float32 or narrower operands; the result is in the type of `z`."""
-    product = x.astype(np.float64) * y.astype(np.float64)  # exact: 24 + 24 bits fit in 53
-    addend = z.astype(np.float64)
-    total = product + addend
-    # Knuth's two-sum: `total + error` is the sum without rounding.
-    shadow = total - product
-    error = (product - (total - shadow)) + (addend - shadow)
-    return _round_to_odd(total, error).astype(z.dtype)
 
 
 _emulate_bfloat16 = False
@@ -187,7 +146,7 @@ def install() -> None:
     _patch_memory(interpreter)
     _patch_arguments(interpreter)
     _patch_launch(interpreter)
-    _patch_libdevice(interpreter)
+    libdevice.install(interpreter)
     interpreter._patched_by_llmfast = True
 
 
@@ -275,7 +234,7 @@ def _patch_arithmetic(interpreter: Any) -> None:
         if any(map(_is_bfloat16, inputs)):
             raise NotImplementedError("reduction or scan of bfloat16 values: upcast to float32 right after the load")
         for observer in observers.computing:
-            observer.compute("reduce", sum(value.handle.data.size for value in inputs), _dtype_name(inputs[0]))
+            observer.compute("reduce", sum(value.handle.data.size for value in inputs), dtype_name(inputs[0]))
         stock_check(self, inputs)
 
     reductions.check_tensor = check_tensor
@@ -315,12 +274,6 @@ def _reduce_by_halves(interpreter: Any) -> Callable[..., Any]:
     return reduce
 
 
-def _dtype_name(value: Any) -> str:
-    """Torch's name of the type of a tl.tensor or TensorHandle."""
-    kind = getattr(getattr(value, "dtype", None), "scalar", None)
-    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(str(kind), str(kind))
-
-
 def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """The builder's method, and the observers are told of it."""
 
@@ -330,7 +283,7 @@ def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
         if observers.computing and hasattr(result, "data"):
             elements = result.data.size * (args[0].data.shape[-1] if operation == "dot" else 1)
             for observer in observers.computing:
-                observer.compute(operation, elements, _dtype_name(args[0]))
+                observer.compute(operation, elements, dtype_name(args[0]))
         return result
 
     return heard
@@ -501,11 +454,9 @@ def _names(function: Callable[..., Any], option: str, parameters: Sequence[str])
 
 def _named(value: Any, name: str) -> Any:
     """Let pointers remember the argument they are, or come from."""
-    if isinstance(value, tuple):
-        for index, member in enumerate(value):
-            _named(member, f"{name}[{index}]")
-    elif isinstance(value, tl.tensor) and isinstance(value.type, tl.pointer_type):
-        value.handle.attr["argument"] = name
+    for leaf, member in observers.leaves(name, value):
+        if isinstance(member, tl.tensor) and isinstance(member.type, tl.pointer_type):
+            member.handle.attr["argument"] = leaf
     return value
 
 
@@ -519,43 +470,3 @@ def _checked_multiple_of(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(value, divisors)
 
     return multiple_of
-
-
-# Where NumPy's name differs. The other functions of libdevice are looked up in NumPy by their own.
-_LIBDEVICE: dict[str, Callable[..., Array]] = {
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "exp10": lambda x: np.power(10.0, x),
-    "pow": np.power,
-    "atan2": np.arctan2,
-    **{name: getattr(np, "arc" + name[1:]) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
-    **{f"fast_{name}f": getattr(np, name) for name in ("exp", "log", "log2", "log10", "sin", "cos", "tan", "tanh")},
-    **{name: np.divide for name in ("div_rn", "fast_dividef")},
-    "sqrt_rn": np.sqrt,
-}
-
-
-def _patch_libdevice(interpreter: Any) -> None:
-    """Kernels import these functions by name, so this comes before their modules are imported."""
-    from triton.language.extra import libdevice
-
-    def emulated(name: str, function: Callable[..., Array] | None) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            if function is None:
-                raise NotImplementedError(f"libdevice.{name} in the interpreter")
-            values = [interpreter.interpreter_semantic.to_tensor(arg) for arg in args]
-            if any(map(_is_bfloat16, values)):
-                raise NotImplementedError(f"libdevice.{name} on bfloat16 values: it takes float32 and float64")
-            result = function(*(value.handle.data for value in values))
-            dtype = tl.int32 if result.dtype == np.bool_ else values[0].dtype.scalar
-            result = result.astype(np.int32 if result.dtype == np.bool_ else values[0].handle.data.dtype)
-            for observer in observers.computing:
-                observer.compute("libdevice", result.size, _dtype_name(values[0]))
-            shape = max((value.type for value in values), key=lambda kind: kind.is_block())
-            kind = tl.block_type(dtype, [int(n) for n in shape.shape]) if shape.is_block() else dtype
-            return tl.tensor(interpreter.TensorHandle(result, dtype), kind)
-
-        return call
-
-    for name, stub in inspect.getmembers(libdevice, inspect.isfunction):
-        if stub.__module__ == libdevice.__name__:
-            setattr(libdevice, name, emulated(name, _LIBDEVICE.get(name, getattr(np, name, None))))

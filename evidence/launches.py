@@ -36,6 +36,14 @@ class Specialization:
     def name(self) -> str:
         return self.kernel.split(":")[1]
 
+    def argument(self, path: str) -> Any:
+        """Return the argument `name`, or the member `name.field` of a named tuple; None if the tuple is absent."""
+        name, *fields = path.split(".")
+        value = self.arguments[name]
+        for field in fields:
+            value = None if value is None else value["record"][field]
+        return value
+
     def __str__(self) -> str:
         """`scale_kernel(x_ptr=*float32:16, numel=16, BLOCK=4096, num_warps=8)`"""
         shown = {name: _show(value) for name, value in self.arguments.items()} | self.options
@@ -66,8 +74,9 @@ def _encode(value: Any, unspecialized: bool = False, unaligned: bool = False) ->
         return small if -(2**31) <= value < 2**31 else small + 2**40 if value < 2**63 else small + 2**63
     if isinstance(value, float):
         return 0.5
-    if isinstance(value, tuple):
-        return [_encode(member) for member in value]
+    if isinstance(value, tuple):  # Triton looks at all members, whatever the kernel says of the argument
+        members = [_encode(member) for member in value]
+        return {"record": dict(zip(value._fields, members))} if hasattr(value, "_fields") else members
     if hasattr(value, "data_ptr"):
         return {
             "dtype": str(value.dtype).removeprefix("torch."),
@@ -97,6 +106,8 @@ def _encode_constant(value: Any) -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, dict) and "dtype" in value:
         return f"*{value['dtype']}{':16' if value['aligned'] else ''}"
+    if isinstance(value, dict) and "record" in value:
+        return f"({', '.join(f'{name}={_show(member)}' for name, member in value['record'].items())})"
     if isinstance(value, dict):
         return str(next(iter(value.values())))
     return str(value)

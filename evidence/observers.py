@@ -39,15 +39,21 @@ class Launch:
         return x * y * z
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
-        """The arguments that are tensors, each with its name; members of tuples as `name[0]`, ..."""
-        for name, value in self.arguments.items():
-            members = [(name, value)]
-            if isinstance(value, tuple):
-                members = [(f"{name}[{i}]", member) for i, member in enumerate(value)]
-            for member_name, member in members:
+        """Yield the arguments that are tensors, members of tuples included, each with its name."""
+        for argument, value in self.arguments.items():
+            for name, member in leaves(argument, value):
                 tensor = getattr(member, "base", member)  # of a tensor descriptor
                 if hasattr(tensor, "data_ptr"):
-                    yield member_name, tensor
+                    yield name, tensor
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield an argument, or the members of a tuple: `name.field` of a named tuple, `name[0]` of any other."""
+    if not isinstance(value, tuple):
+        yield name, value
+        return
+    for i, member in enumerate(value):
+        yield from leaves(f"{name}.{value._fields[i]}" if hasattr(value, "_fields") else f"{name}[{i}]", member)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,12 @@ class Observer:
 
 class Objection(Exception):
     """What an observer raises to stop a kernel: the interpreter passes it on as it is."""
+
+
+def dtype_name(value: Any) -> str:
+    """Return torch's name of the type of a tl.tensor or TensorHandle."""
+    kind = getattr(getattr(value, "dtype", None), "scalar", None)
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(str(kind), str(kind))
 
 
 active: list[Observer] = []

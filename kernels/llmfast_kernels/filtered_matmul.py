@@ -1,11 +1,12 @@
 """A matrix product that skips blocks of its left factor: the gradient filter of the linear loss.
 
-Most of the gradient of the logits is too small to count. `alive` says which blocks of it, 128 by 128, do; the others
-are taken as zeros and never read. A program owns one tile of the result, adds up the living blocks of its block-row
-from left to right, and writes once. Nothing is atomic, so the same input gives the same bits.
+Most of the gradient of the logits is too small to count. `alive` says which blocks of it, 128 by 128, do count; the
+others are taken as zeros and never read. A program owns one tile of the result, adds up the living blocks of its
+block-row from left to right, and writes once. Nothing is atomic, so the same input gives the same bits.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,38 +20,45 @@ from llmfast_kernels.terms import GROUP
 BLOCK = GROUP  # rows and columns of `a` that are kept or dropped together
 
 
+class Factor(NamedTuple):
+    """The slices of a factor that one program multiplies, all at the same offsets from a pointer that moves along K."""
+
+    tile: Any  # where the program's tile starts
+    offsets: Any  # (BLOCK, BLOCK_K), or (BLOCK_K, BLOCK_D) for b
+    stride_k: Any
+    inside: Any  # mask of the axis that is not K
+
+
 @triton.jit
-def add_slices(
-    total, begin, end, blocks_row, a_tile, b_tile, a_offsets, b_offsets, a_stride_k, b_stride_k, m_inside, d_inside,
-    k_end, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def add_slices(total, begin, end, blocks_row, a, b, k_end, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """Add the products of slices `begin` to `end`, BLOCK_K wide, counted over living blocks alone.
 
     One loop over slices, not one over blocks and one inside: Triton overlaps loads with products within a loop only.
-    Masks and k_end are None for whole tiles and blocks.
+    If k_end is None, tiles and blocks are whole, and nothing is masked.
     """
     SLICES: tl.constexpr = BLOCK // BLOCK_K
     k = tl.arange(0, BLOCK_K)
-    # A turn ahead: nobody waits for a number that addresses are made of. The last one read is no block's.
+    # One turn ahead, so that no address waits for its block's number. The last number read belongs to no block.
     block = tl.load(blocks_row + begin // SLICES)
     for i in range(begin, end):
         # K * D can pass 2**31.
         k_start = (block * BLOCK + i % SLICES * BLOCK_K).to(tl.int64)  # pyright: ignore[reportOperatorIssue]
         block = tl.load(blocks_row + (i + 1) // SLICES)
-        a_slice = a_tile + k_start * a_stride_k + a_offsets
-        b_slice = b_tile + k_start * b_stride_k + b_offsets
+        a_slice = a.tile + k_start * a.stride_k + a.offsets
+        b_slice = b.tile + k_start * b.stride_k + b.offsets
         if k_end is None:
-            a, b = tl.load(a_slice), tl.load(b_slice)
+            total = tl.dot(tl.load(a_slice), tl.load(b_slice), total, input_precision="ieee")
         else:
             k_inside = k_start + k < k_end
-            a = tl.load(a_slice, mask=m_inside & k_inside[None, :], other=0.0)
-            b = tl.load(b_slice, mask=k_inside[:, None] & d_inside, other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
+            a_values = tl.load(a_slice, mask=a.inside & k_inside[None, :], other=0.0)
+            b_values = tl.load(b_slice, mask=k_inside[:, None] & b.inside, other=0.0)
+            total = tl.dot(a_values, b_values, total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def put(out, total, inside, ADD: tl.constexpr):
+    """Store `total`, or add it to what is there, in the type of `out`."""
     if ADD:
         total += tl.load(out, mask=inside).to(tl.float32)
     tl.store(out, total.to(out.dtype.element_ty), mask=inside)
@@ -102,10 +110,6 @@ def filtered_matmul_kernel(
     m, k, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     a_stride_m = 1 if TRANSPOSED else a_stride
     a_stride_k = a_stride if TRANSPOSED else 1
-    a_tile, b_tile = a_ptr + m_start * a_stride_m, b_ptr + d_start
-    a_offsets = m[:, None] * a_stride_m + k[None, :] * a_stride_k
-    b_offsets = k[:, None] * b_stride_k + d[None, :]
-
     m_end, k_end = M - m_start, K
     if VECTOR_TAIL:
         if TRANSPOSED:
@@ -113,6 +117,9 @@ def filtered_matmul_kernel(
         else:
             k_end = K // VECTOR * VECTOR
     m_inside, d_inside = (m < m_end)[:, None], (d_start + d < D)[None, :]
+    a_offsets = m[:, None] * a_stride_m + k[None, :] * a_stride_k
+    a = Factor(a_ptr + m_start * a_stride_m, a_offsets, a_stride_k, m_inside)
+    b = Factor(b_ptr + d_start, k[:, None] * b_stride_k + d[None, :], b_stride_k, d_inside)
 
     # Slices that need no mask come first: none where the tile is cut off, and not the block that K cuts off.
     SLICES: tl.constexpr = BLOCK // BLOCK_K
@@ -123,14 +130,9 @@ def filtered_matmul_kernel(
     if (m_start + BLOCK > M) | (d_start + BLOCK_D > D):
         whole = 0
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    total = add_slices(
-        total, 0, whole * SLICES, blocks_row, a_tile, b_tile, a_offsets, b_offsets, a_stride_k, b_stride_k,
-        None, None, None, BLOCK, BLOCK_K,
-    )  # fmt: skip
-    total = add_slices(
-        total, whole * SLICES, count * SLICES, blocks_row, a_tile, b_tile, a_offsets, b_offsets, a_stride_k, b_stride_k,
-        m_inside, d_inside, k_end, BLOCK, BLOCK_K,
-    )  # fmt: skip
+    end = whole * SLICES
+    total = add_slices(total, 0, end, blocks_row, a, b, None, BLOCK=BLOCK, BLOCK_K=BLOCK_K)
+    total = add_slices(total, end, count * SLICES, blocks_row, a, b, k_end, BLOCK=BLOCK, BLOCK_K=BLOCK_K)
 
     # In two halves: with all of the old `out` in registers too, only one program would fit on a multiprocessor.
     HALF: tl.constexpr = BLOCK_D // 2
@@ -142,7 +144,7 @@ def filtered_matmul_kernel(
 
 
 def tile(dtype: torch.dtype, vector: int) -> dict[str, int]:
-    """Blocks, warps and stages: four slices, of 8 KiB for each factor, are in the air or being multiplied.
+    """Return blocks, warps and stages: four slices, of 8 KiB for each factor, are in flight or being multiplied.
 
     That is 64 KiB of shared memory on an H100, which then holds two programs: one multiplies while the other starts or
     ends. AMD's GPUs keep three slices, in 48 of the 64 KiB they have. Accesses of less than 16 bytes are more accesses,
@@ -153,7 +155,7 @@ def tile(dtype: torch.dtype, vector: int) -> dict[str, int]:
 
 
 def vectors(a: Tensor, b: Tensor, out: Tensor) -> dict[str, int]:
-    """The widest access, up to 16 bytes of `a`, that D, strides and addresses allow, in elements."""
+    """Return the widest access, up to 16 bytes of `a`, that D, strides and addresses allow, in elements."""
     transposed = a.stride(1) != 1
     width = math.gcd(16 // a.element_size(), b.shape[1], a.stride(1 if transposed else 0), b.stride(0), out.stride(0))
     if any(t.data_ptr() % 16 for t in (a, b, out)):
@@ -167,9 +169,12 @@ def filtered_matmul(
     alive: Tensor,  # (M / BLOCK, K / BLOCK), rounded up; bool, or int8 of 0 and 1: blocks of `a` that count
     *,
     out: Tensor,  # (M, D) f32 or in a's dtype, stride(1) == 1; filled
-    add: bool = False,  # to `out` instead
+    add: bool = False,  # add to `out` instead
 ) -> None:
-    """Fill `out` with a @ b, blocks of `a` that are not alive taken as zeros; summed in float32 and rounded once."""
+    """Fill `out` with a @ b, where blocks of `a` that are not alive count as zeros.
+
+    The product is summed in float32 and rounded once.
+    """
     (M, K), D = a.shape, b.shape[1]
     if M == 0 or D == 0:
         return
@@ -183,9 +188,8 @@ def filtered_matmul(
     alive = alive.to(torch.int8)
     order = alive.argsort(dim=1, descending=True, stable=True)
     blocks = torch.cat([order, alive.sum(1, keepdim=True)], 1).to(torch.int32)
+    strides = {"a_stride": a.stride(1 if transposed else 0), "b_stride_k": b.stride(0), "out_stride_m": out.stride(0)}
+    constants = {"ADD": add, "TRANSPOSED": transposed, "BLOCK": BLOCK, **access, **meta, **FP_FUSION}
     with device_of(a):
-        filtered_matmul_kernel[(cdiv(D, meta["BLOCK_D"]), cdiv(M, BLOCK))](
-            a, b, blocks, out, M=M, K=K, D=D,
-            a_stride=a.stride(1 if transposed else 0), b_stride_k=b.stride(0), out_stride_m=out.stride(0),
-            ADD=add, TRANSPOSED=transposed, BLOCK=BLOCK, **access, **meta, **FP_FUSION,
-        )  # fmt: skip
+        grid = cdiv(D, meta["BLOCK_D"]), cdiv(M, BLOCK)
+        filtered_matmul_kernel[grid](a, b, blocks, out, M, K, D, **strides, **constants)

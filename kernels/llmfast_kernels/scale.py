@@ -1,6 +1,7 @@
 """Multiply a buffer by a scalar that lives on the device: in place, into another dtype, or added to a buffer.
 
-Zeros stay zeros even if the scalar is infinite or NaN: gradients of ignored rows are zero whatever comes from upstream.
+Zeros stay zeros even if the scalar is infinite or NaN, because the gradient of an ignored row is zero whatever comes
+from upstream.
 """
 
 import triton
@@ -12,8 +13,13 @@ from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, warps
 
 
 @triton.jit
-def times(x, factor):
-    return tl.where(x == 0.0, x, x * factor)
+def scale_tile(x_ptr, factor, out_ptr, i, inside, ADD: tl.constexpr):
+    """Scale the elements `i`; the mask `inside` is None for whole tiles."""
+    x = tl.load(x_ptr + i, mask=inside).to(tl.float32)
+    x = tl.where(x == 0.0, x, x * factor)
+    if ADD:
+        x += tl.load(out_ptr + i, mask=inside).to(tl.float32)
+    tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -32,30 +38,19 @@ def scale_kernel(
 ):
     factor = tl.load(factor_ptr)
     if out_ptr is None:
+        out_ptr = x_ptr
         if factor == 1.0:  # the usual upstream gradient: nothing to do, and the host need not know
             return
     start = tl.program_id(0).to(tl.int64) * BLOCK  # numel can pass 2**31
     i = start + tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
-        x = times(tl.load(x_ptr + i).to(tl.float32), factor)
-        if out_ptr is None:
-            tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty))
-        else:
-            if ADD:
-                x += tl.load(out_ptr + i).to(tl.float32)
-            tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty))
+        scale_tile(x_ptr, factor, out_ptr, i, None, ADD)
     else:
-        x = times(tl.load(x_ptr + i, mask=i < numel, other=0.0).to(tl.float32), factor)
-        if out_ptr is None:
-            tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty), mask=i < numel)
-        else:
-            if ADD:
-                x += tl.load(out_ptr + i, mask=i < numel, other=0.0).to(tl.float32)
-            tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty), mask=i < numel)
+        scale_tile(x_ptr, factor, out_ptr, i, i < numel, ADD)
 
 
 def tile() -> dict[str, int]:
-    """16 elements a thread: two 16-byte loads of bfloat16 in the air."""
+    """Return block and warps: 16 elements per thread keep two 16-byte loads of bfloat16 in flight."""
     return {"BLOCK": 4096, "num_warps": warps(256)}
 
 
@@ -64,9 +59,9 @@ def scale(
     factor: Tensor,  # () f32
     *,
     out: Tensor | None = None,  # like x, contiguous, any float dtype
-    add: bool = False,
+    add: bool = False,  # add to `out` instead
 ) -> Tensor:
-    """factor * x into `out` (or added to it), or over `x` (which costs nothing when the factor is 1)."""
+    """Write factor * x into `out`, or over `x` (which costs nothing when the factor is 1), and return that tensor."""
     expect_contiguous(x=x, out=out)
     if x.numel() > 0:
         meta = tile()

@@ -61,6 +61,36 @@ class Rows(NamedTuple):
     argmax: Tensor | None  # int64
 
 
+class Partials(NamedTuple):
+    """What some columns add to the results of N rows, all (N,); the columns' ranks combine them.
+
+    t is x - peak, peaks being the largest of these columns. Ignored rows have 0 everywhere, and an argmax of -1.
+    """
+
+    peak: Tensor  # f32: the largest x, in the unit of the row operations that made it
+    total: Tensor  # f32: sum(exp(t))
+    moment: Tensor | None  # f32: sum(t exp(t)), for the entropy
+    pull: Tensor  # f32: what pulls the loss down, less mass * peak
+    mass: Tensor  # f32: the weight of lse in the loss that these columns account for
+    argmax: Tensor | None  # int64
+
+
+class Saved(NamedTuple):
+    """What the backward needs of `Rows`, all (N,) f32."""
+
+    peak: Tensor
+    total: Tensor
+    entropy: Tensor | None = None
+
+
+class Upstream(NamedTuple):
+    """Gradients of what was made of N rows, all (N,) f32."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
+
 def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:
     """Flat, as autograd saves and operators take them: tensors and numbers, for `unpack`."""
     return (

@@ -26,7 +26,7 @@ from llmfast.losses.targets import (
     refuse_second_derivative,
     restore,
 )
-from llmfast_kernels.terms import Targets, Terms, pack, unpack
+from llmfast_kernels.terms import Saved, Targets, Terms, Upstream, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -250,8 +250,8 @@ class _CrossEntropy(torch.autograd.Function):
         targets, terms = unpack(tensors, ctx.numbers)
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.ops.cross_entropy_backward(
-            logits, targets, terms, peak, total, per_row(d_loss, inverse, peak), d_lse=contiguous(d_lse),
-            entropy=entropy, d_entropy=contiguous(d_entropy), d_logits=d_logits,
+            logits, targets, terms, Saved(peak, total, entropy),
+            Upstream(per_row(d_loss, inverse, peak), contiguous(d_lse), contiguous(d_entropy)), d_logits=d_logits,
         )  # fmt: skip
         if ctx.inplace:
             increment_version(logits)

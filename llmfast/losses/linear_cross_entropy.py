@@ -42,7 +42,7 @@ from llmfast.losses.targets import (
     reduced,
     refuse_second_derivative,
 )
-from llmfast_kernels.terms import GROUP, Rows, Targets, Terms, pack, unpack
+from llmfast_kernels.terms import GROUP, Rows, Saved, Targets, Terms, Upstream, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -340,8 +340,8 @@ class Loop:
                 )
                 if d_logits is not None and plan.V > 0:
                     self.ops.cross_entropy_backward(
-                        logits, targets, self.terms, part.peak, part.total, torch.ones_like(part.loss), V=plan.V,
-                        d_logits=d_logits,
+                        logits, targets, self.terms, Saved(part.peak, part.total), Upstream(torch.ones_like(part.loss)),
+                        V=plan.V, d_logits=d_logits,
                     )  # fmt: skip
                 alive = None
             else:
@@ -381,8 +381,8 @@ class Loop:
             if logits is None:
                 self._logits(self.hidden, weight, out=block[:, :width])
             self.ops.cross_entropy_backward(
-                block, call.targets, self.terms.columns(columns), peak, total, d_loss, V=width, d_lse=d_lse,
-                entropy=entropy, d_entropy=d_entropy, d_logits=d_block,
+                block, call.targets, self.terms.columns(columns), Saved(peak, total, entropy),
+                Upstream(d_loss, d_lse, d_entropy), V=width, d_logits=d_block,
             )  # fmt: skip
             d_logits = d_block[:, :width]
             if made.hidden is not None:

@@ -17,7 +17,7 @@ from llmfast.losses.linear_cross_entropy import Call, Loop
 from llmfast.losses.plain import times
 from llmfast.losses.rows import RowOps, row_ops
 from llmfast.losses.targets import Reduction, RowStats, denominator, per_row, reciprocal, reduced
-from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
+from llmfast_kernels.terms import Rows, Saved, Targets, Terms, Upstream, pack, unpack
 
 _TARGETS = "Tensor classes, Tensor? weights, Tensor? token_weights, Tensor? class_weights, Tensor? class_weight_sums"
 _NUMBERS = (
@@ -92,8 +92,8 @@ def _cross_entropy_backward(
     logits = _rows_together(logits)
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_ops(logits).cross_entropy_backward(
-        logits, targets, terms, peak, total, d_loss.contiguous(), d_lse=contiguous(d_lse), entropy=entropy,
-        d_entropy=contiguous(d_entropy), d_logits=d_logits,
+        logits, targets, terms, Saved(peak, total, entropy),
+        Upstream(d_loss.contiguous(), contiguous(d_lse), contiguous(d_entropy)), d_logits=d_logits,
     )  # fmt: skip
     return d_logits
 

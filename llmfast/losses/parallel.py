@@ -10,7 +10,7 @@ from torch import Tensor
 from llmfast._checks import expect
 from llmfast.losses.plain import empty_where
 from llmfast.losses.rows import RowOps
-from llmfast_kernels.terms import Rows, Targets, Terms
+from llmfast_kernels.terms import Partials, Rows, Targets, Terms
 
 ProcessGroup: TypeAlias = "dist.ProcessGroup"
 
@@ -47,33 +47,36 @@ def parallel_rows(
 ) -> Rows:
     """`RowOps.cross_entropy` of all ranks' columns, the same on every rank, by two all-reduces of a few (N,)."""
     if V == 0:  # fewer classes than ranks
-        partials = logits.new_zeros(5, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
-        partials[0] = torch.finfo(partials.dtype).min
-        best = logits.new_zeros(logits.shape[0], dtype=torch.int64) if argmax else None
+        none = logits.new_zeros(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+        lowest = torch.full_like(none, torch.finfo(none.dtype).min)
+        best = torch.zeros_like(none, dtype=torch.int64) if argmax else None
+        own = Partials(lowest, none, none if entropy else None, none, none, best)
     else:
-        partials, best = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
-    own_peak = partials[0]
-    peak = own_peak.clone()
+        own = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
+    peak, best = own.peak.clone(), own.argmax
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
     # Finite, also for a rank without classes.
-    shift = ((own_peak - peak) * ops.peak_unit).clamp(min=torch.finfo(peak.dtype).min)
-    total, moment, pull, mass = partials[1:]
+    shift = ((own.peak - peak) * ops.peak_unit).clamp(min=torch.finfo(peak.dtype).min)
     rescale = shift.exp()
-    moment = (moment + total * shift.clamp(min=-1000)) * rescale  # exp(-1000) is 0 too, but 0 * -inf would be NaN
-    sums = torch.stack([total * rescale, moment, pull + mass * shift, mass])
+    parts = [own.total * rescale, own.pull + own.mass * shift, own.mass]
+    if own.moment is not None:
+        # exp(-1000) is 0 too, but 0 * -inf would be NaN.
+        parts.append((own.moment + own.total * shift.clamp(min=-1000)) * rescale)
+    sums = torch.stack(parts)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    total, moment, pull, mass = sums
+    total, pull, mass, *moments = sums
     log_total = total.log()
+    H = log_total - moments[0] / total if moments else None
     loss = mass * log_total - pull
     if terms.z_loss is not None:
         loss += terms.z_loss * (peak * ops.peak_unit + log_total) ** 2
     if targets.token_weights is not None:
         loss *= targets.token_weights
     if best is not None:
-        best = torch.where(own_peak < peak, terms.V, best)
+        best = torch.where(own.peak < peak, terms.V, best)
         dist.all_reduce(best, dist.ReduceOp.MIN, group)
     ignored = (targets.classes == terms.ignore_index).all(1)
-    return empty_where(ignored, Rows(loss, peak, total, log_total - moment / total if entropy else None, best))
+    return empty_where(ignored, Rows(loss, peak, total, H, best))
 
 
 def group_size(group: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
+from llmfast_kernels.terms import GROUP, Partials, Rows, Saved, Targets, Terms, Upstream
 
 BLOCK_BYTES = 1 << 20  # a thread: rows are worked through in blocks, so that several passes over one stay in its cache
 
@@ -141,12 +141,14 @@ def cross_entropy_partials(
     V: int | None = None,
     entropy: bool = False,
     argmax: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Partials:
     logits = logits[:, :V]
     N, width = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    partials = logits.new_zeros(5, N, dtype=dtype)
-    best = torch.zeros_like(partials[0], dtype=torch.int64) if argmax else None
+    peaks = logits.new_zeros(N, dtype=dtype)
+    totals, pulls = torch.zeros_like(peaks), torch.zeros_like(peaks)
+    moments = torch.zeros_like(peaks) if entropy else None
+    best = torch.zeros_like(peaks, dtype=torch.int64) if argmax else None
     weights = _Weights(targets, terms, width, dtype)
     for rows, space in _blocks(logits, dtype):
         x = _logits(logits[rows], terms, space)
@@ -154,37 +156,38 @@ def cross_entropy_partials(
         finite = peak.clamp(min=-1e38)
         below = x - finite[:, None]
         exponentials = below.exp()
-        partials[0, rows] = finite
-        partials[1, rows] = exponentials.sum(1)
-        partials[2, rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
-        partials[3, rows] = weights.pull(x, x.gather(1, weights.columns[rows]), finite, rows)
+        peaks[rows] = finite
+        totals[rows] = exponentials.sum(1)
+        if moments is not None:
+            moments[rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
+        pulls[rows] = weights.pull(x, x.gather(1, weights.columns[rows]), finite, rows)
         if best is not None:
             best[rows] = where + terms.v_start
     mass = weights.mass(everywhere=False)
-    partials[4] = 1.0 if mass is None else mass
-    partials.masked_fill_(weights.ignored, 0.0)
-    return partials, best
+    mass = torch.ones_like(peaks) if mass is None else mass.to(dtype)
+    for t in (peaks, totals, moments, pulls, mass):
+        if t is not None:
+            t.masked_fill_(weights.ignored, 0.0)
+    return Partials(peaks, totals, moments, pulls, mass, best)
 
 
 def cross_entropy_backward(
     logits: Tensor,  # (N, V or more)
     targets: Targets,
     terms: Terms,
-    peak: Tensor,  # (N,)
-    total: Tensor,  # (N,)
-    d_loss: Tensor,  # (N,)
+    saved: Saved,
+    upstream: Upstream,
     *,
     V: int | None = None,
-    d_lse: Tensor | None = None,  # (N,)
-    entropy: Tensor | None = None,  # (N,)
-    d_entropy: Tensor | None = None,  # (N,)
     d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
     logits, d_logits = logits[:, :V], d_logits[:, :V]
+    (peak, total, entropy), (d_loss, d_lse, d_entropy) = saved, upstream
     weights = _Weights(targets, terms, logits.shape[1], peak.dtype)
     mass = weights.mass(everywhere=True)
     log_total = total.log()
-    upstream = d_loss if weights.t is None else d_loss * weights.t
+    if weights.t is not None:
+        d_loss = d_loss * weights.t
     for rows, space in _blocks(logits, peak.dtype):
         given = logits[rows]
         x = _logits(given, terms, space)
@@ -203,13 +206,13 @@ def cross_entropy_backward(
             if slope is not None:
                 p *= slope[:, None]
             weights.subtract(p, rows)
-            p *= upstream[rows, None]
+            p *= d_loss[rows, None]
         else:
             pulls = torch.zeros_like(p)
             weights.subtract(pulls, rows)
-            factor = upstream[rows] if slope is None else upstream[rows] * slope
+            factor = d_loss[rows] if slope is None else d_loss[rows] * slope
             p *= (factor + d_lse[rows])[:, None]
-            p += pulls * upstream[rows, None]
+            p += pulls * d_loss[rows, None]
         if extra is not None:
             p += extra
         _through(p, x, terms)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from llmfast._dispatch import use_kernels
 from llmfast.losses import plain
-from llmfast_kernels.terms import Rows
+from llmfast_kernels.terms import Partials, Rows
 
 
 class RowOps(NamedTuple):
     cross_entropy: Callable[..., Rows]
-    cross_entropy_partials: Callable[..., tuple[Tensor, Tensor | None]]
+    cross_entropy_partials: Callable[..., Partials]
     cross_entropy_backward: Callable[..., None]
     scale: Callable[..., Tensor]
     peak_unit: float  # of `Rows.peak`, in that of the logits

@@ -45,6 +45,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "fits": lambda: samples.spill_kernel[(1,)](X, X, BLOCK=1024, num_warps=2),
     "spills": lambda: samples.spill_kernel[(1,)](X, X, BLOCK=65536, num_warps=2),
     "function": lambda: samples.apply_kernel[(1,)](X, X, RULE=samples.square, KIND=tl.float32, BLOCK=tl.constexpr(16)),
+    "record": lambda: samples.record_kernel[(4,)](samples.Vector(X, 3.0), X[4096:], BLOCK=128),
     "rows": lambda: row_launch(HALF),
     "matmul": lambda: samples.matmul_kernel[(1, 1)](HALF, HALF, HALF, 64, 64, 64, **samples.GEMM_TILE),
 }
@@ -150,6 +151,13 @@ def test_an_unaligned_pointer_breaks_the_budget(compiled, target: str):
     assert list(violations(compiled["rows", target])) == []
     problems = list(violations(compiled["planted", target]))
     assert any("accesses {16} bits at a time in a loop, not 128" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_named_tuples_are_compiled_with_their_fields(compiled, target: str):
+    one = compiled["record", target]
+    assert one.kind.argument("x.scale") == 0.5 and one.kind.argument("x.bias_ptr") is None
+    assert sum(one.facts.code.load_bits.values()) > 0
 
 
 def test_functions_and_types_are_constants_too(compiled):

@@ -1,9 +1,11 @@
 """Which launches are of one kind: those for which Triton would use one binary."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from evidence.launches import _encode
+from evidence.launches import Specialization, _encode
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,27 @@ from evidence.launches import _encode
 )
 def test_numbers(values, code):
     assert [_encode(value) for value in values] == [code] * len(values)
+
+
+class Inner(NamedTuple):
+    factor: float | None
+    count: int
+
+
+class Outer(NamedTuple):
+    inner: Inner
+    x: torch.Tensor
+
+
+def test_named_tuples_keep_their_fields():
+    code = _encode(Outer(Inner(None, 8), torch.zeros(1)), unspecialized=True, unaligned=True)
+    pointer = {"dtype": "float32", "aligned": True, "below_2_gib": True}
+    # Triton specialises on members of tuples even where the kernel asks it not to.
+    assert code == {"record": {"inner": {"record": {"factor": None, "count": 3}}, "x": pointer}}
+    kind = Specialization("module:kernel", {"outer": code, "absent": None}, {})
+    assert kind.argument("outer.inner.count") == 3 and kind.argument("outer.x") == pointer
+    assert kind.argument("absent.x") is None
+    assert str(kind) == "kernel(outer=(inner=(factor=None, count=3), x=*float32:16), absent=None)"
 
 
 def test_numbers_that_are_not_looked_at():

@@ -1,11 +1,11 @@
 """Faults planted in the library's own kernels, one at a time: the tier that should find each does.
 
-A kernel file is copied with one line changed and launched as always. Without the change nothing is found.
+The package of kernels is copied with one line changed and launched as always. Without the change nothing is found.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,46 +20,47 @@ from evidence.observers import observing
 from evidence.sanitizer import Fault, sanitizing
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.optim import FusedAdamW
-from llmfast_kernels import cross_entropy, optimizer
+from llmfast_kernels import cross_entropy, optimizer, row
 from llmfast_kernels.terms import Targets, Terms
 from support.budgets import violations
 
-Plant = Callable[[ModuleType, str, str], Any]
+KERNELS = "llmfast_kernels"
+Plant = Callable[[ModuleType, str, str], str]
 
 
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
-    """`plant(module, line, changed)` is the module with the first such line changed; `sys.path` leads to it."""
+    """Make copies of the package: `plant(module, line, changed)` returns the name of one with that line changed."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    names = []
+    name = "planted_kernels"
 
-    def make(module: ModuleType, line: str, changed: str) -> Any:
-        assert module.__file__ is not None
-        source = Path(module.__file__).read_text()
-        assert line in source
-        name = f"planted_{module.__name__.split('.')[-1]}"
-        (tmp_path / f"{name}.py").write_text(source.replace(line, changed, 1))
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        planted = importlib.util.module_from_spec(spec)
-        sys.modules[name] = planted
-        names.append(name)
-        spec.loader.exec_module(planted)
-        return planted
+    def make(module: ModuleType, line: str, changed: str) -> str:
+        folder = Path(import_module(KERNELS).__path__[0])
+        for file in folder.rglob("*.py"):
+            source = file.read_text()
+            if module.__file__ is not None and file.samefile(module.__file__):
+                assert line in source
+                source = source.replace(line, changed, 1)
+            copy = tmp_path / name / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(source.replace(KERNELS, name))
+        return name
 
     yield make
-    for name in names:
-        sys.modules.pop(name, None)
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[module]
 
 
-def rows(planted: Any, V: int = 1500, dtype: torch.dtype = torch.float32) -> None:
+def rows(package: str, V: int = 1500, dtype: torch.dtype = torch.float32) -> None:
     """Loss and gradient of three rows, one of them ignored."""
     logits, targets = torch.randn(3, V).to(dtype), torch.tensor([0, -100, V - 1])
-    planted.cross_entropy(logits, Targets(targets[:, None]), Terms(V), d_logits=torch.empty_like(logits))
+    launcher: Any = import_module(f"{package}.cross_entropy")
+    launcher.cross_entropy(logits, Targets(targets[:, None]), Terms(V), d_logits=torch.empty_like(logits))
 
 
-def adamw(planted: Any, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, numel: int = 9000) -> None:
+def adamw(package: str, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, numel: int = 9000) -> None:
     """A step of two parameters; the first lies `offset` elements into its memory."""
+    planted: Any = import_module(f"{package}.optimizer")
     monkeypatch.setattr(optimizer, "update", planted.update)
     memory = np.zeros(numel + 8, dtype=np.float32)  # no tensor's: what lies beside the parameter is nobody's
     parameters = [torch.from_numpy(memory[offset:][:numel]).requires_grad_(), torch.randn(10, requires_grad=True)]
@@ -69,27 +70,27 @@ def adamw(planted: Any, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, num
         FusedAdamW(parameters).step()
 
 
-TAIL_LOAD = "x = read_logits(logits_row, bias_ptr, v, v < row_width, v < V, logit_scale, softcap)"
-TAIL_STORE = "tl.store(d_logits_row + v, d.to(d_logits_ptr.dtype.element_ty), mask=v < row_width)"
+TAIL_LOAD = "readable = v < row.width if TAIL else None"
+STORE = "tl.store(out.d_logits + v, d.to(out.d_logits.dtype.element_ty), mask=readable)"
 CHUNK_START = "start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK"
 ALIGNED = "aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0"
 
 
 def test_nothing_is_found_where_nothing_is_planted(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     with sanitizing():
-        rows(plant(cross_entropy, TAIL_LOAD, TAIL_LOAD))
+        rows(plant(row, TAIL_LOAD, TAIL_LOAD))
         adamw(plant(optimizer, ALIGNED, ALIGNED), monkeypatch, offset=1)
 
 
 def test_an_off_by_one_mask(plant: Plant) -> None:
-    planted = plant(cross_entropy, TAIL_LOAD, TAIL_LOAD.replace("v < row_width", "v <= row_width"))
+    planted = plant(row, TAIL_LOAD, TAIL_LOAD.replace("v < row.width", "v <= row.width"))
     with sanitizing(), pytest.raises(Fault, match=r"would load outside logits_ptr, of 4500 elements: element 4500"):
         rows(planted)
 
 
 def test_a_missing_tail_store(plant: Plant) -> None:
-    planted = plant(cross_entropy, TAIL_STORE, "pass")
-    with sanitizing(), pytest.raises(Fault, match=r"leaves \d+ of 4500 elements of d_logits_ptr unwritten"):
+    planted = plant(row, STORE, "if not TAIL:\n        " + STORE)
+    with sanitizing(), pytest.raises(Fault, match=r"leaves \d+ of 4500 elements of gradient.d_logits unwritten"):
         rows(planted)
 
 
@@ -107,25 +108,26 @@ def test_an_unaligned_pointer_taken_for_an_aligned_one(plant: Plant, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("line", "changed", "problem"),
+    ("module", "line", "changed", "problem"),
     [
         # An eighth of the threads, each with eight times the logits.
         (
+            cross_entropy,
             '"THREADS": block // elements, "num_warps": warps(block // elements)',
             '"THREADS": 64, "num_warps": 2', "spills ",
         ),
         # Rows that start on 16 bytes, and a compiler that is not told.
-        ("logits_ptr + n * (logits_stride_n // VECTOR) * VECTOR", "logits_ptr + n * logits_stride_n", "bits at a time"),
+        (row, "return x // VECTOR * VECTOR", "return x", "bits at a time"),
     ],
     ids=["a spill", "narrow accesses"],
 )  # fmt: skip
-def test_worse_machine_code(plant: Plant, line: str, changed: str, problem: str) -> None:
-    def broken_budgets(module: Any) -> list[str]:
+def test_worse_machine_code(plant: Plant, module: ModuleType, line: str, changed: str, problem: str) -> None:
+    def broken_budgets(package: str) -> list[str]:
         recorder = Recorder()
         with observing(recorder):
-            rows(module, V=32768, dtype=torch.bfloat16)
+            rows(package, V=32768, dtype=torch.bfloat16)
         compiled = compile_launches(list(recorder.kinds.values()), ["sm_90"])
         return [found for c in compiled for found in violations(c)]
 
-    assert broken_budgets(cross_entropy) == []
-    assert any(problem in found for found in broken_budgets(plant(cross_entropy, line, changed)))
+    assert broken_budgets(KERNELS) == []
+    assert any(problem in found for found in broken_budgets(plant(module, line, changed)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels.scale import scale
-from llmfast_kernels.terms import Rows, Targets, Terms
+from llmfast_kernels.terms import Rows, Saved, Targets, Terms, Upstream
 from support.numerics import assert_no_worse
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -26,7 +26,8 @@ def forward(logits: Tensor, targets: Tensor, V: int, **more: Any) -> Rows:
 
 
 def backward(logits: Tensor, targets: Tensor, made: Rows, d_loss: Tensor, V: int, **more: Any) -> None:
-    rows.cross_entropy_backward(logits, one_each(targets), Terms(V), made.peak, made.total, d_loss, V=V, **more)
+    saved = Saved(made.peak, made.total)
+    rows.cross_entropy_backward(logits, one_each(targets), Terms(V), saved, Upstream(d_loss), V=V, **more)
 
 
 def padded(N: int, V: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -81,21 +82,18 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: 
     made = forward(logits, targets, 70, d_logits=d_logits)
     backward(logits, targets, made, torch.ones(3), 70, d_logits=apart)
     assert made.loss.isnan().tolist() == [False, True, False]
-    partials, _ = rows.cross_entropy_partials(logits, one_each(targets), Terms(70))
-    assert partials.isnan().any(0).tolist() == [False, True, False], "no rank may be silent about it"
+    partials = rows.cross_entropy_partials(logits, one_each(targets), Terms(70))
+    assert partials.pull.isnan().tolist() == [False, True, False], "no rank may be silent about it"
     for gradient in (d_logits, apart):
         assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
 def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
     logits, out = torch.randn(1, 70), torch.empty(1)
-    arguments = rows.arguments(logits, one_each(torch.tensor([70])), Terms(70), 70)
+    arguments = rows.arguments(logits, one_each(torch.tensor([70])), Terms(70), 70, None)
+    made = {"rows": Rows(out, out, out, None, None), "partials": rows.NO_PARTIALS, "gradient": rows.NO_GRADIENT}
     with pytest.raises(Exception, match=r"target is neither in \[0, V\) nor ignore_index"):
-        rows.cross_entropy_kernel[(1,)](
-            **arguments, grad_scale_ptr=None, loss_ptr=out, peak_ptr=out, total_ptr=out, entropy_ptr=None,
-            argmax_ptr=None, partials_ptr=None, d_logits_ptr=None, alive_ptr=None, d_logits_stride_n=0, threshold=None,
-            ENTROPY=False, GROUP=128, debug=True, **rows.tile(70), **rows.vectors(70, logits, None),
-        )  # fmt: skip
+        rows.cross_entropy_kernel[(1,)](**arguments, **made, grad_scale_ptr=None, **rows.tile(70), debug=True)
 
 
 @pytest.mark.parametrize(

@@ -37,28 +37,29 @@ def _shared_limit(compiled: Compiled) -> int:
 
 
 def _constant(compiled: Compiled, name: str) -> int:
-    value: int = compiled.kind.arguments[name]["constant"]
+    value: int = compiled.kind.argument(name)["constant"]
     return value
 
 
 def _row_bits(compiled: Compiled, name: str = "logits_ptr") -> int:
     """The width of access that the rows' strides and addresses allow, as the launcher worked it out."""
-    return _constant(compiled, "VECTOR") * _BITS[compiled.kind.arguments[name]["dtype"]]
+    return _constant(compiled, "VECTOR") * _BITS[compiled.kind.argument(name)["dtype"]]
 
 
 def _has(compiled: Compiled, name: str) -> bool:
-    return isinstance(compiled.kind.arguments[name], dict) and "dtype" in compiled.kind.arguments[name]
+    value = compiled.kind.argument(name)
+    return isinstance(value, dict) and "dtype" in value
 
 
 def _rows(compiled: Compiled) -> Iterator[str]:
     """All loops as wide as the rows allow, and a thread folds its own logits: it waits for nobody inside a loop."""
     bits = _row_bits(compiled)
-    others = {128} if _has(compiled, "bias_ptr") or _has(compiled, "class_weights_ptr") else set()
-    if _has(compiled, "d_logits_ptr"):
-        others.add(_row_bits(compiled, "d_logits_ptr"))
-    filtered = _has(compiled, "alive_ptr")  # looks at groups of columns, and writes a byte for each
+    others = {128} if _has(compiled, "terms.bias") or _has(compiled, "terms.column_weights") else set()
+    if _has(compiled, "gradient.d_logits"):
+        others.add(_row_bits(compiled, "gradient.d_logits"))
+    filtered = _has(compiled, "gradient.alive")  # looks at groups of columns, and writes a byte for each
     # Class weights lie on 16 bytes also where rows do not, and change threads to meet them.
-    mixed = bits < 128 and _has(compiled, "class_weights_ptr")
+    mixed = bits < 128 and _has(compiled, "terms.column_weights")
     loops = compiled.facts.hot_loops
     if compiled.target.startswith("gfx"):
         # AMD's compiler may make a loop, over addresses, of the one store of the targets' gradients.
@@ -72,7 +73,7 @@ def _rows(compiled: Compiled) -> Iterator[str]:
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
         if (loop.shuffles or loop.barriers) and not filtered and not mixed:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
-    if _has(compiled, "d_logits_ptr"):
+    if _has(compiled, "gradient.d_logits"):
         yield from _order(compiled, "rewriting loop, barrier, store")
 
 

@@ -1,6 +1,7 @@
 """Small kernels with known properties, in a module of their own: workers that compile them import it."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -58,6 +59,27 @@ def apply_kernel(x, y, RULE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constex
     """Takes a function, a type and a tuple of constants."""
     offsets = tl.arange(0, BLOCK)
     tl.store(y + offsets, RULE(tl.load(x + offsets).to(KIND)))
+
+
+class Vector(NamedTuple):
+    ptr: Any
+    scale: float | None
+    bias_ptr: Any = None
+
+
+@triton.jit
+def scaled(x, vector):
+    return x * vector.scale if vector.scale is not None else x
+
+
+@triton.jit
+def record_kernel(x, out, BLOCK: tl.constexpr):
+    """Takes a named tuple with members that are absent, and makes another one that a loop carries."""
+    offsets = tl.arange(0, BLOCK)
+    sums = Vector(tl.zeros([BLOCK], tl.float32), 0.0)
+    for start in range(0, tl.num_programs(0) * BLOCK, BLOCK):
+        sums = Vector(sums.ptr + scaled(tl.load(x.ptr + start + offsets), x), 0.0)
+    tl.store(out + offsets, sums.ptr)
 
 
 @triton.jit
