@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from llmfast.train.config import Config, _names
+from llmfast.train.config import SCHEMA
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
 DOCS = ROOT / "docs"
@@ -171,7 +171,7 @@ def test_figures_of_the_limits_are_the_codes() -> None:
 def test_settings_are_all_listed() -> None:
     page = hooks.on_page_markdown(text_of(DOCS / "trainer.md"))
     assert hooks.PLACE not in page
-    settings = [name for name in _names(Config(), "") if "." in name]
+    settings = [name for name in SCHEMA.settings if "." in name]
     assert settings
     for name in settings:
         assert f"- `{name} = " in page, name
