@@ -162,8 +162,8 @@ def heads(rows: list[Row], folder: Path) -> str:
     shapes = [", ".join(f"{axis} = {value}" for axis, value in size) for size in sizes]
     columns = [f"{what}, {shape}" for shape in shapes for what in ("ms", "GiB moved", "GiB held")]
     return (
-        f"## Four heads at realistic sizes\n\nModelled ms on an {H100.name}, counted GiB moved and counted peak of tensors "
-        f"beyond the inputs, forward and backward, bfloat16.\n\n{table(['', *columns], body)}"
+        f"## Four heads at realistic sizes\n\nModelled ms on an {H100.name}, counted GiB moved and counted peak of "
+        f"tensors beyond the inputs, forward and backward, bfloat16.\n\n{table(['', *columns], body)}"
     )
 
 
@@ -189,8 +189,8 @@ def real_sizes(rows: list[Row], folder: Path) -> str:
     picture("memory.svg", folder, lambda figure: draw_memory(figure, mine, ways), (7, 4.2))
     shape = ", ".join(f"{axis} = {SHOWN[axis]}" for axis in SHOWN)
     return (
-        f"## The linear loss at realistic sizes\n\nModelled time on an {H100.name} and counted peak of tensors beyond the "
-        f"inputs, forward and backward, bfloat16, N = {SHOWN['N']}.\n\n{first}\n\n"
+        f"## The linear loss at realistic sizes\n\nModelled time on an {H100.name} and counted peak of tensors beyond "
+        f"the inputs, forward and backward, bfloat16, N = {SHOWN['N']}.\n\n{first}\n\n"
         f"Modelled, {shape}:\n\n{second}\n\n![modelled time by N and V](time.svg)\n\n"
         "![bytes per logit by operation](bytes.svg)\n\n![peak memory by N](memory.svg)"
     )
@@ -233,7 +233,8 @@ def optimizers(rows: list[Row], folder: Path) -> str:
         cells: list[str] = []
         for dtype in ("float32", "bfloat16"):
             small, large = (chosen(mine, way=way, dtype=dtype, size={"parameters": n}) for n in (smallest, largest))
-            cells += [f"{bytes_per_parameter((large or small)[0]):.2f}", f"{small[0]['calls']:,}"] if small else ["", ""]
+            moved = f"{bytes_per_parameter((large or small)[0]):.2f}" if small else ""
+            cells += [moved, f"{small[0]['calls']:,}" if small else ""]
             cells += [f"{large[0]['seconds'][H100.name] * 1e3:.1f}" if large else ""]
             cells += [f"{large[0]['peak_bytes'] / 2**30:.1f}" if large else ""]
         body.append([way, *cells])
