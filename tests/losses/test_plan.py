@@ -275,6 +275,11 @@ def test_modules_are_torchs(path: str) -> None:
         torch.testing.assert_close(
             CrossEntropyLoss(**options)(logits, targets), torch.nn.CrossEntropyLoss(**options)(logits, targets)
         )
+    x = torch.randn(4, 6)
+    for given, ignored in ((None, -100), (0, 0), (3, 3)):
+        linear, y = LinearCrossEntropyLoss(6, 9, ignore_index=given), torch.tensor([0, 3, ignored, 8])
+        truth = torch.nn.functional.cross_entropy(linear.linear(x), y, ignore_index=ignored)
+        torch.testing.assert_close(linear(x, y), truth)
     if not hasattr(torch.nn, "LinearCrossEntropyLoss"):  # torch 2.13
         return
     theirs = torch.nn.LinearCrossEntropyLoss(6, 9, bias=True, label_smoothing=0.1)
