@@ -236,7 +236,10 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
         (["--set=model.width=4294967296"], "model.width must be in [1, 1048576]; got 4294967296"),
         (["--set=model.layers=1000000000000000000000"], "model.layers must be in [1, 4096]"),
         (["--set=data.vocab_size=9223372036854775807"], "data.vocab_size must be in [1, 16777216]"),
-        (["--set=train.steps=9223372036854775807"], "train.steps * train.batch_size must be below 2^63; got 18446744073709551614"),
+        (
+            ["--set=train.steps=9223372036854775807"],
+            "train.steps * train.batch_size must be below 2^63; got 18446744073709551614",
+        ),
         (['--set=runs="a\\u0000"'], "runs must not hold a null character"),
         (["--config=line\nbreak.toml"], "cannot read line break.toml"),
         (["--set=model.width=[" + "[" * 5000], "model.width must be int"),
