@@ -20,7 +20,7 @@ from torch.cuda import device_of
 
 from llmfast_kernels import row as parts
 from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, next_power_of_2, warps
-from llmfast_kernels.terms import Partials, Rows, Saved, Targets, Terms, Upstream
+from llmfast_kernels.terms import Partials, Rows, Softmax, Targets, Terms, Upstream
 
 # Before Triton 3.7 a kernel cannot ask whether a tuple is None, only whether its members are.
 NO_ROWS, NO_PARTIALS, NO_GRADIENT = (
@@ -192,7 +192,7 @@ def cross_entropy_backward_kernel(
     target_weights_ptr,  # (N, K) f32, or None for 1
     token_weights_ptr,  # (N,) f32, or None for 1
     terms,  # RowTerms
-    saved,  # Saved
+    softmax,  # Softmax of all columns
     d_loss_ptr,  # (N,) f32
     d_lse_ptr,  # (N,) f32, or None
     d_entropy_ptr,  # (N,) f32, or None
@@ -230,8 +230,8 @@ def cross_entropy_backward_kernel(
         return
 
     a, b, t = parts.weigh_targets(n, y, target_weights_ptr, target_weights_stride_n, terms, V_total)
-    peak = tl.load(saved.peak + n)
-    total = tl.load(saved.total + n)
+    peak = tl.load(softmax.peak + n)
+    total = tl.load(softmax.total + n)
     log_total = tl.log(total)
     t *= tl.load(d_loss_ptr + n)
     if token_weights_ptr is not None:
@@ -249,7 +249,7 @@ def cross_entropy_backward_kernel(
     entropy_shift = None
     if d_entropy_ptr is not None:
         entropy_factor = -tl.load(d_entropy_ptr + n) / total
-        entropy_shift = tl.load(saved.entropy + n) - log_total
+        entropy_shift = tl.load(softmax.entropy + n) - log_total
     slopes = parts.Slopes(peak, factor / total, smooth, entropy_factor, entropy_shift)
 
     column = y - v_start
@@ -381,7 +381,7 @@ def cross_entropy_backward(
     logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
     targets: Targets,
     terms: Terms,
-    saved: Saved,  # of all columns; entropy is needed with upstream.entropy
+    softmax: Softmax,  # of all columns
     upstream: Upstream,
     *,
     V: int | None = None,
@@ -391,10 +391,12 @@ def cross_entropy_backward(
     N, row_width = logits.shape
     if N == 0:
         return
+    if upstream.entropy is None:
+        softmax = Softmax(softmax.peak, softmax.total)
     upstreams = {f"d_{name}": t for name, t in upstream._asdict().items()}
-    expect_contiguous(**saved._asdict(), **upstreams)
+    expect_contiguous(**softmax._asdict(), **upstreams)
     given = arguments(logits, targets, terms, V, d_logits) | {f"{name}_ptr": t for name, t in upstreams.items()}
     meta = backward_tile(row_width)
     with device_of(logits):
         grid = N, cdiv(row_width, meta["BLOCK_V"])
-        cross_entropy_backward_kernel[grid](**given, saved=saved, d_logits_ptr=d_logits, **meta)
+        cross_entropy_backward_kernel[grid](**given, softmax=softmax, d_logits_ptr=d_logits, **meta)

@@ -60,6 +60,26 @@ class Rows(NamedTuple):
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
 
+    @property
+    def softmax(self) -> "Softmax":
+        return Softmax(self.peak, self.total, self.entropy)
+
+
+class Softmax(NamedTuple):
+    """The part of `Rows` that the backward pass reads."""
+
+    peak: Tensor
+    total: Tensor
+    entropy: Tensor | None = None  # needed only with `Upstream.entropy`
+
+
+class Upstream(NamedTuple):
+    """Gradients of each row's results, all (N,) f32. None stands for zeros."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
 
 class Partials(NamedTuple):
     """What some columns add to the results of N rows, all (N,); the columns' ranks combine them.
@@ -73,22 +93,6 @@ class Partials(NamedTuple):
     pull: Tensor  # f32: what pulls the loss down, less mass * peak
     mass: Tensor  # f32: the weight of lse in the loss that these columns account for
     argmax: Tensor | None  # int64
-
-
-class Saved(NamedTuple):
-    """What the backward needs of `Rows`, all (N,) f32."""
-
-    peak: Tensor
-    total: Tensor
-    entropy: Tensor | None = None
-
-
-class Upstream(NamedTuple):
-    """Gradients of what was made of N rows, all (N,) f32."""
-
-    loss: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:

@@ -188,7 +188,7 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
     from llmfast_kernels import cross_entropy as rows
     from llmfast_kernels.filtered_matmul import filtered_matmul
     from llmfast_kernels.scale import scale
-    from llmfast_kernels.terms import Saved, Targets, Terms, Upstream
+    from llmfast_kernels.terms import Softmax, Targets, Terms, Upstream
 
     y = Targets(torch.zeros(4, 1, dtype=torch.int64))
     z, half, one = torch.randn(4, V), strided(torch.ones(V)), strided(torch.ones(4))
@@ -200,13 +200,11 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
         rows.cross_entropy(z, Targets(y.classes, None, one), Terms(V))
     with pytest.raises(ValueError, match="logits must have stride 1 along V"):
         rows.cross_entropy(transposed(z), y, Terms(V))
-    saved, upstream, d_logits = Saved(good, good, good), Upstream(good, good, good), torch.empty_like(z)
-    for name in Saved._fields:
-        with pytest.raises(ValueError, match=f"^{name} must be contiguous"):
-            rows.cross_entropy_backward(z, y, Terms(V), saved._replace(**{name: one}), upstream, d_logits=d_logits)
-    for name in Upstream._fields:
-        with pytest.raises(ValueError, match=f"^d_{name} must be contiguous"):
-            rows.cross_entropy_backward(z, y, Terms(V), saved, upstream._replace(**{name: one}), d_logits=d_logits)
+    for name in ("peak", "total", "d_loss", "d_lse", "entropy", "d_entropy"):
+        given = {n: good for n in ("peak", "total", "entropy", "d_loss", "d_lse", "d_entropy")} | {name: one}
+        softmax, upstream = Softmax(*list(given.values())[:3]), Upstream(*list(given.values())[3:])
+        with pytest.raises(ValueError, match=f"{name} must be contiguous"):
+            rows.cross_entropy_backward(z, y, Terms(V), softmax, upstream, d_logits=torch.empty_like(z))
     with pytest.raises(ValueError, match="out must be contiguous"):
         scale(z, torch.tensor(2.0), out=transposed(z))
     with pytest.raises(ValueError, match="b must have stride 1 along its rows"):
