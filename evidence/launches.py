@@ -75,8 +75,8 @@ def _encode(value: Any, unspecialized: bool = False, unaligned: bool = False) ->
     if isinstance(value, float):
         return 0.5
     if isinstance(value, tuple):  # Triton looks at all members, whatever the kernel says of the argument
-        members = [_encode(member) for member in value]
-        return {"record": dict(zip(value._fields, members))} if hasattr(value, "_fields") else members
+        members, fields = [_encode(member) for member in value], getattr(value, "_fields", None)
+        return members if fields is None else {"record": dict(zip(fields, members))}
     if hasattr(value, "data_ptr"):
         return {
             "dtype": str(value.dtype).removeprefix("torch."),

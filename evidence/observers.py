@@ -52,8 +52,9 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, tuple):
         yield name, value
         return
+    fields = getattr(value, "_fields", None)
     for i, member in enumerate(value):
-        yield from leaves(f"{name}.{value._fields[i]}" if hasattr(value, "_fields") else f"{name}[{i}]", member)
+        yield from leaves(f"{name}[{i}]" if fields is None else f"{name}.{fields[i]}", member)
 
 
 @dataclass(frozen=True)

@@ -96,13 +96,13 @@ def cross_entropy_kernel(
     if VECTOR_TAIL:
         row_width = parts.known_multiple(row_width, VECTOR)
     row = parts.Row(logits_ptr + n * parts.known_multiple(logits_stride_n, VECTOR), terms, V, row_width)
-    out = None
+    d_logits = gradient.d_logits
     if gradient.d_logits is not None:
-        alive = gradient.alive
-        if gradient.alive is not None:
-            alive += n * (row_width // parts.GROUP)
-        d_logits = gradient.d_logits + n * parts.known_multiple(d_logits_stride_n, VECTOR)
-        out = parts.Gradient(d_logits, alive, gradient.threshold)
+        d_logits += n * parts.known_multiple(d_logits_stride_n, VECTOR)
+    alive = gradient.alive
+    if gradient.alive is not None:
+        alive += n * (row_width // parts.GROUP)
+    out = parts.Gradient(d_logits, alive, gradient.threshold)
     argmax_ptr = partials.argmax if rows.loss is None else rows.argmax
     ARGMAX: tl.constexpr = argmax_ptr is not None  # pyright: ignore[reportAssignmentType]
     ENTROPY: tl.constexpr = (partials.moment if rows.loss is None else rows.entropy) is not None
@@ -301,8 +301,9 @@ def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_l
     tensors = {"targets": targets.classes, "target_weights": weights, "token_weights": targets.token_weights}
     sums = terms.class_weight_sums
     expect_contiguous(**tensors, bias=terms.bias, class_weights=class_weights, class_weight_sums=sums)
-    smooths = class_weights is not None and terms.label_smoothing is not None
-    column_weights = class_weights[terms.v_start :] if smooths else None
+    column_weights = None
+    if class_weights is not None and terms.label_smoothing is not None:
+        column_weights = class_weights[terms.v_start :]
     return {
         "logits_ptr": logits,
         **{f"{name}_ptr": t for name, t in tensors.items()},
@@ -391,10 +392,10 @@ def cross_entropy_backward(
     N, row_width = logits.shape
     if N == 0:
         return
-    if upstream.entropy is None:
-        softmax = Softmax(softmax.peak, softmax.total)
     upstreams = {f"d_{name}": t for name, t in upstream._asdict().items()}
     expect_contiguous(**softmax._asdict(), **upstreams)
+    if upstream.entropy is None:
+        softmax = Softmax(softmax.peak, softmax.total)
     given = arguments(logits, targets, terms, V, d_logits) | {f"{name}_ptr": t for name, t in upstreams.items()}
     meta = backward_tile(row_width)
     with device_of(logits):

@@ -178,8 +178,8 @@ def filtered_matmul(
     (M, K), D = a.shape, b.shape[1]
     if M == 0 or D == 0:
         return
-    for name, t, strides in (("a", a, a.stride()), ("b", b, b.stride()[1:]), ("out", out, out.stride()[1:])):
-        if 1 not in strides:
+    for name, t, either in (("a", a, a.stride()), ("b", b, b.stride()[1:]), ("out", out, out.stride()[1:])):
+        if 1 not in either:
             raise ValueError(f"{name} must have stride 1 along its rows; got strides {t.stride()}")
     transposed = a.stride(1) != 1
     access = vectors(a, b, out)
