@@ -156,7 +156,7 @@ def test_figures_of_the_limits_are_the_codes() -> None:
     """What pages say of models and targets is what runs."""
     from evidence.compiler import TARGETS
     from llmfast import _gpus
-    from llmfast.plan import cost
+    from llmfast.models import cost
 
     page = " ".join((ROOT / "docs" / "limits.md").read_text().split())
     micro = f"{_gpus.LAUNCH * 1e6:g} µs"
