@@ -175,7 +175,9 @@ def test_settings_are_all_listed() -> None:
     assert settings
     for name in settings:
         assert f"- `{name} = " in page, name
-    assert "- `optimizer.lr = 0.0015`" in page
+    assert "- `optimizer.lr = 0.0015`: highest learning rate (at least 0)" in page
+    assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
+    assert "### optimizer\n\nAdamW and the schedule of its learning rate.\n\n- `optimizer.lr" in page
 
 
 def test_named_files_exist() -> None:

@@ -231,7 +231,9 @@ def test_what_is_given_on_resume_is_what_happens_from_then_on(override: str, bas
     class Change(Hooks):
         def before_step(self, trainer: Trainer) -> None:
             if trainer.step == 3:
-                trainer.config = load_config(None, [override], base=trainer.config)
+                changed = load_config(None, [override], base=trainer.config)
+                for section in ("optimizer", "train"):
+                    vars(getattr(trainer.config, section)).update(vars(getattr(changed, section)))
                 fresh = make_optimizer(trainer.config, trainer.model)
                 for group, new in zip(trainer.optimizer.param_groups, fresh.param_groups):
                     group |= {key: new[key] for key in ("betas", "eps", "weight_decay")}
