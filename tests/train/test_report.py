@@ -155,7 +155,7 @@ class Page(HTMLParser):
             return
         self.text += data
         if inside in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\u00a0", " ")
         elif inside in ("h1", "h2", "h3"):
             self.headings[-1] += data
         elif inside == "pre":

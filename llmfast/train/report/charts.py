@@ -158,7 +158,7 @@ class Chart:
         there = np.isfinite(np.pad(line[:, 1], 1, constant_values=np.nan))
         dots = there[1:-1] if dotted else there[1:-1] & ~there[:-2] & ~there[2:]
         if dots.any():
-            axes.plot(*line[dots].T, ".", color=colour, markersize=8, markeredgewidth=0, clip_on=False)
+            axes.plot(*line[dots].T, "o", color=colour, markersize=5, markeredgewidth=0, clip_on=False)
 
     def _note(self, lines: Sequence[tuple[Series, Array]]) -> str:
         notes = [style for style in ("training", "validation") if any(s.style == style for s, _ in lines)]

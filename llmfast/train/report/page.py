@@ -46,7 +46,7 @@ def page(logs: Sequence[Log]) -> str:
     sections = [_summary(logs), _loss(logs), _sources(logs), _optimizer(logs), _speed(logs), _heads(logs)]
     sections += [_differences(logs), _samples(logs)]
     more = f" and {len(logs) - 3} more" if len(logs) > 3 else ""
-    text = {name: files(__package__).joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    text = {name: files("llmfast.train.report").joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(text["html"])
@@ -83,7 +83,8 @@ def _summary(logs: Sequence[Log]) -> Section:
             heads = log.curves.get("acceptance", {}).values()
             row += [", ".join(f"{100 * head[-1].value:.0f} %" for head in heads) or "-"]
             row += [_last(log.curve("tokens_per_pass"), "{:.2f}")]
-        rows.append(row)
+        numbers = 2 + len(differing)
+        rows.append([*row[:numbers], *(cell.replace(" ", "\u00a0") for cell in row[numbers:])])  # not to be broken
     notes = []
     if others := [key for key in differing if key in TEXT]:
         notes.append(f"The runs differ in {', '.join(others)}: their losses are not of the same tokens.")
