@@ -46,7 +46,8 @@ def page(logs: Sequence[Log]) -> str:
     sections = [_summary(logs), _loss(logs), _sources(logs), _optimizer(logs), _speed(logs), _heads(logs)]
     sections += [_differences(logs), _samples(logs)]
     more = f" and {len(logs) - 3} more" if len(logs) > 3 else ""
-    text = {name: files("llmfast.train.report").joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    folder = files("llmfast.train.report")
+    text = {name: folder.joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(text["html"])
