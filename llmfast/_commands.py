@@ -1,24 +1,24 @@
-"""What all commands do alike: a user's mistake in one line, columns, and no file of anybody else's written over."""
+"""Behaviour shared by all commands: one-line user errors, aligned columns, and protection of existing files."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 MISTAKE = 2
-"""The exit code of a user's mistake."""
+"""Exit code for a user error."""
 WRITTEN = "written by llmfast"
-"""In the first or last bytes of every file that a command writes where `--out` says."""
-_MARKED = 4096  # how many those are
+"""Marker in the first or last bytes of every file that a command writes to `--out`."""
+_MARKED = 4096  # bytes searched at either end
 
 
 def fail(message: str) -> int:
-    """Say it on stderr; returns the exit code."""
-    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # names of files may have line breaks
+    """Print an error to stderr and return the exit code."""
+    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # file names may contain line breaks
     return MISTAKE
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned cells below a head: the first column to the left and those of words; numbers to the right."""
+    """Align cells below a header: the first column and columns of words to the left, numbers to the right."""
     _, *body = rows
     lines = [""] * len(rows)
     for i, cells in enumerate(zip(*rows)):
@@ -32,7 +32,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def expect_replaceable(out: Path) -> None:
-    """FileExistsError where a file is already, unless it is empty or a command wrote it: a name is easily wrong."""
+    """Raise FileExistsError if a file exists, unless it is empty or a command wrote it: a name is easily mistyped."""
     if not out.is_file() or out.stat().st_size == 0:
         return
     with out.open("rb") as file:

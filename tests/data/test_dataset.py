@@ -97,7 +97,7 @@ def test_files_of_tokens_are_sources_too(folders: list[str], tmp_path: Path) -> 
     data = prepare(sources, tokenizer=str(tmp_path / "tokenizer.json"), seq_len=16, held_out=0.25)
     found = stream_text(data.train["tokens"], tokenizer), stream_text(data.validation["tokens"], tokenizer)
     assert (found[0][:-1], found[1][:-1]) == (texts[:29], texts[30:39])
-    with pytest.raises(ValueError, match=r"need the tokenizer.json they were made with; got tokenizer='bytes'"):
+    with pytest.raises(ValueError, match=r"need the tokenizer.json they were written with; got tokenizer='bytes'"):
         prepare(sources, tokenizer="bytes", seq_len=16)
 
 
@@ -172,13 +172,13 @@ def test_few_documents_are_a_source(
     data = prepare([folder], tokenizer=tokenizer, seq_len=64, say=said.append)
     assert data.split == {folder: "end"}
     (line,) = said
-    assert line.startswith(f"{folder}: the last ") and "% of its text validate, as it has too few documents" in line
+    assert line.startswith(f"{folder}: validating on the last ") and "% of its text; it has too few documents" in line
     words = [set(text_of(part[folder], data.tokenizer).split()) for part in (data.train, data.validation)]
     cut_short = 4  # words at the ends of parts and of rows
     assert len(words[0] & words[1]) <= cut_short
     assert len(words[0] | words[1]) >= len(set(" ".join(texts).split())) - (70 if tokenizer == "bytes" else 40)
     again = prepare([folder], tokenizer=tokenizer, seq_len=32, split=data.split, say=said.append)
-    assert said[1:] == [line.partition(",")[0]]
+    assert said[1:] == [line.partition(";")[0]]
     assert (
         text_of(again.validation[folder], again.tokenizer)[:300]
         == text_of(data.validation[folder], data.tokenizer)[:300]
@@ -238,7 +238,7 @@ def test_few_documents_of_tokens_are_a_source(documents: int, tmp_path: Path) ->
     data = prepare([str(path)], tokenizer=str(tmp_path / "tokenizer.json"), seq_len=64, say=said.append)
     assert data.split == {str(path): "end"}
     assert [line.partition("% ")[2] for line in said] == [
-        "of its tokens validate, as it has too few documents to hold out whole ones"
+        "of its tokens; it has too few documents to hold out whole ones"
     ]
     kept, held = (part[str(path)].batch(range(len(part[str(path)]))).tokens for part in (data.train, data.validation))
     total = sum(len(text) + 1 for text in texts)
@@ -267,7 +267,7 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
         (one, {"held_out": 1 - 1e-9}, "training part is too small"),
         (one, {"split": {"two": "end"}}, "split must name sources; got 'two'"),
         (one, {"split": {one[0]: "ends"}}, "must be one of 'documents', 'end'; got 'ends'"),
-        (one, {"split": {one[0]: "documents"}, "held_out": 1e-9}, "has no document to validate on .* split='end' hold"),
+        (one, {"split": {one[0]: "documents"}, "held_out": 1e-9}, "has no document for validation .* split='end' hold"),
     ]
     usual: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "held_out": 0.2}
     for sources, options, match in cases:

@@ -388,10 +388,10 @@ def test_refuses_what_does_not_fit_and_leaves_it_alone(make: Make) -> None:
 def test_refuses_one_after_the_other(make: Make) -> None:
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel"):
         add_mtp(nn.Linear(2, 2), 1)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is already fused"):
         add_mtp(fuse_loss(make("llama")), 1)
     model = add_mtp(make("llama"), 1)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is already fused"):
         fuse_loss(model)
     with pytest.raises(ValueError, match="model must have been fused by fuse_loss"):
         unfuse_loss(model)

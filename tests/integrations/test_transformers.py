@@ -384,7 +384,7 @@ def test_sharded_by_fsdp2(make: Make, head: str) -> None:
     loss, gradients = result(model, padded())
     local = {name: g.full_tensor() for name, g in gradients.items() if isinstance(g, DTensor)}
     assert_same((loss, local), wanted)
-    with pytest.raises(ValueError, match="FSDPLlamaForCausalLM was made of it since"):
+    with pytest.raises(ValueError, match="it is now a FSDPLlamaForCausalLM"):
         unfuse_loss(model)
 
 
@@ -534,12 +534,12 @@ def test_a_loss_written_out_by_hand(make: Make, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("temperature of its own", "multiplies or divides its logits by a Tensor"),
-        ("operators", "asks them for __neg__"),
-        ("part of the vocabulary", "takes a part of its vocabulary"),
+        ("temperature of its own", "must multiply or divide its logits by numbers; got a Tensor"),
+        ("operators", "accesses their __neg__"),
+        ("part of the vocabulary", "selects part of its vocabulary"),
         ("log_softmax", "uses torch's log_softmax"),
-        ("mean", "asks them for .mean"),
-        ("other head", "does not make its loss by cross_entropy of its output embedding"),
+        ("mean", "accesses their .mean"),
+        ("other head", "does not compute its loss by cross_entropy of its output embedding"),
     ],
 )
 def test_refuses_what_it_cannot_follow_and_leaves_it_alone(make: Make, how: str, reason: str) -> None:
@@ -566,9 +566,9 @@ def test_a_loss_function_of_the_users(make: Make) -> None:
     theirs = result(model, plain())
     assert_same(result(fuse_loss(model), plain()), theirs)
     model.loss_function = entropic
-    with pytest.raises(AttributeError, match=r"needs its logits for more than a loss: it asks them for \.softmax"):
+    with pytest.raises(AttributeError, match=r"must use its logits only for a loss; it accesses their \.softmax"):
         model(**plain())
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* asks them for \.softmax"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* accesses their \.softmax"):
         fuse_loss(unfuse_loss(model))
 
 
@@ -623,7 +623,7 @@ def test_refuses_an_adapter_that_is_no_sum(make: Make) -> None:
 def test_refuses_a_head_that_changes_its_input(make: Make) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* asks its input for __mul__"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* accesses its input's __mul__"):
         fuse_loss(peft.get_peft_model(make("llama"), config))
 
 
@@ -633,7 +633,7 @@ def test_refuses_models_that_are_none(make: Make) -> None:
     with pytest.raises(ValueError, match="the forward of LlamaModel takes no labels"):
         fuse_loss(make("llama").model)
     t5 = transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is no decoder-only model"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is not a decoder-only model"):
         fuse_loss(transformers.T5ForConditionalGeneration(t5))
     with pytest.raises(ValueError, match="holds no values"):
         fuse_loss(make("llama").to("meta"))
@@ -644,7 +644,7 @@ def test_refuses_what_was_done_before(make: Make) -> None:
     with pytest.raises(ValueError, match="model must have been fused by fuse_loss; this LlamaForCausalLM was not"):
         unfuse_loss(model)
     fuse_loss(model)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is already fused"):
         fuse_loss(model)
     unfuse_loss(model)
     model.forward = model.forward
