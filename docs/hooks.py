@@ -1,4 +1,4 @@
-"""What mkdocs asks of us: the trainer's settings in a page, and that no public name is missing from the reference."""
+"""Hooks for mkdocs: insert the trainer's settings into a page, and check the reference for missing public names."""
 
 import ast
 import logging
@@ -9,12 +9,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "llmfast" / "train" / "config.py"
 PLACE = "<!-- settings -->"
-# The integrations have no `__all__`: docs/reference/integrations.md names what is theirs.
+# The integrations have no `__all__`: docs/reference/integrations.md lists their names.
 PACKAGES = ("losses", "mtp", "optim", "data", "clean", "models", "train", "plan")
 
 
 def settings(section: ast.ClassDef, lines: list[str]) -> list[tuple[str, str, str]]:
-    """Name, default and comment of each field of a dataclass, in its order."""
+    """Return name, default and comment of each field of a dataclass, in order."""
     found = []
     for field in section.body:
         if not isinstance(field, ast.AnnAssign) or field.value is None or field.end_lineno is None:
@@ -33,7 +33,7 @@ def settings(section: ast.ClassDef, lines: list[str]) -> list[tuple[str, str, st
 
 
 def lists() -> str:
-    """A list for each section, as a table does not fit a phone: `section.key = default`, and the comment beside it."""
+    """Format a list per section, because a table does not fit a phone: `section.key = default` and its comment."""
     text = CONFIG.read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
     parts = []
@@ -52,12 +52,12 @@ def lists() -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs calls this for each page."""
+    """Process a page; mkdocs calls this for each one."""
     return markdown.replace(PLACE, lists()) if PLACE in markdown else markdown
 
 
 def public_names(package: str) -> list[str]:
-    """The `__all__` of a package of llmfast's, without importing it."""
+    """Return the `__all__` of a package of llmfast without importing it."""
     tree = ast.parse((ROOT / "llmfast" / package / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -66,11 +66,11 @@ def public_names(package: str) -> list[str]:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """A warning, which fails a strict build, for each public name without an entry of its own in the reference."""
+    """Warn about each public name that has no entry in the reference; a warning fails a strict build."""
     pages = (Path(config.site_dir) / "reference").glob("*.html")
     found = {anchor for page in pages for anchor in re.findall(r'id="(llmfast\.[\w.]+)"', page.read_text())}
     for package in PACKAGES:
         for name in public_names(package):
-            # Where a module has its function's name, the entry has both.
+            # If a module has its function's name, the entry has both.
             if not {f"llmfast.{package}.{name}", f"llmfast.{package}.{name}.{name}"} & found:
                 logging.getLogger("mkdocs.hooks").warning("llmfast.%s.%s is not in the reference", package, name)

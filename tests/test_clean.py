@@ -281,7 +281,7 @@ def test_the_report_is_written(cleaned: tuple[Path, Report]) -> None:
 
 
 def documents(ds: Path, tokenizer: BPETokenizer) -> list[str]:
-    """The texts of a token file; each ends in the end of text, and has no other."""
+    """Return the texts of a token file; each ends with the end of text and contains no other."""
     tokens, ends = np.fromfile(ds, "<u2"), np.fromfile(f"{ds}.index", "<u8").astype(int)
     assert ends[-1] == len(tokens)
     parts = np.split(tokens, ends[:-1])
@@ -303,7 +303,7 @@ def test_tokens_are_the_text(cleaned: tuple[Path, Report], tokenizer: Path) -> N
 
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each worker's part is still a part of its own, but they take turns."""
+    """Run the workers' parts in turns in this process."""
     from llmfast.clean import pipelines
 
     class OneByOne(pipelines.QuietExecutor):  # type: ignore[misc]
@@ -370,7 +370,7 @@ def test_a_name_that_is_not_unicode(tmp_path: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("text", ["", GERMAN])
 def test_nothing_is_left(text: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """datatrove #301: an empty input is an error in its MinHash."""
+    """Regression test for datatrove #301: an empty input is an error in its MinHash."""
     corpus, output = tmp_path / "in", tmp_path / "out"
     corpus.mkdir()
     (corpus / "a.txt").write_text(text)

@@ -4,7 +4,7 @@
     .jsonl .jsonl.gz .jsonl.zst    each line is one: an object with the text in one of its columns
     .parquet                       each row is one
 
-Text is UTF-8 (a .py file may declare another encoding). A byte order mark is removed, and line ends become "\\n".
+Text is UTF-8 (a .py file may declare another encoding). A byte order mark is removed, and line ends become line feeds.
 Records that cannot be read are yielded too, with the reason, so that the caller can report what it skipped.
 """
 

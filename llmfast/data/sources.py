@@ -72,7 +72,7 @@ def text_files(
     Folders are searched recursively; names that start with a dot are skipped. A .md, .py, .rst or .txt file is a
     document, and so is a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet. A single file may have any
     suffix. In a folder written by `llmfast clean`, only `text/` is read. Text is UTF-8 (a .py file may declare another
-    encoding). Line ends become "\\n", and a byte order mark is removed.
+    encoding). Line ends become line feeds, and a byte order mark is removed.
 
     Args:
         path: The folder or file.

@@ -167,7 +167,7 @@ def open_token_file(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
 def read_ds(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
     """Open tokens written by datatrove (`DocumentTokenizer`, `DocumentTokenizerMerger`) or by `write_ds`.
 
-    The metadata say how many bytes a token has. If they are missing, or of an old version without that entry, it is 2
+    The metadata give the bytes per token. If they are missing, or of an old version without that entry, it is 2
     for a `vocab_size` of up to 65536, else 4.
 
     Args:
@@ -336,7 +336,7 @@ def _ds_metadata(path: Path) -> tuple[int | None, int | None]:
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     expect(len(lines) >= 2 and lines[1].isdecimal(), f"{path}: line 2 must be a number of tokens; got {lines[1:2]}")
     _, bar, size = lines[0].rpartition("|")
-    expect(not bar or size in ("2", "4"), f"{path}: line 1 must end in |2 or |4, bytes a token; got {lines[0]!r}")
+    expect(not bar or size in ("2", "4"), f"{path}: line 1 must end in |2 or |4, bytes per token; got {lines[0]!r}")
     return (int(size) if bar else None), int(lines[1])
 
 

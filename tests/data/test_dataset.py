@@ -114,7 +114,7 @@ def test_training_rows_are_rearranged_and_validation_is_not(folders: list[str], 
 
 
 def test_a_sequence_is_the_same_in_whatever_batch_it_is_read(folders: list[str]) -> None:
-    """Its number in the training decides how it is cut, and not its place in the batch."""
+    """A sequence's number in the training decides how it is cut, not its place in the batch."""
     data = prepare(folders, tokenizer="bytes", seq_len=64, held_out=0, fim=partial(FIM, rate=1.0))
     mixture = Mixture({name: len(rows) for name, rows in data.train.items()}, {}, total=100)
     mixed = Mixed(data, mixture)
@@ -143,7 +143,7 @@ def test_best_fit_rows_keep_documents_whole(folders: list[str]) -> None:
 
 
 def small(tmp_path: Path, files: int, characters: int, line_breaks: bool = True) -> tuple[str, list[str]]:
-    """A folder of files that share no word, none of which its name's hash holds out."""
+    """Write a folder of files that share no word, none of which is held out by its name's hash."""
     folder = tmp_path / f"{files}-files"
     folder.mkdir()
     texts = []
@@ -211,7 +211,7 @@ def test_a_large_source_beside_a_small_one_keeps_its_split(folders: list[str], t
 
 
 def test_whole_documents_that_are_too_short_for_a_row_are_not_enough(folders: list[str]) -> None:
-    """Of 40 files 8 are held out, which once was an error."""
+    """Hold out 8 of 40 files, which used to be an error."""
     one, said = folders[0], []
     data = prepare([one], tokenizer="bytes", seq_len=2600, held_out=0.1, say=said.append)
     assert data.split == {one: "end"} and len(said) == 1
