@@ -141,7 +141,7 @@ def exists(name: str) -> bool:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    """mkdocstrings shows the `__all__` of a package; the build itself checks the result."""
+    """Check package pages; mkdocstrings shows a package's `__all__`, and the build checks the result."""
     pages = "\n".join(map(text_of, (DOCS / "reference").glob("*.md")))
     shown = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
     for package in hooks.PACKAGES:

@@ -118,7 +118,9 @@ def prepare(
     documents = {
         name: load(where, text_column=text_column, say=say) for name, where in places.items() if name not in files
     }
-    chosen = {name: given.get(name) or _default_split(documents.get(name), held_out) for name in places}
+    chosen: dict[str, Split] = {
+        name: given.get(name) or _default_split(documents.get(name), held_out) for name in places
+    }
     while True:
         texts = {name: _parts(name, documents[name], held_out, chosen[name]) for name in documents}
         encoder = _tokenizer(tokenizer, [text for train, _ in texts.values() for text in train], vocab_size)
