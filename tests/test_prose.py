@@ -31,50 +31,13 @@ def files(suffix: str) -> list[Path]:
 SOURCES, PAGES = files(".py"), files(".md")
 
 # Openings of fragments, such as "Of N rows.", "Whether it fits." or "What is kept."
-FRAGMENTS = frozenset(
-    (
-        "as",
-        "at",
-        "by",
-        "for",
-        "from",
-        "how",
-        "if",
-        "in",
-        "of",
-        "to",
-        "what",
-        "when",
-        "where",
-        "whether",
-        "which",
-        "who",
-        "whose",
-        "with",
-        "without",
-    )
+FRAGMENTS = set(
+    re.split(r"\W+", "as at by for from how if in of to what when where whether which who whose with without")
 )
 # A function's docstring opens with an imperative verb, which is neither of these nor a plural such as "Bytes". A test's
 # may be a sentence.
-NOT_VERBS = FRAGMENTS | frozenset(
-    (
-        "a",
-        "all",
-        "an",
-        "any",
-        "each",
-        "every",
-        "like",
-        "one",
-        "same",
-        "that",
-        "the",
-        "these",
-        "this",
-        "those",
-        "three",
-        "two",
-    )
+NOT_VERBS = FRAGMENTS | set(
+    re.split(r"\W+", "a all an any each every like one same that the these this those three two")
 )
 
 UNITS = "bytes?|nats?|tokens?|seconds?|instructions?|FLOPs?|registers?|launches|loads?|rows?|steps?|values?|losses"
