@@ -1,27 +1,28 @@
-"""Make Triton's CPU interpreter numerically honest, observable, and quicker.
+"""Patches that make Triton's CPU interpreter numerically honest, observable and faster.
 
 The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integer. Rounding to bfloat16 truncates, and
 `a + b` adds the integers: wrong numbers, no error. `install()` repairs what our kernels rely on and refuses the rest.
 
-* Conversions to and from bfloat16, the implicit ones of `tl.store` too, round to nearest even.
+* Conversions to and from bfloat16, including the implicit ones of `tl.store`, round to nearest even.
 * `tl.dot` multiplies low-precision operands exactly and adds in float32, as tensor cores do.
 * Every other operation on bfloat16 values is an error. Our kernels upcast right after the load and round only at the
   store, so emulating bfloat16 arithmetic would hide a mistake rather than help. Other people's kernels may do
   otherwise: inside `bfloat16_arithmetic()` each operation is done in float32 and rounded.
-* `tl.multiple_of` checks what it is told. A GPU would take a false hint for a fact.
-* The functions of libdevice exist, as far as NumPy has them.
+* `tl.multiple_of` checks its hint. A GPU would take a false hint for a fact.
+* The functions of libdevice exist as far as NumPy has them; see `evidence.libdevice`.
 * `tl.fma` rounds once in float32 and float16. (float64 is left to Triton: before 3.9 it rounds twice.)
 * `tl.minimum`, `tl.maximum` and `tl.clamp` skip a NaN operand unless told to propagate it, as the compiled code does.
 * A `float` argument of a launch is a float32 inside the kernel, not a Python float.
 * `debug=True` at a launch turns `tl.device_assert` on, as it does for compiled kernels; stock Triton drops the option.
-* NumPy's floating-point warnings are silent inside a kernel: overflow to infinity is the kernel's own business.
-* `tl.reduce` with a function of one's own combines arrays, not elements one by one.
-* The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, `tl.sum` and `tl.max`
-  included, and looks NumPy's types up in a table that it makes for each value. Here a launch patches it once, types are
-  remembered, and programs run where Python's stack has room.
-* `evidence.observers` hear launches, accesses to memory and arithmetic. A pointer knows which argument it came from.
+* NumPy's floating-point warnings are silent inside a kernel, where overflow to infinity may be intended.
+* `tl.reduce` with a custom function combines whole arrays, not single elements.
+* The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, including `tl.sum` and
+  `tl.max`, and looks up NumPy's types in a table that it builds for each value. Here a launch patches it once, types
+  are remembered, and programs run where Python's stack has room.
+* `evidence.observers` are notified of launches, memory accesses and arithmetic. A pointer knows which argument it came
+  from.
 
-Known to work with Triton 3.6.0, 3.7.1 and 3.9.0, and NumPy 2.4; `install()` fails where the parts it replaces are
+Known to work with Triton 3.6.0, 3.7.1 and 3.9.0, and NumPy 2.4; `install()` fails if a part that it replaces is
 missing.
 """
 
@@ -44,7 +45,7 @@ from evidence import libdevice, observers
 from evidence.observers import Access, Array, Launch, dtype_name, lanes
 from evidence.rounding import bfloat16_to_float32, float32_to_bfloat16, float64_to_bfloat16, fma_float32
 
-# What may touch a bfloat16 value: operations that move or reinterpret bits, and the conversions we implement.
+# Operations that may touch a bfloat16 value: those that move or reinterpret bits, and the conversions we implement.
 _ALLOWED_ON_BFLOAT16 = frozenset(
     "create_" + name
     for name in (
@@ -54,9 +55,9 @@ _ALLOWED_ON_BFLOAT16 = frozenset(
         *("select", "gather", "print", "dot"),
     )
 )
-# These work on memory, where a bfloat16 is no float32: nothing to emulate them by.
+# These work on memory, where a bfloat16 cannot be widened to a float32, so they cannot be emulated.
 _NEVER_ON_BFLOAT16 = ("create_atomic_rmw", "create_atomic_cas")
-# Where a pointer is made of a pointer: the latter's place among the arguments.
+# Operations that make a pointer from a pointer, and the position of the latter among their arguments.
 _POINTERS_FROM_POINTERS = {"addptr": 0, "bitcast": 0, "broadcast": 0, "expand_dims": 0, "reshape": 0, "trans": 0}
 _POINTERS_FROM_POINTERS |= {"splat": 1, "unsplat": 0}
 
@@ -83,7 +84,7 @@ _emulate_bfloat16 = False
 
 @contextmanager
 def bfloat16_arithmetic() -> Iterator[None]:
-    """Let kernels that are not ours compute with bfloat16 values: each operation in float32, then rounded."""
+    """Let third-party kernels compute with bfloat16 values: each operation in float32, then rounded."""
     global _emulate_bfloat16
     before, _emulate_bfloat16 = _emulate_bfloat16, True
     try:
@@ -151,7 +152,7 @@ def install() -> None:
 
 
 def _remembering_by_name(numpy_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function from Triton's types to NumPy's, which makes a table of all of them at each call."""
+    """Cache the function from Triton's types to NumPy's, which builds a table of all of them at each call."""
     known: dict[str, Any] = {}
 
     def remembering(dtype: Any) -> Any:
@@ -242,7 +243,7 @@ def _patch_arithmetic(interpreter: Any) -> None:
 
 
 def _reduce_by_halves(interpreter: Any) -> Callable[..., Any]:
-    """`tl.reduce` with a function of one's own: whole arrays at a time, not element by element."""
+    """Return a `tl.reduce` that applies a custom function to whole arrays, not element by element."""
 
     def tensor(data: Array, dtype: tl.dtype) -> Any:
         kind = tl.block_type(dtype, list(data.shape)) if data.shape else dtype
@@ -275,7 +276,7 @@ def _reduce_by_halves(interpreter: Any) -> Callable[..., Any]:
 
 
 def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The builder's method, and the observers are told of it."""
+    """Wrap a method of the builder so that observers are notified of it."""
 
     @functools.wraps(method)
     def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -438,13 +439,14 @@ def _with_room(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-# Python keeps frames in pieces of 16 KiB, and maps a new one for a call that does not fit into the last: near its end
-# that is every call, and took half of the time of some kernels. Behind a frame of half a megabyte there is room.
+# Python keeps frames in chunks of 16 KiB and maps a new one for a call that does not fit into the last. Near the end
+# of a chunk that is every call, which took half of the time of some kernels. After a frame of half a megabyte there is
+# room.
 _with_room.__code__ = _with_room.__code__.replace(co_stacksize=70_000)
 
 
 def _names(function: Callable[..., Any], option: str, parameters: Sequence[str]) -> frozenset[str]:
-    """The parameters in an option of @triton.jit, which takes names and positions."""
+    """Return the parameters in an option of @triton.jit, which takes names and positions."""
     decorated: Any = function.__globals__.get(function.__name__)
     while hasattr(decorated, "fn") and not hasattr(decorated, "rewriter"):
         decorated = decorated.fn  # from under heuristics and autotuners
@@ -453,7 +455,7 @@ def _names(function: Callable[..., Any], option: str, parameters: Sequence[str])
 
 
 def _named(value: Any, name: str) -> Any:
-    """Let pointers remember the argument they are, or come from."""
+    """Let pointers remember the argument that they are or come from."""
     for leaf, member in observers.leaves(name, value):
         if isinstance(member, tl.tensor) and isinstance(member.type, tl.pointer_type):
             member.handle.attr["argument"] = leaf
@@ -466,7 +468,7 @@ def _checked_multiple_of(stock: Callable[..., Any]) -> Callable[..., Any]:
             first = int(value.handle.data.flat[0])
             for divisor in divisors if isinstance(divisors, list | tuple) else [divisors]:
                 if first % (divisor.value if isinstance(divisor, tl.constexpr) else divisor):
-                    raise ValueError(f"tl.multiple_of({divisors}) of {first}, which is none")
+                    raise ValueError(f"tl.multiple_of({divisors}): {first} is not a multiple")
         return stock(value, divisors)
 
     return multiple_of

@@ -6,12 +6,12 @@ from evidence.observers import Array
 
 
 def bfloat16_to_float32(stored: Array) -> Array:
-    """The float32 values of bfloat16 bit patterns held as uint16; exact."""
+    """Convert bfloat16 bit patterns held as uint16 to float32, exactly."""
     return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def float32_to_bfloat16(values: Array) -> Array:
-    """The uint16 patterns of the bfloat16 values nearest to float32 ones, ties to even; NaN stays NaN."""
+    """Round float32 to the bit patterns of bfloat16, ties to even; NaN stays NaN."""
     word = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     last_kept = (word >> np.uint32(16)) & np.uint32(1)
     rounded = (word + np.uint32(0x7FFF) + last_kept) >> np.uint32(16)
@@ -31,13 +31,13 @@ def _round_to_odd(rounded: Array, error: Array) -> Array:
 
 
 def float64_to_bfloat16(values: Array) -> Array:
-    """As `float32_to_bfloat16`, with a single rounding although float32 is passed on the way."""
+    """Round float64 to the bit patterns of bfloat16, once, although the values pass through float32."""
     nearest = values.astype(np.float32)
     return float32_to_bfloat16(_round_to_odd(nearest, values - nearest))
 
 
 def fma_float32(x: Array, y: Array, z: Array) -> Array:
-    """`x * y + z` rounded once, for float32 or narrower operands; the result is in the type of `z`."""
+    """Return `x * y + z` rounded once to the type of `z`; the operands are float32 or narrower."""
     product = x.astype(np.float64) * y.astype(np.float64)  # exact: 24 + 24 bits fit in 53
     addend = z.astype(np.float64)
     total = product + addend

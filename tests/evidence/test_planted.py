@@ -59,7 +59,7 @@ def rows(package: str, V: int = 1500, dtype: torch.dtype = torch.float32) -> Non
 
 
 def adamw(package: str, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, numel: int = 9000) -> None:
-    """A step of two parameters; the first lies `offset` elements into its memory."""
+    """Step two parameters; the first lies `offset` elements into its memory."""
     planted: Any = import_module(f"{package}.optimizer")
     monkeypatch.setattr(optimizer, "update", planted.update)
     memory = np.zeros(numel + 8, dtype=np.float32)  # no tensor's: what lies beside the parameter is nobody's
@@ -95,7 +95,7 @@ def test_a_missing_tail_store(plant: Plant) -> None:
 
 
 def test_a_racing_accumulation(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every program updates the first chunk of its tensor."""
+    """Let every program update the first chunk of its tensor."""
     planted = plant(optimizer, CHUNK_START, "start = (chunk * 0).to(tl.int64)")
     with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 1 of 4, loads what program 0 stored"):
         adamw(planted, monkeypatch)
