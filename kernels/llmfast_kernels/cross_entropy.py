@@ -96,13 +96,9 @@ def cross_entropy_kernel(
     if VECTOR_TAIL:
         row_width = parts.known_multiple(row_width, VECTOR)
     row = parts.Row(logits_ptr + n * parts.known_multiple(logits_stride_n, VECTOR), terms, V, row_width)
-    d_logits = gradient.d_logits
-    if gradient.d_logits is not None:
-        d_logits += n * parts.known_multiple(d_logits_stride_n, VECTOR)
     alive = gradient.alive
     if gradient.alive is not None:
         alive += n * (row_width // parts.GROUP)
-    out = parts.Gradient(d_logits, alive, gradient.threshold)
     argmax_ptr = partials.argmax if rows.loss is None else rows.argmax
     ARGMAX: tl.constexpr = argmax_ptr is not None  # pyright: ignore[reportAssignmentType]
     ENTROPY: tl.constexpr = (partials.moment if rows.loss is None else rows.entropy) is not None
@@ -112,6 +108,8 @@ def cross_entropy_kernel(
     if tl.max(y, axis=0) == parts.IGNORED:
         store_ignored(n, rows, partials)
         if gradient.d_logits is not None:
+            d_logits = gradient.d_logits + n * parts.known_multiple(d_logits_stride_n, VECTOR)
+            out = parts.Gradient(d_logits, alive, gradient.threshold)
             for start in range(0, full, BLOCK_V):
                 parts.store_zeros(row, start, out, TAIL=False, BLOCK_V=BLOCK_V)
             parts.store_zeros(row, full, out, TAIL=True, BLOCK_V=BLOCK_V)
@@ -172,6 +170,8 @@ def cross_entropy_kernel(
         parts.put(rows.entropy, n, log_total - moment / total)
 
         if gradient.d_logits is not None:
+            d_logits = gradient.d_logits + n * parts.known_multiple(d_logits_stride_n, VECTOR)
+            out = parts.Gradient(d_logits, alive, gradient.threshold)
             if grad_scale_ptr is not None:
                 t *= tl.load(grad_scale_ptr)
             smooth = t * b if terms.label_smoothing is not None else None

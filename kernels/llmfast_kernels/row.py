@@ -216,6 +216,10 @@ def fold_tile(
     THREADS: tl.constexpr = running.peak.shape[0]
     ROUNDS: tl.constexpr = BLOCK_V // (THREADS * VECTOR)
     x = tl.reshape(x, (ROUNDS, THREADS, VECTOR))
+    pull = running.pull
+    if row.terms.label_smoothing is not None:  # first, so that nothing else needs `pulled` to stay in registers
+        pulled = tl.reshape(pulled, (ROUNDS, THREADS, VECTOR))
+        pull += tl.sum(tl.sum(pulled, axis=2), axis=0)
     tile_peak = tl.max(tl.max(x, axis=2), axis=0) * LOG2E
     best = running.best
     if ARGMAX:
@@ -230,10 +234,6 @@ def fold_tile(
         t = tl.maximum(t, -1000.0)  # 2^-1000 is 0 as 2^-inf is, but 0 * -inf would be NaN
         moment = rescale * tl.fma(shift, running.total, moment) + tl.sum(tl.sum(t * exponentials, axis=2), axis=0)
     total = running.total * rescale + tl.sum(tl.sum(exponentials, axis=2), axis=0)
-    pull = running.pull
-    if row.terms.label_smoothing is not None:
-        pulled = tl.reshape(pulled, (ROUNDS, THREADS, VECTOR))
-        pull += tl.sum(tl.sum(pulled, axis=2), axis=0)
     return Running(peak, total, moment, pull, best)
 
 
