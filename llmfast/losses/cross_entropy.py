@@ -16,7 +16,6 @@ from llmfast.losses.parallel import own_columns
 from llmfast.losses.targets import (
     SMALL,
     LossStats,
-    check_targets,
     count_of,
     finish,
     make_targets,
@@ -105,7 +104,6 @@ def cross_entropy(
     if group is not None:
         expect_data(logits, "process_group")
         V, columns = own_columns(group, V, options["vocab_size"])
-    check_targets(targets, shape, V, logits.device, options["ignore_index"])
     check(given, options, Inputs(logits, targets, V))
 
     single = targets.dim() == len(shape)

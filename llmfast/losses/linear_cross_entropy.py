@@ -17,7 +17,6 @@ from llmfast.losses.parallel import local_weight, own_columns
 from llmfast.losses.targets import (
     SMALL,
     LossStats,
-    check_targets,
     count_of,
     finish,
     make_targets,
@@ -107,7 +106,6 @@ def linear_cross_entropy(
         expect_data(hidden, "process_group")
         V, columns = own_columns(group, own, options["vocab_size"])
     dtype = _compute_dtype(hidden, weight)
-    check_targets(targets, shape, V, hidden.device, options["ignore_index"])
     check(given, options, Inputs(hidden, targets, V, weight, dtype))
     if options["accumulate_into"] is not None:
         expect_data(hidden, "accumulate_into")

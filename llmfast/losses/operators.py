@@ -150,21 +150,19 @@ class Operators:
         """Return the dtypes of gradients made in forward: sums over chunks are float32, the first input has none."""
         return [loss.dtype] + [torch.promote_types(loss.dtype, torch.float32)] * (self._count - 1)
 
-    def _backward(self, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    def _backward(self, *arguments: Any) -> Any:
         *flat, peak, total, entropy, d_loss, d_lse, d_entropy = arguments
         inputs, loss, wants = self._split(flat)
         softmax, returned = Softmax(peak, total, entropy), Returned(d_loss, d_lse, d_entropy)
         found = loss.backward(inputs, wants, softmax, returned, None)
-        gradients = tuple(peak.new_empty(0) if g is None else g for g in found)
-        return gradients if len(gradients) > 1 else gradients[0]
+        return _returned([peak.new_empty(0) if g is None else g for g in found])
 
-    def _fake_backward(self, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    def _fake_backward(self, *arguments: Any) -> Any:
         *flat, peak, _, _, _, _, _ = arguments
         inputs, _, wants = self._split(flat)
-        gradients = tuple(
-            t.new_empty(t.shape) if want and t is not None else peak.new_empty(0) for t, want in zip(inputs, wants)
+        return _returned(
+            [t.new_empty(t.shape) if want and t is not None else peak.new_empty(0) for t, want in zip(inputs, wants)]
         )
-        return gradients if len(gradients) > 1 else gradients[0]
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, token_loss, peak, total, entropy, argmax, _, *made = output
@@ -193,6 +191,11 @@ class Operators:
             found = [found] if isinstance(found, Tensor) else found
         gradients = [g if want else None for g, want in zip(found, wants)]
         return (*gradients, *(None for _ in arguments[self._count :]))
+
+
+def _returned(tensors: list[Tensor]) -> Any:
+    """Return tensors as an operator must: one by itself, several as a tuple."""
+    return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 
 OPERATORS: dict[type[Loss], Operators] = {

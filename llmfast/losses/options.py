@@ -10,18 +10,17 @@ rows, and the operators of `torch.compile`, by that name alone.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect, overlaps
+from llmfast._dispatch import has_no_data
 from llmfast.losses.parallel import ProcessGroup
 
 Reduction = Literal["mean", "sum", "none"]
-MemoryBudget = int | Literal["auto"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -35,31 +34,49 @@ class Inputs(NamedTuple):
     dtype: torch.dtype | None = None  # of matrix products
 
 
-@dataclass(frozen=True)
+# Raises an error unless the value of an option, which is not None, fits the inputs and the other options.
+Check = Callable[[str, Any, Inputs, "LossOptions"], None]
+
+
 class Option:
     """What is declared of an option besides its name and type."""
 
-    default: Any
-    # Raises an error unless the value, which is not None, fits the inputs and the other options.
-    check: Callable[[str, Any, Inputs, "LossOptions"], None] | None = None
-    idle: float | None = None  # a value that changes nothing: `Terms` then has None, which costs nothing
+    def __init__(self, default: Any, *checks: Check, idle: float | None = None) -> None:
+        """
+        Args:
+            idle: A value that changes nothing. `Terms` has None for it, which costs nothing.
+        """
+        self.default, self.checks, self.idle = default, checks, idle
 
 
-# Checks. Numbers may be symbols to torch.compile, which makes no messages of those: hence no `expect` for them.
+def must(wanted: str, test: Callable[[Any], bool]) -> Check:
+    """Make a check of a value by itself. It makes its message late: torch.compile has none for symbolic numbers."""
+
+    def check(name: str, value: Any, inputs: Inputs, options: "LossOptions") -> None:
+        if not test(value):
+            raise ValueError(f"{name} must {wanted}; got {value!r}")
+
+    return check
 
 
-def _fraction(name: str, value: float, inputs: Inputs, options: "LossOptions") -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1]; got {value}")
+def tensor(*shapes: str, floating: bool = True, differentiable: bool = False) -> Check:
+    """Make a check of a tensor: "V" classes, "v" classes of this rank, "T" the tokens' shape, "K" or "TK"."""
 
+    def check(name: str, t: Tensor, inputs: Inputs, options: "LossOptions") -> None:
+        tokens, K, device = tuple(inputs.rows.shape[:-1]), inputs.targets.shape[-1:], inputs.rows.device
+        own = () if inputs.weight is None else inputs.weight.shape[:1]
+        sizes = {"V": (inputs.V,), "v": tuple(own), "T": tokens, "K": tuple(K), "TK": (*tokens, *K)}
+        fits = [sizes[shape] for shape in shapes]
+        wanted = " or ".join(str(shape) for shape in fits)
+        expect(tuple(t.shape) in fits and t.device == device, f"{name} must be {wanted} on {device}; got {describe(t)}")
+        if t.is_floating_point() != floating:
+            raise TypeError(f"{name} must be {'floating point' if floating else 'integers'}; got {describe(t)}")
+        expect(
+            differentiable or not (t.requires_grad and torch.is_grad_enabled()),
+            f"{name} gets no gradient here; detach it, or weigh the losses of reduction='none'",
+        )
 
-def _positive(name: str, value: float, inputs: Inputs, options: "LossOptions") -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive; got {value}")
-
-
-def _reduction(name: str, value: str, inputs: Inputs, options: "LossOptions") -> None:
-    expect(value in ("mean", "sum", "none"), f"{name} must be 'mean', 'sum' or 'none'; got {value!r}")
+    return check
 
 
 def _num_valid(name: str, value: int | Tensor, inputs: Inputs, options: "LossOptions") -> None:
@@ -71,10 +88,16 @@ def _num_valid(name: str, value: int | Tensor, inputs: Inputs, options: "LossOpt
         raise ValueError(f"{name} must not be negative; got {value}")
 
 
+def _target_weights(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
+    expect(inputs.targets.dim() == inputs.rows.dim(), f"{name} need targets of shape (..., K)")
+
+
 def _shift(name: str, value: int, inputs: Inputs, options: "LossOptions") -> None:
-    if value < 0:
-        raise ValueError(f"{name} must not be negative; got {value}")
     expect(value == 0 or inputs.rows.dim() > 1, f"{name} needs a token axis; logits of one token have none")
+
+
+def _document_ids(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
+    expect(options["shift"] > 0, f"{name} bound a shift; shift is 0")
 
 
 def _vocab_size(name: str, value: int, inputs: Inputs, options: "LossOptions") -> None:
@@ -82,63 +105,14 @@ def _vocab_size(name: str, value: int, inputs: Inputs, options: "LossOptions") -
         raise ValueError(f"{name}={value} needs a process_group")
 
 
-def _class_weights(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
-    _check_tensor(name, value, inputs, [(inputs.V,)])
-
-
-def _token_weights(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
-    _check_tensor(name, value, inputs, [tuple(inputs.rows.shape[:-1])])
-
-
-def _target_weights(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
-    expect(inputs.targets.dim() == inputs.rows.dim(), f"{name} need targets of shape (..., K)")
-    K = inputs.targets.shape[-1]
-    _check_tensor(name, value, inputs, [(K,), (*inputs.rows.shape[:-1], K)])
-
-
-def _document_ids(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
-    expect(options["shift"] > 0, f"{name} bound a shift; shift is 0")
-    _check_tensor(name, value, inputs, [tuple(inputs.rows.shape[:-1])], floating=False)
-
-
-def _check_tensor(
-    name: str, t: Tensor, inputs: Inputs, shapes: list[tuple[int, ...]], *, floating: bool = True
-) -> None:
-    device = inputs.rows.device
-    wanted = " or ".join(str(shape) for shape in shapes)
-    expect(tuple(t.shape) in shapes and t.device == device, f"{name} must be {wanted} on {device}; got {describe(t)}")
-    if t.is_floating_point() != floating:
-        raise TypeError(f"{name} must be {'floating point' if floating else 'integers'}; got {describe(t)}")
-    expect(
-        not (t.requires_grad and torch.is_grad_enabled()),
-        f"{name} gets no gradient here; detach it, or weigh the losses of reduction='none'",
-    )
-
-
 def _inplace(name: str, value: bool, inputs: Inputs, options: "LossOptions") -> None:
-    if not value:
-        return
     logits = inputs.rows
-    expect(logits.is_contiguous(), f"{name}=True needs contiguous logits; got strides {logits.stride()}")
+    expect(not value or logits.is_contiguous(), f"{name}=True needs contiguous logits; got strides {logits.stride()}")
     owner = logits if logits._base is None else logits._base
     expect(
-        not (owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()),
+        not (value and owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()),
         f"{name}=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
     )
-
-
-def _bias(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
-    assert inputs.weight is not None
-    shape = tuple(inputs.weight.shape[:1])
-    expect(
-        tuple(value.shape) == shape and value.device == inputs.rows.device,
-        f"{name} must be {shape} on {inputs.rows.device}; got {describe(value)}",
-    )
-
-
-def _memory_budget(name: str, value: MemoryBudget, inputs: Inputs, options: "LossOptions") -> None:
-    if value != "auto" and not value > 0:
-        raise ValueError(f"{name} must be positive or 'auto'; got {value}")
 
 
 def _slab_dtype(name: str, value: torch.dtype, inputs: Inputs, options: "LossOptions") -> None:
@@ -152,43 +126,39 @@ def _accumulate_into(name: str, value: Tensor, inputs: Inputs, options: "LossOpt
     fits = value.shape == weight.shape and value.device == weight.device
     expect(fits, f"{name} must be {describe(weight)}, in float32; got {describe(value)}")
     expect(not overlaps(value), f"{name} must have memory for each element; got strides {value.stride()}")
-    expect(
-        weight.requires_grad or not torch.is_grad_enabled(),
-        f"{name} is for the gradient of a weight that requires one",
-    )
+    wanted = weight.requires_grad or not torch.is_grad_enabled()
+    expect(wanted, f"{name} is for the gradient of a weight that requires one")
     if value.dtype != torch.promote_types(dtype, torch.float32):
         raise TypeError(f"{name} must be float32; got {describe(value)}")
 
 
 def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions") -> None:
-    _positive(name, value, inputs, options)
     expect(options["reduction"] != "none", f"{name} needs reduction 'mean' or 'sum'")
     expect(options.get("process_group") is None, f"{name} does not work with process_group")
-
-
-# The options.
 
 
 class RowOptions(TypedDict, total=False):
     """Options of every loss that say what the loss of a row is."""
 
     ignore_index: Annotated[int, Option(-100)]
-    label_smoothing: Annotated[float, Option(0.0, _fraction, idle=0.0)]
+    label_smoothing: Annotated[float, Option(0.0, must("be in [0, 1]", lambda x: 0 <= x <= 1), idle=0.0)]
     z_loss: Annotated[float, Option(0.0, idle=0.0)]
-    softcap: Annotated[float | None, Option(None, _positive)]
+    softcap: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0))]
     logit_scale: Annotated[float | None, Option(None, idle=1.0)]
-    class_weights: Annotated[Tensor | None, Option(None, _class_weights)]  # (V,)
-    token_weights: Annotated[Tensor | None, Option(None, _token_weights)]  # (...)
+    class_weights: Annotated[Tensor | None, Option(None, tensor("V"))]  # (V,)
+    token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
 
 
 class LossOptions(RowOptions, total=False):
     """Options of both losses, and of their definitions in `reference`."""
 
-    reduction: Annotated[Reduction, Option("mean", _reduction)]
+    reduction: Annotated[
+        Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", get_args(Reduction).__contains__))
+    ]
     num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
-    target_weights: Annotated[Tensor | None, Option(None, _target_weights)]  # (K,) or (..., K)
-    shift: Annotated[int, Option(0, _shift)]
-    document_ids: Annotated[Tensor | None, Option(None, _document_ids)]  # (...)
+    target_weights: Annotated[Tensor | None, Option(None, _target_weights, tensor("K", "TK"))]  # (K,) or (..., K)
+    shift: Annotated[int, Option(0, must("not be negative", lambda x: x >= 0), _shift)]
+    document_ids: Annotated[Tensor | None, Option(None, _document_ids, tensor("T", floating=False))]  # (...)
 
 
 class RankOptions(TypedDict, total=False):
@@ -201,11 +171,13 @@ class RankOptions(TypedDict, total=False):
 class ProductOptions(TypedDict, total=False):
     """Options of logits that are a product of hidden states and a weight."""
 
-    bias: Annotated[Tensor | None, Option(None, _bias)]  # (V,)
-    memory_budget: Annotated[MemoryBudget, Option("auto", _memory_budget)]
+    bias: Annotated[Tensor | None, Option(None, tensor("v", differentiable=True))]  # (V,)
+    memory_budget: Annotated[
+        int | Literal["auto"], Option("auto", must("be positive or 'auto'", lambda x: x == "auto" or x > 0))
+    ]
     slab_dtype: Annotated[torch.dtype | None, Option(None, _slab_dtype)]
     accumulate_into: Annotated[Tensor | None, Option(None, _accumulate_into)]  # (V, D) float32
-    grad_filter: Annotated[float | None, Option(None, _grad_filter)]
+    grad_filter: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0), _grad_filter)]
 
 
 class CrossEntropyOptions(LossOptions, RankOptions, total=False):
@@ -220,9 +192,6 @@ class LinearCrossEntropyOptions(LossOptions, RankOptions, ProductOptions, total=
 
 class MTPOptions(RowOptions, RankOptions, ProductOptions, total=False):
     """Keyword arguments that `mtp_cross_entropy` shares with `linear_cross_entropy`."""
-
-
-# What is done with them.
 
 
 def declared(kind: type) -> dict[str, Option]:
@@ -275,11 +244,30 @@ def complete(function: str, defaults: AnyOptions, given: AnyOptions) -> AnyOptio
 
 
 def check(given: Mapping[str, Any], options: LossOptions, inputs: Inputs) -> None:
-    """Raise ValueError or TypeError unless the options that are `given` fit the inputs and each other."""
+    """Raise ValueError or TypeError unless the targets, and the options that are `given`, fit the rest."""
+    _check_targets(inputs, options["ignore_index"])
     for name, value in given.items():
-        test = TABLE[name].check
-        if value is not None and test is not None:
-            test(name, value, inputs, options)
+        if value is not None:
+            for test in TABLE[name].checks:
+                test(name, value, inputs, options)
+
+
+def _check_targets(inputs: Inputs, ignore_index: int) -> None:
+    rows, targets, V = inputs[:3]
+    shape = rows.shape[:-1]
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be int64 or int32 class indices; got {describe(targets)}")
+    if targets.shape != shape and not (targets.shape[:-1] == shape and targets.dim() > 0 and targets.shape[-1] > 0):
+        raise ValueError(
+            f"targets must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}"
+        )
+    if targets.device != rows.device:
+        raise ValueError(f"targets must be on {rows.device}; got {describe(targets)}")
+    if targets.device.type == "cpu" and not has_no_data(targets):  # on a GPU, looking would be a host sync
+        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+        if wrong.any():
+            value = targets[wrong][0].item()
+            raise ValueError(f"targets must be in [0, {V}) or ignore_index={ignore_index}; found {value}")
 
 
 def only(names: tuple[str, ...], given: Mapping[str, Any]) -> bool:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast._checks import describe, expect
-from llmfast._dispatch import has_no_data
+from llmfast._checks import describe
 from llmfast.losses.options import TABLE, LossOptions, Reduction, RowOptions, declared
 from llmfast_kernels.terms import Rows, Targets, Terms
 
@@ -47,22 +46,6 @@ class RowStats(NamedTuple):
 
 
 NO_STATS = (None,) * len(RowStats._fields)
-
-
-def check_targets(targets: Tensor, shape: torch.Size, V: int, device: torch.device, ignore_index: int) -> None:
-    """Raise ValueError or TypeError unless `targets` are class indices for rows of shape `shape`."""
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets must be int64 or int32 class indices; got {describe(targets)}")
-    expect(
-        targets.shape == shape or (targets.shape[:-1] == shape and targets.dim() > 0 and targets.shape[-1] > 0),
-        f"targets must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}",
-    )
-    expect(targets.device == device, f"targets must be on {device}; got {describe(targets)}")
-    if targets.device.type == "cpu" and not has_no_data(targets):  # on a GPU, looking would be a host sync
-        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
-        if wrong.any():
-            value = targets[wrong][0].item()
-            raise ValueError(f"targets must be in [0, {V}) or ignore_index={ignore_index}; found {value}")
 
 
 def torch_cross_entropy(logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
