@@ -13,15 +13,7 @@ from llmfast.losses.autograd import adapter
 from llmfast.losses.from_logits import CrossEntropy
 from llmfast.losses.options import CrossEntropyOptions, Inputs, check, complete, defaults, only, takes
 from llmfast.losses.parallel import own_columns
-from llmfast.losses.targets import (
-    SMALL,
-    LossStats,
-    count_of,
-    finish,
-    make_targets,
-    make_terms,
-    torch_cross_entropy,
-)
+from llmfast.losses.targets import SMALL, LossStats, finish, prepare, torch_cross_entropy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,25 +96,16 @@ def cross_entropy(
     if group is not None:
         expect_data(logits, "process_group")
         V, columns = own_columns(group, V, options["vocab_size"])
-    check(given, options, Inputs(logits, targets, V))
+    inputs = Inputs(logits, targets, V)
+    check(given, options, inputs)
 
     single = targets.dim() == len(shape)
     torchs = single and not return_stats and only(("ignore_index", "reduction"), given)
     if torchs and logits.dtype == torch.float32 and takes_plain_torch(logits) and logits.numel() <= SMALL["logits"]:
         return torch_cross_entropy(logits, targets, options)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    rows, terms = make_targets(options, targets, shape, wide), make_terms(options, V, columns, wide)
-    loss = CrossEntropy(
-        targets=rows,
-        terms=terms,
-        reduction=options["reduction"],
-        count=count_of(options["reduction"], options["num_valid"], rows, terms, wide),
-        stats=return_stats,
-        dtype=logits.dtype,
-        group=group,
-        inplace=options["inplace"],
-    )
+    fields = prepare(options, inputs, columns, logits.dtype, stats=return_stats)
+    loss = CrossEntropy(**fields, inplace=options["inplace"])
     flat = logits.reshape(shape.numel(), logits.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     found = adapter(loss, flat)(loss, torch.is_grad_enabled(), flat)
-    return finish(found, rows, options["ignore_index"], shape, squeeze=single)
+    return finish(found, loss.targets, options["ignore_index"], shape, squeeze=single)

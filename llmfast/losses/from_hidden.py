@@ -21,7 +21,7 @@ from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.products import Products, live_blocks
 from llmfast.losses.rows import row_ops
 from llmfast.losses.targets import divided
-from llmfast_kernels.terms import GROUP, Rows, Softmax, Terms
+from llmfast_kernels.terms import GROUP, Rows, Softmax, Terms, Upstream
 
 
 class Gradients(NamedTuple):
@@ -67,7 +67,7 @@ class LinearCrossEntropy(Loss):
 
     def forward(self, inputs: Tensors, wants: tuple[bool, ...]) -> Found:
         plan = self._plan(inputs, wants)
-        matrices, terms = self._prepare(inputs, plan)
+        matrices, terms = self._matrices(inputs, plan), self._terms(inputs)
         products, ops = Products(plan.float32_products), self.ops(matrices.hidden)
         made = None
         if any(wants) and plan.mode == "chunk" and self.reduction != "none":
@@ -110,11 +110,28 @@ class LinearCrossEntropy(Loss):
         plan = self._plan(inputs, wants) if kept is None else kept.plan
         if logits is None and plan.mode != "recompute":
             plan = plan.cut("recompute")
-        matrices, terms = self._prepare(inputs, plan)
-        if kept is not None and kept.cast is not None:
-            matrices = kept.cast
+        matrices = kept.cast if kept is not None and kept.cast is not None else self._matrices(inputs, plan)
         upstream = returned.per_row(self.count, softmax.peak)
         found = self._buffers(matrices, plan, wants)
+        self._fill(found, plan, matrices, self._terms(inputs), softmax, upstream, logits)
+        del logits  # gradients that are cast come after the slabs, not beside them
+        if found.hidden is not None and self.group is not None:
+            sum_over_ranks(found.hidden, self.group)
+        if self.accumulate_into is not None:
+            found = found._replace(weight=None)
+        return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, inputs))
+
+    def _fill(
+        self,
+        found: Gradients,
+        plan: LinearCrossEntropyPlan,
+        matrices: Matrices,
+        terms: Terms,
+        softmax: Softmax,
+        upstream: Upstream,
+        logits: Tensor | None,
+    ) -> None:
+        """Fill the gradients from logits that were kept, which are written over, or from slabs of new ones."""
         products, ops = Products(plan.float32_products), row_ops(matrices.hidden)
         slab = logits
         if slab is None:
@@ -135,11 +152,6 @@ class LinearCrossEntropy(Loss):
                 products.multiply(d_logits.T, matrices.hidden, out=found.weight[columns], add=add)
             if found.bias is not None:
                 torch.sum(d_logits, 0, dtype=found.bias.dtype, out=found.bias[columns])
-        if found.hidden is not None and self.group is not None:
-            sum_over_ranks(found.hidden, self.group)
-        if self.accumulate_into is not None:
-            found = found._replace(weight=None)
-        return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, inputs))
 
     def _plan(self, inputs: Tensors, wants: tuple[bool, ...]) -> LinearCrossEntropyPlan:
         hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
@@ -161,13 +173,15 @@ class LinearCrossEntropy(Loss):
         )
         return plan.cut("chunk") if self.functional else plan
 
-    def _prepare(self, inputs: Tensors, plan: LinearCrossEntropyPlan) -> tuple[Matrices, Terms]:
-        hidden, weight, bias = inputs
-        assert hidden is not None and weight is not None
-        matrices = Matrices(hidden.to(plan.dtype), weight.to(plan.dtype))
-        if self.grad_filter is not None:  # torch's products take any strides, the filtered one does not
-            matrices = Matrices(*(t.contiguous() for t in matrices))
-        return matrices, self.terms if bias is None else replace(self.terms, bias=bias.detach().contiguous())
+    def _matrices(self, inputs: Tensors, plan: LinearCrossEntropyPlan) -> Matrices:
+        cast_inputs = (cast(Tensor, t).to(plan.dtype) for t in inputs[:2])
+        if self.grad_filter is None:
+            return Matrices(*cast_inputs)
+        return Matrices(*(t.contiguous() for t in cast_inputs))  # unlike torch's products, the filtered one needs that
+
+    def _terms(self, inputs: Tensors) -> Terms:
+        bias = inputs[2]
+        return self.terms if bias is None else replace(self.terms, bias=bias.detach().contiguous())
 
     def _no_rows(self, matrices: Matrices, plan: LinearCrossEntropyPlan) -> Rows:
         empty = matrices.hidden.new_empty(0, dtype=plan.accumulate_dtype)

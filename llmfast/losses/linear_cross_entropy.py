@@ -12,23 +12,15 @@ from llmfast._checks import describe
 from llmfast._dispatch import expect_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
-from llmfast.losses.options import Inputs, LinearCrossEntropyOptions, check, complete, defaults, only, takes
+from llmfast.losses.options import Inputs, LinearOptions, check, complete, defaults, only, takes
 from llmfast.losses.parallel import local_weight, own_columns
-from llmfast.losses.targets import (
-    SMALL,
-    LossStats,
-    count_of,
-    finish,
-    make_targets,
-    make_terms,
-    torch_cross_entropy,
-)
+from llmfast.losses.targets import SMALL, LossStats, finish, prepare, torch_cross_entropy
 from llmfast.losses.valid_rows import valid_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_DEFAULTS: LinearCrossEntropyOptions = defaults(LinearCrossEntropyOptions)
+_DEFAULTS: LinearOptions = defaults(LinearOptions)
 
 
 @overload
@@ -38,7 +30,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     return_stats: Literal[False] = False,
-    **options: "Unpack[LinearCrossEntropyOptions]",
+    **options: "Unpack[LinearOptions]",
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -47,16 +39,16 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     return_stats: Literal[True],
-    **options: "Unpack[LinearCrossEntropyOptions]",
+    **options: "Unpack[LinearOptions]",
 ) -> tuple[Tensor, LossStats]: ...
-@takes(LinearCrossEntropyOptions)
+@takes(LinearOptions)
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (...) or (..., K)
     *,
     return_stats: bool = False,
-    **options: "Unpack[LinearCrossEntropyOptions]",
+    **options: "Unpack[LinearOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of the logits `hidden @ weight.T + bias`, without ever holding them all.
 
@@ -106,7 +98,8 @@ def linear_cross_entropy(
         expect_data(hidden, "process_group")
         V, columns = own_columns(group, own, options["vocab_size"])
     dtype = _compute_dtype(hidden, weight)
-    check(given, options, Inputs(hidden, targets, V, weight, dtype))
+    inputs = Inputs(hidden, targets, V, weight, dtype)
+    check(given, options, inputs)
     if options["accumulate_into"] is not None:
         expect_data(hidden, "accumulate_into")
 
@@ -114,20 +107,13 @@ def linear_cross_entropy(
     torchs = single and not return_stats and only(("ignore_index", "reduction", "bias"), given)
     if torchs and dtype == torch.float32 and takes_plain_torch(hidden) and targets.numel() * V <= SMALL["hidden"]:
         return torch_cross_entropy(F.linear(hidden, weight, bias), targets, options)
-    wide = torch.promote_types(dtype, torch.float32)
-    rows, terms = make_targets(options, targets, shape, wide), make_terms(options, V, columns, wide)
-    flat, chosen = hidden.reshape(-1, hidden.shape[-1]), rows
+    fields = prepare(options, inputs, columns, dtype, stats=return_stats)
+    flat, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
     valid = valid_rows(flat, rows, options["ignore_index"], options["num_valid"])
     if valid is not None:
-        flat, chosen = valid.gather(flat, rows)
+        flat, fields["targets"] = valid.gather(flat, rows)
     loss = LinearCrossEntropy(
-        targets=chosen,
-        terms=terms,
-        reduction=options["reduction"],
-        count=count_of(options["reduction"], options["num_valid"], chosen, terms, wide),
-        stats=return_stats,
-        dtype=dtype,
-        group=group,
+        **fields,
         budget=None if options["memory_budget"] == "auto" else options["memory_budget"],
         slab_dtype=options["slab_dtype"] or dtype,
         grad_filter=options["grad_filter"],

@@ -9,21 +9,20 @@ that share a hidden state are several targets of a row, and cost no more than on
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
-from llmfast.losses.options import MTPOptions, complete, defaults, takes
+from llmfast.losses.options import LinearOptions, MTPOptions, Numbers, complete, defaults, takes
 from llmfast.losses.plain import final_logits
 from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Numbers = Tensor | Sequence[float]
 # Stands for a head weight of 0: too small to change a sum in float32, while the head's loss can still be measured by
 # dividing by it.
 NEGLIGIBLE = 1e-20
@@ -38,6 +37,7 @@ class MTPStats(NamedTuple):
     num_valid: Tensor  # (K,) int64
 
 
+_OWN = ("document_ids", "head_weights", "num_valid", "detach_unembedding")
 _NOT_HERE = ("reduction", "shift", "target_weights")
 
 
@@ -47,10 +47,6 @@ def mtp_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    document_ids: Tensor | None = None,
-    head_weights: Numbers | None = None,
-    num_valid: Numbers | None = None,
-    detach_unembedding: bool | Sequence[bool] = False,
     return_stats: Literal[False] = False,
     **options: "Unpack[MTPOptions]",
 ) -> Tensor: ...
@@ -60,10 +56,6 @@ def mtp_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    document_ids: Tensor | None = None,
-    head_weights: Numbers | None = None,
-    num_valid: Numbers | None = None,
-    detach_unembedding: bool | Sequence[bool] = False,
     return_stats: Literal[True],
     **options: "Unpack[MTPOptions]",
 ) -> tuple[Tensor, MTPStats]: ...
@@ -73,10 +65,6 @@ def mtp_cross_entropy(
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (..., T)
     *,
-    document_ids: Tensor | None = None,  # (..., T)
-    head_weights: Numbers | None = None,  # (K,)
-    num_valid: Numbers | None = None,  # (K,)
-    detach_unembedding: bool | Sequence[bool] = False,
     return_stats: bool = False,
     **options: "Unpack[MTPOptions]",
 ) -> Tensor | tuple[Tensor, MTPStats]:
@@ -97,9 +85,7 @@ def mtp_cross_entropy(
             valid tokens in all of them (`mtp_valid_counts`). Default: the number here.
         detach_unembedding: of these heads, or of all, no gradient reaches `weight` and `bias`.
         return_stats: also return `MTPStats`.
-        options: `ignore_index`, `label_smoothing`, `z_loss`, `softcap`, `logit_scale`, `bias`, `class_weights`,
-            `token_weights` (of labels: they move with them), `process_group`, `vocab_size`, `memory_budget`,
-            `slab_dtype`, `accumulate_into` and `grad_filter`, as in `linear_cross_entropy`.
+        options: the others are as in `linear_cross_entropy`; `token_weights` are the labels' and move with them.
 
     Returns:
         The loss, float32, is the sum over k of head_weights[k] / num_valid[k] * (sum of head k's token losses). A head
@@ -112,7 +98,8 @@ def mtp_cross_entropy(
         expect(
             name not in options, f"{name} is not an option here: heads have a mean, a shift and weights of their own"
         )
-    options = complete("mtp_cross_entropy", _DEFAULTS, options)
+    rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options)
+    document_ids, head_weights, num_valid, detach_unembedding = (rest.pop(name) for name in _OWN)
     shared = isinstance(hiddens, Tensor) and hiddens.shape[:-1] == labels.shape
     hiddens = hiddens if isinstance(hiddens, Tensor) else _stacked(hiddens, labels)
     if shared:
@@ -135,12 +122,13 @@ def mtp_cross_entropy(
             f"document_ids must be {tuple(labels.shape)} integers; got {describe(document_ids)}",
         )
     if K == 1 and weights is None and not shared and not any(detached):  # an ordinary loss, bit for bit
-        return _one_head(hiddens[0], weight, labels, None if divisors is None else divisors[0], return_stats, options)
+        rest["num_valid"] = None if divisors is None else divisors[0]
+        return _one_head(hiddens[0], weight, labels, return_stats, rest)
     wide = torch.promote_types(hiddens.dtype, torch.float32)
-    targets = head_targets(labels, K, document_ids, options["ignore_index"])
-    heads, divisors = _heads(targets, weights, divisors, options, wide)
+    targets = head_targets(labels, K, document_ids, rest["ignore_index"])
+    heads, divisors = _heads(targets, weights, divisors, rest, wide)
     compute = _shared if shared else _separate
-    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, options)
+    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, rest)
     if not return_stats:
         return loss
     counts = heads.valid.flatten(1).sum(1)
@@ -222,7 +210,7 @@ def _heads(
     targets: Tensor,  # (K, ..., T)
     weights: Tensor | None,  # (K,)
     divisors: Tensor | None,  # (K,)
-    options: MTPOptions,
+    options: LinearOptions,
     wide: torch.dtype,
 ) -> tuple[_Heads, Tensor]:
     """Return the heads, and what each head's sum is divided by, (K,)."""
@@ -245,11 +233,11 @@ def _heads(
 
 
 def _one_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_valid: Tensor | None, stats: bool, options: MTPOptions
+    hidden: Tensor, weight: Tensor, labels: Tensor, stats: bool, options: LinearOptions
 ) -> Tensor | tuple[Tensor, MTPStats]:
     if not stats:
-        return linear_cross_entropy(hidden, weight, labels, num_valid=num_valid, **options)
-    loss, found = linear_cross_entropy(hidden, weight, labels, return_stats=True, num_valid=num_valid, **options)
+        return linear_cross_entropy(hidden, weight, labels, **options)
+    loss, found = linear_cross_entropy(hidden, weight, labels, return_stats=True, **options)
     count = (labels != options["ignore_index"]).sum()
     return loss, MTPStats(loss.detach()[None], found.accuracy.reshape(1), count[None])
 
@@ -258,7 +246,7 @@ Result = tuple[Tensor, Tensor, Tensor]  # loss (), sums of each head's losses (K
 
 
 def _separate(
-    hiddens: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: MTPOptions
+    hiddens: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
 ) -> Result:
     """Compute heads with hidden states of their own, as rows of one call."""
     factors = heads.factors
@@ -285,7 +273,7 @@ def _separate(
 
 
 def _shared(
-    hidden: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: MTPOptions
+    hidden: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
 ) -> Result:
     """Compute heads that share their logits, as K targets of each row."""
     expect(all(detached) or not any(detached), "detach_unembedding must be the same for heads that share their logits")
@@ -314,9 +302,9 @@ def _shared(
     return loss, torch.stack(sums), heads.hits(found)
 
 
-def _detached(weight: Tensor, options: MTPOptions) -> tuple[Tensor, MTPOptions]:
+def _detached(weight: Tensor, options: LinearOptions) -> tuple[Tensor, LinearOptions]:
     bias = options["bias"]
-    return weight.detach(), cast(MTPOptions, {**options, "bias": None if bias is None else bias.detach()})
+    return weight.detach(), {**options, "bias": None if bias is None else bias.detach()}
 
 
 def _chosen(t: Tensor, heads: list[int]) -> Tensor:

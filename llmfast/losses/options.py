@@ -9,7 +9,7 @@ rows, and the operators of `torch.compile`, by that name alone.
 # pyright: reportTypedDictNotRequiredAccess=false
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast, get_args
 
@@ -20,6 +20,7 @@ from llmfast._checks import describe, expect, overlaps
 from llmfast._dispatch import has_no_data
 from llmfast.losses.parallel import ProcessGroup
 
+Numbers = Tensor | Sequence[float]
 Reduction = Literal["mean", "sum", "none"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -186,12 +187,17 @@ class CrossEntropyOptions(LossOptions, RankOptions, total=False):
     inplace: Annotated[bool, Option(False, _inplace)]
 
 
-class LinearCrossEntropyOptions(LossOptions, RankOptions, ProductOptions, total=False):
+class LinearOptions(LossOptions, RankOptions, ProductOptions, total=False):
     """Keyword arguments of `linear_cross_entropy`."""
 
 
 class MTPOptions(RowOptions, RankOptions, ProductOptions, total=False):
-    """Keyword arguments that `mtp_cross_entropy` shares with `linear_cross_entropy`."""
+    """Keyword arguments of `mtp_cross_entropy`. The last four are its own."""
+
+    document_ids: Annotated[Tensor | None, Option(None)]  # (..., T)
+    head_weights: Annotated[Numbers | None, Option(None)]  # (K,)
+    num_valid: Annotated[Numbers | None, Option(None)]  # (K,)
+    detach_unembedding: Annotated[bool | Sequence[bool], Option(False)]
 
 
 def declared(kind: type) -> dict[str, Option]:
@@ -204,7 +210,7 @@ def defaults(kind: type) -> Any:
     return {name: option.default for name, option in declared(kind).items()}
 
 
-TABLE = declared(CrossEntropyOptions) | declared(LinearCrossEntropyOptions)
+TABLE = declared(CrossEntropyOptions) | declared(LinearOptions)
 AnyOptions = TypeVar("AnyOptions", bound=RowOptions)
 
 

@@ -4,14 +4,14 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe
-from llmfast.losses.options import TABLE, LossOptions, Reduction, RowOptions, declared
+from llmfast.losses.options import TABLE, Inputs, LossOptions, Reduction, RowOptions, declared
 from llmfast_kernels.terms import Rows, Targets, Terms
 
 # On a CPU torch's own loss is faster up to this many logits, given ones or ones made of hidden states.
@@ -59,6 +59,18 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor, options: LossOptions) -
     return restore(loss, targets.shape)
 
 
+def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.dtype, *, stats: bool) -> dict[str, Any]:
+    """Return the fields that all losses have, for logits of `dtype` of which this rank holds `columns`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    targets = make_targets(options, inputs.targets, inputs.rows.shape[:-1], wide)
+    terms = make_terms(options, inputs.V, columns, wide)
+    count = None
+    if options["reduction"] == "mean":
+        count = count_of(options["num_valid"], targets, terms, wide)
+    fields = {"targets": targets, "terms": terms, "count": count, "reduction": options["reduction"]}
+    return fields | {"stats": stats, "dtype": dtype, "group": options.get("process_group")}
+
+
 def make_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
     """Return the targets of the flattened rows, shifted, with their weights in `dtype`."""
     if options["shift"]:
@@ -100,12 +112,8 @@ def shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_ind
     return torch.cat([moved, tail], dim=axis)
 
 
-def count_of(
-    reduction: Reduction, num_valid: int | Tensor | None, targets: Targets, terms: Terms, dtype: torch.dtype
-) -> Tensor | None:
+def count_of(num_valid: int | Tensor | None, targets: Targets, terms: Terms, dtype: torch.dtype) -> Tensor:
     """Return what a mean divides by, () on the targets' device: `num_valid`, or the sum of all weights that count."""
-    if reduction != "mean":
-        return None
     classes = targets.classes
     if isinstance(num_valid, Tensor):
         return on_device("num_valid", num_valid.detach(), classes.device).to(dtype).reshape(())
