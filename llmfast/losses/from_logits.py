@@ -48,17 +48,17 @@ class CrossEntropy(Loss):
         returned: Returned,
         kept: HeldGradient | None,
     ) -> Tensors:
-        logits = cast(Tensor, inputs[0]).detach()
+        logits = cast(Tensor, inputs[0])
         ops = self.ops(logits)
         if kept is not None:
             if kept.used:
                 raise RuntimeError("cross_entropy(inplace=True): backward ran already and its gradient is used up")
             kept.used = True
             assert returned.loss is not None  # or backward would not run
-            return (ops.scale(logits, divided(returned.loss, None if kept.divided else self.count)),)
+            return (ops.scale(logits.detach(), divided(returned.loss, None if kept.divided else self.count)),)
         if logits.numel() == 0:
             return (torch.zeros_like(logits),)
-        d_logits = logits if self.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        d_logits = logits.detach() if self.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         upstream = returned.per_row(self.count, softmax.peak)
         ops.cross_entropy_backward(logits, self.targets, self.terms, softmax, upstream, d_logits=d_logits)
         if self.inplace:

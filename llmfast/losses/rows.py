@@ -1,6 +1,7 @@
 """The row operations behind every loss, for any device. A row is the V logits of one token."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,10 +25,16 @@ class RowOps(NamedTuple):
         return rows.peak * self.peak_unit + rows.total.log()
 
 
+_PLAIN = RowOps(plain.cross_entropy, plain.cross_entropy_partials, plain.cross_entropy_backward, plain.scale, 1.0)
+
+
 def row_ops(t: Tensor) -> RowOps:
     """Return the Triton launchers or their plain-torch twins, whichever tensors like `t` take."""
-    if not use_kernels(t):
-        return RowOps(plain.cross_entropy, plain.cross_entropy_partials, plain.cross_entropy_backward, plain.scale, 1.0)
+    return _launchers() if use_kernels(t) else _PLAIN
+
+
+@cache
+def _launchers() -> RowOps:
     # Imported here, so that everything else works on a machine without Triton.
     from llmfast_kernels import cross_entropy as rows
     from llmfast_kernels.scale import scale
