@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from llmfast.train.config import Config, _names
+from llmfast.train.config import SCHEMA
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
 DOCS = ROOT / "docs"
@@ -171,11 +171,13 @@ def test_figures_of_the_limits_are_the_codes() -> None:
 def test_settings_are_all_listed() -> None:
     page = hooks.on_page_markdown(text_of(DOCS / "trainer.md"))
     assert hooks.PLACE not in page
-    settings = [name for name in _names(Config(), "") if "." in name]
+    settings = [name for name in SCHEMA.settings if "." in name]
     assert settings
     for name in settings:
         assert f"- `{name} = " in page, name
-    assert "- `optimizer.lr = 0.0015`" in page
+    assert "- `optimizer.lr = 0.0015`: highest learning rate (at least 0)" in page
+    assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
+    assert "### optimizer\n\nAdamW and the schedule of its learning rate.\n\n- `optimizer.lr" in page
 
 
 def test_named_files_exist() -> None:
