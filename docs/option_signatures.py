@@ -1,4 +1,4 @@
-"""For the reference: the signature of a loss shows the options of its TypedDict (`**options: Unpack[...]`) one by one."""
+"""For the reference: the signature of a loss shows its options one by one in the place of `**options: Unpack[...]`."""
 
 import ast
 import re
