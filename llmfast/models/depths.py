@@ -14,12 +14,12 @@ HiddenKind = Literal["pre_norm", "post_norm"]
 
 
 class SequentialDepths(nn.Module):
-    """D depths after a trunk that predicts the next token; depth k at row t is for token t + 1 + k, k = 1..D.
+    """D depths after a trunk that predicts the next token; depth k at row t predicts token t + 1 + k, k = 1..D.
 
         h_0 = the trunk's output
         h_k = block_k(eh_proj_k([enorm_k(Emb(x_{t+k})); hnorm_k(h_{k-1})]))
 
-    and norm_k(h_k) is what the unembedding gets. Embedding and unembedding are the trunk's and come from the caller.
+    and the unembedding reads norm_k(h_k). Embedding and unembedding belong to the trunk; the caller applies them.
     """
 
     def __init__(
@@ -34,17 +34,20 @@ class SequentialDepths(nn.Module):
         detach: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        """
+        """Make the depths.
+
         Args:
-            make_block: Called once a depth; a block is any module `block(x, *args)` of (B, T, D) to (B, T, D).
-            depths: D.
-            width: D of the hidden states, the same as the embedding's.
-            concat_order: What `eh_proj` reads first. DeepSeek's paper says the hidden state, its weights the embedding.
-            hidden: What a depth reads of the one before it, and so what the caller has to hand in: the stream as it
-                is ("pre_norm"), or after the norm that the unembedding wants ("post_norm").
-            repeated_layer: All depths are the same module.
-            detach: Depths learn from the trunk's hidden states and embeddings but do not change them. The unembedding
-                is the loss's affair: `mtp_cross_entropy(detach_unembedding=)`.
+            make_block: Called once per depth; a block is any module `block(x, *args)` from (B, T, D) to (B, T, D).
+            depths: Number of depths.
+            width: D, the width of hidden states and embeddings.
+            concat_order: What `eh_proj` reads first. DeepSeek's paper has the hidden state there, its weights the
+                embedding.
+            hidden: What a depth reads from the one before it, and what the caller passes in: the residual stream
+                ("pre_norm"), or its norm, which the unembedding reads ("post_norm").
+            repeated_layer: Use the same module for all depths.
+            detach: Send no gradient to the trunk's hidden states and embeddings. For the unembedding, see
+                `mtp_cross_entropy(detach_unembedding=)`.
+            norm_eps: Added to the mean square in each RMSNorm.
         """
         super().__init__()
         expect(depths >= 1, f"depths must be at least 1; got {depths}")
@@ -65,9 +68,9 @@ class SequentialDepths(nn.Module):
         *args: Any,
         document_ids: Tensor | None = None,  # (B, T)
     ) -> Tensor:
-        """Hidden states (depths, B, T, D), normalised and ready for the unembedding; `args` go to every block.
+        """Return hidden states (depths, B, T, D), normalised for the unembedding; `args` go to every block.
 
-        Rows whose token t + k is not in the row, or in another document, get an embedding of zeros.
+        Where token t + k is past the end of the row, or in another document, its embedding is zeros.
         """
         expect(
             hidden.dim() == 3 and hidden.shape[-1] == self.width,
@@ -91,9 +94,16 @@ class SequentialDepths(nn.Module):
         return torch.stack(outs)
 
     def advance(self, k: int, hidden: Tensor, embeddings: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """Depth k alone: from what depth k - 1 hands on and Emb(x_{t+k}) to what k hands on and the unembedding reads.
+        """Run depth k alone, for decoding, where x_{t+k} is known only once depth k - 1 has predicted it.
 
-        All four are (B, T, D). For decoding, where x_{t+k} is known only once depth k - 1 has been asked.
+        Args:
+            k: From 1.
+            hidden: (B, T, D), what depth k - 1 passes on.
+            embeddings: (B, T, D), Emb(x_{t+k}).
+            args: Passed to the block.
+
+        Returns:
+            What depth k passes on, and what the unembedding reads, both (B, T, D).
         """
         layer = self.layers[(k - 1) % len(self.layers)]
         assert isinstance(layer, Depth)
@@ -117,7 +127,7 @@ class Depth(nn.Module):
 
 
 def ahead(x: Tensor, k: int, document_ids: Tensor | None) -> Tensor:
-    """Row t + k at row t, (B, T, D); zeros where there is no such row in the same document."""
+    """Shift (B, T, D) so that row t holds row t + k, or zeros if that is not in the same document."""
     T = x.shape[1]
     k = min(k, T)
     out = F.pad(x[:, k:], (0, 0, 0, k))
