@@ -108,7 +108,7 @@ def prepare(
     expect(not (whole and packing == "best_fit"), "fim_unit='document' needs packing='concat'")
     if tokenizer == "bpe":  # before any file is read
         expect(vocab_size >= MIN_BPE_VOCAB_SIZE, f"vocab_size must be at least {MIN_BPE_VOCAB_SIZE}; got {vocab_size}")
-    given = dict(split or {})
+    given: dict[str, Split] = dict(split or {})
     places = _places(sources, given)
     files = [name for name, where in places.items() if _is_tokens(where)]
     if files:
