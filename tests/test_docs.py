@@ -156,7 +156,7 @@ def test_figures_of_the_limits_are_the_codes() -> None:
     """Compare figures of models and targets on the page with the code."""
     from evidence.compiler import TARGETS
     from llmfast import _gpus
-    from llmfast.plan import cost
+    from llmfast.models import cost
 
     page = " ".join((ROOT / "docs" / "limits.md").read_text().split())
     micro = f"{_gpus.LAUNCH * 1e6:g} µs"
