@@ -93,7 +93,7 @@ class SequentialDepths(nn.Module):
         return torch.stack(outs)
 
     def advance(self, k: int, hidden: Tensor, embeddings: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """Run depth k only: from the state of depth k - 1 and Emb(x_{t+k}) to its own state and the unembedding's input.
+        """Run depth k only: from the state of depth k - 1 and Emb(x_{t+k}) to its own state and its output.
 
         All four are (B, T, D). Used for decoding, where x_{t+k} is known only after depth k - 1 has run.
         """

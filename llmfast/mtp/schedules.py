@@ -19,7 +19,7 @@ def constant_weights(K: int, weight: float, *, mean: bool = False) -> list[float
 
 
 def linear_weights(fraction: float, K: int, weight: float, final: float, *, mean: bool = False) -> list[float]:
-    """Return `constant_weights` with a weight that changes linearly from `weight` at the start to `final` at the end."""
+    """Return `constant_weights` with a weight that changes linearly from `weight` to `final` during the run."""
     _check(K, fraction=fraction, weight=weight, final=final)
     return constant_weights(K, weight + fraction * (final - weight), mean=mean)
 
