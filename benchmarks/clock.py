@@ -1,83 +1,16 @@
-"""Wall time and memory of ways to do the same thing, compared fairly: in turn, round by round, on one device."""
-
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+"""The clock of `llmfast.checkup`, and memory also where there is no GPU."""
 
 import torch
 
-Run = Callable[[], object]
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(run: Run) -> float:
-    """Seconds until the device is done."""
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Of one way, beside the first of the race."""
-
-    seconds: float  # median over the rounds
-    ratio: float  # median over the rounds of (the first way's time / this way's): below 1, the first is faster
-    spread: float  # of that ratio: the difference between its quartiles
-
-
-def compare(times: dict[str, list[float]]) -> dict[str, Timing]:
-    """What rounds say that timed each way once, one after the other. Some ways may have missed the last rounds."""
-    first = next(iter(times.values()))
-    timings = {}
-    for name, mine in times.items():
-        ratios = [a / b for a, b in zip(first, mine)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        timings[name] = Timing(statistics.median(mine), statistics.median(ratios), quartiles[2] - quartiles[0])
-    return timings
+from llmfast.checkup.clock import Run, gpu_peak_bytes
 
 
 def peak_bytes(run: Run) -> int:
-    """Bytes of tensors at most alive at a time, beyond those that were before."""
+    """Return the most bytes of tensors alive at a time during `run`, beyond those alive before it."""
     if torch.cuda.is_available():
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return gpu_peak_bytes(run)
     from evidence.traffic import counting
 
     with counting() as counts:
         run()
     return counts.peak_bytes
-
-
-def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second that the device reads and writes while it copies memory much larger than its caches."""
-    x = torch.empty(size // 2, dtype=torch.int8, device=device())
-    y = torch.empty_like(x)
-    return size / kernel_seconds(lambda: y.copy_(x))
-
-
-def kernel_seconds(run: Run) -> float:
-    """Median time of something short, with cold caches: by Triton's benchmark on a GPU."""
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        milliseconds: Any = do_bench(run, return_mode="median")
-        return float(milliseconds) / 1e3
-    run()
-    return statistics.median(timed(run) for _ in range(5))

@@ -12,8 +12,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
-from benchmarks.clock import Run, Timing, compare, timed
 from benchmarks.counted import Job, Result, count
+from llmfast.checkup.clock import Run, Timing, compare, timed
 
 PATIENCE = 10.0  # seconds that a way gets beside the first one; one that takes longer gets fewer rounds
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
