@@ -109,7 +109,9 @@ def stepped(cls: Any, options: dict[str, Any], device: torch.device, steps: int,
     return params
 
 
-def loss_of(name: str, device: torch.device, shapes: tuple[int, int, int]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def loss_of(
+    name: str, device: torch.device, shapes: tuple[int, int, int]
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Return a loss as a function of tensors, and the tensors."""
     N, D, V = shapes
     inputs = Inputs(device)

@@ -16,7 +16,10 @@ from llmfast.checkup.record import Case, Figures, Finding, Size
 LIBRARIES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "apex")
 SAMPLES = 5
 # nvidia-smi's names of what may hold a GPU back.
-STATE = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu", "mig.mode.current")
+STATE = (
+    *("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu"),
+    "mig.mode.current",
+)
 
 
 def cases(device: torch.device, size: Size) -> list[Case]:

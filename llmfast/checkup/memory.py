@@ -41,7 +41,7 @@ def cases(device: torch.device, size: Size) -> list[Case]:
         ),
         *(
             Case(f"AdamW, {precision.name}", partial(optimizer, precision, parameters, device), 4.0)
-            for precision in PRECISIONS
+            for precision in (PRECISIONS if size == "full" else PRECISIONS[::4])
         ),
     ]
 

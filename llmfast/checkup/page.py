@@ -124,9 +124,8 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {_value(value)}" for name, value in figures.items() if value is not None and not isinstance(value, list)
-    )
+    told = {name: value for name, value in figures.items() if value is not None and not isinstance(value, list)}
+    return ", ".join(f"{name} {_value(value)}" for name, value in told.items())
 
 
 def _value(value: Any) -> str:

@@ -91,9 +91,7 @@ def row_kernel(what: str, N: int, V: int) -> Kernel:
     loss, peak, total, *_ = kernels.cross_entropy(logits, targets, terms, V=V)
     if what == "gradient later":
         return Kernel(
-            lambda: kernels.cross_entropy_backward(
-                logits, targets, terms, peak, total, loss, V=V, d_logits=d_logits
-            ),
+            lambda: kernels.cross_entropy_backward(logits, targets, terms, peak, total, loss, V=V, d_logits=d_logits),
             4 * N * width,
         )
     if what.endswith("gradient"):

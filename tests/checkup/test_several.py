@@ -1,0 +1,11 @@
+"""What several processes compute, compared with one: here on CPUs."""
+
+import torch
+
+from llmfast.checkup import several
+
+
+def test_two_processes() -> None:
+    found = list(several.findings(torch.device("cpu"), 2))
+    assert [one.what for one in found] == ["vocab-parallel", "DDP", "FSDP2"]
+    assert all(one.ok for one in found), found
