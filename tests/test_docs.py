@@ -178,6 +178,30 @@ def test_settings_are_all_listed() -> None:
     assert "- `optimizer.lr = 0.0015`" in page
 
 
+def test_a_setting_is_described_beside_it_or_else_above() -> None:
+    source = """class Section:
+    width: int = 192  # of the stream
+    # in words of its own line
+    kind: str = kept("none", WEIGHTS, lambda m: m.kind)
+    # for readers of the code
+    heads: int = kept(0, WEIGHTS)  # of attention
+    sources: list[str] = field(
+        default_factory=lambda: ["code"], metadata={}
+    )  # or paths
+    weights: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+"""
+    (section,) = ast.parse(source).body
+    assert hooks.settings(section, source.splitlines()) == [
+        ("width", "192", "of the stream"),
+        ("kind", "'none'", "in words of its own line"),
+        ("heads", "0", "of attention"),
+        ("sources", "['code']", "or paths"),
+        ("weights", "{}", ""),
+        ("seed", "0", ""),
+    ]
+
+
 def test_named_files_exist() -> None:
     for page in PAGES:
         for path in re.findall(r"`((?:llmfast|kernels|tests|examples|benchmarks)/[\w./]+)`", text_of(page)):

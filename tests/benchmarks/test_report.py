@@ -117,4 +117,4 @@ def test_results_are_data_a_line_a_row(folder: Path) -> None:
 def test_a_page_of_a_part_of_the_suite(tmp_path: Path) -> None:
     report.write(tmp_path, [row for row in rows() if row["section"] == "clock"])
     page = (tmp_path / "README.md").read_text()
-    assert "By the clock" in page and "Machine code" not in page and ".svg" not in page
+    assert "Measured time" in page and "Machine code" not in page and ".svg" not in page

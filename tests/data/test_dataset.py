@@ -215,6 +215,8 @@ def test_whole_documents_that_are_too_short_for_a_row_are_not_enough(folders: li
     one, said = folders[0], []
     data = prepare([one], tokenizer="bytes", seq_len=2600, held_out=0.1, say=said.append)
     assert data.split == {one: "end"} and len(said) == 1
+    with pytest.raises(ValueError, match="validation part is too small"):  # and is one where they were asked for
+        prepare([one], tokenizer="bytes", seq_len=2600, held_out=0.1, split={one: "documents"})
 
 
 def test_advice_works(tmp_path: Path) -> None:

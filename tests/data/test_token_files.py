@@ -188,6 +188,21 @@ def test_wrong_input_to_write_leaves_what_was_there(
     assert documents_of(read_ds(path, vocab_size=VOCAB)) == [[8, EOT]]
 
 
+def test_an_index_never_belongs_to_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing that breaks off leaves new tokens without an index, not with the old one, whose length may fit."""
+    path = tmp_path / "x.ds"
+    write_ds(path, [np.array([1, 2, 3]), np.array([4])], vocab_size=VOCAB, eot_id=EOT)
+
+    def full(*args: Any, **kwargs: Any) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_ds(path, [np.array([5]), np.array([6, 7, 8])], vocab_size=VOCAB, eot_id=EOT)
+    with pytest.raises(FileNotFoundError, match=r"x\.ds\.index, the index of x\.ds, does not exist"):
+        read_ds(path, vocab_size=VOCAB)
+
+
 # ---- faults, planted one at a time
 
 
@@ -462,6 +477,20 @@ def test_split(documents: list[list[int]], held_out: float, tmp_path_factory: py
         first, second = train.split(0.5) if round(0.5 * kept) not in (0, kept) else (train, train)
         assert documents_of(first) == documents[: len(first.document_ends)]
         assert documents_of(second)[-1:] == documents[kept - 1 : kept]
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_split_at_the_end_loses_no_document_and_adds_none(length: int, tmp_path: Path) -> None:
+    """Where the cut is a bound, both parts have whole documents; else one has its end in the other part."""
+    documents = [[i] * length for i in range(20)]
+    write_ds(tmp_path / "x.ds", map(np.array, documents), vocab_size=VOCAB, eot_id=EOT)
+    written = [[*document, EOT] for document in documents]
+    train, validation = (documents_of(part) for part in read_ds(tmp_path / "x.ds", vocab_size=VOCAB).split(0.01, "end"))
+    if length == 300:
+        assert train == written[:17] and validation == written[17:]
+    else:
+        assert [*train[:-1], train[-1] + validation[0], *validation[1:]] == written
+        assert len(train) == 20 and len(validation[0]) == 1000
 
 
 @pytest.mark.parametrize("held_out", [0, 1, -0.5, 1.5])

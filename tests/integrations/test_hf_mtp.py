@@ -302,6 +302,16 @@ def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> N
     assert plain(**batch()).loss.item() == pytest.approx(remove_mtp(model).eval()(**batch()).loss.item(), rel=1e-6)
 
 
+def test_changed_head_weights_are_saved(make: Make, tmp_path: Path) -> None:
+    """A run that is stopped goes on with the weights that its schedule had come to."""
+    model = add_mtp(make("llama"), 2, head_weights=[1, 0.5, 0.25])
+    set_head_weights(model, [1, 0.125, 0])
+    model.save_pretrained(tmp_path)
+    loaded = load_mtp(tmp_path).train()
+    assert loaded.mtp_weights.tolist() == [1, 0.125, 0]
+    assert loaded(**batch()).loss.item() == model(**batch()).loss.item()
+
+
 def test_adapted_by_lora(make: Make) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(

@@ -561,10 +561,15 @@ def test_a_loss_function_of_the_users(make: Make) -> None:
     def entropic(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         return doubled(logits, labels, vocab_size) + logits.softmax(-1).square().sum()
 
-    model = make("llama")
-    model.loss_function = doubled
-    theirs = result(model, plain())
-    assert_same(result(fuse_loss(model), plain()), theirs)
+    def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        rows, targets = logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1)
+        return F.cross_entropy(rows, targets, label_smoothing=0.2)
+
+    for own in (doubled, smoothed):
+        model = make("llama")
+        model.loss_function = own
+        theirs = result(model, plain())
+        assert_same(result(fuse_loss(model), plain()), theirs)
     model.loss_function = entropic
     with pytest.raises(AttributeError, match=r"needs its logits for more than a loss: it asks them for \.softmax"):
         model(**plain())

@@ -18,8 +18,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none"},
     "stats": {"return_stats": True},
     "everything": {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 1.3, "shift": 1},
-    "weights": {"label_smoothing": 0.2, "class_weights": True, "token_weights": torch.linspace(0.1, 1, N)},
-}
+    "weights": {
+        "label_smoothing": 0.2, "z_loss": 1e-2, "class_weights": True, "token_weights": torch.linspace(0.1, 1, N),
+    },
+}  # fmt: skip
 
 
 def inputs(V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

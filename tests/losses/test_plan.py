@@ -123,6 +123,17 @@ def test_peak_memory_is_what_the_plan_says(
         assert total.dot_flops.total() == plan.flops
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slab_of_all_classes_is_as_wide_in_backward_as_in_forward(mode: str) -> None:
+    """Rows of any number of classes start at multiples of 128 bytes, for accesses of 16."""
+    plan = LinearCrossEntropyPlan.make(64, 32, 301, mode=cast(Any, mode), memory_budget=1 << 20)
+    assert plan.columns == 301 and plan.row_width == plan.backward_width == 320
+    assert plan.slab_bytes == 64 * 320 * 2
+    parts = LinearCrossEntropyPlan.make(64, 32, 301, mode="recompute", memory_budget=64 * 128 * 2)
+    assert [part.stop - part.start for part in parts.column_slabs()] == [128, 128, 45]
+    assert parts.backward_width == 128
+
+
 @pytest.mark.parametrize("shape", ["hidden states", "weight", "logits"])
 def test_some_part_is_the_most_of_each_shape(shape: str) -> None:
     """So that each side of every maximum in the plan decides somewhere."""
@@ -275,6 +286,11 @@ def test_modules_are_torchs(path: str) -> None:
         torch.testing.assert_close(
             CrossEntropyLoss(**options)(logits, targets), torch.nn.CrossEntropyLoss(**options)(logits, targets)
         )
+    x = torch.randn(4, 6)
+    for given, ignored in ((None, -100), (0, 0), (3, 3)):
+        linear, y = LinearCrossEntropyLoss(6, 9, ignore_index=given), torch.tensor([0, 3, ignored, 8])
+        truth = torch.nn.functional.cross_entropy(linear.linear(x), y, ignore_index=ignored)
+        torch.testing.assert_close(linear(x, y), truth)
     if not hasattr(torch.nn, "LinearCrossEntropyLoss"):  # torch 2.13
         return
     theirs = torch.nn.LinearCrossEntropyLoss(6, 9, bias=True, label_smoothing=0.1)

@@ -113,6 +113,7 @@ def test_parameters_that_come_later_are_stepped_like_the_others(path: str, late:
         optimizer: Any = (FusedAdamW if ours else torch.optim.AdamW)(params, lr=1e-2)
         if ours:
             optimizer_in_backward(net, optimizer)
+            assert not any(p.requires_grad for p in layer)
         for step in range(6):
             for p in layer:
                 p.requires_grad_(step >= 2 and not (late == "frozen again" and step == 4))

@@ -65,7 +65,7 @@ def folder(
 ) -> Path:
     """A run's folder, as far as the report looks at it."""
     where.mkdir(parents=True)
-    config = load_config(None, ["train.steps=40", *settings], base=Config(name=where.name))
+    config = load_config(None, ["train.steps=40", *settings], base=Config(where.name, str(where.parent)))
     (where / "config.toml").write_text(dump_config(config))
     if lines is not None:
         (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -263,7 +263,8 @@ def test_summary_takes_of_each_number_what_it_means(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_differ(tmp_path: Path) -> None:
-    a, b = (folder(tmp_path / name, usual()) for name in "ab")
+    """Where a run lies, and what it is called, are no settings that matter."""
+    a, b = (folder(tmp_path / f"runs of {name}" / name, usual()) for name in "ab")
     assert page(a).row("train.steps") == ["1000", "40"]
     assert "The runs have the same settings." in page(a, b).text
 
