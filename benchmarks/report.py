@@ -55,13 +55,8 @@ def draw(folder: Path) -> None:
 
 
 def about() -> dict[str, Any]:
-<<<<<<< HEAD
-    """The machine, the versions and the date."""
-    from llmfast.checkup.ways import versions
-=======
     """Describe the machine, the versions and the date."""
-    from benchmarks.ways import versions
->>>>>>> main
+    from llmfast.checkup.ways import versions
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=_HERE, capture_output=True, text=True)

@@ -21,29 +21,7 @@ def test_rows(add: Add, model: str, what: str) -> None:
 
 
 def time_rows(add: Add, what: str, N: int, V: int, shape: str) -> None:
-<<<<<<< HEAD
     record(add, f"row kernel, {what}", shape, row_kernel(what, N, V))
-=======
-    from llmfast_kernels import cross_entropy as rows
-    from llmfast_kernels.terms import Targets, Terms, Upstream
-
-    width = -(-V // 64) * 64
-    logits = torch.randn(N, width, device=device()).to(torch.bfloat16)
-    d_logits = torch.empty_like(logits)
-    targets, terms = Targets(torch.randint(0, V, (N, 1), device=device())), Terms(V)
-    found = rows.cross_entropy(logits, targets, terms, V=V)
-    softmax, upstream = found.softmax, Upstream(found.loss)
-    run, bytes_a_logit = {
-        "loss": (lambda: rows.cross_entropy(logits, targets, terms, V=V), 2),
-        "loss and gradient": (
-            lambda: rows.cross_entropy(logits, targets, terms, V=V, d_logits=d_logits), 4
-        ),
-        "gradient later": (
-            lambda: rows.cross_entropy_backward(logits, targets, terms, softmax, upstream, V=V, d_logits=d_logits), 4
-        ),
-    }[what]  # fmt: skip
-    record(add, f"row kernel, {what}", shape, kernel_seconds(run), bytes_a_logit * N * width)
->>>>>>> main
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

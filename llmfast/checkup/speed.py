@@ -81,17 +81,20 @@ def row_kernel(what: str, N: int, V: int) -> Kernel:
         N, V: of the logits, bfloat16.
     """
     from llmfast_kernels import cross_entropy as kernels
-    from llmfast_kernels.terms import Targets, Terms
+    from llmfast_kernels.terms import Targets, Terms, Upstream
 
     device, width = clock.device(), -(-V // 64) * 64
     logits = torch.randn(N, width, dtype=torch.float32, device=device).to(torch.bfloat16)
     d_logits = torch.empty_like(logits)
     classes = torch.randint(0, V, (N, 1), dtype=torch.int64, device=device)
     targets, terms = Targets(classes), Terms(V, softcap=30.0 if what.startswith("softcap") else None)
-    loss, peak, total, *_ = kernels.cross_entropy(logits, targets, terms, V=V)
+    rows = kernels.cross_entropy(logits, targets, terms, V=V)
+    upstream = Upstream(rows.loss)
     if what == "gradient later":
         return Kernel(
-            lambda: kernels.cross_entropy_backward(logits, targets, terms, peak, total, loss, V=V, d_logits=d_logits),
+            lambda: kernels.cross_entropy_backward(
+                logits, targets, terms, rows.softmax, upstream, V=V, d_logits=d_logits
+            ),
             4 * N * width,
         )
     if what.endswith("gradient"):
