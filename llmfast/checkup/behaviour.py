@@ -205,7 +205,7 @@ def no_waits(device: torch.device, shapes: tuple[int, int, int]) -> Iterator[Fin
     for name in ("cross_entropy", "linear_cross_entropy", "mtp_cross_entropy"):
         run, tensors = loss_of(name, device, shapes)
         with_gradients(run, tensors)  # compiles
-        yield _does_not_raise(name, lambda run=run, tensors=tensors: with_gradients(run, tensors))
+        yield _does_not_raise(name, partial(with_gradients, run, tensors))
     for cls, options in OPTIMIZERS:
         params = parameters(device, torch.bfloat16 if "master_weights" in options else torch.float32)
         optimizer = cls(params, lr=1e-2, **options)
@@ -247,7 +247,7 @@ def scaled(device: torch.device) -> Iterator[Finding]:
 
 def mixed_devices(device: torch.device) -> Iterator[Finding]:
     """Clip gradients on two devices by their common norm."""
-    options = {"max_grad_norm": 0.5}
+    options: dict[str, Any] = {"max_grad_norm": 0.5}
     wanted = stepped(FusedAdamW, options, torch.device("cpu"), 3)
     params = parameters(torch.device("cpu"))
     params[1:] = [p.detach().to(device).requires_grad_() for p in params[1:]]

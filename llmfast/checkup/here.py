@@ -5,6 +5,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -31,14 +32,16 @@ def cases(device: torch.device, size: Size) -> list[Case]:
         Case("device", lambda: [Finding(str(device), None, properties(device))], 2.0, 0),
         Case(
             "copy bandwidth",
-            lambda: rate(lambda: clock.copy_bandwidth(copied), "bytes_per_s", known and known.bandwidth),
+            lambda: rate(
+                lambda: clock.copy_bandwidth(copied), "bytes_per_s", None if known is None else known.bandwidth
+            ),
             5.0,
             2 * copied,
         ),
         *(
             Case(
                 f"matrix products, {str(dtype).removeprefix('torch.')}",
-                lambda dtype=dtype: rate(lambda: clock.product_rate(n, dtype), "flops_per_s", _printed(known, dtype)),
+                partial(rate, partial(clock.product_rate, n, dtype), "flops_per_s", _printed(known, dtype)),
                 10.0,
                 4 * n * n * 4,
             )

@@ -97,7 +97,8 @@ def told(what: str, by: float, ours: Tensor, truth: Tensor) -> Finding:
 
 def same_bits(what: str, run: Callable[[], tuple[Tensor, ...]], times: int) -> Finding:
     """Run something again and again, and say whether the results are equal to the bit."""
-    first, different = [t.clone() for t in run()], 0
+    first = [t.clone() for t in run()]
+    different: Any = 0
     for _ in range(times - 1):
         # No `equal`: NaN equals NaN here, and nothing waits for the device in between.
         again = run()
@@ -183,8 +184,8 @@ def loss(name: str, variant: str, dtype: torch.dtype, device: torch.device, size
     else:
         tensors = {"hidden": inputs.normal(N, D, dtype=dtype), "weight": inputs.normal(V, D, dtype=dtype, scale=0.3)}
         options["bias"] = inputs.normal(V)
-    ours = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}[name]
-    plain = getattr(reference, name)
+    ours: Any = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}[name]
+    plain: Any = getattr(reference, name)
     yield from compare(
         lambda *t: ours(*t, targets, **options), lambda *t: plain(*t, targets, **_wide_options(options, t[0])), tensors,
         sizes.repeats, in_norm=name != "cross_entropy",
@@ -201,7 +202,8 @@ def scalar_of(result: Any) -> Tensor:
     """Return one number whose gradient is that of everything differentiable in a loss's result."""
     if not isinstance(result, Tensor):
         loss, stats = result
-        return scalar_of(loss) + 0.1 * (stats.lse.sum() + stats.entropy.sum()) / max(1, stats.lse.numel())
+        further: Tensor = stats.lse.mean() + stats.entropy.mean()
+        return scalar_of(loss) + 0.1 * further
     weights = torch.arange(1, result.numel() + 1, dtype=result.dtype, device=result.device)
     total: Tensor = (result.reshape(-1) * weights).sum() / weights.sum()
     return total
@@ -292,8 +294,8 @@ def linear_in_mode(what: str, device: torch.device, sizes: Sizes) -> Iterator[Fi
         yield from _into_main_grad(tensors, targets, options, plain)
         return
     yield from compare(
-        lambda *t: linear_cross_entropy(*t, targets, **options),
-        lambda *t: reference.linear_cross_entropy(*t, targets, **plain),
+        lambda h, w: linear_cross_entropy(h, w, targets, **options),
+        lambda h, w: reference.linear_cross_entropy(h, w, targets, **plain),
         tensors, sizes.repeats, in_norm=True,
     )  # fmt: skip
 
@@ -306,9 +308,9 @@ def _into_main_grad(
     linear_cross_entropy(hidden, weight, targets, accumulate_into=main.tensor, **options).backward()
     results = []
     for dtype in (weight.dtype, torch.float64):
-        wide = [t.detach().to(dtype).requires_grad_() for t in tensors.values()]
-        value: Any = reference.linear_cross_entropy(*wide, targets, **plain)
-        results.append(torch.autograd.grad(value, wide[1])[0].double() + 1)
+        h, w = (t.detach().to(dtype).requires_grad_() for t in tensors.values())
+        value: Any = reference.linear_cross_entropy(h, w, targets, **plain)
+        results.append(torch.autograd.grad(value, w)[0].double() + 1)
     yield told("main gradient", excess_in_norm(main.tensor, *results), main.tensor, results[1])
     yield Finding("weight.grad", weight.grad is None, {})
     yield main.finding()
@@ -326,7 +328,8 @@ def mtp(heads: str, device: torch.device, sizes: Sizes) -> Iterator[Finding]:
     def plain(h: Tensor, w: Tensor) -> Tensor:
         moved = [torch.cat([labels[k:], labels.new_full((k,), -100)]) for k in range(K)]
         losses: list[Any] = [reference.linear_cross_entropy(h if shared else h[k], w, moved[k]) for k in range(K)]
-        return losses[0] + losses[1] + losses[2]
+        total: Tensor = sum(losses)
+        return total
 
     yield from compare(
         lambda h, w: mtp_cross_entropy(h, w, labels, **options), plain, {"hidden": hidden, "weight": weight},

@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
     kind: Literal["begin", "finding", "end", "skip"]
     case: str
-    index: int
+    number: int
     content: dict[str, Any]
 
 
@@ -49,8 +49,8 @@ class Journal:
         self.path = path
         self._read = 0
 
-    def write(self, kind: str, case: str, index: int, **content: Any) -> None:
-        line = json.dumps({"kind": kind, "case": case, "index": index, "content": content})
+    def write(self, kind: str, case: str, number: int, **content: Any) -> None:
+        line = json.dumps({"kind": kind, "case": case, "number": number, "content": content})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

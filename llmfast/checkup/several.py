@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from llmfast.checkup.numerics import Inputs
 from llmfast.checkup.record import Finding
@@ -23,7 +24,7 @@ def findings(device: torch.device, processes: int | None = None) -> Iterator[Fin
         yield Finding("one device only", None, {"devices": count})
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (count, device.type, folder), nprocs=count)
+        spawn(_rank, (count, device.type, folder), nprocs=count)
         results = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
     for what in results[0]:
         error = max(float(result[what]) for result in results)
@@ -56,11 +57,11 @@ def _vocab_parallel(device: torch.device, rank: int, count: int) -> float:
     inputs = Inputs(device)
     hidden, weight, targets = inputs.normal(N, D), inputs.normal(V, D), inputs.classes(V, N)
     whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    linear_cross_entropy(*whole, targets).backward()
+    linear_cross_entropy(whole[0], whole[1], targets).backward()
     part = [hidden.clone().requires_grad_(), weight.chunk(count)[rank].clone().requires_grad_()]
     group = dist.group.WORLD
     assert group is not None
-    linear_cross_entropy(*part, targets, process_group=group, vocab_size=V).backward()
+    linear_cross_entropy(part[0], part[1], targets, process_group=group, vocab_size=V).backward()
     wanted = whole[0].grad, None if whole[1].grad is None else whole[1].grad.chunk(count)[rank]
     return max(_error(p.grad, w) for p, w in zip(part, wanted) if p.grad is not None and w is not None)
 

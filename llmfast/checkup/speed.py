@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmfast._gpus import H100, named
 from llmfast.checkup import clock
-from llmfast.checkup.record import Case, Finding, Size
+from llmfast.checkup.record import Case, Figures, Finding, Size
 from llmfast.checkup.shapes import MODELS, PARAMETERS
 from llmfast.checkup.ways import ways
 from llmfast.losses import LinearCrossEntropyPlan
@@ -166,7 +166,7 @@ def linear(model: str, N: int, D: int, V: int) -> Iterator[Finding]:
     gpu = named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     modelled = LinearCrossEntropyPlan.make(N, D, V, device=device, gpu=gpu or H100).seconds
     for name, timing in race(runs).items():
-        figures = {"seconds": timing.seconds, "ours_to_this": timing.ratio, "spread": timing.spread}
+        figures: Figures = {"seconds": timing.seconds, "ours_to_this": timing.ratio, "spread": timing.spread}
         figures |= {"matrix_products_seconds": products, "times_matrix_products": timing.seconds / products}
         if name == "llmfast":
             figures |= {"modelled_seconds": modelled, "measured_to_modelled": timing.seconds / modelled}

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def trained(
     """Train a decoder; return its losses (nats per token) and the seconds per step, without the first steps."""
     torch.manual_seed(0)
     model = Decoder(config).to(device)
-    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizer: torch.optim.Optimizer
     optimizer = FusedAdamW(model.parameters(), **settings) if ours else torch.optim.AdamW(
         model.parameters(), fused=True, **settings
@@ -68,7 +69,12 @@ def trained(
     warm = min(10, steps // 2)
     for tokens in data[:warm]:
         step(tokens)
-    seconds = clock.timed(lambda: [step(tokens) for tokens in data[warm:]])
+
+    def rest() -> None:
+        for tokens in data[warm:]:
+            step(tokens)
+
+    seconds = clock.timed(rest)
     return torch.stack(losses).tolist(), seconds / (steps - warm)
 
 
