@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from llmfast.train.config import Config, _names
+from llmfast.train.config import SCHEMA
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
 DOCS = ROOT / "docs"
@@ -171,35 +171,13 @@ def test_figures_of_the_limits_are_the_codes() -> None:
 def test_settings_are_all_listed() -> None:
     page = hooks.on_page_markdown(text_of(DOCS / "trainer.md"))
     assert hooks.PLACE not in page
-    settings = [name for name in _names(Config(), "") if "." in name]
+    settings = [name for name in SCHEMA.settings if "." in name]
     assert settings
     for name in settings:
         assert f"- `{name} = " in page, name
-    assert "- `optimizer.lr = 0.0015`" in page
-
-
-def test_a_setting_is_described_beside_it_or_else_above() -> None:
-    source = """class Section:
-    width: int = 192  # of the stream
-    # in words of its own line
-    kind: str = kept("none", WEIGHTS, lambda m: m.kind)
-    # for readers of the code
-    heads: int = kept(0, WEIGHTS)  # of attention
-    sources: list[str] = field(
-        default_factory=lambda: ["code"], metadata={}
-    )  # or paths
-    weights: dict[str, float] = field(default_factory=dict)
-    seed: int = 0
-"""
-    (section,) = ast.parse(source).body
-    assert hooks.settings(section, source.splitlines()) == [
-        ("width", "192", "of the stream"),
-        ("kind", "'none'", "in words of its own line"),
-        ("heads", "0", "of attention"),
-        ("sources", "['code']", "or paths"),
-        ("weights", "{}", ""),
-        ("seed", "0", ""),
-    ]
+    assert "- `optimizer.lr = 0.0015`: highest learning rate (at least 0)" in page
+    assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
+    assert "### optimizer\n\nAdamW and the schedule of its learning rate.\n\n- `optimizer.lr" in page
 
 
 def test_named_files_exist() -> None:

@@ -448,9 +448,9 @@ def _arguments(d: Damager) -> Case:
 
 
 def _overrides(d: Damager) -> Case:
-    from llmfast.train.config import Config, _names
+    from llmfast.train.config import SCHEMA
 
-    keys = sorted(_names(Config(), ""))
+    keys = sorted(SCHEMA.settings)
     dry = d.draw.random() < 0.5
     sets = []
     for key in d.draw.choices(keys, k=d.draw.choice([1, 1, 2])):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmfast._checks import expect
-from llmfast._commands import columns, expect_replaceable, fail
+from llmfast._commands import CommandParser, columns, expect_replaceable, fail
 from llmfast._gpus import Gpu
 from llmfast.models import DecoderConfig
 from llmfast.optim.scaling import scale_lr
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gpu(parser, "also say how long the FLOPs take there")
     parser.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="of them (default: 1)")
 
-    topics = parser.add_subparsers(dest="topic", metavar="")
+    topics = parser.add_subparsers(dest="topic", metavar="", parser_class=CommandParser)
     fit = topics.add_parser(
         "fit",
         help="a scaling law of finished runs",
@@ -63,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loss, for each way to keep parameters; and the modelled time of a step.",
     )
     need.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
-    need.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated"
-    )
+    need.take_settings()
     _add_gpu(need, "whether it fits there, and how long a step takes", again=True)
     need.add_argument("--gpu-memory", metavar="SIZE", help="in place of --gpu's, e.g. 24GiB")
 
@@ -273,7 +271,7 @@ def estimate_run(config: "Config", model: DecoderConfig, have: int | None = None
 
     t, o = config.train, config.optimizer
     mine = memory.Precision(
-        "as set", getattr(torch, t.param_dtype), o.master_weights or None,  # type: ignore[arg-type]
+        "as set", getattr(torch, t.param_dtype), o.master_weights or None,
         STATE_DTYPES[o.state_dtype],
     )  # fmt: skip
     return _estimate(config, model, mine, have)

@@ -31,7 +31,7 @@ from llmfast.data import (
     prepare,
     unigram_entropy,
 )
-from llmfast.models import Decoder, DecoderConfig
+from llmfast.models import Decoder
 from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW, optimizer_in_backward
 from llmfast.plan.command import estimate_run
@@ -40,9 +40,9 @@ from llmfast.train.checkpoint import load_weights, whole_weights
 from llmfast.train.config import (
     STATE_DTYPES,
     Config,
-    ConfigError,
     DataConfig,
     config_of,
+    decoder_config,
     dump_config,
     expect_resumable,
     expect_same_weights,
@@ -53,6 +53,7 @@ from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, rea
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.parallel import World
 from llmfast.train.schedule import head_weights_at
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer, micro_batch_size
 
 ACCEPTANCE_PROMPTS = 2  # of each source
@@ -447,7 +448,7 @@ def _prepare(config: Config, tokenizer: str, say: Callable[[str], None]) -> Data
 
 def _model(config: Config, tokenizer: Tokenizer) -> Decoder:
     try:
-        return Decoder(DecoderConfig(tokenizer.vocab_size, **asdict(config.model)))
+        return Decoder(decoder_config(config, tokenizer.vocab_size))
     except ValueError as e:
         raise ConfigError(f"model: {e}") from e
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.cli import main
-from llmfast.train.config import Config, ConfigError, load_config
+from llmfast.train.config import Config, load_config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.run import train
 from llmfast.train.schedule import head_weights_at
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Trainer
 from support.launched import unrecorded
 from support.waiting import NoWaiting
