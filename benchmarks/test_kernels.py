@@ -1,4 +1,4 @@
-"""The kernels by themselves, on a GPU: percent of the bandwidth that a copy reaches on the same device."""
+"""Time single kernels on a GPU, as a percentage of the bandwidth of a copy on the same device."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.report import GROUPS, SHOWN, bytes_per_parameter, chosen
 from llmfast.losses import LinearCrossEntropyPlan
-from llmfast.plan.memory import unfused_loss_bytes
+from llmfast.models.memory import unfused_loss_bytes
 from llmfast_kernels.cross_entropy import tile
 
 ROOT = Path(__file__).resolve().parent.parent

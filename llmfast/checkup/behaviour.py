@@ -1,4 +1,4 @@
-"""What only a GPU has: graphs, streams, a compiler for it, memory that moves, several devices.
+"""Checks of what only a GPU has: graphs, streams, a compiler for it, memory that moves, several devices.
 
 Each case does something twice, once in the plainest way and once in the way that is checked, and compares to the bit
 unless it says otherwise.

@@ -1,4 +1,4 @@
-"""What is here: GPU, driver, libraries, clocks; and the rates that everything after is compared with."""
+"""Facts about the machine: GPU, driver, libraries, clocks; and the rates that everything after is compared with."""
 
 import os
 import platform

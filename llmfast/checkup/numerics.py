@@ -145,7 +145,7 @@ class Inputs:
         return self.normal(*shape).abs() + 0.1
 
     def classes(self, V: int, *shape: int) -> Tensor:
-        """Classes of which about one in four is ignored."""
+        """Draw classes, of which about one in four is ignored."""
         drawn = torch.randint(0, V, shape, generator=self._generator, dtype=torch.int64, device="cpu")
         ignored = torch.rand(shape, generator=self._generator, dtype=torch.float32, device="cpu") < 0.25
         return torch.where(ignored, -100, drawn).to(self._device)
@@ -193,7 +193,7 @@ def loss(name: str, variant: str, dtype: torch.dtype, device: torch.device, size
 
 
 def _wide_options(options: dict[str, Any], like: Tensor) -> dict[str, Any]:
-    """Options of the reference: its bias has the dtype of the logits that it is added to."""
+    """Return the reference's options: its bias has the dtype of the logits that it is added to."""
     bias = options.get("bias")
     return options if bias is None else options | {"bias": bias.to(like.dtype)}
 

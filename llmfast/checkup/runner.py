@@ -30,7 +30,7 @@ POLL = 0.05  # seconds between two looks at a journal
 
 @dataclass
 class Outcome:
-    """What became of a section."""
+    """The result of a section."""
 
     name: str
     title: str

@@ -25,7 +25,7 @@ def findings(device: torch.device, processes: int | None = None) -> Iterator[Fin
         return
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank, (count, device.type, folder), nprocs=count)
-        results = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
+        results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
     for what in results[0]:
         error = max(float(result[what]) for result in results)
         yield Finding(what, error < 1e-4, {"relative_error": error, "devices": count})

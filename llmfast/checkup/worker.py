@@ -1,6 +1,6 @@
 """The process of one section: `python -m llmfast.checkup.worker SECTION --journal FILE`.
 
-It says in the journal which case it begins before it begins it, so that whoever finds the process dead knows which case
+It says in the journal which case it begins before it begins it, so that the parent of a dead process knows which case
 killed it and can start another one after that case.
 """
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llmfast._checks import expect
 from llmfast.data import ByteTokenizer, load_tokenizer
 from llmfast.models import DecoderConfig
-from llmfast.plan.cost import count_parameters
+from llmfast.models.cost import count_parameters
 
 if TYPE_CHECKING:
     from llmfast.train.config import Config

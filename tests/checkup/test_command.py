@@ -15,7 +15,7 @@ from llmfast.cli import main
 
 
 def results(name: str, share: float, **more: Any) -> dict[str, Any]:
-    """Results of a machine, with a finding of each kind."""
+    """Make results of a machine, with a finding of each kind."""
     findings = [
         {"case": "device", "what": "cuda", "ok": None, "figures": {"name": name, "bytes": 1234567}},
         {"case": "rows", "what": "loss", "ok": True, "figures": {"seconds": 0.5, "share_of_copy": share}},

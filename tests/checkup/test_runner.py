@@ -49,7 +49,7 @@ WORKER = """if True:
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns the outcome of a section with the given cases, in `minutes`."""
+    """Return the outcome of a section with the given cases, in `minutes`."""
     monkeypatch.setattr(runner, "PATIENCE", 1.0)
 
     def run(letters: str, minutes: float = 1.0) -> tuple[dict[str, Any], list[Any], list[str]]:

@@ -1,4 +1,4 @@
-"""What several processes compute, compared with one: here on CPUs."""
+"""Results of several processes, compared with those of one: here on CPUs."""
 
 import torch
 

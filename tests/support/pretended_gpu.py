@@ -1,4 +1,4 @@
-"""What a check-up asks of a GPU beyond its tensors, pretended: graphs, streams, clocks and memory statistics.
+"""Pretended graphs, streams, clocks and memory statistics: all that a check-up asks of a GPU beyond its tensors.
 
 As a program it is a check-up's worker on the pretended GPU: `python -m support.pretended_gpu SECTION --journal FILE`.
 """
