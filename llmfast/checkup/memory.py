@@ -11,8 +11,8 @@ from llmfast.checkup.numerics import Inputs
 from llmfast.checkup.record import Case, Finding, Size
 from llmfast.checkup.shapes import MODELS
 from llmfast.losses import LinearCrossEntropyPlan, cross_entropy, linear_cross_entropy
+from llmfast.models.memory import PRECISIONS, Precision
 from llmfast.optim import FusedAdamW
-from llmfast.plan.memory import PRECISIONS, Precision
 
 # Kernels' and libraries' own buffers, and what an allocator rounds up.
 SLACK = 16 << 20
