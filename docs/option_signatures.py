@@ -1,4 +1,4 @@
-"""For the reference: the signature of a loss shows its options one by one in the place of `**options: Unpack[...]`."""
+"""Extension for the reference: show the options of a loss in place of `**options: Unpack[...]` in its signature."""
 
 import ast
 import re

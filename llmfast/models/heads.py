@@ -1,4 +1,4 @@
-"""Parallel heads on one trunk (Gloeckle 2024, arXiv:2404.19737)."""
+"""Parallel heads over one trunk (Gloeckle 2024, arXiv:2404.19737)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,9 @@ from llmfast._checks import expect
 
 
 class ParallelHeads(nn.Module):
-    """n blocks that each read the trunk's output. They share one unembedding, which belongs to the model.
+    """Blocks that each read the trunk's output; the unembedding they share belongs to the model.
 
-    The output of block k at row t predicts token t + 1 + k. With n = 1 this is one more layer of an ordinary model.
+    Block k's output at row t is for token t + 1 + k. With n = 1 this is one more layer of an ordinary model.
     """
 
     def __init__(self, make_block: Callable[[], nn.Module], n: int) -> None:
@@ -21,5 +21,5 @@ class ParallelHeads(nn.Module):
         self.blocks = nn.ModuleList([make_block() for _ in range(n)])
 
     def forward(self, trunk_out: Tensor, *args: Any) -> Tensor:
-        """Return (n, B, T, D) for (B, T, D); `args` go to every block."""
+        """Map (B, T, D) to (n, B, T, D); `args` go to every block."""
         return torch.stack([block(trunk_out, *args) for block in self.blocks])

@@ -1,7 +1,7 @@
-"""Head weights in the loss, as pure functions of the fraction of training that is done.
+"""Weights of the heads in the loss, as pure functions of the completed fraction of training.
 
-All return K floats, first head 0 (the next token), which is always 1. `mtp_cross_entropy` takes them as a device
-tensor, so they can change every step without a recompile.
+All return K floats, of which head 0 (the next token) is first and always 1. `mtp_cross_entropy` takes them as a device
+tensor, so that they can change every step without a recompile.
 """
 
 from llmfast._checks import expect
@@ -10,7 +10,7 @@ SCHEDULES = ("constant", "linear", "staged")
 
 
 def constant_weights(K: int, weight: float, *, mean: bool = False) -> list[float]:
-    """Weigh the next token by 1 and each other head by `weight`; with `mean`, all others together by `weight`.
+    """Return 1 for the next token and `weight` for each of the others, or with `mean` for all of them together.
 
     Gloeckle 2024 uses weight = 1; DeepSeek-V3's lambda / D is weight = lambda with `mean`.
     """
@@ -19,16 +19,17 @@ def constant_weights(K: int, weight: float, *, mean: bool = False) -> list[float
 
 
 def linear_weights(fraction: float, K: int, weight: float, final: float, *, mean: bool = False) -> list[float]:
-    """Weigh as `constant_weights` does, from `weight` at the start to `final` at the end."""
+    """Return `constant_weights` with a weight that changes linearly from `weight` to `final` during the run."""
     _check(K, fraction=fraction, weight=weight, final=final)
     return constant_weights(K, weight + fraction * (final - weight), mean=mean)
 
 
 def staged_weights(fraction: float, K: int, weight: float = 0.5) -> list[float]:
-    """Weigh head k by weight**k, and fade the heads out one by one, the furthest first.
+    """Return weight**k, and fade out one head after another, the furthest first, until only the next token remains.
 
-    There are K stages of equal length. In each, the furthest remaining head goes linearly to 0; in the last, only head
-    0 remains. K = 3 and weight = 0.5, as in modded-nanogpt: [1, .5, .25 -> 0], [1, .5 -> 0, 0], [1, 0, 0].
+    There are K stages of equal length. In each but the last, the furthest remaining head goes linearly to 0; in the
+    last only head 0 is left. For K = 3 and weight = 0.5, as in modded-nanogpt: [1, .5, .25 -> 0], [1, .5 -> 0, 0], [1,
+    0, 0].
     """
     _check(K, fraction=fraction, weight=weight)
     place = fraction * K
@@ -41,7 +42,7 @@ def staged_weights(fraction: float, K: int, weight: float = 0.5) -> list[float]:
 
 
 def head_weights(
-    fraction: float,  # of training, in [0, 1]
+    fraction: float,  # completed fraction of training, in [0, 1]
     K: int,
     *,
     schedule: str,  # "constant", "linear" or "staged"
@@ -49,7 +50,7 @@ def head_weights(
     final: float = 0.0,  # for "linear"
     mean: bool = False,  # not for "staged"
 ) -> list[float]:
-    """Compute the head weights of the schedule with that name."""
+    """Return the weights of the named schedule."""
     expect(schedule in SCHEDULES, f"schedule must be one of {str(SCHEDULES)[1:-1]}; got {schedule!r}")
     _check(K, fraction=fraction)
     if schedule == "constant":

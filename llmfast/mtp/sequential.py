@@ -1,4 +1,4 @@
-"""Backward head by head, so that only one head's activations exist at a time (Gloeckle 2024, section 2)."""
+"""Backward one head at a time, so that only one head's activations exist at a time (Gloeckle 2024, section 2)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,16 +15,16 @@ def sequential_backward(
     loss: Callable[[int, Tensor], Tensor],
     *args: Any,
 ) -> Tensor:
-    """Run forward and backward of `sum_k loss(k, head_k(trunk_out, *args))` head by head, then backward of the trunk.
+    """Run forward and backward of `sum_k loss(k, head_k(trunk_out, *args))` per head, and then of the trunk.
 
-    The gradients are those of one graph. Peak memory is the trunk's activations and those of the largest head; one
-    graph keeps those of all heads. That pays for large heads, or losses that keep their logits. `mtp_cross_entropy`
-    never holds all logits of a head: with it, one graph is simpler and needs no more memory for logits.
+    The gradients equal those of one graph. Peak memory is the trunk's activations and those of the largest head, while
+    one graph keeps those of all heads. This helps with large heads, or with losses that keep their logits. With
+    `mtp_cross_entropy` no head's logits exist at once, so one graph is simpler and equally small.
 
     Args:
-        trunk_out: What all heads read. It needs a graph only if the trunk is trained.
+        trunk_out: Input of all heads. It needs a graph only if the trunk is trained.
         heads: Modules or functions, e.g. `ParallelHeads(...).blocks`.
-        loss: Called with the number and the output of a head. Returns a scalar with head weight and loss scale applied.
+        loss: Maps a head's number and output to a scalar, including its weight and any loss scaling.
         args: Passed to every head.
 
     Returns:

@@ -63,7 +63,7 @@ class FusedOptimizer(StateKeeper):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    _in_backward: object = None  # the `ReleaseHandle` that steps it
+    _in_backward: Any = None  # the `ReleaseHandle` that steps it
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
     # In which torch's fused CPU kernel is right.
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
