@@ -14,7 +14,7 @@ import torch
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
 from llmfast.data.split import SPLITS
-from llmfast.optim.options import StateDtype
+from llmfast.optim.formats import StateDtype
 
 if sys.version_info >= (3, 11):
     import tomllib
