@@ -1,4 +1,4 @@
-"""The kernels by themselves, on a GPU: percent of the bandwidth that a copy reaches on the same device."""
+"""Time single kernels on a GPU, as a percentage of the bandwidth of a copy on the same device."""
 
 import pytest
 import torch
@@ -21,20 +21,21 @@ def test_rows(add: Add, model: str, what: str) -> None:
 
 def time_rows(add: Add, what: str, N: int, V: int, shape: str) -> None:
     from llmfast_kernels import cross_entropy as rows
-    from llmfast_kernels.terms import Targets, Terms
+    from llmfast_kernels.terms import Targets, Terms, Upstream
 
     width = -(-V // 64) * 64
     logits = torch.randn(N, width, device=device()).to(torch.bfloat16)
     d_logits = torch.empty_like(logits)
     targets, terms = Targets(torch.randint(0, V, (N, 1), device=device())), Terms(V)
-    loss, peak, total, *_ = rows.cross_entropy(logits, targets, terms, V=V)
+    found = rows.cross_entropy(logits, targets, terms, V=V)
+    softmax, upstream = found.softmax, Upstream(found.loss)
     run, bytes_a_logit = {
         "loss": (lambda: rows.cross_entropy(logits, targets, terms, V=V), 2),
         "loss and gradient": (
             lambda: rows.cross_entropy(logits, targets, terms, V=V, d_logits=d_logits), 4
         ),
         "gradient later": (
-            lambda: rows.cross_entropy_backward(logits, targets, terms, peak, total, loss, V=V, d_logits=d_logits), 4
+            lambda: rows.cross_entropy_backward(logits, targets, terms, softmax, upstream, V=V, d_logits=d_logits), 4
         ),
     }[what]  # fmt: skip
     record(add, f"row kernel, {what}", shape, kernel_seconds(run), bytes_a_logit * N * width)
@@ -68,6 +69,6 @@ def time_scale(add: Add, numel: int) -> None:
 
 
 def record(add: Add, kernel: str, shape: str, seconds: float, least_bytes: int) -> None:
-    """`least_bytes` are those that must move if everything is read and written once."""
+    """Add a row; `least_bytes` is the number of bytes to move if everything is read and written once."""
     reached = least_bytes / seconds
     add("kernels", kernel=kernel, shape=shape, seconds=seconds, bandwidth=reached, share=reached / copy_bandwidth())

@@ -1,8 +1,8 @@
-"""The pictures of the documentation, drawn from what was counted and from the plan's own numbers.
+"""Figures of the documentation, drawn from counted results and from the plan's numbers.
 
 python -m docs.figures     # writes docs/figures/*.svg, each for light and for dark pages
 
-Every picture has the SHA-256 of its numbers inside, so that a test can tell whether it is up to date. The results are
+Each figure contains the SHA-256 of its numbers, so that a test can tell whether it is up to date. The results are in
 benchmarks/results/results.json, which `make bench` writes.
 """
 
@@ -17,28 +17,28 @@ from unittest import mock
 
 import torch
 
-from benchmarks.report import GROUPS, SHOWN, bytes_a_parameter, chosen
+from benchmarks.report import GROUPS, SHOWN, bytes_per_parameter, chosen
 from llmfast.losses import LinearCrossEntropyPlan
-from llmfast.plan.memory import unfused_loss_bytes
+from llmfast.models.memory import unfused_loss_bytes
 from llmfast_kernels.cross_entropy import tile
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "figures"
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 
-# Okabe and Ito's colours, which colour-blind people tell apart; these four are seen on white and on black.
+# Okabe and Ito's colours are distinguishable for colour-blind readers; these four are visible on white and black.
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 GREY = "#999999"
 INK = {"light": "#222222", "dark": "#dddddd"}
-WIDTH = 5.4  # inches of a diagram
-PLOT_WIDTH = 4.6  # on a phone, a point is then about a pixel
-SMALL = 9  # points, in a diagram
+WIDTH = 5.4  # inches, width of a diagram
+PLOT_WIDTH = 4.6  # inches; at this width a point is about a pixel on a phone
+SMALL = 9  # points, small font of a diagram
 
-BUDGET = 1 << 30  # bytes: the default on a GPU
-ELEMENT = 2  # bytes of a bfloat16
+BUDGET = 1 << 30  # bytes, the default on a GPU
+ELEMENT = 2  # bytes per bfloat16
 
 
-# What is drawn: plain numbers.
+# The numbers to draw.
 
 
 def results() -> list[dict[str, Any]]:
@@ -46,8 +46,8 @@ def results() -> list[dict[str, Any]]:
     return rows
 
 
-def bytes_a_logit() -> dict[str, Any]:
-    """Of each way, by what moves them, at `SHOWN`."""
+def bytes_per_logit() -> dict[str, Any]:
+    """Return bytes per logit of each implementation at `SHOWN`, grouped by operation."""
     logits = SHOWN["N"] * SHOWN["V"]
     ways = {}
     for row in chosen(results(), section="real sizes", operation="linear_cross_entropy", size=SHOWN):
@@ -68,7 +68,7 @@ VOCABULARIES = [1 << k for k in range(13, 20)]
 
 
 def memory() -> dict[str, Any]:
-    """GiB beyond the inputs, gradients included, of each mode and of torch, by vocabulary."""
+    """Return GiB beyond the inputs (including gradients) for each mode and for torch, per vocabulary size."""
     found: dict[str, list[float]] = {"torch, float32 softmax": [], "materialise": [], "chunk": [], "recompute": []}
     chosen_modes = []
     for V in VOCABULARIES:
@@ -81,21 +81,21 @@ def memory() -> dict[str, Any]:
 
 
 def optimizer_bytes() -> dict[str, float]:
-    """Counted bytes a parameter of each mode of AdamW, and of others' beside it, on GPT-2's parameters."""
+    """Return counted bytes per parameter on GPT-2 for each mode of AdamW and for other libraries."""
     found = {}
     for row in chosen(results(), section="optimizers", size={"parameters": "124M"}):
         if row["operation"] == "adamw" and row["way"] in ("llmfast", "torch fused", "torch foreach", "optimi"):
             if row["dtype"] == "float32":
-                found[f"{row['way']}, fp32"] = bytes_a_parameter(row)
+                found[f"{row['way']}, fp32"] = bytes_per_parameter(row)
         elif row["operation"] == "adamw, bfloat16 with more bits":
-            found[row["way"].replace(", ", ", bf16, ", 1).replace("8-bit states", "8-bit")] = bytes_a_parameter(row)
+            found[row["way"].replace(", ", ", bf16, ", 1).replace("8-bit states", "8-bit")] = bytes_per_parameter(row)
     return {name: round(value, 2) for name, value in found.items()}
 
 
 def row_of_logits() -> dict[str, int]:
-    """GPT-2's vocabulary in the library's own buffer."""
+    """Return how the row kernel tiles a row of GPT-2's vocabulary in the library's own buffer."""
     V = 50257
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # else the GPU is asked for its warps' size
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # otherwise the GPU is asked for its warp size
         shape = tile(V)
     return {
         "V": V, "row_width": plan_of(N, 768, V).row_width, "tile": shape["BLOCK_V"], "threads": shape["THREADS"],
@@ -104,7 +104,7 @@ def row_of_logits() -> dict[str, int]:
 
 
 def chunks() -> dict[str, Any]:
-    """Of the plan at `SHOWN`."""
+    """Return the chunks and bytes of the plan at `SHOWN`."""
     plan = plan_of(**SHOWN)
     return {
         "size": SHOWN, "mode": plan.mode, "rows": [part.stop - part.start for part in plan],
@@ -112,7 +112,7 @@ def chunks() -> dict[str, Any]:
     }  # fmt: skip
 
 
-# How.
+# The drawings.
 
 
 def draw_bytes(figure: Any, ways: dict[str, Any], ink: str) -> None:
@@ -123,11 +123,11 @@ def draw_bytes(figure: Any, ways: dict[str, Any], ink: str) -> None:
         axes.barh(list(ways), widths, left=left, color=color, label=group)
         left = [a + b for a, b in zip(left, widths)]
     for y, (total, way) in enumerate(zip(left, ways.values())):
-        asked = f", asks for {way['asked']:.0f}" if way["asked"] > 2 * total else ""
+        asked = f", requests {way['asked']:.0f}" if way["asked"] > 2 * total else ""
         axes.text(total, y, f" {total:.1f}{asked}", va="center", color=ink)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("bytes a logit, counted")
+    axes.set_xlabel("bytes per logit, counted")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, handlelength=1, columnspacing=1)
 
 
@@ -142,7 +142,7 @@ def draw_memory(figure: Any, found: dict[str, Any], ink: str) -> None:
     for name, (color, style) in STYLES.items():
         axes.plot(found["V"], found[name], style, color=color, label=name, marker="o", markersize=3)
     picked = [(V, found[mode][i]) for i, (V, mode) in enumerate(zip(found["V"], found["chosen"]))]
-    axes.plot(*zip(*picked), "o", color="none", markeredgecolor=ink, markersize=9, label="what the plan takes")
+    axes.plot(*zip(*picked), "o", color="none", markeredgecolor=ink, markersize=9, label="the plan's choice")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(found["V"], [f"{V // 1024}k" for V in found["V"]])
@@ -160,11 +160,11 @@ def draw_optimizers(figure: Any, found: dict[str, float], ink: str) -> None:
         axes.text(value, y, f" {value:.1f}", va="center", color=ink)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("bytes a parameter, counted")
+    axes.set_xlabel("bytes per parameter, counted")
 
 
 def blank(figure: Any, height: float) -> Any:
-    """Axes in points, from the lower left corner, without a frame."""
+    """Create frameless axes in points, with the origin at the lower left corner."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH * 72), ylim=(0, height * 72))
     axes.axis("off")
@@ -183,7 +183,7 @@ def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], color
 
 
 def draw_row(figure: Any, row: dict[str, int], ink: str) -> None:
-    """One row, walked forwards for the sums and backwards for the gradient."""
+    """Draw one row, processed forwards for the sums and backwards for the gradient."""
     axes = blank(figure, ROW_HEIGHT)
     left, width, high = 14, WIDTH * 72 - 28, 26
     scale = width / row["row_width"]
@@ -202,18 +202,18 @@ def draw_row(figure: Any, row: dict[str, int], ink: str) -> None:
     for i in range(row["whole"]):
         say(left + (i + 0.5) * row["tile"] * scale, 219, f"{row['tile']:,}", ha="center", fontsize=SMALL)
     say(left + width, 196, f"last tile, masked: {row['rest']:,}", ha="right", fontsize=SMALL)
-    say(left, 176, f"1. forwards: {row['threads']:,} threads, each with sums of its own")
+    say(left, 176, f"1. forwards: {row['threads']:,} threads, each with its own sums")
     tiles(136, BLUE)
     arrow(axes, (left, 128), (left + width, 128), BLUE)
     say(left, 106, "combined once, after the loop: peak, sum of exponentials → lse, loss")
     say(left, 78, "2. backwards: gradient written over the logits")
     tiles(38, ORANGE)
     arrow(axes, (left + width, 30), (left, 30), ORANGE)
-    say(left, 12, "what was read last is read first: the caches still hold it")
+    say(left, 12, "starts with the elements read last, which are still in the caches")
 
 
 def draw_chunks(figure: Any, plan: dict[str, Any], ink: str) -> None:
-    """Rows of hidden states, one slab for their logits in turn, and the sums that grow."""
+    """Draw the chunks of hidden states, the slab they share and the gradient they accumulate."""
     axes = blank(figure, CHUNK_HEIGHT)
     top, high = 200, 150
     total, y = sum(plan["rows"]), float(top)
@@ -225,7 +225,7 @@ def draw_chunks(figure: Any, plan: dict[str, Any], ink: str) -> None:
     say(45, top + 19, f"{total:,} x {plan['size']['D']:,}", fontsize=SMALL)
     say(185, top + 34, "one slab of logits, reused")
     say(185, top + 19, f"{plan['rows'][0]:,} x {plan['size']['V']:,}, {plan['slab'] / 2**30:.2f} GiB", fontsize=SMALL)
-    say(335, top + 34, "weight's gradient")
+    say(335, top + 34, "weight gradient")
     say(335, top + 19, f"float32, {plan['weight'] / 2**30:.2f} GiB", fontsize=SMALL)
     for i, rows in enumerate(plan["rows"]):
         h = high * rows / total
@@ -239,16 +239,16 @@ def draw_chunks(figure: Any, plan: dict[str, Any], ink: str) -> None:
             arrow(axes, (78, y + slab / 2), (112, y + slab / 2), ink)
             arrow(axes, (258, y + slab / 2), (292, y + slab / 2), ink)
             arrow(axes, (185, y - 3), (185, y - 28), ink)
-            say(185, y - 40, "gradient of these rows' hidden states", fontsize=SMALL)
+            say(185, y - 40, "gradient of these hidden states", fontsize=SMALL)
     box(axes, 295, top - high + 30, 80, high - 33, GREEN, 0.3)
     say(335, top - high / 2 + 14, "+=", fontsize=12)
-    never = f"All {total:,} rows of logits would be {plan['all'] / 2**30:.2f} GiB, and their gradient as much."
+    never = f"All {total:,} rows of logits would take {plan['all'] / 2**30:.2f} GiB, and their gradient the same."
     say(WIDTH * 36, 22, never, fontsize=SMALL)
 
 
 ROW_HEIGHT, CHUNK_HEIGHT = 3.6, 3.5
 FIGURES: dict[str, tuple[Callable[[], Any], Callable[[Any, Any, str], None], float]] = {
-    "bytes": (bytes_a_logit, draw_bytes, 3.2),
+    "bytes": (bytes_per_logit, draw_bytes, 3.2),
     "memory": (memory, draw_memory, 3.8),
     "optimizers": (optimizer_bytes, draw_optimizers, 4.2),
     "row": (row_of_logits, draw_row, ROW_HEIGHT),
@@ -257,7 +257,7 @@ FIGURES: dict[str, tuple[Callable[[], Any], Callable[[Any, Any, str], None], flo
 
 
 def digest(name: str) -> str:
-    """Of the numbers in a picture."""
+    """Return the SHA-256 of the numbers in a figure."""
     return hashlib.sha256(json.dumps(FIGURES[name][0]()).encode()).hexdigest()
 
 
@@ -271,7 +271,7 @@ def draw(name: str, folder: Path) -> None:
     diagram = how in DIAGRAMS
     for theme, ink in INK.items():
         colors = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-        # No date and no random names inside, so that the same numbers make the same file.
+        # Without a date or random names, the same numbers give the same file.
         fixed = {"svg.hashsalt": "llmfast", "svg.fonttype": "none", "font.family": "sans-serif"}
         style = {"font.size": 10.5 if diagram else 9.5, "axes.spines.top": False, "axes.spines.right": False}
         with matplotlib.rc_context({**fixed, **colors, **style}):
@@ -287,7 +287,7 @@ DIAGRAMS = (draw_row, draw_chunks)
 
 
 def drawn_from(picture: str) -> str:
-    """The digest inside an SVG; empty if there is none."""
+    """Return the digest stored in an SVG, or an empty string if there is none."""
     found = re.search(r"<dc:description>(\w+)</dc:description>", picture)
     return found[1] if found else ""
 

@@ -1,24 +1,81 @@
-"""What all commands do alike: a user's mistake in one line, columns, and no file of anybody else's written over."""
+"""Behaviour shared by all commands: settings as flags, one-line errors, aligned columns, protected files."""
 
+import argparse
+import difflib
+import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 MISTAKE = 2
-"""The exit code of a user's mistake."""
+"""Exit code for a user error."""
 WRITTEN = "written by llmfast"
-"""In the first or last bytes of every file that a command writes where `--out` says."""
-_MARKED = 4096  # how many those are
+"""Marker in the first or last bytes of every file that a command writes to `--out`."""
+_MARKED = 4096  # bytes searched at either end
+_METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", list: "LIST", dict: "TABLE"}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser that suggests options for misspelled ones, and can take each of the trainer's settings as a flag."""
+
+    _settings: Any = None
+    _takes_settings = False
+
+    def take_settings(self) -> None:
+        """Add `--set` and, when this parser is used, a flag per setting: looking them up takes the extra `train`."""
+        self._takes_settings = True
+        self.formatter_class = partial(argparse.HelpFormatter, max_help_position=32)
+        text = "override a setting, as the flags below do; values are TOML, or text where they are not"
+        self.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=text)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self._takes_settings and self._settings is None:
+            self._add_settings()
+        found, unknown = super().parse_known_args(args, namespace)
+        if wrong := [text for text in unknown if text.startswith("--")]:
+            self._refuse(wrong[0].partition("=")[0])
+        return found, unknown
+
+    def _add_settings(self) -> None:
+        try:
+            from llmfast.train.config import SCHEMA
+        except ImportError:  # the command itself reports what is missing
+            return
+        self._settings = SCHEMA
+        self.usage = self.format_usage().removeprefix("usage: ").rstrip() + " [--SECTION.KEY VALUE ...]"
+        groups = {name: self.add_argument_group(name, kind.__doc__) for name, kind in SCHEMA.sections.items()}
+        for name, s in SCHEMA.settings.items():
+            group = groups.get(name.partition(".")[0], self)
+            if f"--{name}" in self._option_string_actions:  # --name, which takes no TOML
+                continue
+            notes = filter(None, (s.values, f"default: {json.dumps(s.default)}"))
+            group.add_argument(
+                f"--{name}",
+                dest="set",
+                action="append",
+                type=partial("{}={}".format, name),
+                metavar=_METAVARS[type(s.default)],
+                help=f"{s.meaning} ({'; '.join(notes)})".replace("%", "%%"),
+            )
+
+    def _refuse(self, option: str) -> NoReturn:
+        known = dict(zip(self._option_string_actions, self._option_string_actions))
+        if self._settings is not None:
+            known |= {f"--{alias}": f"--{name}" for alias, name in self._settings.aliases.items()}
+        near = difflib.get_close_matches(option, known, n=1)
+        self.error(f"unrecognized option {option}" + (f"; did you mean {known[near[0]]}?" if near else ""))
 
 
 def fail(message: str) -> int:
-    """Say it on stderr; returns the exit code."""
-    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # names of files may have line breaks
+    """Print an error in one line on stderr; return the exit code."""
+    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # file names may contain line breaks
     return MISTAKE
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned cells below a head: the first column to the left and those of words; numbers to the right."""
+    """Align cells below a header: the first column and columns of words to the left, numbers to the right."""
     _, *body = rows
     lines = [""] * len(rows)
     for i, cells in enumerate(zip(*rows)):
@@ -32,7 +89,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def expect_replaceable(out: Path) -> None:
-    """FileExistsError where a file is already, unless it is empty or a command wrote it: a name is easily wrong."""
+    """Raise FileExistsError for a file that is not empty and that no command wrote: a name is easily wrong."""
     if not out.is_file() or out.stat().st_size == 0:
         return
     with out.open("rb") as file:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llmfast
-from llmfast._commands import fail
+from llmfast._commands import CommandParser, fail
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
 from llmfast.plan.command import add_arguments as add_plan_arguments
@@ -20,9 +20,7 @@ from llmfast.train.report import run as run_report
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr and code 2."""
-    parser = argparse.ArgumentParser(
-        prog="llmfast", description="Fused losses, optimizers and a thin trainer for LLMs."
-    )
+    parser = CommandParser(prog="llmfast", description="Fused losses, optimizers and a thin trainer for LLMs.")
     parser.add_argument("--version", action="version", version=f"llmfast {llmfast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
@@ -93,11 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated"
-    )
-    parser.add_argument("--name", help="of the run's folder (default: the first free one of demo, demo-2, ...)")
+def _add_settings(parser: CommandParser) -> "argparse._MutuallyExclusiveGroup":
+    parser.take_settings()
+    parser.add_argument("--name", help="name of the run's folder (default: the first free one of demo, demo-2, ...)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="remove the named run first")
     return existing
@@ -112,8 +108,9 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 def _train(args: argparse.Namespace) -> int:
     def run() -> None:
-        from llmfast.train.config import Config, ConfigError, load_config
+        from llmfast.train.config import Config, load_config
         from llmfast.train.run import resumed_config, train
+        from llmfast.train.settings import ConfigError
 
         overrides = _overrides(args)
         if args.resume:
@@ -154,7 +151,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _trained(run: Callable[[], None]) -> int:
     try:
-        from llmfast.train.config import ConfigError
+        from llmfast.train.settings import ConfigError
         from llmfast.train.trainer import NonFinite
     except ImportError as e:
         return _missing(e)

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from llmfast.train.config import Config, _names
+from llmfast.train.config import SCHEMA
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
 DOCS = ROOT / "docs"
@@ -31,7 +31,7 @@ def text_of(page: Path) -> str:
 
 
 def loaded(file: Path) -> ModuleType:
-    """A module of docs/, which is no package."""
+    """Import a module of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"docs_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -94,7 +94,7 @@ def test_public_names_have_docstrings(package: str) -> None:
 
 
 def documented(module: str, name: str) -> bool:
-    """Whether the source has a docstring: `__doc__` of a dataclass or of a constant may be made up by Python."""
+    """Return True if the source has a docstring; Python may generate `__doc__` for dataclasses and constants."""
     where = ROOT.joinpath(*module.split("."))
     if (where / f"{name}.py").exists() and name == "reference":
         return ast.get_docstring(ast.parse((where / f"{name}.py").read_text(encoding="utf-8"))) is not None
@@ -141,7 +141,7 @@ def exists(name: str) -> bool:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    """Where a page names a package, mkdocstrings shows its `__all__`; the build itself looks at what came of it."""
+    """Check package pages; mkdocstrings shows a package's `__all__`, and the build checks the result."""
     pages = "\n".join(map(text_of, (DOCS / "reference").glob("*.md")))
     shown = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
     for package in hooks.PACKAGES:
@@ -153,10 +153,10 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_figures_of_the_limits_are_the_codes() -> None:
-    """What pages say of models and targets is what runs."""
+    """Compare figures of models and targets on the page with the code."""
     from evidence.compiler import TARGETS
     from llmfast import _gpus
-    from llmfast.plan import cost
+    from llmfast.models import cost
 
     page = " ".join((ROOT / "docs" / "limits.md").read_text().split())
     micro = f"{_gpus.LAUNCH * 1e6:g} µs"
@@ -171,11 +171,13 @@ def test_figures_of_the_limits_are_the_codes() -> None:
 def test_settings_are_all_listed() -> None:
     page = hooks.on_page_markdown(text_of(DOCS / "trainer.md"))
     assert hooks.PLACE not in page
-    settings = [name for name in _names(Config(), "") if "." in name]
+    settings = [name for name in SCHEMA.settings if "." in name]
     assert settings
     for name in settings:
         assert f"- `{name} = " in page, name
-    assert "- `optimizer.lr = 0.0015`" in page
+    assert "- `optimizer.lr = 0.0015`: highest learning rate (at least 0)" in page
+    assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
+    assert "### optimizer\n\nAdamW and the schedule of its learning rate.\n\n- `optimizer.lr" in page
 
 
 def test_named_files_exist() -> None:

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its commands exist."""
+"""Tests that the README's Python runs, its commands exist and its figures match the results."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_named_files_exist() -> None:
 
 
 def measured() -> dict[str, list[str]]:
-    """The table of what has been measured: by what, the figures of llmfast, those beside it, and what remakes them."""
+    """Read the table of measurements: each row's first cell maps to the other three."""
     _, _, text = README.partition("## What has been measured")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: lines.index("| | |")][1:]]
@@ -47,7 +47,7 @@ def measured() -> dict[str, list[str]]:
 
 
 def test_measured_figures_are_those_of_the_results() -> None:
-    """Every number that `make bench` makes. Those of `make test`: tests/optim/test_traffic.py counts them."""
+    """Check every number that `make bench` produces; tests/optim/test_traffic.py checks those of `make test`."""
     rows = results("results.json")
 
     def one(section: str, **wanted: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
     errors = {w: ", ".join(short(r["errors"][name]) for name in ("hidden", "weight")) for w, r in loss.items()}
     torch.manual_seed(0)
     exact = torch.randn(1 << 20, dtype=torch.float64)
-    # Of normal numbers; of the gradient itself, whose values are spread otherwise, a little less.
+    # The rounding error of normally distributed numbers; for the gradient itself it is slightly smaller.
     rounding = "1.6e-3"
     assert float((exact.bfloat16() - exact).norm() / exact.norm()) == pytest.approx(float(rounding), abs=1e-4)
 
@@ -80,14 +80,14 @@ def test_measured_figures_are_those_of_the_results() -> None:
     assert "BLOCK=1024," in update["launch"]
     mtp = {row["way"]: row for row in results("mtp.json")}
     sequential = mtp["sequential depths, D = 1"]
-    begin = "linear loss, forward and backward, bfloat16, N=1024, D=256, V=16384: bytes a logit, counted"
+    begin = "linear loss, forward and backward, bfloat16, N=1024, D=256, V=16384: bytes per logit, counted"
     wanted = {
         begin: [
             moved["llmfast"],
             f"torch {moved['torch']}, Liger {moved['Liger']}, cut-cross-entropy {moved['cut-cross-entropy']} but four "
-            "products for three",
+            "products instead of three",
         ],
-        f"... its error in the gradients of hidden states and weight, where rounding to bfloat16 costs {rounding}": [
+        f"... error of the gradients of hidden states and weight (rounding to bfloat16 alone costs {rounding})": [
             errors["llmfast"],
             "; ".join(f"{way} {errors[way]}" for way in ways[1:]),
         ],
@@ -101,9 +101,9 @@ def test_measured_figures_are_those_of_the_results() -> None:
         ],
         "AdamW, float32, for sm_90": [
             f"{update['registers']}, {update['spill_bytes']}, all 16 bytes, "
-            f"{hot['instructions'] / elements:.0f} instructions a parameter", ""
+            f"{hot['instructions'] / elements:.0f} instructions per parameter", ""
         ],
-        "sequential depth at the demo's size: validation loss of the next token; guesses accepted": [
+        "sequential depth at the demo's size: validation loss of the next token; accepted drafts": [
             f"{mean(sequential['validation']):.3f}; {100 * sequential['acceptance'][0]:.0f} %",
             f"without further heads {mean(mtp['next token only']['validation']):.3f}",
         ],
@@ -121,7 +121,7 @@ def results(name: str) -> list[dict[str, Any]]:
 
 
 def kernel(rows: list[dict[str, Any]], name: str, *arguments: str) -> dict[str, Any]:
-    """What is known of the one machine code of a kernel for sm_90 with these arguments."""
+    """Return the facts about the single sm_90 machine code of a kernel with these arguments."""
     found = [
         r for r in rows if r["kernel"] == name and r["target"] == "sm_90" and all(a in r["launch"] for a in arguments)
     ]
@@ -131,5 +131,5 @@ def kernel(rows: list[dict[str, Any]], name: str, *arguments: str) -> dict[str, 
 
 
 def short(x: float) -> str:
-    """1.7e-3"""
+    """Format an error as in "1.7e-3"."""
     return re.sub(r"e-0*", "e-", f"{x:.1e}")

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, next_power_of_2, warps
-from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
+from llmfast_kernels.terms import GROUP, Rows, Softmax, Targets, Terms, Upstream
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -648,20 +648,17 @@ def cross_entropy_backward(
     logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
     targets: Targets,
     terms: Terms,
-    peak: Tensor,  # (N,) f32, of all columns
-    total: Tensor,  # (N,) f32, of all columns
-    d_loss: Tensor,  # (N,) f32
+    softmax: Softmax,  # of all columns
+    upstream: Upstream,
     *,
     V: int | None = None,
-    d_lse: Tensor | None = None,  # (N,) f32
-    entropy: Tensor | None = None,  # (N,) f32, needed with d_entropy
-    d_entropy: Tensor | None = None,  # (N,) f32
     d_logits: Tensor,  # (N, row_width), filled; may be `logits`
 ) -> None:
     """Fill `d_logits` with the gradient of sum(d_loss * loss + d_lse * lse + d_entropy * entropy), padding with 0."""
     N, row_width = logits.shape
     if N == 0:
         return
+    (peak, total, entropy), (d_loss, d_lse, d_entropy) = softmax, upstream
     expect_contiguous(peak=peak, total=total, d_loss=d_loss, d_lse=d_lse, entropy=entropy, d_entropy=d_entropy)
     meta = backward_tile(row_width)
     with device_of(logits):

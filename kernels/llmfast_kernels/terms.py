@@ -60,6 +60,26 @@ class Rows(NamedTuple):
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
 
+    @property
+    def softmax(self) -> "Softmax":
+        return Softmax(self.peak, self.total, self.entropy)
+
+
+class Softmax(NamedTuple):
+    """The part of `Rows` that the backward pass reads."""
+
+    peak: Tensor
+    total: Tensor
+    entropy: Tensor | None = None  # needed only with `Upstream.entropy`
+
+
+class Upstream(NamedTuple):
+    """Gradients of each row's results, all (N,) f32. None stands for zeros."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
 
 def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:
     """Flat, as autograd saves and operators take them: tensors and numbers, for `unpack`."""

@@ -26,7 +26,7 @@ from llmfast.losses.targets import (
     refuse_second_derivative,
     restore,
 )
-from llmfast_kernels.terms import Targets, Terms, pack, unpack
+from llmfast_kernels.terms import Softmax, Targets, Terms, Upstream, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -249,9 +249,9 @@ class _CrossEntropy(torch.autograd.Function):
             return torch.zeros_like(logits), *nothing
         targets, terms = unpack(tensors, ctx.numbers)
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        found = Upstream(per_row(d_loss, inverse, peak), contiguous(d_lse), contiguous(d_entropy))
         ctx.ops.cross_entropy_backward(
-            logits, targets, terms, peak, total, per_row(d_loss, inverse, peak), d_lse=contiguous(d_lse),
-            entropy=entropy, d_entropy=contiguous(d_entropy), d_logits=d_logits,
+            logits, targets, terms, Softmax(peak, total, entropy), found, d_logits=d_logits
         )  # fmt: skip
         if ctx.inplace:
             increment_version(logits)

@@ -42,7 +42,7 @@ from llmfast.losses.targets import (
     reduced,
     refuse_second_derivative,
 )
-from llmfast_kernels.terms import GROUP, Rows, Targets, Terms, pack, unpack
+from llmfast_kernels.terms import GROUP, Rows, Softmax, Targets, Terms, Upstream, pack, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -339,10 +339,10 @@ class Loop:
                     self.ops, logits, targets, self.terms, call.group, V=plan.V, entropy=call.stats, argmax=call.stats
                 )
                 if d_logits is not None and plan.V > 0:
+                    upstream = Upstream(torch.ones_like(part.loss))
                     self.ops.cross_entropy_backward(
-                        logits, targets, self.terms, part.peak, part.total, torch.ones_like(part.loss), V=plan.V,
-                        d_logits=d_logits,
-                    )  # fmt: skip
+                        logits, targets, self.terms, part.softmax, upstream, V=plan.V, d_logits=d_logits
+                    )
                 alive = None
             else:
                 filtered = gradients and call.grad_filter is not None
@@ -363,14 +363,10 @@ class Loop:
     def backward(
         self,
         logits: Tensor | None,
-        peak: Tensor,
-        total: Tensor,
-        d_loss: Tensor,
-        entropy: Tensor | None,
-        d_lse: Tensor | None,
-        d_entropy: Tensor | None,
+        softmax: Softmax,
+        upstream: Upstream,
     ) -> Gradients:
-        """The gradients of sum(d_loss * loss + d_lse * lse + d_entropy * entropy), from `logits` or from new ones."""
+        """Return the gradients that `upstream` becomes, from `logits` or from new ones."""
         plan, call = self.plan, self.call
         made = self._empty_gradients()
         slab = self._slab(plan.N, plan.backward_width) if logits is None else logits
@@ -380,10 +376,8 @@ class Loop:
             block, d_block = (t[:, : plan.padded(width)] for t in (slab, low))
             if logits is None:
                 self._logits(self.hidden, weight, out=block[:, :width])
-            self.ops.cross_entropy_backward(
-                block, call.targets, self.terms.columns(columns), peak, total, d_loss, V=width, d_lse=d_lse,
-                entropy=entropy, d_entropy=d_entropy, d_logits=d_block,
-            )  # fmt: skip
+            terms = self.terms.columns(columns)
+            self.ops.cross_entropy_backward(block, call.targets, terms, softmax, upstream, V=width, d_logits=d_block)
             d_logits = d_block[:, :width]
             if made.hidden is not None:
                 self._product(d_logits, weight, out=made.hidden, add=columns.start > 0)
@@ -544,9 +538,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             used_hidden, used_weight = (hidden, weight) if ctx.cast is None else ctx.cast
             call = replace(call, targets=targets, terms=terms)
             loop = Loop(used_hidden, used_weight, bias, call, plan, ctx.needs[2])
-            d_hidden, d_weight, d_bias = loop.backward(
-                logits, peak, total, per_row(d_loss, inverse, peak), entropy, contiguous(d_lse), contiguous(d_entropy)
-            )
+            given_back = Upstream(per_row(d_loss, inverse, peak), contiguous(d_lse), contiguous(d_entropy))
+            d_hidden, d_weight, d_bias = loop.backward(logits, Softmax(peak, total, entropy), given_back)
             if given is not None:
                 d_weight = None
         return (

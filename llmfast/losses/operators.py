@@ -17,7 +17,7 @@ from llmfast.losses.linear_cross_entropy import Call, Loop
 from llmfast.losses.plain import times
 from llmfast.losses.rows import RowOps, row_ops
 from llmfast.losses.targets import Reduction, RowStats, denominator, per_row, reciprocal, reduced
-from llmfast_kernels.terms import Rows, Targets, Terms, pack, unpack
+from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream, pack, unpack
 
 _TARGETS = "Tensor classes, Tensor? weights, Tensor? token_weights, Tensor? class_weights, Tensor? class_weight_sums"
 _NUMBERS = (
@@ -91,9 +91,9 @@ def _cross_entropy_backward(
     targets, terms = unpack(tensors, numbers)
     logits = _rows_together(logits)
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    upstream = Upstream(d_loss.contiguous(), contiguous(d_lse), contiguous(d_entropy))
     row_ops(logits).cross_entropy_backward(
-        logits, targets, terms, peak, total, d_loss.contiguous(), d_lse=contiguous(d_lse), entropy=entropy,
-        d_entropy=contiguous(d_entropy), d_logits=d_logits,
+        logits, targets, terms, Softmax(peak, total, entropy), upstream, d_logits=d_logits
     )  # fmt: skip
     return d_logits
 
@@ -226,7 +226,9 @@ def _linear_cross_entropy_backward(
     call, (*_, wants) = _call(settings)
     plan = call.plan(hidden, weight, (wants[0], wants[1])).cut("recompute")
     made = Loop(hidden, weight, bias, call, plan, wants[2]).backward(
-        None, peak, total, d_loss.contiguous(), entropy, contiguous(d_lse), contiguous(d_entropy)
+        None,
+        Softmax(peak, total, entropy),
+        Upstream(d_loss.contiguous(), contiguous(d_lse), contiguous(d_entropy)),
     )
     likes = (hidden, weight, bias)
     return tuple(hidden.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in zip(made, likes))

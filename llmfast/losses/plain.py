@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast_kernels.terms import GROUP, Rows, Targets, Terms
+from llmfast_kernels.terms import GROUP, Rows, Softmax, Targets, Terms, Upstream
 
 BLOCK_BYTES = 1 << 20  # a thread: rows are worked through in blocks, so that several passes over one stay in its cache
 
@@ -170,21 +170,18 @@ def cross_entropy_backward(
     logits: Tensor,  # (N, V or more)
     targets: Targets,
     terms: Terms,
-    peak: Tensor,  # (N,)
-    total: Tensor,  # (N,)
-    d_loss: Tensor,  # (N,)
+    softmax: Softmax,
+    upstream: Upstream,
     *,
     V: int | None = None,
-    d_lse: Tensor | None = None,  # (N,)
-    entropy: Tensor | None = None,  # (N,)
-    d_entropy: Tensor | None = None,  # (N,)
     d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
+    (peak, total, entropy), (d_loss, d_lse, d_entropy) = softmax, upstream
     logits, d_logits = logits[:, :V], d_logits[:, :V]
     weights = _Weights(targets, terms, logits.shape[1], peak.dtype)
     mass = weights.mass(everywhere=True)
     log_total = total.log()
-    upstream = d_loss if weights.t is None else d_loss * weights.t
+    d_row = d_loss if weights.t is None else d_loss * weights.t
     for rows, space in _blocks(logits, peak.dtype):
         given = logits[rows]
         x = _logits(given, terms, space)
@@ -203,13 +200,13 @@ def cross_entropy_backward(
             if slope is not None:
                 p *= slope[:, None]
             weights.subtract(p, rows)
-            p *= upstream[rows, None]
+            p *= d_row[rows, None]
         else:
             pulls = torch.zeros_like(p)
             weights.subtract(pulls, rows)
-            factor = upstream[rows] if slope is None else upstream[rows] * slope
+            factor = d_row[rows] if slope is None else d_row[rows] * slope
             p *= (factor + d_lse[rows])[:, None]
-            p += pulls * upstream[rows, None]
+            p += pulls * d_row[rows, None]
         if extra is not None:
             p += extra
         _through(p, x, terms)

@@ -9,8 +9,9 @@ Nothing here measures: losses are those of published runs or of one's own, times
 memory is counted from shapes.
 """
 
+from llmfast.models.cost import ParameterCount, StepCost, count_parameters, step_flops
+from llmfast.models.memory import PRECISIONS, MemoryEstimate, Precision, activation_bytes, estimate_memory
 from llmfast.optim.scaling import scale_lr
-from llmfast.plan.cost import ParameterCount, StepCost, count_parameters, step_flops
 from llmfast.plan.fit import Fit, fit_chinchilla, fit_power
 from llmfast.plan.laws import (
     BESIROGLU,
@@ -32,7 +33,6 @@ from llmfast.plan.laws import (
     kaplan_optimal,
     training_flops,
 )
-from llmfast.plan.memory import PRECISIONS, MemoryEstimate, Precision, activation_bytes, estimate_memory
 from llmfast.plan.picture import plot_chinchilla, plot_power
 from llmfast.plan.runs import Run, model_config, read_run
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmfast._checks import expect
-from llmfast._commands import columns, expect_replaceable, fail
+from llmfast._commands import CommandParser, columns, expect_replaceable, fail
 from llmfast._gpus import Gpu
-from llmfast.models import DecoderConfig
+from llmfast._units import duration, in_bytes, number, parse_bytes, short
+from llmfast.models import DecoderConfig, cost, memory
 from llmfast.optim.scaling import scale_lr
-from llmfast.plan import cost, laws, memory
+from llmfast.plan import laws
 from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
 from llmfast.plan.laws import Allocation, ChinchillaLaw, PowerLaw
-from llmfast.plan.numbers import duration, in_bytes, number, short
 from llmfast.plan.picture import expect_format, plot_chinchilla, plot_power
 from llmfast.plan.runs import Run, model_config, read_run
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gpu(parser, "also say how long the FLOPs take there")
     parser.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="of them (default: 1)")
 
-    topics = parser.add_subparsers(dest="topic", metavar="")
+    topics = parser.add_subparsers(dest="topic", metavar="", parser_class=CommandParser)
     fit = topics.add_parser(
         "fit",
         help="a scaling law of finished runs",
@@ -63,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loss, for each way to keep parameters; and the modelled time of a step.",
     )
     need.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
-    need.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated"
-    )
+    need.take_settings()
     _add_gpu(need, "whether it fits there, and how long a step takes", again=True)
     need.add_argument("--gpu-memory", metavar="SIZE", help="in place of --gpu's, e.g. 24GiB")
 
@@ -267,20 +265,9 @@ def _written(args: argparse.Namespace) -> list[str]:
 # A configuration.
 
 
-def estimate_run(config: "Config", model: DecoderConfig, have: int | None = None) -> memory.MemoryEstimate:
-    """What a run with these settings holds on a GPU of `have` bytes."""
-    from llmfast.train.config import STATE_DTYPES
-
-    t, o = config.train, config.optimizer
-    mine = memory.Precision(
-        "as set", getattr(torch, t.param_dtype), o.master_weights or None,  # type: ignore[arg-type]
-        STATE_DTYPES[o.state_dtype],
-    )  # fmt: skip
-    return _estimate(config, model, mine, have)
-
-
 def _memory(args: argparse.Namespace) -> list[str]:
     from llmfast.train.config import load_config
+    from llmfast.train.estimate import estimate_run, micro_batches
 
     config = load_config(args.config, args.set)
     try:
@@ -288,9 +275,9 @@ def _memory(args: argparse.Namespace) -> list[str]:
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
     t, seq_len, have = config.train, config.data.seq_len, _memory_there(args)
-    rows, parts = _micro_batches(config)
+    rows, parts = micro_batches(config)
     count = cost.count_parameters(model)
-    estimate = estimate_run(config, model, have)
+    estimate = estimate_run(config, model, gpu_memory=have)
     matrices = "float32" if t.dtype == "float32" and t.param_dtype == "float32" else "bfloat16"
     sizes = [
         (f"parameters, {t.param_dtype}", estimate.parameters),
@@ -319,38 +306,15 @@ def _memory(args: argparse.Namespace) -> list[str]:
     ]
     table: list[Sequence[str]] = [("", "parameters", "gradients", "AdamW", "activations", "at most", "")]
     for p in memory.PRECISIONS:
-        e = _estimate(config, model, p, have)
+        e = estimate_run(config, model, precision=p, gpu_memory=have)
         kinds = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
         table.append((p.name, *(in_bytes(size) for size in kinds), _judged(e.peak, have)))
     return [*lines, *_table(table), "", *_step_lines(config, model, args)]
 
 
-def _micro_batches(config: "Config") -> tuple[int, int]:
-    """Rows of a micro-batch, and micro-batches of a step, on one GPU."""
-    t = config.train
-    rows = t.micro_batch_size or t.batch_size
-    expect(
-        t.batch_size % rows == 0, f"train.batch_size={t.batch_size} does not divide into micro-batches of {rows} rows"
-    )
-    return rows, t.batch_size // rows
-
-
-def _estimate(
-    config: "Config", model: DecoderConfig, precision: memory.Precision, have: int | None
-) -> memory.MemoryEstimate:
-    t = config.train
-    rows, parts = _micro_batches(config)
-    return memory.estimate_memory(
-        model, batch_size=rows, seq_len=config.data.seq_len, accumulate=parts, precision=precision,
-        autocast=t.dtype != "float32" and precision.parameters == torch.float32,
-        checkpoint_activations=t.checkpoint_activations, in_backward=config.optimizer.in_backward,
-        gpu_memory=have or 80 * memory.GB,
-    )  # fmt: skip
-
-
 def _memory_there(args: argparse.Namespace) -> int | None:
     if args.gpu_memory is not None:
-        return memory.parse_bytes(args.gpu_memory)
+        return parse_bytes(args.gpu_memory)
     return None if args.gpu is None else memory.memory_of(args.gpu)
 
 

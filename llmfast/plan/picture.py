@@ -8,9 +8,9 @@ import numpy as np
 
 from llmfast._checks import expect
 from llmfast._commands import WRITTEN
+from llmfast._units import short
 from llmfast.plan.fit import Fit, distinct
 from llmfast.plan.laws import ChinchillaLaw, PowerLaw
-from llmfast.plan.numbers import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,13 +1,13 @@
 """Finished runs of `llmfast train` as points to fit a scaling law to."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfast._checks import expect
 from llmfast.data import ByteTokenizer, load_tokenizer
 from llmfast.models import DecoderConfig
-from llmfast.plan.cost import count_parameters
+from llmfast.models.cost import count_parameters
 
 if TYPE_CHECKING:
     from llmfast.train.config import Config
@@ -72,6 +72,8 @@ def model_config(config: "Config", tokenizer: Path | None = None) -> DecoderConf
         ValueError: the settings make no model, or the file is no tokenizer.
         OSError: the settings name a tokenizer that cannot be read.
     """
+    from llmfast.train.config import decoder_config
+
     if tokenizer is not None and tokenizer.exists():
         vocab_size = load_tokenizer(tokenizer).vocab_size
     elif config.data.tokenizer == "bytes":
@@ -80,4 +82,4 @@ def model_config(config: "Config", tokenizer: Path | None = None) -> DecoderConf
         vocab_size = config.data.vocab_size
     else:
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    return DecoderConfig(vocab_size, **asdict(config.model))
+    return decoder_config(config, vocab_size)

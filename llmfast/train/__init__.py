@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmfast.train.config import Config, ConfigError, load_config
+    from llmfast.train.config import Config, load_config
     from llmfast.train.continued import continued_config
     from llmfast.train.objective import FurtherTokens, NextToken, Objective
     from llmfast.train.parallel import World
     from llmfast.train.run import train
+    from llmfast.train.settings import ConfigError
     from llmfast.train.trainer import Hooks, Trainer
 
 __all__ = [
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Config", "ConfigError", "load_config"), "config"),
+    **dict.fromkeys(("Config", "load_config"), "config"),
+    "ConfigError": "settings",
     **dict.fromkeys(("FurtherTokens", "NextToken", "Objective"), "objective"),
     **dict.fromkeys(("Hooks", "Trainer"), "trainer"),
     "World": "parallel",

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import distribute_tensor
 
+from llmfast._units import in_bytes
 from llmfast.optim import FusedOptimizer, formats
 from llmfast.optim.row import is_dtensor
 from llmfast.train.durable import sync
@@ -212,7 +213,7 @@ class Checkpoints:
                 shutil.rmtree(stale, ignore_errors=True)
             free = shutil.disk_usage(self.run).free
             if free < 1.05 * needed:
-                raise OSError(f"it takes about {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
+                raise OSError(f"it takes about {in_bytes(needed)}, and {in_bytes(free)} are free")
             _partial(final).mkdir()
         except OSError as e:
             return f"{final.name} cannot be written to {self.run}: {e}; {self.last_good()}"

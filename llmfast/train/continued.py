@@ -1,11 +1,13 @@
-"""Continued pretraining: a trained model goes on with new text, and what it knew is replayed and measured."""
+"""Continued pretraining: a trained model learns new text, while the old text is replayed and validated."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmfast.data.dataset import source_name
 from llmfast.data.mixture import continued_weights
-from llmfast.train.config import Config, ConfigError, load_config
+from llmfast.data.split import Split
+from llmfast.train.config import Config, load_config
+from llmfast.train.settings import ConfigError
 
 
 def continued_config(
@@ -19,24 +21,25 @@ def continued_config(
     replay: bool = True,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """Settings that go on from a run's last weights: its model, tokenizer and optimizer, and new text.
+    """Make settings that continue from a run's last weights: its model, tokenizer and optimizer, and new text.
 
-    The learning rate warms up and decays anew. Validation is by source, of the old ones too, before the first step and
-    after the last: what was forgotten is in the closing table.
+    The learning rate warms up and decays again. Every source is validated on its own, also the old ones, before the
+    first step and after the last; the closing table shows what was forgotten.
 
     Args:
         run: the folder of a run.
         target: sources of new text, as in `data.sources`.
-        general: sources to replay; none: those that the run was trained on.
+        general: sources to replay; by default those that the run was trained on.
         start, end, floor, replay: as in `continued_weights`.
-        overrides: `section.key=value`, over all that.
+        overrides: `section.key=value`, applied last.
 
     Raises:
         ConfigError: the run has no settings, or an argument or override is wrong.
     """
     config = load_config(run / "config.toml")
     # Runs that do not say how they were split held out whole documents.
-    split = {source_name(source)[0]: "documents" for source in config.data.sources} | config.data.split
+    split: dict[str, Split] = dict.fromkeys((source_name(source)[0] for source in config.data.sources), "documents")
+    split |= config.data.split
     general = list(general) or [source for source in config.data.sources if source not in target]
     config.name, config.runs = "", str(run.parent)
     config.data.sources = [*target, *general]

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from llmfast.train.config import Config, ConfigError
+from llmfast.train.config import Config
+from llmfast.train.settings import ConfigError
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from llmfast._gpus import named
+from llmfast._units import in_bytes
 from llmfast.data import (
     FIM,
     Batch,
@@ -31,28 +32,29 @@ from llmfast.data import (
     prepare,
     unigram_entropy,
 )
-from llmfast.models import Decoder, DecoderConfig
+from llmfast.models import Decoder
+from llmfast.models.cost import step_flops
 from llmfast.mtp import speculative_generate
 from llmfast.optim import FusedAdamW, optimizer_in_backward
-from llmfast.plan.command import estimate_run
-from llmfast.plan.cost import step_flops
 from llmfast.train.checkpoint import load_weights, whole_weights
 from llmfast.train.config import (
     STATE_DTYPES,
     Config,
-    ConfigError,
     DataConfig,
     config_of,
+    decoder_config,
     dump_config,
     expect_resumable,
     expect_same_weights,
     load_config,
 )
 from llmfast.train.durable import write_whole
+from llmfast.train.estimate import estimate_run
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.parallel import World
 from llmfast.train.schedule import head_weights_at
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer, micro_batch_size
 
 ACCEPTANCE_PROMPTS = 2  # of each source
@@ -119,8 +121,8 @@ def train(
         if isinstance(packed, BestFitRows):
             say(console, f"{name}: {packed}")
     if dry_run:
-        peak = estimate_run(config, model.config).peak / 2**20
-        say(console, f"about {peak:,.0f} MiB on a GPU, by `llmfast plan memory`; nothing was trained")
+        peak = in_bytes(estimate_run(config, model.config).peak)
+        say(console, f"about {peak} on a GPU, by `llmfast plan memory`; nothing was trained")
         world.leave()
         return run
     order = Mixed(data, mixture)
@@ -214,7 +216,7 @@ def _report(
             *(_changes(lines) if t.init_from else []),
             *guesses,
             ("tokens a second", f"{speed:,.0f}" if trainer.seconds else "-"),
-            ("peak memory", f"{peak_memory_bytes(trainer.device) / 2**20:,.0f} MiB"),
+            ("peak memory", in_bytes(peak_memory_bytes(trainer.device))),
             ("steps skipped", f"{trainer.skipped}"),
             ("in the run folder", ", ".join(sorted(p.name for p in run.iterdir()))),
         ],
@@ -447,7 +449,7 @@ def _prepare(config: Config, tokenizer: str, say: Callable[[str], None]) -> Data
 
 def _model(config: Config, tokenizer: Tokenizer) -> Decoder:
     try:
-        return Decoder(DecoderConfig(tokenizer.vocab_size, **asdict(config.model)))
+        return Decoder(decoder_config(config, tokenizer.vocab_size))
     except ValueError as e:
         raise ConfigError(f"model: {e}") from e
 

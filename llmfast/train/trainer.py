@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from llmfast.optim import FusedOptimizer
 from llmfast.train.batch import on_device
 from llmfast.train.checkpoint import Checkpoints, settings_of
-from llmfast.train.config import Config, ConfigError
+from llmfast.train.config import Config
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
 from llmfast.train.parallel import World, clip_grad_norm_, prepare_blocks, spread, syncing
 from llmfast.train.schedule import lr_of_step
+from llmfast.train.settings import ConfigError
 from llmfast.train.vocab_parallel import OfAllRanks, split_unembedding
 
 SPIKE = 6.0  # standard deviations of the last lines' losses that a line's loss may be above their mean

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from llmfast.train.batch import map_tensors
-from llmfast.train.config import ConfigError
 from llmfast.train.objective import Objective, Sums
+from llmfast.train.settings import ConfigError
 
 
 def split_unembedding(model: nn.Module, mesh: DeviceMesh) -> str:

@@ -94,7 +94,7 @@ def test_its_pictures_are_there_and_reproducible(folder: Path) -> None:
 
 
 def test_the_page_in_the_repository_is_of_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure on it: the page is made again."""
+    """Generate the page again and compare every figure."""
     folder = Path(report.__file__).parent / "results"
     for name in ("results.json", "mtp.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -117,4 +117,4 @@ def test_results_are_data_a_line_a_row(folder: Path) -> None:
 def test_a_page_of_a_part_of_the_suite(tmp_path: Path) -> None:
     report.write(tmp_path, [row for row in rows() if row["section"] == "clock"])
     page = (tmp_path / "README.md").read_text()
-    assert "By the clock" in page and "Machine code" not in page and ".svg" not in page
+    assert "Measured time" in page and "Machine code" not in page and ".svg" not in page

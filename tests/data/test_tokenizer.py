@@ -193,6 +193,21 @@ def test_a_file_by_others(bpe: BPETokenizer, tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "no_eot.json")
 
 
+def test_ids_may_have_gaps(bpe: BPETokenizer, tmp_path: Path) -> None:
+    """`vocab_size` is the size an embedding needs, one more than the highest id, not the number of ids."""
+    bpe.save(tmp_path / "gaps.json")
+    content = json.loads((tmp_path / "gaps.json").read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    vocabulary[last] = 999
+    (tmp_path / "gaps.json").write_text(json.dumps(content), "utf-8")
+    gaps = load_tokenizer(tmp_path / "gaps.json")
+    assert (gaps.vocab_size, bpe.vocab_size) == (1000, 600)
+    assert gaps.decode([999]) == bpe.decode([599])
+    for text in (*TEXTS, *ODD):
+        check_round_trip(gaps, text)
+
+
 LONG = {
     "one letter": "a" * 2_000_000,
     "letters": "".join(np.random.default_rng(0).choice(list("acgt"), 200_000)),
@@ -205,7 +220,7 @@ LONG = {
 
 
 def words_of(tokenizer: BPETokenizer, text: str) -> list[str]:
-    """As they are handed to BPE, a character for a byte."""
+    """Return the words passed to BPE, with one character per byte."""
     return [word for word, _ in tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)]
 
 

@@ -1,4 +1,4 @@
-"""Which launches are of one kind: those for which Triton would use one binary."""
+"""Tests of which launches are of the same kind: those for which Triton would use one binary."""
 
 import pytest
 import torch
@@ -15,6 +15,12 @@ from evidence.launches import _encode
         ([2**31 + 16, 2**40], 2**40 + 16),
         ([2**31 + 1], 2**40 + 3),
         ([2**63 + 16], 2**63 + 16),
+        # The first and the last of 32 bits and of 64, and those beside them.
+        ([-(2**31)], 16),
+        ([2**31 - 1], 3),
+        ([2**31], 2**40 + 16),
+        ([-(2**31) - 1, 2**63 - 1], 2**40 + 3),
+        ([2**63], 2**63 + 16),
         ([True], True),
         ([None], None),
         ([1.5, 0.0], 0.5),

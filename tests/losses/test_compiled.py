@@ -93,6 +93,26 @@ def test_upstream_gradients_of_any_layout(path: str, budget: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"num_valid": torch.zeros(())}, {"token_weights": torch.zeros(40)}])
+def test_a_mean_divided_by_nothing_has_gradients_of_zero(path: str, options: dict[str, Any]) -> None:
+    """As outside: here rows have losses, and yet there is nothing to divide their sum by."""
+    hidden, weight, targets = tensors()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+
+    def from_logits(x: Tensor) -> Tensor:
+        return cross_entropy(x, targets, **options)
+
+    def linear(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, targets, **options)
+
+    for loss, leaves in ((from_logits, [logits]), (linear, [hidden, weight])):
+        torch._dynamo.reset()
+        for way in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+            value, *gradients = outcome(way, *leaves)
+            assert not value.isfinite()
+            assert all(gradient.eq(0).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("budget", ["auto", 20000])
 def test_a_gradient_is_accumulated_as_it_is_outside(path: str, budget: Any) -> None:
     """The graph breaks there; nothing else is different."""

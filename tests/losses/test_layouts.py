@@ -188,7 +188,7 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
     from llmfast_kernels import cross_entropy as rows
     from llmfast_kernels.filtered_matmul import filtered_matmul
     from llmfast_kernels.scale import scale
-    from llmfast_kernels.terms import Targets, Terms
+    from llmfast_kernels.terms import Softmax, Targets, Terms, Upstream
 
     y = Targets(torch.zeros(4, 1, dtype=torch.int64))
     z, half, one = torch.randn(4, V), strided(torch.ones(V)), strided(torch.ones(4))
@@ -201,9 +201,10 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
     with pytest.raises(ValueError, match="logits must have stride 1 along V"):
         rows.cross_entropy(transposed(z), y, Terms(V))
     for name in ("peak", "total", "d_loss", "d_lse", "entropy", "d_entropy"):
-        given: dict[str, Any] = {n: good for n in ("peak", "total", "d_loss")} | {name: one}
+        given = {n: good for n in ("peak", "total", "entropy", "d_loss", "d_lse", "d_entropy")} | {name: one}
+        softmax, upstream = Softmax(*list(given.values())[:3]), Upstream(*list(given.values())[3:])
         with pytest.raises(ValueError, match=f"{name} must be contiguous"):
-            rows.cross_entropy_backward(z, y, Terms(V), **given, d_logits=torch.empty_like(z))
+            rows.cross_entropy_backward(z, y, Terms(V), softmax, upstream, d_logits=torch.empty_like(z))
     with pytest.raises(ValueError, match="out must be contiguous"):
         scale(z, torch.tensor(2.0), out=transposed(z))
     with pytest.raises(ValueError, match="b must have stride 1 along its rows"):

@@ -1,5 +1,6 @@
 """How the linear loss is cut: modes that agree, what they hold, what they skip, and what the plan says of it."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -79,6 +80,16 @@ def test_a_plan_for_a_gpu_can_be_asked_for_without_one() -> None:
     assert plan.budget == 1 << 30 and plan.mode == "chunk"
 
 
+@pytest.mark.parametrize(("gib", "budget"), [(80, 1 << 30), (10, 1 << 30), (8, (8 << 30) // 10)])
+def test_the_default_budget_is_at_most_a_tenth_of_a_gpus_memory(
+    gib: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30))
+    assert LinearCrossEntropyPlan.make(16384, 4096, 128256).budget == budget
+    assert LinearCrossEntropyPlan.make(16384, 4096, 128256, device="cpu").budget == 64 << 20
+
+
 def test_the_plan_prints_what_the_other_modes_cost() -> None:
     plan = LinearCrossEntropyPlan.make(16384, 4096, 128256, memory_budget=1 << 30)
     text = str(plan)
@@ -121,6 +132,17 @@ def test_peak_memory_is_what_the_plan_says(
         total = counts.total()
         assert total.dram == pytest.approx(plan.hbm_bytes, rel=0.05)
         assert total.dot_flops.total() == plan.flops
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slab_of_all_classes_is_as_wide_in_backward_as_in_forward(mode: str) -> None:
+    """Rows of any number of classes start at multiples of 128 bytes, for accesses of 16."""
+    plan = LinearCrossEntropyPlan.make(64, 32, 301, mode=cast(Any, mode), memory_budget=1 << 20)
+    assert plan.columns == 301 and plan.row_width == plan.backward_width == 320
+    assert plan.slab_bytes == 64 * 320 * 2
+    parts = LinearCrossEntropyPlan.make(64, 32, 301, mode="recompute", memory_budget=64 * 128 * 2)
+    assert [part.stop - part.start for part in parts.column_slabs()] == [128, 128, 45]
+    assert parts.backward_width == 128
 
 
 @pytest.mark.parametrize("shape", ["hidden states", "weight", "logits"])
@@ -261,6 +283,15 @@ def test_gradient_filter_drops_blocks_below_the_threshold(path: str) -> None:
         torch.testing.assert_close(a.double(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) -> None:
+    """Of four equal logits the target's gradient is -3/4, in a block of its own, and those of the others 1/4."""
+    hidden, weight, bias = torch.ones(1, 8), torch.zeros(256, 8, requires_grad=True), torch.full((256,), -1e4)
+    bias[[0, 1, 2, 128]] = 0.0
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([128]), bias=bias, reduction="sum", grad_filter=0.75)
+    (found,) = torch.autograd.grad(loss, weight)
+    assert found[128].eq(-0.75).all() and found[:128].eq(0).all()
+
+
 def test_gradient_filter_is_refused_where_it_cannot_work() -> None:
     hidden, weight, targets = tensors()
     with pytest.raises(ValueError, match="grad_filter needs reduction"):
@@ -275,6 +306,11 @@ def test_modules_are_torchs(path: str) -> None:
         torch.testing.assert_close(
             CrossEntropyLoss(**options)(logits, targets), torch.nn.CrossEntropyLoss(**options)(logits, targets)
         )
+    x = torch.randn(4, 6)
+    for given, ignored in ((None, -100), (0, 0), (3, 3)):
+        linear, y = LinearCrossEntropyLoss(6, 9, ignore_index=given), torch.tensor([0, 3, ignored, 8])
+        truth = torch.nn.functional.cross_entropy(linear.linear(x), y, ignore_index=ignored)
+        torch.testing.assert_close(linear(x, y), truth)
     if not hasattr(torch.nn, "LinearCrossEntropyLoss"):  # torch 2.13
         return
     theirs = torch.nn.LinearCrossEntropyLoss(6, 9, bias=True, label_smoothing=0.1)

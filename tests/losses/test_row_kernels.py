@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels.scale import scale
-from llmfast_kernels.terms import Rows, Targets, Terms
+from llmfast_kernels.terms import Rows, Targets, Terms, Upstream
 from support.numerics import assert_no_worse
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -26,7 +26,7 @@ def forward(logits: Tensor, targets: Tensor, V: int, **more: Any) -> Rows:
 
 
 def backward(logits: Tensor, targets: Tensor, made: Rows, d_loss: Tensor, V: int, **more: Any) -> None:
-    rows.cross_entropy_backward(logits, one_each(targets), Terms(V), made.peak, made.total, d_loss, V=V, **more)
+    rows.cross_entropy_backward(logits, one_each(targets), Terms(V), made.softmax, Upstream(d_loss), V=V, **more)
 
 
 def padded(N: int, V: int, width: int, dtype: torch.dtype) -> Tensor:

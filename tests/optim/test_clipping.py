@@ -65,6 +65,45 @@ def test_one_norm_over_all_groups_and_dtypes(path: str) -> None:
     assert optimizer.grad_norm.item() == pytest.approx(before, rel=1e-6)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_one_buffer_are_measured_wherever_they_begin(path: str, dtype: torch.dtype, offset: int) -> None:
+    """As DistributedDataParallel lays them: not every one begins at a multiple of 16 bytes."""
+    params = [torch.zeros(5000, dtype=dtype, requires_grad=True), torch.zeros(3001, dtype=dtype, requires_grad=True)]
+    buffer = torch.cat([torch.full((offset,), 1e3), torch.randn(8001), torch.full((16,), 1e3)]).to(dtype)
+    optimizer = FusedSGD(params, lr=1.0, max_grad_norm=math.inf)
+    params[0].grad, params[1].grad = buffer[offset : offset + 5000], buffer[offset + 5000 : offset + 8001]
+    optimizer.step()
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.item() == pytest.approx(norm(params), rel=1e-6)
+    for p in params:
+        torch.testing.assert_close(p, -p.grad)
+
+
+def test_the_norm_of_a_sparse_gradient_is_that_of_its_sums(path: str) -> None:
+    """An index may be there twice: the gradient of that row is the sum of both."""
+    p = torch.zeros(5, 2, requires_grad=True)
+    optimizer = FusedAdagrad([p], max_grad_norm=math.inf)
+    p.grad = torch.sparse_coo_tensor(
+        [[1, 3, 1]], torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0]]), (5, 2), check_invariants=True
+    )
+    assert not p.grad.is_coalesced()
+    optimizer.step()
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.item() == 5.0
+
+
+@pytest.mark.parametrize("master", [None, "split16"])
+@pytest.mark.parametrize(("found_inf", "odd"), [(1.0, 1.0), (0.0, math.inf), (1.0, math.inf), (0.0, 1.0)])
+def test_found_inf_and_the_norm_each_skip_a_step(path: str, master: Any, found_inf: float, odd: float) -> None:
+    p = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    optimizer: Any = FusedAdamW([p], lr=0.5, max_grad_norm=1.0, master_weights=master)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found_inf)
+    p.grad = torch.tensor([1.0, odd, 1.0, 1.0], dtype=torch.bfloat16)
+    optimizer.step()
+    moves = found_inf == 0 and math.isfinite(odd)
+    assert bool((p != 1).all() if moves else (p == 1).all())
+    assert optimizer.state[p]["step"].item() == moves
+
+
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(path: str, odd: float) -> None:
     params = parameters()

@@ -148,6 +148,11 @@ def test_the_largest_rate_can_be_given_to_a_group(path: str) -> None:
     torchs = torch.optim.AdamW([p], lr=0.5)
     optimizer.load_state_dict(torchs.state_dict())  # knows nothing of it
     assert optimizer.param_groups[0]["lr_max"] == 1.0
+    other = FusedAdamW([p], lr=0.25, decay="relative")
+    other.load_state_dict(optimizer.state_dict())  # which does, and is the run that goes on
+    assert other.param_groups[0]["lr_max"] == 1.0
+    torchs.load_state_dict(optimizer.torch_state_dict())  # torch would keep a key that it does not know
+    assert torchs.param_groups[0].keys() == torch.optim.AdamW([p]).param_groups[0].keys()
 
 
 def test_refuses_other_decay() -> None:

@@ -201,9 +201,12 @@ def test_codes_are_as_near_as_their_grid(signed: bool) -> None:
 def test_what_has_no_sign_never_becomes_zero(signed: bool) -> None:
     x = torch.full((256,), 1e-20)
     x[0], x[5] = 1.0, 0.0
-    back = formats.decoded(*formats.encoded(x, bits(256), signed))
-    assert back[5] == 0 and back[0] == 1
-    assert (back[1:5] == 0).all() if signed else (back[1:5] > 0).all()
+    code, scale = formats.encoded(x, bits(256), signed)
+    out = torch.empty_like(code), torch.empty_like(scale), torch.empty_like(x)
+    code_kernel[(1,)](x, bits(256), *out, BLOCK=256, SIGNED=signed)
+    for back in (formats.decoded(code, scale), out[2]):
+        assert back[5] == 0 and back[0] == 1
+        assert (back[1:5] == 0).all() if signed else (back[1:5] > 0).all()
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -158,15 +158,18 @@ def test_every_parameter_counts_its_own_steps(path: str, case: Case) -> None:
 @pytest.mark.parametrize("sizes", [[5000, 0], [0, 3, 0], [0]], ids=str)
 def test_empty_tensors_hide_no_others(path: str, case: Case, sizes: list[int]) -> None:
     # apex drops the pending launch if the last tensor is empty; pytorch#100701, TransformerEngine#3202.
-    def run(make: Any) -> Tensor:
+    # They count their steps too.
+    def run(make: Any) -> tuple[Tensor, Any]:
         params = [torch.ones(size, requires_grad=True) for size in sizes]
         optimizer = make(params)
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        return values(params)
+        return values(params), optimizer
 
-    torch.testing.assert_close(run(case.make_ours), run(case.make_exact))
+    found, optimizer = run(case.make_ours)
+    torch.testing.assert_close(found, run(case.make_exact)[0])
+    assert [state["step"].item() for state in optimizer.state.values()] == [1.0] * len(sizes)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)

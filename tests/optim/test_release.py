@@ -113,6 +113,7 @@ def test_parameters_that_come_later_are_stepped_like_the_others(path: str, late:
         optimizer: Any = (FusedAdamW if ours else torch.optim.AdamW)(params, lr=1e-2)
         if ours:
             optimizer_in_backward(net, optimizer)
+            assert not any(p.requires_grad for p in layer)
         for step in range(6):
             for p in layer:
                 p.requires_grad_(step >= 2 and not (late == "frozen again" and step == 4))
@@ -127,6 +128,15 @@ def test_parameters_that_come_later_are_stepped_like_the_others(path: str, late:
 
     for (name, p), q in zip(trained(True).named_parameters(), trained(False).parameters()):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_gradient_that_no_backward_made_is_stepped(path: str) -> None:
+    net = nn.ParameterList([torch.ones(3), torch.ones(3)])
+    optimizer = FusedSGD(net.parameters(), lr=0.25)
+    optimizer_in_backward(net, optimizer)
+    net[0].grad = torch.ones(3)
+    optimizer.step()
+    assert net[0].tolist() == [0.75] * 3 and net[1].tolist() == [1.0] * 3
 
 
 def test_a_parameter_taken_out_of_its_group_is_left_alone(path: str) -> None:

@@ -83,10 +83,11 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_state_is_named_and_typed_as_in_torch(path: str, case: Case) -> None:
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_state_is_named_and_typed_as_in_torch(path: str, case: Case, steps: int) -> None:
     ours, theirs = case.make_ours(some_parameters()), case.make_exact(some_parameters())
-    train(ours)
-    train(theirs)
+    train(ours, steps)
+    train(theirs, steps)
     saved, other = ours.state_dict(), theirs.state_dict()
     assert saved["param_groups"][0].keys() == other["param_groups"][0].keys()
     assert saved["state"].keys() == other["state"].keys()

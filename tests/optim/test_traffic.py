@@ -106,7 +106,7 @@ def test_torchs_own_ways_move_more() -> None:
 
 
 def test_the_readme_has_these_figures() -> None:
-    """1 M parameters in 200 tensors."""
+    """Count a step on 1 M parameters in 200 tensors, as in the README table."""
     stochastic = {"master_weights": "stochastic", "state_dtype": BF16}
     counts = [
         step_of(FusedAdamW, dtype, options)
@@ -116,7 +116,7 @@ def test_the_readme_has_these_figures() -> None:
     (launches,) = {count.total("triton").calls for count in counts}
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     begin = (
-        f"| AdamW, float32, {NUMEL / 1e6:.0f} M parameters in {TENSORS} tensors: bytes a parameter, counted; launches |"
+        f"AdamW, float32, {NUMEL / 1e6:.0f} M parameters in {TENSORS} tensors: bytes per parameter, counted; launches"
     )
-    assert f"\n{begin} {plain}; {launches} | torch's `foreach` more than 2.5 times as many |" in text
+    assert f"\n| {begin} | {plain}; {launches} | torch's `foreach` more than 2.5 times as many bytes |" in text
     assert f"\n| ... bfloat16 with stochastic rounding and bfloat16 moments; 8-bit moments | {low}; {coded} |" in text

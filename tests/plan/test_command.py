@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llmfast._commands import columns
+from llmfast._units import duration, number, short
 from llmfast.plan import BESIROGLU, ChinchillaLaw
 from llmfast.plan.command import add_arguments, run
-from llmfast.plan.numbers import duration, number, short
 from support import gpus
 
 MakeRun = Callable[..., Path]

@@ -1,11 +1,14 @@
 """Settings: where they come from, and what is said about wrong ones."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from llmfast.train.config import ELSEWHERE, Config, ConfigError, _names, dump_config, load_config
+from llmfast.train.config import SCHEMA, Config, dump_config, load_config
 from llmfast.train.metrics import read_metrics
+from llmfast.train.settings import ConfigError
 
 
 def test_file_then_overrides(tmp_path: Path) -> None:
@@ -45,15 +48,15 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
         ("=3", "expected section.key=value"),
         ("train.steps=0", "train.steps must be at least 1; got 0"),
         ("optimizer.lr=-1.0", "optimizer.lr must be at least 0; got -1.0"),
-        ("optimizer.lr=nan", "optimizer.lr must be at least 0; got nan"),
+        ("optimizer.lr=nan", "optimizer.lr must be finite and at least 0; got nan"),
         ("optimizer.beta2=1.0", "optimizer.beta2 must be in [0, 1); got 1.0"),
         (
             "optimizer.schedule=cosin",
             "optimizer.schedule must be one of 'cosine', 'linear', 'wsd', 'constant'; got 'cosin'",
         ),
         ("train.dtype=int8", "train.dtype must be one of 'auto', 'float32', 'bfloat16'; got 'int8'"),
-        ("data.sources=[]", "data.sources must name at least one source"),
-        ("data.held_out=0.0", "data.held_out must be between 0 and 1; got 0.0"),
+        ("data.sources=[]", "data.sources must have at least 1 item(s); got []"),
+        ("data.held_out=0.0", "data.held_out must be in (0, 1); got 0.0"),
         ("data.split={a='ends'}", "data.split.a must be one of 'documents', 'end'; got 'ends'"),
         ("train.vocab_parallel=true", "train.vocab_parallel needs model.tie_embeddings=false"),
         ("name=../x", "name must be a folder name; got '../x'"),
@@ -65,12 +68,69 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        *[("data.seq_len", 2), ("train.steps", 1), ("train.batch_size", 1), ("train.micro_batch_size", 0)],
+        *[("train.keep_last", 1), ("train.keep_every", 0), ("train.max_skipped", 0), ("train.shard_size", 0)],
+        *[("train.eval_every", 1), ("train.eval_rows", 1), ("train.log_every", 1), ("train.save_every", 1)],
+        *[("train.sample_tokens", 0), ("train.seed", 0), ("train.mtp_weight", 0.0), ("train.mtp_final_weight", 0.0)],
+        *[("optimizer.warmup_steps", 0), ("optimizer.base_batch_size", 0), ("optimizer.lr", 0.0)],
+        *[("optimizer.eps", 0.0), ("optimizer.weight_decay", 0.0), ("optimizer.max_grad_norm", 0.0)],
+    ],
+)
+def test_numbers_have_a_least_value(name: str, least: float) -> None:
+    load_config(None, [f"{name}={least}"])
+    less = least - 1 if isinstance(least, int) else -0.001
+    with pytest.raises(ConfigError, match=rf"{name} must be at least {least:g}; got {less}$"):
+        load_config(None, [f"{name}={less}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("optimizer.beta1", [0.0, 0.999], [-0.1, 1.0]),
+        ("optimizer.beta2", [0.0, 0.999], [-0.1, 1.0]),
+        ("optimizer.decay_share", [0.001, 1.0], [0.0, 1.001]),
+        ("optimizer.final_lr", [0.0, 1.0], [-0.1, 1.001]),
+        ("data.held_out", [0.001, 0.999], [0.0, 1.0]),
+        ("data.fim_rate", [0.0, 1.0], [-0.1, 1.001]),
+        ("data.fim_spm_rate", [0.0, 1.0], [-0.1, 1.001]),
+    ],
+)
+def test_shares_have_two_ends(name: str, inside: list[float], outside: list[float]) -> None:
+    for value in inside:
+        load_config(None, [f"{name}={value}"])
+    for value in outside:
+        with pytest.raises(ConfigError, match=rf"{name} must be in [\[(].*; got {value}$"):
+            load_config(None, [f"{name}={value}"])
+
+
 def test_names_of_other_trainers_lead_to_settings() -> None:
-    leaves = {name.rpartition(".")[2]: name for name in _names(Config(), "")}
-    for theirs, ours in ELSEWHERE.items():
-        assert theirs not in leaves
-        with pytest.raises(ConfigError, match=rf"did you mean {leaves[ours]}\?".replace(".", r"\.")):
-            load_config(None, [f"train.{theirs}=1"])
+    ours = {name.rpartition(".")[2] for name in SCHEMA.settings}
+    theirs = [(other, s.name) for s in SCHEMA.settings.values() for other in s.declared["aka"]]
+    assert len(theirs) == len(dict(theirs)) > 15
+    for other, name in theirs:
+        assert other not in ours
+        with pytest.raises(ConfigError, match=rf"did you mean {re.escape(name)}\?"):
+            load_config(None, [f"train.{other}=1"])
+
+
+def test_a_table_is_filled_key_by_key_and_emptied_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[data.weights]\na = 0.5\nb = "rest"\n[data.split]\na = "end"\n[model]\nwidth = 48\n')
+    config = load_config(file, ["data.weights.a=0.25", "data.split={}", "model={}"])
+    assert config.data.weights == {"a": 0.25, "b": "rest"} and config.data.split == {} and config.model.width == 48
+    assert load_config(None, ["data.weights={}", "data.weights.c=1"], base=config).data.weights == {"c": 1}
+    assert config.data.weights == {"a": 0.25, "b": "rest"}, "the base has changed"
+
+
+def test_every_setting_says_what_it_means_and_what_it_takes() -> None:
+    for name, s in SCHEMA.settings.items():
+        assert len(s.meaning) > 10 and (s.meaning.endswith("...") or not s.meaning.endswith(".")), name
+        assert type(s.default) in (bool, int, float, str, list, dict), name
+        assert s.range or type(s.default) not in (int, float), f"{name} has no bounds"
+        assert load_config(None, [f"{name}={json.dumps(s.default)}"]) == Config(), name
 
 
 def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from llmfast.cli import main
-from llmfast.train.config import ConfigError, load_config
+from llmfast.train.config import load_config
 from llmfast.train.continued import continued_config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.run import resumed_config, train
+from llmfast.train.settings import ConfigError
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.cli import main
-from llmfast.train.config import Config, ConfigError, load_config
+from llmfast.train.config import Config, load_config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.run import train
 from llmfast.train.schedule import head_weights_at
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Trainer
 from support.launched import unrecorded
 from support.waiting import NoWaiting
@@ -121,6 +122,8 @@ def test_detached_depths_do_not_change_the_model(settings: list[str], monkeypatc
     one, five = gradients
     for name in one:
         torch.testing.assert_close(five[name], one[name] * (5 if name.startswith("mtp.") else 1), rtol=1e-4, atol=1e-7)
+    # The unembedding, here the embedding too, learns of the next token: every class, and not those of the text alone.
+    assert one["embedding.weight"].any(1).all()
 
 
 @pytest.mark.parametrize("mtp", KINDS)

@@ -1,7 +1,6 @@
 """What `--resume` and `train.init_from` make of every setting: it takes effect, or it is refused by name."""
 
 import ast
-import copy
 import dataclasses
 import re
 import shutil
@@ -16,25 +15,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmfast.data import Mixed
-from llmfast.models import Decoder, DecoderConfig
+from llmfast.models import Decoder
 from llmfast.train.config import (
+    SCHEMA,
     WEIGHTS,
     Config,
-    ConfigError,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    _names,
-    _settings_of_both,
+    decoder_config,
     load_config,
 )
 from llmfast.train.run import make_optimizer, resumed_config, train
 from llmfast.train.schedule import lr_of_step
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.checkpoints import signed
 
-SETTINGS = [name for name in _names(Config(), "") if "." in name]
+SETTINGS = [name for name in SCHEMA.settings if "." in name]
 # Read only where there are several ranks; tests/train/test_ranks.py resumes under others.
 OF_RANKS = {"train.parallel", "train.shard_size"}
 VOCABULARY = 264  # 256 bytes, five special tokens, and three that the texts here have enough of
@@ -100,7 +99,7 @@ def changed(config: Config, name: str) -> str:
 def refusal(config: Config, override: str) -> str:
     """What is wrong with the value, if anything."""
     try:
-        DecoderConfig(VOCABULARY, **dataclasses.asdict(load_config(None, [override], base=copy.deepcopy(config)).model))
+        decoder_config(load_config(None, [override], base=config), VOCABULARY)
     except ValueError as e:
         return str(e)
     return ""
@@ -119,7 +118,7 @@ class Reads:
     def _reader(self, section: str) -> Any:
         def read(node: Any, key: str) -> Any:
             by = sys._getframe(1).f_globals["__name__"]  # not by what only copies or compares all of them
-            if by.startswith("llmfast.") and by != "llmfast.train.config":
+            if by.startswith("llmfast.") and by not in ("llmfast.train.config", "llmfast.train.settings"):
                 self.names.add(f"{section}.{key}")
             return object.__getattribute__(node, key)
 
@@ -174,7 +173,7 @@ def test_every_setting_takes_effect_or_is_refused_by_name(
     override = changed(saved, name)
     # "rest" of a weight that is given; of no meaning elsewhere.
     more = ["train.steps=3", *([f"data.weights.{saved.data.sources[0]}=rest"] if name == "data.weights" else [])]
-    kept = next(f.metadata.get("kept") for found, f, *_ in _settings_of_both(saved, saved) if found == name)
+    kept = SCHEMA.settings[name].declared["kept"]
     if kept:
         begin = f"; train.init_from={copied} begins it with these weights" if kept != WEIGHTS else ""
         message = rf"^{re.escape(name)} cannot change on --resume: .* has .*; got .*\. Only a new run can have that"
@@ -233,7 +232,9 @@ def test_what_is_given_on_resume_is_what_happens_from_then_on(override: str, bas
         def before_step(self, trainer: Trainer) -> None:
             if trainer.step == 3:
                 changed = load_config(None, [override], base=trainer.config)
-                fresh = make_optimizer(changed, trainer.model)
+                for section in ("optimizer", "train"):
+                    vars(getattr(trainer.config, section)).update(vars(getattr(changed, section)))
+                fresh = make_optimizer(trainer.config, trainer.model)
                 for group, new in zip(trainer.optimizer.param_groups, fresh.param_groups):
                     group |= {key: new[key] for key in ("betas", "eps", "weight_decay")}
                 vars(trainer.optimizer)["options"].max_grad_norm = fresh.options.max_grad_norm
@@ -343,7 +344,7 @@ def begun_from(run: Path, base: Path, *overrides: str, name: str = "begun") -> P
 
 def hidden(config: Config, state: dict[str, Any]) -> Tensor:
     """What a decoder with such settings makes of weights, whose shapes must fit."""
-    model = Decoder(DecoderConfig(VOCABULARY, **dataclasses.asdict(config.model)))
+    model = Decoder(decoder_config(config, VOCABULARY))
     model.load_state_dict(state)
     with torch.no_grad():
         found: Tensor = model(torch.arange(8)[None], all_heads=True)
@@ -385,8 +386,7 @@ def test_settings_edited_beside_weights_do_not_change_what_these_are(copied: Pat
 
 
 def test_every_declaration_of_weights_is_of_the_model_or_the_tokenizer() -> None:
-    config = Config()
-    names = {n for n, f, *_ in _settings_of_both(config, config) if f.metadata.get("kept") == WEIGHTS}
+    names = {name for name, s in SCHEMA.settings.items() if s.declared["kept"] == WEIGHTS}
     assert names == {n for n in SETTINGS if n.startswith("model.")} - {"model.mtp_detach"} | {"data.tokenizer"}
 
 

@@ -232,11 +232,14 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
         (["--set=train.device=tpu7"], "train.device = 'tpu7' is not usable"),
         (["--set=train.device=meta"], "train.device = 'meta' is not usable"),
         (["--set=train.seed=-1"], "train.seed must be at least 0; got -1"),
-        (["--set=optimizer.lr=inf"], "optimizer.lr is too large: inf"),
-        (["--set=model.width=4294967296"], "model.width must be at most 1048576; got 4294967296"),
-        (["--set=model.layers=1000000000000000000000"], "model.layers must be at most 4096"),
-        (["--set=data.vocab_size=9223372036854775807"], "data.vocab_size must be at most 16777216"),
-        (["--set=train.steps=9223372036854775807"], "train.steps * train.batch_size is too large"),
+        (["--set=optimizer.lr=inf"], "optimizer.lr must be finite and at least 0; got inf"),
+        (["--set=model.width=4294967296"], "model.width must be in [1, 1048576]; got 4294967296"),
+        (["--set=model.layers=1000000000000000000000"], "model.layers must be in [1, 4096]"),
+        (["--set=data.vocab_size=9223372036854775807"], "data.vocab_size must be in [1, 16777216]"),
+        (
+            ["--set=train.steps=9223372036854775807"],
+            "train.steps * train.batch_size must be below 2^63; got 18446744073709551614",
+        ),
         (['--set=runs="a\\u0000"'], "runs must not hold a null character"),
         (["--config=line\nbreak.toml"], "cannot read line break.toml"),
         (["--set=model.width=[" + "[" * 5000], "model.width must be int"),
@@ -296,7 +299,7 @@ def test_one_file_is_a_source_and_keeps_its_split(
     assert cli(one, "--name=one") == 0
     first = capsys.readouterr().out
     folder = tmp_path / "runs" / "one"
-    assert "one: the last 11.3% of its text validate, as it has too few documents" in " ".join(first.split())
+    assert "one: validating on the last 11.3% of its text; it has too few documents" in " ".join(first.split())
     assert load_config(folder / "config.toml").data.split == {"one": "end"}
     before = read_metrics(folder / "metrics.jsonl")[-1]["validation"]
     assert cli([settings[0]], "--name=one", "--resume", "--set=train.steps=10") == 0

@@ -5,7 +5,6 @@ backward, and the loss's buffers. What is not: the CUDA context and libraries' w
 allocator's fragments, and memory that operators use for the moment.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,22 +15,33 @@ from llmfast._checks import expect
 from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, RTX5080, RTX5090, Gpu
 from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
 from llmfast.models import DecoderConfig
+from llmfast.models.cost import meta_decoder, own_hidden_states
 from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype, param_format
-from llmfast.plan.cost import meta_decoder, own_hidden_states
 
 Device = Literal["cuda", "cpu"]
 
-# By the data sheets, which mean 10^9 by GB or 2^30; the smaller is taken, and what remains is the driver's.
 GB = 10**9
-GPU_MEMORY: dict[str, int] = {
-    "T4": 16 * GB, "RTX3090": 24 * GB, "RTX4090": 24 * GB, "RTX5090": 32 * GB, "L40S": 48 * GB,
-    "A100-40": 40 * GB, "A100": 80 * GB, "H100": 80 * GB, "H200": 141 * GB, "B200": 180 * GB, "MI300X": 192 * GB,
-    "RTX5080": 16 * GB, "GB200": 186 * GB, "B300": 288 * GB, "MI325X": 256 * GB,
-}  # fmt: skip
-GPU_RATES: dict[str, Gpu] = {
-    "A100-40": A100, "A100": A100, "H100": H100, "H200": H200, "B200": B200, "MI300X": MI300X,
-    "RTX5080": RTX5080, "RTX5090": RTX5090, "GB200": GB200, "B300": B300, "MI325X": MI325X,
-}  # fmt: skip
+# Memory in GB, and the rates where they are known. Data sheets mean 10^9 or 2^30 bytes by GB: the smaller is taken, and
+# the driver needs the rest.
+_KNOWN: dict[str, tuple[int, Gpu | None]] = {
+    "T4": (16, None),
+    "RTX3090": (24, None),
+    "RTX4090": (24, None),
+    "RTX5080": (16, RTX5080),
+    "RTX5090": (32, RTX5090),
+    "L40S": (48, None),
+    "A100-40": (40, A100),
+    "A100": (80, A100),
+    "H100": (80, H100),
+    "H200": (141, H200),
+    "B200": (180, B200),
+    "GB200": (186, GB200),
+    "B300": (288, B300),
+    "MI300X": (192, MI300X),
+    "MI325X": (256, MI325X),
+}
+GPU_MEMORY = {name: size * GB for name, (size, _) in _KNOWN.items()}
+GPU_RATES = {name: gpu for name, (_, gpu) in _KNOWN.items() if gpu is not None}
 
 
 @dataclass(frozen=True)
@@ -237,26 +247,6 @@ def verdict(need: int, have: int) -> str:
     if need > have:
         return "too large"
     return "fits" if need <= 0.9 * have else "just fits"
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {f"{unit}i": 1 << 10 * power for power, unit in enumerate("kmgt", 1)}
-
-
-def parse_bytes(text: str) -> int:
-    """ "24GiB", "80 GB", "512 MiB" or a plain number of bytes.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    try:
-        assert found is not None
-        size = int(float(found[1]) * _UNITS[found[2]])
-    except (AssertionError, ValueError, KeyError):
-        raise ValueError(f"expected an amount of memory such as 24GiB or 80GB; got {text!r}") from None
-    expect(size > 0, f"an amount of memory must be above 0; got {text!r}")
-    return size
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:

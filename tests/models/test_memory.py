@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from evidence.traffic import counting
+from llmfast._units import parse_bytes
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.models.memory import GB, GPU_MEMORY, GPU_RATES, memory_of, unfused_loss_bytes, verdict
 from llmfast.optim import Extras, FusedAdamW
 from llmfast.plan import PRECISIONS, MemoryEstimate, Precision, activation_bytes, estimate_memory
-from llmfast.plan.memory import GB, GPU_MEMORY, GPU_RATES, memory_of, parse_bytes, unfused_loss_bytes, verdict
 
 SPLIT16 = next(p for p in PRECISIONS if p.name == "bf16, split16")
 

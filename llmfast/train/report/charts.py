@@ -1,0 +1,241 @@
+"""The charts of a report: lines, scales and ticks by matplotlib, as SVG that takes its colours from the page's style.
+
+The SVG holds lines alone. Numbers at the axes are HTML around it, so that they stay readable on a phone.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
+
+WIDTH, HEIGHT = 440, 220  # of the SVG's coordinates
+BUCKETS = 150  # across a chart: a line's lowest and highest point in each are drawn
+FEW = 25  # evaluations up to which each is a dot
+# Colours in matplotlib's SVG, and the variables of the style sheet that take their places.
+COLOURS = {f"#00000{i}": f"var(--c{i})" for i in range(1, 6)}
+RULE = "#000009"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 3)), (0, (1.5, 2)))  # of the first five lines, the next five and so on
+
+Style = Literal["plain", "training", "validation"]
+Array = npt.NDArray[np.float64]
+
+
+class Point(NamedTuple):
+    """A logged number: after which step, and after how many trained tokens."""
+
+    step: float
+    tokens: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart."""
+
+    name: str  # in the legend
+    number: int  # chooses its colour; a run's is the same in all charts
+    points: list[Point]
+    style: Style = "plain"  # training: thin and pale; validation: with dots, if they are few
+
+    @property
+    def label(self) -> str:
+        return self.name + (f", {self.style}" if self.style != "plain" else "")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chart as the page shows it."""
+
+    title: str
+    unit: str
+    over: str
+    note: str
+    legend: list[tuple[str, str]]  # names, and the style sheet's classes of their lines
+    svg: str  # without the element <svg> around it
+    names: str  # of the lines by their number, in JSON
+    x: tuple[float, float, int]  # ends of the axis, as logarithms if the last is 1
+    y: tuple[float, float, int]
+    x_ticks: list[tuple[float, str]]  # place in percent, label
+    y_ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What series of numbers have in common when they are drawn together."""
+
+    title: str
+    unit: str
+    over: Literal["tokens", "steps"]
+    from_zero: bool = False
+    log_x: bool = False
+    log_y: bool = False
+    factor: float = 1  # of values, for the unit
+
+    def draw(self, series: Sequence[Series], *, legend: bool = True) -> Drawn | None:
+        """Draw series; None if they hold no value that can be drawn."""
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        lines = [(s, self._places(s)) for s in series]
+        lines = [(s, xy) for s, xy in lines if np.isfinite(xy).any()]
+        if not lines:
+            return None
+        lines.sort(key=lambda line: line[0].style != "training")  # below the others
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.add_axes((0, 0, 1, 1))
+        self._set_scales(axes, np.concatenate([xy for _, xy in lines]))
+        few = max((len(xy) for s, xy in lines if s.style == "validation"), default=0) <= FEW
+        for i, (s, xy) in enumerate(lines):
+            self._plot(axes, i, s, xy, dotted=few and s.style == "validation")
+        x, y = _ticks(axes.get_xlim(), axes.xaxis, self.log_x), _ticks(axes.get_ylim(), axes.yaxis, self.log_y)
+        out = io.StringIO()
+        with rc_context({"svg.hashsalt": "llmfast", "path.simplify": False}):
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+        in_order = sorted((s for s, _ in lines), key=lambda s: s.number)
+        kinds = {s.name: f"c{s.number % len(COLOURS) + 1} d{s.number // len(COLOURS) % len(DASHES)}" for s in in_order}
+        return Drawn(
+            title=self.title,
+            unit=self.unit,
+            over=self.over,
+            note=self._note(lines),
+            legend=list(kinds.items()) if legend else [],
+            svg=_of_page(out.getvalue()),
+            names=json.dumps([s.label for s, _ in lines]),
+            x=x[0],
+            y=y[0],
+            x_ticks=x[1],
+            y_ticks=y[1],
+        )
+
+    def _places(self, series: Series) -> Array:
+        """(points, 2) of x and y; NaN for those that cannot be drawn, as infinite or too large for differences."""
+        at = [(p.tokens if self.over == "tokens" else p.step, p.value * self.factor) for p in series.points]
+        xy = np.array(at, dtype=np.float64).reshape(-1, 2)
+        least = np.array([1e-100 if log else -1e100 for log in (self.log_x, self.log_y)])
+        with np.errstate(invalid="ignore"):
+            xy[~((xy >= least) & (xy <= 1e100)).all(1)] = np.nan
+        return xy
+
+    def _set_scales(self, axes: "Axes", xy: Array) -> None:
+        (x_low, y_low), (x_high, y_high) = np.nanmin(xy, axis=0), np.nanmax(xy, axis=0)
+        ends_x = _ends(x_low, x_high, log=self.log_x, from_zero=x_low <= 0.1 * x_high, margin=0)
+        ends_y = _ends(y_low, y_high, log=self.log_y, from_zero=self.from_zero, margin=0.04)
+        axes.set(xscale="log" if self.log_x else "linear", yscale="log" if self.log_y else "linear")
+        axes.set(xlim=ends_x, ylim=ends_y)
+        axes.xaxis.set_major_locator(_locator(*ends_x, log=self.log_x))
+        axes.yaxis.set_major_locator(_locator(*ends_y, log=self.log_y))
+        axes.minorticks_off()
+        axes.tick_params(length=0, labelleft=False, labelbottom=False)
+        axes.spines[:].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", color=RULE, linewidth=1, clip_on=False)
+
+    def _plot(self, axes: "Axes", number: int, series: Series, xy: Array, *, dotted: bool) -> None:
+        """Draw one line, with gaps where it is NaN, and its dots: also where a line would have no length."""
+        colour = list(COLOURS)[series.number % len(COLOURS)]
+        pale = series.style == "training"
+        line = thinned(xy, _buckets(xy[:, 0], axes.get_xlim(), log=self.log_x))
+        axes.plot(
+            *line.T,
+            color=colour,
+            linewidth=1.2 if pale else 1.8,
+            alpha=0.5 if pale else None,
+            linestyle=DASHES[series.number // len(COLOURS) % len(DASHES)],
+            clip_on=False,
+            gid=f"line {number}",
+        )
+        there = np.isfinite(np.pad(line[:, 1], 1, constant_values=np.nan))
+        dots = there[1:-1] if dotted else there[1:-1] & ~there[:-2] & ~there[2:]
+        if dots.any():
+            axes.plot(*line[dots].T, "o", color=colour, markersize=5, markeredgewidth=0, clip_on=False)
+
+    def _note(self, lines: Sequence[tuple[Series, Array]]) -> str:
+        notes = [style for style in ("training", "validation") if any(s.style == style for s, _ in lines)]
+        if len(notes) == 2:
+            notes = ["thin: training, thick: validation"]
+        if not all(math.isfinite(p.value) for s, _ in lines for p in s.points):
+            notes.append("gaps: not finite")
+        return "; ".join(notes)
+
+
+def _ends(low: float, high: float, *, log: bool, from_zero: bool, margin: float) -> tuple[float, float]:
+    """Choose the ends of an axis for values from `low` to `high`."""
+    if from_zero := from_zero and low >= 0 and not log:
+        low, high = 0.0, high or 1.0
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all the same, but for rounding
+        slack = abs(high) / 2 or 1.0
+        low, high = (low / 2, high * 2) if log else (low - slack, high + slack)
+    if log:
+        gap = (high / low) ** margin
+        return low / gap, high * gap
+    gap = margin * (high - low)
+    return low if from_zero else low - gap, high + gap
+
+
+def _locator(low: float, high: float, *, log: bool) -> "Locator":
+    """Choose ticks: even steps, or on logarithmic axes of about a decade and more powers of 10 or parts of them."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    decades = math.log10(high / low) if log else 0.0
+    if decades < 0.9:
+        return MaxNLocator(5, steps=[1, 2, 5, 10])
+    return LogLocator(subs=(1, 2, 5)) if decades < 2.1 else LogLocator(numticks=6)
+
+
+def _ticks(ends: tuple[float, float], axis: Any, log: bool) -> tuple[tuple[float, float, int], list[tuple[float, str]]]:
+    """Return the ends of an axis for the page's script, and where its ticks are."""
+    from matplotlib.ticker import EngFormatter
+
+    class Units(EngFormatter):
+        ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}  # noqa: RUF012
+
+    low, high = map(math.log10, ends) if log else ends
+    write = Units(sep="\u00a0")
+    ticks = []
+    for value in (at for at in axis.get_majorticklocs() if at > 0 or not log):
+        place = ((math.log10(value) if log else value) - low) / (high - low)
+        if -1e-6 <= place <= 1 + 1e-6:
+            ticks.append((round(100 * place, 2), write(value)))
+    return (low, high, int(log)), ticks
+
+
+def _buckets(x: Array, ends: tuple[float, float], *, log: bool) -> npt.NDArray[np.int64]:
+    low, high = map(math.log10, ends) if log else ends
+    place = ((np.log10(x) if log else x) - low) / (high - low)
+    return np.nan_to_num(place * BUCKETS).astype(np.int64)
+
+
+def thinned(xy: Array, bucket: npt.NDArray[np.int64]) -> Array:
+    """Keep the ends of a line, its gaps, and the lowest and the highest point of each bucket, so that spikes stay."""
+    if len(xy) <= 2 * BUCKETS:
+        return xy
+    kept = {0, len(xy) - 1}
+    order = np.lexsort((xy[:, 1], bucket))  # NaN last
+    for some in np.split(order, np.flatnonzero(np.diff(bucket[order])) + 1):
+        finite = some[np.isfinite(xy[some, 1])]
+        kept.update(finite[[0, -1]] if len(finite) else (), some[~np.isfinite(xy[some, 1])][:1])
+    return xy[sorted(kept)]
+
+
+def _of_page(svg: str) -> str:
+    """Take what is inside matplotlib's <svg>, and let the page choose the colours."""
+    found = re.search(r"<svg.*?>(.*)</svg>", svg, re.DOTALL)
+    assert found is not None
+    inside = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", found[1], flags=re.DOTALL)
+    inside = inside.replace(' id="line ', ' data-line="')
+    inside = re.sub(r' id="[a-z0-9.]+_\d+"', "", inside)
+    inside = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}", inside)
+    for colour, variable in (COLOURS | {RULE: "var(--rule)"}).items():
+        inside = inside.replace(colour, variable)
+    return re.sub(r"\s*\n\s*", " ", inside)

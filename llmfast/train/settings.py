@@ -1,0 +1,211 @@
+"""Settings that are declared once, as fields of dataclasses, and read from TOML, flags and earlier runs by pydantic.
+
+A field's type and bounds say what values it takes, its text what it means. Everything else follows from that: which
+values are refused and how, what `--help` and the documentation list, and what a resumed run must keep.
+"""
+
+import copy
+import dataclasses
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+LARGEST = 2**63 - 1  # what an int64 holds
+RUN, WEIGHTS = "run", "weights"
+Tree = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or makes no sense."""
+
+
+def setting(default: Any, meaning: str, *, kept: str = "", aka: Sequence[str] = (), **more: Any) -> Any:
+    """Declare a setting as a field of a dataclass.
+
+    Args:
+        default: its value unless told otherwise; its type must be the field's.
+        meaning: one line for `--help` and the documentation.
+        kept: what the setting must agree with. RUN: it cannot change on `--resume`, but another run may begin with the
+            weights and have another value. WEIGHTS: the weights mean something else with another value, even where
+            their shapes are the same, so `train.init_from` needs the same one too. All others take effect on
+            `--resume`.
+        aka: what other trainers call it.
+        **more: bounds by pydantic's names: `ge`, `gt`, `le`, `lt`, `min_length`. And `seen`, a function from the
+            section to the part of the value that weights depend on, if that is not all of it.
+    """
+    if type(default) in (int, float) and "lt" not in more:
+        more = {"le": LARGEST, **more}
+    if type(default) is float:
+        more["allow_inf_nan"] = False
+    # TOML has types of its own: "1" and true are not the number 1.
+    strict = True if type(default) in (bool, int, float) else None
+    metadata = {"description": meaning, "kept": kept, "aka": tuple(aka), "strict": strict, **more}
+    if isinstance(default, list | dict):
+        return field(default_factory=partial(copy.copy, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting."""
+
+    name: str  # section.key
+    kind: Any  # its type
+    default: Any
+    declared: Mapping[str, Any]
+
+    @property
+    def meaning(self) -> str:
+        return str(self.declared["description"])
+
+    @property
+    def values(self) -> str:
+        """The values it takes, for a list of settings, where its type does not say it."""
+        return f"one of {self.choices}" if self.choices else self.range
+
+    @property
+    def type_name(self) -> str:
+        """What a value must be at least: "int", "list of str", ..."""
+        if get_origin(self.kind) is dict:
+            return "a table"
+        if get_origin(self.kind) is list:
+            return f"list of {get_args(self.kind)[0].__name__}"
+        return "str" if self.choices else str(self.kind.__name__)
+
+    @property
+    def choices(self) -> str:
+        """The values there are, if they are few: "'cosine', 'linear'"."""
+        return _listed(self.kind) if get_origin(self.kind) is Literal else ""
+
+    @property
+    def range(self) -> str:
+        """The bounds of a number, or nothing."""
+        d = self.declared
+        low, high = d.get("ge", d.get("gt")), d.get("le", d.get("lt"))
+        if low is not None and high not in (None, LARGEST):
+            return f"in {'[' if 'ge' in d else '('}{low}, {high}{']' if 'le' in d else ')'}"
+        return "" if low is None else f"{'at least' if 'ge' in d else 'above'} {low}"
+
+    def of(self, root: Any) -> Any:
+        """The setting's value in a tree of dataclasses."""
+        for key in self.name.split("."):
+            root = getattr(root, key)
+        return root
+
+    def seen(self, root: Any) -> Any:
+        """The part of the value that weights depend on."""
+        if "seen" not in self.declared:
+            return self.of(root)
+        return self.declared["seen"](getattr(root, self.name.partition(".")[0]))
+
+
+class Schema:
+    """All settings of a dataclass whose fields are settings and sections: dataclasses of settings."""
+
+    def __init__(self, root: type[Any]) -> None:
+        self.root, self._adapter = root, TypeAdapter(root)
+        self.sections: dict[str, type[Any]] = {}
+        self.settings: dict[str, Setting] = {}
+        for name, kind in get_type_hints(root).items():
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                self.sections[name] = kind
+        for prefix, section in (("", root), *((f"{name}.", kind) for name, kind in self.sections.items())):
+            kinds, fresh = get_type_hints(section), section()
+            for f in dataclasses.fields(section):
+                if f.metadata:
+                    name = prefix + f.name
+                    self.settings[name] = Setting(name, kinds[f.name], getattr(fresh, f.name), f.metadata)
+        # What may be written for a setting by mistake: its key alone, and what other trainers call it.
+        self.aliases = {name.rpartition(".")[2]: name for name in self.settings}
+        self.aliases |= {other: name for name, s in self.settings.items() for other in s.declared["aka"]}
+
+    def read(self, layers: Iterable[tuple[Tree, str]], base: Any = None) -> Any:
+        """Lay tables over `base` or the defaults, each with the place it is from, and check every value.
+
+        Raises:
+            ConfigError: naming the place, the setting and its value.
+        """
+        tree: Tree = dataclasses.asdict(base or self.root())
+        places: dict[str, str] = {}
+        for table, place in layers:
+            if not isinstance(table, dict):
+                raise ConfigError(f"{place}: settings must be a table; got {shown(table)}")
+            _lay(table, tree, places, place)
+        try:
+            return self._adapter.validate_python(tree)
+        except ValidationError as e:
+            self._refuse(e.errors()[0], tree, places)
+
+    def _refuse(self, error: ErrorDetails, tree: Tree, places: dict[str, str]) -> NoReturn:
+        path = [str(part) for part in error["loc"]]
+        name = ".".join(path)
+        # An error within a list or table is told of the whole.
+        known = next((s for n, s in self.settings.items() if name == n or name.startswith(f"{n}.")), None)
+        place = next((places[key] for i in range(len(path), 0, -1) if (key := ".".join(path[:i])) in places), "")
+        raise ConfigError((f"{place}: " if place else "") + self._reason(error, name, known, tree))
+
+    def _reason(self, error: ErrorDetails, name: str, known: Setting | None, tree: Tree) -> str:
+        got = error["input"]
+        if error["type"] == "unexpected_keyword_argument":
+            near = self.near(name)
+            hint = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(self.settings)}"
+            return f"unknown key {name} = {shown(got)}; {hint}"
+        if known is None:
+            keys = ", ".join(n for n in self.settings if n.startswith(f"{name}."))
+            return f"{name} = {shown(got)} is a section; its keys are {keys}"
+        match error["type"]:
+            case "value_error":
+                reason = str(error.get("ctx", {})["error"])
+                return f"{name}{' ' if reason.startswith('must ') else ': '}{reason}"
+            case "literal_error":
+                return f"{name} must be one of {_listed(known.kind)}; got {shown(got)}"
+            case "too_short":
+                return f"{known.name} must have at least {known.declared['min_length']} item(s); got {shown(got)}"
+            case "finite_number":
+                return f"{name} must be finite and {known.range}; got {shown(got)}"
+            case "less_than_equal" if known.declared["le"] == LARGEST:
+                return f"{name} must be at most {LARGEST}; got {shown(got)}"
+            case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+                return f"{name} must be {known.range}; got {shown(got)}"
+        whole = tree
+        for key in known.name.split("."):
+            whole = whole[key]
+        return f"{known.name} must be {known.type_name}; got {shown(whole)} ({type(whole).__name__})"
+
+    def near(self, name: str) -> list[str]:
+        """Find the setting or section that is meant by a name that does not exist, if one is near."""
+        leaf = name.rpartition(".")[2]  # `steps` and `data.steps` should find `train.steps`
+        near = (
+            [leaf] if leaf in self.aliases else difflib.get_close_matches(name, [*self.settings, *self.sections], n=1)
+        )
+        return [self.aliases.get(x, x) for x in near or difflib.get_close_matches(leaf, self.aliases, n=1)]
+
+
+def _listed(kind: Any) -> str:
+    """The choices of a Literal, also of one in a table."""
+    values = get_args(kind) if get_origin(kind) is Literal else get_args(get_args(kind)[-1])
+    return str(values)[1:-1].rstrip(",")
+
+
+def _lay(table: Tree, tree: Tree, places: dict[str, str], place: str, prefix: str = "") -> None:
+    """Lay one table over another, key by key. `{}` empties a setting that is a table."""
+    for key, value in table.items():
+        name, below = prefix + key, tree.get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and (value or not prefix):
+            _lay(value, below, places, place, f"{name}.")
+        else:
+            tree[key] = value
+        places[name] = place
+
+
+def shown(value: Any) -> str:
+    """Write a value for a message: a file may nest and be as long as it likes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
