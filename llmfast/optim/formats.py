@@ -251,7 +251,7 @@ def param_format(master: MasterWeights | None) -> ParamFormat:
 def format_in(state: Mapping[str, Any], p: Tensor) -> ParamFormat:
     """Return the format in which a state keeps bits of its parameter."""
     for kept in PARAM_FORMATS.values():
-        if kept.state in state and kept.reads(p, state[kept.state]):
+        if kept.state is not None and kept.state in state and kept.reads(p, state[kept.state]):
             return kept
     return PLAIN
 
