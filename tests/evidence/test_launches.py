@@ -15,7 +15,7 @@ from evidence.launches import _encode
         ([2**31 + 16, 2**40], 2**40 + 16),
         ([2**31 + 1], 2**40 + 3),
         ([2**63 + 16], 2**63 + 16),
-        # The first and the last of 32 bits and of 64, and those beside them.
+        # The first and the last of 32 bits and of 64, and their neighbours.
         ([-(2**31)], 16),
         ([2**31 - 1], 3),
         ([2**31], 2**40 + 16),

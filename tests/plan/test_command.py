@@ -268,6 +268,14 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(999.4, "999"), (999.6, "1.00 k"), (999_400, "999 k"), (999_600, "1.00 M"), (0.5, "0.5")],
+)
+def test_three_digits_are_never_four(x: float, text: str) -> None:
+    assert short(x) == text
+
+
 def test_numbers_are_read_as_they_are_written() -> None:
     for text in ("70.0 B", "1.50 T", "999 k", "12.5 M"):
         assert short(number("--params", text.replace(" ", "")) or 0) == text
