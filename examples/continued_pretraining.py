@@ -37,7 +37,7 @@ def main(folder: Path, *more: str) -> dict[str, dict[str, float]]:
         found[name] = {source: last[source] - first[source] for source in last}
     draw(curves, folder / "continued.png")
     for name, changes in found.items():
-        print(f"{name}: " + ", ".join(f"{source} {change:+.3f} nats a token" for source, change in changes.items()))
+        print(f"{name}: " + ", ".join(f"{source} {change:+.3f} nats per token" for source, change in changes.items()))
     print(f"the picture: {folder / 'continued.png'}")
     return found
 

@@ -109,7 +109,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _train(args: argparse.Namespace) -> int:
     def run() -> None:
         from llmfast.train.config import Config, load_config
-        from llmfast.train.run import resumed_config, train
+        from llmfast.train.earlier import resumed_config
+        from llmfast.train.run import train
         from llmfast.train.settings import ConfigError
 
         overrides = _overrides(args)

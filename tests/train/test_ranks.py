@@ -27,7 +27,7 @@ from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config
 from llmfast.train.objective import FurtherTokens, NextToken
 from llmfast.train.parallel import World
-from llmfast.train.run import make_optimizer
+from llmfast.train.parts import make_optimizer
 from llmfast.train.schedule import head_weights_at
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer

@@ -57,7 +57,7 @@ def test_a_run_leaves_everything_behind(settings: list[str], capsys: pytest.Capt
     assert validation[-1] < 0.8 * validation[0]
 
     output = capsys.readouterr().out
-    for expected in ("validation loss, first", "unigram entropy", "tokens a second", "peak memory", "a sample"):
+    for expected in ("validation loss, first", "unigram entropy", "tokens per second", "peak memory", "a sample"):
         assert expected in output
 
 
@@ -451,7 +451,7 @@ def test_too_little_memory_is_one_line(
     def make(*args: Any) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr("llmfast.train.run._model", make)
+    monkeypatch.setattr("llmfast.train.run.make_model", make)
     assert cli(settings) == 2
     error = capsys.readouterr().err
     assert error.startswith("llmfast: error: out of memory; try a smaller train.micro_batch_size")

@@ -31,7 +31,7 @@ from llmfast.optim import FusedAdamW, FusedSGD, optimizer_in_backward
 from llmfast.train.config import Config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.objective import NextToken
-from llmfast.train.run import make_optimizer
+from llmfast.train.parts import make_optimizer
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
 from support.disk import Disk
