@@ -33,6 +33,8 @@ from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, T, STEPS = 263, 16, 4
 SOURCES = ["prompts", "texts"]
 Lines = list[dict[str, Any]]
@@ -57,14 +59,6 @@ def ranks(groups: dict[int, Ranks], tmp_path: Path) -> Any:
         return groups[size]
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # What is trained.
