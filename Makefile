@@ -45,7 +45,7 @@ docs: $(STAMP)-train,docs ## build the documentation into site/, and fail for a 
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 fuzz: $(STAMP)-train,test ## give the command line ten minutes of wrong input: make fuzz ARGS="--seed 7 --minutes 1"
-	$(PY) tools/fuzz.py --minutes 10 $(ARGS)
+	$(PY) -m tools.fuzz --minutes 10 $(ARGS)
 
 bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -1,4 +1,4 @@
-"""Wall time and memory of ways to do the same thing, compared fairly: in turn, round by round, on one device."""
+"""Compare wall time and memory of several implementations fairly: in turn, round by round, on one device."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ def synchronize() -> None:
 
 
 def timed(run: Run) -> float:
-    """Seconds until the device is done."""
+    """Return the seconds until the device is done."""
     synchronize()
     start = time.perf_counter()
     run()
@@ -31,15 +31,15 @@ def timed(run: Run) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one way, beside the first of the race."""
+    """Timing of one implementation, relative to the first of the race."""
 
     seconds: float  # median over the rounds
-    ratio: float  # median over the rounds of (the first way's time / this way's): below 1, the first is faster
-    spread: float  # of that ratio: the difference between its quartiles
+    ratio: float  # median over the rounds of (first implementation's time / this one's): below 1, the first is faster
+    spread: float  # interquartile range of that ratio
 
 
 def compare(times: dict[str, list[float]]) -> dict[str, Timing]:
-    """What rounds say that timed each way once, one after the other. Some ways may have missed the last rounds."""
+    """Summarise rounds that timed each implementation once in turn. Some may have missed the last rounds."""
     first = next(iter(times.values()))
     timings = {}
     for name, mine in times.items():
@@ -50,7 +50,7 @@ def compare(times: dict[str, list[float]]) -> dict[str, Timing]:
 
 
 def peak_bytes(run: Run) -> int:
-    """Bytes of tensors at most alive at a time, beyond those that were before."""
+    """Return the peak of the bytes of tensors, beyond those that existed before."""
     if torch.cuda.is_available():
         synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -66,14 +66,14 @@ def peak_bytes(run: Run) -> int:
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second that the device reads and writes while it copies memory much larger than its caches."""
+    """Return the bytes per second that the device reads and writes while copying memory much larger than its caches."""
     x = torch.empty(size // 2, dtype=torch.int8, device=device())
     y = torch.empty_like(x)
     return size / kernel_seconds(lambda: y.copy_(x))
 
 
 def kernel_seconds(run: Run) -> float:
-    """Median time of something short, with cold caches: by Triton's benchmark on a GPU."""
+    """Return the median time of a short operation with cold caches: by Triton's benchmark, on a GPU."""
     if torch.cuda.is_available():
         from triton.testing import do_bench
 

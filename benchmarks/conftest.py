@@ -1,7 +1,7 @@
-"""Three tiers in one command, `make bench`, and one page of results.
+"""Three tiers of benchmarks in one command, `make bench`, and one page of results.
 
-On any machine: the clock, on the CPU; and counts, by processes that interpret kernels (`benchmarks/counted.py`). On a
-GPU also the kernels, by wall time. A run of the whole suite writes what it found under `benchmarks/results/`.
+On any machine: timings on the CPU, and counts by processes that interpret kernels (`benchmarks/counted.py`). On a GPU
+also timings of the kernels. A run of the whole suite writes its results to `benchmarks/results/`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.clock import Run, Timing, compare, timed
 from benchmarks.counted import Job, Result, count
 
-PATIENCE = 10.0  # seconds that a way gets beside the first one; one that takes longer gets fewer rounds
+PATIENCE = 10.0  # time limit relative to the first implementation; slower ones get fewer rounds
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 
 
@@ -53,14 +53,14 @@ Race = Callable[..., dict[str, Timing]]
 
 @pytest.fixture
 def add(request: pytest.FixtureRequest) -> Add:
-    """Adds a row to the results: `add("clock", operation=..., way=..., seconds=...)`."""
+    """Return a function that adds a row to the results: `add("clock", operation=..., way=..., seconds=...)`."""
     rows = request.config.stash[RESULTS]
     return lambda section, **fields: rows.append({"section": section, **fields})
 
 
 @pytest.fixture
 def race(benchmark: BenchmarkFixture) -> Race:
-    """Times ways in turn, so that a busy moment hits all of them; pytest-benchmark's table shows the first."""
+    """Return a function that times implementations in turn, so that load affects all of them equally."""
 
     def run(ways: dict[str, Run], rounds: int = 5, warm: bool = False) -> dict[str, Timing]:
         times: dict[str, list[float]] = {name: [] for name in ways}
@@ -84,7 +84,7 @@ def race(benchmark: BenchmarkFixture) -> Race:
 
 @pytest.fixture(scope="session")
 def counted(request: pytest.FixtureRequest) -> dict[Job, Result]:
-    """Results of all jobs that the chosen benchmarks have among their parameters, counted at once by two processes."""
+    """Count all jobs among the parameters of the selected benchmarks at once, in two processes."""
     jobs: dict[str, Job] = {}
     for item in request.session.items:
         params = getattr(item, "callspec", None)
@@ -97,7 +97,7 @@ def counted(request: pytest.FixtureRequest) -> dict[Job, Result]:
 
 
 class _ByJob(dict[Job, Result]):
-    """Jobs hold dicts, so they are found by what they look like."""
+    """Results looked up by a job's repr, because jobs hold dicts and are not hashable."""
 
     def __init__(self, pairs: Any) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Counting jobs: one operation, in one way, at one size, in a process that interprets kernels.
+"""Counting jobs: one operation, in one implementation, at one size, in a process that interprets kernels.
 
     results = count([Job("linear_cross_entropy", "Liger", {"N": 1024, "D": 4096, "V": 128256})])
 
-Each way runs as a GPU would have it run (see `evidence.pretend_cuda`), forward and backward, on bfloat16 unless the job
+Each implementation takes its GPU path (see `evidence.pretend_cuda`), forward and backward, in bfloat16 unless the job
 says otherwise. A dry job counts without computing, at any size; the others compute, and compare with float64.
 """
 
@@ -26,31 +26,31 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """What to count."""
+    """Job: what to count."""
 
-    operation: str  # of benchmarks.ways
+    operation: str  # a key of benchmarks.ways
     way: str
-    size: dict[str, Any]  # N, D, V, perhaps K of a loss; "parameters" of an optimizer
+    size: dict[str, Any]  # N, D, V and possibly K for a loss; "parameters" for an optimizer
     dry: bool = True
     dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was counted. Bytes and FLOPs of the whole operation."""
+    """Counts of a whole operation, in bytes and FLOPs."""
 
     job: Job
-    dram: float  # different bytes per launch: see evidence.traffic
-    moved: float  # all that was asked for
-    by_name: dict[str, float]  # dram of each kernel and operator, those that move most first
+    dram: float  # distinct bytes per launch: see evidence.traffic
+    moved: float  # all requested bytes
+    by_name: dict[str, float]  # dram per kernel and operator, the largest first
     dot_flops: float
     calls: int
     syncs: int
     peak_bytes: int
     seconds: dict[str, float]  # modelled, by GPU
-    counting_took: float  # seconds, here
-    errors: dict[str, float] = field(default_factory=dict)  # relative, against float64, unless it was dry
-    kinds: list[Specialization] = field(default_factory=list)  # of launches that were made
+    counting_took: float  # seconds, on this machine
+    errors: dict[str, float] = field(default_factory=dict)  # relative to float64, unless the job was dry
+    kinds: list[Specialization] = field(default_factory=list)  # kinds of launches made
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
@@ -60,10 +60,10 @@ class Result:
 
 
 def count(jobs: list[Job], *, workers: int = 2) -> list[Result]:
-    """Run the jobs in worker processes; the results come in the order of the jobs.
+    """Run the jobs in worker processes; the results are in the order of the jobs.
 
     Raises:
-        RuntimeError: a job failed; the message has the job and its traceback.
+        RuntimeError: A job failed; the message contains the job and its traceback.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(jobs)):
@@ -90,10 +90,10 @@ def count(jobs: list[Job], *, workers: int = 2) -> list[Result]:
 
 @contextmanager
 def _worker() -> Iterator[Callable[[str], str]]:
-    """A process that answers lines with lines."""
+    """Start a process that answers lines with lines."""
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",  # there is a worker for each core
+        "OMP_NUM_THREADS": "1",  # there is one worker per core
         "TORCHDYNAMO_DISABLE": "1",  # cut-cross-entropy compiles a helper, which dispatch modes forbid
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), str(_ROOT / "kernels"), *sys.path])),
     }
@@ -116,11 +116,11 @@ def _worker() -> Iterator[Callable[[str], str]]:
         process.stdin.close()
 
 
-# In the worker.
+# In the worker process.
 
 
 def run(job: Job) -> Result:
-    """Count here and now; the process must be an interpreting one."""
+    """Count in this process, which must interpret kernels."""
     import torch
 
     from benchmarks.ways import ways
@@ -139,7 +139,7 @@ def run(job: Job) -> Result:
         operation = _OPERATIONS.get(job.operation, _optimizer)(way.run, job, dtype)
         with pretending_cuda(), counting(dry=job.dry) as counts:
             operation.run()
-    # What only prepares the inputs is not the operation's.
+    # Preparing the inputs is not part of the operation.
     counts.traffic = [t for t in counts.traffic if t.name not in operation.ignored]
     total = counts.total()
     return Result(
@@ -181,7 +181,7 @@ def _cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
     made: dict[str, Any] = {}
 
     def run() -> None:
-        logits = _Handed.apply(leaf)  # no leaf: it may be written over, as the last layer's output may
+        logits = _Handed.apply(leaf)  # not a leaf, so it may be overwritten, like the last layer's output
         made["loss"] = way(logits, targets)
         made["loss"].backward()
 
@@ -192,7 +192,7 @@ def _cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
         return {"loss": _relative(made["loss"].detach(), loss.detach()), "logits": _relative(leaf.grad, truth.grad)}
 
     class _Handed(torch.autograd.Function):
-        """Costs nothing, and keeps the leaf's values where the loss is computed in place."""
+        """Function that costs nothing, and keeps the leaf's values when the loss is computed in place."""
 
         @staticmethod
         def forward(ctx: Any, x: Any) -> Any:
@@ -206,7 +206,7 @@ def _cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
 
 
 def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
-    """Of one head's hidden states or, where the size has a K, of as many that predict further and further ahead."""
+    """Build the operation for one head, or for K heads that predict successive tokens if the size has K."""
     import torch
     import torch.nn.functional as F
 
@@ -246,7 +246,7 @@ def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Ope
 
 
 def _summed(loss: Callable[..., Any], logits: Any, labels: Any) -> Any:
-    """Head k's row t predicts label t + k."""
+    """Sum the losses of the heads; row t of head k predicts label t + k."""
     return sum(loss(z[: len(labels) - k], labels[k:]) for k, z in enumerate(logits))
 
 
@@ -261,7 +261,7 @@ def _optimizer(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
         p.grad = reserve(*p.shape, dtype=dtype)
     with pretending_cuda(), counting(dry=True):
         optimizer = way(parameters)
-        optimizer.step()  # makes the states
+        optimizer.step()  # creates the states
     return _Operation(lambda: optimizer.step() and None)
 
 
@@ -278,8 +278,8 @@ def main() -> None:
     import traceback
 
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not be taken for an answer
-    # Before the libraries that are counted are imported: they take functions of libdevice by name.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not be taken for an answer
+    # Must run before the counted libraries are imported: they look up libdevice functions by name.
     from evidence import interpreter
 
     interpreter.install()

@@ -1,9 +1,9 @@
-"""Every way to predict further tokens, trained side by side as `make train` trains: what it does to the next token.
+"""Train every kind of multi-token prediction like `make train`, and compare the loss of the next token.
 
-python -m benchmarks.mtp_runs FOLDER     # runs go there, unless they are there; the table goes to results/mtp.json
+python -m benchmarks.mtp_runs FOLDER     # existing runs in FOLDER are reused; the table goes to results/mtp.json
 
-Whole runs say what is learned, and are deterministic. How fast a step is and what it holds is another question and
-needs a quiet machine: short runs of every way in turn, several rounds, the best of each.
+Whole runs show what is learned, and are deterministic. Speed and memory of a step need a quiet machine and are measured
+separately: short runs of all kinds in turn, several rounds, the best of each.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHORT = ["train.steps=40", "train.log_every=10", "train.eval_rows=1", "train.sam
 
 
 def train(folder: Path, name: str, settings: list[str]) -> int:
-    """One run in a process of its own, unless it is there; returns the most memory it held, in bytes."""
+    """Train one run in its own process, unless it exists; return its peak memory in bytes."""
     if (folder / name / "finished").exists():
         return int((folder / name / "finished").read_text())
     command = [sys.executable, "-m", "llmfast.cli", "train", "--overwrite", "--name", name]
@@ -74,9 +74,9 @@ def costs(folder: Path, settings: list[str]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("folder", type=Path, help="of the runs; those that are finished are not run again")
-    parser.add_argument("--seeds", type=int, default=1, help="whole runs of each way")
-    parser.add_argument("--set", action="append", default=[], help="a setting of all runs, as for llmfast train")
+    parser.add_argument("folder", type=Path, help="folder of the runs; finished runs are not repeated")
+    parser.add_argument("--seeds", type=int, default=1, help="number of whole runs of each kind")
+    parser.add_argument("--set", action="append", default=[], help="a setting for all runs, as in llmfast train")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = learned(args.folder, args.seeds, args.set)

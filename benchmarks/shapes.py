@@ -1,4 +1,4 @@
-"""The sizes that the benchmarks use: output layers and parameter lists of models that people train."""
+"""Sizes used by the benchmarks: output layers and parameter lists of real models."""
 
 # Hidden width and vocabulary.
 MODELS = {
@@ -9,10 +9,10 @@ MODELS = {
 }
 TOKENS = (1024, 4096, 16384, 65536)
 
-# Small enough to compute in the interpreter, with the proportions of a large vocabulary.
+# Small enough to compute in the interpreter, but with realistic proportions.
 SMALL = {"N": 1024, "D": 256, "V": 16384}
 SMALL_HEADS = {"K": 4, "N": 256, "D": 256, "V": 8192}
-# Four heads on the tokens of one micro-batch, at DeepSeek-V3's size too: the model that trains one such head.
+# Four heads on the tokens of one micro-batch, also at the size of DeepSeek-V3, which trains one such head.
 HEADS = [{"K": 4, "N": 8192, "D": D, "V": V} for D, V in (MODELS["Llama-3"], (7168, 129280))]
 
 

@@ -1,6 +1,6 @@
-"""Bytes, FLOPs and memory of every way, counted; and what of it must be so.
+"""Count bytes, FLOPs and memory of every implementation, and check properties of the counts.
 
-No GPU is needed, and nothing here is a time: the processes that count say what a GPU would have to move and compute.
+No GPU is needed and nothing is timed: the counting processes show what a GPU would have to move and compute.
 """
 
 import pytest
@@ -18,10 +18,10 @@ COMPARED = [Job("linear_cross_entropy", way, SMALL, dry=False) for way in ways("
 COMPARED += [Job("cross_entropy", way, {"N": 256, "V": 16384}, dry=False) for way in ways("cross_entropy", "counted")]
 COMPARED += [Job("mtp_cross_entropy", way, SMALL_HEADS, dry=False) for way in ways("mtp_cross_entropy", "counted")]
 SIZES = [{"N": N, "D": D, "V": V} for D, V in MODELS.values() for N in TOKENS]
-SIZES += [{"N": 16384, "D": 4096, "V": V} for V in (8192, 32768, 262144)]  # with Llama-3's, a sweep over V
+SIZES += [{"N": 16384, "D": 4096, "V": V} for V in (8192, 32768, 262144)]  # with Llama-3's size, a sweep over V
 LINEAR = [Job("linear_cross_entropy", way, size) for size in SIZES for way in ways("linear_cross_entropy", "counted")]
 MTP = [Job("mtp_cross_entropy", way, size) for size in HEADS for way in ways("mtp_cross_entropy", "counted")]
-# A program of its kernels walks through a share of a tensor, so one of a large tensor takes minutes to interpret.
+# A program of its kernels processes a fixed share of a tensor, so large tensors take minutes to interpret.
 SMALL_ONLY = ("FlashOptim, 8-bit states",)
 ADAMW = [
     Job("adamw", way, {"parameters": size}, dtype=str(dtype).removeprefix("torch."))
@@ -70,7 +70,7 @@ def test_optimizers(add: Add, counted: dict[Job, Result], job: Job) -> None:
 
 
 def test_machine_code(add: Add, counted: dict[Job, Result]) -> None:
-    """Of every kind of launch that was counted, ours and the others', on five GPUs."""
+    """Compile every kind of launch that was counted, by all libraries, for five GPUs."""
     used_by: dict[str, set[str]] = {}
     kinds = {}
     for result in counted.values():
@@ -94,11 +94,11 @@ def test_machine_code(add: Add, counted: dict[Job, Result]) -> None:
         )  # fmt: skip
 
 
-# What must be so, of what was counted anyway.
+# Properties that the counts must have.
 
 
 def least_linear_bytes(N: int, D: int, V: int) -> int:
-    """Of three matrix products in bfloat16 that read and write each of their matrices once."""
+    """Return the bytes of three bfloat16 matrix products that read and write each of their matrices once."""
     return 2 * (3 * N * V + 3 * N * D + 3 * V * D)
 
 
@@ -129,7 +129,7 @@ def test_heads_in_one_call_move_and_hold_less_than_head_by_head(counted: dict[Jo
 
 @pytest.mark.parametrize("job", [job for job in ours(LINEAR) if job.size["N"] >= 16384], ids=name)
 def test_ours_takes_little_longer_than_its_matrix_products(counted: dict[Job, Result], job: Job) -> None:
-    """Modelled, on an H100."""
+    """Compare times modelled on an H100."""
     from evidence.roofline import H100, seconds
     from evidence.traffic import Traffic
 
@@ -143,7 +143,8 @@ def test_ours_takes_little_longer_than_its_matrix_products(counted: dict[Job, Re
 def test_our_adamw_moves_each_value_once(counted: dict[Job, Result], job: Job) -> None:
     numel = sum(torch.Size(shape).numel() for shape in PARAMETERS[job.size["parameters"]])
     itemsize = getattr(torch, job.dtype).itemsize
-    assert 7 * itemsize <= counted[job].dram / numel < 1.01 * 7 * itemsize  # a sample of programs; exact in the tests
+    # Only a sample of programs runs; the tests count exactly.
+    assert 7 * itemsize <= counted[job].dram / numel < 1.01 * 7 * itemsize
     assert counted[job].calls == 2
 
 

@@ -1,4 +1,4 @@
-"""What it costs to make batches, next to torch's DataLoader over the same stream with nothing but slicing to do."""
+"""Time of creating batches, compared with torch's DataLoader that only slices the same stream."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ def documents() -> list[np.ndarray]:
 
 
 class Slices(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Rows of a stream and the same one to the right: no document boundaries, no positions."""
+    """Dataset of rows of a stream and their labels, without document boundaries or positions."""
 
     def __init__(self, stream: torch.Tensor) -> None:
         self.stream = stream
@@ -60,7 +60,7 @@ def test_batches(race: Race, add: Add) -> None:
 
 
 def test_packing(race: Race, add: Add) -> None:
-    """Documents to rows, next to joining the arrays and nothing else."""
+    """Time packing documents into rows, compared with only joining the arrays."""
     given = documents()
 
     def ours() -> PackedRows:

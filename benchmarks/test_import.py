@@ -1,4 +1,4 @@
-"""What `import llmfast` adds to `import torch`, in a new process each time."""
+"""Time that `import llmfast` adds to `import torch`, in a new process each time."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The kernels by themselves, on a GPU: percent of the bandwidth that a copy reaches on the same device."""
+"""Time single kernels on a GPU, as a percentage of the bandwidth of a copy on the same device."""
 
 import pytest
 import torch
@@ -69,6 +69,6 @@ def time_scale(add: Add, numel: int) -> None:
 
 
 def record(add: Add, kernel: str, shape: str, seconds: float, least_bytes: int) -> None:
-    """`least_bytes` are those that must move if everything is read and written once."""
+    """Add a row; `least_bytes` is the number of bytes to move if everything is read and written once."""
     reached = least_bytes / seconds
     add("kernels", kernel=kernel, shape=shape, seconds=seconds, bandwidth=reached, share=reached / copy_bandwidth())

@@ -1,4 +1,4 @@
-"""Losses forward and backward by wall clock, next to every other way there is here. On a GPU also at real sizes."""
+"""Time losses forward and backward, compared with all other installed implementations; on a GPU at realistic sizes."""
 
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from benchmarks.ways import ways
 GPU = torch.cuda.is_available()
 TIER = "gpu" if GPU else "cpu"
 DTYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
-# N, D, V. On a CPU: the demo, GPT-2's and Llama-3's vocabularies.
+# N, D, V. On a CPU: the vocabularies of the demo, GPT-2 and Llama-3.
 LINEAR = (
     {f"{model} N={N}": (N, *MODELS[model]) for model in MODELS for N in TOKENS}
     if GPU
@@ -35,7 +35,7 @@ def race_losses(
     leaves: Any,
     targets: Any,
 ) -> None:
-    """Time all ways on the same tensors, those that the device has memory for, and record what they take."""
+    """Time all implementations that fit in the device's memory on the same tensors, and record the results."""
     runs, peaks = {}, {}
     for name, way in ways(operation, TIER, dtype).items():
 
@@ -45,8 +45,8 @@ def race_losses(
 
         try:
             if GPU:
-                run()  # compiles, where there is something to compile
-            clear(leaves)  # or gradients would count as what was there before
+                run()  # compiles, if necessary
+            clear(leaves)  # otherwise gradients would count as memory used before
             peaks[name] = peak_bytes(run)
             runs[name] = run
         except torch.OutOfMemoryError:
@@ -77,13 +77,13 @@ def test_linear_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dty
     targets = torch.randint(0, V, (N,), device=device())
     size = {"N": N, "D": D, "V": V}
     race_losses(add, race, "linear_cross_entropy", shape, size, dtype, [hidden, weight], targets)
-    if GPU:  # what the three matrix products take by themselves
+    if GPU:  # the time of the three matrix products alone
         gemms = gemm_seconds(hidden.detach(), weight.detach())
         add("roof", operation="linear_cross_entropy", shape=shape, dtype=str(dtype), seconds=gemms, what="cuBLAS")
 
 
 def gemm_seconds(hidden: torch.Tensor, weight: torch.Tensor) -> float:
-    """Of the three products of a linear layer's forward and backward, by the device's own library, in slices."""
+    """Time the three products of a linear layer's forward and backward with the device's own library, in slices."""
     rows = max(1, min(len(hidden), (4 << 30) // (weight.shape[0] * hidden.element_size())))
     seconds = 0.0
     for start in range(0, len(hidden), rows):
@@ -102,7 +102,7 @@ def test_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dtype) -> 
         pytest.skip("not enough memory")
     logits = torch.randn(N, V, device=device()).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (N,), device=device())
-    # Ways that write over the logits are counted, not timed: they need new ones every time.
+    # Implementations that overwrite the logits are counted, not timed: they need new logits every time.
     race_losses(add, race, "cross_entropy", shape, {"N": N, "V": V}, dtype, [logits], targets)
     if GPU:
         floor = 6 * N * V / copy_bandwidth()
@@ -112,5 +112,5 @@ def test_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dtype) -> 
             shape=shape,
             dtype=str(dtype),
             seconds=floor,
-            what="copying 6 bytes a logit",
+            what="copying 6 bytes per logit",
         )

@@ -1,4 +1,4 @@
-"""One AdamW step by wall clock, next to every other way there is here, and what it costs the host."""
+"""Time one AdamW step, compared with all other installed implementations, and its host time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from llmfast._dispatch import kernels_on_cpu
 GPU = torch.cuda.is_available()
 TIER = "gpu" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-# The demo's decoder; a model of 300 tensors, whose host work shows; GPT-2.
+# The demo's decoder; a model of 300 tensors, whose host time is noticeable; GPT-2.
 Shapes = Sequence[tuple[int, ...]]
 MODELS: dict[str, Shapes] = {
     "demo, 4M in 44": [(8192, 192), *[(576, 192), (192, 192), (1024, 192), (192, 512), (192,), (192,)] * 7],
@@ -27,7 +27,7 @@ if GPU:
 
 
 def parameters(shapes: Shapes, dtype: torch.dtype) -> list[torch.Tensor]:
-    """With gradients. Random where it is cheap, as denormal numbers would slow a CPU down."""
+    """Create parameters with gradients, with random values if cheap, because denormal numbers would slow down a CPU."""
     made = [torch.randn(shape, dtype=dtype, device=device()).requires_grad_() for shape in shapes]
     for p in made:
         p.grad = torch.randn_like(p)
@@ -58,18 +58,18 @@ def test_adamw(race: Race, add: Add, model: str, dtype: torch.dtype) -> None:
         )  # fmt: skip
     if GPU:
         floor = 7 * numel * dtype.itemsize / copy_bandwidth()
-        what = "copying 7 values a parameter"
+        what = "copying 7 values per parameter"
         add("roof", operation="adamw", shape=model, dtype=str(dtype), seconds=floor, what=what)
 
 
 def test_host_time_of_a_step(race: Race, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of `step` but the launches, ours and torch's."""
+    """Time `step` without its launches, for llmfast and torch."""
     kernels: Any = pytest.importorskip("llmfast_kernels.optimizer")
     for name in ("prepare", "update"):
         monkeypatch.setattr(kernels, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: None)
-    monkeypatch.setattr(torch, "_foreach_add_", lambda *args, **kwargs: None)  # of step counters, on a GPU a launch
-    shapes = [(8, 8)] * 300  # so small that only the host's work counts
+    monkeypatch.setattr(torch, "_foreach_add_", lambda *args, **kwargs: None)  # step counters, a launch on a GPU
+    shapes = [(8, 8)] * 300  # so small that only host time counts
     ours, theirs = ways("adamw", "cpu")["llmfast"], ways("adamw", "cpu")["torch fused"]
     with kernels_on_cpu():
         runs: dict[str, Callable[[], object]] = {

@@ -1,4 +1,4 @@
-"""One step of the trainer on the demo's model, next to a loop of plain torch that does the same."""
+"""Time one step of the trainer on the demo's model, compared with an equivalent loop in plain torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
-"""Every way to compute the same thing: ours, torch's, and other people's libraries, as their users call them.
+"""Every implementation of the same operation: ours, torch's, and other libraries', called as their users call them.
 
-A way is a plain function of the tensors. What is not installed is left out; `make bench` installs those that run in the
-interpreter (the extra `bench`), and a GPU machine may have more.
+A way is a plain function of the tensors. Libraries that are not installed are skipped. `make bench` installs those that
+run in the interpreter (the extra `bench`); a GPU machine may have more.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,15 +23,15 @@ GPU_ONLY = frozenset({"gpu"})
 
 @dataclass(frozen=True)
 class Library:
-    """What a way belongs to."""
+    """Library that a way belongs to."""
 
-    module: str  # must be there to import
-    distribution: str  # to ask for the version
+    module: str  # must be importable
+    distribution: str  # for looking up the version
 
     def installed(self) -> bool:
         try:
             return find_spec(self.module) is not None
-        except (ImportError, ValueError):  # a parent that is something else by the same name
+        except (ImportError, ValueError):  # a different package with the parent's name
             return False
 
 
@@ -48,7 +48,7 @@ BITSANDBYTES = Library("bitsandbytes", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Way:
-    """One library's way to do an operation, or one mode of it."""
+    """Implementation of an operation by one library, or one mode of it."""
 
     name: str
     run: Callable[..., Any]
@@ -58,19 +58,19 @@ class Way:
 
 
 def ways(operation: str, tier: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Way]:
-    """The installed ways to do an operation in a tier ("cpu", "counted" or "gpu"), ours first."""
+    """Return the installed ways of an operation in a tier ("cpu", "counted" or "gpu"), ours first."""
     found = (w for w in _WAYS[operation] if tier in w.tiers and dtype in w.dtypes and w.library.installed())
     return {way.name: way for way in found}
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that the ways use, where installed."""
+    """Return the versions of installed libraries that the ways use."""
     libraries = {way.library for ways in _WAYS.values() for way in ways if way.library.installed()}
     return {name: metadata.version(name) for name in sorted({"triton", *(one.distribution for one in libraries)})}
 
 
 def _load(module: str, name: str) -> Any:
-    """At the first call, not when this is imported: others may not be installed, or need patches before."""
+    """Import lazily at the first call: other libraries may be missing, or need patches first."""
     return getattr(import_module(module), name)
 
 
@@ -86,7 +86,7 @@ def _quack_cross_entropy(logits: Tensor, targets: Tensor) -> Any:
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled at the first call, for each set of shapes by itself."""
+    """Compile a function at the first call, separately for each set of shapes."""
     made: list[Callable[..., Tensor]] = []
 
     def run(*tensors: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ def _unfused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _unfused_float32(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As training loops mostly do it: logits to float32 first."""
+    """Convert logits to float32 first, as most training loops do."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
 def _torch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-    # Since torch 2.13.
+    # Available since torch 2.13.
     options = _load("torch.nn", "LinearCrossEntropyOptions")()
     return _load("torch.nn.functional", "linear_cross_entropy")(hidden, weight, targets, options=options)
 
@@ -145,7 +145,7 @@ def _shared_logits(heads: int) -> Callable[..., Any]:
 
 
 def _head_by_head(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """As everybody does it: a loss of each head, with labels moved."""
+    """Sum separate losses of the heads with shifted labels, as is common."""
 
     def run(hiddens: Tensor, weight: Tensor, labels: Tensor) -> Any:
         moved = [F.pad(labels[k:], (0, k), value=-100) for k in range(len(hiddens))]
@@ -154,7 +154,7 @@ def _head_by_head(loss: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-# Optimizers: parameters -> what has a `step`.
+# Optimizers: parameters -> an object with a `step` method.
 
 Parameters = Iterable[Tensor]
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -165,7 +165,7 @@ def _adamw(module: str, name: str, **options: Any) -> Callable[[Parameters], Any
 
 
 class _Clipped:
-    """Any optimizer with torch's clipping before its step."""
+    """Optimizer preceded by torch's clipping."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -199,7 +199,7 @@ _MODES: dict[str, dict[str, Any]] = {
     "stochastic, 8-bit states": {"master_weights": "stochastic", "state_dtype": "8bit"},
     "split8, 8-bit states": {"master_weights": "split8", "state_dtype": "8bit"},
 }
-# All but plain AdamW, which is measured at more sizes.
+# All except plain AdamW, which is measured at more sizes.
 OPTIMIZERS = ("adamw, clipped", "sgd, momentum", "rmsprop", "adagrad", "adamw, bfloat16 with more bits")
 _WAYS: dict[str, list[Way]] = {
     "cross_entropy": [
@@ -207,7 +207,7 @@ _WAYS: dict[str, list[Way]] = {
         Way("llmfast in place", lambda x, y: losses.cross_entropy(x, y, inplace=True), LLMFAST, frozenset({"counted"})),
         Way("torch", F.cross_entropy, TORCH, EVERYWHERE),
         Way("torch compiled", _compiled(F.cross_entropy), TORCH, GPU_ONLY),
-        Way("Liger", _liger_cross_entropy, LIGER, KERNELS),  # in place too; it takes leaves, and overwrites them
+        Way("Liger", _liger_cross_entropy, LIGER, KERNELS),  # also in place; it accepts leaves and overwrites them
         Way("Quack", _quack_cross_entropy, QUACK, GPU_ONLY),
     ],
     "linear_cross_entropy": [
@@ -223,7 +223,7 @@ _WAYS: dict[str, list[Way]] = {
         Way("Liger", _liger(None), LIGER, KERNELS),
         Way("Liger, float32 sums", _liger(torch.float32), LIGER, KERNELS),
         Way("cut-cross-entropy", _cut_cross_entropy(), CCE, KERNELS),
-        # Counts the same on random numbers, of which the filter drops nothing.
+        # Has the same counts on random numbers, of which the filter drops nothing.
         Way("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
         Way("Quack", _quack, QUACK, GPU_ONLY),
     ],

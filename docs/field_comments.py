@@ -1,4 +1,4 @@
-"""For the reference: a field's comment in the source is its description (`loss: Tensor  # () float32, the mean`)."""
+"""Extension for the reference: a field's comment becomes its description (`loss: Tensor  # () float32, the mean`)."""
 
 import ast
 from functools import cache
@@ -14,12 +14,12 @@ def _lines(path: Path) -> list[str]:
 
 
 class FieldComments(Extension):
-    """Of fields of classes that have no docstring of their own."""
+    """Extension for fields of classes that have no docstring."""
 
     def on_attribute_instance(self, *, node: ast.AST, attr: Attribute, **_: Any) -> None:
         if attr.docstring is not None or attr.parent is None or not attr.parent.is_class or attr.endlineno is None:
             return
-        if attr.annotation is None:  # a constant of the class, and no field
+        if attr.annotation is None:  # a class constant rather than a field
             return
         _, _, comment = _lines(Path(str(attr.filepath)))[attr.endlineno - 1].partition("  # ")
         if comment and not comment.startswith(("type:", "pyright:", "noqa")):

@@ -1,4 +1,4 @@
-"""What mkdocs asks of us: the trainer's settings in a page, and that no public name is missing from the reference."""
+"""Hooks for mkdocs: insert the trainer's settings into a page, and check the reference for missing public names."""
 
 import ast
 import json
@@ -9,12 +9,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PLACE = "<!-- settings -->"
-# The integrations have no `__all__`: docs/reference/integrations.md names what is theirs.
+# The integrations have no `__all__`: docs/reference/integrations.md lists their names.
 PACKAGES = ("losses", "mtp", "optim", "data", "clean", "models", "train", "plan")
 
 
 def lists() -> str:
-    """List each section's settings, as a table does not fit a phone: `section.key = default`, meaning and values."""
+    """List each section's settings (a table does not fit a phone): `section.key = default`, meaning and values."""
     from llmfast.train.config import SCHEMA
 
     lines: list[str] = []
@@ -28,12 +28,12 @@ def lists() -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs calls this for each page."""
+    """Insert the settings into a page; mkdocs calls this for each one."""
     return markdown.replace(PLACE, lists()) if PLACE in markdown else markdown
 
 
 def public_names(package: str) -> list[str]:
-    """The `__all__` of a package of llmfast's, without importing it."""
+    """Return the `__all__` of a package of llmfast without importing it."""
     tree = ast.parse((ROOT / "llmfast" / package / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -42,11 +42,11 @@ def public_names(package: str) -> list[str]:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """A warning, which fails a strict build, for each public name without an entry of its own in the reference."""
+    """Warn about each public name that has no entry in the reference; a warning fails a strict build."""
     pages = (Path(config.site_dir) / "reference").glob("*.html")
     found = {anchor for page in pages for anchor in re.findall(r'id="(llmfast\.[\w.]+)"', page.read_text())}
     for package in PACKAGES:
         for name in public_names(package):
-            # Where a module has its function's name, the entry has both.
+            # If a module has its function's name, the entry has both.
             if not {f"llmfast.{package}.{name}", f"llmfast.{package}.{name}.{name}"} & found:
                 logging.getLogger("mkdocs.hooks").warning("llmfast.%s.%s is not in the reference", package, name)

@@ -1,6 +1,6 @@
-"""How llmfast knows what its kernels do on GPUs that are not here. For the tests and benchmarks; not installed.
+"""Verification of kernels for GPUs that are not available. For tests and benchmarks; not installed.
 
-`interpreter` makes Triton's CPU interpreter numerically honest and lets `observers` watch it: `sanitizer` for wrong
-accesses, `traffic` for bytes and FLOPs, `launches` for what was launched. `compiler` compiles those launches for GPUs,
-`machine_code` reads the result, `roofline` turns counts into modelled times.
+`interpreter` makes Triton's CPU interpreter numerically faithful and observable through `observers`: `sanitizer`
+detects faulty accesses, `traffic` counts bytes and FLOPs, `launches` records launches. `compiler` compiles those
+launches for GPUs, `machine_code` reads the result, and `roofline` converts counts to modelled times.
 """

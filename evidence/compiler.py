@@ -1,7 +1,7 @@
-"""Recorded launches, compiled for GPUs that are not here.
+"""Compile recorded launches for GPUs that this machine does not have.
 
-The tests' process interprets kernels, and an interpreting process cannot compile: worker processes do. There, each kind
-of launch is made again with stand-ins for its arguments, and Triton specialises and compiles as a GPU would have it.
+The tests' process interprets kernels and therefore cannot compile them, so worker processes do. A worker repeats each
+kind of launch with stand-ins for its arguments, and Triton specialises and compiles as it would for a GPU.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 class Compiled(NamedTuple):
-    """One kind of launch on one target."""
+    """Kind of launch compiled for one target."""
 
     kind: Specialization
     target: str
@@ -46,7 +46,7 @@ def compile_launches(kinds: Sequence[Specialization], targets: Sequence[str] = T
     """Compile every kind of launch for every target, in two worker processes.
 
     Raises:
-        RuntimeError: something did not compile; the message has the compiler's own.
+        RuntimeError: A launch did not compile; the message includes the compiler's.
     """
     jobs = [(kind, target) for target in targets for kind in kinds]
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -71,10 +71,10 @@ def _run_worker(jobs: list[tuple[Specialization, str]]) -> list[Compiled]:
         return [Compiled(kind, target, fact) for (kind, target), fact in zip(jobs, facts)]
 
 
-# In the worker.
+# In the worker process.
 
 
-BATCH = 64  # kernels that a worker compiles before it looks at their code
+BATCH = 64  # kernels that a worker compiles before it reads their code
 
 
 def _work(given: str, answer: str) -> None:
@@ -93,7 +93,7 @@ def _named_compile(kind: Specialization, target: str) -> Any:
 
 
 def _facts(kernels: Sequence[Any]) -> list[Fields]:
-    """As JSON has them; kept beside Triton's own cache, so that what has not changed need not be disassembled again."""
+    """Return facts as JSON values; they are cached next to Triton's cache to avoid repeated disassembly."""
     from triton import knobs
 
     from evidence import machine_code
@@ -111,20 +111,20 @@ def _facts(kernels: Sequence[Any]) -> list[Fields]:
 
 
 def _compile(kind: Specialization, target: str) -> Any:
-    """The binary that Triton makes for this launch, and does not launch."""
+    """Return the binary that Triton builds for this launch, without launching it."""
     kernel = _resolve(kind.kernel)
     with _compiling_for(target):
         arguments = {name: _decode(value) for name, value in kind.arguments.items()}
         options = dict(kind.options)
         if kind.kernel.startswith("llmfast_kernels."):
-            from llmfast_kernels.launch import warps  # recorded where a warp has 32 threads
+            from llmfast_kernels.launch import warps  # launches are recorded where a warp has 32 threads
 
             options["num_warps"] = warps(32 * options["num_warps"])
         return kernel.run(grid=(1,), warmup=True, **arguments, **options)
 
 
 def _resolve(name: str) -> Any:
-    """The @triton.jit function "package.module:name", from under its heuristics and autotuners."""
+    """Find the @triton.jit function "package.module:name" below its heuristics and autotuners."""
     module, attribute = name.split(":")
     function = getattr(importlib.import_module(module), attribute)
     while hasattr(function.fn, "fn"):
@@ -133,7 +133,7 @@ def _resolve(name: str) -> Any:
 
 
 class _Pointer:
-    """Stands for a tensor."""
+    """Stand-in for a tensor."""
 
     def __init__(self, dtype: str, aligned: bool, below_2_gib: bool) -> None:
         import torch
@@ -145,12 +145,12 @@ class _Pointer:
     def data_ptr(self) -> int:
         return self._address
 
-    def ptr_range(self) -> int:  # asked for by Triton's AMD backend
+    def ptr_range(self) -> int:  # used by Triton's AMD backend
         return self._bytes
 
 
 def _decode(value: Any) -> Any:
-    """An argument that Triton treats as it would have treated the recorded one."""
+    """Return an argument that Triton treats like the recorded one."""
     import triton.language as tl
 
     if isinstance(value, list):
@@ -169,14 +169,14 @@ def _decode(value: Any) -> Any:
 
 
 class _CompileOnlyDriver:
-    """Answers what Triton asks its driver on the way to a compiled kernel."""
+    """Driver that answers Triton's queries during compilation."""
 
     def __init__(self, target: str) -> None:
         from triton.backends.compiler import GPUTarget
 
         nvidia = target.startswith("sm_")
         self.target = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-        self.device = f"compile only: {target}"  # Triton caches kernels per device: one cache for each target
+        self.device = f"compile only: {target}"  # Triton caches kernels per device: one cache per target
 
     def get_current_target(self) -> Any:
         return self.target

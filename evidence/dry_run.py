@@ -1,4 +1,4 @@
-"""Torch operators on tensors too large to compute with: what they would return, in memory that is never touched."""
+"""Dry execution of torch operators on tensors too large to compute with: results in memory that is never touched."""
 
 import mmap
 from typing import Any
@@ -9,13 +9,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from evidence.pretend_cuda import PRODUCTS_INTO_OTHER_DTYPES
 
-LARGE = 1 << 20  # elements; what has more is not computed
+LARGE = 1 << 20  # elements; larger tensors are not computed
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def reserve(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A CPU tensor of zeros of any size. Its memory is the system's until it is written, page by page."""
+    """Reserve a CPU tensor of zeros of any size. The system allocates a page only when it is written."""
     return _reserve_like(torch.empty(shape, dtype=dtype, device="meta"))
 
 
@@ -27,10 +27,10 @@ def _reserve_like(meta: Tensor) -> Tensor:
 
 
 def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operator's result: computed if all tensors are small, otherwise tensors of the right shape."""
+    """Return the operator's result: computed if all tensors are small, otherwise tensors of the right shape."""
     if func.is_view:
         return func(*args, **kwargs)
-    given: dict[int, Tensor] = {}  # by the id of the meta tensor that stands for it
+    given: dict[int, Tensor] = {}  # by the id of the corresponding meta tensor
 
     def outline(value: Any) -> Any:
         if isinstance(value, torch.device):
@@ -44,7 +44,7 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
     meta_args, meta_kwargs = tree_map(outline, args), tree_map(outline, kwargs)
     small = all(t.numel() <= LARGE for t in given.values())
     if not small and not func._schema.returns:
-        return None  # it changes its arguments, and their values do not matter
+        return None  # changes its arguments, whose values do not matter
     try:
         results = _product_into_float32(meta_args, meta_kwargs) if func in PRODUCTS_INTO_OTHER_DTYPES else func(
             *meta_args, **meta_kwargs
@@ -65,7 +65,7 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _product_into_float32(args: Any, kwargs: Any) -> Tensor:
-    """Of meta tensors, which have no such operator."""
+    """Multiply meta tensors, which lack this operator."""
     if "out" in kwargs:
         out: Tensor = kwargs["out"]
         return out

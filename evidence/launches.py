@@ -1,7 +1,7 @@
-"""What was launched: every kind of launch that a process makes in the interpreter, for the compiler to look at later.
+"""Record every kind of launch that a process makes in the interpreter, so that it can be compiled later.
 
-Launches are of one kind where Triton would use one binary: the same kernel, types of arguments, knowledge about them
-(pointers on 16 bytes, integers that are 1 or multiples of 16), compile-time constants and options.
+Launches are of the same kind if Triton would use one binary for them: the same kernel, types of arguments, facts about
+them (pointers aligned to 16 bytes, integers that are 1 or multiples of 16), compile-time constants and options.
 """
 
 import json
@@ -20,12 +20,12 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Specialization:
-    """A kind of launch. Arguments and options are in JSON's terms: see `_encode`."""
+    """Kind of launch. Arguments and options are stored as JSON values: see `_encode`."""
 
     kernel: str  # "package.module:name"
     arguments: Fields
     options: Fields
-    first_test: str = ""  # of pytest's, that launched it
+    first_test: str = ""  # the first pytest test that launched it
     count: int = 1
 
     @property
@@ -37,7 +37,7 @@ class Specialization:
         return self.kernel.split(":")[1]
 
     def __str__(self) -> str:
-        """`scale_kernel(x_ptr=*float32:16, numel=16, BLOCK=4096, num_warps=8)`"""
+        """Format as `scale_kernel(x_ptr=*float32:16, numel=16, BLOCK=4096, num_warps=8)`."""
         shown = {name: _show(value) for name, value in self.arguments.items()} | self.options
         return f"{self.name}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
@@ -57,11 +57,11 @@ def specialization(launch: Launch) -> Specialization:
 
 
 def _encode(value: Any, unspecialized: bool = False, unaligned: bool = False) -> Any:
-    """A run-time argument as far as it decides which binary Triton uses."""
+    """Encode the properties of a run-time argument that decide which binary Triton uses."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        # 1 becomes a constant, multiples of 16 are known as such, and the type is the narrowest that fits.
+        # 1 becomes a constant, multiples of 16 are marked, and the type is the narrowest that fits.
         small = 3 if unspecialized else 1 if value == 1 else 16 if value % 16 == 0 else 3
         return small if -(2**31) <= value < 2**31 else small + 2**40 if value < 2**63 else small + 2**63
     if isinstance(value, float):
@@ -72,7 +72,7 @@ def _encode(value: Any, unspecialized: bool = False, unaligned: bool = False) ->
         return {
             "dtype": str(value.dtype).removeprefix("torch."),
             "aligned": not unaligned and value.data_ptr() % 16 == 0,
-            "below_2_gib": _bytes(value) < 2**31,  # AMD GPUs have shorter instructions for such
+            "below_2_gib": _bytes(value) < 2**31,  # AMD GPUs have shorter instructions for these
         }
     raise TypeError(f"a launch with an argument of type {type(value).__name__} cannot be recorded")
 
@@ -82,7 +82,7 @@ def _bytes(tensor: Any) -> int:
 
 
 def _encode_constant(value: Any) -> Any:
-    value = getattr(value, "value", value)  # of a tl.constexpr
+    value = getattr(value, "value", value)  # unwrap a tl.constexpr
     if isinstance(value, TritonType):
         return {"triton_type": value.name}
     if isinstance(value, tuple | list):
@@ -103,7 +103,7 @@ def _show(value: Any) -> str:
 
 
 class Recorder(Observer):
-    """Keeps one `Specialization` of each kind it hears of, by `key`."""
+    """Observer that keeps one `Specialization` per kind of launch, by `key`."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, Specialization] = {}

@@ -1,6 +1,6 @@
-"""What can be read off a compiled Triton kernel: registers, spills, and what its loops are made of.
+"""Read facts from a compiled Triton kernel: registers, spills, and the instructions of its loops.
 
-NVIDIA's binaries are disassembled (SASS); AMD's assembly comes with the kernel.
+NVIDIA binaries are disassembled (SASS); AMD kernels come with their assembly.
 """
 
 import bisect
@@ -34,28 +34,28 @@ class Code:
 
     @property
     def access_bits(self) -> set[int]:
-        """The widths of all global loads and stores."""
+        """Return the widths of all global loads and stores."""
         return {*self.load_bits, *self.store_bits}
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelFacts:
-    """What can be read off a compiled kernel."""
+    """Facts read from a compiled kernel."""
 
     num_warps: int
     shared_bytes: int  # per program
     registers: int  # per thread; on AMD vector registers
     spill_bytes: int  # per thread, stored and loaded together; on AMD 4 for each spilled vector register
-    occupancy: float  # share of the threads a multiprocessor can hold that fit there together
+    occupancy: float  # share of a multiprocessor's maximum threads that fit there together
     stack_bytes: int  # per thread
     scalar_spills: int  # registers; always 0 on NVIDIA
     code: Code
     hot_loops: tuple[Code, ...]  # innermost loops, in the order of the code
-    orders: tuple[str, ...]  # those of ORDERS that some way through the code takes
+    orders: tuple[str, ...]  # the members of ORDERS that some path through the code follows
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "KernelFacts":
-        """Undo `dataclasses.asdict` and a passage through JSON, which turns the widths into strings."""
+        """Undo `dataclasses.asdict` and a round trip through JSON, which turns the widths into strings."""
 
         def code(counts: dict[str, Any]) -> Code:
             widths = {
@@ -67,14 +67,14 @@ class KernelFacts:
         return cls(**{**fields, **told, "orders": tuple(fields["orders"])})
 
 
-# Orders in which accesses to global memory and barriers may follow one another. A rewriting loop is an innermost one
-# that loads and stores; its stores are of that name alone, and its barriers are left out.
+# Orders in which accesses to global memory and barriers may follow one another. A rewriting loop is an innermost loop
+# that loads and stores; its stores count only as part of it, and its barriers are ignored.
 ORDERS = ("load, barrier, store, barrier, store", "rewriting loop, barrier, store")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One machine instruction and where control can go from it."""
+    """Machine instruction with its possible successors."""
 
     opcode: str
     target: int | None = None  # index of the instruction it may jump to
@@ -82,11 +82,12 @@ class Instruction:
 
 
 def facts(kernels: Sequence[Any]) -> list[KernelFacts]:
-    """The facts of kernels as Triton returns them from launches or from `triton.compile`.
+    """Return the facts of kernels as Triton returns them from launches or from `triton.compile`.
 
-    Of many at once: NVIDIA's disassembler takes a third of a second to begin, and next to nothing for a kernel.
+    Takes many kernels at once, because NVIDIA's disassembler needs a third of a second to start and almost no time per
+    kernel.
     """
-    code: dict[int, list[Instruction]] = {}  # by the kernel's place
+    code: dict[int, list[Instruction]] = {}  # by the kernel's position
     for arch in {k.metadata.target.arch for k in kernels if _is_nvidia(k)}:
         places = [i for i, k in enumerate(kernels) if k.metadata.target.arch == arch]
         code |= zip(places, _disassembled([kernels[i] for i in places], arch))
@@ -112,10 +113,11 @@ def _is_nvidia(kernel: Any) -> bool:
 
 
 def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The bodies of the loops that contain no other loop, in the order of the code.
+    """Return the bodies of loops that contain no other loop, in the order of the code.
 
-    Compilers move unlikely code behind the kernel's end and jump back from there. Such a jump backwards is no loop, so
-    it takes the textbook's definition: a jump to a block through which every way to the jump has led before.
+    Compilers move unlikely code behind the kernel's end and jump back from there. Such a backward jump is not a loop,
+    so
+    the textbook definition is used: a jump to a block that every path to the jump has passed.
     """
     cuts = {0, len(instructions)}
     for index, instruction in enumerate(instructions):
@@ -153,7 +155,7 @@ def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instructio
 
 
 def _closure(begin: Iterable[int], edges: Sequence[Iterable[int]], without: int | None = None) -> set[int]:
-    """All blocks that can be reached from `begin` along `edges`, never entering `without`."""
+    """Return all blocks that can be reached from `begin` along `edges`, never entering `without`."""
     seen = set(begin) - {without}
     waiting = list(seen)
     while waiting:
@@ -164,7 +166,7 @@ def _closure(begin: Iterable[int], edges: Sequence[Iterable[int]], without: int 
 
 
 def takes(instructions: Sequence[Instruction], order: str, count: Callable[[Sequence[Instruction]], Code]) -> bool:
-    """True if some way through the code meets what `order` names, one after the other."""
+    """Return True if some path through the code meets the items of `order` one after the other."""
     loops = [(loop, count(loop)) for loop in innermost_loops(instructions)]
     rewriting = {id(i) for loop, code in loops if code.load_bits and code.store_bits for i in loop}
 
@@ -192,26 +194,26 @@ def takes(instructions: Sequence[Instruction], order: str, count: Callable[[Sequ
     return False
 
 
-# NVIDIA: SASS and the use of resources, from the binary.
+# NVIDIA: SASS and resource usage, from the binary.
 
 _SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 _SASS_JUMPS = ("BRA", "JMP", "CALL")
 _SASS_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 _SASS_WIDTH = re.compile(r"\.[US]?(8|16|32|64|128|256)(?=\.|$)")
 _SASS_TENSOR_CORE = re.compile(r"(?:[HIQBDO]|UTC[HIQO])G?MMA$")
-_SASS_LOCAL = ("LDL", "STL")  # memory of a thread's own, to which registers are spilled
+_SASS_LOCAL = ("LDL", "STL")  # per-thread memory, to which registers are spilled
 
-# Of a multiprocessor: threads, programs, KiB of shared memory. Registers are 65536 on all of them.
+# Limits per multiprocessor: threads, programs, KiB of shared memory. All have 65536 registers.
 _NVIDIA_LIMITS = {80: (2048, 32, 164), 90: (2048, 32, 228), 100: (2048, 32, 228)}
 
 
 def _disassembled(kernels: Sequence[Any], arch: int) -> list[list[Instruction]]:
-    """The instructions of each, from an image of memory in which their code lies one after the other."""
+    """Disassemble each kernel from a memory image that holds their code one after the other."""
     codes = [_section(kernel.asm["cubin"], f".text.{kernel.metadata.name}") for kernel in kernels]
     with tempfile.TemporaryDirectory() as folder:
         memory = Path(folder, "code.bin")
         memory.write_bytes(b"".join(codes))
-        features = "a" if arch >= 90 else ""  # Triton compiles for all that this very GPU has
+        features = "a" if arch >= 90 else ""  # Triton compiles for all features of this architecture
         dump = _output_of(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}{features}", "--no-dataflow", memory)
     ends = list(itertools.accumulate(map(len, codes)))
     lines: list[list[str]] = [[] for _ in kernels]
@@ -221,7 +223,7 @@ def _disassembled(kernels: Sequence[Any], arch: int) -> list[list[Instruction]]:
 
 
 def _section(elf: bytes, name: str) -> bytes:
-    """A section of a 64-bit little-endian ELF file (https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.sheader.html)."""
+    """Return a section of a 64-bit little-endian ELF file (refspecs.linuxfoundation.org/elf/gabi4+)."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names_at = struct.unpack_from("<3H", elf, 0x3A)
     sections = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
@@ -258,7 +260,7 @@ def _nvidia_occupancy(metadata: Any, registers: int) -> float:
         programs,
         threads // (32 * metadata.num_warps),
         65536 // (registers_a_warp * metadata.num_warps),
-        (shared_kib << 10) // (metadata.shared + 1024),  # the system takes 1 KiB a program
+        (shared_kib << 10) // (metadata.shared + 1024),  # the system reserves 1 KiB per program
     )
     return float(fit * 32 * metadata.num_warps / threads)
 
@@ -284,7 +286,7 @@ def _parse_sass(code: str) -> list[Instruction]:
         target, falls_through = None, bool(guard) or family not in _SASS_ENDS
         if family in _SASS_JUMPS and (address := re.search(r"0x[0-9a-f]+", operands)):
             target = index_of.get(int(address[0], 16))
-            # A bare address is an unconditional jump; `BRA.DIV UR4, 0x..` and the like may go on.
+            # A bare address is an unconditional jump; `BRA.DIV UR4, 0x..` and similar ones may fall through.
             falls_through = bool(guard) or family == "CALL" or operands != address[0]
         if family in ("BRA", "JMP") and target is None:
             raise RuntimeError(f"cannot tell where {opcode} {operands} goes")
@@ -314,9 +316,9 @@ def _count_nvidia(instructions: Sequence[Instruction]) -> Code:
     )
 
 
-# AMD: the assembly holds everything.
+# AMD: everything is in the assembly.
 
-_AMD_WAVES = 8  # a SIMD of CDNA 3 or 4 holds
+_AMD_WAVES = 8  # per SIMD of CDNA 3 and 4
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+)")
 _AMD_WIDTHS = (
     (r"dwordx(\d)", lambda digits: 32 * int(digits)),
@@ -339,7 +341,7 @@ def _amd_resources(kernel: Any, instructions: Sequence[Instruction]) -> dict[str
             raise RuntimeError(f"no {name} in the kernel's metadata")
         return int(found[1])
 
-    waves = re.search(r"^; Occupancy: (\d+)", text, flags=re.MULTILINE)  # by registers and shared memory
+    waves = re.search(r"^; Occupancy: (\d+)", text, flags=re.MULTILINE)  # limited by registers and shared memory
     if waves is None:
         raise RuntimeError(f"no occupancy of {kernel.metadata.name} in the assembly")
     return dict(

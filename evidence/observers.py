@@ -1,7 +1,7 @@
-"""What can be heard of an interpreted kernel: its launch, its programs, their accesses to memory, their arithmetic.
+"""Events of an interpreted kernel that can be observed: its launch, programs, memory accesses and arithmetic.
 
-The sanitizer, the traffic counter and the recorder of launches are observers. They see any Triton code that runs in the
-interpreter that `evidence.interpreter` patched, and none of it needs to know.
+The sanitizer, the traffic counter and the launch recorder are observers. They see any Triton code that runs in the
+interpreter patched by `evidence.interpreter`, without changes to that code.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +19,13 @@ Run = Callable[[Sequence[int]], None]
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel. Programs are numbered in the order in which they run by default."""
+    """One launch of one kernel. Programs are numbered in the default order of execution."""
 
     kernel: str  # "package.module:name"
-    arguments: dict[str, Any]  # as given, by name, in the order of the kernel's parameters
-    constexprs: frozenset[str]  # which of them are compile-time constants
-    unspecialized: frozenset[str]  # which integers Triton is told not to look at
-    unaligned: frozenset[str]  # and of which pointers not to ask whether they are aligned
+    arguments: dict[str, Any]  # as passed, by name, in the order of the kernel's parameters
+    constexprs: frozenset[str]  # arguments that are compile-time constants
+    unspecialized: frozenset[str]  # integers that Triton must not specialise on
+    unaligned: frozenset[str]  # pointers whose alignment Triton must not use
     options: dict[str, Any]  # num_warps, enable_fp_fusion, ...
     grid: tuple[int, int, int]
 
@@ -39,34 +39,34 @@ class Launch:
         return x * y * z
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
-        """The arguments that are tensors, each with its name; members of tuples as `name[0]`, ..."""
+        """Yield the tensor arguments with their names; members of tuples are named `name[0]`, ..."""
         for name, value in self.arguments.items():
             members = [(name, value)]
             if isinstance(value, tuple):
                 members = [(f"{name}[{i}]", member) for i, member in enumerate(value)]
             for member_name, member in members:
-                tensor = getattr(member, "base", member)  # of a tensor descriptor
+                tensor = getattr(member, "base", member)  # the base of a tensor descriptor
                 if hasattr(tensor, "data_ptr"):
                     yield member_name, tensor
 
 
 @dataclass(frozen=True)
 class Access:
-    """One memory operation of one program."""
+    """Memory operation of one program."""
 
-    addresses: Array  # of the lanes that are not masked off, int64, flat
-    lanes: int  # masked or not
-    size: int  # bytes of an element
-    argument: str | None  # the argument whose pointer the addresses were computed from, where that is known
+    addresses: Array  # int64, flat, only of active lanes
+    lanes: int  # active or masked off
+    size: int  # bytes per element
+    argument: str | None  # the argument from whose pointer the addresses were computed, if known
 
     @cached_property
     def ends(self) -> tuple[int, int]:
-        """The first and the last address; there must be one."""
+        """Return the first and the last address; there must be at least one."""
         return int(self.addresses[0]), int(self.addresses[-1])
 
     @cached_property
     def consecutive(self) -> bool:
-        """Whether one element follows the other, from the first address to the last."""
+        """Return True if the elements are contiguous from the first address to the last."""
         count = self.addresses.size
         return count <= 1 or bool(
             self.ends[1] - self.ends[0] == (count - 1) * self.size
@@ -75,40 +75,40 @@ class Access:
 
 
 class Observer:
-    """Does nothing at anything. Override what matters."""
+    """Base class whose methods do nothing; override those needed."""
 
     def launch(self, launch: Launch, programs: Sequence[int], run: Run) -> None:
-        """Around a launch of `programs`: `run` runs those it is given, in that order, and may be called again."""
+        """Wrap a launch of `programs`: `run` runs those it is given, in that order, and may be called again."""
         run(programs)
 
     def program(self, index: int) -> None:
-        """Before a program."""
+        """Receive the index of the program that starts."""
 
     def load(self, access: Access) -> None:
-        """Before a load."""
+        """Receive a load before it happens."""
 
     def loaded(self, access: Access, values: Array) -> None:
-        """After it, with what the active lanes got, as NumPy holds it: bfloat16 is uint16."""
+        """Receive a load's result: the values of the active lanes as NumPy holds them (bfloat16 is uint16)."""
 
     def store(self, access: Access, values: Array) -> None:
-        """Before a store of `values` by the active lanes."""
+        """Receive a store of `values` by the active lanes before it happens."""
 
     def atomic(self, access: Access, ordered: bool) -> None:
-        """Before an atomic read-modify-write; `ordered` unless its memory semantics are relaxed."""
+        """Receive an atomic read-modify-write before it happens; `ordered` unless its memory semantics are relaxed."""
 
     def compute(self, operation: str, elements: int, dtype: str) -> None:
-        """After an operation on values, such as "fadd" or "exp2": how many results it made, and torch's name of a type.
+        """Receive an operation on values, such as "fadd" or "exp2", with its number of results and torch's dtype name.
 
-        For "reduce" the number is that of operands, for "dot" that of multiply-adds; the type is the first operand's.
+        For "reduce" the number is that of operands, for "dot" that of multiply-adds; the dtype is the first operand's.
         """
 
 
 class Objection(Exception):
-    """What an observer raises to stop a kernel: the interpreter passes it on as it is."""
+    """Exception that an observer raises to stop a kernel; the interpreter passes it on unchanged."""
 
 
 active: list[Observer] = []
-computing: list[Observer] = []  # those of them that listen to arithmetic, which is heard too often to call the others
+computing: list[Observer] = []  # the observers of arithmetic, which is too frequent to notify the others
 
 
 def _set_active(listening: list[Observer]) -> None:
@@ -118,7 +118,7 @@ def _set_active(listening: list[Observer]) -> None:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Let `observer` hear all that is interpreted meanwhile. The last to come is the innermost around a launch."""
+    """Notify `observer` of all interpreted code in the context. The latest observer is innermost around a launch."""
     _set_active([*active, observer])
     try:
         yield
@@ -128,7 +128,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """Nobody hears what happens meanwhile; for running programs again."""
+    """Suspend all observers, for running programs again."""
     before = active[:]
     _set_active([])
     try:
@@ -138,7 +138,7 @@ def unobserved() -> Iterator[None]:
 
 
 def run_launch(launch: Launch, run_programs: Run) -> None:
-    """Run all programs of a launch, as far as the observers let it."""
+    """Run all programs of a launch, as far as the observers permit."""
 
     def around(observer: Observer, inner: Run) -> Run:
         return lambda programs: observer.launch(launch, programs, inner) if observer in active else inner(programs)
@@ -150,7 +150,7 @@ def run_launch(launch: Launch, run_programs: Run) -> None:
 
 
 def lanes(pointers: Any, mask: Any) -> Access:
-    """The access that TensorHandles of pointers and a mask stand for; no mask is a mask of ones."""
+    """Return the access described by TensorHandles of pointers and a mask; no mask means all lanes are active."""
     addresses = pointers.data
     kept = addresses if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)

@@ -1,12 +1,11 @@
-"""CPU tensors that say they are on a GPU, so that libraries take the way they take there.
+"""CPU tensors that claim to be on a GPU, so that libraries take their GPU path.
 
     with pretending_cuda():
         loss = linear_cross_entropy(hidden, weight, targets)  # takes the kernels; its GEMMs accumulate in float32
 
-Inside, `tensor.device` is cuda:0 and `tensor.is_cuda` is true, for Python code. The tensors stay where they are,
-kernels run in the interpreter, and what torch has on GPUs only, matrix products of low precision into float32, is
-emulated.
-This is for running and counting the code of the GPU path. How fast it is, it cannot tell.
+Inside the context, Python code sees `tensor.device` as cuda:0 and `tensor.is_cuda` as true. The tensors stay on the
+CPU, kernels run in the interpreter, and operations that torch supports only on GPUs (low-precision matrix products into
+float32) are emulated. This serves to run the code of the GPU path and to count its work, not to time it.
 """
 
 import functools
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
-# What an H100 would say of itself.
+# The properties an H100 reports.
 PROPERTIES = SimpleNamespace(
     name="pretended H100", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0, warp_size=32
 )
@@ -36,7 +35,7 @@ _METHODS = ("to", "new_empty", "new_empty_strided", "new_full", "new_ones", "new
 
 @contextmanager
 def pretending_cuda() -> Iterator[None]:
-    """Pretend to be on an H100. Not for two threads at once."""
+    """Pretend to be on an H100. Not for concurrent use by two threads."""
     from triton.runtime import driver
 
     with ExitStack() as stack:
@@ -64,7 +63,7 @@ def pretending_cuda() -> Iterator[None]:
 
 @contextmanager
 def _property(name: str, value: object) -> Iterator[None]:
-    """Give CPU tensors another value. Tensor inherits the property from a class in C, and this one comes before it."""
+    """Override a property of CPU tensors. Tensor inherits it from a class in C, which this override precedes."""
     inherited = getattr(Tensor, name)
     setattr(Tensor, name, property(lambda self: value if self.is_cpu else inherited.__get__(self)))
     try:
@@ -78,7 +77,7 @@ def _answering(answer: object) -> Callable[..., object]:
 
 
 def _on_the_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, which takes "cuda" for the CPU."""
+    """Wrap a function so that it uses the CPU where "cuda" is requested."""
 
     def translated(value: object) -> object:
         cuda = isinstance(value, torch.device | str) and str(value).split(":")[0] == "cuda"
@@ -93,7 +92,7 @@ def _on_the_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Float32Products(TorchDispatchMode):
-    """`torch.mm(out_dtype=torch.float32)` and `torch.addmm(out_dtype=...)`, which CPUs lack."""
+    """Emulation of `torch.mm(out_dtype=torch.float32)` and `torch.addmm(out_dtype=...)`, which CPUs lack."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,7 +110,7 @@ class Float32Products(TorchDispatchMode):
 
 
 _aten = torch.ops.aten
-# Each with the names of its two matrices.
+# The names of each operator's two matrices.
 PRODUCTS_INTO_OTHER_DTYPES = {
     _aten.mm.dtype: ("self", "mat2"),
     _aten.mm.dtype_out: ("self", "mat2"),
@@ -121,7 +120,7 @@ PRODUCTS_INTO_OTHER_DTYPES = {
 
 
 class _Driver:
-    """Triton's, as far as launchers and autotuners ask it. The first configuration always wins."""
+    """Replacement for Triton's driver with what launchers and autotuners need; the first configuration always wins."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget

@@ -1,13 +1,13 @@
-"""Counts to modelled times: how long a GPU would take if each launch were bound by one thing and nothing overlapped.
+"""Convert counts to modelled times: each launch is bound by a single resource, and nothing overlaps.
 
     seconds(launch) = LAUNCH + max(dram bytes / bandwidth, dot FLOPs / tensor cores, other FLOPs / float32 units,
                                    special functions / special function units)
     seconds(operation) = the sum over its launches
 
-Nothing here was measured on a GPU. The rates are what the makers print, bytes and matrix products times the share of
-it that good code is known to reach; caches count as perfect within a launch and empty before it. So this compares
-designs, by the work they ask for. It does not predict a clock, and it flatters kernels that live on the caches'
-bandwidth or on latency.
+Nothing here was measured on a GPU. Rates are the manufacturers' figures; for bytes and matrix products they are
+multiplied by the share that good code is known to reach. Caches are assumed to be perfect within a launch and empty
+before it. The model compares designs by the work they request. It does not predict measured times, and it flatters
+kernels that are limited by cache bandwidth or latency.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ FORMULA = (
 
 
 def bounds(gpu: Gpu, traffic: Traffic) -> dict[str, float]:
-    """Seconds by what could bind, for one launch."""
+    """Return, for one launch, the seconds that each resource would take."""
     low = sum(flops for dtype, flops in traffic.dot_flops.items() if dtype in ("bfloat16", "float16"))
     return {
         "bytes": traffic.dram / (BANDWIDTH_SHARE * gpu.bandwidth),
@@ -35,5 +35,5 @@ def bounds(gpu: Gpu, traffic: Traffic) -> dict[str, float]:
 
 
 def seconds(gpu: Gpu, launches: Iterable[Traffic]) -> float:
-    """Modelled time of launches one after the other."""
+    """Return the modelled time of a sequence of launches."""
     return sum(launch.calls * LAUNCH + max(bounds(gpu, launch).values()) for launch in launches)

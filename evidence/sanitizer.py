@@ -1,19 +1,19 @@
-"""Wrong accesses of interpreted kernels, which a GPU would mostly carry out in silence.
+"""Detection of faulty accesses by interpreted kernels, most of which a GPU would execute silently.
 
     with sanitizer.sanitizing():
-        library_function(tensors)  # raises Fault at the first
+        library_function(tensors)  # raises Fault at the first fault
 
-* An access outside the elements of the tensor whose pointer it was computed from; for pointers that came as numbers (an
-  optimizer's table of addresses), outside every tensor there is.
-* Two programs that touch the same element without an order between them, unless both only read it or both are atomic.
-  Atomic operations order programs as they do on a GPU, so locks and "the last one adds up" are understood.
+* An access outside the elements of the tensor from whose pointer it was computed; for pointers passed as numbers (such
+  as an optimizer's table of addresses), outside of all existing tensors.
+* Two programs that access the same element without an order between them, unless both only read it or both are atomic.
+  Atomic operations order programs as on a GPU, so locks and "the last program adds up" are understood.
 * One store that writes two values to one address.
-* A result that depends on memory nobody wrote. New tensors are filled with a pattern; where a kernel reads it, its
-  programs run again over another pattern. (Reading padding and masking it away is fine, so reads alone are no fault.)
+* A result that depends on unwritten memory. New tensors are filled with a pattern; if a kernel reads it, its programs
+  run again over another pattern. (Reading padding and masking it is fine, so reads alone are not faults.)
 * An output that a launch fills only in part.
-* A result that depends on the order of the programs: the first launch of each kind runs again backwards.
+* A result that depends on the order of the programs: the first launch of each kind runs again in reverse order.
 
-Limits: what happens between the threads of a program is not modelled, and only what a test runs is seen.
+Limits: interactions between the threads of one program are not modelled, and only code that a test runs is checked.
 """
 
 import ctypes
@@ -33,18 +33,18 @@ from torch import Tensor
 from evidence.launches import specialization
 from evidence.observers import Access, Array, Launch, Objection, Observer, Run, observing, unobserved
 
-# Repeated through new memory. A NaN in every floating-point type; as an integer, an index that is out of bounds.
+# Repeated through new memory. A NaN in every floating-point type; as an integer, an out-of-bounds index.
 PATTERN = 0x7FF5
 OTHER_PATTERN = 0x3C3C  # an ordinary number in all of them
 
 
 class Fault(Objection):
-    """A kernel did something that is never right."""
+    """Faulty behaviour of a kernel."""
 
 
 @contextmanager
 def sanitizing() -> Iterator[None]:
-    """Watch every launch made meanwhile, and fill the memory that torch hands out."""
+    """Check every launch in the context, and fill the memory that torch allocates."""
     with observing(Sanitizer()), _filled_allocations():
         yield
 
@@ -54,18 +54,18 @@ Index = slice | Array
 
 @dataclass
 class _Memory:
-    """A stretch of memory that one or more tensors cover, and who touched which of its elements in this launch."""
+    """Stretch of memory covered by one or more tensors, with the programs that accessed each element in this launch."""
 
     low: int
     high: int
-    granule: int  # bytes of the smallest element that lies here
+    granule: int  # bytes of the smallest element in it
     name: str
     bytes: Array = field(init=False)  # the memory itself
-    before: Array = field(init=False)  # what it held before the launch
-    # Per element, 1 + the program that touched it last; for loads and updates -1 once programs without an order did.
+    before: Array = field(init=False)  # content before the launch
+    # Per element, 1 + the last program that accessed it; for loads and updates, -1 after unordered programs.
     stored: Array = field(init=False)
     loaded: Array = field(init=False)
-    updated: Array = field(init=False)  # atomically
+    updated: Array = field(init=False)  # updated atomically
 
     def __post_init__(self) -> None:
         self.bytes = _memory_at(self.low, self.high - self.low)
@@ -74,7 +74,7 @@ class _Memory:
         self.stored, self.loaded, self.updated = (np.zeros(elements, np.int32) for _ in range(3))
 
     def words(self) -> Array:
-        """The memory by elements, as unsigned integers."""
+        """Return the memory as unsigned integers, one per element."""
         whole = self.bytes.size // self.granule * self.granule
         return self.bytes[:whole].view(f"u{self.granule}")
 
@@ -85,7 +85,7 @@ class _Memory:
 
 @dataclass
 class _Bounds:
-    """Where the elements of one tensor lie."""
+    """Positions of the elements of one tensor."""
 
     low: int
     high: int
@@ -101,7 +101,7 @@ class _Bounds:
         return cls(low, low + span * t.element_size(), t.element_size(), () if dense else tuple(axes))
 
     def contain(self, elements: Array) -> Array:
-        """Whether offsets from the first element, within the span, are those of elements."""
+        """Return a mask of the offsets from the first element, within the span, at which there are elements."""
         inside = np.ones(elements.shape, bool)
         for stride, length in self.axes:
             inside &= elements // stride < length
@@ -109,7 +109,7 @@ class _Bounds:
         return inside & (elements == 0) if self.axes else inside
 
     def outside(self, access: Access) -> Array:
-        """The addresses that are not the tensor's."""
+        """Return the addresses outside the tensor."""
         addresses = access.addresses
         if not self.axes and access.consecutive:
             first, last = access.ends
@@ -125,7 +125,7 @@ class _Bounds:
 
 
 class Sanitizer(Observer):
-    """Raises `Fault`. Install it last: it is the innermost observer, since it runs programs more than once."""
+    """Observer that raises `Fault`. Install it last, as the innermost observer, because it runs programs repeatedly."""
 
     def __init__(self) -> None:
         self._known_order: set[str] = set()
@@ -140,7 +140,9 @@ class Sanitizer(Observer):
         self._memories: list[_Memory] = []
         self._add_memories(tensors)
         self._released: dict[int, set[int]] = {}
-        self._undefined: list[tuple[str, Array, int]] = []  # argument, addresses and element size of such loads
+        self._undefined: list[
+            tuple[str, Array, int]
+        ] = []  # argument, addresses and element size of loads of undefined memory
 
         run(programs)
         self._check_outputs()
@@ -152,7 +154,7 @@ class Sanitizer(Observer):
             self._check_order(programs, run)
 
     def _add_memories(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Make memories of the tensors, one of those that overlap."""
+        """Create memories for the tensors, one per group of overlapping tensors."""
         spans = sorted((b.low, b.high, b.size, name) for name, t in tensors for b in [_Bounds.of(t)])
         merged: list[tuple[int, int, int, str]] = []
         for low, high, size, name in spans:
@@ -181,7 +183,7 @@ class Sanitizer(Observer):
                     self._fail(f"leaves {part.sum()} of {part.size} elements of {name} unwritten", int(part.argmax()))
 
     def _check_influence(self, programs: Sequence[int], run: Run) -> None:
-        """Run again over other undefined memory; nothing that was written may change."""
+        """Run again over different undefined memory; no written value may change."""
         results = self._swap([memory.before for memory in self._memories])
         for _, addresses, size in self._undefined:
             for address in np.unique(addresses):
@@ -209,7 +211,7 @@ class Sanitizer(Observer):
                 self._fail(f"writes other bits to {memory.name} when its programs run backwards", int(changed.argmax()))
 
     def _swap(self, contents: list[Array]) -> list[Array]:
-        """Put `contents` into the memories, and return what they held."""
+        """Swap `contents` with the memories and return what they held."""
         held = [memory.bytes.copy() for memory in self._memories]
         for memory, content in zip(self._memories, contents):
             memory.bytes[:] = content
@@ -219,7 +221,7 @@ class Sanitizer(Observer):
 
     def program(self, index: int) -> None:
         self._program = index
-        self._ordered: set[int] = set()  # programs that are known to have come before, as 1 + number
+        self._ordered: set[int] = set()  # programs known to have come before, as 1 + number
 
     def load(self, access: Access) -> None:
         for memory, at in self._find(access, "load"):
@@ -229,7 +231,7 @@ class Sanitizer(Observer):
             memory.loaded[at] = np.where(others, -1, self._program + 1)
 
     def loaded(self, access: Access, values: Array) -> None:
-        # Any 16 bits are an ordinary integer: only as a number with a fraction, or in more bits, is the pattern odd.
+        # Any 16 bits are an ordinary integer; the pattern stands out only in floating-point numbers or wider types.
         if access.size > 1 and values.itemsize == access.size and values.dtype != np.int16:
             undefined = values.view(f"u{access.size}") == _repeated(PATTERN, access.size)
             if undefined.any():
@@ -262,7 +264,7 @@ class Sanitizer(Observer):
             memory.updated[at] = np.where(others, -1, self._program + 1)
 
     def _find(self, access: Access, verb: str) -> list[tuple[_Memory, Index]]:
-        """The memories an access goes to, with the elements it touches there."""
+        """Return the memories that an access touches, with the elements it touches there."""
         if access.addresses.size == 0:
             return []
         if access.argument is not None:
@@ -289,7 +291,7 @@ class Sanitizer(Observer):
         return found
 
     def _owners(self, addresses: Any) -> Any:
-        """The memories' numbers; of an address below all of them, -1."""
+        """Return the indices of the memories; -1 for an address below all of them."""
         return np.searchsorted(self._lows, addresses, side="right") - 1
 
     def _in_no_memory(self, access: Access) -> Array:
@@ -303,7 +305,7 @@ class Sanitizer(Observer):
         return lost
 
     def _search_hidden_tensors(self, access: Access) -> None:
-        """Add the tensors that the addresses lie in: of a tensor and its views the smallest that fits."""
+        """Add the tensors that contain the addresses; of a tensor and its views, the smallest that fits."""
         for address in (wanted := self._in_no_memory(access)):
             if not self._in_no_memory(access).size:
                 return
@@ -311,12 +313,12 @@ class Sanitizer(Observer):
             if tensor is not None and not any(_Bounds.of(tensor).meets(memory) for memory in self._memories):
                 self._add_memories([("memory", tensor)])
             elif address == wanted[0]:
-                return  # a stray address in front; do not look for each of its neighbours
+                return  # a stray address before all others; do not search for its neighbours
 
     # Order and faults.
 
     def _unordered(self, programs: Array) -> Array:
-        """True where another program that is not known to have come before touched an element."""
+        """Return True where another program that is not known to have come before accessed an element."""
         others: Array = (programs != 0) & (programs != self._program + 1)
         if self._ordered and others.any():
             others &= ~np.isin(programs, list(self._ordered))
@@ -353,14 +355,14 @@ def _repeated(pattern: int, size: int) -> int:
 
 
 def _differs(first: Array, second: Array, granule: int) -> Array:
-    """Per element, whether two contents of a memory differ."""
+    """Return, per element, whether two contents of a memory differ."""
     different = np.zeros((-(-first.size // granule), granule), dtype=bool)
     different.reshape(-1)[: first.size] = first != second
     return np.asarray(different.any(axis=1))
 
 
 class _HiddenTensors:
-    """Tensors that a kernel reaches through addresses in memory. Nobody passes them, so Python is asked for all."""
+    """Tensors that a kernel reaches through addresses in memory, found by asking the garbage collector."""
 
     def __init__(self) -> None:
         self._known: dict[int, weakref.ref[Tensor]] = {}
@@ -368,8 +370,8 @@ class _HiddenTensors:
         self._tensors: list[weakref.ref[Tensor]] = []
 
     def covering(self, address: int) -> Tensor | None:
-        """The smallest tensor with an element there."""
-        # Young generations of the collector first: few objects, and a step's gradients are new.
+        """Return the smallest tensor with an element at the address."""
+        # Search the collector's young generations first: they have few objects, and a step's gradients are new.
         for generation in (None, 0, 1, 2):
             if generation is not None:
                 self._collect(gc.get_objects(generation))

@@ -1,22 +1,22 @@
-"""Bytes moved and operations done: by Triton kernels while they are interpreted, and by torch between them.
+"""Count bytes moved and operations done by interpreted Triton kernels and by the torch operators between them.
 
     with traffic.counting() as counts:
         loss = linear_cross_entropy(hidden, weight, targets)
         loss.backward()
     print(counts.table(per=N * V))
 
-Of a kernel every access is seen, so its numbers are exact. Three ways to look at its bytes: those its lanes ask for
-(`loaded`, `stored`, `updated`: what moves if no cache helps), 32-byte sectors that its accesses touch one by one
-(`sectors`: what badly aligned or scattered accesses cost), and different bytes per launch (`unique_...`: what moves
-if the caches keep everything during a launch and nothing from one launch to the next). `dram`, the sum of the unique
-ones, is the figure to compare. Other people's kernels are counted as they are.
+Every access of a kernel is observed, so its counts are exact. There are three measures of its bytes: those its lanes
+request (`loaded`, `stored`, `updated`: the bytes moved without any cache), the 32-byte sectors touched by each access
+(`sectors`: the cost of misaligned or scattered accesses), and distinct bytes per launch (`unique_...`: the bytes moved
+if caches keep everything during a launch and nothing between launches). `dram`, the sum of the unique ones, is the
+figure to compare. Kernels of other libraries are counted unchanged.
 
-Of torch's operators the tensors are seen: each is read and written once, whole, unless the operator is known to touch
-less. Matrix products' FLOPs are counted, of the others none.
+For torch operators, the tensors are counted: each is read and written once, completely, unless the operator is known to
+touch less. FLOPs are counted for matrix products only.
 
-`counting(dry=True)` is for sizes that no CPU can compute: operators on large tensors are counted and not run, of a
-launch a sample of programs runs and stands for the rest, and large memory is reserved, not taken. Numbers that depend
-on the values of large tensors mean nothing then.
+`counting(dry=True)` supports sizes that no CPU can compute: operators on large tensors are counted but not run, a
+sample of a launch's programs represents the rest, and large memory is reserved but not used. Counts that depend on the
+values of large tensors are then meaningless.
 """
 
 import math
@@ -40,12 +40,12 @@ from evidence.dry_run import run_dry
 from evidence.observers import Access, Array, Launch, Observer, Run, observing
 from evidence.pretend_cuda import PRODUCTS_INTO_OTHER_DTYPES
 
-SECTOR = 32  # bytes, the least that GPUs move between memory and the L2 cache
+SECTOR = 32  # bytes, the minimum that GPUs move between memory and the L2 cache
 
 
 @dataclass
 class Traffic:
-    """What one kernel launch or torch operator did, or several of them together. Bytes, unless it says otherwise."""
+    """Work of one kernel launch or torch operator, or the sum of several. In bytes unless stated otherwise."""
 
     name: str
     by: str  # "triton" or "torch"
@@ -53,12 +53,12 @@ class Traffic:
     loaded: float = 0
     stored: float = 0
     updated: float = 0  # by atomic operations, counted once
-    unique_loaded: float = 0  # with what atomic operations read
+    unique_loaded: float = 0  # includes reads by atomic operations
     unique_stored: float = 0
     sectors: float = 0
     dot_flops: Counter[str] = field(default_factory=Counter)  # of matrix products, by the operands' dtype
-    flops: float = 0  # of other float arithmetic; a fused multiply-add is two
-    transcendentals: float = 0  # exp2, log2, square root, division, tanh, ...: what the special function units do
+    flops: float = 0  # of other float arithmetic; a fused multiply-add counts as two
+    transcendentals: float = 0  # exp2, log2, square root, division, tanh, ...: work of the special function units
     syncs: int = 0  # operators for which the host waits on a GPU
 
     @property
@@ -70,7 +70,7 @@ class Traffic:
         return self.unique_loaded + self.unique_stored
 
     def add(self, other: "Traffic", weight: float = 1) -> None:
-        """Add what another did, `weight` times; its calls and waits once."""
+        """Add another's work `weight` times, and its calls and waits once."""
         for name in ("loaded", "stored", "updated", "unique_loaded", "unique_stored", "sectors", "flops"):
             setattr(self, name, getattr(self, name) + weight * getattr(other, name))
         self.transcendentals += weight * other.transcendentals
@@ -81,13 +81,13 @@ class Traffic:
 
 @dataclass
 class Counts:
-    """All that was counted, in order."""
+    """All counts, in order."""
 
     traffic: list[Traffic] = field(default_factory=list)
-    peak_bytes: int = 0  # the most that tensors made meanwhile took at a time
+    peak_bytes: int = 0  # peak of the bytes of tensors created meanwhile
 
     def total(self, by: str | None = None) -> Traffic:
-        """The sum, of one kind if `by` is "triton" or "torch"."""
+        """Return the sum, restricted to one kind if `by` is "triton" or "torch"."""
         total = Traffic("total", by or "both", calls=0)
         for t in self.traffic:
             if by in (None, t.by):
@@ -95,14 +95,14 @@ class Counts:
         return total
 
     def by_name(self) -> dict[str, Traffic]:
-        """Sums by name, those that move most first."""
+        """Return sums by name, those that move the most bytes first."""
         sums: dict[str, Traffic] = {}
         for t in self.traffic:
             sums.setdefault(t.name, Traffic(t.name, t.by, calls=0)).add(t)
         return dict(sorted(sums.items(), key=lambda item: -item[1].dram))
 
     def table(self, per: float = 1.0) -> str:
-        """A table by name, all numbers but the calls divided by `per`."""
+        """Format a table by name, with all numbers except the calls divided by `per`."""
         head = ("calls", "loaded", "stored", "updated", "dram", "sectors", "dot flops", "flops", "special")
         lines = [f"{'':44}" + "".join(f"{name:>14}" for name in head)]
         for t in [*self.by_name().values(), self.total()]:
@@ -114,7 +114,7 @@ class Counts:
 
 @contextmanager
 def counting(*, dry: bool = False) -> Iterator[Counts]:
-    """Count what kernels and torch do meanwhile, forward and backward."""
+    """Count the work of kernels and torch in the context, forward and backward."""
     counts = Counts()
     with observing(_KernelCounter(counts, dry)), _TorchCounter(counts, dry):
         yield counts
@@ -131,7 +131,7 @@ _FLOPS |= {"maxnumf": 1, "clampf": 2, "reduce": 1}
 
 
 class _Ranges:
-    """A set of byte addresses, as runs from `begin` to `end`."""
+    """Set of byte addresses, as runs from `begin` to `end`."""
 
     def __init__(self) -> None:
         self._begins: list[Array] = []
@@ -147,7 +147,7 @@ class _Ranges:
         begins, ends = np.concatenate(self._begins), np.concatenate(self._ends)
         order = np.argsort(begins, kind="stable")
         begins, ends = begins[order], np.maximum.accumulate(ends[order])
-        first = np.append(True, begins[1:] > ends[:-1])  # of a run that does not touch the one before
+        first = np.append(True, begins[1:] > ends[:-1])  # True for a run that does not touch the previous one
         last = np.append(first[1:], True)
         self._begins, self._ends = [begins[first]], [ends[last]]
 
@@ -159,7 +159,7 @@ class _Ranges:
 
 
 def _runs(access: Access) -> tuple[Array, Array]:
-    """The runs of neighbouring bytes that an access covers, each byte once."""
+    """Return the runs of adjacent bytes that an access covers, each byte once."""
     addresses = access.addresses
     steps = addresses[1:] - addresses[:-1]
     if (steps != access.size).any():
@@ -174,7 +174,7 @@ class _KernelCounter(Observer):
     def __init__(self, counts: Counts, dry: bool) -> None:
         self._counts = counts
         self._dry = dry
-        self._known: dict[object, Traffic] = {}  # of launches in a dry run, by all that they were made of
+        self._known: dict[object, Traffic] = {}  # of launches in a dry run, by everything that determines them
 
     def launch(self, launch: Launch, programs: Sequence[int], run: Run) -> None:
         if self._dry:
@@ -188,13 +188,13 @@ class _KernelCounter(Observer):
 
     def _begin(self, name: str) -> Traffic:
         self._now = Traffic(name, "triton")
-        # All together, and in a dry run by the argument whose tensor they are of.
+        # Accesses of all tensors together; in a dry run, by the argument they belong to.
         self._loads: dict[str | None, _Ranges] = {}
         self._stores: dict[str | None, _Ranges] = {}
         return self._now
 
     def _sampled(self, launch: Launch, run: Run) -> Traffic:
-        """Counts of some programs, each multiplied by how many it stands for."""
+        """Count some programs and multiply each by the number it represents."""
         known = (launch.kernel, launch.grid, *((name, _outline(v)) for name, v in launch.arguments.items()))
         if known not in self._known:
             total = Traffic(launch.name, "triton", calls=0)
@@ -207,7 +207,7 @@ class _KernelCounter(Observer):
                 for unique, sets in ((loads, self._loads), (stores, self._stores)):
                     for argument, ranges in sets.items():
                         unique[argument] += round(weight * ranges.bytes())
-            # Programs may share what they touch, but no launch touches more of a tensor than there is.
+            # Programs may touch the same bytes, but a launch touches no more bytes than the tensor has.
             most = {name: t.numel() * t.element_size() for name, t in launch.tensors()}
             total.calls = 1
             total.unique_loaded = sum(min(n, most.get(argument or "", n)) for argument, n in loads.items())
@@ -246,9 +246,9 @@ class _KernelCounter(Observer):
 
 
 def sample(grid: tuple[int, int, int]) -> list[tuple[int, float]]:
-    """Programs that stand for all of a grid, each with how many it stands for.
+    """Return programs that represent a whole grid, each with the number of programs it represents.
 
-    Of a short axis all, of a long one the last, which may have less to do, and two of the others.
+    Takes all programs of a short axis; of a long one the last, which may have less work, and two of the others.
     """
     short = 16 if sum(n > 1 for n in grid) == 1 else 3
 
@@ -261,7 +261,7 @@ def sample(grid: tuple[int, int, int]) -> list[tuple[int, float]]:
 
 
 def _outline(value: Any) -> object:
-    """What decides the traffic of a launch with this argument, but for the values of tensors."""
+    """Return what determines the traffic of a launch with this argument, except for the values of tensors."""
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % SECTOR
     if isinstance(value, tuple):
@@ -286,21 +286,21 @@ _INPUT_IS_A_MODEL = {
 }
 _INPUT_IS_A_MODEL |= {_aten.rand_like, _aten.randn_like}
 
-# Operators that touch only part of a tensor: what they read of their arguments, by name, as multiples of another's.
+# Operators that touch only part of a tensor: their reads per argument, as multiples of another argument.
 _PICKS = {_aten.gather: "self", _aten.index_select: "self", _aten.index: "self", _aten.embedding: "weight"}
 _PICKS |= {_aten.nll_loss_forward: "self", _aten.take: "self"}
 _SCATTERS = {_aten.index_add_: "source", _aten.scatter_add_: "src", _aten.scatter_: "src", _aten.index_put_: "values"}
 _SCATTERS |= {_aten.index_copy_: "source", _aten.scatter_reduce_: "src"}
 
 
-# Updates of many tensors, which say that they write the gradients too.
+# Updates of many tensors whose schema says that they also write the gradients.
 _FUSED_UPDATES = {_aten._fused_adamw_, _aten._fused_adam_, _aten._fused_sgd_, _aten._fused_adagrad_}
-# Matrix products that torch's own table of FLOPs lacks.
+# Matrix products missing from torch's own FLOP table.
 _PRODUCTS_IN_PLACE = {_aten.addmm_: ("mat1", "mat2")}
 
 
 def _bytes(t: Tensor) -> int:
-    """Of the different elements of a tensor: an expanded dimension counts once."""
+    """Count the bytes of the distinct elements of a tensor: an expanded dimension counts once."""
     return math.prod(n for n, stride in zip(t.shape, t.stride()) if stride != 0) * t.element_size()
 
 
@@ -315,7 +315,7 @@ class _TorchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if (custom := OPDEFS.get(func._schema.name)) is not None:
-            with self:  # made of operators too
+            with self:  # consists of operators itself
                 return custom._init_fn(*args, **kwargs)
         outputs = run_dry(func, args, kwargs) if self._dry else func(*args, **kwargs)
         inputs, results = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), outputs))
@@ -352,7 +352,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
         tensors = [t for t in tree_leaves(bound.get(argument.name)) if isinstance(t, Tensor)]
         writes = argument.alias_info is not None and argument.alias_info.is_write
         if packet in _FUSED_UPDATES and argument.name == "grads":
-            writes = bound.get("grad_scale") is not None  # then they are unscaled in place
+            writes = bound.get("grad_scale") is not None  # if so, gradients are unscaled in place
         if writes:
             written += tensors
         if not (writes and (argument.is_out or packet in _WRITE_ONLY)) and packet not in _INPUT_IS_A_MODEL:
@@ -366,7 +366,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
         loaded += min(0, touched - _bytes(bound["self"]))
         stored = min(touched, stored)
     elif packet is _aten.nll_loss_backward:
-        loaded -= _bytes(bound["self"])  # only its shape is looked at
+        loaded -= _bytes(bound["self"])  # only its shape is used
     traffic = Traffic(schema.name.split("::")[1], "torch", loaded=loaded, stored=stored)
     traffic.unique_loaded, traffic.unique_stored = loaded, stored
     traffic.sectors = loaded + stored
@@ -383,7 +383,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
 
 
 def _picked(packet: Any, bound: dict[str, Any], results: list[Tensor]) -> int:
-    """Bytes that are read of the tensor from which elements are picked."""
+    """Count the bytes read from a tensor from which elements are selected."""
     if packet is _aten.nll_loss_forward:
         return int(bound["target"].numel() * bound["self"].element_size())
     return sum(map(_bytes, results))

@@ -1,4 +1,4 @@
-"""Prose first, then code: with a replay of the prose, and without. What is learned, and what is forgotten?
+"""Train on prose, then on code, with and without a replay of the prose: what is learned, and what is forgotten?
 
 python examples/continued_pretraining.py [FOLDER]     # or: make continued; about six minutes on two cores
 
@@ -16,13 +16,13 @@ from llmfast.train import load_config, train
 from llmfast.train.continued import continued_config
 from llmfast.train.metrics import read_metrics
 
-BEFORE = ["train.steps=500", "data.weights.prose=1", "data.weights.code=0"]  # one tokenizer, of both
+BEFORE = ["train.steps=500", "data.weights.prose=1", "data.weights.code=0"]  # one tokenizer for both
 AFTER = ["train.steps=300", "optimizer.lr=0.001"]
 OFTEN = ["train.eval_every=50", "train.eval_rows=48", "train.sample_tokens=0"]
 
 
 def main(folder: Path, *more: str) -> dict[str, dict[str, float]]:
-    """Three runs and a picture; for each of the last two, what each source's validation loss rose by."""
+    """Train three runs, draw a picture, and return how much each validation loss rose in the last two runs."""
     if not (folder / "prose" / "loss.png").exists():
         train(load_config(None, [*BEFORE, *OFTEN, *more, f"runs={folder}", "name=prose"]), overwrite=True)
     found, curves = {}, {}
@@ -38,7 +38,7 @@ def main(folder: Path, *more: str) -> dict[str, dict[str, float]]:
     draw(curves, folder / "continued.png")
     for name, changes in found.items():
         print(f"{name}: " + ", ".join(f"{source} {change:+.3f} nats per token" for source, change in changes.items()))
-    print(f"the picture: {folder / 'continued.png'}")
+    print(f"picture: {folder / 'continued.png'}")
     return found
 
 

@@ -1,10 +1,10 @@
 """A whole training step in one CUDA graph: forward, loss, backward and the optimizer, replayed without Python.
 
-    python examples/cuda_graph.py       # needs a GPU of NVIDIA's; elsewhere it says so and ends
+    python examples/cuda_graph.py       # needs an NVIDIA GPU; otherwise it exits with a message
 
-This recipe has never run on a GPU. What was checked without one: that the step that is captured learns what an ordinary
-loop learns; that nothing in it, the launches of the kernels included, would make the host wait for a GPU; and that the
-optimizer takes a captured step once it has taken an ordinary one.
+This recipe has never run on a GPU. What has been checked without one: the captured step learns what an ordinary loop
+learns; nothing in it, including the kernel launches, would make the host wait for a GPU; and the optimizer accepts a
+captured step after an ordinary one.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from llmfast.optim import FusedAdamW
 
 
 class Step:
-    """A training step from static inputs to a static loss: a replay reads and writes where the capture did."""
+    """Training step from static inputs to a static loss: a replay uses the same memory as the capture."""
 
     def __init__(self, rows: int, context: int, device: str) -> None:
         torch.manual_seed(0)
@@ -28,12 +28,12 @@ class Step:
         self.targets = torch.zeros_like(self.tokens)
         self.loss = torch.zeros((), device=device)
         self.model = TinyGPT(context=context).to(device)
-        # A learning rate on the device is read at every replay; a float would be part of the graph for good.
+        # A learning rate on the device is read at every replay; a float would become a constant of the graph.
         lr = torch.tensor(3e-3, device=device)
         self.optimizer = FusedAdamW(self.model.parameters(), lr=lr)  # llmfast
 
     def __call__(self) -> None:
-        # Gradients are made anew within the capture, and so lie in the graph's own memory.
+        # Gradients are allocated during the capture, in the graph's own memory.
         self.optimizer.zero_grad(set_to_none=True)
         hidden = self.model(self.tokens)
         loss = linear_cross_entropy(hidden, self.model.head.weight, self.targets)  # llmfast
@@ -47,7 +47,7 @@ class Step:
 
 
 def captured(step: Step) -> torch.cuda.CUDAGraph:
-    """The step as a graph. While it is captured, nothing is computed."""
+    """Capture the step as a graph. Nothing is computed during the capture."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
@@ -55,9 +55,9 @@ def captured(step: Step) -> torch.cuda.CUDAGraph:
 
 
 def train(steps: int = 60, rows: int = 16, context: int = 128, ordinary: int | None = 3) -> list[float]:
-    """The losses. None but the first `ordinary` steps run as they stand; with None all do, which works on a CPU, too.
+    """Train and return the losses. Only the first `ordinary` steps run without the graph; None runs all of them so.
 
-    The ordinary ones compile the kernels and make the optimizer's states and tables, which a capture could not.
+    The ordinary steps compile the kernels and create the optimizer's states and tables, which a capture cannot do.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     step = Step(rows, context, device)
@@ -78,7 +78,7 @@ def train(steps: int = 60, rows: int = 16, context: int = 128, ordinary: int | N
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """No graph can be captured on the default stream."""
+    """Switch to another stream, because graphs cannot be captured on the default stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,10 +1,10 @@
-"""DistributedDataParallel with gradient accumulation, and a loss that is right however the step is cut.
+"""DistributedDataParallel with gradient accumulation, and a loss that does not depend on how the step is split.
 
     torchrun --standalone --nproc-per-node 2 examples/ddp.py
 
 Rows are padded, so ranks and micro-batches differ in their number of valid tokens. A mean of means would give tokens
-of short rows more weight; `num_valid` divides by the number in the whole step instead, and N ranks with M micro-batches
-give what one process gives with all of the rows at once.
+of short rows more weight. `num_valid` divides by the number in the whole step instead, so N ranks with M micro-batches
+give the same result as one process with all rows.
 """
 
 import os
@@ -22,7 +22,7 @@ from llmfast.optim import FusedAdamW
 
 
 def padded_batches(rank: int, rows: int, context: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's tokens and targets, (rows, context) each; targets past a row's end are -100 and count for nothing."""
+    """Yield this rank's tokens and targets, (rows, context) each; targets past a row's end are -100 and are ignored."""
     lengths = torch.Generator().manual_seed(rank)
     for tokens, targets in batches(rows, device, context, seed=rank):
         ends = torch.randint(1, context + 1, (rows, 1), generator=lengths).to(device)
@@ -30,7 +30,7 @@ def padded_batches(rank: int, rows: int, context: int, device: str) -> Iterator[
 
 
 def train(steps: int = 40, rows: int = 8, accumulate: int = 2, context: int = 128) -> list[float]:
-    """On one rank of a process group that exists; the losses of whole steps, the same on all ranks."""
+    """Train on one rank of an existing process group; return the losses of whole steps, equal on all ranks."""
     torch.manual_seed(0)
     rank, world = dist.get_rank(), dist.get_world_size()
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -42,14 +42,14 @@ def train(steps: int = 40, rows: int = 8, accumulate: int = 2, context: int = 12
     for step in range(steps):
         micro_batches = [next(data) for _ in range(accumulate)]
         valid = torch.stack([(targets != -100).sum() for _, targets in micro_batches]).sum()
-        dist.all_reduce(valid)  # of all micro-batches of all ranks
+        dist.all_reduce(valid)  # over all micro-batches of all ranks
         total = torch.zeros((), device=device)
         for i, (tokens, targets) in enumerate(micro_batches):
-            # Gradients travel once a step. Forward has to be inside no_sync, too.
+            # Gradients are reduced once per step. The forward pass has to be inside no_sync, too.
             with ddp.no_sync() if i < accumulate - 1 else nullcontext():
                 hidden = ddp(tokens)
                 loss = linear_cross_entropy(hidden, model.head.weight, targets, num_valid=valid)  # llmfast
-                (world * loss).backward()  # DDP averages over ranks, and these are parts of a sum
+                (world * loss).backward()  # DDP averages over ranks, but these are parts of a sum
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()

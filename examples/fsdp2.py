@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2.py
 
-Outside the root module's forward the head's weight is a shard. So the loss is computed inside: the weight is whole
-there, and in bfloat16, and its gradient goes the way of all others.
+Outside the root module's forward, the head's weight is a shard. The loss is therefore computed inside, where the weight
+is whole and in bfloat16, and its gradient is reduced like all others.
 """
 
 import os
@@ -20,7 +20,7 @@ from llmfast.optim import FusedAdamW
 
 
 class WithLoss(nn.Module):
-    """The model and its loss, as the root module that FSDP2 gathers for."""
+    """Model with its loss, as the root module for which FSDP2 gathers parameters."""
 
     def __init__(self, model: TinyGPT) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class WithLoss(nn.Module):
 
 
 def train(steps: int = 40, rows: int = 16, context: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[float]:
-    """On one rank of a process group that exists; each step's mean loss over all ranks."""
+    """Train on one rank of an existing process group; return each step's mean loss over all ranks."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = WithLoss(TinyGPT(context=context).to(device))
@@ -40,7 +40,7 @@ def train(steps: int = 40, rows: int = 16, context: int = 128, dtype: torch.dtyp
     for block in net.model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh, mp_policy=policy)
-    # After fully_shard, which replaces the parameters. The norm is that of all shards of all ranks.
+    # Create it after fully_shard, which replaces the parameters. The norm covers all shards of all ranks.
     optimizer = FusedAdamW(net.parameters(), lr=3e-3, max_grad_norm=1.0)  # llmfast
     data = batches(rows, device, context, seed=dist.get_rank())
     losses = []

@@ -1,9 +1,9 @@
-"""float16 autocast with torch's GradScaler: the optimizer's step unscales, clips, and skips what is not finite.
+"""float16 autocast with torch's GradScaler: the optimizer's step unscales, clips, and skips non-finite gradients.
 
     python examples/grad_scaler.py
 
-There is no `scaler.unscale_(optimizer)` before clipping: the scale and whether anything overflowed stay on the device,
-and `optimizer.step` reads them there. The scale begins far too high on purpose, so that the first steps overflow.
+`scaler.unscale_(optimizer)` before clipping is not needed: the scale and the overflow flag stay on the device, where
+`optimizer.step` reads them. The initial scale is much too high on purpose, so that the first steps overflow.
 """
 
 import torch
@@ -14,7 +14,7 @@ from llmfast.optim import FusedAdamW
 
 
 def train(steps: int = 60, rows: int = 16, init_scale: float = 2.0**20) -> tuple[list[float], list[bool]]:
-    """The losses, and which steps were skipped: parameters, moments and step counters then stay as they were."""
+    """Return the losses and whether each step was skipped, which leaves parameters, moments and counters unchanged."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TinyGPT().to(device)
@@ -29,7 +29,7 @@ def train(steps: int = 60, rows: int = 16, init_scale: float = 2.0**20) -> tuple
             loss = linear_cross_entropy(hidden, model.head.weight, targets)  # llmfast
         scaler.scale(loss).backward()
         scaler.step(optimizer)
-        scale = scaler.get_scale()  # waits for the device, for the sake of the report only
+        scale = scaler.get_scale()  # waits for the device, only for the report
         scaler.update()
         optimizer.zero_grad()
         skipped.append(scaler.get_scale() < scale)

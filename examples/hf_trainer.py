@@ -1,9 +1,9 @@
-"""Hugging Face's stock Trainer with two lines of llmfast: no logits in the loss, one launch a step of the optimizer.
+"""Hugging Face's stock Trainer with two lines of llmfast: a loss without logits, one optimizer launch per step.
 
 pip install '.[hf]' && python examples/hf_trainer.py
 """
 
-import argparse  # its source is what the model learns
+import argparse  # the model learns its source
 import tempfile
 from pathlib import Path
 
@@ -15,19 +15,19 @@ from llmfast.optim import FusedAdamW
 
 
 def train(steps: int) -> list[float]:
-    """The loss at each step of a small Llama that learns one of Python's modules byte by byte."""
+    """Train a small Llama byte by byte on one of Python's modules and return the loss of each step."""
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
     rows = [{"input_ids": row, "labels": row} for row in text.unfold(0, 64, 64)]
 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape))
-    fuse_loss(model)  # llmfast: the model's loss, and not its logits
+    fuse_loss(model)  # llmfast: compute the loss without logits
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            # The Trainer leaves clipping to the optimizer, which does it on the way.
+            # The optimizer clips during its update, so the Trainer does not.
             TrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=8, logging_steps=1, max_grad_norm=0.0,
                 save_strategy="no", report_to=[],

@@ -1,9 +1,9 @@
-"""An ordinary LightningModule with two lines of llmfast: no logits in the loss, one launch a step of the optimizer.
+"""An ordinary LightningModule with two lines of llmfast: a loss without logits, one optimizer launch per step.
 
 pip install '.[lightning]' && python examples/lightning_module.py
 """
 
-import random  # its source is what the model learns
+import random  # the model learns its source
 from pathlib import Path
 
 import lightning
@@ -15,7 +15,7 @@ from llmfast.optim import FusedAdamW
 
 
 class Bytes(lightning.LightningModule):
-    """Predicts the next byte."""
+    """Language model that predicts the next byte."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class Bytes(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Clipped here, on the way, and so not by Trainer(gradient_clip_val=) too. Under "bf16-mixed" and "16-mixed"
-        # Lightning would refuse that anyway, as it does for torch's own fused optimizers.
+        # The optimizer clips, so Trainer(gradient_clip_val=) must not. Under "bf16-mixed" and "16-mixed", Lightning
+        # rejects that argument anyway, as it does for torch's own fused optimizers.
         return FusedAdamW(self.parameters(), lr=1e-2, max_grad_norm=1.0)
 
 
 def train(steps: int) -> list[float]:
-    """The loss at each step."""
+    """Train and return the loss of each step."""
     text = torch.frombuffer(bytearray(Path(random.__file__).read_bytes()), dtype=torch.uint8).long()
     rows = torch.utils.data.DataLoader(text.unfold(0, 65, 64), batch_size=8)  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ from tiny_gpt import TinyGPT, batches
 
 
 def lr_at(step: int, steps: int, peak: float = 3e-3, warmup: int = 10) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Return the learning rate: linear warm-up, then a cosine down to a tenth."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,9 +1,9 @@
-"""Stepping inside backward: each parameter as soon as its gradient is there, and the gradient is freed at once.
+"""Step inside backward: each parameter is updated as soon as its gradient is available, which is then freed.
 
     python examples/optimizer_in_backward.py
 
-The losses are those of stepping after backward. What goes with it: all gradients at once, and with them accumulation
-over micro-batches and clipping to a global norm.
+The losses equal those of stepping after backward. Because all gradients never exist at once, accumulation over
+micro-batches and clipping to a global norm are not possible.
 """
 
 import torch
@@ -15,7 +15,7 @@ from llmfast.optim import FusedAdamW, optimizer_in_backward
 
 
 def train(steps: int = 60, rows: int = 16) -> tuple[list[float], int]:
-    """The losses, and the most bytes of gradients that there were at a time."""
+    """Train; return the losses and the peak of the bytes of gradients."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TinyGPT().to(device)
@@ -26,7 +26,7 @@ def train(steps: int = 60, rows: int = 16) -> tuple[list[float], int]:
         most = max(most, sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
 
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(look)  # for the report: before the one that steps and frees
+        p.register_post_accumulate_grad_hook(look)  # only for the report; runs before the hook that steps and frees
     optimizer = FusedAdamW(model.parameters(), lr=3e-3)  # llmfast
     optimizer_in_backward(model, optimizer)  # llmfast
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
@@ -35,8 +35,8 @@ def train(steps: int = 60, rows: int = 16) -> tuple[list[float], int]:
     for _ in range(steps):
         tokens, targets = next(data)
         loss = linear_cross_entropy(model(tokens), model.head.weight, targets)  # llmfast
-        loss.backward()  # steps, too
-        optimizer.step()  # nothing is left for it, but schedules expect it
+        loss.backward()  # also steps
+        optimizer.step()  # does nothing more, but schedulers expect it
         schedule.step()
         losses.append(loss.item())
     return losses, most
@@ -46,4 +46,4 @@ if __name__ == "__main__":
     losses, most = train()
     everything = sum(p.nbytes for p in TinyGPT().parameters())
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
-    print(f"bytes of gradients at a time: {most:,} at most, of {everything:,}")
+    print(f"peak bytes of gradients: {most:,} of {everything:,}")

@@ -1,7 +1,7 @@
 """An ordinary PyTorch training loop with two lines changed. Run it: `python examples/plain_pytorch.py`.
 
-The model is any module that returns hidden states; it learns the Python standard library's own `random.py`,
-byte by byte. The two lines that were there before stand commented out above their replacements.
+The model is any module that returns hidden states; it learns the Python standard library's own `random.py` byte by
+byte. The two original lines are commented out above their replacements.
 """
 
 import random
@@ -16,7 +16,7 @@ import llmfast.optim
 
 
 class TinyModel(nn.Module):
-    """Bytes in, hidden states out: an embedding of the last eight bytes and two layers."""
+    """Model from bytes to hidden states: an embedding of the last eight bytes and two layers."""
 
     def __init__(self, width: int = 128, window: int = 8) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class TinyModel(nn.Module):
 def train(steps: int = 200) -> list[float]:
     torch.manual_seed(0)
     text = torch.frombuffer(bytearray(Path(random.__file__).read_bytes()), dtype=torch.uint8).long()
-    windows = text.unfold(0, 9, 1)  # eight bytes and the one that follows
+    windows = text.unfold(0, 9, 1)  # eight bytes and the next one
     model = TinyModel()
     # optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     optimizer = llmfast.optim.FusedAdamW(model.parameters(), lr=3e-3)

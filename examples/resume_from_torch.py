@@ -1,8 +1,8 @@
-"""Half of a run with torch.optim.AdamW, then its checkpoint loaded into FusedAdamW, which goes on.
+"""Train with torch.optim.AdamW, load its checkpoint into FusedAdamW, and continue.
 
     python examples/resume_from_torch.py
 
-State names, shapes and parameter groups are torch's, in both directions: the way back is the same two calls.
+State names, shapes and parameter groups are the same as torch's. The opposite direction takes the same two calls.
 """
 
 import tempfile

@@ -1,13 +1,13 @@
 """TRL's SFTTrainer with llmfast: the optimizer as in any Trainer, and the model's own loss.
 
-The SFTTrainer makes its losses itself, without logits too, whatever the model would make of `labels`. That is fine as
-long as they are what is wanted. What only the model knows of, the options of `fuse_loss` and the heads of `add_mtp`,
-has no effect there; for these the subclass below asks the model.
+The SFTTrainer computes its own losses, also without logits, and ignores the loss that the model would compute from
+`labels`. This is fine for plain losses. Options that only the model knows (those of `fuse_loss`, and the heads of
+`add_mtp`) have no effect there; the subclass below uses the model's loss instead.
 
 pip install '.[hf,trl]' && python examples/sft_trainer.py
 """
 
-import argparse  # its source is what the model learns
+import argparse  # the model learns its source
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,17 @@ from llmfast.optim import FusedAdamW
 
 
 class ModelsLoss(SFTTrainer):
-    """Of TRL's metrics, entropy, accuracy and number of tokens are of its own loss, and not logged here."""
+    """SFTTrainer that uses the model's loss; TRL's entropy, accuracy and token count are not logged."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = {**inputs, "use_cache": False}  # with a cache, a model does not see that rows are packed
+        inputs = {**inputs, "use_cache": False}  # with a cache, a model does not notice that rows are packed
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
 def train(steps: int) -> list[float]:
-    """The loss at each step of a small Llama that learns the lines of one of Python's modules byte by byte."""
+    """Train a small Llama byte by byte on the lines of one of Python's modules; return the loss of each step."""
     alphabet = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     byte_level = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +43,7 @@ def train(steps: int) -> list[float]:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(alphabet), **shape))
-    fuse_loss(model, z_loss=1e-4)  # llmfast; before the SFTTrainer, which replaces the model's forward
+    fuse_loss(model, z_loss=1e-4)  # llmfast; call it before the SFTTrainer, which replaces the model's forward
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = ModelsLoss(

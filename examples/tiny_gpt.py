@@ -1,10 +1,10 @@
-"""The model and the data that the recipes here share: a small causal transformer, and a module of Python as text.
+"""The model and data shared by the recipes: a small causal transformer, and a Python module as text.
 
-Nothing in this file is llmfast's. The model is like any other, with one trait: `forward` returns hidden states, and
-whoever computes the loss takes these together with `model.head.weight`.
+This file contains no llmfast code. The model is ordinary except that `forward` returns hidden states; the loss takes
+these together with `model.head.weight`.
 """
 
-import argparse  # its source is what the models learn
+import argparse  # the models learn its source
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class TinyGPT(nn.Module):
-    """Bytes in, hidden states out; `head` would make logits of those."""
+    """Small GPT from bytes to hidden states; `head` maps those to logits."""
 
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4, context: int = 128) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TinyGPT(nn.Module):
 
 
 def batches(rows: int, device: str = "cpu", context: int = 128, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and targets, (rows, context) each, from random places of the text; endless, the same for a seed."""
+    """Yield tokens and targets, (rows, context) each, from random positions of the text, endlessly and by seed."""
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
     windows = text.unfold(0, context + 1, 1)
     generator = torch.Generator().manual_seed(seed)

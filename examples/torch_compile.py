@@ -1,13 +1,13 @@
-"""torch.compile: forward and loss as one graph, their backward as another, and the optimizer as it is.
+"""torch.compile: forward and loss as one graph, their backward as another, and the optimizer uncompiled.
 
-    python examples/torch_compile.py            # without a GPU it takes a C++ compiler, and a minute to compile
-    python examples/torch_compile.py whole      # the whole step handed to torch.compile
+    python examples/torch_compile.py            # without a GPU it needs a C++ compiler and a minute to compile
+    python examples/torch_compile.py whole      # pass the whole step to torch.compile
 
-Compiled are the model, the loss, and the backward of both. The loss is one operator there, so that `fullgraph=True`
-holds. `FusedAdamW.step` is not compiled, and need not be: it is two launches for all tensors of a dtype already.
+The model, the loss and their backward are compiled. The loss is one operator, so `fullgraph=True` works.
+`FusedAdamW.step` does not need compiling: it already takes two launches for all tensors of a dtype.
 
-The whole step can be handed to torch.compile as well. The graph then breaks at `backward()`, which is not traced by
-default; `optimizer.step()` and `zero_grad()` break it, too, and run as they are. The losses are the same.
+The whole step can be passed to torch.compile as well. The graph then breaks at `backward()`, which is not traced by
+default; `optimizer.step()` and `zero_grad()` break it too and run uncompiled. The losses are the same.
 """
 
 import sys
@@ -24,7 +24,7 @@ Compile = Callable[..., Callable[[Tensor, Tensor], Tensor]]
 
 
 def make_step(model: TinyGPT, compiled: Compile = torch.compile, whole: bool = False) -> Callable[..., Tensor]:
-    """A training step that takes tokens and targets and returns the loss; `compiled` is torch.compile, or like it."""
+    """Return a training step from tokens and targets to the loss; `compiled` is torch.compile or a replacement."""
     optimizer = FusedAdamW(model.parameters(), lr=3e-3)  # llmfast
 
     def forward_and_loss(tokens: Tensor, targets: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def train(steps: int = 60, rows: int = 16, compiled: Compile = torch.compile, wh
     device = "cuda" if torch.cuda.is_available() else "cpu"
     step = make_step(TinyGPT().to(device), compiled, whole)
     data = batches(rows, device)
-    losses = [step(*next(data)) for _ in range(steps)]  # nothing waits for the device until all are there
+    losses = [step(*next(data)) for _ in range(steps)]  # does not wait for the device before the end
     return torch.stack(losses).tolist()
 
 

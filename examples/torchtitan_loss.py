@@ -1,14 +1,14 @@
-"""The losses in the form that torchtitan takes: on logits, or on hidden states with the head skipped.
+"""Losses with torchtitan's interface: on logits, or on hidden states with the head skipped.
 
     python examples/torchtitan_loss.py
 
-Matched to torchtitan 0.3.0, which need not be installed here. There a loss is called with `(pred, labels,
+Written for torchtitan 0.3.0, which need not be installed. There, a loss is called with `(pred, labels,
 global_valid_tokens)` and returns `(loss, metrics)`: the sum over tokens, divided by the number of valid tokens in the
-whole step. `cross_entropy_loss` below has the name and the arguments of the function that its `CrossEntropyLoss` calls.
+whole step. `cross_entropy_loss` below has the name and arguments of the function that its `CrossEntropyLoss` calls.
 (In 0.2.1 that function returned the mean, `cross_entropy(pred, labels)`, and a model's `build_loss_fn` returned it.)
 
-`HeadlessLoss` is its `ChunkedLossWrapper` without the chunks, and with this as a base its trainer does the rest, as it
-hands the head over and has the model return hidden states:
+`HeadlessLoss` corresponds to its `ChunkedLossWrapper` without the chunks. If `ChunkedLossWrapper` is also a base, the
+trainer does the rest: it passes the head and makes the model return hidden states.
 
     class FusedLoss(HeadlessLoss, ChunkedLossWrapper):
         @dataclass(kw_only=True, slots=True)
@@ -16,8 +16,8 @@ hands the head over and has the model return hidden states:
 
     config.loss = FusedLoss.Config()
 
-For FSDP2 the loss is made inside the head's forward, where the weight is whole; the head makes no logits any more. A
-vocabulary split over ranks (tensor parallelism) is not covered here.
+With FSDP2, the loss is computed inside the head's forward, where the weight is whole; the head no longer computes
+logits. A vocabulary split across ranks (tensor parallelism) is not covered here.
 """
 
 from typing import Any
@@ -31,12 +31,12 @@ from llmfast.optim import FusedAdamW
 
 
 def cross_entropy_loss(pred: Tensor, labels: Tensor, *, global_vocab_size: int | None = None) -> Tensor:
-    """Of logits (..., V) and labels (...): the sum over labels that are not -100. Logits are not copied to float32."""
+    """Return the sum over labels that are not -100, for logits (..., V) and labels (...), without a float32 copy."""
     return cross_entropy(pred, labels, reduction="sum")  # llmfast
 
 
 class CrossEntropyLoss:
-    """As torchtitan's class of this name, for the loop below."""
+    """Counterpart of torchtitan's class of this name, for the loop below."""
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
@@ -46,11 +46,11 @@ class CrossEntropyLoss:
 
 
 class HeadlessLoss:
-    """`pred` are hidden states (..., D): the trainer gives the head to `set_lm_head` and has the model skip it."""
+    """Loss of hidden states `pred` (..., D): the trainer passes the head to `set_lm_head` and has the model skip it."""
 
     def set_lm_head(self, lm_head: Any) -> None:
         self.lm_head = lm_head
-        # Called as a module, the head gathers its weight and reduces its gradient as FSDP2 would have it.
+        # Called as a module, the head gathers its weight and reduces its gradient as FSDP2 expects.
         lm_head.forward = lambda hidden, labels: linear_cross_entropy(  # llmfast
             hidden, lm_head.weight, labels, reduction="sum"
         )
@@ -63,7 +63,7 @@ class HeadlessLoss:
 
 
 class Model(nn.Module):
-    """With the two attributes that torchtitan's decoders have."""
+    """Model with the two attributes that torchtitan's decoders have."""
 
     _skip_lm_head = False
 
@@ -78,7 +78,7 @@ class Model(nn.Module):
 
 
 def train(loss_fn: Any, steps: int = 60, rows: int = 16, **shape: int) -> list[float]:
-    """What torchtitan's trainer does with a loss, on one device."""
+    """Train as torchtitan's trainer uses a loss, on one device."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model(**shape).to(device)

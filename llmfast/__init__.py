@@ -7,6 +7,6 @@ Importing this package imports neither Triton nor anything that touches a GPU.
 from importlib import metadata
 
 try:
-    __version__ = metadata.version("llmfast-torch")  # of an editable install: what it was when that was made
-except metadata.PackageNotFoundError:  # a folder on the path
+    __version__ = metadata.version("llmfast-torch")  # in an editable install: the version at installation
+except metadata.PackageNotFoundError:  # a folder on the path, not installed
     __version__ = "0+unknown"

@@ -1,10 +1,10 @@
-"""Errors at the public boundary: they name the argument, what was expected and what came."""
+"""Errors at the public boundary, which name the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # also for processes that have no use for torch
+if TYPE_CHECKING:  # for processes that do not need torch
     from torch import Tensor
 
 
@@ -14,10 +14,10 @@ def expect(condition: bool, message: str) -> None:
 
 
 def overlaps(t: Tensor) -> bool:
-    """True if elements share memory, as those of an expanded tensor do: it must not be written to."""
+    """Return True if elements share memory, as in an expanded tensor, which must not be written to."""
     return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride()))
 
 
 def describe(t: Tensor) -> str:
-    """`(2, 3) torch.int64 on cpu`, for the end of an error message."""
+    """Format a tensor as `(2, 3) torch.int64 on cpu` for the end of an error message."""
     return f"{tuple(t.shape)} {t.dtype} on {t.device}"

@@ -1,4 +1,4 @@
-"""What all commands share: settings as flags, errors in one line, aligned columns, and no foreign file overwritten."""
+"""Behaviour shared by all commands: settings as flags, one-line errors, aligned columns, protected files."""
 
 import argparse
 import difflib
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MISTAKE = 2
-"""The exit code of a user's mistake."""
+"""Exit code for a user error."""
 WRITTEN = "written by llmfast"
-"""A mark in the first or last bytes of every file that a command writes where `--out` says."""
-_MARKED = 4096  # how many bytes those are
+"""Marker in the first or last bytes of every file that a command writes to `--out`."""
+_MARKED = 4096  # bytes searched at either end
 _METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", list: "LIST", dict: "TABLE"}
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that suggests an option for a wrong one, and may take each of the trainer's settings as a flag."""
+    """Parser that suggests options for misspelled ones, and can take each of the trainer's settings as a flag."""
 
     _settings: Any = None
     _takes_settings = False
@@ -41,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
     def _add_settings(self) -> None:
         try:
             from llmfast.train.config import SCHEMA
-        except ImportError:  # the command itself says what is missing
+        except ImportError:  # the command itself reports what is missing
             return
         self._settings = SCHEMA
         self.usage = self.format_usage().removeprefix("usage: ").rstrip() + " [--SECTION.KEY VALUE ...]"
@@ -70,12 +70,12 @@ class CommandParser(argparse.ArgumentParser):
 
 def fail(message: str) -> int:
     """Print an error in one line on stderr; return the exit code."""
-    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # names of files may have line breaks
+    print(f"llmfast: error: {' '.join(message.split())}", file=sys.stderr)  # file names may contain line breaks
     return MISTAKE
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the cells of rows, the first of which is the head. The first column and words go left, numbers right."""
+    """Align cells below a header: the first column and columns of words to the left, numbers to the right."""
     _, *body = rows
     lines = [""] * len(rows)
     for i, cells in enumerate(zip(*rows)):

@@ -1,4 +1,4 @@
-"""Which implementation a tensor takes: Triton kernels on an accelerator, plain torch everywhere else."""
+"""Choice of implementation for a tensor: Triton kernels on an accelerator, plain torch everywhere else."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -19,31 +19,31 @@ _kernels_on_cpu = False
 
 
 def use_kernels(t: Tensor) -> bool:
-    """True where `t` goes to the Triton kernels. Everything that chooses a path asks here."""
+    """Return True if `t` is processed by the Triton kernels. All code that chooses a path calls this function."""
     if t.dtype not in KERNEL_DTYPES:
         return False
     return ((t.is_cuda or t.is_xpu) and _has_triton()) or _kernels_on_cpu
 
 
 def has_no_data(t: Tensor) -> bool:
-    """True for meta tensors, fake tensors, and whatever torch.compile traces: all there is of them is shapes."""
+    """Return True for meta tensors, fake tensors and tensors traced by torch.compile, which have only shapes."""
     if t.is_meta or torch.compiler.is_compiling():
         return True
-    # A fake tensor cannot exist before its module does, whose import takes long.
+    # A fake tensor cannot exist before its module, which is slow to import.
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and isinstance(t, fake.FakeTensor)
 
 
 def expect_data(t: Tensor, argument: str) -> None:
-    """Raise ValueError for a meta or fake tensor, with which `argument` can do nothing."""
+    """Raise ValueError for a meta or fake tensor, which `argument` does not support."""
     if has_no_data(t) and not torch.compiler.is_compiling():
         raise ValueError(f"{argument} does not work with meta or fake tensors")
 
 
 def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where torch multiplies matrices of a low-precision `dtype` into a float32 one (`mm(out_dtype=)`).
+    """Return True if torch can multiply matrices of a low-precision `dtype` into a float32 one (`mm(out_dtype=)`).
 
-    NVIDIA's GPUs have it in every torch that llmfast runs with, CPUs in none. Others are asked once.
+    NVIDIA GPUs support it in every torch that llmfast runs with, CPUs in none. Other devices are tested once.
     """
     if device.type == "cpu" or device.type == "meta":
         return False
@@ -51,12 +51,12 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where `addmm(out_dtype=)` takes a float32 matrix to add to: on NVIDIA's GPUs since torch 2.10.
+    """Return True if `addmm(out_dtype=)` accepts a float32 matrix to add to: on NVIDIA GPUs since torch 2.10.
 
-    See pytorch#154086, mended by #167931.
+    See pytorch#154086, fixed by #167931.
     """
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.__version__ >= "2.10"  # a TorchVersion: compared as versions are
+        return torch.__version__ >= "2.10"  # a TorchVersion, so this compares versions
     return _works("addmm", device.type, dtype)
 
 
@@ -68,7 +68,7 @@ def _works(product: str, device: str, dtype: torch.dtype) -> bool:
             torch.mm(a, a, out_dtype=torch.float32)
         else:
             torch.addmm(torch.zeros(16, 16, dtype=torch.float32, device=device), a, a, out_dtype=torch.float32)
-    except (RuntimeError, TypeError):  # not on this device, or no such argument
+    except (RuntimeError, TypeError):  # unsupported on this device, or no such argument
         return False
     return True
 
@@ -79,7 +79,7 @@ def _has_triton() -> bool:
 
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, run as it is where torch.compile meets it: the graph breaks there."""
+    """Return `function` so that torch.compile does not trace it: the graph breaks there."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -94,7 +94,7 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
-    """For tests: send CPU tensors to the kernels, which Triton's interpreter then runs."""
+    """Send CPU tensors to the kernels, which Triton's interpreter runs. For tests."""
     global _kernels_on_cpu
     before, _kernels_on_cpu = _kernels_on_cpu, True
     try:

@@ -1,4 +1,4 @@
-"""Imported only while torch.compile traces: making this function imports the compiler, which takes most of a second."""
+"""Module imported only while torch.compile traces: creating this function imports the compiler, almost a second."""
 
 from collections.abc import Callable
 from typing import Any

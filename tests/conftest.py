@@ -1,7 +1,7 @@
-"""One pytest process for everything: kernels run in Triton's interpreter, on CPU tensors.
+"""Fixtures for one pytest process in which kernels run in Triton's interpreter, on CPU tensors.
 
-The variable must be set before anything imports Triton, and GPUs be hidden before anything imports torch. Machine code,
-which the interpreter cannot give, is looked at after the tests, by worker processes: see support/launched.py.
+The environment variable must be set before Triton is imported, and GPUs must be hidden before torch is imported. The
+interpreter yields no machine code; worker processes check it after the tests: see support/launched.py.
 """
 
 import os
@@ -31,33 +31,33 @@ from support.launched import (  # noqa: F401  pytest finds its hooks here
 )
 
 interpreter.install()
-torch.set_num_threads(1)  # there is a worker for each core, and most tensors here are small
-# Shapes are drawn, not times measured: two busy cores must not fail a test.
+torch.set_num_threads(1)  # there is one worker per core, and most tensors here are small
+# Shapes are drawn but times are not measured: a busy machine must not fail a test.
 settings.register_profile("llmfast", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("llmfast")
 
 
 @pytest.fixture(params=["plain", "kernels"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test twice: on the plain torch path and on the kernels."""
+    """Run a test twice: on the plain torch path and on the kernels."""
     with kernels_on_cpu() if request.param == "kernels" else nullcontext(), sanitizing(), ours_however_small():
         yield request.param
 
 
 def ours_however_small() -> AbstractContextManager[object]:
-    """Otherwise small logits on the plain path would be torch's own loss."""
+    """Disable the fallback to torch's own loss for small logits on the plain path."""
     return mock.patch.dict(targets.SMALL, dict.fromkeys(targets.SMALL, -1))
 
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    """Sends CPU tensors to the kernels, and watches what these do."""
+    """Send CPU tensors to the kernels, and check their accesses."""
     with kernels_on_cpu(), sanitizing():
         yield
 
 
-# The tests whose launches are compiled afterwards, in folders where others mix the same variants anew: that would be
-# minutes of compiling and no news.
+# Tests whose launches are compiled afterwards, in folders where other tests combine the same variants, which would take
+# minutes to compile and reveal nothing new.
 RECORDED = {
     "losses": {
         *("test_cross_entropy.py", "test_linear_cross_entropy.py", "test_options.py", "test_row_kernels.py"),

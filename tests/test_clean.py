@@ -281,7 +281,7 @@ def test_the_report_is_written(cleaned: tuple[Path, Report]) -> None:
 
 
 def documents(ds: Path, tokenizer: BPETokenizer) -> list[str]:
-    """The texts of a token file; each ends in the end of text, and has no other."""
+    """Return the texts of a token file; each ends with the end of text and contains no other."""
     tokens, ends = np.fromfile(ds, "<u2"), np.fromfile(f"{ds}.index", "<u8").astype(int)
     assert ends[-1] == len(tokens)
     parts = np.split(tokens, ends[:-1])
@@ -303,7 +303,7 @@ def test_tokens_are_the_text(cleaned: tuple[Path, Report], tokenizer: Path) -> N
 
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each worker's part is still a part of its own, but they take turns."""
+    """Run the workers' parts in turns in this process."""
     from llmfast.clean import pipelines
 
     class OneByOne(pipelines.QuietExecutor):  # type: ignore[misc]
@@ -370,7 +370,7 @@ def test_a_name_that_is_not_unicode(tmp_path: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("text", ["", GERMAN])
 def test_nothing_is_left(text: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """datatrove #301: an empty input is an error in its MinHash."""
+    """Regression test for datatrove #301: an empty input is an error in its MinHash."""
     corpus, output = tmp_path / "in", tmp_path / "out"
     corpus.mkdir()
     (corpus / "a.txt").write_text(text)
@@ -406,7 +406,7 @@ def test_a_table_is_cleaned_by_its_column_and_what_json_cannot_hold_is_counted(s
     assert went(tmp_path / "out") == {f"a{suffix}/1": ("language", "de")}
     assert report.stages[0].values == lost
     counts = ", ".join(f"{column} {count}" for column, count in lost.items())
-    assert f"such as NaN; null now: {counts}." in (tmp_path / "out" / "report.md").read_text()
+    assert f"such as NaN, replaced by null: {counts}." in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(ValueError, match=r"no text in a column 'text' \(text_column names .*columns are .*'body'"):
         clean(path, tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -467,7 +467,7 @@ def test_an_output_stays_unless_it_is_ours_and_meant(tmp_path: Path, monkeypatch
     output.mkdir()  # empty, which is fine
     clean(corpus, output)
     first = (output / "report.md").read_text()
-    with pytest.raises(FileExistsError, match="overwrite replaces it"):
+    with pytest.raises(FileExistsError, match="use overwrite to replace it"):
         clean(corpus, output)
 
     (corpus / "b.txt").write_text(FRENCH)
@@ -483,7 +483,7 @@ def test_an_output_stays_unless_it_is_ours_and_meant(tmp_path: Path, monkeypatch
     others = tmp_path / "others"
     others.mkdir()
     (others / "report.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="not written by llmfast clean"):
+    with pytest.raises(FileExistsError, match="llmfast clean did not write it"):
         clean(corpus, others, overwrite=True)
     assert (others / "report.json").read_text() == "{}"
 
@@ -493,11 +493,11 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         clean(tmp_path / "nothing", output)
     for wrong in (corpus, corpus / "out", corpus.parent):
-        with pytest.raises(ValueError, match="output must be outside of inputs"):
+        with pytest.raises(ValueError, match="output and inputs must not contain each other"):
             clean(corpus, wrong)
     with pytest.raises(ValueError, match="workers must be at least 1; got 0"):
         clean(corpus, output, workers=0)
-    with pytest.raises(ValueError, match="output must not be a mount point"):
+    with pytest.raises(ValueError, match="output must be a folder that is not a mount point"):
         clean(corpus, "/proc")
     with pytest.raises(ValueError, match=r"inputs must be one of \.md, "):
         clean(corpus / "table.csv", output)

@@ -11,7 +11,7 @@ from llmfast.train.config import Config, dump_config, load_config
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `train` and `continued_config` are given, in place of both."""
+    """Record the arguments of `train` and `continued_config` instead of calling them."""
     seen: dict[str, Any] = {}
 
     def train(config: Config, **options: Any) -> None:
@@ -37,7 +37,7 @@ def test_flags_of_train(flag: str, calls: dict[str, Any]) -> None:
 
 
 def test_settings_of_train(calls: dict[str, Any], tmp_path: Path) -> None:
-    """Of the file, then of the options; and on --resume of the run, wherever it is kept."""
+    """Settings come from the file, then the options, and on --resume from the run, wherever it is kept."""
     run = tmp_path / "x"
     run.mkdir()
     (run / "config.toml").write_text(dump_config(load_config(None, ["name=x", "train.steps=5", "train.log_every=7"])))

@@ -40,7 +40,7 @@ def test_only_copies_to_an_accelerator_are_not_waited_for() -> None:
 
 @contextmanager
 def copies_that_do_not_wait() -> Iterator[list[str]]:
-    """Those to the CPU that this library asks for inside. What is on the CPU already is not to be known as that."""
+    """Yield copies to the CPU that the library requests; tensors already on the CPU cannot be told apart."""
     found: list[str] = []
 
     def watched(name: str) -> Callable[..., Tensor]:
@@ -77,7 +77,7 @@ _to = Tensor.to
 
 
 def arriving(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`Tensor.to`, for which a tensor on the meta device is 0.1 on an accelerator."""
+    """Replace `Tensor.to` so that a copy from the meta device is 0.1 on an accelerator."""
     if not self.is_meta:
         return _to(self, *args, **kwargs)
     assert args[0] == torch.device("cpu") and not kwargs.get("non_blocking")
@@ -87,7 +87,7 @@ def arriving(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [FusedAdamW, FusedSGD, FusedRMSprop, FusedAdagrad])
 def test_a_learning_rate_on_another_device_is_waited_for(make: Any, dtype: torch.dtype) -> None:
-    """Torch's own updates do not wait for it."""
+    """Only torch's own updates do not wait for the copy."""
     params = [torch.nn.Parameter(torch.ones(3, 4, dtype=dtype)) for _ in range(2)]
     for p, lr in zip(params, (0.1, torch.empty((), device="meta"))):
         optimizer = make([p])

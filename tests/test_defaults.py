@@ -42,7 +42,7 @@ N, D, V = 12, 8, 50
 
 
 def calls(names: set[str]) -> Iterator[tuple[str, ast.Call]]:
-    """Calls of torch's functions of these names, and where they are."""
+    """Return the calls of torch functions with these names, and their positions."""
     for path in sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
@@ -59,7 +59,7 @@ def test_whatever_makes_a_tensor_says_its_device_and_dtype() -> None:
 
 
 def test_factories_have_no_other_name() -> None:
-    """`from torch import zeros` would hide one from the test above."""
+    """Forbid `from torch import zeros`, which would hide a call from the test above."""
     for path in sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
@@ -122,7 +122,7 @@ def further_tokens(**options: Any) -> Later:
 
 
 def steps(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **options: Any) -> Later:
-    """The optimizer is made under the other defaults too."""
+    """Create the optimizer under the other defaults too, and step."""
     generator = torch.Generator("cpu").manual_seed(0)
     start, *gradients = (torch.randn(20, 9, generator=generator, **CPU).to(dtype) for _ in range(4))
 
@@ -140,7 +140,7 @@ def steps(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **option
 
 
 def steps_under_both() -> Later:
-    """States and tables made before; then the defaults change, and the learning rate."""
+    """Create states and tables first; then change the defaults and the learning rate."""
     p = nn.Parameter(torch.ones(9, 9, **CPU))
     optimizer = FusedAdamW([p], lr=1e-2)
     p.grad = torch.ones_like(p)

@@ -31,7 +31,7 @@ def text_of(page: Path) -> str:
 
 
 def loaded(file: Path) -> ModuleType:
-    """A module of docs/, which is no package."""
+    """Import a module of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"docs_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -94,7 +94,7 @@ def test_public_names_have_docstrings(package: str) -> None:
 
 
 def documented(module: str, name: str) -> bool:
-    """Whether the source has a docstring: `__doc__` of a dataclass or of a constant may be made up by Python."""
+    """Return True if the source has a docstring; Python may generate `__doc__` for dataclasses and constants."""
     where = ROOT.joinpath(*module.split("."))
     if (where / f"{name}.py").exists() and name == "reference":
         return ast.get_docstring(ast.parse((where / f"{name}.py").read_text(encoding="utf-8"))) is not None
@@ -141,7 +141,7 @@ def exists(name: str) -> bool:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    """Where a page names a package, mkdocstrings shows its `__all__`; the build itself looks at what came of it."""
+    """Check package pages; mkdocstrings shows a package's `__all__`, and the build checks the result."""
     pages = "\n".join(map(text_of, (DOCS / "reference").glob("*.md")))
     shown = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
     for package in hooks.PACKAGES:
@@ -153,7 +153,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_figures_of_the_limits_are_the_codes() -> None:
-    """What pages say of models and targets is what runs."""
+    """Compare figures of models and targets on the page with the code."""
     from evidence.compiler import TARGETS
     from llmfast import _gpus
     from llmfast.models import cost

@@ -27,7 +27,7 @@ def run_example(source: str) -> list[float]:
 
 
 def test_the_example_with_its_two_lines_learns_as_the_one_before() -> None:
-    """Each replaced line stands as a comment above the one that replaces it; swap them back and compare."""
+    """Swap each replaced line with the comment above it that holds the original, and compare."""
     before, swaps = re.subn(r"( +)# (\w+ = (?:torch|F)\..*)\n +\w+ = llmfast\..*\n", r"\1\2\n", EXAMPLE)
     assert swaps == 2
     assert "llmfast." not in before.partition("def train")[2]
@@ -59,7 +59,7 @@ def curve(
 
 @pytest.mark.parametrize("loss", ["linear", "in place"])
 def test_training_on_the_kernels_follows_plain_torch(loss: str) -> None:
-    """20 steps in float32, kernels in the interpreter against F.cross_entropy and torch.optim.AdamW."""
+    """Compare 20 float32 steps of the interpreted kernels with F.cross_entropy and torch.optim.AdamW."""
     losses: dict[str, Callable[[Decoder, Tensor, Tensor], Tensor]] = {
         "linear": lambda m, h, y: linear_cross_entropy(h, m.unembedding, y, memory_budget=64 * 320 * 4),
         "in place": lambda m, h, y: cross_entropy(h @ m.unembedding.T, y, inplace=True),

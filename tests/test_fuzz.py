@@ -1,4 +1,4 @@
-"""The fuzzer of the command line: a few of its cases, and that it notices what it is there for."""
+"""Tests of the command-line fuzzer: a few cases, and whether it detects each kind of fault."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import fuzz
+from tools import fuzz, fuzz_cases, fuzz_process
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it limits memory by what /proc says")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by /proc")
 
 
 def test_some_malformed_input_ends_with_a_message() -> None:
@@ -26,11 +26,11 @@ def test_a_case_is_the_same_every_time(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for file in ("tokens.ds", "tokens.ds.index", "tokens.bin", "tokens.idx", "tokens.ds.metadata"):
             (tmp_path / name / file).write_bytes(bytes(range(200)))
-    before = fuzz._tree(tmp_path / "a")
+    before = fuzz_process.tree(tmp_path / "a")
     for number in range(20):
-        made = [fuzz.make(3, number, tmp_path / name, "tokens")[1] for name in ("a", "b")]
+        made = [fuzz_cases.make(3, number, tmp_path / name, "tokens")[1] for name in ("a", "b")]
         assert made[0] == made[1]
-    assert fuzz._tree(tmp_path / "a") == fuzz._tree(tmp_path / "b") != before
+    assert fuzz_process.tree(tmp_path / "a") == fuzz_process.tree(tmp_path / "b") != before
 
 
 def _good(arguments: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def _crash(arguments: Sequence[str]) -> int:
 
 
 def _much_memory(arguments: Sequence[str]) -> int:
-    return len(bytearray(2 * fuzz.MEMORY))
+    return len(bytearray(2 * fuzz_process.MEMORY))
 
 
 def _wrong_status(arguments: Sequence[str]) -> int:
@@ -98,16 +98,16 @@ def _no_message(arguments: Sequence[str]) -> int:
         (_hang, (), ["it did not end"]),
         (_crash, (), ["killed by SIGKILL"]),
         (_much_memory, (), ["exit status 1", "a traceback"]),
-        (_wrong_status, (), ["exit status 3", "the last line of stderr is no message: ''"]),
-        (_no_message, (), ["the last line of stderr is no message: 'it did not work'"]),
+        (_wrong_status, (), ["exit status 3", "the last line of stderr is not a message: ''"]),
+        (_no_message, (), ["the last line of stderr is not a message: 'it did not work'"]),
     ],
 )
 def test_what_must_not_happen_is_noticed(
-    tmp_path: Path, main: fuzz.Main, may_change: tuple[str, ...], faults: list[str]
+    tmp_path: Path, main: fuzz_process.Main, may_change: tuple[str, ...], faults: list[str]
 ) -> None:
     folder = tmp_path / "case"
     (folder / "kept").mkdir(parents=True)
     (folder / "kept" / "text").write_text("a text")
-    case = fuzz.Case([], may_change)
-    found = fuzz.judge(case, fuzz.run(case, folder, main, seconds=1.0 if main is _hang else 30.0))
+    case = fuzz_process.Case([], may_change)
+    found = fuzz_process.judge(case, fuzz_process.run(case, folder, main, seconds=1.0 if main is _hang else 30.0))
     assert found[: len(faults)] == faults and bool(found) == bool(faults)

@@ -1,4 +1,4 @@
-"""What is known of GPUs, by the names that drivers give them."""
+"""Tests of the data known about GPUs, by the names that drivers report."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -30,7 +30,7 @@ def name_of(notebook: Path) -> str:
 
 
 def lines_without_numbers(text: str) -> list[str]:
-    """What was printed, as far as it is the same on every machine and thread count."""
+    """Return the printed lines as far as they are equal on every machine and thread count."""
     return [" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines()]
 
 

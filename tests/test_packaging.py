@@ -1,4 +1,4 @@
-"""What is importable, what imports what, what wheel and sdist hold, what reads files, and how `make` treats torch."""
+"""Tests of imports, of the contents of wheel and sdist, of file reading, and of how `make` treats torch."""
 
 import ast
 import importlib.metadata
@@ -20,7 +20,7 @@ PUBLIC = ("", ".losses", ".optim", ".models", ".mtp", ".data", ".train", ".plan"
 
 
 def run_python(code: str, *argv: str) -> str:
-    """The output of `code` in a new interpreter that finds this checkout first."""
+    """Return the output of `code` in a new interpreter that finds this checkout first."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def at_import(node: ast.AST) -> list[ast.AST]:
-    """The nodes below that run when the module is imported: all but the bodies of functions."""
+    """Return the nodes below that run at import: everything except function bodies."""
     found = []
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -78,7 +78,7 @@ def test_llmfast_has_no_kernels_and_imports_no_triton():
 
 
 def test_imports_without_triton_and_without_starting_cuda():
-    """Each module in a process of its own, which has torch and nothing else."""
+    """Import each module in its own process, which has torch and nothing else."""
     code = """if True:
         import importlib, os, sys
         sys.modules["triton"] = None
@@ -108,7 +108,7 @@ def test_import_is_quick():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sdist of this checkout, and the wheel that is built from that."""
+    """Build the sdist of this checkout, and the wheel from that sdist."""
     for needed in ("build", "hatchling", "hatch_vcs"):
         pytest.importorskip(needed, reason=f"{needed} builds the packages; it is in the `test` extra")
     folder = tmp_path_factory.mktemp("dist")
@@ -161,7 +161,7 @@ A_STEP = """if True:
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_installs_into_an_empty_environment(built: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    """What it needs (torch and the rest) it finds here, by a .pth file: nothing is downloaded."""
+    """Provide torch and other requirements by a .pth file, so that nothing is downloaded."""
     env = tmp_path / "env"
     venv.create(env, symlinks=True)
     (site,) = env.glob("lib/python*/site-packages")

@@ -1,14 +1,15 @@
-"""Make, or complete, the virtual environment that the Makefile's verbs run in.
+"""Create or complete the virtual environment used by the Makefile's commands.
 
-A torch that is already there is kept: it may be several GB, a ROCm build or a nightly.
+An existing torch is kept: it may take several GB, or be a ROCm build or a nightly.
 
-1. A compatible torch in the environment itself stays as it is.
-2. Otherwise, a compatible torch that the interpreter running this script can import (a conda environment, an active
-   virtualenv, the system's) is made visible in the environment by a .pth file.
+1. A compatible torch in the environment itself is kept.
+2. Otherwise, a compatible torch that the interpreter running this script can import (from a conda environment, an
+active
+   virtualenv, or the system) is made visible in the environment by a .pth file.
 3. Otherwise, pip installs the versions of constraints.txt.
 
-pip's own settings (PIP_* variables, pip.conf) apply as usual: they choose, for example, between CPU and CUDA builds.
-Everything above `PROBE` also runs on Python 3.6, so that an old Python gets a sentence and not a traceback.
+pip's own settings (PIP_* variables, pip.conf) apply as usual; they choose between CPU and CUDA builds, for example.
+Everything above `PROBE` also runs on Python 3.6, so that an old Python prints a message instead of a traceback.
 """
 
 import argparse
@@ -35,7 +36,7 @@ if sys.version_info[:2] < OLDEST_PYTHON:
         f"Name another one: make PYTHON={newest} ..."
     )
 
-# Run by any interpreter. It reads metadata only: quick, and not stopped by a torch that does not import.
+# Run by any interpreter. It reads only metadata, so it is fast and does not depend on importing torch.
 PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, os, sys, sysconfig
 
@@ -61,10 +62,10 @@ print(json.dumps({
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make, or complete, the virtual environment of this checkout.")
+    parser = argparse.ArgumentParser(description="Create or complete the virtual environment of this checkout.")
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
-    parser.add_argument("--extras", default="train", help="of pyproject.toml, separated by commas")
-    parser.add_argument("--constraints", type=Path, help="the tested versions; without this pip chooses")
+    parser.add_argument("--extras", default="train", help="comma-separated extras of pyproject.toml")
+    parser.add_argument("--constraints", type=Path, help="file with the tested versions; without it pip chooses")
     args = parser.parse_args()
 
     python = args.venv / "bin" / "python"
@@ -106,7 +107,7 @@ def make_venv(venv: Path) -> None:
 
 
 def check_venv(venv: Path, python: Path) -> dict[str, Any]:
-    """What the environment holds, once its interpreter and its pip are known to run."""
+    """Return what the environment holds, after checking that its interpreter and its pip run."""
     try:
         env = probe(python)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -121,15 +122,15 @@ def check_venv(venv: Path, python: Path) -> dict[str, Any]:
 
 
 def borrow_torch(python: Path, env: dict[str, Any]) -> dict[str, Any]:
-    """Let the environment see the torch of the interpreter that runs this, if it has one that works there."""
+    """Make the torch of the interpreter that runs this script visible in the environment, if it works there."""
     base = probe(Path(sys.executable))
     if not compatible(base["torch"]) or base["abi"] != env["abi"]:
         return env
-    # Plain lines land behind the environment's own packages on sys.path, so what pip installs there comes first.
+    # Plain lines come after the environment's own packages on sys.path, so packages installed there take precedence.
     pth = Path(env["site"]) / "llmfast_borrowed_torch.pth"
     pth.write_text("".join(folder + "\n" for folder in base["torch_folders"]))
     trial = subprocess.run([str(python), "-c", "import torch"], stderr=subprocess.PIPE, text=True)
-    # A requirement of torch that lies in a third folder is not visible; pip will install it.
+    # A requirement of torch in a third folder is not visible; pip will install it.
     if trial.returncode and not re.search(r"No module named '(?!torch)", trial.stderr):
         pth.unlink()
         say(f"not using torch {base['torch']} of {base['torch_folders'][0]}: {trial.stderr.strip().splitlines()[-1]}")
@@ -139,10 +140,10 @@ def borrow_torch(python: Path, env: dict[str, Any]) -> dict[str, Any]:
 
 
 def claim_triton(env: dict[str, Any]) -> None:
-    """Tell pip that triton is installed where it came under another name.
+    """Tell pip that triton is installed if it was installed under another name.
 
     ROCm, XPU and nightly builds of torch bring it as pytorch-triton, triton-rocm and so on, in the same `triton/`
-    folder. pip does not know that, and would write the `triton` that pyproject.toml asks for over it.
+    folder. pip does not know that, and would overwrite it with the `triton` that pyproject.toml requires.
     """
     if "triton" in env["triton"] or not env["triton"]:
         return
@@ -157,7 +158,7 @@ def claim_triton(env: dict[str, Any]) -> None:
 
 
 def write_constraints(venv: Path, constraints: Path | None, env: dict[str, Any]) -> Path:
-    """The constraints, with torch fixed to the one that is kept, and triton left to that one's own requirement."""
+    """Write the constraints with torch fixed to the kept version, and triton left to that version's own requirement."""
     lines = constraints.read_text().splitlines() if constraints else []
     if compatible(env["torch"]):
         tested = f"torch=={env['torch'].split('+')[0]}" in lines
@@ -176,7 +177,7 @@ def probe(python: Path) -> dict[str, Any]:
 
 
 def compatible(torch: str | None) -> bool:
-    """Whether this version satisfies pyproject.toml, read as pip reads it: 2.8.0a0 comes before 2.8."""
+    """Return True if this version satisfies pyproject.toml by pip's rules: 2.8.0a0 is older than 2.8."""
     found = re.match(r"(\d+)\.(\d+)(?:\.\d+)*(\.?dev|a|b|rc)?", torch or "")
     return found is not None and (int(found[1]), int(found[2]), not found[3]) >= (*OLDEST_TORCH, True)
 

@@ -1,4 +1,4 @@
-"""The command `llmfast clean`: arguments, one line for a user's mistake, a table at the end."""
+"""The command `llmfast clean`: arguments, one-line messages for user errors, and a final table."""
 
 import argparse
 import sys
@@ -10,12 +10,12 @@ from llmfast.data.reader import SUFFIXES, TEXT_COLUMN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """To the parser of `llmfast clean`; `run` takes what it parses."""
+    """Add the arguments to the parser of `llmfast clean`; `run` takes the parsed result."""
     kinds = ", ".join(SUFFIXES)
     parser.add_argument("input", type=Path, metavar="INPUT", help=f"a folder (or file) of {kinds}")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder for text/, removed/ and report.md")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json: also write tokens/*.ds")
-    parser.add_argument("--language", default="en", metavar="CODE", help="the only one that is kept (default: en)")
+    parser.add_argument("--language", default="en", metavar="CODE", help="the only language to keep (default: en)")
     parser.add_argument(
         "--language-model", type=Path, metavar="FILE", help="a fastText model such as lid.176.bin instead of py3langid"
     )
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-column",
         default=TEXT_COLUMN,
         metavar="NAME",
-        help="of .jsonl and .parquet, the one that is the text (default: text)",
+        help="the column of .jsonl and .parquet files that holds the text (default: text)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, once the new one is complete")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Clean as `add_arguments` has parsed it; returns the exit code, 2 for a user's mistake."""
+    """Run the cleaning with the parsed arguments and return the exit code, which is 2 for a user error."""
     try:
         report = clean(
             args.input,
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         _say("interrupted; nothing was written")
         return 130
     print(report.table())
-    print(f"what went and why: {args.output / 'report.md'}")
+    print(f"removed documents and reasons: {args.output / 'report.md'}")
     if not report.documents:
         _say("nothing was kept")
     return 0

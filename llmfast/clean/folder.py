@@ -1,4 +1,4 @@
-"""`clean`: checks first, then the recipe in a folder of its own, which takes the output's place once all is there."""
+"""Check the arguments, run the recipe in a temporary folder, and move it to the output once it is complete."""
 
 import os
 from collections import Counter
@@ -36,38 +36,38 @@ def clean(
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Report:
-    """Clean a folder of text by the recipe of `llmfast.clean.recipe` and report what went.
+    """Clean a folder of text with the recipe of `llmfast.clean.recipe` and report what was removed.
 
-    The output folder holds `text/*.jsonl` (what was kept: `text`, `id`, `metadata`), `tokens/*.ds` with their index and
-    `tokenizer.json` if a tokenizer was given, `removed/<stage>/*.jsonl`, `report.md`, `report.json`, and datatrove's
-    `logs/`. It appears when everything is complete; of a run that fails nothing is left. Which of several duplicates
-    is kept, and how many files there are, depends on `workers`.
+    The output folder holds `text/*.jsonl` (kept documents: `text`, `id`, `metadata`), `tokens/*.ds` with their index
+    and `tokenizer.json` if a tokenizer was given, `removed/<stage>/*.jsonl`, `report.md`, `report.json`, and
+    datatrove's `logs/`. It appears only when it is complete; a run that fails leaves nothing behind. `workers`
+    determines the number of files and which of several duplicates is kept.
 
     Args:
         inputs: A folder, searched recursively for .txt, .md, .rst and .py (a file is a document), .jsonl, .jsonl.gz
-            and .jsonl.zst (a line is one: an object with the text, perhaps an `id`; the rest goes to
-            `metadata.input`), and .parquet (a row is one). Names that start with a dot are skipped. Or one such file.
-            Of a folder that this function wrote only `text/` is read.
-        output: A folder that does not exist yet, or is empty.
+            and .jsonl.zst (each line is one: an object with the text and optionally an `id`; the rest goes to
+            `metadata.input`), and .parquet (each row is one); or one such file. Names that start with a dot are
+            skipped. In a folder that this function wrote, only `text/` is read.
+        output: A folder that does not exist yet or is empty.
         tokenizer: A `tokenizer.json` that has "<|endoftext|>", which then ends each document. Documents are shuffled
             within a file.
-        language: ISO 639-1. For any but "en" Gopher's English stop words are not asked for, and languages that spaCy
-            cannot split into words need what datatrove then names.
-        language_model: A fastText model with labels such as "__label__en", to be used instead of py3langid at a score
-            of 0.65. Needs `pip install fasteners fasttext-numpy2-wheel`; datatrove keeps a copy by path in its cache.
-        workers: Processes. Each takes every `workers`-th file. They import the script that called, so for more than
-            one it needs `if __name__ == "__main__":`.
-        text_column: The column of tables that is the text.
+        language: ISO 639-1 code. Gopher's English stop words are required only for "en". Languages that spaCy cannot
+            split into words need packages that datatrove's error names.
+        language_model: A fastText model with labels such as "__label__en", used instead of py3langid with a threshold
+            of 0.65. Needs `pip install fasteners fasttext-numpy2-wheel`; datatrove caches a copy under its path.
+        workers: Number of processes. Each handles every `workers`-th file. They import the calling script, which needs
+            `if __name__ == "__main__":` if there is more than one.
+        text_column: The column of tables that holds the text.
         overwrite: Replace an output that this function wrote.
-        say: Gets a line for each step as it begins, and before that one about files that are not read.
+        say: Receives a message about files that are not read, and then one when each step starts.
 
     Raises:
         FileNotFoundError: An input, tokenizer or language model does not exist.
-        FileExistsError: The output is not empty, and `overwrite` is not given or it is not one of ours.
-        ValueError: An argument is out of range, the folders contain each other, or there is no file to read.
-        ImportError: The extra `clean` is not installed, or what one of the files needs.
+        FileExistsError: The output is not empty, and `overwrite` is False or this function did not write the output.
+        ValueError: An argument is out of range, one folder contains the other, or there is no file to read.
+        ImportError: The extra `clean` or a package that a file needs is not installed.
     """
-    # Not Path.resolve, which before Python 3.13 raises a RuntimeError for links in a circle.
+    # Before Python 3.13, Path.resolve raises a RuntimeError for cyclic links.
     inputs, output = Path(os.path.realpath(inputs)), Path(os.path.realpath(output))
     expect(workers >= 1, f"workers must be at least 1; got {workers}")
     expect(bool(text_column), "text_column must name a column; got ''")
@@ -76,10 +76,8 @@ def clean(
     names, ignored = [name for name, _ in found.files], dict(found.others)
     if language_model is not None and not Path(language_model).is_file():
         raise FileNotFoundError(f"no such file: language_model {os.fspath(language_model)}")
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"no {', '.join(missing)}: cleaning needs the extra, pip install 'llmfast-torch[clean]'")
-    # What they import is in the extra.
+    _check_packages()
+    # These modules import packages of the extra.
     from llmfast.clean.pipelines import TOKENIZER_FILE, Pipelines
     from llmfast.clean.recipe import DATATROVE, check_language
     from llmfast.data.tokenizer import BPETokenizer, load_tokenizer
@@ -101,19 +99,13 @@ def clean(
         (new / "text").mkdir(parents=True)
         if encoder is not None:
             (new / "tokens").mkdir()
-            encoder.save(new / "tokens" / TOKENIZER_FILE)  # neither cuts nor pads, whatever the original did
+            encoder.save(new / "tokens" / TOKENIZER_FILE)  # never truncates or pads, unlike the original
         pipelines = Pipelines(new, min(workers, len(names)), text_column, say)
         stages = pipelines.run(root, names, language, model)
         if stages[0].documents_out == 0 and NO_TEXT in stages[0].reasons:
             raise ValueError(_no_text(inputs, found, text_column))
-        settings = {
-            "inputs": str(inputs),
-            "language": language,
-            "language_model": str(model or "py3langid"),
-            "tokenizer": os.fspath(tokenizer or "none"),
-            "workers": str(workers),
-            "datatrove": DATATROVE,
-        }
+        settings = {"inputs": str(inputs), "language": language, "language_model": str(model or "py3langid")}
+        settings |= {"tokenizer": os.fspath(tokenizer or "none"), "workers": str(workers), "datatrove": DATATROVE}
         report = Report(settings, ignored, stages, None if encoder is None else pipelines.tokens)
         report.write(new)
         if output.exists():
@@ -122,17 +114,23 @@ def clean(
     return report
 
 
+def _check_packages() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"no {', '.join(missing)}: cleaning needs the extra, pip install 'llmfast-torch[clean]'")
+
+
 def _check_folders(inputs: Path, output: Path, overwrite: bool) -> None:
     if not inputs.exists():
         raise FileNotFoundError(f"no such file or folder: {inputs}")
     apart = inputs != output and inputs not in output.parents and output not in inputs.parents
-    expect(apart, f"output must be outside of inputs, and the other way round; got {output} and {inputs}")
-    # A mount point cannot be replaced, which would show only at the very end.
-    expect(not os.path.ismount(output), f"output must not be a mount point, but a folder inside; got {output}")
+    expect(apart, f"output and inputs must not contain each other; got {output} and {inputs}")
+    # A mount point cannot be replaced, which would only be noticed at the end.
+    expect(not os.path.ismount(output), f"output must be a folder that is not a mount point; got {output}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         ours = (output / "report.json").is_file() and (output / "logs").is_dir()
         if not (overwrite and ours):
-            advice = "overwrite replaces it" if ours else "it was not written by llmfast clean, so it stays"
+            advice = "use overwrite to replace it" if ours else "llmfast clean did not write it and will not replace it"
             raise FileExistsError(f"output exists: {output}; {advice}")
 
 
@@ -147,7 +145,7 @@ def _no_text(inputs: Path, found: Found, text_column: str) -> str:
 
 
 def _find(inputs: Path) -> tuple[Path, Found]:
-    """The folder to start from, and the files there."""
+    """Return the folder to start from, and the files in it."""
     if inputs.is_file():
         expect(inputs.name.lower().endswith(SUFFIXES), f"inputs must be one of {', '.join(SUFFIXES)}; got {inputs}")
         expect_packages([inputs.name])

@@ -1,4 +1,4 @@
-"""The recipe's steps as datatrove's pipelines, one after the other, and what they counted."""
+"""Run the recipe's steps as a sequence of datatrove pipelines, and collect their counts."""
 
 # mypy: disable-error-code="import-not-found,import-untyped,misc"
 # pyright: reportMissingImports=false
@@ -32,17 +32,17 @@ from llmfast.clean.report import Stage, removed
 from llmfast.data.tokenizer import END_OF_TEXT
 
 TOKENIZER_FILE = "tokenizer.json"
-LINES_CUT = "line-filter-"  # begins the names of C4's counters
+LINES_CUT = "line-filter-"  # prefix of C4's counter names
 
 
 class Pipelines:
-    """Runs the recipe from files to a folder, and keeps the counts.
+    """Runner of the recipe from files to a folder, which also keeps the counts.
 
     Args:
-        folder: Gets `text/`, `removed/`, `logs/`, and `tokens/` where there is a `tokens/tokenizer.json` already.
-        workers: Processes, and the number of parts into which each pipeline divides its files.
-        text_column: The column of tables that is the text.
-        say: Gets a line for each pipeline as it begins.
+        folder: Receives `text/`, `removed/`, `logs/`, and `tokens/` if it already has a `tokens/tokenizer.json`.
+        workers: The number of processes, and of parts into which each pipeline divides its files.
+        text_column: The column of tables that holds the text.
+        say: Receives a line when each pipeline starts.
     """
 
     def __init__(self, folder: Path, workers: int, text_column: str, say: Callable[[str], None]) -> None:
@@ -56,12 +56,12 @@ class Pipelines:
     def run(self, root: Path, names: list[str], language: str, language_model: Path | None) -> list[Stage]:
         """Clean the named files under `root`."""
         self._filter(root, names, language, language_model)
-        if self.counts["fineweb"][0]:  # datatrove's readers want at least one file
+        if self.counts["fineweb"][0]:  # datatrove's readers need at least one file
             self._remove_equal()
         if self.counts.get("exact_duplicates", (0, 0))[0]:
             self._remove_nearly_equal(language)
         _tidy(self.folder / "tokens")
-        shutil.rmtree(self.scratch, ignore_errors=True)  # it does not exist if nothing came through the filters
+        shutil.rmtree(self.scratch, ignore_errors=True)  # does not exist if nothing passed the filters
         return self._stages()
 
     def _filter(self, root: Path, names: list[str], language: str, language_model: Path | None) -> None:
@@ -71,7 +71,7 @@ class Pipelines:
         self._execute("filters", [*steps, _writer(self.scratch / "filtered")])
 
     def _remove_equal(self) -> None:
-        # Signatures have to be made of what is read back: file and process correspond only from there on.
+        # Signatures must be computed from what is read back: only from there on do files and processes correspond.
         source, config = self.scratch / "filtered", exact_config()
         signatures, pairs = str(self.scratch / "exact_signatures"), str(self.scratch / "exact_pairs")
         self._execute("exact_signatures", [_reader(source), ExactDedupSignature(signatures, config)])
@@ -134,12 +134,12 @@ class Pipelines:
 
 
 class QuietExecutor(LocalPipelineExecutor):
-    """Without what datatrove writes to stderr, here and in its processes; the same is in its log files."""
+    """Executor that suppresses datatrove's stderr output in all its processes; its log files have the same lines."""
 
     def run(self) -> Any:
         try:
             with redirect_stderr(io.StringIO()):
-                setup_default_logger()  # looks stderr up
+                setup_default_logger()  # reads the current stderr
                 return super().run()
         finally:
             setup_default_logger()
@@ -150,12 +150,12 @@ class QuietExecutor(LocalPipelineExecutor):
 
 
 class PlainTokenizer(DocumentTokenizer):
-    """Reads a special token in a document as the ordinary text it is, as `llmfast.data` does."""
+    """Tokenizer that encodes a special token in a document as ordinary text, as `llmfast.data` does."""
 
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = super().tokenizer
-        tokenizer.encode_special_tokens = True  # not kept in tokenizer.json
+        tokenizer.encode_special_tokens = True  # not stored in tokenizer.json
         return tokenizer
 
 
@@ -183,7 +183,7 @@ def _counters(stat: Any, prefix: str) -> dict[str, int]:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove files of no tokens, which cannot be mapped into memory, and the path that will soon be of the past."""
+    """Remove files without tokens, which cannot be memory-mapped, and the path of the temporary folder."""
     for tokens in folder.glob("*.ds"):
         index, metadata = (tokens.with_name(tokens.name + suffix) for suffix in (".index", ".metadata"))
         if tokens.stat().st_size:

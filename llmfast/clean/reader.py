@@ -1,4 +1,4 @@
-"""Files to datatrove's documents. datatrove reads no plain text, and skips what it cannot parse in JSONL unseen."""
+"""Read files as datatrove documents. datatrove reads no plain text, and silently skips invalid JSONL."""
 
 # mypy: disable-error-code="import-not-found,import-untyped"
 # pyright: reportMissingImports=false
@@ -16,21 +16,21 @@ from datatrove.utils.stats import Stats
 
 from llmfast.data.reader import Record, is_unicode, read
 
-LOST = "lost-value-"  # begins the names of the counters of values that were lost, and then comes the column
-_DEEPEST = 200  # levels of lists and objects; orjson, with which datatrove writes, takes 254
+LOST = "lost-value-"  # prefix of the counters of lost values, followed by the column
+_DEEPEST = 200  # levels of lists and objects; orjson, with which datatrove writes, accepts 254
 
 
 class Reader:
-    """First step of a pipeline: yields what can be read, and writes off what cannot."""
+    """First step of a pipeline: yields readable documents, and writes off the others."""
 
     def __init__(self, root: Path, names: list[str], text_column: str, exclusion_writer: Any) -> None:
         self.root, self.names, self.text_column, self.exclusion_writer = root, names, text_column, exclusion_writer
-        self.stats = Stats("found")  # datatrove adds them up over processes
+        self.stats = Stats("found")  # datatrove sums them over processes
 
     def __call__(self, data: None, rank: int, world_size: int) -> Iterator[Document]:
         with self.exclusion_writer as writer:
             for name in self.names[rank::world_size]:
-                shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # no other is JSON
+                shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # JSON holds nothing else
                 for record in read(self.root / name, shown, self.text_column, whole=True):
                     document = self._document(record)
                     self.stats["bytes"].update(len(document.text.encode("utf-8")))
@@ -51,13 +51,13 @@ class Reader:
             if lost:
                 self.stats[LOST + name].update(len(lost))
         identity = columns.pop("id", None)
-        # Not at the top, where datatrove would take a "rank" or "filter_reason" for its own.
+        # Not at the top level, where datatrove would use a "rank" or "filter_reason" as its own.
         metadata = {"input": columns} if columns else {}
         return Document(record.text, record.name if identity is None else str(identity), metadata=metadata)
 
 
 class Count:
-    """Counts documents and their UTF-8 bytes on their way from one step to the next."""
+    """Step that counts documents and their UTF-8 bytes between two other steps."""
 
     def __init__(self, name: str) -> None:
         self.stats = Stats(name)
@@ -69,7 +69,7 @@ class Count:
 
 
 def _storable(value: Any, lost: list[Any], depth: int = 0) -> Any:
-    """Return what JSON has for a value: None where it has nothing, and the value is added to `lost`."""
+    """Convert a value to what JSON can hold; a value that it cannot hold is added to `lost` and becomes None."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and -(2**63) <= value < 2**64:

@@ -1,19 +1,19 @@
-"""The recipe, in the order of FineWeb's: `STAGES` has the rule of each stage, and every filter is datatrove's.
+"""The recipe in FineWeb's order: `STAGES` has the rule of each stage, and every filter is datatrove's.
 
-Where it differs from FineWeb's (datatrove's `examples/fineweb.py`), and why:
+Differences from FineWeb (datatrove's `examples/fineweb.py`), with reasons:
 
-- Nothing is downloaded while it runs. Languages are told apart by py3langid, whose model comes with it, unless a
-  fastText model is given; words and sentences are split by spaCy's rules, datatrove's own choice for English.
-- Text is mended and addresses are replaced first, not last: so `removed/` and the report have none either, but for
-  what could not even be read, and texts that differ in nothing else count as equal. That is why all addresses get the
-  same replacement.
-- C4's filter keeps lines of fewer than three words: it would drop the blank line between paragraphs and, in text with
-  hard line breaks, the end of many a paragraph.
-- Equal texts are removed before nearly equal ones are looked for.
+- Nothing is downloaded at run time. py3langid, which includes its model, identifies languages unless a fastText model
+  is given; spaCy's rules, datatrove's own choice for English, split words and sentences.
+- Text is repaired and addresses are replaced first rather than last. `removed/` and the report therefore contain no
+  addresses, except in text that could not be read, and texts that differ only in addresses count as equal. This is why
+  all addresses get the same replacement.
+- C4's filter keeps lines of fewer than three words: otherwise it would drop the blank line between paragraphs and, in
+  text with hard line breaks, the end of many paragraphs.
+- Equal texts are removed before near duplicates are searched.
 
-What to expect: the thresholds are for prose from the web. Technical documentation loses most of itself, mainly because
-punctuation counts as words without a letter; see the report before the text is used. Of personal data only e-mail and
-IPv4 addresses are found, in the text but not in other columns of JSONL, and a version such as 8.4.2.1 is taken for one.
+The thresholds are meant for prose from the web. They remove most technical documentation, mainly because punctuation
+counts as words without a letter; check the report before you use the text. The only personal data detected are e-mail
+and IPv4 addresses, in the text but not in other columns of JSONL, and a version such as 8.4.2.1 counts as an address.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -47,26 +47,26 @@ EMAIL, IP = "email@example.com", "22.214.171.124"  # the first of datatrove's ow
 MIN_FASTTEXT_SCORE = 0.65  # FineWeb's
 
 STAGES = {
-    "read": "Goes: what is not UTF-8, is blank, or is a line of JSONL without an object that has a `text`.",
-    "fix_text": "ftfy mends what was decoded wrongly, and drops control characters. Nothing goes.",
-    "addresses": f"E-mail addresses become {EMAIL}, public IPv4 addresses {IP}. Nothing goes.",
-    "language": "Goes: another language.",
+    "read": "Removes what is not UTF-8, is blank, or is a line of JSONL without an object that has a `text`.",
+    "fix_text": "ftfy repairs wrongly decoded text and drops control characters. Removes nothing.",
+    "addresses": f"E-mail addresses become {EMAIL}, public IPv4 addresses {IP}. Removes nothing.",
+    "language": "Removes documents in another language.",
     "repetition": "Gopher's rules on repeated lines, paragraphs and n-grams (Rae et al. 2021, table A1).",
     "gopher": "Gopher's rules on quality: 50 to 100,000 words, their mean length, symbols, bullets, stop words.",
-    "c4": "C4's rules (Raffel et al. 2020). Goes: lorem ipsum, curly brackets, fewer than 5 sentences. Lines that "
-    "mention JavaScript, cookies or a policy on them are cut out of what stays.",
+    "c4": "C4's rules (Raffel et al. 2020): lorem ipsum, curly brackets, fewer than 5 sentences. Lines that mention "
+    "JavaScript, cookies or a policy on them are cut out of the documents that stay.",
     "fineweb": "FineWeb's rules: lines that end without punctuation, short lines, repeated lines, lists.",
-    "exact_duplicates": "Of equal texts one stays.",
-    "near_duplicates": "Of nearly equal texts one stays: MinHash of 5-grams of words, 14 buckets of 8 hashes, which "
-    "finds most pairs that share 0.72 or more of them.",
+    "exact_duplicates": "Keeps one of several equal texts.",
+    "near_duplicates": "Keeps one of several nearly equal texts: MinHash of 5-grams of words, 14 buckets of 8 hashes, "
+    "which finds most pairs that share 0.72 or more of them.",
 }
 _WORD = re.compile(r"\S+")
-# Of those stages that only say yes or no.
+# Applies to stages that only accept or reject.
 REASONS = {"language": "another language", "exact_duplicates": "equal text", "near_duplicates": "nearly equal text"}
 
 
 def check_language(language: str, *, py3langid: bool) -> None:
-    """ValueError for an unknown language, ImportError if splitting it into words takes a package that is not there."""
+    """Raise ValueError for an unknown language, and ImportError if splitting its words needs a missing package."""
     try:
         words = load_word_tokenizer(language)
     except ValueError as error:
@@ -80,7 +80,7 @@ def check_language(language: str, *, py3langid: bool) -> None:
 def filters(
     language: str, language_model: Path | None, exclusion_writer: Callable[[str], Any]
 ) -> list[tuple[str, Any]]:
-    """Stages and their steps, from mending text to FineWeb's rules. `exclusion_writer` makes a writer for a stage."""
+    """Return stages and their steps, from text repair to FineWeb's rules. `exclusion_writer` takes a stage's name."""
     off = exclusion_writer
     return [
         ("fix_text", FTFYFormatter()),
@@ -91,7 +91,7 @@ def filters(
             "gopher",
             GopherQualityFilter(
                 language=language,
-                min_stop_words=2 if language == "en" else None,  # they are English
+                min_stop_words=2 if language == "en" else None,  # the stop words are English
                 exclusion_writer=off("gopher"),
             ),
         ),
@@ -109,9 +109,9 @@ def filters(
 
 
 class Addresses(PIIFormatter):  # type: ignore[misc]
-    """Looks for e-mail addresses only in words with an @, with the same result.
+    """Replacement of e-mail and IP addresses that looks for e-mail only in words with an @, with the same result.
 
-    datatrove's pattern takes time by the square of a word's length: minutes for 100 kB of base64.
+    datatrove's pattern takes time quadratic in the length of a word: minutes for 100 kB of base64.
     """
 
     def format(self, text: str) -> str:
@@ -131,11 +131,11 @@ def minhash_config() -> MinhashConfig:
 
 def _language_filter(language: str, model: Path | None, exclusion_writer: Any) -> Any:
     if model is None:
-        is_in: Any = partial(_is_in, language=language)  # with a reason, which LambdaFilter's own types leave out
+        is_in: Any = partial(_is_in, language=language)  # returns a reason too, which LambdaFilter's type hints omit
         return LambdaFilter(is_in, exclusion_writer)
     step = LanguageFilter(language, MIN_FASTTEXT_SCORE, exclusion_writer)
     identifier: Any = step.model
-    identifier.MODEL_URL = str(model)  # a path is as good as the address that datatrove would load from
+    identifier.MODEL_URL = str(model)  # a path works in place of the URL that datatrove would load from
     return step
 
 

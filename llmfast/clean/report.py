@@ -1,4 +1,4 @@
-"""What each stage took in, let through and removed: for people (Markdown, a table), and for programs (JSON)."""
+"""Report what each stage received, passed and removed: for people (Markdown, a table) and for programs (JSON)."""
 
 import json
 from collections import Counter
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from llmfast._commands import columns
 
-SAMPLES = 3  # of each reason
+SAMPLES = 3  # per reason
 EXCERPT = 200  # characters
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A removed document: its id, and how its text begins."""
+    """Removed document: its id and the beginning of its text."""
 
     id: str
     text: str
@@ -22,7 +22,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. Documents go whole, and are in `reasons`; a stage may also edit those that it lets through."""
+    """Counts of one stage. Removed documents are in `reasons`; a stage may also edit documents that it keeps."""
 
     name: str
     rule: str
@@ -30,15 +30,15 @@ class Stage:
     documents_out: int
     bytes_in: int  # UTF-8
     bytes_out: int
-    reasons: dict[str, int]  # documents that went
-    samples: dict[str, list[Sample]]  # at most `SAMPLES` by reason
+    reasons: dict[str, int]  # removed documents
+    samples: dict[str, list[Sample]]  # at most `SAMPLES` per reason
     lines: dict[str, int] = field(default_factory=dict)  # lines cut out of documents, by reason
-    values: dict[str, int] = field(default_factory=dict)  # lost in other columns than the text, by column
+    values: dict[str, int] = field(default_factory=dict)  # lost values of columns other than the text, by column
 
 
 @dataclass(frozen=True)
 class Report:
-    """`settings` are the call's; `ignored` counts files that were not read, by suffix; `tokens` include the ends."""
+    """Result of a cleaning run. `ignored` counts skipped files by suffix; `tokens` includes end-of-text tokens."""
 
     settings: dict[str, str]
     ignored: dict[str, int]
@@ -50,7 +50,7 @@ class Report:
         return self.stages[-1].documents_out
 
     def table(self) -> str:
-        """Stages in aligned columns, and what was kept in the last line."""
+        """Format the stages in aligned columns, with what was kept in the last line."""
         rows: list[tuple[str, ...]] = [("stage", "documents", "removed", "bytes", "removed")]
         for s in self.stages:
             cells = s.documents_in, s.documents_in - s.documents_out, s.bytes_in, s.bytes_in - s.bytes_out
@@ -62,8 +62,8 @@ class Report:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        parts = ["# What was cleaned", _indented(self.table())]
-        parts.append("Bytes are those of UTF-8; a stage that edits text changes them without removing a document.")
+        parts = ["# Cleaning report", _indented(self.table())]
+        parts.append("Bytes are UTF-8 bytes; a stage that edits text changes them without removing a document.")
         parts.append("\n".join(f"- {name}: `{value}`" for name, value in self.settings.items()))
         if self.ignored:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.ignored.items())
@@ -73,28 +73,28 @@ class Report:
             parts += [f"## {s.name}: {removed:,} of {s.documents_in:,} documents removed", s.rule]
             if s.lines:
                 counts = ", ".join(f"{reason} {count:,}" for reason, count in s.lines.items())
-                parts.append(f"Lines cut, in documents that went later too: {counts}.")
+                parts.append(f"Lines cut, including those of documents removed later: {counts}.")
             if s.values:
                 counts = ", ".join(f"{column} {count:,}" for column, count in s.values.items())
-                parts.append(f"Values of other columns that JSON has nothing for, such as NaN; null now: {counts}.")
+                parts.append(f"Values of other columns that JSON cannot hold, such as NaN, replaced by null: {counts}.")
             for reason, count in s.reasons.items():
                 parts.append(f"**{reason}**: {count:,}")
                 parts.append(_indented("\n".join(f"{x.id}: {x.text}" for x in s.samples[reason])))
         return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path) -> None:
-        """`report.md` and `report.json` into the folder."""
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8", errors="replace")  # names of files
+        """Write `report.md` and `report.json` into the folder."""
+        (folder / "report.md").write_text(self.markdown(), encoding="utf-8", errors="replace")  # for file names
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def removed(files: Sequence[Path], default: str) -> tuple[dict[str, int], dict[str, list[Sample]]]:
-    """Count the documents that a stage wrote off by reason, most first, and take the first few of each.
+    """Count the documents that a stage removed by reason, most frequent first, and keep samples of each.
 
     Args:
-        files: JSONL as datatrove's exclusion writers leave it.
-        default: The reason of documents that came without one.
+        files: JSONL as written by datatrove's exclusion writers.
+        default: The reason for documents without one.
     """
     counts: Counter[str] = Counter()
     samples: dict[str, list[Sample]] = {}
@@ -115,4 +115,4 @@ def _one_line(text: str) -> str:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())  # Markdown shows it as it is
+    return "\n".join(f"    {line}" for line in text.splitlines())  # Markdown shows indented text unchanged

@@ -1,4 +1,4 @@
-"""Text to training rows: sources, tokenizers, packing, and `prepare`, which does all of it."""
+"""Turn text into training rows: sources, tokenizers, packing, and `prepare`, which combines them."""
 
 from llmfast.data.best_fit import BestFitRows, pack_best_fit
 from llmfast.data.dataset import Dataset, Mixed, prepare

@@ -1,13 +1,13 @@
-"""Documents to rows of one length without cutting any that fits: best-fit-decreasing bin packing.
+"""Best-fit-decreasing packing: documents into rows of one length without cutting any document that fits.
 
     documents  a a a a #   b b #   c #   d #     # ends a document (eot_id)
     row 0      a a a a #                         seq_len = 4: a row holds five tokens, four inputs and four labels
     row 1      b b # c #
     row 2      d # . . .                         . is PADDING
 
-`pack` cuts whatever lies across the end of a row; this pads instead, by next to nothing where documents are many and
-of all lengths. Only what is longer than a row is cut, into full rows and a rest. From "Fewer Truncations Improve
-Language Modeling" (Ding et al. 2024, arXiv:2404.10830).
+`pack` cuts a document that crosses the end of a row; this function pads instead, and very little if there are many
+documents of varied lengths. Only documents longer than a row are cut, into full rows and a remainder. From "Fewer
+Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830).
 """
 
 from collections.abc import Iterable
@@ -22,14 +22,14 @@ from llmfast.data.packing import PADDING, PackedRows, one_stream
 
 @dataclass(frozen=True, eq=False)
 class BestFitRows(PackedRows):
-    """Rows that share no token, and what packing them took; `str` says it in a line.
+    """Rows that share no token, with statistics of the packing; `str` summarises them in one line.
 
-    Nothing is dropped. Rows do not overlap, so a piece's first token is an input but no label.
+    Nothing is dropped. Rows do not overlap, so the first token of a piece is an input but not a label.
     """
 
-    documents: int  # that were not empty
+    documents: int  # documents that were not empty
     cut: int  # documents longer than a row
-    pieces: int  # of those
+    pieces: int  # pieces of these documents
     padding: int  # tokens that are PADDING
 
     @property
@@ -46,9 +46,9 @@ class BestFitRows(PackedRows):
 def pack_best_fit(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int) -> BestFitRows:
     """Put documents, each followed by `eot_id`, into as few rows of `seq_len + 1` tokens as best fit finds.
 
-    Each document that fits is whole in a row. A longer one is cut into full rows and a rest that is packed like a
-    document; `document_ids` and `positions` start anew with each piece. The longest pieces go first, each into the
-    row with the least room that suffices. The same documents always give the same rows.
+    Each document that fits stays whole. A longer one is cut into full rows and a remainder that is packed like a
+    document; `document_ids` and `positions` restart with each piece. The longest pieces are placed first, each in the
+    row with the least sufficient room. The same documents always give the same rows.
 
     Args:
         documents: Token ids, (any length,) integers in [0, 2**31). Empty ones are skipped.
@@ -56,31 +56,31 @@ def pack_best_fit(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eo
         eot_id: The id that ends a document, in the same range.
 
     Raises:
-        ValueError: No documents, or an argument out of range.
+        ValueError: There are no documents, or an argument is out of range.
     """
     expect(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}")
     capacity = seq_len + 1
     stream, lengths = one_stream(documents, eot_id)
 
-    # Pieces in the order of the stream: of each document its full rows, then its rest.
-    counts = -(-lengths // capacity)  # pieces of each document
+    # Pieces in the order of the stream: the full rows of each document, then its remainder.
+    counts = -(-lengths // capacity)  # pieces per document
     last = np.cumsum(counts) - 1
     sizes = np.full(int(counts.sum()), capacity, dtype=np.int64)
     sizes[last] = lengths - (counts - 1) * capacity
     sources = np.cumsum(sizes) - sizes
 
     rows = best_fit(sizes, capacity)
-    # Within a row, in the order of the stream again.
+    # Sort the pieces of each row by their order in the stream.
     order = np.argsort(rows, kind="stable")
     rows, sizes, sources = rows[order], sizes[order], sources[order]
-    used = np.bincount(rows, weights=sizes).astype(np.int64)  # tokens of each row
+    used = np.bincount(rows, weights=sizes).astype(np.int64)  # tokens per row
     before = np.cumsum(used) - used  # tokens of earlier rows
     starts = rows * capacity + np.cumsum(sizes) - sizes - before[rows]
 
     tokens = np.full(len(used) * capacity, PADDING, dtype=np.int32)
     for start, source, size in zip(starts.tolist(), sources.tolist(), sizes.tolist()):
         tokens[start : start + size] = stream[source : source + size]
-    padding = np.arange(len(used)) * capacity + used  # where it starts, a document of its own
+    padding = np.arange(len(used)) * capacity + used  # position of the padding, which counts as a separate document
     cut = counts > 1
     return BestFitRows(
         tokens=tokens,
@@ -96,19 +96,19 @@ def pack_best_fit(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eo
 
 
 def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.int64]:
-    """Best-fit-decreasing bin packing: the bin of each item, (n,), counted from 0.
+    """Pack items by best-fit-decreasing and return each item's bin, (n,), counted from 0.
 
-    Sizes are small integers, so bins with equal room are interchangeable and items of one size go by the group. Once
-    an item of size s is in the tightest bin, that bin stays the tightest for the next of size s, until it has no room:
-    it takes room // s of them at a time.
+    Sizes are small integers, so bins with equal room are interchangeable and items of one size are placed in groups.
+    After an item of size s is put in the tightest bin, that bin remains the tightest for the next item of size s until
+    it is full. It therefore takes room // s of them at a time.
 
     Args:
         sizes: (n,) integers in [1, capacity].
-        capacity: Of every bin.
+        capacity: The capacity of every bin.
     """
-    bins_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room
-    rooms = 0  # bit r is set where bins_with[r] is not empty, so the least room that suffices is found in one step
-    chosen: list[int] = []  # bins of the items, the largest item first
+    bins_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # indexed by room
+    rooms = 0  # bit r is set if bins_with[r] is not empty, so the least sufficient room is found in one step
+    chosen: list[int] = []  # bin of each item, the largest item first
     bins = 0
     of_size = np.bincount(sizes, minlength=capacity + 1).tolist()
     for size in range(capacity, 0, -1):
@@ -117,7 +117,7 @@ def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.in
             suffices = rooms >> size
             room = (suffices & -suffices).bit_length() - 1 + size if suffices else capacity
             each = room // size
-            wanted = max(left // each, 1)  # bins to fill; at last one that is not
+            wanted = max(left // each, 1)  # bins to fill; the last one may stay partly empty
             each = min(each, left)
             if suffices:
                 taken = bins_with[room][-wanted:]

@@ -1,4 +1,4 @@
-"""From names of sources to rows for training and validation, in one deterministic call."""
+"""Turn names of sources into rows for training and validation, in one deterministic call."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +24,15 @@ from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokeniz
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows of each source, for training and for validation, and the tokenizer they were made with."""
+    """Training and validation rows of each source, and their tokenizer."""
 
     train: dict[str, Rows]  # by source
-    validation: dict[str, Rows]  # by source; empty where nothing was held out
+    validation: dict[str, Rows]  # by source; empty if nothing was held out
     tokenizer: Tokenizer
     split: dict[str, Split] = field(default_factory=dict)  # by source: how the validation part was chosen
 
     def batch(self, source: npt.NDArray[np.int64], row: npt.NDArray[np.int64], first: int) -> Batch:
-        """Training sequences `first` and following: (B,) sources and rows, as `Mixture.sequences` gives them."""
+        """Return training sequences from number `first` on, given their (B,) sources and rows (`Mixture.sequences`)."""
         samples = first + np.arange(len(source))
         parts = [
             rows.batch(row[source == d], samples[source == d])
@@ -44,21 +44,21 @@ class Dataset:
 
 
 class Mixed:
-    """A data set in a mixture's order, as a trainer reads it."""
+    """Data set in the order of a mixture, as a trainer reads it."""
 
     def __init__(self, dataset: Dataset, mixture: Mixture) -> None:
         self.dataset, self.mixture = dataset, mixture
 
     def batch(self, first: int, count: int) -> Batch:
-        """Training sequences `first` to `first + count`."""
+        """Return training sequences `first` to `first + count`."""
         return self.dataset.batch(*self.mixture.sequences(first, first + count), first)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the mixture's state for a checkpoint."""
         return self.mixture.state()
 
     def resume(self, state: Mapping[str, Any], consumed: int) -> None:
-        """Keep the first `consumed` sequences as they were; those to come are this mixture's."""
+        """Keep the first `consumed` sequences of `state`; later ones follow this mixture."""
         self.mixture = self.mixture.resumed(state, consumed)
 
 
@@ -79,30 +79,27 @@ def prepare(
     """Load the sources, split them, train the tokenizer on the training part, encode and pack.
 
     Args:
-        sources: "code", "prose", or paths of folders and files; see `load`. "name=path" gives one another name. Files
-            of tokens (.ds, .bin, .idx) are mapped into memory.
-        tokenizer: "bpe" (needs `tokenizers`), "bytes", or the path of a saved tokenizer: that of the files of tokens.
-        vocab_size: Ids of a new BPE tokenizer; the others have their own.
+        sources: "code", "prose", or paths of folders and files; see `load`. "name=path" sets another name. Token files
+            (.ds, .bin, .idx) are memory-mapped.
+        tokenizer: "bpe" (needs `tokenizers`), "bytes", or the path of a saved tokenizer. Token files need the tokenizer
+            they were written with.
+        vocab_size: Number of ids of a new BPE tokenizer; other tokenizers have their own.
         seq_len: Tokens per row.
-        held_out: Share of each source that is kept for validation; 0 keeps none.
-        packing: "concat" (`pack`) or "best_fit" (`pack_best_fit`), of texts.
-        fim: With the tokenizer, how documents of the training part are rearranged; see `FIM`.
-        fim_unit: Rearranged is what a row has of a document ("context"), or documents before they are packed.
-        text_column: The column of tables that is the text; see `text_files`.
-        split: By source, how the validation part is chosen. "documents" holds out whole ones, by a hash of their names
-            (of a file of tokens, the last ones); "end" holds out the last part of the text, or of the tokens. By
-            default that is "documents", and "end" where whole ones leave less than a row in either part.
-            `Dataset.split` has what was done: give that again for the same parts, whatever the tokenizer and seq_len.
-        say: Gets lines about what is left out of the sources, and which end of the text validates; by default these
-            are warnings.
+        held_out: Share of each source held out for validation; 0 holds out none.
+        packing: How texts are packed: "concat" (`pack`) or "best_fit" (`pack_best_fit`).
+        fim: Takes the tokenizer and returns the rule for rearranging training documents; see `FIM`.
+        fim_unit: What is rearranged: the part of a document in a row ("context"), or documents before packing.
+        text_column: The column of tables that holds the text; see `text_files`.
+        split: How validation data are chosen, by source. "documents" holds out whole documents by a hash of their names
+            (in a token file, the last ones); "end" holds out the last part of the text or tokens. The default is
+            "documents", or "end" if whole documents leave less than a row in either part. Pass `Dataset.split` to
+            reproduce a split with any tokenizer and seq_len.
+        say: Receives messages about skipped inputs and held-out ends of text; by default they are warnings.
 
     Raises:
         ValueError: An argument is out of range, or a source has too little text for one row in either part.
         ImportError: A file or the tokenizer needs a package that is not installed.
     """
-    expect(not isinstance(sources, str), f"sources must be a list of names; got the string {sources!r}")
-    expect(len(sources) > 0, "sources must name at least one source")
-    expect(len(set(sources)) == len(sources), f"sources must differ; got {list(sources)}")
     expect(seq_len >= 2, f"seq_len must be at least 2; got {seq_len}")
     expect(0 <= held_out < 1, f"held_out must be in [0, 1); got {held_out}")
     expect(packing in ("concat", "best_fit"), f"packing must be 'concat' or 'best_fit'; got {packing!r}")
@@ -111,26 +108,19 @@ def prepare(
     expect(not (whole and packing == "best_fit"), "fim_unit='document' needs packing='concat'")
     if tokenizer == "bpe":  # before any file is read
         expect(vocab_size >= MIN_BPE_VOCAB_SIZE, f"vocab_size must be at least {MIN_BPE_VOCAB_SIZE}; got {vocab_size}")
-    named = [source_name(source) for source in sources]
-    places = dict(named)
-    for name in places:
-        expect([n for n, _ in named].count(name) == 1, f"sources must have different names; got {name!r} twice")
+    given = dict(split or {})
+    places = _places(sources, given)
     files = [name for name, where in places.items() if _is_tokens(where)]
     if files:
         saved = tokenizer not in ("bpe", "bytes")
-        expect(saved, f"files of tokens need the tokenizer.json they were made with; got tokenizer={tokenizer!r}")
-        expect(not whole, "fim_unit='document' needs texts; files of tokens can have fim_unit='context'")
-    for name, how in (split or {}).items():
-        expect(name in places, f"split must name sources; got {name!r}, which is none of {', '.join(places)}")
-        expect(how in SPLITS, f"split of {name!r} must be one of {str(SPLITS)[1:-1]}; got {how!r}")
+        expect(saved, f"token files need the tokenizer.json they were written with; got tokenizer={tokenizer!r}")
+        expect(not whole, "fim_unit='document' needs texts; token files support fim_unit='context'")
     documents = {
         name: load(where, text_column=text_column, say=say) for name, where in places.items() if name not in files
     }
-    given: dict[str, Split] = dict(split or {})
-    chosen: dict[str, Split] = {}
-    for name in places:
-        few = name in documents and held_out > 0 and not all(by_document(documents[name], held_out))
-        chosen[name] = given.get(name, "end" if few else "documents")
+    chosen: dict[str, Split] = {
+        name: given.get(name) or _default_split(documents.get(name), held_out) for name in places
+    }
     while True:
         texts = {name: _parts(name, documents[name], held_out, chosen[name]) for name in documents}
         encoder = _tokenizer(tokenizer, [text for train, _ in texts.values() for text in train], vocab_size)
@@ -152,18 +142,33 @@ def prepare(
             chosen[name] = "end"
         if not short:
             break
-    for name, how in chosen.items():
-        if held_out > 0 and how == "end":
+    for name in places if held_out > 0 else ():
+        if chosen[name] == "end":
             if name in files:
-                what, (kept, held) = "tokens", (part.num_tokens for part in tokens[name].split(held_out, how))
+                what, (kept, held) = "tokens", (part.num_tokens for part in tokens[name].split(held_out, "end"))
             else:
                 what, (kept, held) = "text", (sum(map(len, part)) for part in texts[name])
-            why = "" if name in given else ", as it has too few documents to hold out whole ones"
-            (say or warn)(f"{name}: the last {held / (kept + held):.1%} of its {what} validate{why}")
+            why = "" if name in given else "; it has too few documents to hold out whole ones"
+            (say or warn)(f"{name}: validating on the last {held / (kept + held):.1%} of its {what}{why}")
     train = {name: part for name, (part, _) in rows.items()}
     if rearranged is not None:
         train = {n: FIMRows(part, rearranged) if isinstance(part, PackedRows) else part for n, part in train.items()}
     return Dataset(train, {name: held for name, (_, held) in rows.items() if held is not None}, encoder, chosen)
+
+
+def _places(sources: Sequence[str], split: Mapping[str, Split]) -> dict[str, str]:
+    """Return the place of each source by name, after checking names and splits."""
+    expect(not isinstance(sources, str), f"sources must be a list of names; got the string {sources!r}")
+    expect(len(sources) > 0, "sources must name at least one source")
+    expect(len(set(sources)) == len(sources), f"sources must differ; got {list(sources)}")
+    named = [source_name(source) for source in sources]
+    places = dict(named)
+    for name in places:
+        expect([n for n, _ in named].count(name) == 1, f"sources must have different names; got {name!r} twice")
+    for name, how in split.items():
+        expect(name in places, f"split must name sources; got {name!r}, not one of {', '.join(places)}")
+        expect(how in SPLITS, f"split of {name!r} must be one of {str(SPLITS)[1:-1]}; got {how!r}")
+    return places
 
 
 def _is_tokens(where: str) -> bool:
@@ -171,18 +176,23 @@ def _is_tokens(where: str) -> bool:
 
 
 def source_name(source: str) -> tuple[str, str]:
-    """What a source is called, and where it is: "web=/data/web" is /data/web and called "web"."""
+    """Split a source into name and place: "web=/data/web" is the place /data/web with the name "web"."""
     name, equals, where = source.partition("=")
     return (name, where) if equals and re.fullmatch(r"[\w-]+", name) else (source, source)
 
 
+def _default_split(documents: Sequence[Document] | None, held_out: float) -> Split:
+    few = documents is not None and held_out > 0 and not all(by_document(documents, held_out))
+    return "end" if few else "documents"
+
+
 def _parts(name: str, documents: Sequence[Document], held_out: float, how: Split) -> tuple[list[str], list[str]]:
-    """Texts to train on, and those to validate on."""
+    """Split documents into texts for training and texts for validation."""
     kept, held = (by_document if how == "documents" or held_out == 0 else by_end)(documents, held_out)
-    part = "train" if not kept else "validate"
+    part = "training" if not kept else "validation"
     expect(
         bool(kept) and (bool(held) or held_out == 0),
-        f"source {name!r} has no {'document' if how == 'documents' else 'text'} to {part} on at held_out={held_out}"
+        f"source {name!r} has no {'document' if how == 'documents' else 'text'} for {part} at held_out={held_out}"
         + ("; split='end' holds out a part of its text" if how == "documents" else ""),
     )
     return kept, held
@@ -209,7 +219,7 @@ def _rows_of_tokens(file: TokenFile, held_out: float, how: Split, seq_len: int) 
 def _rows_of_texts(
     texts: tuple[list[str], list[str]], tokenizer: Tokenizer, seq_len: int, packing: str, rearranged: FIM | None
 ) -> tuple[Rows, Rows | None]:
-    """Rows of the texts to train on, and of those to validate on if there are any."""
+    """Pack the texts for training, and those for validation if there are any."""
     kept, held = (tokenizer.encode_batch(part) for part in texts)
     if packing == "concat":
         _expect_rows({"training": kept, **({"validation": held} if texts[1] else {})}, seq_len)
@@ -223,12 +233,12 @@ def _rows_of_texts(
 
 
 def _expect_rows(parts: Mapping[str, Sequence[TokenIds]], seq_len: int) -> None:
-    """ValueError if a part fills no row, with what would."""
+    """Raise ValueError if a part does not fill a row; the message says what would."""
     tokens = {part: sum(len(ids) + 1 for ids in documents if len(ids)) for part, documents in parts.items()}
     most = min(tokens.values()) - 1
     for part, n in tokens.items():
         expect(
             n > seq_len,
             f"its {part} part is too small: one row of seq_len={seq_len} needs {seq_len + 1} tokens, and it has {n}; "
-            f"give it more text{f', or take a seq_len of at most {most}' if most >= 2 else ''}",
+            f"give it more text{f', or use a seq_len of at most {most}' if most >= 2 else ''}",
         )

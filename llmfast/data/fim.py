@@ -1,15 +1,15 @@
-"""Fill-in-the-middle (Bavarian et al. 2022, arXiv:2207.14255): documents rearranged so that a model learns to infill.
+"""Fill-in-the-middle (Bavarian et al. 2022, arXiv:2207.14255): rearrange documents so that a model learns to infill.
 
-A document is cut at two random places into prefix, middle and suffix, any of which can be empty, and the middle moves
-to the end. The end-of-text token after it teaches the model to stop where the suffix goes on:
+A document is cut at two random places into prefix, middle and suffix, any of which can be empty, and the middle is
+moved to the end. The end-of-text token after it teaches the model to stop where the suffix continues:
 
     PSM              <prefix> prefix <suffix> suffix <middle> middle <eot>
     SPM, variant 2   <prefix> <suffix> suffix <middle> prefix middle <eot>
     SPM, variant 1   <suffix> suffix <prefix> prefix <middle> middle <eot>
 
-Context-level, `FIMRows`, rearranges what a row holds of each document, so a row holds whole examples; another epoch
-gets other cuts. Document-level, `FIMDocumentRows`, rearranges documents once, before they are packed into rows, which
-then cut some examples in two. The paper finds the former better.
+Context-level FIM (`FIMRows`) rearranges the part of each document within a row, so that a row holds whole examples;
+each epoch uses different cuts. Document-level FIM (`FIMDocumentRows`) rearranges documents once, before they are
+packed into rows, so that packing cuts some examples in two. The paper finds context-level FIM better.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,34 +25,34 @@ from llmfast.data.packing import PADDING, Batch, PackedRows, batch_of, pack
 from llmfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PREFIX, MIDDLE, SUFFIX = SENTINELS = SPECIAL_TOKENS[1:4]
-MIN_TOKENS = 10  # a shorter document, or part of one in a row, is left as it is
+MIN_TOKENS = 10  # shorter documents, or shorter parts of documents in a row, are not rearranged
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 _ADDED = 4  # three sentinels and the end of text
-_BROKEN = "\ufffd"  # what `decode` makes of bytes that are no UTF-8
+_BROKEN = "\ufffd"  # what `decode` returns for bytes that are not valid UTF-8
 _PROBE = "Def f(x):\n    return '\u00e9\u4e2d\U0001f600'  # 1,5"
 
-# What a token is to a cut.
+# Kinds of token, as the cuts distinguish them.
 _TEXT, _SILENT, _RESERVED = 0, 1, 2  # decodes to text; decodes to nothing; a sentinel or the end of text
 
 
 @dataclass(frozen=True, eq=False)
 class Rearranged:
-    """A document after `FIM`."""
+    """Result of `FIM` for one document."""
 
     ids: Ids  # (n,)
-    counted: Mask  # (n,): whether the token is a label
-    changed: bool  # False where it stayed as it was; all of it is counted then
+    counted: Mask  # (n,): True if the token is a label
+    changed: bool  # False if the document was not rearranged; then every token is a label
 
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """Three pieces, each of ids, and of text that is still to be encoded."""
+    """Three pieces as token ids, and as texts that still have to be encoded."""
 
     spm: bool
-    texts: tuple[str, ...]  # prefix, middle, suffix; or nothing where the ids are all
+    texts: tuple[str, ...]  # prefix, middle, suffix; empty if the ids are complete
     prefix: Ids
     middle: Ids
     suffix: Ids
@@ -66,26 +66,26 @@ class _Cut:
 
 @dataclass(frozen=True, eq=False)
 class FIM:
-    """How documents are rearranged. The same (seed, sample, document) is always rearranged alike, on any machine.
+    """Rule for rearranging documents. The same (seed, sample, document) gives the same result on every machine.
 
-    Left as they are, whatever the rate: fewer than `MIN_TOKENS` tokens, padding, and what contains a sentinel or the
-    end of text before its end. Text that does not survive decoding (broken UTF-8 inside, special tokens other than
-    those) is cut between tokens at `level="char"` too, because its pieces could not be encoded again. A character that
-    is incomplete at either end stays there as the tokens it is.
+    Some documents are never rearranged, regardless of the rate: those with fewer than `MIN_TOKENS` tokens, padding, and
+    those with a sentinel or an end of text before their end. Text that does not survive decoding (broken UTF-8 inside,
+    or other special tokens) is cut between tokens even at `level="char"`, because its pieces could not be encoded
+    again. An incomplete character at either end of the text keeps its original tokens.
 
     Args:
-        tokenizer: Must know the three `SENTINELS`, and at `level="char"` encode pieces of a text to what decodes to
-            the whole, which byte-level tokenizers do.
+        tokenizer: Must know the three `SENTINELS`. At `level="char"`, the encoded pieces of a text must decode to the
+            whole text, which byte-level tokenizers guarantee.
         rate: Share of documents that are rearranged, in [0, 1].
-        spm_rate: Share of those that are SPM, in [0, 1]; the others are PSM.
-        level: "char" cuts anywhere between two characters and encodes the three pieces anew, as an editor that asks
-            for a completion will. "token" cuts between tokens: the model then never sees a word that is begun.
-        spm_variant: 2 keeps prefix and middle together and is what most models are trained with; 1 is not.
-        loss: "all" trains on every part, as the paper does; "middle" on the middle and the end of text after it.
+        spm_rate: Share of those that use SPM, in [0, 1]; the others use PSM.
+        level: "char" cuts between any two characters and encodes the three pieces separately, like an editor that
+            requests a completion. "token" cuts between tokens, so the model never sees an incomplete word.
+        spm_variant: 2 keeps prefix and middle together, as most models are trained; 1 does not.
+        loss: "all" trains on every part, as in the paper; "middle" trains on the middle and the end of text after it.
         seed: In [0, 2**64).
 
     Raises:
-        ValueError: The tokenizer has not all sentinels or does not keep pieces, or an argument is out of range.
+        ValueError: The tokenizer lacks a sentinel or does not preserve pieces, or an argument is out of range.
     """
 
     tokenizer: Tokenizer
@@ -116,25 +116,26 @@ class FIM:
         object.__setattr__(self, "_kinds", kinds)
 
     def rearrange(self, ids: npt.ArrayLike, sample: int, document: int = 0, budget: int | None = None) -> Rearranged:
-        """One document, with or without the end of text; see `rearrange_many`."""
+        """Rearrange one document, with or without its end of text; see `rearrange_many`."""
         return self.rearrange_many([ids], [(sample, document)], None if budget is None else [budget])[0]
 
     def rearrange_many(
         self, documents: Sequence[npt.ArrayLike], keys: Sequence[tuple[int, int]], budgets: Sequence[int] | None = None
     ) -> list[Rearranged]:
-        """Rearrange each document or leave it as it is: a pure function of its ids, key and budget.
+        """Rearrange each document or leave it unchanged, as a pure function of its ids, key and budget.
 
         Args:
-            documents: Token ids, (any length,) integers below `vocab_size`. The end of text may be their last token.
-                A rearranged document ends with it in any case, one that stays as it is only if it did.
-            keys: (sample, document) of each, integers in [0, 2**64): the random numbers' key, beside the seed.
-            budgets: The most tokens each result may have; None for as many as it takes. A longer document is first cut
-                at its end. Where the sentinels make it too long again, the suffix's end goes first, then the
-                prefix's beginning, and the middle's beginning only if there is no more of those.
+            documents: Token ids, (any length,) integers below `vocab_size`. The last token may be the end of text. A
+                rearranged document always ends with it; an unchanged document does so only if it did before.
+            keys: One (sample, document) per document, integers in [0, 2**64): with the seed, the key of the random
+                numbers.
+            budgets: The maximum number of tokens of each result, or None for no limit. A longer document is first cut
+                at its end. If the sentinels make it too long again, tokens are dropped from the suffix's end, then from
+                the prefix's beginning, and from the middle's beginning only if nothing else is left.
 
         Raises:
-            ValueError: Ids that are no 1-D integers below `vocab_size`, a budget below 1, a key out of range, or not
-                as many keys or budgets as documents.
+            ValueError: Ids are not 1-D integers below `vocab_size`, a budget is below 1, a key is out of range, or the
+                number of keys or budgets differs from the number of documents.
         """
         n = len(documents)
         expect(len(keys) == n, f"keys must be one for each of {n} documents; got {len(keys)}")
@@ -145,7 +146,7 @@ class FIM:
         expect(in_range, f"keys must be pairs of integers in [0, 2**64); got {keys}")
         kept = [self._checked(ids)[: None if budgets is None else budgets[i]] for i, ids in enumerate(documents)]
         cuts = [self._cut(ids, *key) for ids, key in zip(kept, keys)]
-        # All pieces in one call: the tokenizer may use several cores for them.
+        # One call for all pieces: the tokenizer may use several cores for them.
         encoded = iter(self.tokenizer.encode_batch([text for cut in cuts if cut is not None for text in cut.texts]))
         results = []
         for i, cut in enumerate(cuts):
@@ -157,7 +158,7 @@ class FIM:
         return results
 
     def documents(self, documents: Iterable[npt.ArrayLike]) -> Iterator[Rearranged]:
-        """Document-level: each document in turn, its number as the sample, without the end of text that `pack` adds."""
+        """Rearrange whole documents, numbering them as samples, without the end of text that `pack` adds."""
         rest, first = iter(documents), 0
         while several := list(islice(rest, 64)):
             for result in self.rearrange_many(several, [(first + i, 0) for i in range(len(several))]):
@@ -166,13 +167,14 @@ class FIM:
             first += len(several)
 
     def undo(self, ids: npt.ArrayLike) -> Ids:
-        """The document that was rearranged, or left as it is, into `ids`, (n,): without the end of text.
+        """Reconstruct the original document from `ids`, (n,), rearranged or not, without the end of text.
 
-        After cuts between tokens these are the document's own ids. After cuts between characters they decode to the
-        same bytes, but next to the cuts the text may be split into other tokens. What a budget cost stays lost.
+        For cuts between tokens, the result is the document's original ids. For cuts between characters, the result
+        decodes to the same bytes, but text next to a cut may be tokenized differently. Tokens dropped by a budget
+        cannot be restored.
 
         Raises:
-            ValueError: `ids` has sentinels, but is in none of the three orders.
+            ValueError: `ids` has sentinels, but not in one of the three orders.
         """
         content = self._checked(ids)
         content = content[: len(content) - self._ends(content)]
@@ -183,7 +185,7 @@ class FIM:
         first = min(at for found in places.values() for at in found)
         if first == 0 and all(len(found) == 1 for found in places.values()):
             (p,), (m,), (s,) = (places[sentinel] for sentinel in (PREFIX, MIDDLE, SUFFIX))
-            if p < s < m:  # PSM; and SPM of variant 2, which is PSM with an empty prefix, as far as this goes
+            if p < s < m:  # PSM, or SPM of variant 2, which here looks like PSM with an empty prefix
                 return np.concatenate([content[p + 1 : s], content[m + 1 :], content[s + 1 : m]])
             if s < p < m:
                 return np.concatenate([content[p + 1 : m], content[m + 1 :], content[s + 1 : p]])
@@ -203,7 +205,7 @@ class FIM:
         return len(ids) > 0 and int(ids[-1]) == self.tokenizer.eot_id
 
     def _cut(self, ids: Ids, sample: int, document: int) -> _Cut | None:
-        """Where to cut the document; None where it stays as it is."""
+        """Choose where to cut the document, or return None to leave it unchanged."""
         content = ids[: len(ids) - self._ends(ids)]
         if len(content) < MIN_TOKENS or content.min() < 0:  # PADDING is negative
             return None
@@ -245,10 +247,10 @@ class FIM:
 
 @dataclass(frozen=True, eq=False)
 class FIMRows:
-    """Context-level: in each row, what it holds of each document is rearranged, within the tokens this had.
+    """Context-level FIM: rows in which the part of each document is rearranged within its original number of tokens.
 
-    The room for sentinels and end of text is taken from the suffix's end, so a row loses about four tokens of text for
-    each document. Where the new tokens are fewer, the row's end is padding.
+    Sentinels and end of text take the place of the suffix's last tokens, so a row loses about four tokens of text per
+    document. If the result is shorter than before, the end of the row is padding.
     """
 
     rows: PackedRows
@@ -262,12 +264,12 @@ class FIMRows:
         return self.rows.seq_len
 
     def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
-        """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond.
+        """Return the rows with the given indices, (B,) integers in [0, len(self)); IndexError if out of range.
 
         Args:
-            indices: Which rows.
-            samples: (B,) integers, not negative: the row's number in the whole training, so that the cuts differ when
-                a row comes again. Default: its index.
+            indices: The rows to return.
+            samples: (B,) non-negative integers: the number of each row in the whole training, so that the cuts differ
+                when a row is repeated. Default: its index.
         """
         windows, documents = self.rows.windows(indices)
         numbers = np.asarray(indices if samples is None else samples)
@@ -286,7 +288,7 @@ class FIMRows:
         numbered = np.empty_like(documents)
         of_row = iter(results)
         for b, row in enumerate(parts):
-            numbered[b] = len(row)  # the padding's
+            numbered[b] = len(row)  # padding
             begin = 0
             for k, result in enumerate(islice(of_row, len(row))):
                 end = begin + len(result.ids)
@@ -297,20 +299,20 @@ class FIMRows:
 
 @dataclass(frozen=True, eq=False)
 class FIMDocumentRows:
-    """Document-level: rows over documents that were rearranged before they were packed; see `FIMDocumentRows.pack`."""
+    """Document-level FIM: rows of documents that were rearranged before packing; see `FIMDocumentRows.pack`."""
 
     rows: PackedRows
-    counted: npt.NDArray[np.uint8]  # like rows.tokens: 1 where the token is a label
+    counted: npt.NDArray[np.uint8]  # aligned with rows.tokens: 1 if the token is a label
 
     @classmethod
     def pack(cls, documents: Iterable[npt.ArrayLike], seq_len: int, fim: FIM) -> "FIMDocumentRows":
-        """Like `packing.pack`, and raises what this raises; a document's number is its sample."""
+        """Rearrange and pack documents like `packing.pack`, with the same errors; a document's number is its sample."""
         counted: list[npt.NDArray[np.uint8]] = []
 
         def ids() -> Iterator[Ids]:
             for result in fim.documents(documents):
-                if len(result.ids) > 0:  # `pack` skips the others
-                    counted.append(np.append(result.counted, True).astype(np.uint8))  # and the end of text
+                if len(result.ids) > 0:  # `pack` skips empty documents
+                    counted.append(np.append(result.counted, True).astype(np.uint8))  # includes the end of text
                 yield result.ids
 
         rows = pack(ids(), seq_len, fim.tokenizer.eot_id)
@@ -324,29 +326,29 @@ class FIMDocumentRows:
         return self.rows.seq_len
 
     def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
-        """The rows with the given indices, (B,) integers in [0, len(self)), whatever the samples; IndexError beyond."""
+        """Return the rows with the given indices, (B,) integers in [0, len(self)); `samples` has no effect."""
         counted, _ = replace(self.rows, tokens=self.counted).windows(indices)
         return batch_of(*self.rows.windows(indices), counted == 1)
 
 
 def _random(seed: int, sample: int, document: int) -> list[int]:
-    """Four integers in [0, 2**64): one block of Philox, whose raw output NumPy fixes for good."""
-    # The key's other half keeps this stream apart from others that use the same seed.
+    """Draw four integers in [0, 2**64): one block of Philox, whose raw output NumPy keeps stable."""
+    # The other half of the key separates this stream from others with the same seed.
     stream = int.from_bytes(b"fim", "big")
     counter, key = np.array([0, 0, document, sample], np.uint64), np.array([seed, stream], np.uint64)
     return [int(number) for number in np.random.Philox(counter=counter, key=key).random_raw(4)]
 
 
 def _whole_characters(tokenizer: Tokenizer, ids: Ids) -> tuple[int, int, str] | None:
-    """(start, stop, text of ids[start:stop]), where what is left out is incomplete characters.
+    """Return (start, stop, text of ids[start:stop]), leaving out incomplete characters at both ends.
 
-    A row may begin and end inside a character: up to three tokens on either side. None if more than that is no UTF-8.
-    Text that really contains U+FFFD cannot be told from such.
+    A row may begin and end inside a character, with up to three tokens of it on either side. Returns None if more than
+    that is invalid UTF-8. Text that really contains U+FFFD cannot be distinguished from invalid UTF-8.
     """
     text = tokenizer.decode(ids)
     if _BROKEN not in text:
         return 0, len(ids), text
-    # A character is at most four bytes, so four tokens show whether one begins or ends here.
+    # A character has at most four bytes, so four tokens show whether one begins or ends here.
     starts = [k for k in range(4) if not tokenizer.decode(ids[k : k + 4]).startswith(_BROKEN)]
     stops = [k for k in range(len(ids), len(ids) - 4, -1) if not tokenizer.decode(ids[k - 4 : k]).endswith(_BROKEN)]
     if not starts or not stops:
@@ -356,7 +358,7 @@ def _whole_characters(tokenizer: Tokenizer, ids: Ids) -> tuple[int, int, str] | 
 
 
 def _check_pieces(tokenizer: Tokenizer) -> None:
-    """Tokenizers that put a space before a text, for one, would put it at every cut."""
+    """Reject tokenizers that change pieces of a text, for example by putting a space before each."""
     text = tokenizer.decode(tokenizer.encode(_PROBE))
     pieces = tokenizer.encode_batch([piece for k in range(len(text) + 1) for piece in (text[:k], text[k:])])
     for k in range(len(text) + 1):

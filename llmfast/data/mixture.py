@@ -1,14 +1,14 @@
-"""Where every training sequence comes from, while the sources' shares change over the run.
+"""Choose the source and row of every training sequence while the sources' shares change during the run.
 
     >>> from llmfast.data import Mixture
     >>> mixture = Mixture({"prose": 4000, "code": 9000}, {"prose": "rest", "code": "0.1->0.7"}, total=20_000, seed=0)
-    >>> source, row = mixture.sequences(1000, 1032)  # 32 of them, from number 1000 on
+    >>> source, row = mixture.sequences(1000, 1032)  # 32 sequences, starting with number 1000
     >>> source.shape, row.shape
     ((32,), (32,))
 
-Sequence i's source and row are a pure function of (seed, i): so the order does not depend on ranks, workers or
-micro-batches, and a checkpoint keeps one integer, how many sequences were consumed. Every row of a source comes once
-before any comes twice. What is yet to come can be changed: `from_here_on` leaves the past as it was.
+The source and row of sequence i are a pure function of (seed, i). The order therefore does not depend on ranks, workers
+or micro-batches, and a checkpoint stores one integer, the number of consumed sequences. Every row of a source is used
+once before any is used twice. Future sequences can be changed: `from_here_on` leaves past ones unchanged.
 """
 
 import difflib
@@ -23,9 +23,9 @@ import numpy.typing as npt
 from llmfast._checks import expect
 
 REST = "rest"
-_CHUNK = 1 << 20  # sequences that are drawn at once
-_COUNTED = 1 << 24  # sequences that are drawn only to be counted: about a second
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 times the golden ratio's fraction
+_CHUNK = 1 << 20  # sequences drawn at a time
+_COUNTED = 1 << 24  # sequences drawn only to count them: about a second
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 times the fractional part of the golden ratio
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -33,17 +33,17 @@ Weight = str | float
 
 
 class Curve(NamedTuple):
-    """A weight over the run, straight between its points."""
+    """Weight over the run, linear between its points."""
 
-    at: tuple[float, ...]  # shares of the run, ascending
+    at: tuple[float, ...]  # fractions of the run, ascending
     weight: tuple[float, ...]
 
     @classmethod
     def parse(cls, text: str | float) -> "Curve":
-        """From 0.3, "0.3", "0.9->0.3" (evenly spaced over the run) or "0:0.9, 0.5:0.9, 1:0.3".
+        """Parse 0.3, "0.3", "0.9->0.3" (evenly spaced over the run) or "0:0.9, 0.5:0.9, 1:0.3".
 
         Raises:
-            ValueError: it is none of these, a weight is negative, or the points do not ascend within 0..1.
+            ValueError: The text has none of these forms, a weight is negative, or the points do not ascend within 0..1.
         """
         parts = str(text).split("->") if "->" in str(text) else str(text).split(",")
         try:
@@ -66,24 +66,24 @@ class Curve(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Weights that hold from one sequence on."""
+    """Weights that apply from one sequence on."""
 
-    start: int  # sequence
-    total: int  # sequences of the whole run, which the weights' points are shares of
-    weights: Mapping[str, Weight]  # by source; "rest": what others leave of 1, by rows where several have it
+    start: int  # first sequence
+    total: int  # sequences of the whole run; the points of the weights are fractions of it
+    weights: Mapping[str, Weight]  # by source; "rest" takes what others leave of 1, split by rows if several have it
 
 
 class Mixture:
     """Sources of rows, and the weights they are drawn with.
 
     Args:
-        rows: how many rows each source has; more than 0 where it is ever drawn.
-        weights: of each source; {} draws all by their rows. Without a "rest" they count by their sum.
-        total: sequences of the whole run.
-        seed: of the order.
+        rows: The number of rows of each source; positive if the source is ever drawn.
+        weights: The weight of each source; {} weights all by their rows. Without a "rest", weights are normalised.
+        total: Sequences of the whole run.
+        seed: Seed of the order.
 
     Raises:
-        ValueError: a weight is not one, does not belong to a source, or at some point there is nothing to draw.
+        ValueError: A weight is invalid or belongs to no source, or at some point all weights are zero.
     """
 
     def __init__(self, rows: Mapping[str, int], weights: Mapping[str, Weight], *, total: int, seed: int = 0) -> None:
@@ -96,9 +96,9 @@ class Mixture:
         self.rows, self.phases, self.seed = dict(rows), phases, seed
         self.sources = list(rows)
         self._shares = [_Shares(rows, phase) for phase in phases]
-        self._known = 0, np.zeros(len(rows), np.int64)  # how many each source had given before some sequence
+        self._known = 0, np.zeros(len(rows), np.int64)  # sequences each source had given before some sequence
         self._offset = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
-        self._order = lru_cache(maxsize=2 * len(rows))(self._new_order)  # of two epochs: a batch may end one
+        self._order = lru_cache(maxsize=2 * len(rows))(self._new_order)  # two epochs per source: a batch may span both
 
     @classmethod
     def _of(cls, rows: Mapping[str, int], phases: list[Phase], seed: int) -> "Mixture":
@@ -107,7 +107,7 @@ class Mixture:
         return made
 
     def sequences(self, start: int, stop: int) -> tuple[Ints, Ints]:
-        """Source (an index into `sources`) and row of sequences `start` to `stop`, each (stop - start,)."""
+        """Return source (an index into `sources`) and row of sequences `start` to `stop`, each (stop - start,)."""
         expect(0 <= start <= stop, f"sequences must be asked for as 0 <= start <= stop; got {start}, {stop}")
         before = self._counts_before(start)
         source = np.concatenate([np.empty(0, np.int64), *self._drawn(start, stop)])
@@ -123,34 +123,34 @@ class Mixture:
         return source, row
 
     def counts(self, stop: int) -> dict[str, int]:
-        """How many of the first `stop` sequences come from each source."""
+        """Count how many of the first `stop` sequences come from each source."""
         return dict(zip(self.sources, self._counts_before(stop).tolist()))
 
     def shares(self, progress: float) -> dict[str, float]:
-        """What each source's part is by the weights that are in force now, at a share of the run."""
+        """Return each source's share under the current weights, at a fraction of the run."""
         weights = self._shares[-1](np.array([progress]))[:, 0]
         return dict(zip(self.sources, (weights / weights.sum()).tolist()))
 
     def from_here_on(self, start: int, weights: Mapping[str, Weight], *, total: int) -> "Mixture":
-        """The same up to sequence `start`; from there these weights, with points that are shares of `total`."""
+        """Return a copy that uses these weights from sequence `start` on; their points are fractions of `total`."""
         past = [phase for phase in self.phases if phase.start < start]
         if past and (past[-1].weights, past[-1].total) == (weights, total):
             return self._of(self.rows, past, self.seed)
         return self._of(self.rows, [*past, Phase(start if past else 0, total, dict(weights))], self.seed)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the number of consumed sequences, so that the past stays what it was."""
+        """Return what a checkpoint stores with the number of consumed sequences, so that the past stays unchanged."""
         return {"rows": self.rows, "seed": self.seed, "phases": [phase._asdict() for phase in self.phases]}
 
     def resumed(self, state: Mapping[str, Any], consumed: int) -> "Mixture":
-        """Return this mixture's weights from sequence `consumed` on, after the past that is in `state`, by its seed.
+        """Return this mixture's weights from sequence `consumed` on, after the past in `state` and with its seed.
 
         Raises:
-            ValueError: the sources are not those of the past, or `state` is none.
+            ValueError: The sources differ from those of the past, or `state` is invalid.
         """
         try:
             then = state["rows"]
-            # In the same order: a batch has sources by their numbers.
+            # The order must match too: a batch refers to sources by number.
             same = [*then.items()] == [*self.rows.items()]
             expect(same, f"the sources' rows have changed: they were {then}, and are {self.rows}")
             past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"])
@@ -159,7 +159,7 @@ class Mixture:
         return past.from_here_on(consumed, self.phases[-1].weights, total=self.phases[-1].total)
 
     def table(self) -> list[tuple[str, ...]]:
-        """A line a source: rows, share at the start and at the end, sequences and epochs of the whole run."""
+        """Return a line per source: rows, share at the start and at the end, sequences and epochs of the whole run."""
         first, last = self._of(self.rows, self.phases[:1], self.seed).shares(0.0), self.shares(1.0)
         given = self._given()
         lines: list[tuple[str, ...]] = [("source", "rows", "share", "sequences", "epochs")]
@@ -170,7 +170,7 @@ class Mixture:
         return lines
 
     def _given(self) -> dict[str, int]:
-        """How many sequences of the whole run come from each source; of a very long one nearly so, by the shares."""
+        """Count the sequences per source in the whole run; for a very long run, approximate them from the shares."""
         start, total = self.phases[-1].start, self.phases[-1].total
         if total - start <= _COUNTED:
             return self.counts(total)
@@ -192,21 +192,22 @@ class Mixture:
         return counts
 
     def _drawn(self, start: int, stop: int) -> Iterator[Ints]:
-        """The source of each sequence, piece by piece."""
+        """Yield the source of each sequence, one chunk at a time."""
         ends = [*(phase.start for phase in self.phases[1:]), stop]
         for phase, shares, end in zip(self.phases, self._shares, ends):
             while start < min(end, stop):
                 upto = min(start + _CHUNK, end, stop)
                 edges = np.cumsum(shares(np.arange(start, upto) / phase.total), axis=0)  # (sources, n)
-                uniform = self._uniform(start, upto) * edges[-1]  # of sources without a share, none is below its edge
+                uniform = self._uniform(start, upto) * edges[-1]  # never below the edge of a source without a share
                 yield np.sum(uniform >= edges[:-1], axis=0)
                 start = upto
 
     def _uniform(self, start: int, stop: int) -> Floats:
-        """Number i of an endless row of them in [0, 1): steps of the golden ratio, modulo 1, from where the seed says.
+        """Return elements `start` to `stop` of an endless sequence in [0, 1): golden ratio steps from a seeded offset.
 
-        Spread as evenly as numbers can be over any stretch, and over every k-th of them, so that shares are kept to
-        a few sequences in any window, where dice would be off by the square root of it.
+        The numbers are spread as evenly as possible over any stretch, and over every k-th number, so that shares are
+        exact to a few sequences in any window; independent random numbers would be off by the square root of its
+        length.
         """
         at = np.arange(start, stop, dtype=np.uint64) * _GOLDEN + self._offset  # modulo 2**64
         uniform: Floats = (at >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -214,10 +215,10 @@ class Mixture:
 
 
 def permutation(rows: int, *key: int) -> Ints:
-    """Of 0..rows - 1, (rows,): the same on every machine.
+    """Permute 0..rows - 1 and return it, (rows,), identical on every machine.
 
-    Sorts raw Philox output, because NumPy fixes that stream for good but not how `permutation` uses it; with each
-    number's place in its low bits, where they neither tie nor need an argsort.
+    Sorts raw Philox output, because NumPy keeps that stream stable but not how its own `permutation` uses it. Each
+    number's position is in its low bits, so that there are no ties and no argsort is needed.
     """
     drawn = np.random.Philox(np.random.SeedSequence(key)).random_raw(rows)
     places = np.uint64((1 << rows.bit_length()) - 1)
@@ -227,7 +228,7 @@ def permutation(rows: int, *key: int) -> Ints:
 
 
 class _Shares:
-    """What each source weighs at some points of the run: (n,) to (sources, n)."""
+    """Weight of each source at some points of the run: (n,) to (sources, n)."""
 
     def __init__(self, rows: Mapping[str, int], phase: Phase) -> None:
         weights = dict.fromkeys(rows, REST) if not phase.weights else phase.weights
@@ -265,17 +266,17 @@ def continued_weights(
     target: Sequence[str], general: Sequence[str], *, start: float = 0.1, end: float = 0.7, floor: float = 0.1,
     replay: bool = True,
 ) -> dict[str, Weight]:  # fmt: skip
-    """Weights for continued pretraining: the new sources' part grows, the old ones are replayed beside them.
+    """Compute weights for continued pretraining: the share of the new sources grows, the old ones are replayed.
 
     Args:
-        target: the new sources; they share their part evenly.
-        general: those of before; by their rows they share what is left.
-        start, end: the new sources' part at the first and at the last sequence.
-        floor: what must be left to the old ones at any time.
-        replay: False gives the old ones nothing: they only validate.
+        target: The new sources; they split their share evenly.
+        general: The earlier sources; they split the remaining share by their rows.
+        start, end: The new sources' share at the first and at the last sequence.
+        floor: The minimum share of the old sources at any time.
+        replay: False gives the old sources no weight: they are only used for validation.
 
     Raises:
-        ValueError: a part is not within 0 and 1, or `end` or `start` leaves less than the floor.
+        ValueError: A share is not between 0 and 1, or `end` or `start` leaves less than the floor.
     """
     expect(len(target) > 0, "target must name at least one source")
     if not replay:

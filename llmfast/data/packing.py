@@ -1,12 +1,12 @@
-"""Documents of any length to rows of one length.
+"""Concatenate documents of any length into rows of one length.
 
     stream   a a a # b b # c c c c c #        # ends a document (eot_id)
     row 0    a a a # b                        seq_len = 4: four inputs and, one to the right, four labels
     row 1            b b # c c
     row 2                    c c c c #        rows share one token, so every token but the first is a label once
 
-Nothing is padded and no document is cut short; attention and positions start anew with each document by
-`document_ids` and `positions`.
+There is no padding and no document is truncated. `document_ids` and `positions` let attention and positions restart
+with each document.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,8 +21,8 @@ from torch import Tensor
 from llmfast._checks import expect
 
 IGNORE_INDEX = -100
-"""The label of what is nobody's target: torch's and the losses' default."""
-PADDING = -1  # among tokens: an input that is any token, in a document of its own, and nobody's label
+"""The label of a position without a target: the default of torch and of the losses."""
+PADDING = -1  # as a token: an arbitrary input in its own document, never a label
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +30,15 @@ class Batch:
     """Rows as CPU tensors, ready for a model and a loss."""
 
     tokens: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64: the next token, or IGNORE_INDEX where that begins another document
+    labels: Tensor  # (B, T) int64: the next token, or IGNORE_INDEX if it begins another document
     document_ids: Tensor  # (B, T) int32, counted from 0 in each row
     positions: Tensor  # (B, T) int64, counted from 0 at each document's first token in the row
-    num_valid: int  # labels that are not IGNORE_INDEX, counted before anything is on a device
-    sources: Tensor | None = None  # (B,) int64: where each row is from, if there are several
+    num_valid: int  # labels that are not IGNORE_INDEX, counted on the host
+    sources: Tensor | None = None  # (B,) int64: source of each row, if there are several
 
 
 class Rows(Protocol):
-    """Rows of a source as training reads them."""
+    """Rows of one source, as training reads them."""
 
     @property
     def seq_len(self) -> int: ...
@@ -46,7 +46,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
-        """Rows (B,), each as it is in the training sequence with the number in `samples`, (B,)."""
+        """Return rows (B,), each as in the training sequence whose number is in `samples`, (B,)."""
         ...
 
 
@@ -54,24 +54,24 @@ class Rows(Protocol):
 class PackedRows:
     """Rows of `seq_len` inputs and labels over one stream of tokens; see `pack`."""
 
-    tokens: npt.NDArray[np.integer]  # (any,): of a memory-mapped file too; PADDING where a row has nothing
+    tokens: npt.NDArray[np.integer]  # (any,), possibly memory-mapped; PADDING where a row has no token
     document_starts: npt.NDArray[np.int64]  # (documents,) ascending, the first is 0
     seq_len: int
-    dropped: int  # tokens that are in no row
-    stride: int  # from one row's first token to the next one's: seq_len, or seq_len + 1 for rows that share no token
+    dropped: int  # tokens in no row
+    stride: int  # distance between the first tokens of successive rows: seq_len, or seq_len + 1 if rows share no token
 
     def __len__(self) -> int:
         return (len(self.tokens) - self.seq_len - 1) // self.stride + 1
 
     def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
-        """The rows with the given indices, (B,) integers in [0, len(self)); IndexError beyond.
+        """Return the rows with the given indices, (B,) integers in [0, len(self)); IndexError if out of range.
 
-        `samples` is for rows that are another each time (`Rows`); these never change.
+        `samples` is for rows that differ each time (see `Rows`); these never change.
         """
         return batch_of(*self.windows(indices))
 
     def windows(self, indices: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Inputs and labels of these rows as one, and the number of each token's document: twice (B, T + 1)."""
+        """Return inputs and labels as one window, and the document number of each token: twice (B, T + 1)."""
         rows = np.asarray(indices)
         expect(rows.ndim == 1 and rows.dtype.kind in "iu", f"indices must be 1-D integers; got {_describe(rows)}")
         rows = rows.astype(np.int64)
@@ -82,11 +82,11 @@ class PackedRows:
 
 
 def batch_of(
-    window: npt.NDArray[np.int64],  # (B, T + 1), PADDING where there is nothing
+    window: npt.NDArray[np.int64],  # (B, T + 1), PADDING where there is no token
     document: npt.NDArray[np.int64],  # (B, T + 1), ascending in a row
-    counted: npt.NDArray[np.bool_] | None = None,  # (B, T + 1): False for a token that is nobody's label
+    counted: npt.NDArray[np.bool_] | None = None,  # (B, T + 1): False for a token that is never a label
 ) -> Batch:
-    """Inputs and labels from tokens in a row and the documents they are of."""
+    """Split windows of tokens into inputs and labels, using the document of each token."""
     same = document[:, 1:] == document[:, :-1]
     valid = same & (window[:, 1:] != PADDING)
     if counted is not None:
@@ -103,7 +103,7 @@ def batch_of(
 
 
 def joined(parts: Sequence[Batch], order: npt.NDArray[np.int64]) -> Batch:
-    """One batch of several, its rows put in order: row i is row order[i] of all parts' rows, one part after another."""
+    """Concatenate batches and reorder the rows: row i of the result is row order[i] of all parts."""
     at = torch.from_numpy(order)
     tensors = zip(*((p.tokens, p.labels, p.document_ids, p.positions) for p in parts))
     tokens, labels, document_ids, positions = (torch.cat(t)[at] for t in tensors)
@@ -115,11 +115,12 @@ def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int
 
     Args:
         documents: Token ids, (any length,) integers in [0, 2**31). Empty ones are skipped.
-        seq_len: Inputs per row. The stream's last tokens that fill no row are dropped; `dropped` counts them.
+        seq_len: Inputs per row. Tokens at the end of the stream that do not fill a row are dropped; `dropped` counts
+            them.
         eot_id: The id that ends a document, in the same range.
 
     Raises:
-        ValueError: No documents, an argument out of range, or fewer than `seq_len + 1` tokens in all.
+        ValueError: There are no documents, an argument is out of range, or there are fewer than `seq_len + 1` tokens.
     """
     expect(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}")
     stream, lengths = one_stream(documents, eot_id)
@@ -139,14 +140,14 @@ def pack(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int
 def one_stream(
     documents: Iterable[npt.NDArray[np.integer]], eot_id: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """All documents that are not empty, one after the other with their `eot_id`, and the length of each with it."""
+    """Join all non-empty documents, each followed by `eot_id`; return the stream and the documents' lengths in it."""
     expect(0 <= eot_id < 2**31, f"eot_id must be in [0, 2**31); got {eot_id}")
     eot = np.array([eot_id], dtype=np.int32)
     parts: list[npt.NDArray[np.integer]] = []
     for i, document in enumerate(documents):
         ids = np.asarray(document)
         if ids.size:
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":  # `expect` would write the message each time
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":  # `expect` would format the message each time
                 raise ValueError(f"document {i} must be 1-D integers; got {_describe(ids)}")
             parts += [ids, eot]
     expect(bool(parts), "documents must hold at least one that is not empty")
@@ -158,9 +159,9 @@ def one_stream(
 
 
 def unigram_entropy(tokens: npt.ArrayLike, vocab_size: int) -> float:
-    """Entropy of the tokens' own distribution, in nats per token: the loss of knowing frequencies but no context.
+    """Compute the entropy of the tokens' distribution in nats per token: the loss of a model that ignores context.
 
-    `IGNORE_INDEX` is not counted, so labels can be given as they are.
+    `IGNORE_INDEX` is not counted, so labels can be passed directly.
     """
     ids = np.asarray(tokens).ravel()
     ids = ids[ids != IGNORE_INDEX]

@@ -1,11 +1,11 @@
-"""Files to documents, for `prepare` and for `llmfast clean` alike.
+"""Read files as documents, for `prepare` and `llmfast clean`.
 
-    .md .py .rst .txt              a file is a document
-    .jsonl .jsonl.gz .jsonl.zst    a line is one: an object with the text in one of its columns
-    .parquet                       a row is one
+    .md .py .rst .txt              the file is a document
+    .jsonl .jsonl.gz .jsonl.zst    each line is one: an object with the text in one of its columns
+    .parquet                       each row is one
 
-Text is UTF-8 (a .py file may declare another encoding). A byte order mark is not part of it, and line ends become
-"\\n". What cannot be read is yielded too, with the reason: the caller says what it left out.
+Text is UTF-8 (a .py file may declare another encoding). A byte order mark is removed, and line ends become line feeds.
+Records that cannot be read are yielded too, with the reason, so that the caller can report what it skipped.
 """
 
 # pyarrow and zstandard are optional.
@@ -31,33 +31,33 @@ TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
 TEXT_COLUMN = "text"
-NO_TEXT = "no text"  # the fault of a line or row whose text column is missing or holds something else than a string
+NO_TEXT = "no text"  # fault of a line or row whose text column is missing or not a string
 
 _NEEDED = {".parquet": "pyarrow", ".zst": "zstandard"}  # packages of the extra `formats`
-_CLEANED = {"report.json", "report.md", "logs", "text"}  # what `llmfast clean` always writes
-_CHUNK = 1 << 17  # bytes of a compressed file that are read at once
-_NAMED_COLUMNS = 20  # in a message
+_CLEANED = {"report.json", "report.md", "logs", "text"}  # always written by `llmfast clean`
+_CHUNK = 1 << 17  # compressed bytes read at a time
+_NAMED_COLUMNS = 20  # maximum number in a message
 
 
 @dataclass(frozen=True)
 class Record:
-    """A document, or what there is in place of one and why it cannot be read."""
+    """Document, or the place of an unreadable one with the reason."""
 
     name: str  # unique within the source: "deep/x.md", or "more.jsonl/17" for the line or row counted from 0
     place: str  # for a message: "more.jsonl, line 18"
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)  # the others of its line or row
     fault: str | None = None  # such as "not JSON"
-    damaged: bool = False  # the fault is the file's: what follows in it cannot be read either
+    damaged: bool = False  # True if the rest of the file cannot be read either
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files below a folder."""
+    """Files below a folder."""
 
-    files: list[tuple[str, Path]]  # those to read, sorted by name, such as "json/decoder.py"
-    others: Counter[str]  # how many are not read, by kind
-    cleaned: list[str]  # folders that `llmfast clean` wrote: of these only what it kept counts
+    files: list[tuple[str, Path]]  # files to read, sorted by name, such as "json/decoder.py"
+    others: Counter[str]  # number of files that are not read, by kind
+    cleaned: list[str]  # folders written by `llmfast clean`; only their text/ is read
 
 
 def find(root: Path, suffixes: tuple[str, ...]) -> Found:
@@ -78,8 +78,8 @@ def find(root: Path, suffixes: tuple[str, ...]) -> Found:
         for name in names:
             if name.startswith("."):
                 continue
-            if not os.path.isfile(os.path.join(place, name)):  # of thousands, quicker than by Path
-                others["neither file nor folder"] += 1  # a link to nothing, a socket, a device
+            if not os.path.isfile(os.path.join(place, name)):  # faster than Path for thousands of files
+                others["neither file nor folder"] += 1  # a dangling link, a socket, a device
             elif name.lower().endswith(suffixes):
                 files.append(((relative / name).as_posix(), folder / name))
             else:
@@ -89,7 +89,7 @@ def find(root: Path, suffixes: tuple[str, ...]) -> Found:
 
 
 def expect_packages(names: Iterable[str]) -> None:
-    """ImportError for a file that needs a package which is not installed."""
+    """Raise ImportError if a file needs a package that is not installed."""
     needed = {package for name in names for suffix, package in _NEEDED.items() if name.lower().endswith(suffix)}
     missing = sorted(package for package in needed if find_spec(package) is None)
     if missing:
@@ -98,17 +98,17 @@ def expect_packages(names: Iterable[str]) -> None:
 
 
 def suffixes(text_column: str) -> tuple[str, ...]:
-    """The suffixes of files to read; without a text column, only those of text."""
+    """Return the suffixes of files to read; without a text column, only those of text files."""
     return SUFFIXES if text_column else TEXT_SUFFIXES
 
 
 def read(path: Path, name: str, text_column: str = TEXT_COLUMN, *, whole: bool = False) -> Iterator[Record]:
-    """Yield the documents of one file. A file that is no table, whatever its suffix, is one document.
+    """Yield the documents of one file. A file that is not a table is one document, whatever its suffix.
 
     Args:
-        path: Where it is.
-        name: What it is called in its source.
-        text_column: The column of a table that is the text; "" takes a table for text too.
+        path: The file.
+        name: Its name in the source.
+        text_column: The column of a table that holds the text; "" reads a table as text too.
         whole: Also read the other columns of a table.
     """
     lower = name.lower()
@@ -120,11 +120,11 @@ def read(path: Path, name: str, text_column: str = TEXT_COLUMN, *, whole: bool =
 
 
 def read_text(path: Path) -> str:
-    """Read a file of text.
+    """Read a text file.
 
     Raises:
-        UnicodeDecodeError: It is not in the encoding that it should be in.
-        SyntaxError, LookupError: It is a .py file that declares an unknown encoding.
+        UnicodeDecodeError: The text is not in the expected encoding.
+        SyntaxError, LookupError: The file is a .py file that declares an unknown encoding.
     """
     content, encoding = path.read_bytes(), "utf-8-sig"
     if path.suffix.lower() == ".py":
@@ -133,13 +133,13 @@ def read_text(path: Path) -> str:
 
 
 class LeftOut:
-    """Counts what was not read, and says so in one sentence per sort."""
+    """Counter of skipped records, summarised in one sentence per kind of fault."""
 
     def __init__(self, text_column: str) -> None:
         self._text_column = text_column
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
-        self.columns = ""  # of the first line or row that has others, but not that of the text
+        self.columns = ""  # columns of the first line or row that lacks the text column
 
     def add(self, record: Record) -> None:
         """Count a record that has a fault."""
@@ -156,7 +156,7 @@ class LeftOut:
         return not self._counts.keys() - {"blank"}
 
     def sentences(self, found: Found) -> Iterator[str]:
-        """Say what was counted, and which files of other kinds there are."""
+        """Describe the counted records and the files of other kinds."""
         for folder in found.cleaned:
             yield f"{'it' if folder == '.' else folder} was written by llmfast clean; of that only text/ is read"
         if found.others:
@@ -172,7 +172,7 @@ class LeftOut:
 
 
 def others_left_out(others: Mapping[str, int]) -> str:
-    """Say how many files of which kinds are not read."""
+    """Describe how many files of which kinds are not read."""
     n = sum(others.values())
     kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(others.items(), key=lambda kind: (-kind[1], kind)))
     return f"{n} {'files of other kinds are' if n > 1 else 'file of another kind is'} left out: {kinds}"
@@ -192,7 +192,7 @@ def _lines(path: Path, name: str, text_column: str) -> Iterator[Record]:
     try:
         with _OPENERS[compression](path) as lines:
             for i, line in enumerate(lines):
-                line = line.removeprefix(BOM_UTF8)  # also where files were joined
+                line = line.removeprefix(BOM_UTF8)  # also where files were concatenated
                 if line.strip():
                     yield _line(line, f"{name}/{i}", f"{name}, line {i + 1}", text_column)
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -218,12 +218,12 @@ def _line(line: bytes, name: str, place: str, text_column: str) -> Record:
 
 
 def _parsed(line: str) -> Any:
-    """Parse JSON. NaN, which it does not know, is Python's."""
+    """Parse JSON. NaN, which JSON does not have, is accepted as in Python."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # an integer of more digits than Python takes
+    except ValueError:  # an integer with more digits than Python converts
         return json.loads(line, parse_int=float)
 
 
@@ -238,7 +238,7 @@ def _record(columns: dict[str, Any], name: str, place: str, text_column: str) ->
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether UTF-8 can hold it: JSON can escape one half of a surrogate pair."""
+    """Return True if UTF-8 can encode the text; JSON can escape half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -272,7 +272,7 @@ def _row(batch: Any, row: int, name: str, place: str, text_column: str) -> Recor
     for column, values in zip(batch.schema.names, batch.columns):
         try:
             columns[column] = values[row].as_py()
-        except UnicodeDecodeError:  # Parquet's strings are bytes that nobody need have checked
+        except UnicodeDecodeError:  # Parquet strings may hold bytes that were never validated
             columns[column], broken = None, broken or column == text_column
     if broken:
         return Record(name, place, "", columns, "not UTF-8")
@@ -280,7 +280,7 @@ def _row(batch: Any, row: int, name: str, place: str, text_column: str) -> Recor
 
 
 class _Zstandard(io.RawIOBase):
-    """A decompressed file. The package's own streams take a file that was cut off for one that ends."""
+    """Decompressed stream that detects truncation, which the package's own streams take for the end of the file."""
 
     def __init__(self, path: Path) -> None:
         import zstandard

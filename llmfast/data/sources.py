@@ -1,7 +1,7 @@
-"""Real text without a download: the running Python's own sources and manual, or a folder of yours.
+"""Real text without a download: the running Python's own sources and manual, or a folder of your own.
 
-A source is a list of documents in a fixed order. Which text the built-in sources hold depends on the version of the
-interpreter that runs, and on nothing else.
+A source is a list of documents in a fixed order. The text of the built-in sources depends only on the version of the
+running interpreter.
 """
 
 import ast
@@ -19,7 +19,7 @@ from pathlib import Path
 from llmfast._checks import expect
 from llmfast.data.reader import TEXT_COLUMN, Found, LeftOut, expect_packages, find, read, read_text, suffixes
 
-# Whole folders of the standard library that are no code people write by hand: tests, third-party packages, the manual.
+# Folders of the standard library that are not hand-written code: tests, third-party packages, the manual.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 _CHARACTER_TABLE = re.compile(r"^decoding_(table|map) *=", re.MULTILINE)
 _MIN_DOCSTRING_CHARACTERS = 200
@@ -27,17 +27,17 @@ _MIN_DOCSTRING_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the name that tells it apart within its source, such as "json/decoder.py"."""
+    """Text with a name that is unique within its source, such as "json/decoder.py"."""
 
     name: str
     text: str
 
 
 def python_code() -> Iterator[Document]:
-    """The standard library's sources, sorted by path: about 11 MB, 600 files.
+    """Yield the standard library's sources, sorted by path: about 11 MB, 600 files.
 
-    Left out: tests, installed packages, the generated build configuration, the generated character tables of
-    `encodings`, and files that do not decode.
+    Skips tests, installed packages, the generated build configuration, the generated character tables of `encodings`,
+    and files that cannot be decoded.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for name, path in find(root, (".py",)).files:
@@ -52,10 +52,10 @@ def python_code() -> Iterator[Document]:
 
 
 def python_prose() -> Iterator[Document]:
-    """English about Python: the language reference ("topics/<name>"), then the docstrings ("docstrings/<path>").
+    """Yield English about Python: the language reference ("topics/<name>"), then the docstrings ("docstrings/<path>").
 
-    The docstrings of a file are one document, in the order of the file, unindented; files with less than 200
-    characters of them are left out.
+    The docstrings of a file form one document, in the order of the file, unindented. Files with less than 200
+    characters of docstrings are skipped.
     """
     yield from _topics()
     for code in python_code():
@@ -67,18 +67,18 @@ def python_prose() -> Iterator[Document]:
 def text_files(
     path: str | PathLike[str], *, text_column: str = TEXT_COLUMN, say: Callable[[str], None] | None = None
 ) -> Iterator[Document]:
-    """The texts under a folder, sorted by path, or of one file.
+    """Read the texts under a folder, sorted by path, or those of one file.
 
     Folders are searched recursively; names that start with a dot are skipped. A .md, .py, .rst or .txt file is a
-    document, and so is a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet. One file may have any suffix.
-    Of a folder that `llmfast clean` wrote only `text/` is read. Text is UTF-8 (a .py file may declare another
-    encoding); line ends become "\\n", and a byte order mark goes.
+    document, and so is a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet. A single file may have any
+    suffix. In a folder written by `llmfast clean`, only `text/` is read. Text is UTF-8 (a .py file may declare another
+    encoding). Line ends become line feeds, and a byte order mark is removed.
 
     Args:
         path: The folder or file.
-        text_column: The column that is the text; "" leaves files with columns out.
-        say: Gets a line for each sort of what is left out (files of other kinds, blank ones, broken lines), with its
-            number and the first place. By default these are warnings.
+        text_column: The column that holds the text; "" skips files with columns.
+        say: Receives one line for each kind of skipped input (files of other kinds, blank files, invalid lines), with
+            the number and the first position. By default, these lines are warnings.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -118,7 +118,7 @@ BUILT_IN: dict[str, Callable[[], Iterator[Document]]] = {"code": python_code, "p
 
 
 def load(name: str, *, text_column: str = TEXT_COLUMN, say: Callable[[str], None] | None = None) -> list[Document]:
-    """All documents of "code", "prose", or of the folder or file called `name` ("./code" is a folder called code).
+    """Load all documents of "code", "prose", or the folder or file `name` ("./code" is a folder called code).
 
     `text_column` and `say` are those of `text_files`.
 
@@ -138,10 +138,11 @@ def load(name: str, *, text_column: str = TEXT_COLUMN, say: Callable[[str], None
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether the document belongs to the validation part, which holds about `fraction` of all files.
+    """Return True if the document belongs to the validation part, which holds about `fraction` of all files.
 
-    Decided by a hash of the file's name alone, so it never changes as files come and go, and a larger fraction only
-    adds files. "docstrings/json/decoder.py" goes where "json/decoder.py" goes: its text is in both.
+    The decision depends only on a hash of the file's name. It never changes when files are added or removed, and a
+    larger fraction only adds files. "docstrings/json/decoder.py" is in the same part as "json/decoder.py", which
+    contains its text.
     """
     expect(0 <= fraction < 1, f"fraction must be in [0, 1); got {fraction}")
     key = document.name.removeprefix("docstrings/").encode("utf-8", "surrogateescape")
@@ -149,16 +150,16 @@ def is_held_out(document: Document, fraction: float) -> bool:
 
 
 def warn(text: str) -> None:
-    """Say it to who gave no `say`."""
+    """Emit a warning, the default of `say`."""
     warnings.warn(text, stacklevel=2)
 
 
 def _topics() -> Iterator[Document]:
-    """The language reference by topic, without the topics that only repeat a part of a longer one (a fifth of it).
+    """Yield the language reference by topic, without topics that only repeat part of a longer one (a fifth of it).
 
-    A repeated passage could otherwise be trained on in one document and validated in the other.
+    A repeated passage could otherwise be in one training document and in one validation document.
     """
-    from pydoc_data.topics import topics  # 0.7 MB of text: not at import
+    from pydoc_data.topics import topics  # 0.7 MB of text, so not at import
 
     seen: set[str] = set()
     kept = []

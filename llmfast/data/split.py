@@ -1,4 +1,4 @@
-"""Which text validates: whole documents, or the end of a source that has too few of them."""
+"""Choose the validation text: whole documents, or the end of a source that has too few of them."""
 
 import re
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from llmfast.data.sources import Document, is_held_out
 Split = Literal["documents", "end"]
 SPLITS = ("documents", "end")
 
-LEAST_CHARACTERS = 4000  # of an end that validates, unless they are more than LEAST_SHARE of the source
+LEAST_CHARACTERS = 4000  # minimum length of a held-out end, unless this exceeds LEAST_SHARE of the source
 LEAST_TOKENS = 1000
 LEAST_SHARE = 0.2
 
-_BOUNDARIES = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))  # of paragraphs, lines, words
+_BOUNDARIES = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))  # boundaries of paragraphs, lines, words
 
 
 def by_document(documents: Sequence[Document], held_out: float) -> tuple[list[str], list[str]]:
-    """The texts to train on and to validate on, decided for each document by its name alone: see `is_held_out`."""
+    """Split texts into training and validation, deciding for each document by its name only; see `is_held_out`."""
     parts: tuple[list[str], list[str]] = [], []
     for document in documents:
         parts[is_held_out(document, held_out)].append(document.text)
@@ -26,10 +26,10 @@ def by_document(documents: Sequence[Document], held_out: float) -> tuple[list[st
 
 
 def by_end(documents: Sequence[Document], held_out: float) -> tuple[list[str], list[str]]:
-    """The texts to train on, and the end of the source to validate on. Depends on the texts and `held_out` alone.
+    """Split off the end of the source for validation. The result depends only on the texts and `held_out`.
 
-    The end is `held_out` of all characters, but at least `LEAST_CHARACTERS` of them, or `LEAST_SHARE` of all where
-    that is less. It begins where a document does, or else a paragraph, line or word, if one begins near there.
+    The end is `held_out` of all characters, but at least `LEAST_CHARACTERS` or `LEAST_SHARE` of all, whichever is less.
+    It begins with a document if one begins near there, or else with a paragraph, line or word.
     """
     texts = [document.text for document in documents]
     starts = [0, *accumulate(map(len, texts))]
@@ -46,14 +46,14 @@ def by_end(documents: Sequence[Document], held_out: float) -> tuple[list[str], l
 
 
 def end(total: int, held_out: float, least: int) -> tuple[int, int]:
-    """Where the end of `total` characters or tokens begins that validates, and how far from there it may begin too."""
+    """Return where the held-out end of `total` characters or tokens begins, and how far its start may be moved."""
     wanted = max(round(held_out * total), min(least, round(LEAST_SHARE * total)), 1)
     cut = max(total - wanted, min(1, total - 1))
     return cut, min(cut, total - cut) // 2
 
 
 def _boundary(text: str, cut: int, near: int) -> int:
-    """Where the paragraph, line or word begins that is closest to `cut`; `cut` if none begins within `near` of it."""
+    """Find the start of a paragraph, line or word closest to `cut`; return `cut` if there is none within `near`."""
     first, last = max(cut - near, 1), min(cut + near, len(text) - 1)
     for pattern in _BOUNDARIES:
         found = [match.end() for match in pattern.finditer(text, first - 1, last) if match.end() >= first]

@@ -1,16 +1,17 @@
-"""Files of token ids, mapped into memory and not read into it: datatrove's `.ds` and Megatron's `.bin` with `.idx`.
+"""Memory-mapped files of token ids: datatrove's `.ds` and Megatron's `.bin` with `.idx`.
 
     x.ds           tokens: uint16, or uint32 for a vocabulary of more than 65536
-    x.ds.index     uint64 a document: the token at which it ends, counted from the start of x.ds
-    x.ds.metadata  three lines of text: "tokenizer|bytes a token", the number of tokens, and that again for people
+    x.ds.index     one uint64 per document: the token at which it ends, counted from the start of x.ds
+    x.ds.metadata  three lines of text: "tokenizer|bytes per token", the number of tokens, and the same for people
 
-    x.bin          tokens, of one of `MEGATRON_DTYPES`
-    x.idx          "MMIDIDX", two zero bytes, uint64 1, uint8 the dtype's code, uint64 S sequences, uint64 D,
+    x.bin          tokens of one of `MEGATRON_DTYPES`
+    x.idx          "MMIDIDX", two zero bytes, uint64 1, uint8 code of the dtype, uint64 S sequences, uint64 D,
                    then int32 (S,) tokens in each sequence, int64 (S,) the byte of x.bin at which it starts,
-                   int64 (D,) the number of sequences before each document, and at last S
+                   int64 (D,) the number of sequences before each document, and finally S
 
-All numbers are little-endian. Documents come from the index alone: whether a token ends them is up to who wrote them.
-Opening reads the index whole and compares it with the size of the data; of the data it reads 64 blocks.
+All numbers are little-endian. Document boundaries come only from the index; whether a token ends each document is up to
+the writer. Opening a file reads the whole index and compares it with the size of the data; of the data it reads 64
+blocks.
 """
 
 import os
@@ -29,28 +30,28 @@ from llmfast.data.split import LEAST_TOKENS, SPLITS, Split, end
 
 Ends = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
-SUFFIXES = (".ds", ".bin", ".idx")  # of what `open_token_file` opens
+SUFFIXES = (".ds", ".bin", ".idx")  # suffixes that `open_token_file` accepts
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = 34  # bytes before the tables
-# Codes 6 and 7 are floats, which are no token ids.
+# Codes 6 and 7 are floats, which cannot be token ids.
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
-SAMPLED_BLOCKS, BLOCK = 64, 4096  # tokens looked at on opening: all of them in a file of up to 64 * 4096
+SAMPLED_BLOCKS, BLOCK = 64, 4096  # tokens checked on opening: all of them in a file of up to 64 * 4096
 CHUNK = 2**20  # tokens `verify` holds at a time
 
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """Documents that follow each other in one file: all of them, or a part from `split`.
+    """Consecutive documents in one file: all of them, or a part from `split`.
 
-    Pickled, it is the file's name and the index; whoever unpickles it maps the file anew.
+    A pickle contains the file's name and the index; unpickling maps the file again.
     """
 
     path: Path
     dtype: np.dtype[Any]
     vocab_size: int
-    start: int  # the token of the file at which the first document starts
+    start: int  # token of the file at which the first document starts
     document_ends: npt.NDArray[np.int64]  # (documents,) ascending, in tokens from the start of the file
 
     @property
@@ -59,14 +60,14 @@ class TokenFile:
 
     @property
     def tokens(self) -> npt.NDArray[np.integer]:
-        """(num_tokens,) of `dtype`, read-only and mapped anew at each call: reading happens where it is indexed."""
-        if not self.num_tokens:  # which cannot be mapped
+        """Map and return (num_tokens,) of `dtype`, read-only; data is read when it is indexed."""
+        if not self.num_tokens:  # an empty file cannot be mapped
             return np.empty(0, self.dtype)
         offset = self.start * self.dtype.itemsize
         return np.memmap(self.path, self.dtype, "r", offset=offset, shape=(self.num_tokens,))
 
     def rows(self, seq_len: int) -> PackedRows:
-        """Rows over the mapped tokens, like those of `pack`: neighbours share one token, the last few are dropped.
+        """Return rows over the mapped tokens, like `pack`: neighbours share one token, and the last few are dropped.
 
         Raises:
             ValueError: The documents have fewer than `seq_len + 1` tokens.
@@ -91,18 +92,18 @@ class TokenFile:
         )
 
     def split(self, held_out: float, how: Split = "documents") -> tuple["TokenFile", "TokenFile"]:
-        """Divide the file into a part to train on and, after it, one to validate on. Copies nothing.
+        """Split the file into a training part and, after it, a validation part, without copying.
 
         The last documents are as good as any if they were shuffled before, as datatrove does by default.
 
         Args:
-            held_out: Share to validate on.
-            how: "documents" takes whole ones, that share of their number, rounded. "end" takes that share of the
-                tokens, but at least 1000, or a fifth where that is less, from the closest start of a document or else
-                from within one.
+            held_out: Share to hold out for validation.
+            how: "documents" holds out whole documents, that share of their number, rounded. "end" holds out that share
+                of the tokens, but at least 1000 or a fifth, whichever is less. It starts at the closest document, or
+                else within one.
 
         Raises:
-            ValueError: `held_out` is not between 0 and 1, or leaves one of the parts without a document.
+            ValueError: `held_out` is not between 0 and 1, or leaves one part without a document.
         """
         expect(0 < held_out < 1, f"held_out must be between 0 and 1; got {held_out}")
         expect(how in SPLITS, f"how must be one of {str(SPLITS)[1:-1]}; got {how!r}")
@@ -124,7 +125,7 @@ class TokenFile:
     def verify(self) -> None:
         """Read every token, 2**20 at a time; ValueError names the first one that is not in [0, vocab_size).
 
-        Worth it once for a file. Opening it looked at a sample, and a wrong id in training is an IndexError of the
+        Worth doing once per file. Opening checks only a sample, and a wrong id during training is an IndexError in the
         embedding, or on a GPU a device-side assert.
         """
         tokens = self.tokens
@@ -148,7 +149,7 @@ class TokenFile:
 
 @dataclass(frozen=True, eq=False)
 class _FileRows(PackedRows):
-    """NumPy pickles a memory map as all that it maps; these rows are pickled as their file."""
+    """Rows that pickle as their file, because NumPy would pickle a memory map with its whole content."""
 
     file: TokenFile
 
@@ -157,26 +158,26 @@ class _FileRows(PackedRows):
 
 
 def open_token_file(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
-    """`read_ds` for a `.ds`, `read_megatron` for a `.bin` or `.idx`."""
+    """Open a token file with `read_ds` for a `.ds`, or `read_megatron` for a `.bin` or `.idx`."""
     suffix = Path(path).suffix
     expect(suffix in SUFFIXES, f"path must end in .ds, .bin or .idx; got {os.fspath(path)!r}")
     return read_ds(path, vocab_size=vocab_size) if suffix == ".ds" else read_megatron(path, vocab_size=vocab_size)
 
 
 def read_ds(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
-    """Open tokens that datatrove wrote: `DocumentTokenizer`, `DocumentTokenizerMerger`, or `write_ds` here.
+    """Open tokens written by datatrove (`DocumentTokenizer`, `DocumentTokenizerMerger`) or by `write_ds`.
 
-    The metadata say how many bytes a token has. Where they are missing or of an old version, which did not, that is
-    2 for a `vocab_size` of up to 65536, else 4.
+    The metadata give the bytes per token. If they are missing, or of an old version without that entry, it is 2
+    for a `vocab_size` of up to 65536, else 4.
 
     Args:
-        path: The `.ds`; its index and, if there are, its metadata lie beside it.
-        vocab_size: Every id is below it. Only a sample is looked at here: see `TokenFile.verify`.
+        path: The `.ds` file; its index and, if present, its metadata are next to it.
+        vocab_size: Every id is below it. Only a sample is checked here: see `TokenFile.verify`.
 
     Raises:
-        FileNotFoundError: No data, or no index.
+        FileNotFoundError: The data or the index is missing.
         ValueError: The three files contradict each other, a document ends before it starts, an id is out of range, or
-            there is a loss mask (`.loss`), which would be left out.
+            there is a loss mask (`.loss`), which is not supported.
     """
     _expect_vocab_size(vocab_size)
     path, index, metadata, loss = _ds_files(path)
@@ -204,19 +205,19 @@ def write_ds(
     eot_id: int,
     tokenizer_name: str = "Unknown Tokenizer",
 ) -> TokenFile:
-    """Write documents, each followed by `eot_id`, as datatrove does, one after the other, and open the result.
+    """Write documents one after another, each followed by `eot_id`, in datatrove's format, and open the result.
 
-    The index comes last: without it nobody reads what was not finished.
+    The index is written last, so an incomplete file cannot be opened.
 
     Args:
-        path: Ends in `.ds`. Files that are there are replaced, but only once all documents are written.
+        path: Ends in `.ds`. Existing files are replaced only after all documents are written.
         documents: Token ids, (any length,) integers in [0, vocab_size). Empty ones are skipped, as in `pack`.
         vocab_size: Up to 65536 ids take 2 bytes each, more take 4.
         eot_id: The id that ends a document.
-        tokenizer_name: For the metadata: what datatrove would load the tokenizer by, a name or a path.
+        tokenizer_name: For the metadata: the name or path under which datatrove would load the tokenizer.
 
     Raises:
-        ValueError: An argument is out of range, or there is no document that is not empty.
+        ValueError: An argument is out of range, or all documents are empty.
     """
     _expect_vocab_size(vocab_size)
     path, index, metadata, loss = _ds_files(path)
@@ -253,15 +254,16 @@ def write_ds(
 def read_megatron(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
     """Open tokens of Megatron-LM's `IndexedDataset`, which datatrove's `MegatronDocumentTokenizer` also writes.
 
-    A document is all its sequences. Megatron's preprocessing ends one by a token only if asked to (`--append-eod`).
+    A document consists of all its sequences. Megatron's preprocessing ends a document with a token only on request
+    (`--append-eod`).
 
     Args:
         path: The `.bin` or the `.idx`.
-        vocab_size: Every id is below it. Only a sample is looked at here: see `TokenFile.verify`.
+        vocab_size: Every id is below it. Only a sample is checked here: see `TokenFile.verify`.
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: The index is none, is truncated, contradicts itself or the data, or is of a multimodal dataset;
+        ValueError: The index is invalid, truncated, contradicts itself or the data, or belongs to a multimodal dataset;
             or an id is out of range.
     """
     _expect_vocab_size(vocab_size)
@@ -328,13 +330,13 @@ def _ds_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def _ds_metadata(path: Path) -> tuple[int | None, int | None]:
-    """Bytes a token and number of tokens, None for what is not said."""
+    """Read bytes per token and number of tokens; None for a value that is not given."""
     if not path.exists():
         return None, None
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     expect(len(lines) >= 2 and lines[1].isdecimal(), f"{path}: line 2 must be a number of tokens; got {lines[1:2]}")
     _, bar, size = lines[0].rpartition("|")
-    expect(not bar or size in ("2", "4"), f"{path}: line 1 must end in |2 or |4, bytes a token; got {lines[0]!r}")
+    expect(not bar or size in ("2", "4"), f"{path}: line 1 must end in |2 or |4, bytes per token; got {lines[0]!r}")
     return (int(size) if bar else None), int(lines[1])
 
 
@@ -363,7 +365,7 @@ def _expect_files(data: Path, index: Path) -> None:
 
 
 def _expect_ascending(index: Path, noun: str, values: Ends, table: int) -> None:
-    """`table` is the byte of the index at which its 8-byte `values` start."""
+    """Check that `values` ascend; `table` is the byte of the index at which these 8-byte values start."""
     before = _first(values[1:] < values[:-1])
     if before is not None:
         i = before + 1
@@ -375,7 +377,7 @@ def _expect_ascending(index: Path, noun: str, values: Ends, table: int) -> None:
 def _expect_data(
     path: Path, dtype: np.dtype[Any], index: Path, noun: str, ends: Ends, table: int, entry_size: int
 ) -> None:
-    """The data must end where the last entry does; `table` and `entry_size` say where an entry is in the index."""
+    """Check that the data end with the last entry; `table` and `entry_size` locate an entry in the index."""
     size, nbytes = dtype.itemsize, path.stat().st_size
     tokens, last = nbytes // size, int(ends[-1]) if len(ends) else 0
     hint = "".join(f"; it would be right for {s}-byte tokens" for s in (1, 2, 4, 8) if last and last * s == nbytes)

@@ -1,7 +1,7 @@
-"""Text to token ids and back: bytes, which need nothing, or byte-level BPE trained on the text at hand.
+"""Encode text as token ids and back: bytes, which need nothing, or byte-level BPE trained on the given text.
 
-Both give every text back exactly, and neither ever produces a special id from text: a document that contains
-"<|endoftext|>" is encoded letter by letter.
+Both reproduce every text exactly, and neither ever produces a special id from text: a document that contains
+"<|endoftext|>" is encoded as ordinary characters.
 """
 
 import json
@@ -18,24 +18,24 @@ from llmfast._checks import expect
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|pad|>")
-"""Tokens with an id of their own in every tokenizer that is made here."""
+"""Tokens with their own id in every tokenizer created here."""
 MIN_BPE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 LONGEST_WORD = 256
-"""Characters of a word, number, or run of signs or spaces; what is longer is several to a tokenizer trained here."""
+"""Maximum characters of a word, number, or run of punctuation or spaces; longer ones are split in training."""
 
-# GPT-2's pattern, but for the bound: training rewrites a word with each merge in it, so that a long one would take time
-# by the square of its length. It never joins letters and punctuation, so no merge can rebuild a special token.
+# GPT-2's pattern with a limit on length: training rewrites a word for each merge in it, so a long word would take
+# time quadratic in its length. It never joins letters and punctuation, so no merge can rebuild a special token.
 _WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}").replace(
     "1,N", f"1,{LONGEST_WORD}"
 )
-_LARGE = 1 << 20  # characters from which on a call may take longer than Ctrl-C should
+_LARGE = 1 << 20  # from this many characters on, a call may delay Ctrl-C too long
 
 TokenIds = npt.NDArray[np.int32]
 T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline needs of a tokenizer. `encode` adds nothing: `pack` puts `eot_id` after each document."""
+    """Interface that the data pipeline needs. `encode` adds nothing: `pack` puts `eot_id` after each document."""
 
     @property
     def vocab_size(self) -> int: ...  # every id is below it
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes are the ids 0..255, then come the special tokens; 264 ids, a multiple of 8, three of them unused."""
+    """Tokenizer with UTF-8 bytes as ids 0..255, followed by special tokens; 264 ids, a multiple of 8, three unused."""
 
     vocab_size = 264
     special_ids: Mapping[str, int] = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
@@ -80,7 +80,7 @@ _BYTES_FILE = {"type": "llmfast-bytes", "vocab_size": ByteTokenizer.vocab_size, 
 
 
 class BPETokenizer:
-    """Byte-level BPE by Hugging Face `tokenizers`; saved as one `tokenizer.json`, which that library reads too.
+    """Byte-level BPE by Hugging Face `tokenizers`, saved as one `tokenizer.json`, which that library can read too.
 
     Args:
         backend: A `tokenizers.Tokenizer` that knows "<|endoftext|>". The other special tokens are optional.
@@ -90,21 +90,21 @@ class BPETokenizer:
         vocabulary: dict[str, int] = backend.get_vocab()
         expect(END_OF_TEXT in vocabulary, f"the tokenizer has no {END_OF_TEXT} token")
         self._backend = backend
-        self._backend.encode_special_tokens = True  # means: as the ordinary text they are
-        self._backend.no_truncation()  # files saved by others may cut and pad
+        self._backend.encode_special_tokens = True  # encode special tokens in a text as ordinary text
+        self._backend.no_truncation()  # files saved elsewhere may truncate and pad
         self._backend.no_padding()
         self.vocab_size = max(vocabulary.values()) + 1  # ids can have gaps
         self.special_ids: Mapping[str, int] = {t: vocabulary[t] for t in SPECIAL_TOKENS if t in vocabulary}
         self.eot_id = self.special_ids[END_OF_TEXT]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BPETokenizer, (self._backend,)  # the pickled backend forgets encode_special_tokens
+        return BPETokenizer, (self._backend,)  # the pickled backend loses encode_special_tokens
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> "BPETokenizer":
-        """Make a vocabulary; the same texts always give the same one, and few of them fewer than `vocab_size` ids.
+        """Train a vocabulary. The same texts always give the same one; a short text gives fewer than `vocab_size` ids.
 
-        No token is made of more than `LONGEST_WORD` characters.
+        No token has more than `LONGEST_WORD` characters.
 
         Raises:
             ValueError: `vocab_size` has no room for 256 bytes and the special tokens, or there is no text.
@@ -136,13 +136,13 @@ class BPETokenizer:
         try:
             _interruptible(train, sum(map(len, texts)))
         finally:
-            for _ in rest:  # where it was interrupted: what still reads them in its own thread stops
+            for _ in rest:  # after an interruption: stops the library's thread, which still reads the texts
                 pass
         return cls(backend)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BPETokenizer":
-        """Read a `tokenizer.json`; ValueError if it is none."""
+        """Read a `tokenizer.json`; ValueError if it is invalid."""
         tokenizers = _tokenizers()
         try:
             backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
@@ -170,16 +170,16 @@ class BPETokenizer:
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """The tokenizer that `save` wrote, of either kind, or another `tokenizer.json` that has "<|endoftext|>".
+    """Load a tokenizer written by `save`, of either kind, or any `tokenizer.json` that has "<|endoftext|>".
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: the file is no tokenizer.
+        ValueError: The file is not a tokenizer.
     """
-    expect(not Path(path).is_char_device(), f"{path} is not a tokenizer file but a device")  # which may have no end
+    expect(not Path(path).is_char_device(), f"{path} is not a tokenizer file but a device")  # which may be endless
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or brackets without end
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or endless brackets
         raise ValueError(f"{path} is not a tokenizer file: {error}") from error
     if isinstance(content, dict) and content.get("type") == _BYTES_FILE["type"]:
         expect(content == json.loads(json.dumps(_BYTES_FILE)), f"{path} has other byte tokens than this version's")
@@ -188,7 +188,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 
 def _interruptible(call: Callable[[], T], characters: int) -> T:
-    """Make a call of the library; a long one in another thread, or Ctrl-C would not be heard until it ends."""
+    """Call the library, in another thread if the call is long, so that Ctrl-C takes effect before it ends."""
     if characters < _LARGE or threading.current_thread() is not threading.main_thread():
         return call()
     ended: list[tuple[T | None, BaseException | None]] = []

@@ -1,10 +1,10 @@
-"""llmfast inside other people's training loops. Import what you use: `llmfast.integrations.transformers`, `.mtp`.
+"""llmfast inside other trainers. Import what you use: `llmfast.integrations.transformers` or `.mtp`.
 
-The optimizers need none of this. Hugging Face's Trainer takes them as
+The optimizers need no adapter. Hugging Face's Trainer takes them as
 `optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 1e-3})`, or as
-`optimizers=(FusedAdamW(model.parameters(), lr=1e-3), None)`. It clips gradients itself, to a norm of 1 if nothing else
-is said. To have the update do it, without a pass of its own over the gradients, say so to both:
-`TrainingArguments(max_grad_norm=0)` and `(FusedAdamW, {"lr": 1e-3, "max_grad_norm": 1.0})`.
+`optimizers=(FusedAdamW(model.parameters(), lr=1e-3), None)`. It clips gradients itself, by default to a norm of 1. To
+clip in the update, without an extra pass over the gradients, set both `TrainingArguments(max_grad_norm=0)` and
+`(FusedAdamW, {"lr": 1e-3, "max_grad_norm": 1.0})`.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def require(name: str, extra: str) -> Any:
-    """The module `name`, or an ImportError that says which extra brings it."""
+    """Import and return the module `name`, or raise an ImportError that names the extra to install."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -1,8 +1,8 @@
 """Multi-token prediction for Hugging Face models, trained by their stock Trainer.
 
-The further heads see what the model's own forward makes: hooks on its last layer and its embedding keep the stream and
-the arguments (masks, rotary embeddings), and where the hidden states reach the output embedding those of the further
-heads are put beside them. From there on it is `fuse_loss`, with `mtp_cross_entropy` at the end.
+The extra heads use the values of the model's own forward: hooks on its last layer and its embedding save the hidden
+states and the arguments (masks, rotary embeddings). Where hidden states reach the output embedding, those of the extra
+heads are added to the batch. The rest works as in `fuse_loss`, with `mtp_cross_entropy` at the end.
 """
 
 import copy
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from llmfast._checks import describe, expect
 from llmfast.integrations import require
+from llmfast.integrations.stand_ins import Call, HeadInput, Logits, split_input
 from llmfast.integrations.transformers import (
     CALL,
     OPTIONS,
-    Call,
     Fused,
     FusedOptions,
-    HeadInput,
-    Logits,
     PreTrainedModel,
     become,
     defer_input,
@@ -34,7 +32,6 @@ from llmfast.integrations.transformers import (
     own_loss,
     probes,
     restore,
-    split_input,
     unchanged,
 )
 from llmfast.losses import mtp_cross_entropy
@@ -55,39 +52,40 @@ def add_mtp(
     depths: Mapping[str, Any] | None = None,
     options: FusedOptions | None = None,
 ) -> M:
-    """Let a causal language model learn to predict further tokens too; in place.
+    """Add heads to a causal language model, in place, that learn to predict further tokens.
 
-    In training, `model(..., labels=labels).loss` becomes the weighted sum over all heads, computed without logits; the
-    next token's head is the model itself. In eval mode it is the next token's loss alone, and without labels nothing
-    changes: `generate` does not use the heads. Everything said of `fuse_loss` holds here.
+    In training mode, `model(..., labels=labels).loss` becomes the weighted sum over all heads, computed without logits;
+    the model itself is the head of the next token. In eval mode it is the loss of the next token only. Without labels
+    nothing changes: `generate` does not use the heads. The documentation of `fuse_loss` applies here too.
 
-    All heads' losses are divided by the same number, which is how many next tokens there are: `num_items_in_batch`
-    where the Trainer gives it. So a step's gradient does not depend on how it is cut into micro-batches and ranks.
-    Heads do not predict across the bounds of packed documents, which are where `position_ids` start anew.
+    The losses of all heads are divided by the same number, the number of next tokens: `num_items_in_batch` if the
+        Trainer
+    passes it. A step's gradient therefore does not depend on its division into micro-batches and ranks. Heads do not
+    predict across the boundaries of packed documents, where `position_ids` restart.
 
-    The heads are `model.mtp`, saved with the model. `load_mtp` reads both; `from_pretrained` alone reads the model and
-    warns of what it leaves out. `config.llmfast_mtp` says what was added.
+    The heads are `model.mtp` and are saved with the model. `load_mtp` loads both; `from_pretrained` loads only the
+    model and warns about the rest. `config.llmfast_mtp` records what was added.
 
-    Copies of the last layer have its dtypes, its buffers, and train what it trains. If all of the layer is frozen, they
-    train what a new model of that class would: heads alone can learn on a frozen model.
+    Copies of the last layer have its dtypes and buffers, and train the same parameters. If the whole layer is frozen,
+    they train what a new model of that class would train, so that heads alone can learn on a frozen model.
 
     Args:
-        model: A decoder-only `PreTrainedModel`, as `fuse_loss` takes it; PEFT comes afterwards, with
+        model: A decoder-only `PreTrainedModel`, as in `fuse_loss`. Apply PEFT afterwards, with
             `modules_to_save=["mtp"]`.
-        heads: How many tokens are predicted beyond the next one.
-        kind: "parallel": copies of the last layer beside it, that read what it reads, and the model's final norm
-            (Gloeckle et al. 2024, arXiv:2404.19737). "sequential": `SequentialDepths` whose blocks are copies of the
-            last layer (DeepSeek-V3, arXiv:2412.19437).
-        head_weights: What each loss counts, the next token's first; default 1 each. `set_head_weights` changes them.
+        heads: The number of tokens to predict beyond the next one.
+        kind: "parallel" adds copies of the last layer that read the same input and share the model's final norm
+            (Gloeckle et al. 2024, arXiv:2404.19737). "sequential" adds `SequentialDepths` whose blocks are copies of
+            the last layer (DeepSeek-V3, arXiv:2412.19437).
+        head_weights: The weight of each loss, the next token's first; default 1 each. `set_head_weights` changes them.
         depths: For "sequential", keywords of `SequentialDepths`: `concat_order`, `hidden`, `repeated_layer`, `detach`.
-        options: Of the loss, as `fuse_loss` takes them. They are not saved.
+        options: Options of the loss, as in `fuse_loss`. They are not saved.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: `model` is no `PreTrainedModel`.
-        ValueError: An argument is out of range, or the model does not fit, for the reason given, and is as it was.
+        TypeError: `model` is not a `PreTrainedModel`.
+        ValueError: An argument is out of range, or the model is unsuitable for the reason given and was not changed.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model)}")
@@ -118,7 +116,7 @@ def add_mtp(
             attach(lm)
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
-            lm.training = True  # of all modules it alone: it asks for all heads, and nothing drops out
+            lm.training = True  # only on the top module: it then returns all heads, but dropout stays off
             lm.mtp_weights = _on_cpu([1.0] + [0.0] * heads)
             for batch, loss in zip(batches, wanted):
                 expect_loss(lm, batch, loss)
@@ -132,7 +130,7 @@ def add_mtp(
 
 
 def remove_mtp(model: M) -> M:
-    """Undo `add_mtp`, in place: the model without its heads.
+    """Undo `add_mtp` in place and return the model without its heads.
 
     Raises:
         ValueError: The model has no heads of `add_mtp`, or was sharded since.
@@ -143,10 +141,10 @@ def remove_mtp(model: M) -> M:
 
 
 def set_head_weights(model: nn.Module, head_weights: Sequence[float]) -> None:
-    """What each head's loss counts from the next step on, the next token's first: see `llmfast.mtp.head_weights`.
+    """Set the weight of each head's loss from the next step on, the next token's first; see `llmfast.mtp.head_weights`.
 
     Raises:
-        ValueError: There is not one weight, 0 or more, for each head, or the model has no heads.
+        ValueError: There is not exactly one non-negative weight per head, or the model has no heads.
     """
     lm: Any = model
     expect(isinstance(lm, WithHeads), f"model must have heads of add_mtp; {type(lm).__name__} has none")
@@ -157,7 +155,7 @@ def set_head_weights(model: nn.Module, head_weights: Sequence[float]) -> None:
 
 
 def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, **kwargs: Any) -> Any:
-    """The model and heads that `save_pretrained`, or a Trainer, wrote after `add_mtp`.
+    """Load a model with heads that `save_pretrained` or a Trainer wrote after `add_mtp`.
 
     Args:
         folder: As for `from_pretrained`.
@@ -165,7 +163,7 @@ def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, *
         kwargs: As for `from_pretrained`.
 
     Raises:
-        ValueError: `folder` holds a model without heads, or one of a class that `transformers` itself does not have.
+        ValueError: `folder` holds a model without heads, or one whose class `transformers` does not have.
     """
     expect_options(options or {})
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -179,7 +177,7 @@ def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, *
 
 
 def _copy_what_is_not_saved(lm: Any) -> None:
-    """Fill the copies' buffers that a checkpoint does not hold. Some models only know how to do so for their layers."""
+    """Fill buffers of the copies that a checkpoint does not hold; some models can do so only for their own layers."""
     buffers = dict(lm.get_submodule(lm.config.llmfast_mtp["layer"]).named_buffers())
     for layer in _copies(lm):
         saved = layer.state_dict()
@@ -189,12 +187,12 @@ def _copy_what_is_not_saved(lm: Any) -> None:
 
 
 class Block(nn.Module):
-    """A copy of the model's last layer, called as the model calls that one."""
+    """Copy of the model's last layer, called with that layer's arguments."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = copy.deepcopy(layer)
-        for module in self.layer.modules():  # hooks report on the model's own layers
+        for module in self.layer.modules():  # hooks belong to the model's own layers
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
                 hooks.clear()
 
@@ -222,13 +220,13 @@ def keep_embeddings(embedding: nn.Module, args: tuple[Any, ...], output: Tensor)
 
 
 class WithHeads(Fused):
-    """Stands before a model's class among the bases of the class that a model with heads has."""
+    """Mixin placed before a model's class to add heads to it."""
 
     mtp: ParallelHeads | SequentialDepths
     mtp_weights: Tensor  # (heads + 1,) on the CPU
     _llmfast_hooks = (defer_input, keep_input, keep_output, keep_embeddings)
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # from_pretrained comes this way
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # called by from_pretrained
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         setattr(self, OPTIONS, {})
         attach(self)
@@ -249,7 +247,7 @@ class WithHeads(Fused):
 
 
 class AllHeads(Call):
-    """One forward in training."""
+    """State of one forward pass in training mode."""
 
     def __init__(self, lm: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(getattr(lm, OPTIONS))
@@ -257,12 +255,12 @@ class AllHeads(Call):
         self.batch = arguments["labels"].shape[0]
         self.embeddings: Tensor | None = arguments.get("inputs_embeds")
         self.document_ids = _documents(arguments.get("position_ids"), arguments["labels"])
-        self.input: Any = None  # of the last layer: (B, T, D), and its further arguments
+        self.input: Any = None  # input of the last layer: (B, T, D), with its other arguments
         self.output: Any = None
         self._with_gradients = torch.is_grad_enabled()
 
     def keeps(self) -> bool:
-        """Called by the hooks on the last layer: what they see has to have its place in the graph."""
+        """Return True if the last layer's hooks should save what they see, which must be part of the graph."""
         if self._with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(
                 "checkpointing with use_reentrant=True hides the layers from further heads; "
@@ -287,7 +285,7 @@ class AllHeads(Call):
         reduction, class_weights = given.pop("reduction"), given.pop("class_weights")
         if reduction == "none" or class_weights is not None:
             raise TypeError("the loss of several heads is a mean or a sum, without class weights")
-        hidden, weight = logits.joined()  # (K * B * T, D): the model has seen further rows, and flattened them
+        hidden, weight = logits.joined()  # (K * B * T, D): the model has processed and flattened the extra rows
         weights = self.lm.mtp_weights
         K, labels = len(weights), targets.view(self.batch, -1)
         count = (targets != given["ignore_index"]).sum() if reduction == "mean" else targets.new_ones(())
@@ -300,7 +298,7 @@ class AllHeads(Call):
 
 
 def attach(lm: Any) -> None:
-    """The heads that the config tells of, beside the last layer and like it."""
+    """Create the heads described by the config, next to the last layer and like it."""
     told = lm.config.llmfast_mtp
     layer = lm.get_submodule(told["layer"])
     if told["kind"] == "parallel":
@@ -320,7 +318,7 @@ def attach(lm: Any) -> None:
 
 
 def _thaw(lm: Any) -> None:
-    """Let copies of a frozen layer learn: what a new model of the class trains, and not a router's bias, say."""
+    """Unfreeze copies of a frozen layer where a new model of the class would train (a router's bias stays frozen)."""
     base, layer = type(lm)._llmfast_base, lm.config.llmfast_mtp["layer"]
     with torch.device("meta"):
         new = base(copy.deepcopy(lm.config)).get_submodule(layer)
@@ -331,12 +329,12 @@ def _thaw(lm: Any) -> None:
 
 
 def _copies(lm: Any) -> list[nn.Module]:
-    """The copies of the last layer."""
+    """Return the copies of the last layer."""
     return [block.layer for block in lm.mtp.modules() if isinstance(block, Block)]
 
 
 def _on_cpu(head_weights: list[float]) -> Tensor:
-    return torch.tensor(head_weights, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+    return torch.tensor(head_weights, dtype=torch.float32, device="cpu")  # independent of torch's defaults
 
 
 def _detach(lm: Any) -> None:
@@ -353,7 +351,7 @@ def _expect_weights(weights: list[float], heads: int) -> None:
 
 
 def _layers(lm: Any) -> str:
-    """The name of the list of a model's layers."""
+    """Return the name of the model's list of layers."""
     count = lm.config.get_text_config().num_hidden_layers
     found: list[str] = [name for name, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
@@ -362,10 +360,10 @@ def _layers(lm: Any) -> str:
 
 
 def _norm(lm: Any, layers: str, batch: dict[str, Tensor]) -> str:
-    """The name of the module between the last layer and the output embedding, or nothing."""
+    """Return the name of the module between the last layer and the output embedding, or an empty string."""
     last, head = lm.get_submodule(layers)[-1], lm.get_output_embeddings()
-    made: list[Tensor] = []  # by the last layer
-    given: list[Tensor] = []  # to the output embedding
+    made: list[Tensor] = []  # outputs of the last layer
+    given: list[Tensor] = []  # inputs of the output embedding
     between: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str) -> Any:
@@ -409,19 +407,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _tensor(output: Any) -> Tensor:
-    """What a layer makes is a tensor, or the first of several."""
+    """Return a layer's hidden states: its output, or the first of several outputs."""
     made = output[0] if isinstance(output, tuple | list) else output
     expect(isinstance(made, Tensor), f"the last layer must return hidden states, alone or first; got {type(output)}")
     return made  # type: ignore[no-any-return]
 
 
 def _but_no_cache(value: Any) -> Any:
-    """A layer's copies have none of its keys and values."""
+    """Replace a key-value cache by None: copies of a layer do not use one."""
     return None if isinstance(value, transformers.Cache) else value
 
 
 def _documents(position_ids: Tensor | None, labels: Tensor) -> Tensor | None:
-    """(B, T), from positions that start anew with each document."""
+    """Return document numbers (B, T) from positions that restart with each document."""
     if position_ids is None:
         return None
     expect(

@@ -1,4 +1,4 @@
-"""A small model to train and to test with."""
+"""Small model for training and tests."""
 
 from llmfast.models.decoder import Decoder, DecoderConfig
 

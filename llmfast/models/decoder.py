@@ -1,6 +1,6 @@
 """A small decoder-only transformer: RMSNorm, RoPE, SwiGLU, scaled-dot-product attention.
 
-In training it returns hidden states, never logits: the loss takes them together with the unembedding matrix.
+In training it returns hidden states instead of logits: the loss takes them together with the unembedding matrix.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class DecoderConfig:
     width: int = 192  # D
     layers: int = 6
     heads: int = 6
-    ffn_width: int = 0  # of the SwiGLU; 0: 8/3 of the width, rounded up to a multiple of 64
+    ffn_width: int = 0  # width of the SwiGLU; 0 means 8/3 of the model width, rounded up to a multiple of 64
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    mtp: MTP = "none"  # what predicts more than the next token
-    mtp_heads: int = 0  # parallel: heads, the last of `layers` is the first; sequential: depths; shared: targets
-    mtp_concat: ConcatOrder = "embedding_first"  # this and the rest: of sequential depths, as `SequentialDepths` has it
+    mtp: MTP = "none"  # how further tokens are predicted
+    mtp_heads: int = 0  # parallel: heads, the first being the last of `layers`; sequential: depths; shared: targets
+    mtp_concat: ConcatOrder = "embedding_first"  # this and the following fields: options of `SequentialDepths`
     mtp_hidden: HiddenKind = "pre_norm"
     mtp_repeated_layer: bool = False
     mtp_detach: bool = False
@@ -53,7 +53,7 @@ class DecoderConfig:
 
     @property
     def targets(self) -> int:
-        """K: tokens that are predicted from each row."""
+        """Number of tokens predicted from each row (K)."""
         return {"none": 1, "sequential": self.mtp_heads + 1}.get(self.mtp, self.mtp_heads)
 
     @property
@@ -62,16 +62,16 @@ class DecoderConfig:
 
 
 class Trunk(NamedTuple):
-    """What a decoder's `blocks` read and made."""
+    """Input and output of a decoder's `blocks`."""
 
     embedded: Tensor  # (B, T, D)
     out: Tensor  # (B, T, D), before the norm
     rope: Tensor  # (2, B, 1, T, head_width / 2)
-    mask: Tensor | None  # (B, 1, T, T), or causal
+    mask: Tensor | None  # (B, 1, T, T), or None for causal attention
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states; `unembedding` is the matrix that turns those into logits."""
+    """Transformer from token ids to hidden states; `unembedding` is the matrix that turns these into logits."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.apply(_init)
-        # Residual branches start small, so that depth does not scale the stream (GPT-2).
+        # Residual branches start small, so that depth does not scale the residual stream (GPT-2).
         for block in self.modules():
             if isinstance(block, Block):
                 for out in (block.attention.out, block.ffn.out):
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """(V, D)"""
+        """Matrix from hidden states to logits, (V, D)."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
@@ -99,13 +99,13 @@ class Decoder(nn.Module):
         tokens: Tensor,  # (B, T) int64
         *,
         positions: Tensor | None = None,  # (B, T), default 0..T-1
-        document_ids: Tensor | None = None,  # (B, T); tokens attend within their document only
+        document_ids: Tensor | None = None,  # (B, T); tokens attend only within their document
         all_heads: bool = False,
     ) -> Tensor:
-        """Hidden states (B, T, D) for the next token, normalised and ready for the unembedding.
+        """Return hidden states (B, T, D) for the next token, normalised and ready for the unembedding.
 
-        With `all_heads` those of every head, (K, B, T, D), as `mtp_cross_entropy` takes them; with mtp="shared" all
-        heads share one, and it stays (B, T, D).
+        With `all_heads`, return those of every head, (K, B, T, D), as `mtp_cross_entropy` takes them. With mtp="shared"
+        all heads share one, so the shape stays (B, T, D).
         """
         trunk = self.trunk(tokens, positions=positions, document_ids=document_ids)
         if isinstance(self.mtp, ParallelHeads):
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         return torch.cat([hidden[None], further])
 
     def trunk(self, tokens: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Trunk:
-        """The part before the norm and any heads; arguments as for the whole."""
+        """Run the part before the final norm and the heads, with the same arguments as the whole model."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device).expand_as(tokens)
         rope = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
@@ -144,10 +144,10 @@ class Decoder(nn.Module):
         temperature: float = 0.8,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`tokens` followed by `count` sampled ones; the model sees the last `context`. Greedy at temperature 0.
+        """Return `tokens` followed by `count` sampled ones; the model sees the last `context`. Temperature 0 is greedy.
 
         Raises:
-            ValueError: the model's logits are not finite, so that there is nothing to sample from.
+            ValueError: The model's logits are not finite, so that there is nothing to sample from.
         """
         for _ in range(count):
             hidden = self(tokens[None, -context:])[0, -1]
@@ -191,7 +191,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """out(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """Feed-forward layer out(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class SwiGLU(nn.Module):
 
 
 def rotation(positions: Tensor, head_width: int, base: float) -> Tensor:
-    """Rotary angles' cosines and sines (Su 2021, arXiv:2104.09864): (2, B, 1, T, head_width / 2) float32."""
+    """Compute cosines and sines of rotary angles (Su 2021, arXiv:2104.09864): (2, B, 1, T, head_width / 2) float32."""
     frequencies = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angles = rearrange(positions, "b t -> b 1 t 1").float() * frequencies
     return torch.stack([angles.cos(), angles.sin()])

@@ -72,7 +72,7 @@ def test_kernels_for_a_gpu_run(added: list[dict[str, Any]], run: Any, least_byte
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_peak_memory_counts_gradients(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
-    """Those of a warm-up, or of the way before, are gone when a way's memory is measured."""
+    """Check that gradients left by earlier runs do not count as memory of the next implementation."""
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(60, 8, requires_grad=True)
     before = []
 
@@ -91,7 +91,7 @@ def test_peak_memory_counts_gradients(monkeypatch: pytest.MonkeyPatch, on_gpu: b
 
 
 def test_the_roof_is_no_single_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the products took a hundred times as long once."""
+    """Let one product take a hundred times as long once; the median ignores it."""
     samples = iter([1.0, 1.0, 100.0, 1.0, 1.0, *[2.0] * 5, *[3.0] * 5])
     monkeypatch.setattr(clock, "timed", lambda run: run() is None or next(samples))
     assert test_losses.gemm_seconds(torch.randn(4, 8), torch.randn(60, 8)) == 6.0

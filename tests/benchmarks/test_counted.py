@@ -13,7 +13,7 @@ SIZE = {"N": 32, "D": 32, "V": 500}
 
 @pytest.fixture(scope="module")
 def results() -> dict[tuple[str, str, bool], object]:
-    """All installed ways, computed and dry; by operation, way and dryness."""
+    """Count all installed implementations, computed and dry; keyed by operation, way and dryness."""
     jobs = [
         Job("linear_cross_entropy", way, SIZE, dry=dry)
         for way in ways("linear_cross_entropy", "counted")

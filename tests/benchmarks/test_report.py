@@ -94,7 +94,7 @@ def test_its_pictures_are_there_and_reproducible(folder: Path) -> None:
 
 
 def test_the_page_in_the_repository_is_of_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure on it: the page is made again."""
+    """Generate the page again and compare every figure."""
     folder = Path(report.__file__).parent / "results"
     for name in ("results.json", "mtp.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

@@ -22,7 +22,7 @@ corpora = st.lists(st.lists(st.integers(0, EOT), max_size=12), max_size=12).filt
 
 
 def pieces_of(rows: BestFitRows) -> list[list[list[int]]]:
-    """The pieces of each row, by where documents start; padding is none of them."""
+    """Return the pieces of each row, split where documents start, without padding."""
     starts = set(rows.document_starts.tolist())
     found = []
     for row in rows.tokens.reshape(-1, rows.stride).tolist():
@@ -105,7 +105,7 @@ def test_a_cut_document() -> None:
 
 
 def one_at_a_time(sizes: list[int], capacity: int) -> list[int]:
-    """What is left of each bin when every item, the largest first, looks for the tightest that has room."""
+    """Place items one at a time, the largest first, in the tightest bin with room; return the bins' remaining room."""
     room: list[int] = []
     for size in sorted(sizes, reverse=True):
         suffice = [i for i, r in enumerate(room) if r >= size]
@@ -117,7 +117,7 @@ def one_at_a_time(sizes: list[int], capacity: int) -> list[int]:
 
 
 def optimum(sizes: list[int], capacity: int) -> int:
-    """The fewest bins, by trying everything."""
+    """Find the minimum number of bins by exhaustive search."""
 
     def fits(left: list[int], room: tuple[int, ...]) -> bool:
         if not left:

@@ -97,7 +97,7 @@ def test_files_of_tokens_are_sources_too(folders: list[str], tmp_path: Path) -> 
     data = prepare(sources, tokenizer=str(tmp_path / "tokenizer.json"), seq_len=16, held_out=0.25)
     found = stream_text(data.train["tokens"], tokenizer), stream_text(data.validation["tokens"], tokenizer)
     assert (found[0][:-1], found[1][:-1]) == (texts[:29], texts[30:39])
-    with pytest.raises(ValueError, match=r"need the tokenizer.json they were made with; got tokenizer='bytes'"):
+    with pytest.raises(ValueError, match=r"need the tokenizer.json they were written with; got tokenizer='bytes'"):
         prepare(sources, tokenizer="bytes", seq_len=16)
 
 
@@ -114,7 +114,7 @@ def test_training_rows_are_rearranged_and_validation_is_not(folders: list[str], 
 
 
 def test_a_sequence_is_the_same_in_whatever_batch_it_is_read(folders: list[str]) -> None:
-    """Its number in the training decides how it is cut, and not its place in the batch."""
+    """A sequence's number in the training decides how it is cut, not its place in the batch."""
     data = prepare(folders, tokenizer="bytes", seq_len=64, held_out=0, fim=partial(FIM, rate=1.0))
     mixture = Mixture({name: len(rows) for name, rows in data.train.items()}, {}, total=100)
     mixed = Mixed(data, mixture)
@@ -143,7 +143,7 @@ def test_best_fit_rows_keep_documents_whole(folders: list[str]) -> None:
 
 
 def small(tmp_path: Path, files: int, characters: int, line_breaks: bool = True) -> tuple[str, list[str]]:
-    """A folder of files that share no word, none of which its name's hash holds out."""
+    """Write a folder of files that share no word, none of which is held out by its name's hash."""
     folder = tmp_path / f"{files}-files"
     folder.mkdir()
     texts = []
@@ -172,13 +172,13 @@ def test_few_documents_are_a_source(
     data = prepare([folder], tokenizer=tokenizer, seq_len=64, say=said.append)
     assert data.split == {folder: "end"}
     (line,) = said
-    assert line.startswith(f"{folder}: the last ") and "% of its text validate, as it has too few documents" in line
+    assert line.startswith(f"{folder}: validating on the last ") and "% of its text; it has too few documents" in line
     words = [set(text_of(part[folder], data.tokenizer).split()) for part in (data.train, data.validation)]
     cut_short = 4  # words at the ends of parts and of rows
     assert len(words[0] & words[1]) <= cut_short
     assert len(words[0] | words[1]) >= len(set(" ".join(texts).split())) - (70 if tokenizer == "bytes" else 40)
     again = prepare([folder], tokenizer=tokenizer, seq_len=32, split=data.split, say=said.append)
-    assert said[1:] == [line.partition(",")[0]]
+    assert said[1:] == [line.partition(";")[0]]
     assert (
         text_of(again.validation[folder], again.tokenizer)[:300]
         == text_of(data.validation[folder], data.tokenizer)[:300]
@@ -211,7 +211,7 @@ def test_a_large_source_beside_a_small_one_keeps_its_split(folders: list[str], t
 
 
 def test_whole_documents_that_are_too_short_for_a_row_are_not_enough(folders: list[str]) -> None:
-    """Of 40 files 8 are held out, which once was an error."""
+    """Hold out 8 of 40 files, which used to be an error."""
     one, said = folders[0], []
     data = prepare([one], tokenizer="bytes", seq_len=2600, held_out=0.1, say=said.append)
     assert data.split == {one: "end"} and len(said) == 1
@@ -240,7 +240,7 @@ def test_few_documents_of_tokens_are_a_source(documents: int, tmp_path: Path) ->
     data = prepare([str(path)], tokenizer=str(tmp_path / "tokenizer.json"), seq_len=64, say=said.append)
     assert data.split == {str(path): "end"}
     assert [line.partition("% ")[2] for line in said] == [
-        "of its tokens validate, as it has too few documents to hold out whole ones"
+        "of its tokens; it has too few documents to hold out whole ones"
     ]
     kept, held = (part[str(path)].batch(range(len(part[str(path)]))).tokens for part in (data.train, data.validation))
     total = sum(len(text) + 1 for text in texts)
@@ -269,7 +269,7 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
         (one, {"held_out": 1 - 1e-9}, "training part is too small"),
         (one, {"split": {"two": "end"}}, "split must name sources; got 'two'"),
         (one, {"split": {one[0]: "ends"}}, "must be one of 'documents', 'end'; got 'ends'"),
-        (one, {"split": {one[0]: "documents"}, "held_out": 1e-9}, "has no document to validate on .* split='end' hold"),
+        (one, {"split": {one[0]: "documents"}, "held_out": 1e-9}, "has no document for validation .* split='end' hold"),
     ]
     usual: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "held_out": 0.2}
     for sources, options, match in cases:

@@ -56,7 +56,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def bytes_of(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
-    """What the ids stand for, be it UTF-8 or not."""
+    """Return the bytes that the ids represent, valid UTF-8 or not."""
     if isinstance(tokenizer, ByteTokenizer):
         return bytes(ids.tolist())
     # Byte-level BPE writes a byte as the letter it is in Latin-1, or, if that cannot be seen, as the next from U+0100.
@@ -104,7 +104,7 @@ def test_empty_parts(monkeypatch: pytest.MonkeyPatch, mode: dict[str, Any], a: i
 @pytest.mark.parametrize("mode", MODES)
 @given(text=any_text, data=st.data(), sample=st.integers(0, 2**64 - 1))
 def test_undo(tokenizer: Tokenizer, mode: dict[str, Any], text: str, data: st.DataObject, sample: int) -> None:
-    """Any part of any text comes back: emoji, and characters that its ends cut."""
+    """Recover any part of any text: emoji, and characters cut at its ends."""
     ids = tokenizer.encode(text).astype(np.int64)
     begin, end = (data.draw(st.integers(0, min(4, len(ids)))) for _ in range(2))
     ids = ids[begin : len(ids) - end]
@@ -146,7 +146,7 @@ def test_pieces_are_encoded_as_an_editor_would(bpe: BPETokenizer, monkeypatch: p
 
 
 def test_incomplete_characters_stay_at_the_ends() -> None:
-    """A row of bytes begins and ends inside characters; no cut is inside another one."""
+    """Rows of bytes begin and end inside characters; no cut is inside another one."""
     ids = np.frombuffer("中文字母表中文字母表".encode()[1:-1], dtype=np.uint8)
     f = FIM(BYTES, rate=1.0, spm_rate=0.0)
     for sample in range(50):
@@ -285,7 +285,7 @@ def test_budget(tokenizer: Tokenizer, mode: dict[str, Any], text: str, budget: i
     ],
 )
 def test_what_goes_first(monkeypatch: pytest.MonkeyPatch, a: int, b: int, left: tuple[str, str, str]) -> None:
-    """The suffix's end, then the document's beginning."""
+    """Drop the suffix's end first, then the document's beginning."""
     cut_at(monkeypatch, a, b, 10)
     result = FIM(BYTES, rate=1.0, spm_rate=0.0).rearrange([*b"0123456789", EOT], 0, budget=11)
     assert bytes_between(result.ids) == tuple(piece.encode() for piece in left)
@@ -361,7 +361,7 @@ def test_every_middle_in_a_row_ends_with_the_end_of_text(rows: PackedRows, token
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_loss_on_the_middle_only(monkeypatch: pytest.MonkeyPatch, order: dict[str, Any]) -> None:
-    """Of a document that stays as it is, all of it but the first token."""
+    """Every token of an unchanged document except the first is a label."""
     cut_at(monkeypatch, 3, 7, 12)
     documents = [np.array(list(document)) for document in (b"0123456789ab", b"plain")]
     batch = FIMRows(pack(documents, 18, EOT), FIM(BYTES, rate=1.0, loss="middle", **order)).batch([0])
@@ -370,7 +370,7 @@ def test_loss_on_the_middle_only(monkeypatch: pytest.MonkeyPatch, order: dict[st
 
 
 def test_a_row_that_comes_out_shorter_is_padded(bpe: BPETokenizer) -> None:
-    """Letters that were encoded one by one are encoded as words."""
+    """Encode letters that were encoded one by one as words."""
     letters = np.concatenate(bpe.encode_batch(list(TEXTS[0][:257])))
     rows = pack([letters], 256, bpe.eot_id)
     batch = FIMRows(rows, FIM(bpe, rate=1.0, spm_rate=0.0)).batch([0])
@@ -544,7 +544,7 @@ def test_samples() -> None:
 
 
 def test_speed() -> None:
-    """At least 0.5 M tokens a second and core are wanted; half of that here, in processor time, for busy machines."""
+    """Require 0.25 M tokens per second and core in processor time, half of the goal, to allow for busy machines."""
     pytest.importorskip("tokenizers")
     texts = [path.read_text("utf-8") for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:20]]
     tokenizer = BPETokenizer.train(texts, 4096)

@@ -142,7 +142,7 @@ def test_resuming_with_the_same_weights_changes_nothing() -> None:
 
 @pytest.mark.parametrize("consumed", [1, 700, 5000])
 def test_the_seed_of_the_past_stays_whatever_resumes_it(consumed: int) -> None:
-    """In what was read as in what comes: the rest of an epoch is known by the seed that began it."""
+    """Read the rest of an epoch by the seed that began it, for past and future sequences."""
     whole = np.stack(mixture(seed=3).sequences(0, 9000))
     resumed = mixture(seed=4).resumed(mixture(seed=3).state(), consumed)
     assert resumed.seed == 3 and resumed.state()["seed"] == 3
@@ -151,7 +151,7 @@ def test_the_seed_of_the_past_stays_whatever_resumes_it(consumed: int) -> None:
 
 
 def test_the_same_sources_in_another_order_are_refused() -> None:
-    """A batch has them by their numbers: it would read the wrong ones."""
+    """Batches refer to sources by number, so another order would read the wrong ones."""
     turned = Mixture(dict(reversed(ROWS.items())), WEIGHTS, total=20_000)
     with pytest.raises(ValueError, match="rows have changed: they were"):
         turned.resumed(mixture().state(), 100)
@@ -197,7 +197,7 @@ def test_seeds_and_sources_have_orders_of_their_own() -> None:
 
 
 def test_permutations_are_even() -> None:
-    """Each place of ten holds each row of ten as often, and the stream is fixed for good."""
+    """Check that each row is equally frequent at each place, and that the stream never changes."""
     counts = np.zeros((10, 10))
     for epoch in range(2000):
         counts[np.arange(10), permutation(10, 0, epoch)] += 1

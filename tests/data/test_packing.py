@@ -22,7 +22,7 @@ corpora = st.lists(st.lists(st.integers(0, EOT), max_size=12), max_size=12)
 
 
 def slow_rows(documents: list[list[int]], seq_len: int) -> list[dict[str, list[int]]]:
-    """One Python step per token."""
+    """Pack with one Python step per token."""
     stream = [(token, i) for i, d in enumerate(documents) if d for token in [*d, EOT]]
     rows = []
     for first in range(0, len(stream) - seq_len, seq_len):

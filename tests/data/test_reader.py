@@ -22,7 +22,7 @@ TEXTS = ["first\n", "zweiter é", "third <|endoftext|>"]
 
 
 def zst(content: bytes) -> bytes:
-    """Two frames, as files that were joined have."""
+    """Compress into two frames, like concatenated files."""
     half = len(content) // 2
     return b"".join(zstandard.compress(part) for part in (content[:half], content[half:]))
 
@@ -35,7 +35,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {".jsonl": bytes, ".jsonl.gz": gzi
 
 
 def write_table(path: Path, texts: list[str], column: str = "text") -> None:
-    """One of the kinds of files with columns, by its suffix."""
+    """Write a file with columns, of the kind given by its suffix."""
     if path.suffix == ".parquet":
         parquet(path, **{column: texts, "n": range(len(texts))})
         return

@@ -129,7 +129,7 @@ def test_datatrove_reads_what_we_write(tmp_path: Path, vocab_size: int) -> None:
         within = document[at]
         expected = np.arange(seq_len + 1) - np.searchsorted(within, within)
         assert theirs[i]["positions"].tolist() == expected.tolist()
-    # The merger reads metadata, index and data, and writes all three anew.
+    # The merger reads metadata, index and data, and rewrites all three.
     merger.DocumentTokenizerMerger(str(tmp_path), str(tmp_path / "merged"), "all", shuffle=False, progress=False).run()
     merged = read_ds(tmp_path / "merged" / "000_all.ds", vocab_size=vocab_size)
     assert documents_of(merged) == documents_of(file)
@@ -230,7 +230,7 @@ def text(content: str) -> Callable[[bytes], bytes]:
 
 @pytest.fixture
 def ds(tmp_path: Path) -> Path:
-    """Documents that end at tokens 4, 6 and 11."""
+    """Write documents that end at tokens 4, 6 and 11."""
     documents = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6, 7, 8])]
     write_ds(tmp_path / "x.ds", documents, vocab_size=VOCAB, eot_id=EOT)
     return tmp_path / "x.ds"
@@ -255,7 +255,7 @@ def ds(tmp_path: Path) -> Path:
         ("", add(22), "goes on to token 22 (byte 44); it would be right for 4-byte tokens"),
         ("", put(10, "<H", 1000), "x.ds: token 5 (byte 10) is 1000; ids must be in [0, vocab_size=1000)"),
         (".metadata", text("x|4\n11"), "2-byte tokens"),
-        (".metadata", text("x|3\n11"), "x.ds.metadata: line 1 must end in |2 or |4, bytes a token; got 'x|3'"),
+        (".metadata", text("x|3\n11"), "x.ds.metadata: line 1 must end in |2 or |4, bytes per token; got 'x|3'"),
         (".metadata", text("x|2\n12"), "line 2 says 12 tokens; {folder}/x.ds and its index have 11"),
         (".metadata", text("x|2"), "line 2 must be a number of tokens; got []"),
         (".metadata", text("x|2\n-1"), "line 2 must be a number of tokens; got ['-1']"),
@@ -283,7 +283,7 @@ def test_missing_files_of_ds(ds: Path) -> None:
 
 
 def megatron(path: Path, code: int, lengths: list[int], bounds: list[int], tokens: list[int]) -> Path:
-    """A `.bin` and its `.idx`, by the format's description."""
+    """Write a `.bin` and its `.idx` according to the format's description."""
     dtype = np.dtype(MEGATRON_DTYPES[code])
     np.array(tokens, dtype).tofile(path)
     starts = [sum(lengths[:i]) * dtype.itemsize for i in range(len(lengths))]
@@ -295,7 +295,7 @@ def megatron(path: Path, code: int, lengths: list[int], bounds: list[int], token
 
 @pytest.fixture
 def mmididx(tmp_path: Path) -> Path:
-    """Documents of two sequences, none, and two; tables at bytes 34, 50 and 82, the end at byte 114."""
+    """Write documents of two, zero and two sequences; tables at bytes 34, 50 and 82, the end at byte 114."""
     return megatron(tmp_path / "x.v1.bin", 8, [3, 0, 2, 4], [0, 2, 2, 4], list(range(9)))
 
 
@@ -481,7 +481,7 @@ def test_split(documents: list[list[int]], held_out: float, tmp_path_factory: py
 
 @pytest.mark.parametrize("length", [300, 5000])
 def test_split_at_the_end_loses_no_document_and_adds_none(length: int, tmp_path: Path) -> None:
-    """Where the cut is a bound, both parts have whole documents; else one has its end in the other part."""
+    """A cut at a document boundary leaves whole documents; any other splits one document."""
     documents = [[i] * length for i in range(20)]
     write_ds(tmp_path / "x.ds", map(np.array, documents), vocab_size=VOCAB, eot_id=EOT)
     written = [[*document, EOT] for document in documents]

@@ -194,7 +194,7 @@ def test_a_file_by_others(bpe: BPETokenizer, tmp_path: Path) -> None:
 
 
 def test_ids_may_have_gaps(bpe: BPETokenizer, tmp_path: Path) -> None:
-    """`vocab_size` is what an embedding needs: more than the highest id, and not how many ids there are."""
+    """`vocab_size` is the size an embedding needs, one more than the highest id, not the number of ids."""
     bpe.save(tmp_path / "gaps.json")
     content = json.loads((tmp_path / "gaps.json").read_text("utf-8"))
     vocabulary = content["model"]["vocab"]
@@ -220,7 +220,7 @@ LONG = {
 
 
 def words_of(tokenizer: BPETokenizer, text: str) -> list[str]:
-    """As they are handed to BPE, a character for a byte."""
+    """Return the words passed to BPE, with one character per byte."""
     return [word for word, _ in tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)]
 
 

@@ -52,7 +52,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, str], Compiled]:
-    """By name and target. One call for all: most of the time goes into starting the workers."""
+    """Compile all at once, as starting the workers takes most of the time; return results by name and target."""
     kinds = {name: recorded(launch)[0] for name, launch in LAUNCHES.items()}
     # A launcher that promises 16-byte accesses for rows that do not start on 16 bytes.
     arguments = kinds["rows"].arguments

@@ -28,7 +28,7 @@ def words_to_float32(words: np.ndarray) -> torch.Tensor:
 
 
 def rounding_cases() -> torch.Tensor:
-    """Every sign, exponent and kept mantissa with its ties and their neighbours, random words, special values."""
+    """Generate every sign, exponent and kept mantissa with ties and neighbours, random words and special values."""
     kept = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
     around = [kept + np.uint32(low) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
     random = np.random.default_rng(0).integers(0, 1 << 32, size=1 << 16, dtype=np.uint32)
@@ -265,7 +265,7 @@ def fma_kernel(x, y, z, target, COUNT: tl.constexpr):
 
 
 def rounded_once(x: float, y: float, z: float) -> float:
-    """x * y + z to the nearest float32, ties to even, by comparing candidates in exact rationals."""
+    """Round x * y + z to the nearest float32, ties to even, by comparing candidates in exact rationals."""
     exact = Fraction(x) * Fraction(y) + Fraction(z)
     near = np.float32(float(exact))
     candidates = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]

@@ -1,4 +1,4 @@
-"""Which launches are of one kind: those for which Triton would use one binary."""
+"""Tests of which launches are of the same kind: those for which Triton would use one binary."""
 
 import pytest
 import torch

@@ -29,7 +29,7 @@ Plant = Callable[[ModuleType, str, str], Any]
 
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
-    """`plant(module, line, changed)` is the module with the first such line changed; `sys.path` leads to it."""
+    """Return a function `plant(module, line, changed)` that imports the module with its first such line changed."""
     monkeypatch.syspath_prepend(str(tmp_path))
     names = []
 
@@ -59,7 +59,7 @@ def rows(planted: Any, V: int = 1500, dtype: torch.dtype = torch.float32) -> Non
 
 
 def adamw(planted: Any, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, numel: int = 9000) -> None:
-    """A step of two parameters; the first lies `offset` elements into its memory."""
+    """Step two parameters; the first lies `offset` elements into its memory."""
     monkeypatch.setattr(optimizer, "update", planted.update)
     memory = np.zeros(numel + 8, dtype=np.float32)  # no tensor's: what lies beside the parameter is nobody's
     parameters = [torch.from_numpy(memory[offset:][:numel]).requires_grad_(), torch.randn(10, requires_grad=True)]
@@ -94,7 +94,7 @@ def test_a_missing_tail_store(plant: Plant) -> None:
 
 
 def test_a_racing_accumulation(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every program updates the first chunk of its tensor."""
+    """Let every program update the first chunk of its tensor."""
     planted = plant(optimizer, CHUNK_START, "start = (chunk * 0).to(tl.int64)")
     with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 1 of 4, loads what program 0 stored"):
         adamw(planted, monkeypatch)

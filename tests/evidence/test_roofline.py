@@ -37,7 +37,7 @@ def test_launches_follow_one_another() -> None:
 
 
 def test_known_orders_of_magnitude() -> None:
-    """An 8192 x 4096 x 128256 GEMM on an H100 is about 12 ms, and 28 GB of AdamW about 9 ms."""
+    """Expect about 12 ms for an 8192 x 4096 x 128256 GEMM on an H100, and about 9 ms for 28 GB of AdamW."""
     gemm = launch(dot=2 * 8192 * 4096 * 128256, dram=2 * (8192 * 4096 + 4096 * 128256 + 8192 * 128256))
     assert 0.010 < seconds(H100, [gemm]) < 0.014
     assert 0.008 < seconds(H100, [launch(dram=28e9)]) < 0.010

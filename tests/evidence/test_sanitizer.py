@@ -134,7 +134,7 @@ def test_integer_atomics_are_fine() -> None:
 
 @triton.jit
 def two_accesses_kernel(x_ptr, out_ptr, FIRST: tl.constexpr, SECOND: tl.constexpr, SEM: tl.constexpr):
-    """The last program does one thing to an element, and those before it another."""
+    """Access an element in one way by the last program and in another way by those before it."""
     n = tl.program_id(0)
     last = n == tl.num_programs(0) - 1
     if ((not last) and FIRST == "load") or (last and SECOND == "load"):
@@ -185,7 +185,7 @@ def test_what_others_updated_is_not_read_after_an_update_of_ones_own() -> None:
 
 @triton.jit
 def shift_kernel(x_ptr, BLOCK: tl.constexpr):
-    """In place, each program reads one element of its right neighbour."""
+    """Shift in place: each program reads one element of its right neighbour."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x_ptr + i, tl.load(x_ptr + i + 1))
 
@@ -278,7 +278,7 @@ def test_the_last_program_may_read_what_the_others_stored() -> None:
 
 
 def test_running_again_leaves_the_first_results() -> None:
-    """Of a kernel in place, that a second run would spoil."""
+    """Run a kernel that works in place, which a second run would corrupt."""
     rows = list(torch.zeros(4, 20))
     with sanitizing():
         table_kernel[(4,)](torch.tensor([row.data_ptr() for row in rows]), 20, BLOCK=32)

@@ -142,7 +142,7 @@ def test_atomics_read_and_write() -> None:
 @pytest.mark.parametrize(("dtype", "bytes_a_parameter"), [(torch.float32, 28), (torch.bfloat16, 14)])
 @pytest.mark.parametrize("dry", [False, True])
 def test_adamw(dtype: torch.dtype, bytes_a_parameter: int, dry: bool) -> None:
-    """Reads parameter, gradient and two moments, writes all but the gradient."""
+    """Count reads of parameter, gradient and two moments, and writes of all but the gradient."""
     p = torch.zeros(1 << 17, dtype=dtype, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = FusedAdamW([p])

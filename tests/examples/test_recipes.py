@@ -47,7 +47,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def recipe(name: str) -> ModuleType:
-    """A module of examples/, with our own code even for few logits."""
+    """Import a module of examples/, disabling the fallback to torch's loss for few logits."""
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))  # they import each other as scripts do
     targets.SMALL.update(dict.fromkeys(targets.SMALL, -1))
@@ -56,7 +56,7 @@ def recipe(name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts back what `recipe` changes, which has to work in processes without pytest, too."""
+    """Undo the changes of `recipe`, which must also work in processes without pytest."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name, value in targets.SMALL.items():
         monkeypatch.setitem(targets.SMALL, name, value)
@@ -70,7 +70,7 @@ def ordinary(
     eps: float = 1e-8,
     **shape: int,
 ) -> list[float]:
-    """The losses of torch's AdamW and torch's loss, with no llmfast."""
+    """Train with torch's AdamW and torch's loss only, and return the losses."""
     torch.manual_seed(0)
     model = recipe("tiny_gpt").TinyGPT(**shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=eps)
@@ -96,7 +96,7 @@ def assert_same(ours: list[float], torchs: list[float], rtol: float = 2e-5) -> N
 
 
 def of_all_ranks(streams: list[Batches], each: int = 1) -> Batches:
-    """Every rank's next batches, so many of each, as one."""
+    """Join the next `each` batches of every rank into one."""
     while True:
         parts = [next(stream) for stream in streams for _ in range(each)]
         yield torch.cat([tokens for tokens, _ in parts]), torch.cat([labels for _, labels in parts])
@@ -212,7 +212,7 @@ def test_the_step_to_capture_is_an_ordinary_step() -> None:
 
 
 def test_the_step_to_capture_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels run in the interpreter; the second step finds what it would find while a graph is captured."""
+    """Run the kernels in the interpreter; the second step sees the state it would see during capture."""
     module, tiny = recipe("cuda_graph"), recipe("tiny_gpt")
     data, losses = tiny.batches(2, context=8), []
     with pretending_cuda():
@@ -230,7 +230,7 @@ def test_the_step_to_capture_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_captured_step_trains_as_an_ordinary_one() -> None:
-    """In a process of its own: in this one, kernels are the interpreter's."""
+    """Run in a separate process, because this one interprets kernels."""
     code = """if True:
         import torch
         if torch.cuda.is_available():
@@ -301,7 +301,7 @@ def test_fsdp2_in_float32_is_plain_training(ranks: Ranks) -> None:
 
 
 def sharded_gradients(rank: int, world: int) -> dict[str, Tensor]:
-    """Of torchtitan's loss without logits, under FSDP2 that adds gradients up, as in torchtitan."""
+    """Return gradients of torchtitan's loss without logits, under FSDP2 that sums gradients as in torchtitan."""
     module = recipe("torchtitan_loss")
     torch.manual_seed(0)
     model = module.Model(context=16, layers=1)
@@ -355,7 +355,7 @@ def test_commands_name_what_there_is() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_llmfasts_lines_are_in_the_readme(script: Path) -> None:
-    """The functions and classes of llmfast that a script imports, and no others, are in its row."""
+    """Expect exactly the functions and classes of llmfast that a script imports in its row."""
     imports = (node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom))
     names = {alias.name for node in imports if (node.module or "").startswith("llmfast") for alias in node.names}
     row = rows_of_the_table()[script.name]

@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture
 def make() -> Callable[..., Any]:
-    """A model of that name, in training mode; further arguments go to its config."""
+    """Create a model of that class in training mode; further arguments go to its config."""
 
     def build(name: str, **changes: Any) -> nn.Module:
         import transformers

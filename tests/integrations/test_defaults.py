@@ -1,4 +1,4 @@
-"""What Hugging Face's models compute does not depend on torch's default device and dtype."""
+"""Tests that Hugging Face models compute the same under other default devices and dtypes of torch."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Without the extra: importing llmfast asks for nothing, and who asks for an integration is told what to install."""
+"""Tests without the extra: importing llmfast needs nothing, and importing an integration names what to install."""
 
 import importlib
 import subprocess

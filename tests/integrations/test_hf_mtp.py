@@ -50,7 +50,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def by_hand(model: Any, inputs: dict[str, Tensor], weights: list[float], documents: Tensor) -> Tensor:
-    """The loss of a Llama with heads, of its modules called one by one, with logits."""
+    """Compute the loss of a Llama with heads by calling its modules one by one, with logits."""
     ids, labels = inputs["input_ids"], inputs["labels"]
     T = ids.shape[1]
     trunk, last = model.model, model.model.layers[-1]
@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_modules_called_by_hand(make: Make, kind
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tied", "gpt2", "gpt", "gemma2", "deepseek", "mixtral", "ernie", "phi"])
 def test_every_class_of_models(make: Make, name: str, kind: Any) -> None:
-    """All heads learn, and the next token's is the model's own."""
+    """All heads learn, and the next token's loss is the model's own."""
     model = make(name)
     theirs = model(**batch()).loss.item()
     add_mtp(model, 2, kind, head_weights=[1, 0, 0])
@@ -303,7 +303,7 @@ def test_saved_and_loaded(make: Make, tmp_path: Path, name: str, kind: Any) -> N
 
 
 def test_changed_head_weights_are_saved(make: Make, tmp_path: Path) -> None:
-    """A run that is stopped goes on with the weights that its schedule had come to."""
+    """A resumed run continues with the weights that its schedule had reached."""
     model = add_mtp(make("llama"), 2, head_weights=[1, 0.5, 0.25])
     set_head_weights(model, [1, 0.125, 0])
     model.save_pretrained(tmp_path)
@@ -398,10 +398,10 @@ def test_refuses_what_does_not_fit_and_leaves_it_alone(make: Make) -> None:
 def test_refuses_one_after_the_other(make: Make) -> None:
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel"):
         add_mtp(nn.Linear(2, 2), 1)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is already fused"):
         add_mtp(fuse_loss(make("llama")), 1)
     model = add_mtp(make("llama"), 1)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is already fused"):
         fuse_loss(model)
     with pytest.raises(ValueError, match="model must have been fused by fuse_loss"):
         unfuse_loss(model)

@@ -47,7 +47,7 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def trainer(model: Any, folder: Path, optimizer: Any = AdamW, given: str = "class", **arguments: Any) -> Any:
-    """`given` says how the optimizer reaches the Trainer; `optimizer` is a class, or one with its keywords."""
+    """Create a Trainer; `given` says how it receives the optimizer, a class or one with its keywords."""
     cls, hyper = optimizer if isinstance(optimizer, tuple) else (optimizer, HYPER)
     args = transformers.TrainingArguments(
         **{
@@ -108,7 +108,7 @@ def test_resumes_from_a_checkpoint_of_either(make: Make, tmp_path: Path, saved_b
 
 
 def test_accumulation_weighs_tokens_and_not_micro_batches(make: Make, tmp_path: Path) -> None:
-    """Rows of different length: a mean of means would be another curve."""
+    """Rows differ in length, so a mean of means would give a different curve."""
     whole = curve(
         fuse_loss(make("llama")), tmp_path, FusedAdamW, per_device_train_batch_size=4, gradient_accumulation_steps=1
     )
@@ -121,8 +121,10 @@ def test_accumulation_weighs_tokens_and_not_micro_batches(make: Make, tmp_path: 
 
 
 def test_clipping_by_the_trainer_or_by_the_optimizer(make: Make, tmp_path: Path) -> None:
-    """One of the two: the Trainer's `max_grad_norm=0` leaves it to FusedAdamW, which gets rid of a pass. With both, a
-    gradient that was clipped is not clipped again."""
+    """Clip in one of the two: with the Trainer's `max_grad_norm=0`, FusedAdamW clips and saves a pass.
+
+    With both, a gradient that was clipped is not clipped again.
+    """
     norm = 0.5
     by_trainer = trainer(fuse_loss(make("llama")), tmp_path, FusedAdamW, max_grad_norm=norm)
     by_optimizer = trainer(
@@ -154,7 +156,7 @@ def with_fp16(accelerator: Any, scaler: torch.amp.GradScaler) -> None:
 
 
 def test_float16(make: Make, tmp_path: Path) -> None:
-    """The Trainer scales the loss, takes the scale out again to clip, and leaves out steps that overflow."""
+    """The Trainer scales the loss, unscales to clip, and skips steps that overflow."""
 
     def scaled(model: Any, optimizer: Any) -> tuple[Tensor, float, float]:
         made = trainer(model, tmp_path, optimizer, lr_scheduler_type="constant")
@@ -215,7 +217,7 @@ def test_lora(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_accelerates_own_loop(make: Make, precision: str) -> None:
-    """In 16 bits the curve is no further from the one in 32 than torch's own."""
+    """Curves in 16 bits are as close to the one in 32 bits as torch's own."""
 
     def loop(precision: str, fused: bool) -> Tensor:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -53,7 +53,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
 
 class Batches:
-    """One epoch of them. Lightning goes on within an epoch if its loader says where it is, and else begins it anew."""
+    """Loader of one epoch. Lightning resumes within an epoch if its loader saves its position, and else repeats it."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -149,7 +149,7 @@ def test_fp16_leaves_out_steps_that_overflow(tmp_path: Path) -> None:
 
 
 def test_clipped_once_by_lightning_or_by_the_optimizer(tmp_path: Path) -> None:
-    """`max_grad_norm` gets rid of a pass. With both, a gradient that was clipped is not clipped again."""
+    """Clipping by `max_grad_norm` saves a pass. With both, a gradient that was clipped is not clipped again."""
     by_lightning = curve(Module(ours=True), tmp_path, gradient_clip_val=0.1)
     assert_follows(curve(Module(ours=True, max_grad_norm=0.1), tmp_path), by_lightning)
     both = Module(ours=True, max_grad_norm=0.1)

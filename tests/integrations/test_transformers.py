@@ -38,7 +38,7 @@ def plain(V: int = 320, T: int = 12) -> Batch:
 
 
 def padded() -> Batch:
-    """The second row ends early, and of the first a prompt is not learnt."""
+    """Return a batch whose second row ends early, and whose first row has a prompt without labels."""
     batch = plain()
     mask, labels = torch.ones_like(batch["input_ids"]), batch["labels"].clone()
     mask[1, 7:] = 0
@@ -47,14 +47,14 @@ def padded() -> Batch:
 
 
 def packed() -> Batch:
-    """Three documents in one row, as the collator for flattening makes them."""
+    """Return three documents in one row, as the flattening collator packs them."""
     ids, positions = plain()["input_ids"].view(1, -1), torch.cat([torch.arange(n) for n in (5, 9, 10)])
     labels = ids.masked_fill(positions == 0, -100)
     return {"input_ids": ids, "labels": labels, "position_ids": positions[None], "use_cache": False}
 
 
 def result(model: nn.Module, *batches: Batch) -> Result:
-    """The sum of losses, and its gradient."""
+    """Return the sum of losses and its gradient."""
     model.zero_grad()
     losses = [model(**batch).loss for batch in batches]
     for loss in losses:
@@ -159,7 +159,7 @@ def test_compiles_without_a_break(make: Make) -> None:
 
 
 def test_grad_scaler_and_float16(make: Make) -> None:
-    """Gradients that are scaled up through the loss, and an optimizer that takes them down again."""
+    """Gradients are scaled up through the loss, and the optimizer unscales them."""
     from llmfast.optim import FusedAdamW
 
     def curve(fused: bool) -> list[float]:
@@ -220,7 +220,7 @@ def test_without_labels_nothing_changes(make: Make, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_past_key_values(make: Make) -> None:
-    """What was read before is in the cache, with labels for the rest and without."""
+    """Put the beginning in the cache, and pass the rest with labels and without."""
     model, ids = make("qwen3").eval(), plain()["input_ids"]
 
     def continued(**labels: Tensor) -> Any:
@@ -235,7 +235,7 @@ def test_past_key_values(make: Make) -> None:
 
 
 def test_one_fused_and_one_not(make: Make) -> None:
-    """Of the same class, in turns."""
+    """Alternate between models of the same class."""
     theirs, ours = make("gemma2"), fuse_loss(make("gemma2"))
     wanted = result(theirs, padded())
     assert_same(result(ours, padded()), wanted)
@@ -313,7 +313,7 @@ def test_looks_like_the_class_it_was(make: Make) -> None:
 
 
 def state(model: nn.Module) -> Any:
-    """All of a model that fusing could change."""
+    """Return everything in a model that fusing could change."""
     modules = [
         (
             *(type(m), m.training, sorted(vars(m)), list(m._forward_hooks.values())),
@@ -365,7 +365,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("head", ["of the root", "kept", "freed"])
 def test_sharded_by_fsdp2(make: Make, head: str) -> None:
-    """The loss needs the output embedding's weight after that module is done."""
+    """Use the output embedding's weight after the forward of its module, as the loss does."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -384,7 +384,7 @@ def test_sharded_by_fsdp2(make: Make, head: str) -> None:
     loss, gradients = result(model, padded())
     local = {name: g.full_tensor() for name, g in gradients.items() if isinstance(g, DTensor)}
     assert_same((loss, local), wanted)
-    with pytest.raises(ValueError, match="FSDPLlamaForCausalLM was made of it since"):
+    with pytest.raises(ValueError, match="it is now a FSDPLlamaForCausalLM"):
         unfuse_loss(model)
 
 
@@ -534,12 +534,12 @@ def test_a_loss_written_out_by_hand(make: Make, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("temperature of its own", "multiplies or divides its logits by a Tensor"),
-        ("operators", "asks them for __neg__"),
-        ("part of the vocabulary", "takes a part of its vocabulary"),
+        ("temperature of its own", "must multiply or divide its logits by numbers; got a Tensor"),
+        ("operators", "accesses their __neg__"),
+        ("part of the vocabulary", "selects part of its vocabulary"),
         ("log_softmax", "uses torch's log_softmax"),
-        ("mean", "asks them for .mean"),
-        ("other head", "does not make its loss by cross_entropy of its output embedding"),
+        ("mean", "accesses their .mean"),
+        ("other head", "does not compute its loss by cross_entropy of its output embedding"),
     ],
 )
 def test_refuses_what_it_cannot_follow_and_leaves_it_alone(make: Make, how: str, reason: str) -> None:
@@ -553,7 +553,7 @@ def test_refuses_what_it_cannot_follow_and_leaves_it_alone(make: Make, how: str,
 
 
 def test_a_loss_function_of_the_users(make: Make) -> None:
-    """One that is made of cross-entropy is honoured; another is refused, or an error later on."""
+    """A custom loss made of cross-entropy is honoured; any other is rejected or fails later."""
 
     def doubled(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         return 2 * F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
@@ -571,9 +571,9 @@ def test_a_loss_function_of_the_users(make: Make) -> None:
         theirs = result(model, plain())
         assert_same(result(fuse_loss(model), plain()), theirs)
     model.loss_function = entropic
-    with pytest.raises(AttributeError, match=r"needs its logits for more than a loss: it asks them for \.softmax"):
+    with pytest.raises(AttributeError, match=r"must use its logits only for a loss; it accesses their \.softmax"):
         model(**plain())
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* asks them for \.softmax"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* accesses their \.softmax"):
         fuse_loss(unfuse_loss(model))
 
 
@@ -628,7 +628,7 @@ def test_refuses_an_adapter_that_is_no_sum(make: Make) -> None:
 def test_refuses_a_head_that_changes_its_input(make: Make) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* asks its input for __mul__"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be fused: .* accesses its input's __mul__"):
         fuse_loss(peft.get_peft_model(make("llama"), config))
 
 
@@ -638,7 +638,7 @@ def test_refuses_models_that_are_none(make: Make) -> None:
     with pytest.raises(ValueError, match="the forward of LlamaModel takes no labels"):
         fuse_loss(make("llama").model)
     t5 = transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is no decoder-only model"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is not a decoder-only model"):
         fuse_loss(transformers.T5ForConditionalGeneration(t5))
     with pytest.raises(ValueError, match="holds no values"):
         fuse_loss(make("llama").to("meta"))
@@ -649,7 +649,7 @@ def test_refuses_what_was_done_before(make: Make) -> None:
     with pytest.raises(ValueError, match="model must have been fused by fuse_loss; this LlamaForCausalLM was not"):
         unfuse_loss(model)
     fuse_loss(model)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is already fused"):
         fuse_loss(model)
     unfuse_loss(model)
     model.forward = model.forward

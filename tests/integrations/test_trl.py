@@ -40,7 +40,7 @@ def example() -> dict[str, Any]:
 
 
 def rows(count: int = 80) -> Any:
-    """Sequences of 4 to 16 tokens that count up; the first two are not learnt."""
+    """Return sequences of 4 to 16 ascending tokens; the first two have no labels."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(3, 40, (count,), generator=generator).tolist()
     lengths = torch.randint(4, 17, (count,), generator=generator).tolist()
@@ -54,7 +54,7 @@ def tokenizer() -> Any:
 
 
 def trainer(kind: Any, model: Any, folder: Path, optimizer: Any = AdamW, **given: Any) -> Any:
-    """`given`: arguments of SFTTrainer, and others of SFTConfig."""
+    """Create an SFTTrainer; `given` holds its arguments and those of SFTConfig."""
     names = ("peft_config", "compute_metrics", "optimizers")
     to_trainer = {name: given.pop(name) for name in names if name in given}
     if "optimizers" not in to_trainer:
@@ -125,7 +125,7 @@ SMOOTHED = {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 1}
 
 @pytest.mark.parametrize("given", [{}, {"packing": True}, SMOOTHED], ids=["padded", "packed", "smoothed"])
 def test_the_models_own_loss(make: Make, tmp_path: Path, example: dict[str, Any], given: dict[str, Any]) -> None:
-    """As the example shows it: TRL's curve and evaluation, with padding, documents packed in a row, and smoothing."""
+    """Match TRL's curve and evaluation as the example does, with padding, packed documents and smoothing."""
 
     def evaluated(kind: Any, model: Any, optimizer: Any, **given: Any) -> tuple[Tensor, float]:
         made = trainer(kind, model, tmp_path, optimizer, eval_packing=False, **given)

@@ -91,7 +91,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def test_one_parallel_head_is_the_plain_decoder() -> None:
-    """To the last bit: parameters from the same seed, hidden states, gradients."""
+    """Compare parameters of the same seed, hidden states and gradients bit for bit."""
     models = []
     for options in ({}, {"mtp": "parallel", "mtp_heads": 1}):
         torch.manual_seed(0)

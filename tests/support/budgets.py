@@ -1,4 +1,4 @@
-"""What the machine code of each kernel must be like, for every kind of launch that the tests made."""
+"""Budgets for the machine code of each kernel, for every kind of launch that the tests made."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float64": 64}
 
 
 def violations(compiled: Compiled) -> Iterator[str]:
-    """Sentences on what is wrong with the machine code of one kind of launch."""
+    """Yield sentences that describe violations of the budget by one kind of launch."""
     kind, facts = compiled.kind, compiled.facts
     if kind.options.get("debug"):
         return  # assertions cost what they cost
@@ -30,7 +30,7 @@ def violations(compiled: Compiled) -> Iterator[str]:
 
 
 def _shared_limit(compiled: Compiled) -> int:
-    """In bytes. What every GPU has is enough for all but the product, which keeps slices of its factors there."""
+    """Return the shared memory limit in bytes: small except for the product, which keeps slices of factors there."""
     if compiled.kind.name != "filtered_matmul_kernel":
         return 48 << 10
     return (64 if compiled.target.startswith("gfx") else 100) << 10
@@ -42,7 +42,7 @@ def _constant(compiled: Compiled, name: str) -> int:
 
 
 def _row_bits(compiled: Compiled, name: str = "logits_ptr") -> int:
-    """The width of access that the rows' strides and addresses allow, as the launcher worked it out."""
+    """Return the width of access that strides and addresses of the rows allow, as computed by the launcher."""
     return _constant(compiled, "VECTOR") * _BITS[compiled.kind.arguments[name]["dtype"]]
 
 
@@ -51,7 +51,7 @@ def _has(compiled: Compiled, name: str) -> bool:
 
 
 def _rows(compiled: Compiled) -> Iterator[str]:
-    """All loops as wide as the rows allow, and a thread folds its own logits: it waits for nobody inside a loop."""
+    """Require loops as wide as the rows allow, and no waiting inside a loop, as each thread folds its own logits."""
     bits = _row_bits(compiled)
     others = {128} if _has(compiled, "bias_ptr") or _has(compiled, "class_weights_ptr") else set()
     if _has(compiled, "d_logits_ptr"):
@@ -85,13 +85,13 @@ def _rows_backward(compiled: Compiled) -> Iterator[str]:
 
 
 def _order(compiled: Compiled, order: str) -> Iterator[str]:
-    """Threads that read or write what others write wait for them, where a program has more than one warp."""
+    """Require that threads wait before they access what other warps write, if a program has several warps."""
     if compiled.facts.num_warps > 1 and order not in compiled.facts.orders:
         yield f"does not take this order: {order}"
 
 
 def _update(compiled: Compiled) -> Iterator[str]:
-    """One loop for whole tiles, 16 bytes at a time; one for ends and misaligned views."""
+    """Require one loop for whole tiles, 16 bytes at a time, and one for ends and misaligned views."""
     kind = compiled.kind
     loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]  # one more may store zeros alone
     widths = {name: _TYPE_BITS[kind.arguments[name]["constant"]["triton_type"]] for name in _tensors_of_update(kind)}
@@ -108,17 +108,17 @@ def _update(compiled: Compiled) -> Iterator[str]:
         yield f"has {wide[0].barriers} barriers in a loop"
     limit = 100 if _constant(compiled, "RULE") == "adam" and set(widths.values()) == {32} else 220
     if wide[0].instructions > limit * elements:
-        yield f"takes {wide[0].instructions / elements} instructions an element"
+        yield f"takes {wide[0].instructions / elements} instructions per element"
 
 
 def _tensors_of_update(kind: Specialization) -> list[str]:
-    """Those that there are; the parameter itself is not read where a float32 copy is."""
+    """Return the tensors of an update; the parameter itself is not read if there is a float32 copy."""
     names = ["PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "LOW_TYPE"]
     return [name for name in names if kind.arguments[name]["constant"] is not None]
 
 
 def _norm(compiled: Compiled) -> Iterator[str]:
-    """One loop for whole tiles, 16 bytes at a time; one for ends and misaligned views."""
+    """Require one loop for whole tiles, 16 bytes at a time, and one for ends and misaligned views."""
     loops = compiled.facts.hot_loops
     if len(loops) != 2 or {128} not in [loop.access_bits for loop in loops]:
         yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops"
@@ -148,7 +148,7 @@ def _filtered_matmul(compiled: Compiled) -> Iterator[str]:
 
 
 def _anything(compiled: Compiled) -> Iterator[str]:
-    """A kernel that works on a number or two a tensor."""
+    """Accept a kernel that works on one or two numbers per tensor."""
     return iter(())
 
 

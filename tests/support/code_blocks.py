@@ -31,7 +31,7 @@ def blocks(text: str, *languages: str) -> list[Block]:
 
 
 def missing_modules(page: Path) -> set[str]:
-    """What the page's Python imports and this environment does not have."""
+    """Return the modules that a page's Python imports and this environment lacks."""
     names = set()
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         for node in ast.walk(ast.parse(block.code)):
@@ -53,7 +53,7 @@ def run_python(page: Path) -> int:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command in shell blocks, without comments and variables before it."""
+    """Yield the words of each command in shell blocks, without comments and leading variables."""
     for block in blocks(text, *SHELL):
         for line in block.code.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
@@ -65,7 +65,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def expect_command(words: list[str]) -> None:
-    """Fails if the command names a sub-command, option, setting, verb or file that does not exist."""
+    """Fail if the command names a sub-command, option, setting, make target or file that does not exist."""
     program, *rest = words
     if program == "torchrun":
         expect_llmfast(rest[rest.index("llmfast.cli") + 1 :])
@@ -85,7 +85,7 @@ def expect_command(words: list[str]) -> None:
 
 
 def expect_llmfast(arguments: list[str]) -> None:
-    """The command line's own parser takes them, and the trainer's settings are what it knows."""
+    """Check arguments with the command line's own parser, and settings with the trainer's."""
     with mock.patch.multiple(cli, **{name: mock.DEFAULT for name in COMMANDS}) as ran:
         try:
             cli.main(arguments)

@@ -29,7 +29,7 @@ def defaults(device: str | None = None, dtype: torch.dtype | None = None) -> Ite
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """To the last bit, dtypes and devices too; of tensors, and of what holds them."""
+    """Assert that tensors, or containers of tensors, are equal bit for bit, in dtypes and devices too."""
     assert type(ours) is type(theirs)
     if isinstance(ours, Tensor):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

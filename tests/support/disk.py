@@ -1,4 +1,4 @@
-"""What a power failure would leave: which files were on disk when a name was given to them."""
+"""Simulation of a power failure: which files were on disk when they were renamed into place."""
 
 import os
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Disk:
         return give
 
     def expect_names(self, *names: Path) -> None:
-        """Raises AssertionError unless each of them was given, and is on disk."""
+        """Raise AssertionError unless each name was given to a file that was already on disk."""
         assert set(names) <= set(self.named)
         assert not self._folders, f"names that may not be on disk: {self._folders}"
 

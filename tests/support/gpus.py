@@ -10,13 +10,13 @@ _FOUND = "LLMFAST_TESTS_FOUND"  # in the environment, for processes that begin w
 
 
 def hiding() -> dict[str, str]:
-    """What to set, before torch is imported, to hide all GPUs from a process and from those it starts."""
+    """Return environment variables that hide all GPUs from a process and its children, set before torch is imported."""
     found = os.environ.get(_FOUND) or json.dumps({name: os.environ.get(name) for name in HIDDEN})
     return {**HIDDEN, _FOUND: found}
 
 
 def as_found() -> dict[str, str]:
-    """The environment for a process that is to see the GPUs there are, with compiled kernels."""
+    """Return the environment for a process that uses the available GPUs with compiled kernels."""
     found = json.loads(os.environ[_FOUND])
     others = {name: value for name, value in os.environ.items() if name not in {*HIDDEN, "TRITON_INTERPRET"}}
     return others | {name: value for name, value in found.items() if value is not None}

@@ -38,7 +38,7 @@ recorder = PausingRecorder()
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """For tests that combine options at random: there would be hundreds of binaries, and no more to learn from them."""
+    """Disable recording for tests that combine options at random, which would add hundreds of redundant binaries."""
     recorder.paused = True
     try:
         yield
@@ -94,7 +94,7 @@ def failures(compiled: list[Compiled]) -> list[str]:
 
 
 def all_kernels() -> set[str]:
-    """Every kernel of the library, as "package.module:name"."""
+    """Return every kernel of the library as "package.module:name"."""
     modules = [import_module(f"llmfast_kernels.{m.name}") for m in pkgutil.iter_modules(llmfast_kernels.__path__)]
     return {f"{module.__name__}:{name}" for module in modules for name in vars(module) if name.endswith("_kernel")}
 
@@ -107,7 +107,7 @@ def is_whole_suite(session: pytest.Session) -> bool:
 
 
 def report(session: pytest.Session, name: str, problems: list[str], seconds: float = 0.0) -> None:
-    """As if a test of this name had passed, or failed for these reasons."""
+    """Report as if a test of this name had passed, or failed for these reasons."""
     session.testscollected += 1
     session.config.hook.pytest_runtest_logreport(
         report=pytest.TestReport(

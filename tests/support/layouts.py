@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def offset(t: Tensor) -> Tensor:
-    """Contiguous, at an address that is no multiple of 16 bytes."""
+    """Copy `t` to an address that is not a multiple of 16 bytes."""
     return torch.cat([t.new_ones(3), t.flatten()])[3:].view(t.shape)
 
 
@@ -18,12 +18,12 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def sliced(t: Tensor) -> Tensor:
-    """Rows of a wider tensor."""
+    """Return `t` as rows of a wider tensor."""
     return torch.cat([t, torch.ones_like(t)], -1)[..., : t.shape[-1]] if t.dim() else t
 
 
 def expanded(t: Tensor) -> Tensor:
-    """The first row of `t`, as many times, in the memory of one: not the same values."""
+    """Repeat the first row of `t` in the memory of one row, so the values differ from `t`."""
     return t[:1].expand(t.shape) if t.dim() else t
 
 

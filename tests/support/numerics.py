@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def assert_no_worse(ours: Tensor, torchs: Tensor, truth: Tensor, *, scale: float = 0.0) -> None:
-    """|truth - ours| <= |truth - torch| + slack, element by element.
+    """Assert |truth - ours| <= |truth - torch| + slack, element by element.
 
     The slack is one rounding of the result's own dtype, as torch can be lucky, and a few roundings of float32 at the
-    size of the intermediate values, `scale` (for a loss, that of the logits).
+    magnitude of the intermediate values, `scale` (for a loss, that of the logits).
     """
     truth = truth.double()
     torch.testing.assert_close(ours.isnan(), truth.isnan())
@@ -21,7 +21,7 @@ def assert_no_worse(ours: Tensor, torchs: Tensor, truth: Tensor, *, scale: float
 
 
 def assert_close_in_norm(ours: Tensor, torchs: Tensor, truth: Tensor, *, factor: float = 1.1) -> None:
-    """||truth - ours|| <= factor * ||truth - torch|| + slack: for sums in which single elements differ by luck."""
+    """Assert ||truth - ours|| <= factor * ||truth - torch|| + slack, for sums whose single elements differ by luck."""
     truth = truth.double()
     error, allowed = (truth - ours.double()).norm(), (truth - torchs.double()).norm()
     slack = 2e-6 * truth.norm() + 1e-6

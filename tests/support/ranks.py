@@ -40,7 +40,7 @@ class Ranks:
         return all(process.is_alive() for process in self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Ends all processes where one fails: the others wait for it."""
+        """Run all ranks; end every process if one fails, because the others would wait for it."""
         for pipe in self._pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}

@@ -14,7 +14,7 @@ GEMM_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
 
 @triton.jit
 def add_kernel(x, y, total, count, BLOCK: tl.constexpr):
-    """One block of a vector addition."""
+    """Add one block of two vectors."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
     tl.store(total + offsets, tl.load(x + offsets, mask=mask) + tl.load(y + offsets, mask=mask), mask=mask)
@@ -22,7 +22,7 @@ def add_kernel(x, y, total, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def rows_kernel(x, y, rows, columns, BLOCK: tl.constexpr):
-    """Loops over rows and, inside, twice over columns: two innermost loops, the first without a store."""
+    """Loop over rows and, inside, twice over columns: two innermost loops, the first without a store."""
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, columns, BLOCK):
@@ -35,7 +35,7 @@ def rows_kernel(x, y, rows, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def spill_kernel(x, y, BLOCK: tl.constexpr):
-    """Keeps a block in registers across a reduction: too many for a thread if the block is large."""
+    """Keep a block in registers across a reduction: too many for a thread if the block is large."""
     offsets = tl.arange(0, BLOCK)
     values = tl.load(x + offsets)
     tl.store(y + offsets, values - tl.max(values, axis=0))
@@ -43,7 +43,7 @@ def spill_kernel(x, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def matmul_kernel(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """c (M, N) = a (M, K) @ b (K, N), all contiguous; sizes are multiples of the blocks."""
+    """Multiply c (M, N) = a (M, K) @ b (K, N), all contiguous, with sizes that are multiples of the blocks."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -55,7 +55,7 @@ def matmul_kernel(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def apply_kernel(x, y, RULE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Takes a function, a type and a tuple of constants."""
+    """Take a function, a type and a tuple of constants."""
     offsets = tl.arange(0, BLOCK)
     tl.store(y + offsets, RULE(tl.load(x + offsets).to(KIND)))
 
@@ -67,7 +67,7 @@ def square(x):
 
 @triton.jit
 def never_compiles_kernel(x):
-    """The interpreter does not mind that the type changes from turn to turn."""
+    """Change the type of a value inside a loop, which the interpreter accepts and the compiler does not."""
     value = tl.load(x)
     for _ in range(tl.program_id(0) + 2):
         value = value.to(tl.float64)

@@ -89,7 +89,7 @@ def test_a_kernel_that_no_test_launches_fails_the_whole_suite(
 
 
 def test_it_needs_no_plugin_that_can_be_turned_off(tmp_path: Path) -> None:
-    """A whole session in its own process, of a folder whose only test launches nothing."""
+    """Run a session in its own process, on a folder whose only test launches nothing."""
     (tmp_path / "test_nothing.py").write_text("def test_nothing() -> None: ...\n")
     (tmp_path / "conftest.py").write_text("from support.launched import *\n")
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {TESTS} {TESTS.parent} {TESTS.parent / 'kernels'}\n")

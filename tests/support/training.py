@@ -1,4 +1,4 @@
-"""What the tests of optimizers train: parameters that lie in memory in every way, gradients, and every flag."""
+"""Parameters, gradients and flags for the tests of optimizers, in all memory layouts."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ class Case(NamedTuple):
         return self.make(self.ours, params, **extras)
 
     def make_torchs(self, params: Any, **others: Any) -> Any:
-        """torch's own in float32 arithmetic: the fused one, where there is one that works.
+        """Create torch's optimizer in float32 arithmetic, fused if a working fused one exists.
 
         torch's fused SGD fails for a parameter whose first gradient comes later than another's.
         """
@@ -41,7 +41,7 @@ class Case(NamedTuple):
         return self.make(self.torchs, params, fused=True, **others)
 
     def make_exact(self, params: Any, **others: Any) -> Any:
-        """torch's plain one, in the parameters' arithmetic."""
+        """Create torch's plain optimizer, in the arithmetic of the parameters."""
         return self.make(self.torchs, params, foreach=False, **others)
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ LATE = 7  # the step at which the scalar gets its first gradient
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """A whole tile, a scalar, nothing, and a transposed matrix at an odd address."""
+    """Create a whole tile, a scalar, an empty tensor, and a transposed matrix at an odd address."""
     generator = torch.Generator().manual_seed(1)
     shapes: list[tuple[int, ...]] = [(512,), (), (0, 4), (31,)]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -86,15 +86,15 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def groups(params: list[Tensor], options: Options) -> list[Options]:
-    """Two of them; where there is a learning rate, the transposed matrix has twice as much."""
+    """Return two groups; if there is a learning rate, it is doubled for the transposed matrix."""
     faster = {} if "lr" not in options else {"lr": options["lr"] * 2}
     return [{"params": params[:TRANSPOSED]}, {"params": params[TRANSPOSED:], **faster}]
 
 
 def gradients(step: int, params: list[Tensor], dtype: torch.dtype | None = None) -> None:
-    """The same for any optimizer; the scalar gets its first late, the transposed matrix has one now and then.
+    """Return equal gradients for any optimizer; the scalar's first comes late, the transposed matrix's now and then.
 
-    With a dtype, gradients have the values that they have for parameters of that one.
+    With a dtype, gradients have the values that they have for parameters of that dtype.
     """
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
@@ -116,7 +116,7 @@ def through_a_file(state_dict: Options) -> Options:
 
 
 def scaled(optimizer: torch.optim.Optimizer, grad_scale: float | None = None, found_inf: float = 0.0) -> None:
-    """What GradScaler tells an optimizer before a step."""
+    """Set the attributes with which GradScaler informs an optimizer before a step."""
     told = {
         "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, dtype=torch.float32),
         "found_inf": torch.tensor(found_inf, dtype=torch.float32),

@@ -299,7 +299,7 @@ def test_one_file_is_a_source_and_keeps_its_split(
     assert cli(one, "--name=one") == 0
     first = capsys.readouterr().out
     folder = tmp_path / "runs" / "one"
-    assert "one: the last 11.3% of its text validate, as it has too few documents" in " ".join(first.split())
+    assert "one: validating on the last 11.3% of its text; it has too few documents" in " ".join(first.split())
     assert load_config(folder / "config.toml").data.split == {"one": "end"}
     before = read_metrics(folder / "metrics.jsonl")[-1]["validation"]
     assert cli([settings[0]], "--name=one", "--resume", "--set=train.steps=10") == 0
