@@ -1,8 +1,8 @@
-"""How much memory a training run takes, and whether a GPU has it.
+"""Memory that a training run takes, and whether a GPU has it.
 
-What is counted: parameters, gradients, AdamW's states, what autograd keeps of the small decoder from forward to
-backward, and the loss's buffers. What is not: the CUDA context and libraries' workspaces (about 1 GiB together), the
-allocator's fragments, and memory that operators use for the moment.
+Counted are parameters, gradients, AdamW's states, what autograd keeps of the small decoder from forward to backward,
+and the loss's buffers. Not counted are the CUDA context and libraries' workspaces (about 1 GiB together), fragments of
+the allocator, and temporary memory of operators.
 """
 
 from dataclasses import dataclass
@@ -47,10 +47,10 @@ GPU_RATES = {name: gpu for name, (_, gpu) in _KNOWN.items() if gpu is not None}
 
 @dataclass(frozen=True)
 class Precision:
-    """How parameters and AdamW's states are kept: the parameters' dtype, and `FusedAdamW`'s options by their names.
+    """Formats of parameters and AdamW's states: the parameters' dtype, and options of `FusedAdamW` by their names.
 
-    Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, bfloat16 ones as
-    they are.
+    Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, and bfloat16
+    parameters without it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Precision:
     state_dtype: StateDtype | None = None  # None: the parameters'
 
     def optimizer_bytes(self, numel: int) -> int:
-        """What `FusedAdamW` keeps of a tensor of so many elements: two moments, low bits, a step count."""
+        """Count the bytes of `FusedAdamW`'s state for a tensor of `numel` elements: two moments, low bits, a step."""
         if self.state_dtype == "8bit":
             moment = numel + 4 * -(-numel // GROUP)
         else:
@@ -86,7 +86,7 @@ FP32 = PRECISIONS[0]  # what `llmfast train` does
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each kind, on one device that holds the whole model."""
+    """Bytes of each kind on one device that holds the whole model."""
 
     parameters: int
     gradients: int
@@ -94,15 +94,15 @@ class MemoryEstimate:
     activations: int  # kept from forward to backward
     recomputed: int  # in the backward of one block, where activations are computed again
     weight_copies: int  # of matrices in autocast's dtype, kept with the activations
-    loss: int  # beside the hidden states: logits, gradients of hidden states and unembedding
-    loss_unfused: int  # the same of torch's cross-entropy of F.linear
-    loss_gradients: int  # what of both is left when backward reaches the blocks
+    loss: int  # beyond the hidden states: logits, gradients of hidden states and unembedding
+    loss_unfused: int  # the same for torch's cross-entropy of F.linear
+    loss_gradients: int  # the part of both that is left when backward reaches the blocks
     tied_gradients: int  # of a tied embedding: as the unembedding, as the embedding, and as their sum if that waits
     accumulate: bool  # gradients of an earlier micro-batch are there throughout
 
     @property
     def peak(self) -> int:
-        """The most at a time: in the loss, or in backward at its beginning or its end."""
+        """Peak: in the loss, or at the beginning or the end of backward."""
         return self._peak(self.loss)
 
     @property
@@ -129,17 +129,17 @@ def estimate_memory(
     device: Device = "cuda",
     gpu_memory: int = 80 * GB,
 ) -> MemoryEstimate:
-    """Of training `config`'s decoder as `llmfast train` does: rows of packed documents, the fused loss.
+    """Estimate the memory of training a decoder as `llmfast train` does: on packed documents, with the fused loss.
 
     Args:
         batch_size: rows in a micro-batch.
         seq_len: tokens in a row.
         accumulate: micro-batches in a step.
-        autocast: to bfloat16; of float32 parameters, others are bfloat16 anyway.
-        checkpoint_activations: of a block only its input is kept, and the rest computed again.
-        in_backward: the optimizer steps while gradients come, and frees them.
+        autocast: use bfloat16 for products of float32 parameters; other parameters are bfloat16 anyway.
+        checkpoint_activations: keep only the input of each block, and compute the rest again.
+        in_backward: the optimizer steps while gradients are made, and frees them.
         device: an NVIDIA GPU, or a CPU.
-        gpu_memory: bytes, a tenth of which is the most that the fused loss takes for logits.
+        gpu_memory: in bytes; the fused loss takes at most a tenth of it for logits.
 
     Raises:
         ValueError: a count is not above 0.
@@ -179,10 +179,10 @@ def estimate_memory(
 
 
 def unfused_loss_bytes(rows: int, D: int, V: int, stored: torch.dtype) -> int:
-    """Of `F.cross_entropy(F.linear(hidden, weight), targets)` with a softmax in float32.
+    """Count the memory of `F.cross_entropy(F.linear(hidden, weight), targets)` with a softmax in float32.
 
-    12 bytes a logit: its log-softmax is kept, and in backward there are the gradients of that and of the logit; only
-    then come the gradients of `hidden` and `weight`. Logits of bfloat16 that somebody still holds are 2 more.
+    It is 12 bytes per logit: the log-softmax is kept, and backward adds its gradient and that of the logit; the
+    gradients of `hidden` and `weight` come only after that. bfloat16 logits that the caller still holds are 2 more.
     """
     return rows * V * 4 + max(rows * V * 8, (rows + V) * D * stored.itemsize)
 
@@ -197,9 +197,9 @@ def activation_bytes(
     device: Device = "cuda",
     checkpoint: bool = False,
 ) -> tuple[int, int]:
-    """What autograd keeps of the decoder's forward pass, hidden states for the loss included, and what it makes again.
+    """Count what autograd keeps of the decoder's forward pass, with the loss's hidden states, and what it recomputes.
 
-    A token, with r bytes for an element of the residual stream and c for one of a matrix product:
+    Per token, with r bytes per element of the residual stream and c per element of a matrix product:
 
         norm    r width + 4        its input, and a number (on a CPU: 8 width + 4, input and result in float32)
         block   2 norms, and c times
@@ -215,8 +215,8 @@ def activation_bytes(
         depth   3 norms, 2 c width, 1, block, r width     of sequential prediction of further tokens
         rest    8 + 4 width / heads + seq_len             token, angles, mask
 
-    With `checkpoint` a block keeps its input, r width, and one block at a time has the rest in backward, where c
-    ffn_width of gradients come on top. The blocks of sequential depths are not computed again.
+    With `checkpoint` a block keeps its input, r width. In backward one block at a time has the rest, and c ffn_width of
+    gradients on top. The blocks of sequential depths are not computed again.
     """
     D, T, H = config.width, seq_len, config.heads
     r, c = stored.itemsize, compute.itemsize
@@ -237,7 +237,7 @@ def activation_bytes(
 
 
 def memory_of(gpu: str) -> int:
-    """Bytes of a GPU by its name, as in `GPU_MEMORY`, whatever its case.
+    """Return the bytes of a GPU by its name, as in `GPU_MEMORY`, in any case.
 
     Raises:
         ValueError: there is no such name.
@@ -249,12 +249,12 @@ def memory_of(gpu: str) -> int:
 
 
 def verdict(need: int, have: int) -> str:
-    """In words: whether `need` bytes fit into `have`."""
+    """Say in words whether `need` bytes fit into `have`."""
     if need > have:
         return "too large"
     return "fits" if need <= 0.9 * have else "just fits"
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:
-    """A matrix that products read, other than the unembedding, which the loss casts."""
+    """Return True for a matrix that is used in products, except the unembedding, which the loss casts."""
     return p.dim() == 2 and name not in ("embedding.weight", "head.weight")

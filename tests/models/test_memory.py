@@ -58,7 +58,7 @@ def test_bytes_a_parameter_of_the_ways_to_keep_them() -> None:
 
 
 def saved_bytes(c: DecoderConfig, B: int, T: int, *, autocast: bool, dtype: torch.dtype) -> int:
-    """What autograd keeps of a forward pass on this CPU, other than parameters, and the hidden states."""
+    """Count what autograd keeps of a forward pass on this CPU, other than parameters, and the hidden states."""
     model = Decoder(c).to(dtype)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # tensors stay alive, so that no address comes twice
@@ -185,7 +185,7 @@ CASES: list[Case] = [
 
 
 def estimate_of(case: Case) -> tuple[MemoryEstimate, Callable[[MemoryEstimate], int]]:
-    """The estimate of a case, and which peak of it is meant."""
+    """Return the estimate of a case, and which of its peaks is meant."""
     options, B, T, vocab_size, how, _ = case
     estimate = estimate_memory(
         decoder(options, vocab_size), batch_size=B, seq_len=T, accumulate=how.get("accumulate", 1),

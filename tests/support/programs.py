@@ -51,7 +51,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def batches(rows: int = ROWS, seed: int = 0, bad: tuple[int, ...] = ()) -> Iterator[Batch]:
-    """A row at a time is what several are. Of row i, all labels or only some count. NaN losses where `bad` says so."""
+    """Yield batches whose rows do not depend on their number; all labels of row i count, or only some; NaN if `bad`."""
     generator = torch.Generator().manual_seed(seed)
     number = 0
     while True:
