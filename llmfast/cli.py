@@ -10,6 +10,8 @@ from pathlib import Path
 
 import llmfast
 from llmfast._commands import CommandParser, fail
+from llmfast.checkup.command import add_arguments as add_checkup_arguments
+from llmfast.checkup.command import run as run_checkup
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
 from llmfast.plan.command import add_arguments as add_plan_arguments
@@ -76,8 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, which path each operation takes here, and whether results are right",
-        description="Versions, paths, and a small check of each operation on each device: begin bug reports with this.",
+        description="Versions, paths, and a small check of each operation on each device: begin bug reports with this. "
+        "With --full: numbers, behaviour, memory and speed on a GPU; see docs/gpu.md.",
     )
+    add_checkup_arguments(doctor)
     doctor.set_defaults(run=_doctor)
 
     args = parser.parse_args(arguments)
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read has seen enough, as `head` has
+    except BrokenPipeError:  # the reader stopped early, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
         return 1
 
@@ -147,6 +151,8 @@ def _continue(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.full or args.compare:
+        return run_checkup(args)
     from llmfast.doctor import report
 
     return 0 if report() else 1

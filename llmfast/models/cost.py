@@ -1,4 +1,4 @@
-"""Costs of a decoder's training step: parameters, FLOPs, and modelled seconds."""
+"""Cost of a decoder's training step: parameters, FLOPs and modelled seconds."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,19 +11,19 @@ from llmfast._gpus import Gpu
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.mtp import ParallelHeads, SequentialDepths
 
-# Share of the data sheet's rate that a whole training step reaches: Llama 3's pretraining reports 38 to 43 % on H100s
-# (Dubey et al. 2024, arXiv:2407.21783, table 4), PaLM's 46 % on TPUs (Chowdhery et al. 2022, arXiv:2204.02311). Small
-# models and short rows reach less. This is a guess, to be replaced by a measurement.
+# Share of the peak rate that a whole training step reaches: Llama 3's pretraining reports 38 to 43 % on H100s (Dubey et
+# al. 2024, arXiv:2407.21783, table 4), PaLM's 46 % on TPUs (Chowdhery et al. 2022, arXiv:2204.02311). Small models and
+# short rows reach less. This value is a guess; replace it with a measurement.
 UTILISATION = 0.4
 FORMULA = (
     "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)"
-    " / (utilisation * FLOPs a second of the data sheet)"
+    " / (utilisation * FLOPs per second of the data sheet)"
 )
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of a decoder's parameters."""
+    """Number of a decoder's parameters, in total and in part."""
 
     total: int
     next_token: int  # without heads that only predict further tokens
@@ -31,19 +31,19 @@ class ParameterCount:
 
     @property
     def non_embedding(self) -> int:
-        """Kaplan's N, for the next token's prediction."""
+        """Kaplan's N: parameters used to predict the next token."""
         return self.next_token - self.embedding
 
 
 @lru_cache(maxsize=8)
 def meta_decoder(config: DecoderConfig) -> Decoder:
-    """Build the model on the meta device, without memory for its parameters."""
+    """Build the model without allocating its parameters."""
     with torch.device("meta"):
         return Decoder(config)
 
 
 def count_parameters(config: DecoderConfig) -> ParameterCount:
-    """Count parameters by building the decoder on the meta device."""
+    """Count the parameters of the decoder that `config` describes, without allocating them."""
     model = meta_decoder(config)
     total = _numel(model)
     further = 0
@@ -57,7 +57,7 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of forward and backward over the tokens of a step."""
+    """FLOPs of forward and backward over a step's tokens."""
 
     tokens: int
     matrices: float  # products with parameters
@@ -68,11 +68,12 @@ class StepCost:
         return self.matrices + self.attention
 
     def seconds(self, gpu: Gpu, dtype: torch.dtype, *, utilisation: float = UTILISATION) -> float:
-        """Model the time of a step, which is never measured: see `FORMULA`.
+        """Model the time of the step, which is not measured: see `FORMULA`.
 
         Args:
-            dtype: of the matrix products; float32 products use the ordinary units.
-            utilisation: assumed share of the data sheet's rate that the step reaches.
+            gpu: The GPU whose data sheet gives the rates.
+            dtype: The dtype of the matrix products; float32 products run on the ordinary units.
+            utilisation: The share of the data sheet's rate that the step is assumed to reach.
 
         Raises:
             ValueError: `utilisation` is not above 0 and at most 1.
@@ -83,15 +84,15 @@ class StepCost:
 
 
 def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
-    """Count the FLOPs of training on `tokens` tokens in rows of `seq_len`.
+    """Count the FLOPs of `tokens` tokens in rows of `seq_len`.
 
-    A parameter of a matrix takes 6 FLOPs per token: 2 in forward, 4 in backward. The embedding takes none, as it is
-    looked up; the unembedding takes them once for each head with hidden states of its own. Attention takes
-    12 seq_len width per token and block, as if every token saw its whole row. A kernel that skips what the causal mask
-    hides takes half of that, but not where a mask separates documents.
+    A parameter of a matrix takes 6 FLOPs per token: 2 in forward, 4 in backward. The embedding takes none, because it
+    is a lookup. The unembedding counts once per head with its own hidden states. Attention takes 12 seq_len width per
+    token and block, as if every token attended to its whole row. A kernel that skips what the causal mask hides needs
+    half of that, unless a mask separates documents.
 
     Raises:
-        ValueError: a count is not above 0.
+        ValueError: A count is not above 0.
     """
     expect(tokens > 0, f"tokens must be above 0; got {tokens}")
     expect(seq_len > 0, f"seq_len must be above 0; got {seq_len}")
@@ -108,7 +109,7 @@ def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
 
 
 def own_hidden_states(config: DecoderConfig) -> int:
-    """Count the heads that have hidden states of their own for the unembedding."""
+    """Count the heads whose hidden states pass through the unembedding separately."""
     return 1 if config.mtp == "shared" else config.targets
 
 

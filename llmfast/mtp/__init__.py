@@ -1,7 +1,7 @@
-"""Multi-token prediction: modules that predict more than the next token, and what goes with them.
+"""Multi-token prediction: modules that predict more than the next token, and related functions.
 
-The loss for all of them is `llmfast.losses.mtp_cross_entropy`. Head k at row t predicts token t + 1 + k, so that head 0
-is ordinary next-token prediction.
+Their common loss is `llmfast.losses.mtp_cross_entropy`. Head k at row t predicts token t + 1 + k, so head 0 is ordinary
+next-token prediction.
 """
 
 from llmfast.mtp.depths import SequentialDepths

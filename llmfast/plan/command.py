@@ -88,7 +88,7 @@ def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = Fal
     )
     parser.add_argument(
         "--utilisation", type=float, default=default(cost.UTILISATION), metavar="SHARE",
-        help=f"assumed share of the GPU's FLOPs a second (default: {cost.UTILISATION})",
+        help=f"assumed share of the GPU's FLOPs per second (default: {cost.UTILISATION})",
     )  # fmt: skip
 
 
@@ -355,7 +355,7 @@ def _rates(name: str) -> Gpu | None:
 
 
 def _unknown_rates(name: str) -> str:
-    return f"no modelled time: FLOPs a second are known of {', '.join(memory.GPU_RATES)}; got {name}"
+    return f"no modelled time: FLOPs per second are known only for {', '.join(memory.GPU_RATES)}; got {name}"
 
 
 # A learning rate.

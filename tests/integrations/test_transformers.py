@@ -642,6 +642,10 @@ def test_refuses_models_that_are_none(make: Make) -> None:
         fuse_loss(transformers.T5ForConditionalGeneration(t5))
     with pytest.raises(ValueError, match="holds no values"):
         fuse_loss(make("llama").to("meta"))
+    freed = make("llama")
+    freed.model.norm.weight.data = torch.empty(0)  # as DeepSpeed's ZeRO-3 leaves parameters between forwards
+    with pytest.raises(ValueError, match=r"model\.norm\.weight of LlamaForCausalLM holds no values: \(0,\)"):
+        fuse_loss(freed)
 
 
 def test_refuses_what_was_done_before(make: Make) -> None:

@@ -111,6 +111,24 @@ def test_one_head_is_the_linear_loss_bit_for_bit(path: str, options: dict[str, A
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@unrecorded()
+def test_the_losses_of_heads_are_weighted_by_token(path: str, shared: bool) -> None:
+    labels, documents = batch("packed")
+    hiddens, weight = leaves(3, shared, torch.float32)
+    token_weights = torch.rand(B, T)
+    _, stats = mtp_cross_entropy(
+        hiddens, weight, labels, document_ids=documents, head_weights=WEIGHTS[:3], token_weights=token_weights,
+        return_stats=True,
+    )  # fmt: skip
+    for k in range(3):
+        mean = linear_cross_entropy(
+            hiddens if shared else hiddens[k], weight, labels, shift=k, document_ids=documents if k else None,
+            token_weights=F.pad(token_weights[:, k:], (0, k)),
+        )  # fmt: skip
+        torch.testing.assert_close(stats.head_loss[k], mean.detach(), rtol=1e-5, atol=1e-6)
+
+
 @unrecorded()
 def test_options_reach_every_head(path: str) -> None:
     labels, documents = batch("packed")

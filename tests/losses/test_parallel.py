@@ -21,6 +21,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weights": {
         "label_smoothing": 0.2, "z_loss": 1e-2, "class_weights": True, "token_weights": torch.linspace(0.1, 1, N),
     },
+    "several targets": {
+        "label_smoothing": 0.1, "z_loss": 1e-2, "class_weights": True, "target_weights": torch.tensor([1.0, 0.5, 0.25]),
+        "return_stats": True,
+    },
 }  # fmt: skip
 
 
@@ -40,13 +44,16 @@ def total(result: Any) -> Tensor:
 
 
 def check_rank(rank: int, world: int, V: int) -> None:
-    hidden, weight, bias, targets = inputs(V)
+    hidden, weight, bias, one = inputs(V)
     share = -(-V // world)
     own = slice(min(rank * share, V), min((rank + 1) * share, V))
     for name, given in OPTIONS.items():
         options = dict(given)
         if options.get("class_weights"):
             options["class_weights"] = torch.linspace(0.5, 1.5, V)
+        targets = one
+        if "target_weights" in options:  # a row may have one twice, and one that is ignored next to others
+            targets = torch.stack([one, one.roll(1), torch.full_like(one, 1)], -1)
         h, w, b = (t.clone().double().requires_grad_() for t in (hidden, weight, bias))
         truth = reference.linear_cross_entropy(h, w, targets, bias=b, **options)
         want = torch.autograd.grad(total(truth), (h, w, b))
@@ -68,7 +75,7 @@ def check_rank(rank: int, world: int, V: int) -> None:
         torch.testing.assert_close(got_logits.double(), want_logits[:, own], rtol=1e-5, atol=1e-5)
         compare_values(found, truth)
     with pytest.raises(ValueError, match="must hold"):
-        cross_entropy(torch.zeros(N, 1), targets, process_group=dist.group.WORLD, vocab_size=V + 3 * world)
+        cross_entropy(torch.zeros(N, 1), one, process_group=dist.group.WORLD, vocab_size=V + 3 * world)
 
 
 def compare_values(found: Any, truth: Any) -> None:

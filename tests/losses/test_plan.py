@@ -1,5 +1,6 @@
 """How the linear loss is cut: modes that agree, what they hold, what they skip, and what the plan says of it."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -77,6 +78,16 @@ def test_the_mode_follows_from_budget_and_gradients(change: dict[str, Any], mode
 def test_a_plan_for_a_gpu_can_be_asked_for_without_one() -> None:
     plan = LinearCrossEntropyPlan.make(16384, 4096, 128256)
     assert plan.budget == 1 << 30 and plan.mode == "chunk"
+
+
+@pytest.mark.parametrize(("gib", "budget"), [(80, 1 << 30), (10, 1 << 30), (8, (8 << 30) // 10)])
+def test_the_default_budget_is_at_most_a_tenth_of_a_gpus_memory(
+    gib: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30))
+    assert LinearCrossEntropyPlan.make(16384, 4096, 128256).budget == budget
+    assert LinearCrossEntropyPlan.make(16384, 4096, 128256, device="cpu").budget == 64 << 20
 
 
 def test_the_plan_prints_what_the_other_modes_cost() -> None:
@@ -270,6 +281,15 @@ def test_gradient_filter_drops_blocks_below_the_threshold(path: str) -> None:
     for a, b, want in zip(first, again, (kept @ weight.double(), kept.T @ hidden.double())):
         assert torch.equal(a, b)
         torch.testing.assert_close(a.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) -> None:
+    """Of four equal logits the target's gradient is -3/4, in a block of its own, and those of the others 1/4."""
+    hidden, weight, bias = torch.ones(1, 8), torch.zeros(256, 8, requires_grad=True), torch.full((256,), -1e4)
+    bias[[0, 1, 2, 128]] = 0.0
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([128]), bias=bias, reduction="sum", grad_filter=0.75)
+    (found,) = torch.autograd.grad(loss, weight)
+    assert found[128].eq(-0.75).all() and found[:128].eq(0).all()
 
 
 def test_gradient_filter_is_refused_where_it_cannot_work() -> None:

@@ -224,3 +224,13 @@ def test_what_needs_data_says_so() -> None:
     ):
         with pytest.raises(ValueError, match="process_group does not work with meta or fake tensors"):
             loss()
+
+
+def test_a_target_out_of_range_is_nan_where_classes_have_weights(kernels: None) -> None:
+    """On a GPU nobody looks at targets first: neither is a weight looked up that there is not."""
+    with pretending_cuda():
+        logits, targets, weights = torch.randn(4, 9), torch.tensor([1, 9, -100, -1]), torch.rand(9) + 0.1
+        loss = cross_entropy(logits, targets, class_weights=weights, reduction="none")
+        assert loss.isnan().tolist() == [False, True, False, True]
+        assert cross_entropy(logits, targets, class_weights=weights).isnan()
+        assert cross_entropy(logits[::2], targets[::2], class_weights=weights).isfinite()

@@ -375,6 +375,17 @@ def test_nan_and_infinity_survive(path: str, case: Case) -> None:
     assert p.isfinite().tolist() == [False, False, True]
 
 
+def test_a_maximum_of_nan_is_nan(kernels: None) -> None:
+    """torch's own kernel on a CPU loses some, in the elements that fill no vector."""
+    p = torch.ones(1030, requires_grad=True)
+    optimizer = FusedAdamW([p], amsgrad=True)
+    for value in (1.0, torch.nan, 1.0):
+        p.grad = torch.ones(1030)
+        p.grad[::2] = value
+        optimizer.step()
+    assert torch.equal(optimizer.state[p]["max_exp_avg_sq"].isnan(), torch.arange(1030) % 2 == 0)
+
+
 def test_closure_and_hooks(path: str) -> None:
     p = torch.ones(3, requires_grad=True)
     optimizer = FusedAdamW([p])
@@ -394,10 +405,10 @@ def test_closure_and_hooks(path: str) -> None:
 
 
 def test_one_update_launch_a_dtype_signature(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmfast_kernels import optimizer as launcher
+    from llmfast_kernels.optimizer import coefficients, step
 
     launches: list[tuple[str, int]] = []
-    for name in ("prepare_kernel", "update_kernel"):
+    for launcher, name in ((coefficients, "prepare_kernel"), (step, "update_kernel")):
         kernel = getattr(launcher, name)
 
         class Counted:

@@ -195,6 +195,9 @@ def test_an_average_of_the_weights(path: str) -> None:
     with optimizer.ema_weights():
         torch.testing.assert_close(p.detach(), average, rtol=1e-6, atol=1e-7)
     assert torch.equal(p, before)
+    with pytest.raises(KeyboardInterrupt), optimizer.ema_weights():  # the weights are there afterwards all the same
+        raise KeyboardInterrupt
+    assert torch.equal(p, before)
 
 
 def test_an_average_in_float32_of_bfloat16_weights(path: str) -> None:

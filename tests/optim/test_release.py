@@ -130,6 +130,15 @@ def test_parameters_that_come_later_are_stepped_like_the_others(path: str, late:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_a_gradient_that_no_backward_made_is_stepped(path: str) -> None:
+    net = nn.ParameterList([torch.ones(3), torch.ones(3)])
+    optimizer = FusedSGD(net.parameters(), lr=0.25)
+    optimizer_in_backward(net, optimizer)
+    net[0].grad = torch.ones(3)
+    optimizer.step()
+    assert net[0].tolist() == [0.75] * 3 and net[1].tolist() == [1.0] * 3
+
+
 def test_a_parameter_taken_out_of_its_group_is_left_alone(path: str) -> None:
     net = model()
     optimizer = FusedSGD(net.parameters(), lr=0.1)

@@ -43,7 +43,7 @@ def line(text: str, start: str) -> str:
 
 
 def test_the_best_for_a_budget(plan: Callable[..., str]) -> None:
-    text = plan(*"--flops 1e21 --gpu h100 --gpus 8 --utilisation 0.5".split())
+    text = plan(*["--flops", "1e21", "--gpu", "h100", "--gpus", "8", "--utilisation", "0.5"])
     assert "by Besiroglu et al. 2024" in text
     assert line(text, "parameters           ").startswith("2.78 B, embeddings included")
     assert line(text, "tokens               ") == "60.0 B"
@@ -266,6 +266,14 @@ def test_columns_of_words_begin_and_columns_of_numbers_end_together() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(999.4, "999"), (999.6, "1.00 k"), (999_400, "999 k"), (999_600, "1.00 M"), (0.5, "0.5")],
+)
+def test_three_digits_are_never_four(x: float, text: str) -> None:
+    assert short(x) == text
 
 
 def test_numbers_are_read_as_they_are_written() -> None:

@@ -122,6 +122,8 @@ def test_detached_depths_do_not_change_the_model(settings: list[str], monkeypatc
     one, five = gradients
     for name in one:
         torch.testing.assert_close(five[name], one[name] * (5 if name.startswith("mtp.") else 1), rtol=1e-4, atol=1e-7)
+    # The unembedding, here the embedding too, learns of the next token: every class, and not those of the text alone.
+    assert one["embedding.weight"].any(1).all()
 
 
 @pytest.mark.parametrize("mtp", KINDS)
