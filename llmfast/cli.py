@@ -10,6 +10,8 @@ from pathlib import Path
 
 import llmfast
 from llmfast._commands import CommandParser, fail
+from llmfast.checkup.command import add_arguments as add_checkup_arguments
+from llmfast.checkup.command import run as run_checkup
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
 from llmfast.plan.command import add_arguments as add_plan_arguments
@@ -74,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, which way each operation takes here, and whether it is right",
-        description="Versions, paths, and a small check of each operation on each device: how a bug report begins.",
+        description="Versions, paths, and a small check of each operation on each device: how a bug report begins. "
+        "With --full: numbers, behaviour, memory and speed on a GPU; see docs/gpu.md.",
     )
+    add_checkup_arguments(doctor)
     doctor.set_defaults(run=_doctor)
 
     args = parser.parse_args(arguments)
@@ -144,6 +148,8 @@ def _continue(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.full or args.compare:
+        return run_checkup(args)
     from llmfast.doctor import report
 
     return 0 if report() else 1

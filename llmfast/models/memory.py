@@ -16,8 +16,7 @@ from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, R
 from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
 from llmfast.models import DecoderConfig
 from llmfast.models.cost import meta_decoder, own_hidden_states
-from llmfast.optim.formats import GROUP, LOW, MasterWeights
-from llmfast.optim.options import StateDtype
+from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype, param_format
 
 Device = Literal["cuda", "cpu"]
 
@@ -60,14 +59,9 @@ class Precision:
 
     def optimizer_bytes(self, numel: int) -> int:
         """Return the bytes that `FusedAdamW` keeps for `numel` elements: moments, low bits, a step count."""
-        if self.state_dtype == "8bit":
-            moment = numel + 4 * -(-numel // GROUP)
-        else:
-            moment = numel * (self.state_dtype or self.parameters).itemsize
-        low = 0
-        if self.master_weights in LOW:
-            low = (LOW[self.master_weights][1] or self.parameters).itemsize
-        return 2 * moment + numel * low + 4
+        moments = 2 * STATE_FORMATS[self.state_dtype].bytes(numel, self.parameters)
+        low = param_format(self.master_weights).bytes_per_parameter(self.parameters)
+        return moments + numel * low + 4
 
 
 PRECISIONS = (
