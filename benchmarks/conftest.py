@@ -12,8 +12,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
-from benchmarks.clock import Run, Timing, compare, timed
 from benchmarks.counted import Job, Result, count
+from llmfast.checkup.clock import Run, Timing, compare, timed
 
 PATIENCE = 10.0  # time limit relative to the first implementation; slower ones get fewer rounds
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()

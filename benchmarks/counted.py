@@ -28,7 +28,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 class Job:
     """Job: what to count."""
 
-    operation: str  # a key of benchmarks.ways
+    operation: str  # of llmfast.checkup.ways
     way: str
     size: dict[str, Any]  # N, D, V and possibly K for a loss; "parameters" for an optimizer
     dry: bool = True
@@ -123,13 +123,13 @@ def run(job: Job) -> Result:
     """Count in this process, which must interpret kernels."""
     import torch
 
-    from benchmarks.ways import ways
     from evidence.interpreter import bfloat16_arithmetic
     from evidence.launches import Recorder
     from evidence.observers import observing
     from evidence.pretend_cuda import pretending_cuda
     from evidence.roofline import GPUS, seconds
     from evidence.traffic import counting
+    from llmfast.checkup.ways import ways
 
     dtype = getattr(torch, job.dtype)
     way = ways(job.operation, "counted", dtype)[job.way]
@@ -251,10 +251,10 @@ def _summed(loss: Callable[..., Any], logits: Any, labels: Any) -> Any:
 
 
 def _optimizer(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
-    from benchmarks.shapes import PARAMETERS
     from evidence.dry_run import reserve
     from evidence.pretend_cuda import pretending_cuda
     from evidence.traffic import counting
+    from llmfast.checkup.shapes import PARAMETERS
 
     parameters = [reserve(*shape, dtype=dtype).requires_grad_() for shape in PARAMETERS[job.size["parameters"]]]
     for p in parameters:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import MODELS, PARAMETERS
 from evidence.roofline import FORMULA, GPUS, H100
+from llmfast.checkup.shapes import MODELS, PARAMETERS
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ def draw(folder: Path) -> None:
 
 def about() -> dict[str, Any]:
     """Describe the machine, the versions and the date."""
-    from benchmarks.ways import versions
+    from llmfast.checkup.ways import versions
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=_HERE, capture_output=True, text=True)

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.conftest import Add
 from benchmarks.counted import Job, Result
-from benchmarks.shapes import HEADS, MODELS, PARAMETERS, SMALL, SMALL_HEADS, TOKENS
-from benchmarks.ways import OPTIMIZERS, ways
 from evidence.compiler import compile_launches
+from llmfast.checkup.shapes import HEADS, MODELS, PARAMETERS, SMALL, SMALL_HEADS, TOKENS
+from llmfast.checkup.ways import OPTIMIZERS, ways
 
 pytestmark = pytest.mark.usefixtures("benchmark")
 

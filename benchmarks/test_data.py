@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.clock import Timing
 from benchmarks.conftest import Add, Race
+from llmfast.checkup.clock import Timing
 from llmfast.data import Mixture, PackedRows, pack
 
 B, T, ROWS = 8, 1024, 4096

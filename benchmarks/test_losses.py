@@ -1,15 +1,15 @@
 """Time losses forward and backward, compared with all other installed implementations; on a GPU at realistic sizes."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.clock import copy_bandwidth, device, kernel_seconds, peak_bytes
+from benchmarks.clock import peak_bytes
 from benchmarks.conftest import Add, Race
-from benchmarks.shapes import MODELS, TOKENS
-from benchmarks.ways import ways
+from llmfast.checkup.clock import copy_bandwidth, device, linear_layer_seconds
+from llmfast.checkup.shapes import MODELS, TOKENS
+from llmfast.checkup.ways import ways
 
 GPU = torch.cuda.is_available()
 TIER = "gpu" if GPU else "cpu"
@@ -77,21 +77,9 @@ def test_linear_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dty
     targets = torch.randint(0, V, (N,), device=device())
     size = {"N": N, "D": D, "V": V}
     race_losses(add, race, "linear_cross_entropy", shape, size, dtype, [hidden, weight], targets)
-    if GPU:  # the time of the three matrix products alone
-        gemms = gemm_seconds(hidden.detach(), weight.detach())
+    if GPU:  # what the three matrix products take by themselves
+        gemms = linear_layer_seconds(hidden.detach(), weight.detach())
         add("roof", operation="linear_cross_entropy", shape=shape, dtype=str(dtype), seconds=gemms, what="cuBLAS")
-
-
-def gemm_seconds(hidden: torch.Tensor, weight: torch.Tensor) -> float:
-    """Time the three products of a linear layer's forward and backward with the device's own library, in slices."""
-    rows = max(1, min(len(hidden), (4 << 30) // (weight.shape[0] * hidden.element_size())))
-    seconds = 0.0
-    for start in range(0, len(hidden), rows):
-        h = hidden[start : start + rows]
-        logits = h @ weight.T
-        for a, b in ((h, weight.T), (logits, weight), (logits.T, h)):
-            seconds += kernel_seconds(partial(torch.mm, a, b))
-    return seconds
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.clock import Run, copy_bandwidth, device
 from benchmarks.conftest import Add, Race
-from benchmarks.shapes import PARAMETERS
-from benchmarks.ways import ways
 from llmfast._dispatch import kernels_on_cpu
+from llmfast.checkup.clock import Run, copy_bandwidth, device
+from llmfast.checkup.shapes import PARAMETERS
+from llmfast.checkup.ways import ways
 
 GPU = torch.cuda.is_available()
 TIER = "gpu" if GPU else "cpu"

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.clock import device
 from benchmarks.conftest import Add, Race
+from llmfast.checkup.clock import device
 from llmfast.data import ByteTokenizer, Dataset, Mixed, Mixture, pack
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import FusedAdamW

@@ -34,6 +34,11 @@ def has_no_data(t: Tensor) -> bool:
     return fake is not None and isinstance(t, fake.FakeTensor)
 
 
+def takes_plain_torch(t: Tensor) -> bool:
+    """Return True if `t` has data and does not go to the kernels."""
+    return not has_no_data(t) and not use_kernels(t)
+
+
 def expect_data(t: Tensor, argument: str) -> None:
     """Raise ValueError for a meta or fake tensor, which `argument` does not support."""
     if has_no_data(t) and not torch.compiler.is_compiling():

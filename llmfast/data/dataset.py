@@ -108,19 +108,16 @@ def prepare(
     expect(not (whole and packing == "best_fit"), "fim_unit='document' needs packing='concat'")
     if tokenizer == "bpe":  # before any file is read
         expect(vocab_size >= MIN_BPE_VOCAB_SIZE, f"vocab_size must be at least {MIN_BPE_VOCAB_SIZE}; got {vocab_size}")
-    given = dict(split or {})
+    given: dict[str, Split] = dict(split or {})
     places = _places(sources, given)
     files = [name for name, where in places.items() if _is_tokens(where)]
     if files:
         saved = tokenizer not in ("bpe", "bytes")
         expect(saved, f"token files need the tokenizer.json they were written with; got tokenizer={tokenizer!r}")
         expect(not whole, "fim_unit='document' needs texts; token files support fim_unit='context'")
-    documents = {
-        name: load(where, text_column=text_column, say=say) for name, where in places.items() if name not in files
-    }
-    chosen: dict[str, Split] = {
-        name: given.get(name) or _default_split(documents.get(name), held_out) for name in places
-    }
+    texts_at = {name: where for name, where in places.items() if name not in files}
+    documents = {name: load(where, text_column=text_column, say=say) for name, where in texts_at.items()}
+    chosen: dict[str, Split] = {n: given.get(n) or _default_split(documents.get(n), held_out) for n in places}
     while True:
         texts = {name: _parts(name, documents[name], held_out, chosen[name]) for name in documents}
         encoder = _tokenizer(tokenizer, [text for train, _ in texts.values() for text in train], vocab_size)

@@ -1,41 +1,24 @@
 """Cross-entropy from logits."""
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from llmfast._checks import describe, expect
-from llmfast._dispatch import eager, expect_data, has_no_data, use_kernels
-from llmfast.losses.parallel import ProcessGroup, own_columns, parallel_rows
-from llmfast.losses.rows import row_ops
-from llmfast.losses.targets import (
-    NO_STATS,
-    SMALL,
-    LossStats,
-    Options,
-    OptionsGiven,
-    Reduction,
-    RowStats,
-    accuracy,
-    denominator,
-    per_row,
-    reciprocal,
-    reduced,
-    refuse_second_derivative,
-    restore,
-)
-from llmfast_kernels.terms import Softmax, Targets, Terms, Upstream, pack, unpack
+from llmfast._checks import describe
+from llmfast._dispatch import expect_data, takes_plain_torch
+from llmfast.losses.autograd import adapter
+from llmfast.losses.from_logits import CrossEntropy
+from llmfast.losses.options import CrossEntropyOptions, Inputs, check, complete, defaults, only, takes
+from llmfast.losses.parallel import own_columns
+from llmfast.losses.targets import SMALL, LossStats, finish, prepare, torch_cross_entropy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
-class CrossEntropyOptions(OptionsGiven, total=False):
-    """Keyword arguments, for type checkers."""
-
-    inplace: bool
+_DEFAULTS: CrossEntropyOptions = defaults(CrossEntropyOptions)
 
 
 @overload
@@ -46,26 +29,13 @@ def cross_entropy(
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: "Unpack[CrossEntropyOptions]"
 ) -> tuple[Tensor, LossStats]: ...
+@takes(CrossEntropyOptions)
 def cross_entropy(
     logits: Tensor,  # (..., V)
     targets: Tensor,  # (...) or (..., K)
     *,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    num_valid: int | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    class_weights: Tensor | None = None,  # (V,)
-    token_weights: Tensor | None = None,  # (...)
-    target_weights: Tensor | None = None,  # (K,) or (..., K)
-    shift: int = 0,
-    document_ids: Tensor | None = None,  # (...)
     return_stats: bool = False,
-    process_group: "ProcessGroup | None" = None,
-    vocab_size: int | None = None,
-    inplace: bool = False,
+    **options: "Unpack[CrossEntropyOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of `logits` against class indices `targets`.
 
@@ -116,147 +86,26 @@ def cross_entropy(
             GPU looking at targets would stall the device: an out-of-range target makes that token's loss and
             gradient NaN, and with `TRITON_DEBUG=1` in the environment it is a device-side assert.
     """
-    expect(logits.dim() >= 1, f"logits must be (..., V) with V > 0; got {describe(logits)}")
-    expect(logits.shape[-1] > 0 or process_group is not None, f"logits must have V > 0; got {describe(logits)}")
+    given, options = options, complete("cross_entropy", _DEFAULTS, options)
+    group, shape = options["process_group"], logits.shape[:-1]
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
+        raise ValueError(f"logits must be (..., V) with V > 0; got {describe(logits)}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point; got {describe(logits)}")
     V, columns = logits.shape[-1], slice(0, logits.shape[-1])
-    if process_group is not None:
+    if group is not None:
         expect_data(logits, "process_group")
-        V, columns = own_columns(process_group, V, vocab_size)
-    elif vocab_size not in (None, V):
-        raise ValueError(f"vocab_size={vocab_size} needs a process_group")
-    options = Options(
-        ignore_index, reduction, num_valid, label_smoothing, z_loss, softcap, logit_scale, class_weights, token_weights,
-        target_weights, shift, document_ids,
-    )  # fmt: skip
-    shape = logits.shape[:-1]
-    options.check(targets, shape, V, logits.device)
-    if inplace:
-        expect(logits.is_contiguous(), f"inplace=True needs contiguous logits; got strides {logits.stride()}")
-        owner = logits if logits._base is None else logits._base
-        expect(
-            not (owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()),
-            "inplace=True would overwrite logits that are a leaf of the graph; pass the result of an operation",
-        )
+        V, columns = own_columns(group, V, options["vocab_size"])
+    inputs = Inputs(logits, targets, V)
+    check(given, options, inputs)
 
-    if (
-        not has_no_data(logits) and not use_kernels(logits) and logits.dtype == torch.float32
-        and not (inplace or return_stats or process_group is not None)
-        and logits.numel() <= SMALL["logits"] and options.are_torchs(targets, shape)
-    ):  # fmt: skip
-        return options.torch_cross_entropy(logits, targets)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    resolved = options.resolve(targets, shape, dtype)
-    terms = options.terms(V, columns, dtype)
+    single = targets.dim() == len(shape)
+    torchs = single and not return_stats and only(("ignore_index", "reduction"), given)
+    if torchs and logits.dtype == torch.float32 and takes_plain_torch(logits) and logits.numel() <= SMALL["logits"]:
+        return torch_cross_entropy(logits, targets, options)
+    fields = prepare(options, inputs, columns, logits.dtype, stats=return_stats)
+    loss = CrossEntropy(**fields, inplace=options["inplace"])
     flat = logits.reshape(shape.numel(), logits.shape[-1])
-    if has_no_data(logits) and process_group is None:
-        from llmfast.losses import operators
-
-        loss, stats = operators.cross_entropy(flat, resolved, terms, reduction, num_valid, return_stats)
-    else:
-        loss, stats = _fused(flat, resolved, terms, reduction, num_valid, return_stats, process_group, inplace)
-    return finish(loss, stats, resolved, ignore_index, shape, squeeze=targets.dim() == len(shape))
-
-
-def finish(
-    loss: Tensor, stats: RowStats | None, targets: Targets, ignore_index: int, shape: torch.Size, squeeze: bool
-) -> Tensor | tuple[Tensor, LossStats]:
-    """Return the loss, and the statistics if there are any, in the user's shape."""
-    loss = restore(loss, shape)
-    if stats is None:
-        return loss
-    hits = accuracy(stats.argmax, targets, ignore_index)
-    token_loss, lse, entropy, argmax = (t.view(shape) for t in stats)
-    return loss, LossStats(token_loss, lse, entropy, argmax, hits[0] if squeeze else hits)
-
-
-@eager
-def _fused(logits: Tensor, *call: Any) -> tuple[Tensor, RowStats | None]:
-    return with_stats(_CrossEntropy.apply(logits, *call, torch.is_grad_enabled()))
-
-
-def with_stats(result: tuple[Tensor, ...]) -> tuple[Tensor, RowStats | None]:
-    """Name what an autograd function returns: the loss, then `RowStats` or `NO_STATS`."""
-    loss, *stats = result
-    return loss, None if stats[0] is None else RowStats(*stats)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,  # (N, V)
-        targets: Targets,
-        terms: Terms,
-        reduction: Reduction,
-        num_valid: int | Tensor | None,
-        stats: bool,
-        group: Any,
-        inplace: bool,
-        grad_enabled: bool,  # in here it never is
-    ) -> tuple[Tensor | None, ...]:
-        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        ops = row_ops(logits)
-        ctx.ops, ctx.reduction, ctx.holds_gradient, ctx.inplace = ops, reduction, False, inplace
-        ctx.set_materialize_grads(False)
-        wants_gradient = grad_enabled and ctx.needs_input_grad[0]
-        accumulate = torch.promote_types(logits.dtype, torch.float32)
-        count = denominator(targets, terms, num_valid, accumulate) if reduction == "mean" else None
-        inverse = None if count is None else reciprocal(count)
-        tensors, ctx.numbers = pack(targets, terms)
-
-        if inplace and reduction != "none" and wants_gradient and not stats and group is None:
-            # 1 / count goes into the gradient as it is written, so that an upstream gradient of 1 leaves nothing to
-            # do; but float16 would underflow, and waits for the loss scale to come down from upstream.
-            folds = logits.dtype != torch.float16
-            rows = ops.cross_entropy(logits, targets, terms, d_logits=logits, grad_scale=inverse if folds else None)
-            increment_version(logits)
-            ctx.save_for_backward(logits, None if folds else inverse)  # who writes to them before backward is told so
-            ctx.holds_gradient, ctx.consumed = True, False
-            return reduced(rows.loss, reduction, count), *NO_STATS
-
-        if group is None:
-            rows = ops.cross_entropy(logits, targets, terms, entropy=stats, argmax=stats)
-        else:
-            rows = parallel_rows(
-                ops, logits, targets, terms, group, V=logits.shape[1], entropy=stats, argmax=stats
-            )  # fmt: skip
-        if wants_gradient:
-            ctx.save_for_backward(logits, rows.peak, rows.total, rows.entropy, inverse, *tensors)
-        loss = reduced(rows.loss, reduction, count)
-        if not stats:
-            return loss, *NO_STATS
-        told = RowStats.of(rows, ops.lse(rows), loss)
-        ctx.mark_non_differentiable(told.token_loss, told.argmax)
-        return loss, *told
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        d_loss, _, d_lse, d_entropy, _ = upstream
-        nothing = (None,) * 8
-        if ctx.holds_gradient:
-            if ctx.consumed:
-                raise RuntimeError("cross_entropy(inplace=True): backward ran already and its gradient is used up")
-            ctx.consumed = True
-            gradient, factor = ctx.saved_tensors
-            d_logits = ctx.ops.scale(gradient.detach(), d_loss if factor is None else d_loss * factor)
-            return d_logits, *nothing
-
-        logits, peak, total, entropy, inverse, *tensors = ctx.saved_tensors
-        if logits.numel() == 0:
-            return torch.zeros_like(logits), *nothing
-        targets, terms = unpack(tensors, ctx.numbers)
-        d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        found = Upstream(per_row(d_loss, inverse, peak), contiguous(d_lse), contiguous(d_entropy))
-        ctx.ops.cross_entropy_backward(
-            logits, targets, terms, Softmax(peak, total, entropy), found, d_logits=d_logits
-        )  # fmt: skip
-        if ctx.inplace:
-            increment_version(logits)
-        return d_logits, *nothing
-
-
-def contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    found = adapter(loss, flat)(loss, torch.is_grad_enabled(), flat)
+    return finish(found, loss.targets, options["ignore_index"], shape, squeeze=single)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmfast._checks import describe, expect
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
-from llmfast.losses.targets import Reduction
+from llmfast.losses.options import Reduction
 
 
 def _refuse_probabilities(target: Tensor, shape: torch.Size) -> None:

@@ -1,56 +1,43 @@
 """The loss of several heads that predict further tokens ahead, over one vocabulary.
 
-Heads are rows: their hidden states, one after the other, go through `linear_cross_entropy` once, so that there is one
-buffer of logits, one float32 gradient of the unembedding, and the unembedding is read as often as one long batch would
-have it read. Heads on one hidden state are several targets of a row, and cost no more than one.
+Heads are rows: their hidden states, one after the other, go through `linear_cross_entropy` once. So there is one buffer
+of logits and one float32 gradient of the unembedding, and the unembedding is read as often as for one long batch. Heads
+that share a hidden state are several targets of a row, and cost no more than one.
 """
 
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
-from llmfast.losses.parallel import ProcessGroup
-from llmfast.losses.targets import numbers, on_device
+from llmfast.losses.options import LinearOptions, MTPOptions, Numbers, complete, defaults, takes
+from llmfast.losses.plain import final_logits
+from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Numbers = Tensor | Sequence[float]
-# A head of weight 0 still has its loss measured: it is weighted by this, which changes no sum in float32.
-NOTHING = 1e-20
+# Stands for a head weight of 0: too small to change a sum in float32, while the head's loss can still be measured by
+# dividing by it.
+NEGLIGIBLE = 1e-20
+_DEFAULTS: MTPOptions = defaults(MTPOptions)
 
 
 class MTPStats(NamedTuple):
-    """Of each head, detached and on the device. NaN where a head has no valid token."""
+    """Statistics of each head, detached and on the device. NaN where a head has no valid token."""
 
-    head_loss: Tensor  # (K,) float32: mean loss of its tokens; with shared logits of -log p alone
+    head_loss: Tensor  # (K,) float32: mean loss of its tokens; with shared logits, mean of -log p alone
     accuracy: Tensor  # (K,) float32: share of its targets that are the most probable token
     num_valid: Tensor  # (K,) int64
 
 
-class MTPOptions(TypedDict, total=False):
-    """Those of `linear_cross_entropy` that mean something here, for type checkers."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float | None
-    class_weights: Tensor | None
-    token_weights: Tensor | None
-    process_group: "ProcessGroup | None"
-    vocab_size: int | None
-    bias: Tensor | None
-    memory_budget: int | Literal["auto"]
-    slab_dtype: torch.dtype | None
-    accumulate_into: Tensor | None
-    grad_filter: float | None
-
-
+_OWN = ("document_ids", "head_weights", "num_valid", "detach_unembedding")
 _NOT_HERE = ("reduction", "shift", "target_weights")
 
 
@@ -60,10 +47,6 @@ def mtp_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    document_ids: Tensor | None = None,
-    head_weights: Numbers | None = None,
-    num_valid: Numbers | None = None,
-    detach_unembedding: bool | Sequence[bool] = False,
     return_stats: Literal[False] = False,
     **options: "Unpack[MTPOptions]",
 ) -> Tensor: ...
@@ -73,24 +56,17 @@ def mtp_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    document_ids: Tensor | None = None,
-    head_weights: Numbers | None = None,
-    num_valid: Numbers | None = None,
-    detach_unembedding: bool | Sequence[bool] = False,
     return_stats: Literal[True],
     **options: "Unpack[MTPOptions]",
 ) -> tuple[Tensor, MTPStats]: ...
+@takes(MTPOptions)
 def mtp_cross_entropy(
     hiddens: Tensor | Sequence[Tensor],  # (K, ..., T, D), K of (..., T, D), or (..., T, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (..., T)
     *,
-    document_ids: Tensor | None = None,  # (..., T)
-    head_weights: Numbers | None = None,  # (K,)
-    num_valid: Numbers | None = None,  # (K,)
-    detach_unembedding: bool | Sequence[bool] = False,
     return_stats: bool = False,
-    **options: Any,
+    **options: "Unpack[MTPOptions]",
 ) -> Tensor | tuple[Tensor, MTPStats]:
     """Multi-token prediction: head k at row t predicts `labels[t + k]`; the sum of the heads' weighted mean losses.
 
@@ -109,9 +85,7 @@ def mtp_cross_entropy(
             valid tokens in all of them (`mtp_valid_counts`). Default: the number here.
         detach_unembedding: of these heads, or of all, no gradient reaches `weight` and `bias`.
         return_stats: also return `MTPStats`.
-        options: `ignore_index`, `label_smoothing`, `z_loss`, `softcap`, `logit_scale`, `bias`, `class_weights`,
-            `token_weights` (of labels: they move with them), `process_group`, `vocab_size`, `memory_budget`,
-            `slab_dtype`, `accumulate_into` and `grad_filter`, as in `linear_cross_entropy`.
+        options: the others are as in `linear_cross_entropy`; `token_weights` are the labels' and move with them.
 
     Returns:
         The loss, float32, is the sum over k of head_weights[k] / num_valid[k] * (sum of head k's token losses). A head
@@ -124,9 +98,10 @@ def mtp_cross_entropy(
         expect(
             name not in options, f"{name} is not an option here: heads have a mean, a shift and weights of their own"
         )
+    rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options)
+    document_ids, head_weights, num_valid, detach_unembedding = (rest.pop(name) for name in _OWN)
     shared = isinstance(hiddens, Tensor) and hiddens.shape[:-1] == labels.shape
-    if not isinstance(hiddens, Tensor):
-        hiddens = _stacked(hiddens, labels)
+    hiddens = hiddens if isinstance(hiddens, Tensor) else _stacked(hiddens, labels)
     if shared:
         expect(head_weights is not None, "head_weights must say how many heads share these hidden states")
         K = len(head_weights) if head_weights is not None else 0
@@ -137,7 +112,6 @@ def mtp_cross_entropy(
         )
         K = hiddens.shape[0]
     expect(labels.dim() > 0, "labels must have a token axis")
-    ignore_index = options.get("ignore_index", -100)
     weights = _numbers("head_weights", head_weights, K, labels.device)
     divisors = _numbers("num_valid", num_valid, K, labels.device)
     detached = [detach_unembedding] * K if isinstance(detach_unembedding, bool) else list(detach_unembedding)
@@ -147,34 +121,24 @@ def mtp_cross_entropy(
             document_ids.shape == labels.shape and not document_ids.is_floating_point(),
             f"document_ids must be {tuple(labels.shape)} integers; got {describe(document_ids)}",
         )
-    if K == 1 and weights is None and not shared and not any(detached):  # nothing but that, bit for bit
-        return _alone(hiddens[0], weight, labels, None if divisors is None else divisors[0], return_stats, options)
-    targets = head_targets(labels, K, document_ids, ignore_index)  # (K, ..., T)
-    valid = targets != ignore_index
-    counts = valid.flatten(1).sum(1)
+    if K == 1 and weights is None and not shared and not any(detached):  # an ordinary loss, bit for bit
+        rest["num_valid"] = None if divisors is None else divisors[0]
+        return _one_head(hiddens[0], weight, labels, return_stats, rest)
     wide = torch.promote_types(hiddens.dtype, torch.float32)
-    token_weights: Tensor | None = options.pop("token_weights", None)
-    moved = None if token_weights is None else head_targets(token_weights, K, None, 0)
-    if divisors is None:
-        divisors = _weights_of(targets, valid, moved, options.get("class_weights"), wide).flatten(1).sum(1)
-    # Within the buffer of logits gradients stay near their own size: what all heads have in common is divided by later.
-    common = divisors.max().to(wide)
-    factors = torch.ones(K, dtype=wide, device=labels.device) if weights is None else weights.to(wide)
-    factors = torch.where(factors == 0, NOTHING, factors) * torch.where(divisors > 0, common / divisors, 0.0).to(wide)
-
-    call = _shared if shared else _heads
-    loss, head_loss, hits = call(
-        hiddens, weight, targets, valid, factors, common, moved, detached, return_stats, options
-    )
+    targets = head_targets(labels, K, document_ids, rest["ignore_index"])
+    heads, divisors = _heads(targets, weights, divisors, rest, wide)
+    compute = _shared if shared else _separate
+    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, rest)
     if not return_stats:
         return loss
+    counts = heads.valid.flatten(1).sum(1)
     return loss, MTPStats(head_loss / divisors, hits / counts, counts)
 
 
 def mtp_valid_counts(
     labels: Tensor, heads: int, document_ids: Tensor | None = None, *, ignore_index: int = -100
 ) -> Tensor:
-    """How many valid tokens each head has, (heads,) int64 on the labels' device.
+    """Count the valid tokens of each head, (heads,) int64 on the labels' device.
 
     Counted on the CPU batch, summed over the micro-batches of a step, and over ranks by one all-reduce, they are the
     `num_valid` by which every micro-batch on every rank divides, so that the sum of all gradients is that of one batch.
@@ -189,7 +153,7 @@ def mtp_valid_counts(
 
 
 def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: float) -> Tensor:
-    """(..., T) -> (K, ..., T): the labels k tokens on, `empty` past the end of the sequence or of the document."""
+    """Return the labels k tokens on, (..., T) to (K, ..., T); `empty` past the end of the sequence or document."""
     T = labels.shape[-1]
     heads, places = (torch.arange(n, dtype=torch.int64, device=labels.device) for n in (K, T))
     at = heads[:, None] + places  # (K, T)
@@ -221,101 +185,130 @@ def _numbers(name: str, given: Numbers | None, K: int, device: torch.device) -> 
     return on_device(name, given, device)
 
 
-def _weights_of(
-    targets: Tensor, valid: Tensor, moved: Tensor | None, class_weights: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Return what each target counts in a mean, (K, ..., T), in `dtype` where anything is weighted."""
-    weights: Tensor = valid
-    if class_weights is not None:
-        weights = torch.where(valid, class_weights.to(dtype)[torch.where(valid, targets, 0).long()], 0.0)
-    if moved is not None:
-        weights = torch.where(valid, weights * moved.to(dtype), 0.0)  # what is ignored may weigh NaN
-    return weights
+@dataclass(frozen=True)
+class _Heads:
+    """The targets of K heads, and what each target counts."""
 
+    targets: Tensor  # (K, ..., T)
+    valid: Tensor  # (K, ..., T) bool
+    factors: Tensor  # (K,) factor of each head's sum, times `common`
+    common: Tensor  # () what all heads are divided by in the end
+    token_weights: Tensor | None  # (K, ..., T)
 
-def _alone(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_valid: Tensor | None, stats: bool, options: dict[str, Any]
-) -> Tensor | tuple[Tensor, MTPStats]:
-    given: dict[str, Any] = {**options, "num_valid": num_valid}
-    if not stats:
-        alone: Tensor = linear_cross_entropy(hidden, weight, labels, **given)
-        return alone
-    loss, found = linear_cross_entropy(hidden, weight, labels, return_stats=True, **given)
-    count = (labels != options.get("ignore_index", -100)).sum()
-    return loss, MTPStats(loss.detach()[None], found.accuracy.reshape(1), count[None])
+    def chosen(self, heads: list[int]) -> "_Heads":
+        """Return some of the heads."""
+        targets, valid, factors = (_chosen(t, heads) for t in (self.targets, self.valid, self.factors))
+        weights = None if self.token_weights is None else _chosen(self.token_weights, heads)
+        return _Heads(targets, valid, factors, self.common, weights)
 
-
-Result = tuple[Tensor, Tensor, Tensor]
+    def hits(self, stats: LossStats) -> Tensor:
+        """Return how many valid targets of each head are the argmax, (K,)."""
+        return (self.valid & (stats.argmax == self.targets)).flatten(1).sum(1).to(self.factors.dtype)
 
 
 def _heads(
-    hiddens: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, factors: Tensor, common: Tensor,
-    moved: Tensor | None, detached: list[bool], stats: bool, options: dict[str, Any],
-) -> Result:  # fmt: skip
-    """Heads with hidden states of their own; the loss, and sums of each head's losses and hits."""
-    K = len(detached)
-    if any(detached) and not all(detached):  # each kind in a call of its own
-        total: list[Tensor] = []
-        each_loss, each_hits = ({k: factors[k] for k in range(K)} for _ in range(2))
-        for kind in (False, True):
-            heads = [k for k in range(K) if detached[k] == kind]
-            h, y, v, f = (_chosen(t, heads) for t in (hiddens, targets, valid, factors))
-            m = None if moved is None else _chosen(moved, heads)
-            loss, some_losses, some_hits = _heads(h, weight, y, v, f, common, m, [kind] * len(heads), stats, options)
-            total.append(loss)
-            each_loss.update(zip(heads, some_losses))
-            each_hits.update(zip(heads, some_hits))
-        return total[0] + total[1], torch.stack([*each_loss.values()]), torch.stack([*each_hits.values()])
-    if all(detached):
-        bias = options.get("bias")
-        weight, options = weight.detach(), {**options, "bias": None if bias is None else bias.detach()}
-    rows = factors.view(-1, *[1] * (targets.dim() - 1)).expand(targets.shape)
-    rows = rows if moved is None else rows * moved.to(rows.dtype)
-    given: dict[str, Any] = {**options, "token_weights": rows, "num_valid": common}
+    targets: Tensor,  # (K, ..., T)
+    weights: Tensor | None,  # (K,)
+    divisors: Tensor | None,  # (K,)
+    options: LinearOptions,
+    wide: torch.dtype,
+) -> tuple[_Heads, Tensor]:
+    """Return the heads, and what each head's sum is divided by, (K,)."""
+    K = len(targets)
+    valid = targets != options["ignore_index"]
+    given = options["token_weights"]
+    moved = None if given is None else head_targets(given, K, None, 0)
+    if divisors is None:
+        class_weights = options["class_weights"]
+        counting = weights_that_count(valid, targets, None if class_weights is None else class_weights.to(wide))
+        if moved is not None:
+            counting = torch.where(valid, counting * moved.to(wide), 0.0)  # the weight of an ignored label may be NaN
+        divisors = counting.flatten(1).sum(1)
+    # In the buffer of logits, gradients stay near their own size: what all heads have in common is divided by later.
+    common = divisors.max().to(wide)
+    factors = torch.ones(K, dtype=wide, device=targets.device) if weights is None else weights.to(wide)
+    factors = torch.where(factors == 0, NEGLIGIBLE, factors)
+    factors = factors * torch.where(divisors > 0, common / divisors, 0.0).to(wide)
+    return _Heads(targets, valid, factors, common, moved), divisors
+
+
+def _one_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, stats: bool, options: LinearOptions
+) -> Tensor | tuple[Tensor, MTPStats]:
     if not stats:
-        return linear_cross_entropy(hiddens, weight, targets, **given), factors, factors
-    loss, found = linear_cross_entropy(hiddens, weight, targets, return_stats=True, **given)
-    hits = (valid & (found.argmax == targets)).flatten(1).sum(1).to(factors.dtype)
+        return linear_cross_entropy(hidden, weight, labels, **options)
+    loss, found = linear_cross_entropy(hidden, weight, labels, return_stats=True, **options)
+    count = (labels != options["ignore_index"]).sum()
+    return loss, MTPStats(loss.detach()[None], found.accuracy.reshape(1), count[None])
+
+
+Result = tuple[Tensor, Tensor, Tensor]  # loss (), sums of each head's losses (K,) and hits (K,)
+
+
+def _separate(
+    hiddens: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
+) -> Result:
+    """Compute heads with hidden states of their own, as rows of one call."""
+    factors = heads.factors
+    if any(detached) and not all(detached):  # each kind in a call of its own
+        losses: list[Tensor] = []
+        head_loss, head_hits = [factors] * len(detached), [factors] * len(detached)
+        for kind in (False, True):
+            these = [k for k, is_detached in enumerate(detached) if is_detached == kind]
+            part, kinds = heads.chosen(these), [kind] * len(these)
+            loss, *sums = _separate(_chosen(hiddens, these), weight, part, kinds, stats, options)
+            losses.append(loss)
+            for k, one_loss, one_hits in zip(these, *sums):
+                head_loss[k], head_hits[k] = one_loss, one_hits
+        return losses[0] + losses[1], torch.stack(head_loss), torch.stack(head_hits)
+    weight, options = _detached(weight, options) if all(detached) else (weight, options)
+    rows = factors.view(-1, *[1] * (heads.targets.dim() - 1)).expand(heads.targets.shape)
+    rows = rows if heads.token_weights is None else rows * heads.token_weights.to(rows.dtype)
+    given: Any = {**options, "token_weights": rows, "num_valid": heads.common}
+    if not stats:
+        return linear_cross_entropy(hiddens, weight, heads.targets, **given), factors, factors
+    loss, found = linear_cross_entropy(hiddens, weight, heads.targets, return_stats=True, **given)
     safe = torch.where(factors == 0, 1, factors)
-    return loss, found.token_loss.flatten(1).sum(1) / safe, hits
-
-
-def _chosen(t: Tensor, heads: list[int]) -> Tensor:
-    """Of some heads; a view where they follow on each other."""
-    if heads == list(range(heads[0], heads[-1] + 1)):
-        return t[heads[0] : heads[-1] + 1]
-    return torch.stack([t[k] for k in heads])
+    return loss, found.token_loss.flatten(1).sum(1) / safe, heads.hits(found)
 
 
 def _shared(
-    hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, factors: Tensor, common: Tensor,
-    moved: Tensor | None, detached: list[bool], stats: bool, options: dict[str, Any],
-) -> Result:  # fmt: skip
-    """Heads on the same logits: K targets a row."""
+    hidden: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
+) -> Result:
+    """Compute heads that share their logits, as K targets of each row."""
     expect(all(detached) or not any(detached), "detach_unembedding must be the same for heads that share their logits")
     expect(
-        not stats or options.get("process_group") is None,
+        not stats or options["process_group"] is None,
         "return_stats of shared logits needs every class's unembedding; process_group splits it",
     )
-    bias = options.get("bias")
-    if all(detached):
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    by_row = targets.movedim(0, -1).contiguous()  # (..., T, K)
+    weight, options = _detached(weight, options) if all(detached) else (weight, options)
+    by_row = heads.targets.movedim(0, -1).contiguous()  # (..., T, K)
+    factors, moved = heads.factors, heads.token_weights
     rows = factors if moved is None else factors * moved.movedim(0, -1).to(factors.dtype)
-    given: dict[str, Any] = {**options, "bias": bias, "target_weights": rows, "num_valid": common}
+    given: Any = {**options, "token_weights": None, "target_weights": rows, "num_valid": heads.common}
     if not stats:
         return linear_cross_entropy(hidden, weight, by_row, **given), factors, factors
     loss, found = linear_cross_entropy(hidden, weight, by_row, return_stats=True, **given)
-    hits = (valid & (found.argmax == targets)).flatten(1).sum(1).to(factors.dtype)
+    bias = options["bias"]
+    sums = []
     with torch.no_grad():
-        sums = []
-        for k in range(len(factors)):
-            y = torch.where(valid[k], targets[k], 0).long()
-            z = (hidden * weight[y].to(hidden.dtype)).sum(-1, dtype=factors.dtype)
-            z = z if bias is None else z + bias[y]
-            z = z if options.get("logit_scale") is None else z * options["logit_scale"]
-            cap = options.get("softcap")
-            z = z if cap is None else cap * torch.tanh(z / cap)
-            token_loss = torch.where(valid[k], found.lse.detach() - z, 0.0)
+        terms = make_terms(options, len(weight), slice(0, len(weight)), factors.dtype)
+        for k, valid in enumerate(heads.valid):
+            y = torch.where(valid, heads.targets[k], 0).long()
+            x = (hidden * weight[y].to(hidden.dtype)).sum(-1, dtype=factors.dtype)
+            x = final_logits(x, None if bias is None else bias[y], terms)
+            token_loss = torch.where(valid, found.lse.detach() - x, 0.0)
             sums.append((token_loss if moved is None else token_loss * moved[k]).sum())
-    return loss, torch.stack(sums), hits
+    return loss, torch.stack(sums), heads.hits(found)
+
+
+def _detached(weight: Tensor, options: LinearOptions) -> tuple[Tensor, LinearOptions]:
+    bias = options["bias"]
+    return weight.detach(), {**options, "bias": None if bias is None else bias.detach()}
+
+
+def _chosen(t: Tensor, heads: list[int]) -> Tensor:
+    """Return some heads of (K, ...): a view if they follow on each other."""
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return t[heads[0] : heads[-1] + 1]
+    return torch.stack([t[k] for k in heads])

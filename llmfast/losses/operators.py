@@ -1,304 +1,220 @@
-"""The losses as operators of torch, which is how torch.compile takes them whole.
+"""The losses as operators of torch, which is how `torch.compile` takes them whole.
 
-Imported only while torch.compile traces: outside, the way through torch's dispatcher would cost more host time than the
-launches. Operators take and return tensors and numbers, so `pack` and `unpack` stand at their doors. What a call does
-not have comes back empty. They write over nothing and alias nothing, so the compiler may plan memory around them;
-`inplace=True` therefore means nothing here.
+Imported only while `torch.compile` traces: outside, the way through torch's dispatcher would cost more host time than
+the launches. An operator takes and returns tensors and numbers, so a loss is laid out flat, field by field, with the
+schema that the fields' types spell out. What a call does not have comes back empty. Operators write over nothing and
+alias nothing, so the compiler may plan memory around them; `inplace=True` therefore means nothing here.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmfast.losses.cross_entropy import contiguous
-from llmfast.losses.linear_cross_entropy import Call, Loop
+from llmfast.losses.from_hidden import LinearCrossEntropy
+from llmfast.losses.from_logits import CrossEntropy
+from llmfast.losses.loss import Loss, Returned
+from llmfast.losses.options import Reduction
 from llmfast.losses.plain import times
-from llmfast.losses.rows import RowOps, row_ops
-from llmfast.losses.targets import Reduction, RowStats, denominator, per_row, reciprocal, reduced
-from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream, pack, unpack
+from llmfast.losses.targets import NO_STATS, divided, reduced
+from llmfast_kernels.terms import Softmax
 
-_TARGETS = "Tensor classes, Tensor? weights, Tensor? token_weights, Tensor? class_weights, Tensor? class_weight_sums"
-_NUMBERS = (
-    "SymInt V, int ignore_index, int v_start, float? label_smoothing, float? z_loss, float? logit_scale, float? softcap"
-)
-_ROWS = "Tensor loss, Tensor peak, Tensor total, Tensor entropy, Tensor argmax, Tensor lse"
-_T, _N = (schema.count(",") + 1 for schema in (_TARGETS, _NUMBERS))
-
-
-def _split(call: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """What an operator takes after its first tensors: the tensors and numbers of `pack`, and the rest."""
-    return call[:_T], call[_T : _T + _N], call[_T + _N :]
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+# What the schema calls a type. Integers may be symbols while tracing.
+_KINDS: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float | None: "float?",
+    bool: "bool",
+    Reduction: "str",
+    torch.dtype: "ScalarType",
+}
+# Not laid out: a bias is one of the inputs, and the others do not exist inside torch.compile.
+_LEFT_OUT = ("bias", "group", "inplace", "accumulate_into", "functional")
 
 
-# Cross-entropy from logits: the rows. What is reduced and divided, the compiler sees and fuses.
+def _layout(record: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield path and schema type of each field of a dataclass, in order, those of records within it included."""
+    for field in fields(record):
+        if is_dataclass(field.type):
+            yield from (((field.name, *path), kind) for path, kind in _layout(field.type))
+        elif field.name not in _LEFT_OUT:
+            yield (field.name,), _KINDS[field.type]
 
 
-def cross_entropy(
-    logits: Tensor,  # (N, V)
-    targets: Targets,
-    terms: Terms,
-    reduction: Reduction,
-    num_valid: int | Tensor | None,
-    stats: bool,
-) -> tuple[Tensor, RowStats | None]:
-    tensors, numbers = pack(targets, terms)
-    loss, *told = torch.ops.llmfast.cross_entropy(logits, *tensors, *numbers, stats)
-    count = denominator(targets, terms, num_valid, loss.dtype) if reduction == "mean" else None
-    value = reduced(loss, reduction, count)
-    if count is not None:
-        value = torch.where(count != 0, loss.sum() * reciprocal(count), value.detach())  # no gradient of 0 / 0
-    return value, _stats(loss, told) if stats else None
+def _built(record: Any, values: Iterator[Any]) -> Any:
+    """Make a record from the values of its layout."""
+    given = {}
+    for field in fields(record):
+        if is_dataclass(field.type):
+            given[field.name] = _built(field.type, values)
+        elif field.name not in _LEFT_OUT:
+            given[field.name] = next(values)
+    return record(**given)
 
 
-@torch.library.custom_op(
-    "llmfast::cross_entropy",
-    mutates_args=(),
-    schema=f"(Tensor logits, {_TARGETS}, {_NUMBERS}, bool stats) -> ({_ROWS})",
-)
-def _cross_entropy(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    tensors, numbers, (stats,) = _split(call)
-    targets, terms = unpack(tensors, numbers)
-    logits = _rows_together(logits)
-    ops = row_ops(logits)
-    return _filled(ops.cross_entropy(logits, targets, terms, entropy=stats, argmax=stats), ops)
+class Operators:
+    """The forward and backward operator of a loss, `llmfast::<name>` and `llmfast::<name>_backward`.
+
+    Both take the inputs, the loss laid out flat, and which gradients are wanted. Forward returns the reduced loss, what
+    the rows have, and the gradients of the inputs as far as they are made there.
+    """
+
+    def __init__(self, name: str, loss: type[Loss], inputs: dict[str, str], changes: dict[str, Any]) -> None:
+        """Register both operators.
+
+        Args:
+            name: What the operators are called.
+            loss: The loss they compute.
+            inputs: Names of the inputs, and their schema types.
+            changes: Fields of the loss that are different in an operator.
+        """
+        self._loss, self._count, self._changes = loss, len(inputs), changes
+        layout = list(_layout(loss))
+        self._paths = [path for path, _ in layout]
+        arguments = [*inputs.items(), *(("_".join(path), kind) for path, kind in layout), ("wants", "bool[]")]
+        self._tensors = [kind.startswith("Tensor") for _, kind in arguments]
+        taken = ", ".join(f"{kind} {name}" for name, kind in arguments)
+        rows = "Tensor peak, Tensor total, Tensor entropy"
+        made = ", ".join(["Tensor"] * len(inputs))
+        self.forward = torch.library.custom_op(
+            f"llmfast::{name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"({taken}) -> (Tensor, Tensor, {rows}, Tensor, Tensor, {made})",
+        )
+        self.backward = torch.library.custom_op(
+            f"llmfast::{name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"({taken}, {rows}, Tensor? d_loss, Tensor? d_lse, Tensor? d_entropy) -> ({made})",
+        )
+        self.forward.register_fake(self._fake_forward)
+        self.backward.register_fake(self._fake_backward)
+        self.forward.register_autograd(self._differentiate, setup_context=self._save)
+
+    def flatten(self, loss: Loss) -> list[Any]:
+        """Return the fields of a loss in the order of the operators' arguments."""
+        values = []
+        for path in self._paths:
+            value: Any = loss
+            for name in path:
+                value = getattr(value, name)
+            values.append(value)
+        return values
+
+    def _split(self, arguments: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], Loss, tuple[bool, ...]]:
+        """Return inputs, loss and wanted gradients."""
+        *flat, wants = arguments
+        given = iter(flat[self._count :])
+        loss = _built(self._loss, given)
+        return tuple(flat[: self._count]), replace(loss, **self._changes), tuple(wants)
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        inputs, loss, wants = self._split(arguments)
+        rows, lse, kept = loss.forward(inputs, wants)
+        value = reduced(rows.loss, loss.reduction, loss.count)
+        made = None if kept is None else kept.made
+        gradients = (None,) * self._count if made is None else made
+        return (
+            value.clone() if value is rows.loss else value,
+            rows.loss,
+            *(rows.loss.new_empty(0) if t is None else t for t in rows.softmax),
+            rows.loss.new_empty(0, dtype=torch.int64) if rows.argmax is None else rows.argmax,
+            rows.loss.new_empty(0) if lse is None else lse,
+            *(
+                rows.loss.new_empty(0) if g is None else g.to(dtype)
+                for g, dtype in zip(gradients, self._made_dtypes(loss))
+            ),
+        )
+
+    def _fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        inputs, loss, wants = self._split(arguments)
+        N = loss.targets.classes.shape[0]
+        some = N if loss.stats else 0
+        empty = loss.targets.classes.new_empty
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        makes = loss.makes_gradients and loss.reduction != "none"
+        return (
+            empty(N if loss.reduction == "none" else (), dtype=wide),
+            *(empty(size, dtype=wide) for size in (N, N, N, some)),
+            empty(some, dtype=torch.int64),
+            empty(some, dtype=wide),
+            *(
+                empty(t.shape, dtype=dtype) if makes and want and t is not None else empty(0, dtype=wide)
+                for t, want, dtype in zip(inputs, wants, self._made_dtypes(loss))
+            ),
+        )
+
+    def _made_dtypes(self, loss: Loss) -> list[torch.dtype]:
+        """Return the dtypes of gradients made in forward: sums over chunks are float32, the first input has none."""
+        return [loss.dtype] + [torch.promote_types(loss.dtype, torch.float32)] * (self._count - 1)
+
+    def _backward(self, *arguments: Any) -> Any:
+        *flat, peak, total, entropy, d_loss, d_lse, d_entropy = arguments
+        inputs, loss, wants = self._split(flat)
+        softmax, returned = Softmax(peak, total, entropy), Returned(d_loss, d_lse, d_entropy)
+        found = loss.backward(inputs, wants, softmax, returned, None)
+        return _returned([peak.new_empty(0) if g is None else g for g in found])
+
+    def _fake_backward(self, *arguments: Any) -> Any:
+        *flat, peak, _, _, _, _, _ = arguments
+        inputs, _, wants = self._split(flat)
+        return _returned(
+            [t.new_empty(t.shape) if want and t is not None else peak.new_empty(0) for t, want in zip(inputs, wants)]
+        )
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, token_loss, peak, total, entropy, argmax, _, *made = output
+        ctx.save_for_backward(
+            peak, total, entropy, *made, *(value for value, is_tensor in zip(inputs, self._tensors) if is_tensor)
+        )
+        ctx.others = [value for value, is_tensor in zip(inputs, self._tensors) if not is_tensor]
+        ctx.mark_non_differentiable(token_loss, peak, total, argmax, *made)
+        ctx.set_materialize_grads(False)
+
+    def _differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_loss, _, _, _, d_entropy, _, d_lse, *_ = upstream
+        peak, total, entropy, *saved = ctx.saved_tensors
+        made, tensors, others = saved[: self._count], iter(saved[self._count :]), iter(ctx.others)
+        arguments = [next(tensors if is_tensor else others) for is_tensor in self._tensors]
+        inputs, loss, wants = self._split(arguments)
+        if not loss.stats:  # what comes back then belongs to an empty tensor
+            d_lse = d_entropy = None
+        found: Any
+        if loss.makes_gradients and loss.reduction != "none" and d_loss is not None and d_lse is d_entropy is None:
+            factor = divided(d_loss, loss.count)
+            wide = torch.promote_types(factor.dtype, torch.float32)
+            found = [times(g.to(wide), factor).to(t.dtype) if t is not None else None for g, t in zip(made, inputs)]
+        else:
+            found = self.backward(*arguments, peak, total, entropy, d_loss, d_lse, d_entropy)
+            found = [found] if isinstance(found, Tensor) else found
+        gradients = [g if want else None for g, want in zip(found, wants)]
+        return (*gradients, *(None for _ in arguments[self._count :]))
 
 
-@_cross_entropy.register_fake
-def _(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    (classes, *_), _, (stats,) = _split(call)
-    return _fake_rows(logits, classes.shape[0], stats)
+def _returned(tensors: list[Tensor]) -> Any:
+    """Return tensors as an operator must: one by itself, several as a tuple."""
+    return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 
-@torch.library.custom_op(
-    "llmfast::cross_entropy_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor logits, Tensor peak, Tensor total, Tensor entropy, Tensor d_loss, Tensor? d_lse, Tensor? d_entropy, "
-        f"{_TARGETS}, {_NUMBERS}) -> Tensor"
+OPERATORS: dict[type[Loss], Operators] = {
+    CrossEntropy: Operators("cross_entropy", CrossEntropy, {"logits": "Tensor"}, {}),
+    LinearCrossEntropy: Operators(
+        "linear_cross_entropy",
+        LinearCrossEntropy,
+        {"hidden": "Tensor", "weight": "Tensor", "bias": "Tensor?"},
+        {"functional": True},
     ),
-)
-def _cross_entropy_backward(
-    logits: Tensor, peak: Tensor, total: Tensor, entropy: Tensor, d_loss: Tensor, d_lse: Tensor | None,
-    d_entropy: Tensor | None, *call: Any,
-) -> Tensor:  # fmt: skip
-    tensors, numbers, _ = _split(call)
-    targets, terms = unpack(tensors, numbers)
-    logits = _rows_together(logits)
-    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    upstream = Upstream(d_loss.contiguous(), contiguous(d_lse), contiguous(d_entropy))
-    row_ops(logits).cross_entropy_backward(
-        logits, targets, terms, Softmax(peak, total, entropy), upstream, d_logits=d_logits
-    )  # fmt: skip
-    return d_logits
+}
 
 
-@_cross_entropy_backward.register_fake
-def _(logits: Tensor, *call: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, *call = inputs
-    _, peak, total, entropy, argmax, _ = output
-    tensors, ctx.numbers, _ = _split(call)
-    ctx.save_for_backward(logits, peak, total, entropy, *tensors)
-    ctx.mark_non_differentiable(peak, total, argmax)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_rows(
-    ctx: Any, d_loss: Tensor | None, d_peak: None, d_total: None, d_entropy: Tensor | None, d_argmax: None,
-    d_lse: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    logits, peak, total, entropy, *tensors = ctx.saved_tensors
-    d_loss = torch.zeros_like(peak) if d_loss is None else d_loss
-    d_lse, d_entropy = (None if t is None or entropy.numel() == 0 else t for t in (d_lse, d_entropy))
-    arguments = (logits, peak, total, entropy, d_loss, d_lse, d_entropy, *tensors, *ctx.numbers)
-    return torch.ops.llmfast.cross_entropy_backward(*arguments), *(None,) * (_T + _N + 1)
-
-
-_cross_entropy.register_autograd(_backward_rows, setup_context=_setup_rows)
-
-
-# Linear cross-entropy: forward with whatever gradients can be made there, backward with the others.
-
-_LINEAR = (
-    f"Tensor hidden, Tensor weight, Tensor? bias, {_TARGETS}, {_NUMBERS}, Tensor? count, str reduction, bool stats, "
-    "int budget, ScalarType dtype, ScalarType slab_dtype, float? grad_filter, bool[] wants"
-)
-
-
-class _Settings(NamedTuple):
-    """The last of these."""
-
-    divisor: Tensor | None  # of a mean
-    reduction: Reduction
-    stats: bool
-    budget: int  # -1: "auto"
-    dtype: torch.dtype
-    slab_dtype: torch.dtype
-    grad_filter: float | None
-    wants: Sequence[bool]  # gradients of hidden, weight and bias
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
-) -> tuple[Tensor, RowStats | None]:
-    tensors, numbers = pack(call.targets, call.terms)
-    wide = torch.promote_types(call.dtype, torch.float32)
-    count = denominator(call.targets, call.terms, call.num_valid, wide) if call.reduction == "mean" else None
-    wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, by_token, *told, _, _, _ = torch.ops.llmfast.linear_cross_entropy(
-        hidden, weight, bias, *tensors, *numbers, count, call.reduction, call.stats,
-        -1 if call.budget == "auto" else call.budget, call.dtype, call.slab_dtype, call.grad_filter, wants,
-    )  # fmt: skip
-    return loss, _stats(by_token, told) if call.stats else None
-
-
-def _call(flat: Sequence[Any]) -> tuple[Call, _Settings]:
-    tensors, numbers, rest = _split(flat)
-    targets, terms = unpack(tensors, numbers)
-    s = _Settings(*rest)
-    call = Call(
-        targets, terms, s.reduction, None, s.stats, None, "auto" if s.budget < 0 else s.budget, s.dtype, s.slab_dtype,
-        None, s.grad_filter,
-    )  # fmt: skip
-    return call, s
-
-
-@torch.library.custom_op(
-    "llmfast::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({_LINEAR}) -> (Tensor, {_ROWS}, Tensor, Tensor, Tensor)",
-)
-def _linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
-    call, (count, *_, wants) = _call(flat)
-    plan = call.plan(hidden, weight, (wants[0], wants[1]))
-    now = any(wants) and call.reduction != "none"
-    plan = plan.cut("chunk")  # logits kept for backward would have to be copied there, to be written over
-    loop = Loop(hidden, weight, bias, call, plan, wants[2])
-    rows, made, _ = loop.forward(gradients=now)
-    loss = reduced(rows.loss, call.reduction, count)
-    filled = _filled(rows, loop.ops)
-    d_weight = None if made.weight is None else made.weight.to(plan.accumulate_dtype)
-    return (
-        loss.clone() if loss is rows.loss else loss,
-        *filled,
-        *(hidden.new_empty(0) if g is None else g for g in (made.hidden, d_weight, made.bias)),
-    )
-
-
-@_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
-    call, (*_, wants) = _call(flat)
-    N = call.targets.classes.shape[0]
-    rows = _fake_rows(hidden.new_empty(0, dtype=call.dtype), N, call.stats)
-    loss = rows[0].new_empty(N if call.reduction == "none" else ())
-    now = call.reduction != "none"
-    wide = torch.promote_types(call.dtype, torch.float32)
-    return (
-        loss,
-        *rows,
-        hidden.new_empty(hidden.shape, dtype=call.dtype) if now and wants[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape, dtype=wide) if now and wants[1] else hidden.new_empty(0),
-        hidden.new_empty(weight.shape[0], dtype=wide) if now and wants[2] else hidden.new_empty(0),
-    )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "llmfast::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema=(
-        f"({_LINEAR}, Tensor peak, Tensor total, Tensor entropy, Tensor d_loss, Tensor? d_lse, Tensor? d_entropy) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-)
-def _linear_cross_entropy_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any
-) -> tuple[Tensor, ...]:
-    *settings, peak, total, entropy, d_loss, d_lse, d_entropy = flat
-    call, (*_, wants) = _call(settings)
-    plan = call.plan(hidden, weight, (wants[0], wants[1])).cut("recompute")
-    made = Loop(hidden, weight, bias, call, plan, wants[2]).backward(
-        None,
-        Softmax(peak, total, entropy),
-        Upstream(d_loss.contiguous(), contiguous(d_lse), contiguous(d_entropy)),
-    )
-    likes = (hidden, weight, bias)
-    return tuple(hidden.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in zip(made, likes))
-
-
-@_linear_cross_entropy_backward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape) if want and t is not None else hidden.new_empty(0)
-        for t, want in zip((hidden, weight, bias), _call(flat[:-6])[1].wants)
-    )
-
-
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, *flat = inputs
-    _, by_token, peak, total, entropy, argmax, _, *made = output
-    tensors, ctx.numbers, (count, *ctx.settings) = _split(flat)
-    ctx.save_for_backward(hidden, weight, bias, peak, total, entropy, count, *made, *tensors)
-    ctx.mark_non_differentiable(by_token, peak, total, argmax, *made)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_linear(
-    ctx: Any, d_loss: Tensor | None, d_by_token: None, d_peak: None, d_total: None, d_entropy: Tensor | None,
-    d_argmax: None, d_lse: Tensor | None, *nothing: None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    hidden, weight, bias, peak, total, entropy, count, *rest = ctx.saved_tensors
-    made, tensors = rest[:3], rest[3:]
-    settings = _Settings(count, *ctx.settings)
-    inverse = None if count is None else reciprocal(count)
-    d_lse, d_entropy = (None if t is None or entropy.numel() == 0 else t for t in (d_lse, d_entropy))
-    likes = (hidden, weight, bias)
-    if settings.reduction != "none" and d_lse is None and d_entropy is None and d_loss is not None:
-        factor = d_loss if inverse is None else d_loss * inverse
-        wide = torch.promote_types(factor.dtype, torch.float32)
-        gradients = [
-            times(g.to(wide), factor).to(t.dtype) if want and t is not None else None
-            for g, t, want in zip(made, likes, settings.wants)
-        ]
-    else:
-        found = torch.ops.llmfast.linear_cross_entropy_backward(
-            hidden, weight, bias, *tensors, *ctx.numbers, *settings, peak, total, entropy,
-            per_row(d_loss, inverse, peak), d_lse, d_entropy,
-        )  # fmt: skip
-        gradients = [g if want else None for g, want in zip(found, settings.wants)]
-    return *gradients, *(None,) * (_T + _N + len(settings))
-
-
-_linear_cross_entropy.register_autograd(_backward_linear, setup_context=_setup_linear)
-
-
-def _filled(rows: Rows, ops: RowOps) -> tuple[Tensor, ...]:
-    """Return what `_ROWS` names, empty where it was not asked for."""
-    loss, peak, total, entropy, argmax = rows
-    if entropy is None or argmax is None:
-        return loss, peak, total, loss.new_empty(0), loss.new_empty(0, dtype=torch.int64), loss.new_empty(0)
-    return loss, peak, total, entropy, argmax, ops.lse(rows)
-
-
-def _fake_rows(logits: Tensor, N: Any, stats: bool) -> tuple[Tensor, ...]:
-    some = N if stats else 0
-    wide = _wide(logits)
-    sizes = ((N, wide), (N, wide), (N, wide), (some, wide), (some, torch.int64), (some, wide))
-    return tuple(logits.new_empty(size, dtype=dtype) for size, dtype in sizes)
-
-
-def _stats(loss: Tensor, told: Sequence[Tensor]) -> RowStats:
-    _, _, entropy, argmax, lse = told
-    return RowStats(loss.detach(), lse, entropy, argmax)
-
-
-def _rows_together(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+def apply(loss: Loss, grad_enabled: bool, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Compute a loss as `EagerLoss.apply` does, by its operator."""
+    operators = OPERATORS[type(loss)]
+    wants = [grad_enabled and t is not None and t.requires_grad for t in inputs]
+    value, token_loss, _, _, entropy, argmax, lse, *_ = operators.forward(*inputs, *operators.flatten(loss), wants)
+    return (value, token_loss, lse, entropy, argmax) if loss.stats else (value, *NO_STATS)

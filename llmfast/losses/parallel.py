@@ -1,6 +1,7 @@
-"""Rows that lie on several devices: each holds some columns of the logits (vocab-parallel)."""
+"""Rows whose columns are split over devices (vocab-parallel)."""
 
 import sys
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -8,18 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast.losses.plain import empty_where
+from llmfast.losses import plain
 from llmfast.losses.rows import RowOps
-from llmfast_kernels.terms import Partials, Rows, Targets, Terms
+from llmfast_kernels.terms import Partials, Rows, Targets, Terms, Upstream
 
 ProcessGroup: TypeAlias = "dist.ProcessGroup"
 
 
 def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, slice]:
-    """V of all ranks and this rank's columns, split as `torch.chunk` and DTensor split.
+    """Return V of all ranks and this rank's columns, split as `torch.chunk` and DTensor split.
 
     Raises:
-        ValueError: this rank does not hold as many columns as it would then.
+        ValueError: this rank holds another number of columns than that split gives it.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     V = columns * world if vocab_size is None else vocab_size
@@ -34,18 +35,24 @@ def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, 
     return V, slice(start, start + own)
 
 
-def parallel_rows(
+def over_ranks(ops: RowOps, group: Any) -> RowOps:
+    """Return `ops` with a cross-entropy over the columns of all ranks, the same on each; the rest is unchanged."""
+    return ops._replace(cross_entropy=partial(_cross_entropy, ops, group))
+
+
+def _cross_entropy(
     ops: RowOps,
+    group: Any,
     logits: Tensor,  # (N, own columns), or wider with padding
     targets: Targets,
     terms: Terms,
-    group: Any,
     *,
     V: int,
     entropy: bool = False,
     argmax: bool = False,
+    d_logits: Tensor | None = None,
 ) -> Rows:
-    """`RowOps.cross_entropy` of all ranks' columns, the same on every rank, by two all-reduces of a few (N,)."""
+    """Compute rows with two all-reduces of a few numbers per row; the gradient takes a launch of its own."""
     if V == 0:  # fewer classes than ranks
         none = logits.new_zeros(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
         lowest = torch.full_like(none, torch.finfo(none.dtype).min)
@@ -67,16 +74,19 @@ def parallel_rows(
     total, pull, mass, *moments = sums
     log_total = total.log()
     H = log_total - moments[0] / total if moments else None
-    loss = mass * log_total - pull
-    if terms.z_loss is not None:
-        loss += terms.z_loss * (peak * ops.peak_unit + log_total) ** 2
+    loss = plain.add_terms(mass * log_total - pull, peak * ops.peak_unit + log_total, terms)
     if targets.token_weights is not None:
         loss *= targets.token_weights
     if best is not None:
         best = torch.where(own.peak < peak, terms.V, best)
         dist.all_reduce(best, dist.ReduceOp.MIN, group)
     ignored = (targets.classes == terms.ignore_index).all(1)
-    return empty_where(ignored, Rows(loss, peak, total, H, best))
+    rows = Rows(loss, peak, total, H, best)
+    plain.empty_where(ignored, rows)
+    if d_logits is not None and V > 0:
+        upstream = Upstream(torch.ones_like(loss))
+        ops.cross_entropy_backward(logits, targets, terms, rows.softmax, upstream, V=V, d_logits=d_logits)
+    return rows
 
 
 def group_size(group: Any) -> int:
@@ -87,19 +97,19 @@ def sum_over_ranks(t: Tensor, group: Any) -> None:
     dist.all_reduce(t, dist.ReduceOp.SUM, group)
 
 
-def local_weight(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any, vocab_size: int | None
-) -> tuple[Tensor, Tensor, Tensor | None, Any, int | None]:
-    """Plain tensors, and the group that the classes are split over, from whatever DTensors are among them."""
+def local_weight(hidden: Tensor, weight: Tensor, options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Return plain tensors for DTensors, and in the options the group that the classes are split over, if they are."""
+    bias, group = options.get("bias"), options.get("process_group")
     if not any(_is_dtensor(t) for t in (hidden, weight, bias)):
-        return hidden, weight, bias, group, vocab_size
+        return hidden, weight, options
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     def local(t: Any) -> Any:
         return t.to_local() if isinstance(t, DTensor) else t
 
-    if group is not None:  # whoever names it says that the classes are split over it
-        return local(hidden), local(weight), local(bias), group, vocab_size or weight.shape[0]
+    if group is not None:  # naming it says that the classes are split over it
+        V = options.get("vocab_size") or weight.shape[0]
+        return local(hidden), local(weight), {**options, "bias": local(bias), "vocab_size": V}
     expect(isinstance(weight, DTensor), "weight must be a DTensor where hidden or bias is one")
     assert isinstance(weight, DTensor)
     mesh = weight.device_mesh
@@ -112,7 +122,8 @@ def local_weight(
             f"hidden must be replicated over the mesh that weight is sharded on; it is {hidden.placements}",
         )
         expect(len(own_classes) == 1, "weight may be sharded over one dimension of its mesh")
-        return local(hidden), local(weight), local(bias), mesh.get_group(own_classes[0]), weight.shape[0]
+        split = {"process_group": mesh.get_group(own_classes[0]), "vocab_size": weight.shape[0]}
+        return local(hidden), local(weight), {**options, **split, "bias": local(bias)}
     # Each rank has tokens of its own (FSDP2): the whole weight, and a gradient averaged over the mesh.
     average = [Partial("avg")] * mesh.ndim
 
@@ -121,7 +132,7 @@ def local_weight(
             return t
         return t.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=average)
 
-    return local(hidden), gathered(weight), gathered(bias), None, vocab_size
+    return local(hidden), gathered(weight), {**options, "bias": gathered(bias)}
 
 
 def _is_dtensor(t: Tensor | None) -> bool:

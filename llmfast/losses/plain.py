@@ -1,8 +1,8 @@
-"""Cross-entropy of rows in plain torch: what CPU tensors (and any device without Triton) take.
+"""Cross-entropy of rows in plain torch, for CPU tensors and any device without Triton.
 
-Built on softmax, by far the fastest row operation torch has on a CPU: 13 ms for 1024 x 50257 float32 where one `exp_`
-takes 20 and `logsumexp` 27 (two cores, torch 2.13). The signatures are those of the Triton launchers, and
-`llmfast_kernels.cross_entropy` says what they compute.
+It is built on softmax, by far the fastest row operation that torch has on a CPU: 13 ms for 1024 x 50257 float32, where
+one `exp_` takes 20 and `logsumexp` 27 (two cores, torch 2.13). The functions have the signatures of the Triton
+launchers, where `llmfast_kernels.cross_entropy` says what they compute.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from llmfast_kernels.terms import GROUP, Partials, Rows, Softmax, Targets, Terms, Upstream
 
-BLOCK_BYTES = 1 << 20  # a thread: rows are worked through in blocks, so that several passes over one stay in its cache
+BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in its cache
 
 
 class _Weights:
-    """Per row and target: what weighs how much. None stands for 1, or for nothing to smooth."""
+    """The weights of each row and target. None stands for 1, or for no smoothing."""
 
     def __init__(self, targets: Targets, terms: Terms, V: int, dtype: torch.dtype) -> None:
         classes = targets.classes
@@ -31,7 +31,7 @@ class _Weights:
         self.b = None  # (N,)
         weights = self.counts.to(dtype)
         if targets.weights is not None:
-            weights = torch.where(self.counts, targets.weights, 0)  # what an ignored target weighs may be NaN
+            weights = torch.where(self.counts, targets.weights, 0)  # the weight of an ignored target may be NaN
         if terms.label_smoothing is not None:
             self.b = weights.sum(1) * (terms.label_smoothing / terms.V)
             weights = weights * (1 - terms.label_smoothing)
@@ -45,7 +45,7 @@ class _Weights:
         self.V = V
 
     def mass(self, *, everywhere: bool) -> Tensor | None:
-        """(N,) weight of lse in the loss; of the columns here only, or of all."""
+        """Return the weight of logsumexp in the loss, (N,): of the columns here, or of all."""
         if self.a is None:
             return None if everywhere or self.V == self.terms.V else self.here[:, 0].to(torch.float32)
         mass = self.a.sum(1) if everywhere else torch.where(self.here, self.a, 0).sum(1)
@@ -55,7 +55,7 @@ class _Weights:
         return mass
 
     def pull(self, x: Tensor, y_x: Tensor, peak: Tensor, rows: slice) -> Tensor:
-        """(rows,) sum of a x[y] + b sum(c x), less the same of the peak."""
+        """Return the sum of a x[y] + b sum(c x), (rows,), minus the same sum for the peak."""
         below = torch.where(self.here[rows], y_x - peak[:, None], 0)
         pull = (below if self.a is None else below * self.a[rows]).sum(1)
         if self.b is not None:
@@ -66,7 +66,7 @@ class _Weights:
         return pull
 
     def subtract(self, d: Tensor, rows: slice) -> None:
-        """Take the pull's gradient off `d`."""
+        """Subtract the pull's gradient from `d`."""
         if self.b is not None:
             d -= self.b[rows, None] if self.c is None else self.b[rows, None] * self.c
         if self.a is None and self.V == self.terms.V:
@@ -111,9 +111,7 @@ def cross_entropy(
         log_total = -largest.log()
         lse = peak + log_total
         peaks[rows], totals[rows] = peak, largest.reciprocal()
-        loss[rows] = (log_total if mass is None else mass[rows] * log_total) - pull
-        if terms.z_loss is not None:
-            loss[rows] += terms.z_loss * lse * lse
+        loss[rows] = add_terms((log_total if mass is None else mass[rows] * log_total) - pull, lse, terms)
         if H is not None:
             H[rows] = log_total - (p * torch.where(p > 0, x - peak[:, None], 0)).sum(1)
         if d_logits is not None:
@@ -218,8 +216,13 @@ def cross_entropy_backward(
         _store(p, weights.ignored[rows], d_logits[rows])
 
 
+def add_terms(loss: Tensor, lse: Tensor, terms: Terms) -> Tensor:
+    """Add the terms that depend on logsumexp alone; `_slope` has their derivative."""
+    return loss if terms.z_loss is None else loss + terms.z_loss * lse * lse
+
+
 def empty_where(ignored: Tensor, rows: Rows) -> Rows:
-    """Give ignored rows what `Rows` says they have, in place."""
+    """Set the results of ignored rows to what `Rows` says, in place."""
     for t, value in ((rows.loss, 0), (rows.peak, 0), (rows.total, 1), (rows.entropy, 0), (rows.argmax, -1)):
         if t is not None:
             t.masked_fill_(ignored, value)
@@ -227,7 +230,7 @@ def empty_where(ignored: Tensor, rows: Rows) -> Rows:
 
 
 def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Put factor * x into `out` (or add it there), or over `x`. Zeros stay zeros, see `times`."""
+    """Put factor * x into `out` (or add it there), or over `x`. Zeros stay zeros: see `times`."""
     if x.is_cpu and factor.isfinite():  # on a CPU looking is cheaper than two more passes
         if out is None:
             return x.mul_(factor)
@@ -239,12 +242,15 @@ def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = F
 
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor, where zeros stay zeros: an ignored row has no gradient, even if upstream is infinite or NaN."""
+    """Return x * factor. Zeros stay zeros: an ignored row has no gradient, even if upstream is infinite or NaN."""
     return torch.where(x == 0, x, x * factor)
 
 
 def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and space for as many in `dtype`: the same for all, since new memory costs more than what is done in it."""
+    """Cut rows into blocks, each with space for itself in `dtype`.
+
+    All share the space: new memory costs more than the arithmetic.
+    """
     N, V = logits.shape
     threads = torch.get_num_threads()
     step = max(threads, threads * BLOCK_BYTES // (4 * max(V, 1)))  # each row is one thread's
@@ -253,17 +259,21 @@ def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 
 def _logits(given: Tensor, terms: Terms, space: Tensor) -> Tensor:
-    """softcap(logit_scale * (given + bias)); `given` itself where that is all it takes."""
-    x = given if given.dtype == space.dtype else space.copy_(given)
-    if terms.bias is not None:
-        x = x + terms.bias
+    """Return the final logits of a block, or `given` itself if nothing changes it."""
+    return final_logits(given if given.dtype == space.dtype else space.copy_(given), terms.bias, terms)
+
+
+def final_logits(x: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """Return softcap(logit_scale * (x + bias)), or `x` itself if nothing changes it."""
+    if bias is not None:
+        x = x + bias
     if terms.logit_scale is not None:
         x = x * terms.logit_scale
     return x if terms.softcap is None else (x / terms.softcap).tanh_().mul_(terms.softcap)
 
 
 def _through(d: Tensor, x: Tensor, terms: Terms) -> None:
-    """From the gradient of x to that of the given logits, in place."""
+    """Turn the gradient of the final logits `x` into that of the given ones, in place."""
     if terms.softcap is not None:
         d *= 1 - (x / terms.softcap) ** 2
     if terms.logit_scale is not None:
@@ -271,21 +281,21 @@ def _through(d: Tensor, x: Tensor, terms: Terms) -> None:
 
 
 def _slope(mass: Tensor | None, terms: Terms, lse: Tensor) -> Tensor | None:
-    """Of the loss in lse, (rows,), or None for 1."""
+    """Return the derivative of the loss with respect to logsumexp, (rows,); None for 1."""
     if terms.z_loss is None:
         return mass
     return (1.0 if mass is None else mass) + 2.0 * terms.z_loss * lse
 
 
 def _softmax(x: Tensor, given: Tensor, d_logits: Tensor | None, space: Tensor) -> Tensor:
-    """Softmax of the block `x`, into the gradient's buffer where there is one and the dtype allows; else over x."""
+    """Compute the softmax of the block `x`, in the gradient's buffer if it has the same dtype; else over `x`."""
     if d_logits is not None and d_logits.dtype == x.dtype:
         return torch.softmax(x, 1, out=d_logits)
     return torch.softmax(x, 1, out=space if x is given else x)
 
 
 def _groups(d: Tensor) -> Tensor:
-    """Largest absolute value of each GROUP columns."""
+    """Return the largest absolute value of each group of GROUP columns."""
     return F.pad(d.abs(), (0, -d.shape[1] % GROUP)).view(d.shape[0], -1, GROUP).amax(2)
 
 

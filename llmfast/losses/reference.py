@@ -1,60 +1,63 @@
-"""What the losses mean, in as little torch as it takes. Slow, and right: the tests hold every path against these.
+"""What the losses mean, in as little torch as possible. Slow, and right: the tests hold every path to these.
 
-Same names and arguments as `llmfast.losses`, less those that only say how to compute. Arithmetic in at least float32;
-float64 stays float64.
+Names and arguments are those of `llmfast.losses`, without the ones that only say how to compute. Arithmetic is at least
+float32; float64 stays float64.
 """
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llmfast.losses.options import LossOptions, complete, defaults, takes
 from llmfast.losses.targets import LossStats
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+_DEFAULTS: LossOptions = defaults(LossOptions)
+
+
+@takes(LossOptions)
 def cross_entropy(
     logits: Tensor,  # (..., V)
     targets: Tensor,  # (...) or (..., K)
     *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_valid: int | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    class_weights: Tensor | None = None,  # (V,)
-    token_weights: Tensor | None = None,  # (...)
-    target_weights: Tensor | None = None,  # (K,) or (..., K)
-    shift: int = 0,
-    document_ids: Tensor | None = None,  # (...)
     return_stats: bool = False,
+    **options: "Unpack[LossOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
+    """Compute what `llmfast.losses.cross_entropy` means."""
+    o: dict[str, Any] = {**complete("cross_entropy", _DEFAULTS, options)}
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V, shape = x.shape[-1], x.shape[:-1]
     y = targets if targets.dim() > len(shape) else targets[..., None]
-    if shift:
-        y = _shifted(y, shift, document_ids, ignore_index)
-    if logit_scale is not None:
-        x = x * logit_scale
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    c = torch.ones(V, dtype=x.dtype, device=x.device) if class_weights is None else class_weights.to(x.dtype)
-    keep = y != ignore_index
+    if o["shift"]:
+        y = _shifted(y, o["shift"], o["document_ids"], o["ignore_index"])
+    if o["logit_scale"] is not None:
+        x = x * o["logit_scale"]
+    if o["softcap"] is not None:
+        x = o["softcap"] * torch.tanh(x / o["softcap"])
+    c = torch.ones(V, dtype=x.dtype, device=x.device) if o["class_weights"] is None else o["class_weights"].to(x.dtype)
+    keep = y != o["ignore_index"]
     y = y.masked_fill(~keep, 0).long()
-    w = keep.to(x.dtype) if target_weights is None else torch.where(keep, target_weights.to(x.dtype), 0.0)
-    t = torch.ones(shape, dtype=x.dtype, device=x.device) if token_weights is None else token_weights.to(x.dtype)
+    w = keep.to(x.dtype) if o["target_weights"] is None else torch.where(keep, o["target_weights"].to(x.dtype), 0.0)
+    t = torch.ones(shape, dtype=x.dtype, device=x.device)
+    if o["token_weights"] is not None:
+        t = o["token_weights"].to(x.dtype)
 
     lse = x.logsumexp(-1)
     surprise = lse[..., None] - x
-    losses = (1 - label_smoothing) * c[y] * surprise.gather(-1, y)
-    if label_smoothing:
-        losses = losses + label_smoothing / V * (c * surprise).sum(-1, keepdim=True)
+    smoothing = o["label_smoothing"]
+    losses = (1 - smoothing) * c[y] * surprise.gather(-1, y)
+    if smoothing:
+        losses = losses + smoothing / V * (c * surprise).sum(-1, keepdim=True)
     loss = torch.where(keep, w * losses, 0.0).sum(-1)
-    if z_loss:
-        loss = loss + z_loss * lse**2
+    if o["z_loss"]:
+        loss = loss + o["z_loss"] * lse**2
     valid = keep.any(-1)
     loss = torch.where(valid, t * loss, 0.0)
-    total = torch.where(keep, t[..., None] * w * c[y], 0.0).sum() if num_valid is None else num_valid
-    result = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[reduction]
+    total = torch.where(keep, t[..., None] * w * c[y], 0.0).sum() if o["num_valid"] is None else o["num_valid"]
+    result = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[o["reduction"]]
     if not return_stats:
         return result
     p = x.softmax(-1)
@@ -68,37 +71,23 @@ def cross_entropy(
     )
 
 
+@takes(LossOptions)
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (...) or (..., K)
     *,
     bias: Tensor | None = None,  # (V,)
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_valid: int | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    class_weights: Tensor | None = None,  # (V,)
-    token_weights: Tensor | None = None,  # (...)
-    target_weights: Tensor | None = None,  # (K,) or (..., K)
-    shift: int = 0,
-    document_ids: Tensor | None = None,  # (...)
     return_stats: bool = False,
+    **options: "Unpack[LossOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
+    """Compute what `llmfast.losses.linear_cross_entropy` means."""
     logits = hidden @ weight.T
-    return cross_entropy(
-        logits if bias is None else logits + bias, targets, ignore_index=ignore_index, reduction=reduction,
-        num_valid=num_valid, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
-        class_weights=class_weights, token_weights=token_weights, target_weights=target_weights, shift=shift,
-        document_ids=document_ids, return_stats=return_stats,
-    )  # fmt: skip
+    return cross_entropy(logits if bias is None else logits + bias, targets, return_stats=return_stats, **options)
 
 
 def _shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_index: int) -> Tensor:
-    """(..., T, K) targets `shift` tokens on, one token at a time."""
+    """Return (..., T, K) targets `shift` tokens on, one token at a time."""
     moved = torch.full_like(targets, ignore_index)
     T = targets.shape[-2]
     for t in range(T - shift):

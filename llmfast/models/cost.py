@@ -1,4 +1,4 @@
-"""What a decoder's training step takes: parameters, FLOPs, and modelled seconds."""
+"""Cost of a decoder's training step: parameters, FLOPs and modelled seconds."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,41 +9,42 @@ from torch import nn
 from llmfast._checks import expect
 from llmfast._gpus import Gpu
 from llmfast.models import Decoder, DecoderConfig
-from llmfast.mtp import ParallelHeads, SequentialDepths
+from llmfast.models.depths import SequentialDepths
+from llmfast.models.heads import ParallelHeads
 
-# Of the printed rate that a whole training step reaches: Llama 3's pretraining reports 38 to 43 % on H100s (Dubey et
+# Share of the peak rate that a whole training step reaches: Llama 3's pretraining reports 38 to 43 % on H100s (Dubey et
 # al. 2024, arXiv:2407.21783, table 4), PaLM's 46 % on TPUs (Chowdhery et al. 2022, arXiv:2204.02311). Small models and
-# short rows reach less. A guess, to be replaced by a measurement.
+# short rows reach less. This value is a guess; replace it with a measurement.
 UTILISATION = 0.4
 FORMULA = (
     "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)"
-    " / (utilisation * FLOPs a second of the data sheet)"
+    " / (utilisation * FLOPs per second of the data sheet)"
 )
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Of a decoder: all of its parameters, and parts of them."""
+    """Number of a decoder's parameters, in total and in part."""
 
     total: int
-    next_token: int  # without heads that predict further tokens only
-    embedding: int  # of embedding and unembedding, once if they are tied
+    next_token: int  # without heads that only predict further tokens
+    embedding: int  # embedding and unembedding, counted once if they are tied
 
     @property
     def non_embedding(self) -> int:
-        """Kaplan's N, of what predicts the next token."""
+        """Kaplan's N: parameters used to predict the next token."""
         return self.next_token - self.embedding
 
 
 @lru_cache(maxsize=8)
 def meta_decoder(config: DecoderConfig) -> Decoder:
-    """The model without memory for its parameters, to be looked at."""
+    """Build the model without allocating its parameters."""
     with torch.device("meta"):
         return Decoder(config)
 
 
 def count_parameters(config: DecoderConfig) -> ParameterCount:
-    """Of the decoder that `config` makes, which is made to be counted, but on no device."""
+    """Count the parameters of the decoder that `config` describes, without allocating them."""
     model = meta_decoder(config)
     total = _numel(model)
     further = 0
@@ -68,11 +69,12 @@ class StepCost:
         return self.matrices + self.attention
 
     def seconds(self, gpu: Gpu, dtype: torch.dtype, *, utilisation: float = UTILISATION) -> float:
-        """Modelled, never measured: see `FORMULA`.
+        """Model the time of the step, which is not measured: see `FORMULA`.
 
         Args:
-            dtype: of the matrix products; float32 ones go to the ordinary units.
-            utilisation: the share of the data sheet's rate that the step is assumed to reach.
+            gpu: The GPU whose data sheet gives the rates.
+            dtype: The dtype of the matrix products; float32 products run on the ordinary units.
+            utilisation: The share of the data sheet's rate that the step is assumed to reach.
 
         Raises:
             ValueError: `utilisation` is not above 0 and at most 1.
@@ -83,15 +85,15 @@ class StepCost:
 
 
 def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
-    """What `tokens` tokens in rows of `seq_len` take.
+    """Count the FLOPs of `tokens` tokens in rows of `seq_len`.
 
-    A parameter of a matrix takes 6 FLOPs a token: 2 in forward, 4 in backward. The embedding takes none, being looked
-    up; the unembedding takes them once for each head with hidden states of its own. Attention takes 12 seq_len width a
-    token and block, as if every token saw its whole row: a kernel that leaves out what the causal mask hides takes half
-    of that, but not where a mask keeps documents apart.
+    A parameter of a matrix takes 6 FLOPs per token: 2 in forward, 4 in backward. The embedding takes none, because it
+    is a lookup. The unembedding counts once per head with its own hidden states. Attention takes 12 seq_len width per
+    token and block, as if every token attended to its whole row. A kernel that skips what the causal mask hides needs
+    half of that, unless a mask separates documents.
 
     Raises:
-        ValueError: a count is not above 0.
+        ValueError: A count is not above 0.
     """
     expect(tokens > 0, f"tokens must be above 0; got {tokens}")
     expect(seq_len > 0, f"seq_len must be above 0; got {seq_len}")
@@ -108,7 +110,7 @@ def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
 
 
 def own_hidden_states(config: DecoderConfig) -> int:
-    """Heads whose hidden states go through the unembedding, each for itself."""
+    """Count the heads whose hidden states pass through the unembedding separately."""
     return 1 if config.mtp == "shared" else config.targets
 
 

@@ -1,8 +1,8 @@
-"""How much memory a training run takes, and whether a GPU has it.
+"""Estimate the memory of a training run, and check whether it fits on a GPU.
 
-What is counted: parameters, gradients, AdamW's states, what autograd keeps of the small decoder from forward to
-backward, and the loss's buffers. What is not: the CUDA context and libraries' workspaces (about 1 GiB together), the
-allocator's fragments, and memory that operators use for the moment.
+The estimate includes parameters, gradients, AdamW's states, what autograd keeps of the small decoder from forward to
+backward, and the buffers of the loss. It omits the CUDA context and library workspaces (about 1 GiB together),
+allocator fragmentation, and temporary buffers of operators.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, R
 from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
 from llmfast.models import DecoderConfig
 from llmfast.models.cost import meta_decoder, own_hidden_states
-from llmfast.optim.formats import GROUP, LOW, MasterWeights
-from llmfast.optim.options import StateDtype
+from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype, param_format
 
 Device = Literal["cuda", "cpu"]
 
 GB = 10**9
-# Memory in GB, and the rates where they are known. Data sheets mean 10^9 or 2^30 bytes by GB: the smaller is taken, and
+# Memory in GB, and the rates where they are known. In data sheets GB means 10^9 or 2^30 bytes; the smaller is used, and
 # the driver needs the rest.
 _KNOWN: dict[str, tuple[int, Gpu | None]] = {
     "T4": (16, None),
@@ -47,27 +46,22 @@ GPU_RATES = {name: gpu for name, (_, gpu) in _KNOWN.items() if gpu is not None}
 
 @dataclass(frozen=True)
 class Precision:
-    """How parameters and AdamW's states are kept: the parameters' dtype, and `FusedAdamW`'s options by their names.
+    """Formats of parameters and AdamW's states: the parameters' dtype, and options of `FusedAdamW` under their names.
 
-    Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, bfloat16 ones as
-    they are.
+    Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, bfloat16 ones
+    without autocast.
     """
 
     name: str
     parameters: torch.dtype
     master_weights: MasterWeights | None = None
-    state_dtype: StateDtype | None = None  # None: the parameters'
+    state_dtype: StateDtype | None = None  # None: the parameters' dtype
 
     def optimizer_bytes(self, numel: int) -> int:
-        """What `FusedAdamW` keeps of a tensor of so many elements: two moments, low bits, a step count."""
-        if self.state_dtype == "8bit":
-            moment = numel + 4 * -(-numel // GROUP)
-        else:
-            moment = numel * (self.state_dtype or self.parameters).itemsize
-        low = 0
-        if self.master_weights in LOW:
-            low = (LOW[self.master_weights][1] or self.parameters).itemsize
-        return 2 * moment + numel * low + 4
+        """Return the bytes that `FusedAdamW` keeps for `numel` elements: moments, low bits, a step count."""
+        moments = 2 * STATE_FORMATS[self.state_dtype].bytes(numel, self.parameters)
+        low = param_format(self.master_weights).bytes_per_parameter(self.parameters)
+        return moments + numel * low + 4
 
 
 PRECISIONS = (
@@ -80,8 +74,8 @@ PRECISIONS = (
     Precision("bf16, stochastic", torch.bfloat16, "stochastic"),
     Precision("bf16, stochastic, 8-bit moments", torch.bfloat16, "stochastic", "8bit"),
 )
-"""The ways to keep parameters and states that `llmfast plan memory` compares."""
-FP32 = PRECISIONS[0]  # what `llmfast train` does
+"""Formats of parameters and states that `llmfast plan memory` compares."""
+FP32 = PRECISIONS[0]  # the format that `llmfast train` uses by default
 
 
 @dataclass(frozen=True)
@@ -92,17 +86,17 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int  # kept from forward to backward
-    recomputed: int  # in the backward of one block, where activations are computed again
-    weight_copies: int  # of matrices in autocast's dtype, kept with the activations
-    loss: int  # beside the hidden states: logits, gradients of hidden states and unembedding
-    loss_unfused: int  # the same of torch's cross-entropy of F.linear
-    loss_gradients: int  # what of both is left when backward reaches the blocks
-    tied_gradients: int  # of a tied embedding: as the unembedding, as the embedding, and as their sum if that waits
-    accumulate: bool  # gradients of an earlier micro-batch are there throughout
+    recomputed: int  # in the backward of one block, when its activations are recomputed
+    weight_copies: int  # copies of matrices in autocast's dtype, kept with the activations
+    loss: int  # beyond the hidden states: logits, gradients of hidden states and unembedding
+    loss_unfused: int  # the same for torch's cross-entropy of F.linear
+    loss_gradients: int  # the part of either that remains when backward reaches the blocks
+    tied_gradients: int  # of a tied embedding: as unembedding, as embedding, and possibly their sum
+    accumulate: bool  # gradients of an earlier micro-batch exist throughout
 
     @property
     def peak(self) -> int:
-        """The most at a time: in the loss, or in backward at its beginning or its end."""
+        """Peak bytes: in the loss, or in backward at its beginning or its end."""
         return self._peak(self.loss)
 
     @property
@@ -129,20 +123,21 @@ def estimate_memory(
     device: Device = "cuda",
     gpu_memory: int = 80 * GB,
 ) -> MemoryEstimate:
-    """Of training `config`'s decoder as `llmfast train` does: rows of packed documents, the fused loss.
+    """Estimate the memory for training `config`'s decoder as `llmfast train` does: packed rows, the fused loss.
 
     Args:
-        batch_size: rows in a micro-batch.
-        seq_len: tokens in a row.
-        accumulate: micro-batches in a step.
-        autocast: to bfloat16; of float32 parameters, others are bfloat16 anyway.
-        checkpoint_activations: of a block only its input is kept, and the rest computed again.
-        in_backward: the optimizer steps while gradients come, and frees them.
-        device: an NVIDIA GPU, or a CPU.
-        gpu_memory: bytes, a tenth of which is the most that the fused loss takes for logits.
+        config: The decoder.
+        batch_size: Rows per micro-batch.
+        seq_len: Tokens per row.
+        accumulate: Micro-batches per step.
+        autocast: Use autocast to bfloat16 for float32 parameters; others are bfloat16 anyway.
+        checkpoint_activations: Keep only the input of each block, and recompute the rest.
+        in_backward: The optimizer steps during backward and frees the gradients.
+        device: An NVIDIA GPU, or a CPU.
+        gpu_memory: In bytes; the fused loss takes at most a tenth of it for logits.
 
     Raises:
-        ValueError: a count is not above 0.
+        ValueError: A count is not above 0.
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("accumulate", accumulate)):
         expect(value > 0, f"{name} must be above 0; got {value}")
@@ -159,7 +154,7 @@ def estimate_memory(
     plan = LinearCrossEntropyPlan.make(
         rows, D, V, dtype=compute, weight_dtype=stored, memory_budget=budget, kernels=on_gpu, float32_products=on_gpu
     )  # fmt: skip
-    cast = (rows + V) * D * compute.itemsize if compute != stored else 0  # the loss's inputs, in autocast's dtype
+    cast = (rows + V) * D * compute.itemsize if compute != stored else 0  # inputs of the loss in autocast's dtype
     kept, recomputed = activation_bytes(
         config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations
     )
@@ -179,10 +174,10 @@ def estimate_memory(
 
 
 def unfused_loss_bytes(rows: int, D: int, V: int, stored: torch.dtype) -> int:
-    """Of `F.cross_entropy(F.linear(hidden, weight), targets)` with a softmax in float32.
+    """Count the bytes of `F.cross_entropy(F.linear(hidden, weight), targets)` with a float32 softmax.
 
-    12 bytes a logit: its log-softmax is kept, and in backward there are the gradients of that and of the logit; only
-    then come the gradients of `hidden` and `weight`. Logits of bfloat16 that somebody still holds are 2 more.
+    This takes 12 bytes per logit: the log-softmax is kept, and backward adds its gradient and that of the logit. The
+    gradients of `hidden` and `weight` come later. Bfloat16 logits that the caller still holds take 2 more.
     """
     return rows * V * 4 + max(rows * V * 8, (rows + V) * D * stored.itemsize)
 
@@ -197,26 +192,27 @@ def activation_bytes(
     device: Device = "cuda",
     checkpoint: bool = False,
 ) -> tuple[int, int]:
-    """What autograd keeps of the decoder's forward pass, hidden states for the loss included, and what it makes again.
+    """Count the bytes that autograd keeps of the decoder's forward pass, and those that backward recomputes.
 
-    A token, with r bytes for an element of the residual stream and c for one of a matrix product:
+    The hidden states for the loss are included. Per token, with r bytes per element of the residual stream and c bytes
+    per element of a matrix product:
 
         norm    r width + 4        its input, and a number (on a CPU: 8 width + 4, input and result in float32)
         block   2 norms, and c times
                 2 width            the norms' results, which the matrices read
                 3 width            queries, keys and values, in one piece
-                2 width            queries and keys rotated
+                2 width            rotated queries and keys
                 width              attention's result (on a CPU twice)
                 4 ffn_width        gate, up, silu(gate) and their product
-                seq_len            the mask between documents, as a number to add
+                seq_len            the mask between documents, as an addend
                 2 width / heads    cosines and sines, if they are cast
                 and 4 heads        attention's log-sum-exp
         head    norm, r width      the last norm, and the hidden state that the loss reads
-        depth   3 norms, 2 c width, 1, block, r width     of sequential prediction of further tokens
+        depth   3 norms, 2 c width, 1, block, r width     for sequential prediction of further tokens
         rest    8 + 4 width / heads + seq_len             token, angles, mask
 
-    With `checkpoint` a block keeps its input, r width, and one block at a time has the rest in backward, where c
-    ffn_width of gradients come on top. The blocks of sequential depths are not computed again.
+    With `checkpoint`, a block keeps its input, r width. In backward one block at a time has the rest, with c ffn_width
+    of gradients in addition. The blocks of sequential depths are not recomputed.
     """
     D, T, H = config.width, seq_len, config.heads
     r, c = stored.itemsize, compute.itemsize
@@ -237,10 +233,10 @@ def activation_bytes(
 
 
 def memory_of(gpu: str) -> int:
-    """Bytes of a GPU by its name, as in `GPU_MEMORY`, whatever its case.
+    """Return the bytes of a GPU by its name in `GPU_MEMORY`, regardless of case.
 
     Raises:
-        ValueError: there is no such name.
+        ValueError: The name is unknown.
     """
     for name, size in GPU_MEMORY.items():
         if name.lower() == gpu.replace(" ", "").lower():
@@ -249,12 +245,12 @@ def memory_of(gpu: str) -> int:
 
 
 def verdict(need: int, have: int) -> str:
-    """In words: whether `need` bytes fit into `have`."""
+    """Say in words whether `need` bytes fit into `have`."""
     if need > have:
         return "too large"
     return "fits" if need <= 0.9 * have else "just fits"
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:
-    """A matrix that products read, other than the unembedding, which the loss casts."""
+    """Return True for a matrix used in products, except for the unembedding, which the loss casts."""
     return p.dim() == 2 and name not in ("embedding.weight", "head.weight")

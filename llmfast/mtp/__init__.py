@@ -1,12 +1,12 @@
-"""Multi-token prediction: modules that predict more than the next token, and what goes with them.
+"""Multi-token prediction: modules that predict more than the next token, and related functions.
 
-The loss for all of them is `llmfast.losses.mtp_cross_entropy`. Head k at row t predicts token t + 1 + k, so that head 0
-is ordinary next-token prediction.
+Their common loss is `llmfast.losses.mtp_cross_entropy`. Head k at row t predicts token t + 1 + k, so head 0 is ordinary
+next-token prediction.
 """
 
-from llmfast.mtp.depths import SequentialDepths
+from llmfast.models.depths import SequentialDepths
+from llmfast.models.heads import ParallelHeads
 from llmfast.mtp.export import load_deepseek, save_deepseek
-from llmfast.mtp.heads import ParallelHeads
 from llmfast.mtp.schedules import constant_weights, head_weights, linear_weights, staged_weights
 from llmfast.mtp.sequential import sequential_backward
 from llmfast.mtp.speculative import Speculation, speculative_generate

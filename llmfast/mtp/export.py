@@ -1,10 +1,10 @@
-"""A decoder with sequential depths as a folder in DeepSeek-V3's layout: model.safetensors and config.json.
+"""Export a decoder with sequential depths to DeepSeek-V3's layout: model.safetensors and config.json.
 
     model.embed_tokens.weight   model.layers.{0 .. N-1}.*   model.norm.weight   lm_head.weight (if it is not tied)
-    model.layers.{N + k}.enorm, .hnorm, .eh_proj, .shared_head.norm, and its block's own, for depth k + 1
+    model.layers.{N + k}.enorm, .hnorm, .eh_proj, .shared_head.norm, and the parameters of its block, for depth k + 1
 
-and in each depth `embed_tokens` and `shared_head.head`, copies of what the depth shares with the model. The blocks are
-named as Hugging Face names a Llama's, whose attention ours is; DeepSeek's latent attention it is not.
+Each depth also has `embed_tokens` and `shared_head.head`, copies of what it shares with the model. Blocks use Hugging
+Face's names for a Llama, whose attention they have; they do not use DeepSeek's latent attention.
 """
 
 import json
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast.mtp.depths import SequentialDepths
+from llmfast.models.depths import SequentialDepths
 
 if TYPE_CHECKING:
     from llmfast.models import Decoder
 
-# Ours to theirs; several are rows of ours one after the other, in equal parts.
+# Our names to theirs; several of theirs are equal parts of the rows of ours.
 _BLOCK: dict[str, list[str]] = {
     "attention_norm": ["input_layernorm"],
     "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -35,10 +35,10 @@ _SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.wei
 
 
 def save_deepseek(model: "Decoder", folder: Path) -> None:
-    """Write `model`, whose mtp is "sequential" or "none", into `folder`, made if it is not there.
+    """Write `model`, whose mtp is "sequential" or "none", to `folder`, which is created if necessary.
 
-    `eh_proj` is written as the released weights have it, embedding first, whatever the model's own order.
-    With a repeated layer there is one depth in the file.
+    `eh_proj` is written in the order of the released weights, embedding first, regardless of the model's own order.
+    With a repeated layer, the file contains one depth.
     """
     from safetensors.torch import save_file
 
@@ -57,18 +57,18 @@ def save_deepseek(model: "Decoder", folder: Path) -> None:
             tensors[f"{prefix}shared_head.head.weight"] = model.unembedding.detach()
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Cloned, because the format has no tensors that share memory.
+    # Cloned, because the format does not allow tensors that share memory.
     owned = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     save_file(owned, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(model), indent=2) + "\n")
 
 
 def load_deepseek(folder: Path) -> "Decoder":
-    """The decoder that `save_deepseek` wrote, on the CPU and in the dtype it had.
+    """Load a decoder written by `save_deepseek`, on the CPU and in its saved dtype.
 
     Raises:
-        ValueError: tensors are missing, left over or of another shape, or a copy of what depths share with the model
-            differs from the model's own: this model cannot hold both.
+        ValueError: Tensors are missing, unexpected or of another shape, or a copy of what the depths share with the
+            model differs from the model's own, which this model cannot represent.
     """
     from safetensors.torch import load_file
 
@@ -115,7 +115,7 @@ def load_deepseek(folder: Path) -> "Decoder":
 
 
 def _names(model: "Decoder") -> dict[str, list[str]]:
-    """Our parameters' names to theirs."""
+    """Map our parameters' names to theirs."""
     names = {"embedding.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     if model.head is not None:
         names["head.weight"] = ["lm_head.weight"]
@@ -151,7 +151,7 @@ def _config(model: "Decoder") -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
         "num_nextn_predict_layers": len(depths.layers) if depths else 0,
-        "llmfast": {  # what the layout has no names for
+        "llmfast": {  # settings that the layout has no names for
             "mtp_heads": c.mtp_heads,
             "mtp_concat": c.mtp_concat,
             "mtp_hidden": c.mtp_hidden,
@@ -162,5 +162,5 @@ def _config(model: "Decoder") -> dict[str, Any]:
 
 
 def _swapped(eh_proj: Tensor) -> Tensor:
-    """(D, 2 D), the halves of its columns the other way round."""
+    """Swap the two halves of the columns of a (D, 2 D) matrix."""
     return torch.cat(eh_proj.chunk(2, dim=1)[::-1], dim=1)

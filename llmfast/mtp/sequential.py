@@ -1,4 +1,4 @@
-"""Backward head by head, so that one head's activations live at a time (Gloeckle 2024, section 2)."""
+"""Backward one head at a time, so that only one head's activations exist at a time (Gloeckle 2024, section 2)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,20 +15,20 @@ def sequential_backward(
     loss: Callable[[int, Tensor], Tensor],
     *args: Any,
 ) -> Tensor:
-    """Forward and backward of `sum_k loss(k, head_k(trunk_out, *args))`, head by head, and then of the trunk.
+    """Run forward and backward of `sum_k loss(k, head_k(trunk_out, *args))` per head, and then of the trunk.
 
-    The gradients are those of one graph. Peak memory is the trunk's activations and those of the largest head, where
-    one graph keeps all heads'. That is worth it for large heads, or losses that keep their logits; with
-    `mtp_cross_entropy` no head's logits exist at once, and one graph is simpler and as small in them.
+    The gradients equal those of one graph. Peak memory is the trunk's activations and those of the largest head, while
+    one graph keeps those of all heads. This helps with large heads, or with losses that keep their logits. With
+    `mtp_cross_entropy` no head's logits exist at once, so one graph is simpler and equally small.
 
     Args:
-        trunk_out: What all heads read. It needs a graph only if the trunk is to learn.
+        trunk_out: Input of all heads. It needs a graph only if the trunk is trained.
         heads: Modules or functions, e.g. `ParallelHeads(...).blocks`.
-        loss: From a head's number and its output to a scalar, its weight and any loss scaling included.
+        loss: Maps a head's number and output to a scalar, including its weight and any loss scaling.
         args: Passed to every head.
 
     Returns:
-        The heads' losses, (K,), detached.
+        The losses of the heads, (K,), detached.
     """
     inputs = trunk_out.detach().requires_grad_(trunk_out.requires_grad)
     losses: list[Tensor] = []

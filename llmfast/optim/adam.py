@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from llmfast._checks import expect
-from llmfast.optim.base import FusedOptimizer, TorchCall
+from llmfast.optim.base import Decay, FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras, Options
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Decay = Literal["lr", "independent", "relative"]
+DecayMode = Literal["lr", "independent", "relative"]
 
 
 class _Adam(FusedOptimizer):
@@ -23,7 +23,7 @@ class _Adam(FusedOptimizer):
     squares = frozenset({"exp_avg_sq"})
     never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would keep whatever rounding adds
     own_group_keys = ("lr_max",)
-    decay: Decay = "lr"
+    decay: DecayMode = "lr"
 
     def _state_names(self, group: dict[str, Any]) -> Names:
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
@@ -32,13 +32,13 @@ class _Adam(FusedOptimizer):
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
-    def _decay(self, group: dict[str, Any]) -> tuple[float, float, float]:
+    def _decay(self, group: dict[str, Any]) -> Decay:
         weight_decay = float(group["weight_decay"])
         if not group["decoupled_weight_decay"]:
-            return 0.0, 0.0, weight_decay
+            return Decay(l2=weight_decay)
         if self.decay == "relative":
-            return weight_decay / group["lr_max"], 0.0, 0.0
-        return (weight_decay, 0.0, 0.0) if self.decay == "lr" else (0.0, weight_decay, 0.0)
+            return Decay(decay_by_lr=weight_decay / group["lr_max"])
+        return Decay(decay_by_lr=weight_decay) if self.decay == "lr" else Decay(decay=weight_decay)
 
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
         return bool(group["decoupled_weight_decay"]) and self.decay != "lr"
@@ -145,10 +145,10 @@ class FusedAdamW(_Adam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decay: Decay = "lr",
+        decay: DecayMode = "lr",
         **extras: "Unpack[Extras]",
     ) -> None:
-        expect(decay in get_args(Decay), f"decay must be one of {get_args(Decay)}; got {decay!r}")
+        expect(decay in get_args(DecayMode), f"decay must be one of {get_args(DecayMode)}; got {decay!r}")
         self._take(extras)
         self.decay = decay
         super().__init__(

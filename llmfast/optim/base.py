@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +14,12 @@ from llmfast.optim.options import Options
 from llmfast.optim.plain import Amount, leave, update_plainly
 from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, is_dtensor, local, places, shard_of
 from llmfast.optim.state import StateKeeper
-from llmfast.optim.table import PointerTable, Signature, capturing, signature
+from llmfast.optim.table import Hyper, PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
-
-if TYPE_CHECKING:
-    from llmfast.optim.release import ReleaseHandle
 
 NUMBERS = {float, int}
 FORMATS = ("master_weights", "state_dtype", "ema_decay")
+Gradients = list[list[int]]  # addresses, for each table of a plan
 KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
@@ -39,6 +37,14 @@ class Plan(NamedTuple):
     buckets: dict[tuple[int, Bucket], torch.device]
     clips: frozenset[int | None]  # of all groups: see `Row.clip`
     devices: list[torch.device]  # on which something is updated, here or on other ranks
+
+
+class Decay(NamedTuple):
+    """Weight decay of a group: shares of itself that a parameter loses in a step, and the L2 penalty."""
+
+    decay_by_lr: float = 0.0  # per unit of lr
+    decay: float = 0.0  # whatever lr is, unless it is 0
+    l2: float = 0.0
 
 
 class TorchCall(NamedTuple):
@@ -66,7 +72,7 @@ class FusedOptimizer(StateKeeper):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    _in_backward: "ReleaseHandle | None" = None
+    _in_backward: Any = None  # the `ReleaseHandle` that steps it
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
     # In which torch's fused CPU kernel is right.
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)
@@ -79,15 +85,15 @@ class FusedOptimizer(StateKeeper):
 
     @abstractmethod
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
-        """What the rule needs to know beside lr: arguments of `reference`'s function, in the order of the kernels'."""
+        """Return the rule's own numbers by the names that `reference` and the kernels have for them."""
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:
         """One step by torch's function, which knows no `grad_scale` unless it is fused."""
 
-    def _decay(self, group: dict[str, Any]) -> tuple[float, float, float]:
-        """Weight decay: what is lost for each unit of lr, what is lost at any lr but 0, and the L2 penalty."""
-        return 0.0, 0.0, float(group["weight_decay"])
+    def _decay(self, group: dict[str, Any]) -> Decay:
+        """Return the group's weight decay: an L2 penalty, unless the optimizer says otherwise."""
+        return Decay(l2=float(group["weight_decay"]))
 
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
         """True if torch's own update knows no decay like this group's."""
@@ -118,24 +124,23 @@ class FusedOptimizer(StateKeeper):
                 raise RuntimeError("optimizer_in_backward has stepped with scaled gradients: GradScaler comes too late")
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return loss
-        if self._plan is not None:
-            bring_together(self._plan.dtensors)
-        if self._plan is None or not self.still_holds(self._plan):
-            self._plan = self.make_plan()
-        self.follow(self._plan)
+        gradients = None if self._plan is None else self.gradients_of(self._plan)
+        if self._plan is None or gradients is None:
+            self._plan, gradients = self.make_plan()
+        self.follow(self._plan, gradients)
         return loss
 
-    def follow(self, plan: Plan) -> None:
+    def follow(self, plan: Plan, gradients: Gradients) -> None:
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
         if plan.tables:
-            hyper: list[list[Any]] = [*map(self._hyper, range(len(self.param_groups)))]
-            mixed = [i for i, row in enumerate(hyper) if not NUMBERS.issuperset(map(type, row))]
-            on_device = [(i, j, x) for i in mixed for j, x in enumerate(hyper[i]) if isinstance(x, Tensor)]
-            for i, j, _ in on_device:
-                hyper[i][j] = -1.0
-            for table in plan.tables:
-                if table.refresh(hyper, on_device):
+            hyper = [*map(self._hyper, range(len(self.param_groups)))]
+            mixed = [i for i, numbers in enumerate(hyper) if not NUMBERS.issuperset(map(type, numbers.values()))]
+            on_device = [(i, name, x) for i in mixed for name, x in hyper[i].items() if isinstance(x, Tensor)]
+            for i, name, _ in on_device:
+                hyper[i][name] = -1.0
+            for table, addresses in zip(plan.tables, gradients):
+                if table.refresh(addresses, hyper, on_device):
                     self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
         sums = {} if plan.clips == {None} else self._sums(plan)
         told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
@@ -206,38 +211,36 @@ class FusedOptimizer(StateKeeper):
                 row.ema.lerp_(row.local.float(), 1 - ema_decay)
 
     def _total_decay(self, group: dict[str, Any]) -> Any:
-        by_lr, decay, _ = self._decay(group)
-        lr = _scalar(group["lr"])
+        decay, lr = self._decay(group), _scalar(group["lr"])
         moves: Any = lr != 0
-        return by_lr * lr + decay * (moves.to(lr.dtype) if isinstance(lr, Tensor) else moves)
+        return decay.decay_by_lr * lr + decay.decay * (moves.to(lr.dtype) if isinstance(lr, Tensor) else moves)
 
     def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
         for row in rows:
             group = _with_numbers_on(row.local.device, self.param_groups[row.group])
             arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
-            arguments |= {"l2": self._decay(group)[2], "decay": self._total_decay(group)}
+            arguments |= {"l2": self._decay(group).l2, "decay": self._total_decay(group)}
             sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(row.group)
             update_plainly(self.rule, row, amount, arguments, sign, options)
 
     # With kernels.
 
-    def _hyper(self, index: int) -> list[float | Tensor]:
-        """The group's hyperparameters in the order of the kernels' HYPER_NAMES; tensors where they are on a device."""
+    def _hyper(self, index: int) -> Hyper:
+        """Return the group's hyperparameters by the kernels' names for them; tensors where they are on a device."""
         group, own, o = self.param_groups[index], self.group_options[index], self.options  # read as fast as can be
         ema_decay, limit = own.get("ema_decay", o.ema_decay), own.get("max_grad_norm", o.max_grad_norm)
-        arguments = self._rule_arguments(group)
-        eps = arguments.pop("eps", 0.0)
-        return [
-            _number(group["lr"]),
-            -1.0 if group["maximize"] else 1.0,
-            *self._decay(group),
-            0.0 if ema_decay is None else 1.0 - ema_decay,
-            0.0 if limit is None else limit,
-            o.seed,
-            eps,
-            *map(_number, arguments.values()),
-            *[0.0] * (4 - len(arguments)),
-        ]
+        decay = self._decay(group)
+        return {
+            "lr": _number(group["lr"]),
+            "sign": -1.0 if group["maximize"] else 1.0,
+            "decay_by_lr": decay.decay_by_lr,
+            "decay": decay.decay,
+            "l2": decay.l2,
+            "ema_rate": 0.0 if ema_decay is None else 1.0 - ema_decay,
+            "max_norm": 0.0 if limit is None else limit,
+            "seed": o.seed,
+            **{name: _number(number) for name, number in self._rule_arguments(group).items()},
+        }
 
     def _sums(self, plan: Plan) -> dict[torch.device, dict[int | None, Tensor]]:
         """On every device there is, for each clip: float64 numbers that add up to the square of the gradients' norm."""
@@ -268,14 +271,22 @@ class FusedOptimizer(StateKeeper):
 
     # Who goes where.
 
-    def still_holds(self, plan: Plan) -> bool:
-        return (
-            plan.settings == self._settings()
-            and all(table.looks() for table in plan.tables)
-            and all(row.looks() for row in (*plan.torch_rows, *plan.plain_rows))
+    def gradients_of(self, plan: Plan) -> Gradients | None:
+        """Return the addresses of the gradients for each of the plan's tables; None if the plan no longer holds."""
+        bring_together(plan.dtensors)
+        if plan.settings != self._settings():
+            return None
+        gradients = []
+        for table in plan.tables:
+            if (addresses := table.gradients()) is None:
+                return None
+            gradients.append(addresses)
+        holds = (
+            all(row.looks() for row in (*plan.torch_rows, *plan.plain_rows))
             and all(p.grad is None for p in plan.waiting)
             and plan.watch.holds(self.param_groups, self.state)
         )
+        return gradients if holds else None
 
     def _settings(self) -> Any:
         self._match_groups()
@@ -289,8 +300,8 @@ class FusedOptimizer(StateKeeper):
             found.append((self._state_names(group), group["differentiable"], formats))
         return found
 
-    def make_plan(self, chosen: Place | None = None) -> Plan:
-        """For all parameters, or for one, which takes no longer where there are many."""
+    def make_plan(self, chosen: Place | None = None) -> tuple[Plan, Gradients]:
+        """Plan for all parameters, or for one, which takes no longer where there are many."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         settings = self._settings()
@@ -320,8 +331,7 @@ class FusedOptimizer(StateKeeper):
             else:
                 plain_rows.append(row)
         tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
-        for table in tables:
-            table.looks()
+        gradients = [cast("list[int]", table.gradients()) for table in tables]
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
         self._loaded = self._loaded - clips.keys()
@@ -331,7 +341,19 @@ class FusedOptimizer(StateKeeper):
             *(row.local.device for row in (*torch_rows, *plain_rows)),
         ]
         devices = [*dict.fromkeys([*here, *buckets.values()])]
-        return Plan(settings, watch, tables, torch_rows, plain_rows, waiting, dtensors, buckets, kinds, devices)
+        plan = Plan(
+            settings=settings,
+            watch=watch,
+            tables=tables,
+            torch_rows=torch_rows,
+            plain_rows=plain_rows,
+            waiting=waiting,
+            dtensors=dtensors,
+            buckets=buckets,
+            clips=kinds,
+            devices=devices,
+        )
+        return plan, gradients
 
     def _is_for_kernels(self, row: Row, group: dict[str, Any]) -> bool:
         p, g = row.local, row.grad

@@ -1,31 +1,23 @@
 """How weights and optimizer states are kept in fewer bits than they are computed with, in plain torch.
 
-The kernels' `formats.py` does the same bit for bit; what the formats are, and why, is said there. Tensors here are
-flat, in the order in which they lie in memory, unless something else is said.
+The kernels' `formats.py` does the same bit for bit; it says what the formats are, and why. Every format is one object
+here: a `ParamFormat` for each value of `master_weights`, and a `StateFormat` for each of `state_dtype`. Functions on
+bits take flat tensors, in the order in which these lie in memory, unless they say otherwise.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 GROUP = 128  # elements that share the scale of an 8-bit state
 MASK = 0xFFFFFFFF
-
-MasterWeights = Literal["fp32", "split16", "split8", "stochastic", "kahan"]
 LOW_BITS = "low_bits"
-# Where each keeps what a parameter cannot hold: name of the state, and dtype (None: the parameter's).
-LOW: dict[str, tuple[str, torch.dtype | None]] = {
-    "fp32": ("master_param", torch.float32),
-    "split16": (LOW_BITS, torch.int16),
-    "split8": (LOW_BITS, torch.int8),
-    "kahan": ("kahan_comp", None),
-}
-BITS = {"split16": 16, "split8": 8}
 
 
 def scrambled(x: Tensor) -> Tensor:
-    """Of uint32 values, held in int64."""
+    """Permute uint32 values, held in int64."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & MASK
     x = x ^ (x >> 15)
@@ -34,14 +26,14 @@ def scrambled(x: Tensor) -> Tensor:
 
 
 def noise_keys(seed: int, step: Tensor, tensor: int) -> tuple[Tensor, Tensor]:
-    """Two 32-bit keys for the noise of one tensor at one step (a tensor of one element)."""
+    """Return two 32-bit keys for the noise of one tensor at one step (a tensor of one element)."""
     seeds = torch.tensor([seed & MASK, (seed >> 32) & MASK, tensor], dtype=torch.int64, device=step.device)
     k = scrambled((scrambled((scrambled(seeds[0]) + seeds[1]) & MASK) + step.long()) & MASK)
     return scrambled((k + seeds[2]) & MASK), scrambled((scrambled(k ^ 0x85EBCA6B) + seeds[2]) & MASK)
 
 
 def noise(element: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """32 random bits an element, of its place in the whole tensor, and 32 more."""
+    """Return 32 random bits per element, given its place in the whole tensor, and 32 more."""
     x = (element & MASK) ^ keys[0]
     x = (x + (element >> 32) * 0x9E3779B9) & MASK
     x = x ^ (x >> 16)
@@ -54,7 +46,7 @@ def noise(element: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 
 
 def split(x: Tensor, low_bits: int) -> tuple[Tensor, Tensor]:
-    """float32 of any shape -> bfloat16, and the integers (int16 or int8) by which it misses."""
+    """Split float32 of any shape into bfloat16 and the integers (int16 or int8) by which it misses."""
     shift = 16 - low_bits
     bits = x.view(torch.int32).long()
     kept = (bits + ((1 << shift) >> 1)) >> shift
@@ -66,19 +58,19 @@ def split(x: Tensor, low_bits: int) -> tuple[Tensor, Tensor]:
 
 
 def joined(high: Tensor, low: Tensor, low_bits: int) -> Tensor:
-    """What `split` split; inf and NaN in the high half stay what they are."""
+    """Undo `split`; inf and NaN in the high half stay what they are."""
     bits = high.view(torch.int16).int()
     low = torch.where(_is_finite(bits), low.int(), 0)
     return ((bits << 16) + (low << (16 - low_bits))).view(torch.float32)
 
 
 def sixteen(low: Tensor) -> Tensor:
-    """The low half of `split` as 16 bits, of which 8 are zero where there were 8: as it is saved, of either kind."""
+    """Return the low half of `split` with 16 bits, as it is saved; 8 are zero if there were 8."""
     return low.to(torch.int16) * 256 if low.dtype == torch.int8 else low.to(torch.int16)
 
 
 def rounded_stochastically(x: Tensor, random: Tensor) -> Tensor:
-    """float32 -> bfloat16, by the low 16 of the random bits."""
+    """Round float32 to bfloat16 by the low 16 random bits."""
     bits = x.view(torch.int32).long()
     cut = torch.where(x.isnan(), (bits >> 16) | 0x40, bits >> 16)
     return _bfloat16(torch.where(x.isfinite(), (bits + (random & 0xFFFF)) >> 16, cut))
@@ -93,7 +85,7 @@ def _bfloat16(high: Tensor) -> Tensor:
 
 
 def decoded(code: Tensor, scale: Tensor) -> Tensor:
-    """8-bit codes, signed or not, and the largest magnitude of each group -> float32."""
+    """Return the float32 values of 8-bit codes, given the largest magnitude of each group."""
     scales = scale.repeat_interleave(GROUP)[: code.numel()]
     if code.dtype == torch.int8:
         r = code.float() * (1 / 127)
@@ -103,10 +95,10 @@ def decoded(code: Tensor, scale: Tensor) -> Tensor:
 
 
 def encoded(x: Tensor, random: Tensor | None, signed: bool) -> tuple[Tensor, Tensor]:
-    """float32 -> codes (int8, or uint8 of what has no sign) and scales; by 16 random bits, or to nearest without."""
+    """Return codes (int8, or uint8 for values without a sign) and scales; without random bits, round to nearest."""
     magnitude = x.abs()
     groups = torch.nn.functional.pad(magnitude, (0, -x.numel() % GROUP)).view(-1, GROUP)
-    scale = groups.amax(1)  # NaN comes out on top
+    scale = groups.amax(1)  # NaN is the largest
     inverse = torch.where(scale > 0, 1 / scale, 0)
     y = magnitude * inverse.repeat_interleave(GROUP)[: x.numel()]
     chance = 0.5 if random is None else (random & 0xFFFF).float() * (1 / 65536)
@@ -125,5 +117,181 @@ def encoded(x: Tensor, random: Tensor | None, signed: bool) -> tuple[Tensor, Ten
 
 
 def in_memory_order(t: Tensor) -> Tensor:
-    """A flat view of a tensor that fills its memory."""
+    """Return a flat view of a tensor that fills its memory."""
     return t.as_strided((t.numel(),), (1,))
+
+
+def flat_like(stored: Tensor, x: Tensor) -> Tensor:
+    """Return `x`, which has the shape of `stored`, flat in the memory order of `stored`."""
+    return in_memory_order(torch.empty_like(stored, dtype=x.dtype).copy_(x))
+
+
+class ParamFormat:
+    """How a parameter of bfloat16 or float16 has more bits than its own; this one: it has none.
+
+    `p` is a parameter, or the piece of it that is here; `low` is what the format keeps besides it, of the same shape.
+    """
+
+    state: str | None = None  # the name under which `low` is kept
+    dtype: torch.dtype | None = None  # of `low`; None is the parameter's
+    is_copy = False  # whether `low` is the parameter, of which `p` is only rounded
+    bfloat16_only = False
+    noisy = False  # whether `write` takes random bits
+
+    def bytes_per_parameter(self, param_dtype: torch.dtype) -> int:
+        """Return how many bytes the format keeps per parameter, besides the parameter."""
+        return 0 if self.state is None else (self.dtype or param_dtype).itemsize
+
+    def reads(self, p: Tensor, low: Tensor) -> bool:
+        """Return True if a state of this name, with such dtypes, belongs to this format."""
+        return True
+
+    def read(self, p: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return a new tensor with all the bits of the parameter, in float32 or (without a format) `dtype`."""
+        return p.detach().to(dtype, copy=True)
+
+    def write(self, p: Tensor, low: Any, value: Tensor, random: Tensor | None) -> None:
+        """Write a new value into `p` and `low`."""
+        p.copy_(value)
+
+    def keep(self, p: Tensor, low: Any, value: Tensor) -> None:
+        """Write into a new `low` what `p` misses of this value. `p` stays as it is, or nearly."""
+
+
+class _Fp32(ParamFormat):
+    state = "master_param"
+    dtype = torch.float32
+    is_copy = True
+
+    def read(self, p: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert low is not None
+        return low.to(dtype, copy=True)
+
+    def write(self, p: Tensor, low: Any, value: Tensor, random: Tensor | None) -> None:
+        p.copy_(value)
+        low.copy_(value)
+
+    def keep(self, p: Tensor, low: Any, value: Tensor) -> None:
+        low.copy_(value)
+
+
+class _Split(ParamFormat):
+    state = LOW_BITS
+    bfloat16_only = True
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self.dtype = torch.int16 if bits == 16 else torch.int8
+
+    def reads(self, p: Tensor, low: Tensor) -> bool:
+        return low.dtype == self.dtype and p.dtype == torch.bfloat16
+
+    def read(self, p: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert low is not None
+        return joined(p.detach(), low, self._bits)
+
+    def write(self, p: Tensor, low: Any, value: Tensor, random: Tensor | None) -> None:
+        high, rest = split(value, self._bits)
+        p.copy_(high)
+        low.copy_(rest)
+
+    def keep(self, p: Tensor, low: Any, value: Tensor) -> None:
+        high, rest = split(value, self._bits)
+        # `p` may have been rounded to the other neighbour. If it is further away than that, a user has set it since,
+        # and nothing is known beyond its own bits.
+        known = (value - p.float()).abs() <= 2.0**-7 * p.float().abs()
+        p.copy_(torch.where(known, high, p))
+        low.copy_(torch.where(known, rest, 0))
+
+
+class _Kahan(ParamFormat):
+    state = "kahan_comp"
+
+    def read(self, p: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert low is not None
+        return p.detach().float() + low.float()
+
+    def write(self, p: Tensor, low: Any, value: Tensor, random: Tensor | None) -> None:
+        p.copy_(value)
+        self.keep(p, low, value)
+
+    def keep(self, p: Tensor, low: Any, value: Tensor) -> None:
+        missed = value - p.float()
+        low.copy_(torch.where(missed.isfinite(), missed, 0))
+
+
+class _Stochastic(ParamFormat):
+    bfloat16_only = True
+    noisy = True
+
+    def write(self, p: Tensor, low: Any, value: Tensor, random: Tensor | None) -> None:
+        assert random is not None
+        target = torch.empty_like(p)
+        in_memory_order(target).copy_(rounded_stochastically(flat_like(target, value), random))
+        p.copy_(target)
+
+
+MasterWeights = Literal["fp32", "split16", "split8", "stochastic", "kahan"]
+PLAIN = ParamFormat()
+PARAM_FORMATS: dict[MasterWeights, ParamFormat] = {
+    "fp32": _Fp32(),
+    "split16": _Split(16),
+    "split8": _Split(8),
+    "kahan": _Kahan(),
+    "stochastic": _Stochastic(),
+}
+LOW_NAMES = tuple(dict.fromkeys(f.state for f in PARAM_FORMATS.values() if f.state is not None))
+
+
+def param_format(master: MasterWeights | None) -> ParamFormat:
+    """Return the format that `master_weights` names."""
+    return PLAIN if master is None else PARAM_FORMATS[master]
+
+
+def format_in(state: Mapping[str, Any], p: Tensor) -> ParamFormat:
+    """Return the format in which a state keeps bits of its parameter."""
+    for kept in PARAM_FORMATS.values():
+        if kept.state is not None and kept.state in state and kept.reads(p, state[kept.state]):
+            return kept
+    return PLAIN
+
+
+StateDtype = torch.dtype | Literal["8bit"]
+
+
+class StateFormat:
+    """How a state is kept that has the shape of its parameter; this one: in `dtype`, or in the parameter's if None."""
+
+    coded = False  # whether it is kept as 8-bit codes and scales, which are rounded stochastically
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+
+    def bytes(self, numel: int, param_dtype: torch.dtype) -> int:
+        """Return the bytes of a state of so many elements."""
+        return numel * (self.dtype or param_dtype).itemsize
+
+
+class _Coded(StateFormat):
+    coded = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)  # for states that 8 bits are too few for
+
+    def bytes(self, numel: int, param_dtype: torch.dtype) -> int:
+        return numel + 4 * -(-numel // GROUP)
+
+
+STATE_FORMATS: dict[StateDtype | None, StateFormat] = {
+    None: StateFormat(None),
+    torch.float32: StateFormat(torch.float32),
+    torch.bfloat16: StateFormat(torch.bfloat16),
+    torch.float16: StateFormat(torch.float16),
+    "8bit": _Coded(),
+}
+CODES: Mapping[bool, torch.dtype] = {True: torch.int8, False: torch.uint8}  # of states with a sign, and without
+
+
+def is_code(t: Tensor) -> bool:
+    """Return True for a tensor of 8-bit codes."""
+    return t.dtype in CODES.values()

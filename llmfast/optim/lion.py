@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmfast._checks import expect
 from llmfast.optim import reference
-from llmfast.optim.base import FusedOptimizer, TorchCall
+from llmfast.optim.base import Decay, FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
 from llmfast.optim.state import Names
 
@@ -65,8 +65,8 @@ class FusedLion(FusedOptimizer):
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2}
 
-    def _decay(self, group: dict[str, Any]) -> tuple[float, float, float]:
-        return float(group["weight_decay"]), 0.0, 0.0
+    def _decay(self, group: dict[str, Any]) -> Decay:
+        return Decay(decay_by_lr=float(group["weight_decay"]))
 
     def _torch_update(self, call: TorchCall) -> None:
         """Of complex parameters, whose real and imaginary parts count as two numbers. Torch has no function of it."""

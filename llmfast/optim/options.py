@@ -3,16 +3,20 @@
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast.optim.formats import LOW, MasterWeights
-
-StateDtype = torch.dtype | Literal["8bit"]
-_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, "8bit")
+from llmfast.optim.formats import (
+    PARAM_FORMATS,
+    STATE_FORMATS,
+    MasterWeights,
+    StateDtype,
+    StateFormat,
+    param_format,
+)
 
 
 class Extras(TypedDict, total=False):
@@ -76,12 +80,13 @@ class Options:
         norm, decay = self.max_grad_norm, self.ema_decay
         expect(norm is None or norm > 0, f"max_grad_norm must be greater than 0, or None; got {norm}")
         expect(
-            self.master_weights is None or self.master_weights in LOW or self.master_weights == "stochastic",
-            f"master_weights must be None or one of {[*LOW, 'stochastic']}; got {self.master_weights!r}",
+            self.master_weights is None or self.master_weights in PARAM_FORMATS,
+            f"master_weights must be None or one of {[*PARAM_FORMATS]}; got {self.master_weights!r}",
         )
         expect(
-            self.state_dtype is None or self.state_dtype in _STATE_DTYPES,
-            f"state_dtype must be None or one of {list(_STATE_DTYPES)}; got {self.state_dtype!r}",
+            self.state_dtype in STATE_FORMATS,
+            f"state_dtype must be None or one of {[f for f in STATE_FORMATS if f is not None]}; "
+            f"got {self.state_dtype!r}",
         )
         expect(decay is None or 0 <= decay < 1, f"ema_decay must be in [0, 1), or None; got {decay}")
         expect(0 <= self.seed < 1 << 53, f"seed must be in [0, 2^53); got {self.seed}")
@@ -119,16 +124,21 @@ class Options:
         return own
 
     def master_of(self, p: Tensor) -> MasterWeights | None:
-        """How this parameter is given more bits: float32 and float64 have them."""
+        """Return how this parameter has more bits than its own; float32 and float64 need none."""
         return self.master_weights if p.dtype in (torch.bfloat16, torch.float16) else None
 
+    @property
+    def state_format(self) -> StateFormat:
+        """How states are kept."""
+        return STATE_FORMATS[self.state_dtype]
+
     def expect_fits(self, p: Tensor, name: str) -> None:
-        """Raises ValueError if the parameter cannot be kept as the options say."""
-        bfloat16_only = self.master_weights in ("split16", "split8", "stochastic")
-        if bfloat16_only and p.dtype == torch.float16:
+        """Raise ValueError if the parameter cannot be kept as the options say."""
+        if param_format(self.master_weights).bfloat16_only and p.dtype == torch.float16:
+            others = [repr(master) for master, other in PARAM_FORMATS.items() if not other.bfloat16_only]
             raise ValueError(
                 f"master_weights={self.master_weights!r} works on bits of bfloat16, and {name} is {describe(p)}; "
-                "'fp32' and 'kahan' take float16"
+                f"{' and '.join(others)} take float16"
             )
         plain = self.master_weights is None and self.state_dtype is None and self.ema_decay is None
         if p.is_complex() and not plain:

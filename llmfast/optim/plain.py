@@ -86,12 +86,12 @@ def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any
         step = row.state["step"].add_(1)
         scales = (*row.scales, None)
         states = [None if t is None else _read(t, scale, dtype) for t, scale in zip(row.states, scales)]
-        value = _read_param(row, dtype)
+        value = row.format.read(p, row.low, dtype)
         getattr(reference, rule)(value, used * sign, *_without_trailing_none(states), step=step.double(), **arguments)
         noise = None
-        if row.master == "stochastic" or any(scale is not None for scale in scales):
+        if row.format.noisy or any(scale is not None for scale in scales):
             noise = _noise(row, step, o.seed)
-        _write_param(row, value, noise)
+        row.format.write(p, row.low, value, None if noise is None else noise[0])
         for i, (t, scale, x) in enumerate(zip(row.states, scales, states)):
             if t is not None and x is not None:
                 _write(t, scale, x, None if noise is None else noise[1] >> 16 * i)
@@ -115,41 +115,6 @@ def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return formats.noise(e, formats.noise_keys(seed, step.to(row.local.device), row.identity))
 
 
-def _flat_like(stored: Tensor, x: Tensor) -> Tensor:
-    """`x`, whose shape is that of `stored`, flat in the memory order of `stored`."""
-    return formats.in_memory_order(torch.empty_like(stored, dtype=x.dtype).copy_(x))
-
-
-def _read_param(row: Row, dtype: torch.dtype) -> Tensor:
-    p, low = row.local, row.low
-    if row.master == "fp32" and low is not None:
-        return low.clone()
-    if row.master == "kahan" and low is not None:
-        return p.float() + low.float()
-    if row.master in formats.BITS and low is not None:
-        return formats.joined(p.detach(), low, formats.BITS[row.master])
-    return p.detach().to(dtype, copy=True)
-
-
-def _write_param(row: Row, value: Tensor, noise: tuple[Tensor, Tensor] | None) -> None:
-    p, low = row.local, row.low
-    if row.master == "stochastic" and noise is not None:
-        target = torch.empty_like(p)
-        formats.in_memory_order(target).copy_(formats.rounded_stochastically(_flat_like(target, value), noise[0]))
-        p.copy_(target)
-    elif row.master in formats.BITS and low is not None:
-        high, rest = formats.split(value, formats.BITS[row.master])
-        p.copy_(high)
-        low.copy_(rest)
-    else:
-        p.copy_(value)
-        if row.master == "fp32" and low is not None:
-            low.copy_(value)
-        elif row.master == "kahan" and low is not None:
-            missed = value - p.float()
-            low.copy_(torch.where(missed.isfinite(), missed, 0))
-
-
 def _read(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return t.to(dtype, copy=True)
@@ -162,6 +127,6 @@ def _write(t: Tensor, scale: Tensor | None, x: Tensor, random: Tensor | None) ->
     if scale is None:
         t.copy_(x)
         return
-    code, new = formats.encoded(_flat_like(t, x), random, t.dtype == torch.int8)
+    code, new = formats.encoded(formats.flat_like(t, x), random, t.dtype == torch.int8)
     formats.in_memory_order(t).copy_(code)
     scale.copy_(new)

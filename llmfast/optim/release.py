@@ -62,9 +62,11 @@ class ReleaseHandle:
         if place is None:  # it has been taken out of its group
             return
         plan = self._plans.get(p)
-        if plan is None or not optimizer.still_holds(plan):
-            plan = self._plans[p] = optimizer.make_plan(place)
-        optimizer.follow(plan)
+        gradients = None if plan is None else optimizer.gradients_of(plan)
+        if plan is None or gradients is None:
+            plan, gradients = optimizer.make_plan(place)
+            self._plans[p] = plan
+        optimizer.follow(plan, gradients)
         p.grad = None
 
     def remove(self) -> None:

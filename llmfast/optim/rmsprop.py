@@ -60,7 +60,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
     def _complete_group(self, group: dict[str, Any], options: Options) -> None:
         super()._complete_group(group, options)
         expect(
-            options.state_dtype != "8bit" or not group["centered"],
+            not (options.state_format.coded and group["centered"]),
             'centered=True takes a difference for which state_dtype="8bit" is too coarse',
         )
 

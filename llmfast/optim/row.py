@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmfast.optim.formats import MasterWeights
+from llmfast.optim.formats import MasterWeights, ParamFormat, param_format
 
 SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
 
@@ -74,6 +74,11 @@ class Row:
 
     def __post_init__(self) -> None:
         self._seen_grad = _looks(self.param.grad)
+
+    @property
+    def format(self) -> ParamFormat:
+        """How the parameter has more bits than its own."""
+        return param_format(self.master)
 
     @property
     def grad(self) -> Tensor | None:

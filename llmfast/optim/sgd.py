@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from llmfast.optim.base import FusedOptimizer, TorchCall
+from llmfast.optim.formats import param_format
 from llmfast.optim.options import Extras
 from llmfast.optim.state import Names
 
@@ -93,6 +94,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         if buffers and float(state["step"]) == 0:
             for name in buffers:
                 del exported[name]
-        if self.option(index, "master_weights") != "stochastic" and self.option(index, "state_dtype") != "8bit":
+        options = self.options_of(index)
+        if not (param_format(options.master_weights).noisy or options.state_format.coded):
             del exported["step"]
         return exported

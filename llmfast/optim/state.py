@@ -5,20 +5,18 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast.optim import formats
-from llmfast.optim.formats import LOW, LOW_BITS
+from llmfast.optim.formats import CODES, LOW_BITS, LOW_NAMES, PARAM_FORMATS, format_in, is_code, param_format
 from llmfast.optim.options import Extras, Options
 from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
 
 Names = tuple[str | None, str | None, str | None]
-CODES = {True: torch.int8, False: torch.uint8}  # of 8-bit states that have a sign, and that have none
-LOW_NAMES = tuple(dict.fromkeys(name for name, _ in LOW.values()))
 OLD_LOW_BITS = "remainder"  # in older checkpoints: of 8 bits as int8, so that only the dtype says how many there are
 OWN_NAMES = ("ema_param", *LOW_NAMES)  # beside those that torch has
 
@@ -109,7 +107,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             p, index, identity, state, local(p), shard_of(p), self._clip_of(index), master, names,
             states=tuple(None if name is None else pieces[_stored(state, name)] for name in names),
             scales=tuple(None if name is None else pieces.get(f"{name}_scale") for name in names[:2]),
-            low=pieces[LOW[master][0]] if master in LOW else None,
+            low=pieces.get(param_format(master).state or ""),
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
         )  # fmt: skip
 
@@ -134,7 +132,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                 "torch.distributed.checkpoint brings a state to where it belongs"
             )
         scale, groups = state.get(f"{base}_scale"), -(-local(t).numel() // formats.GROUP)
-        if t.dtype in CODES.values() and base not in OWN_NAMES and (scale is None or scale.shape != (groups,)):
+        if is_code(t) and base not in OWN_NAMES and (scale is None or scale.shape != (groups,)):
             came = "none" if scale is None else describe(scale)
             raise ValueError(f"state {base} of {describe(p)} holds 8-bit codes, which need {groups} scales; got {came}")
 
@@ -145,15 +143,13 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         is saved as numbers, and torch.distributed.checkpoint finds the names of what is saved among those of states.
         """
         stored = _stored(state, name)
-        t, wanted = state.get(stored), o.state_dtype
-        if wanted == "8bit" and name in self.never_coded:
-            wanted = torch.float32
-        if wanted == "8bit":
+        t, wanted = state.get(stored), o.state_format.dtype
+        if o.state_format.coded and name not in self.never_coded:
             dtype = CODES[name not in self.squares]
             if t is None or t.dtype != dtype or not _lies_like(t, p):
                 if t is None:
                     t = torch.full_like(p, first, dtype=torch.float32, memory_format=torch.preserve_format)
-                elif t.dtype in CODES.values():
+                elif is_code(t):
                     t = self._decoded(state, name)
                 state.pop(stored, None)
                 state[name if is_dtensor(p) else f"{name}_code"], state[f"{name}_scale"] = _coded(t, p, dtype)
@@ -162,7 +158,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             value = complex(first, first) if p.is_complex() else first
             state[name] = torch.full_like(p, value, dtype=wanted, memory_format=torch.preserve_format)
             return
-        if t.dtype in CODES.values():
+        if is_code(t):
             t = self._decoded(state, name).to(wanted or p.dtype)
             del state[stored], state[f"{name}_scale"]
         if wanted is not None:
@@ -185,13 +181,13 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     def _keep_low(self, p: Tensor, identity: int, state: dict[str, Any], o: Options) -> None:
         """Make what the options say to keep beside the parameter, out of what another way of it has left, if any."""
-        master = o.master_of(p)
-        name, dtype = LOW.get(master or "", (None, None))
+        asked = param_format(o.master_of(p))
+        name, dtype = asked.state, asked.dtype or p.dtype
         kept = [n for n in LOW_NAMES if n in state]
-        if name is not None and kept == [name] and state[name].dtype == (dtype or p.dtype):
+        if name is not None and kept == [name] and state[name].dtype == dtype:
             if not _lies_like(state[name], p):
                 state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
-            if master == "fp32" and p in self._loaded:  # a master copy of other weights may have stayed in its place
+            if asked.is_copy and p in self._loaded:  # a master copy of other weights may have stayed in its place
                 x, q = local(state[name]), local(p)
                 x.copy_(torch.where((x.to(q.dtype) == q) | q.isnan(), x, q))
             return
@@ -199,7 +195,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         for n in kept:
             del state[n]
         if name is not None:
-            state[name] = _low_bits(p, value, cast(str, master), dtype or p.dtype)
+            state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False)
+            asked.keep(local(p), local(state[name]), local(value).float())
         elif kept:
             warnings.warn(
                 f"the state holds {kept[0]}: bits of parameter {identity}, {describe(p)}, beyond those of its dtype, "
@@ -208,20 +205,13 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             )
 
     def _value(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """The parameter with all the bits it has, in whatever way these are kept."""
-        p = p.detach()
-        if "master_param" in state:
-            master: Tensor = state["master_param"]
-            return master
-        if "kahan_comp" in state:
-            compensation: Tensor = state["kahan_comp"]
-            return p.float() + compensation.float()
-        if LOW_BITS in state and p.dtype == torch.bfloat16:
-            low = state[LOW_BITS]
-            value = torch.empty_like(p, dtype=torch.float32)
-            local(value).copy_(formats.joined(local(p), local(low), 8 * low.dtype.itemsize))
-            return value
-        return p
+        """Return the parameter with all the bits it has, in whatever format these are kept."""
+        p, kept = p.detach(), format_in(state, p)
+        if kept.state is None:
+            return p
+        value = torch.empty_like(p, dtype=torch.float32)
+        local(value).copy_(kept.read(local(p), local(state[kept.state]), torch.float32))
+        return value
 
     def _decoded(self, state: dict[str, Any], name: str) -> Tensor:
         """An 8-bit state in float32."""
@@ -378,20 +368,20 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         then stands beside the same in the format that was saved.
         """
         options, here = self.options_of(index), self.state.get(p, {})
-        low = LOW.get(options.master_of(p) or "", ("",))[0]
+        low = param_format(options.master_of(p)).state or ""
         added = {low} if any(name in saved for name in LOW_NAMES if name != low) else set()
         others_are_loaded = saved.get("step") is not here.get("step") and not is_dtensor(p)  # which are loaded in place
         if others_are_loaded and saved.get("ema_param") is here.get("ema_param"):
             added.add("ema_param")
         for name in saved:
             if f"{name}_code" in saved:
-                codes_are_ours = options.state_dtype == "8bit" and not is_dtensor(p)
+                codes_are_ours = options.state_format.coded and not is_dtensor(p)
                 added |= {f"{name}_code", f"{name}_scale"} if codes_are_ours else {name}
         return {name: value for name, value in saved.items() if name not in added}
 
     def _keeper_of(self, name: str) -> str:
         """The setting with which a state of that name is kept."""
-        masters = [repr(master) for master, (low, _) in LOW.items() if low == name]
+        masters = [repr(master) for master, kept in PARAM_FORMATS.items() if kept.state == name]
         if masters or name == "ema_param":
             return f"master_weights={' or '.join(masters)}" if masters else "ema_decay"
         return "state_dtype='8bit'" if name.endswith(("_code", "_scale")) else "a state_dtype other than '8bit'"
@@ -456,22 +446,3 @@ def _coded(value: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     code, scale = formats.encoded(formats.in_memory_order(flat), None, dtype == torch.int8)
     formats.in_memory_order(local(codes)).copy_(code)
     return codes, scale
-
-
-def _low_bits(p: Tensor, value: Tensor, master: str, dtype: torch.dtype) -> Tensor:
-    """What the optimizer keeps beside `p`, so that both make `value`."""
-    made = torch.empty_like(p, dtype=dtype, requires_grad=False)
-    x = local(value).float()
-    if master == "fp32":
-        local(made).copy_(x)
-    elif master == "kahan":
-        missed = x - local(p).float()
-        local(made).copy_(torch.where(missed.isfinite(), missed, 0))
-    else:
-        high, low = formats.split(x, formats.BITS[master])
-        # It may have been rounded to the other neighbour. Where it is further away, somebody has set it since, and
-        # nothing is known beyond its dtype.
-        known = (x - local(p).float()).abs() <= 2.0**-7 * local(p).float().abs()
-        local(p).copy_(torch.where(known, high, local(p)))
-        local(made).copy_(torch.where(known, low, 0))
-    return made

@@ -1,11 +1,11 @@
 """The pointer table: tensors of one dtype signature, as the optimizer kernels take them.
 
-Parameters, states and sizes are written into it once. What changes from step to step, gradient addresses and
-hyperparameters, shares one small buffer: refreshing it is one asynchronous copy, or none where nothing changed.
+Parameters, states and sizes are written into it once. Gradient addresses and hyperparameters can change with every
+step. They share one small buffer, and one asynchronous copy refreshes it; if nothing changed, there is no copy.
 """
 
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,28 +13,28 @@ from torch import Tensor
 
 from llmfast.optim.row import Bucket, Row, grad_of
 
+if TYPE_CHECKING:
+    from llmfast_kernels.optimizer import Kind
+
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")
+Hyper = dict[str, Any]  # hyperparameters of a group by their names: floats, or tensors that live on a device
 
 
 class Signature(NamedTuple):
     """What tensors must share to go into one launch."""
 
     device: torch.device
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    state_dtypes: tuple[torch.dtype | None, ...]  # three; None for those that there are not
-    master: str | None
-    low_dtype: torch.dtype | None
-    averaged: bool
-    strided: bool
-    bucket: Bucket | None  # of ranks that hold the other pieces of these tensors
+    kind: "Kind"
+    bucket: Bucket | None  # the ranks that hold the other pieces of these tensors
     clip: int | None  # see `Row.clip`
 
 
 def signature(row: Row) -> Signature:
+    """Return what this row must share with others that go into its launch."""
+    from llmfast_kernels.optimizer import Kind
+
     g = row.grad
-    return Signature(
-        device=row.local.device,
+    kind = Kind(
         param_dtype=row.local.dtype,
         grad_dtype=row.local.dtype if g is None else g.dtype,
         state_dtypes=tuple(None if state is None else state.dtype for state in row.states),
@@ -42,9 +42,8 @@ def signature(row: Row) -> Signature:
         low_dtype=None if row.low is None else row.low.dtype,
         averaged=row.ema is not None,
         strided=row.shard.strided,
-        bucket=row.shard.bucket,
-        clip=row.clip,
     )
+    return Signature(device=row.local.device, kind=kind, bucket=row.shard.bucket, clip=row.clip)
 
 
 class PointerTable:
@@ -53,7 +52,8 @@ class PointerTable:
     def __init__(self, signature: Signature, rows: list[Row], rule: str) -> None:
         from llmfast_kernels import optimizer as kernels
 
-        self.signature, self.rule = signature, rule
+        self.signature, self._rule = signature, kernels.RULES[rule]
+        self._hyper_names = kernels.group_record(self._rule.numbers).names or ()
         device = signature.device
         T = len(rows)
         self._params = [row.param for row in rows]
@@ -61,21 +61,20 @@ class PointerTable:
         self._are_dtensors = any(row.param is not row.local for row in rows)
         self._strides = [p.stride() for p in self._locals]
         self._contiguous = all(p.is_contiguous() for p in self._locals)
-        numels = [p.numel() for p in self._locals]
-        chunks = [-(-numel // kernels.CHUNK) for numel in numels]
-        table = np.zeros((T, kernels.COLUMNS.value), np.int64)
-        for t, row in enumerate(rows):
-            addresses = row.local, *row.states, *row.scales, row.low, row.ema  # from column PARAM to EMA
-            table[t, : len(addresses)] = [0 if a is None else a.data_ptr() for a in addresses]
-        table[:, kernels.NUMEL.value] = numels
-        table[:, kernels.FIRST_CHUNK.value] = np.cumsum([0, *chunks[:-1]])
-        table[:, kernels.HYPER.value] = [row.group for row in rows]
-        table[:, kernels.IDENTITY.value] = [row.identity for row in rows]
-        for i, name in enumerate(("run", "stride", "offset")):
-            table[:, kernels.RUN.value + i] = [getattr(row.shard, name) for row in rows]
-        self.table = torch.from_numpy(table).to(device)  # (T, COLUMNS)
+        chunks = [-(-p.numel() // kernels.CHUNK.value) for p in self._locals]
+        table = np.zeros(T, kernels.ROW)
+        table["numel"] = [p.numel() for p in self._locals]
+        table["first_chunk"] = np.cumsum([0, *chunks[:-1]])
+        table["identity"] = [row.identity for row in rows]
+        table["group"] = [row.group for row in rows]
+        for name in ("run", "stride", "offset"):
+            table[name] = [getattr(row.shard, name) for row in rows]
+        for name, tensors in _tensors(rows).items():
+            table[name] = [0 if t is None else t.data_ptr() for t in tensors]
+        self.table = torch.from_numpy(table.view(np.int64).reshape(T, -1)).to(device)  # (T, columns of ROW)
         self.chunk_tensor = torch.from_numpy(np.repeat(np.arange(T, dtype=np.int32), chunks)).to(device)  # (programs,)
-        self.coefficients = torch.empty(T, kernels.COEFFICIENTS.value, dtype=torch.float32, device=device)
+        width = len(kernels.coefficients_record(self._rule.coefficients).names or ())
+        self.coefficients = torch.empty(T, width, dtype=torch.float32, device=device)
         self.squares = torch.zeros(sum(chunks), dtype=torch.float32, device=device)  # of gradients, for their norm
 
         # Each state's `step` becomes a view of one buffer, so that one kernel counts them all.
@@ -85,27 +84,25 @@ class PointerTable:
         self._host = self._dynamic = _no_memory()
         self._captured: list[Tensor] = []
         self.grads = self.hyper = self._dynamic
-        self._addresses_now: list[int] = []  # of the gradients
-        self._addresses: list[int] = []  # those that the device knows
-        self._hyper_values: list[list[float]] = []
+        self._known: tuple[list[int], list[Hyper]] = [], []  # gradient addresses and hyperparameters on the device
 
-    def looks(self) -> bool:
-        """Take notice of the gradients; False if one has come in another dtype or memory order than the table's."""
+    def gradients(self) -> list[int] | None:
+        """Return the gradients' addresses (0 for none); None if one has another dtype or memory order than the table's.
+
+        Kernels take addresses, so this runs before every step: `map` over functions in C is the fastest loop there is.
+        """
         grads: list[Any] = list(map(grad_of if self._are_dtensors else _grad, self._params))
-        strides = self._strides
         try:
-            addresses = self._addresses_of(grads, strides)
+            return self._addresses(grads, self._strides)
         except TypeError:  # some have no gradient
             there = [g for g in grads if g is not None]
-            addresses = self._addresses_of(there, [s for s, g in zip(strides, grads) if g is not None])
-            if addresses is not None:
-                left = iter(addresses)
-                addresses = [0 if g is None else next(left) for g in grads]
-        self._addresses_now = addresses or []
-        return addresses is not None
+            addresses = self._addresses(there, [s for s, g in zip(self._strides, grads) if g is not None])
+            if addresses is None:
+                return None
+            left = iter(addresses)
+            return [0 if g is None else next(left) for g in grads]
 
-    def _addresses_of(self, grads: list[Tensor], strides: list[tuple[int, ...]]) -> list[int] | None:
-        """Of such gradients; None if the table cannot take them."""
+    def _addresses(self, grads: list[Tensor], strides: list[tuple[int, ...]]) -> list[int] | None:
         try:
             if self._contiguous:
                 fits = all(map(Tensor.is_contiguous, grads))
@@ -114,86 +111,113 @@ class PointerTable:
             addresses = list(map(Tensor.data_ptr, grads))
         except (RuntimeError, NotImplementedError):  # a sparse one has neither
             return None
-        if not fits or list(map(_dtype, grads)).count(self.signature.grad_dtype) != len(grads):
+        if not fits or list(map(_dtype, grads)).count(self.signature.kind.grad_dtype) != len(grads):
             return None
-        # An empty gradient has no address, but is one.
+        # An empty gradient has no address, but it exists.
         return [address or 1 for address in addresses] if 0 in addresses else addresses
 
-    def refresh(self, hyper: list[list[float]], on_device: list[tuple[int, int, Tensor]]) -> bool:
-        """Bring gradient addresses (0 for none) and hyperparameters, one list a group, up to date on the device.
+    def refresh(self, addresses: list[int], hyper: list[Hyper], on_device: list[tuple[int, str, Tensor]]) -> bool:
+        """Bring gradient addresses and hyperparameters, one dict per group, up to date on the device.
 
-        To be called when `looks` has. Hyperparameters that live on a device, such as a learning rate, are copied to row
-        and column, unseen by the host.
-        Returns True while a CUDA graph is captured.
+        Hyperparameters that live on a device, such as a learning rate, are copied there to their group and name; the
+        host does not look at them.
+        Return True while a CUDA graph is captured.
         """
-        addresses = self._addresses_now
         in_graph = capturing(self.signature.device)
-        if in_graph or addresses != self._addresses or hyper != self._hyper_values:
+        if in_graph or (addresses, hyper) != self._known:
             self._upload(addresses, hyper, in_graph)
-        for row, column, number in on_device:
-            self.hyper[row, column].copy_(number.reshape(()), non_blocking=self.hyper.device.type != "cpu")
+        for group, name, number in on_device:
+            target = self.hyper[group, self._hyper_names.index(name)]
+            target.copy_(number.reshape(()), non_blocking=self.hyper.device.type != "cpu")
         return in_graph
 
-    def _upload(self, addresses: list[int], hyper: list[list[float]], in_graph: bool) -> None:
-        T, shape = len(addresses), (len(hyper), len(hyper[0]))
+    def _upload(self, addresses: list[int], hyper: list[Hyper], in_graph: bool) -> None:
+        T, shape = len(addresses), (len(hyper), len(self._hyper_names))
         size = T + shape[0] * shape[1]
         pinned = self.signature.device.type == "cuda"
         if in_graph:
-            # A graph copies from this memory at every replay, so that it becomes the graph's, as does the buffer it is
-            # copied to. Steps outside the graph take others. The step before has laid the memory by.
+            # A graph copies from this memory at every replay. So the memory becomes the graph's, as does the buffer it
+            # is copied to, and steps outside the graph take others. The step before has allocated the memory.
             host, self._host, self._dynamic = self._host, _no_memory(), _no_memory()
             if host.numel() != size:
                 raise RuntimeError("take one step between two captures in CUDA graphs")
         else:
-            # Pinned memory is torch's to reuse only once the copy from it is done: its allocator sees to that.
+            # Torch's allocator reuses pinned memory only after the copy from it is done.
             host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
             if pinned and self._host.numel() != size:
                 self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
         host.numpy()[:T] = addresses
-        host.numpy()[T:].view(np.float64)[:] = np.asarray(hyper, np.float64).ravel()
+        host.numpy()[T:].view(np.float64)[:] = [numbers[name] for numbers in hyper for name in self._hyper_names]
         if self._dynamic.shape != host.shape:
             self._dynamic = torch.empty_like(host, device=self.signature.device, pin_memory=False)
             self.grads = self._dynamic[:T]  # (T,)
-            self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, hyperparameters)
+            self.hyper = self._dynamic[T:].view(torch.float64).view(shape)  # (groups, columns of group_record)
         self._dynamic.copy_(host, non_blocking=self._dynamic.device.type != "cpu")
         if in_graph:
             self._captured += [host, self._dynamic]
-            self._addresses, self._hyper_values, self._dynamic = [], [], _no_memory()
+            self._known, self._dynamic = ([], []), _no_memory()
         else:
-            self._addresses, self._hyper_values = addresses, hyper
+            self._known = addresses, hyper
 
     def sum_squares(self) -> Tensor:
-        """The sum of the squares of all gradients, as a float64 scalar on the device."""
-        from llmfast_kernels import grad_norm
+        """Return the sum of the squares of all gradients, as a float64 scalar on the device."""
+        from llmfast_kernels import optimizer as kernels
 
         total = torch.empty((), dtype=torch.float64, device=self.signature.device)
-        grad_norm.sum_of_squares(
-            self.table, self.grads, self.chunk_tensor, self.squares, total, grad_dtype=self.signature.grad_dtype
+        kernels.sum_of_squares(
+            self.table,
+            self.grads,
+            self.chunk_tensor,
+            self.squares,
+            total,
+            grad_dtype=self.signature.kind.grad_dtype,
         )
         return total
 
     def step(
         self, sums: Tensor | None, zero: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor | None:
-        """One step of every tensor of the table, by two launches; with sums of squares, clipped to their root.
+        """Update every tensor of the table in two launches; with sums of squares, clip to their root.
 
-        Returns that root.
+        Return that root.
         """
         from llmfast_kernels import optimizer as kernels
 
-        _, param_dtype, grad_dtype, state_dtypes, master, low_dtype, averaged, strided, *_ = self.signature
         norm = None if sums is None else torch.empty((), dtype=torch.float32, device=self.signature.device)
         kernels.prepare(
-            self.table, self.grads, self.hyper, self.steps, self.coefficients, rule=self.rule,
-            grad_scale=grad_scale, found_inf=found_inf, sums=sums, norm=norm,
-        )  # fmt: skip
+            self.table,
+            self.grads,
+            self.hyper,
+            self.steps,
+            self.coefficients,
+            rule=self._rule,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            sums=sums,
+            norm=norm,
+        )
         kernels.update(
-            self.table, self.grads, self.coefficients, self.chunk_tensor,
-            rule=self.rule, param_dtype=param_dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes,
-            master=master, low_dtype=low_dtype, strided=strided, averaged=averaged, zero=zero,
+            self.table,
+            self.grads,
+            self.coefficients,
+            self.chunk_tensor,
+            rule=self._rule,
+            kind=self.signature.kind,
+            zero=zero,
             unscale=grad_scale is not None,
-        )  # fmt: skip
+        )
         return norm
+
+
+def _tensors(rows: list[Row]) -> dict[str, list[Tensor | None]]:
+    """Return the tensors of every row by the names of their columns."""
+    found: dict[str, list[Tensor | None]] = {
+        "param": [row.local for row in rows],
+        "low": [row.low for row in rows],
+        "ema": [row.ema for row in rows],
+    }
+    found |= {f"state{i}": [row.states[i] for row in rows] for i in range(3)}
+    return found | {f"scale{i}": [row.scales[i] for row in rows] for i in range(2)}
 
 
 def _no_memory() -> Tensor:
@@ -201,5 +225,5 @@ def _no_memory() -> Tensor:
 
 
 def capturing(device: torch.device) -> bool:
-    """True while a CUDA graph is captured."""
+    """Return True while a CUDA graph is captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import clock, test_kernels, test_losses
+from benchmarks import test_kernels, test_losses
+from benchmarks.clock import peak_bytes
 from evidence.pretend_cuda import pretending_cuda
+from llmfast.checkup import clock
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -39,7 +41,7 @@ def test_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.M
 
 def test_time_and_memory() -> None:
     assert 0.01 <= clock.timed(lambda: time.sleep(0.01)) < 1
-    assert clock.peak_bytes(lambda: torch.empty(1000) + 1) == 8000
+    assert peak_bytes(lambda: torch.empty(1000) + 1) == 8000
     assert clock.copy_bandwidth(1 << 20) > 1e6
 
 
@@ -94,4 +96,4 @@ def test_the_roof_is_no_single_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one product take a hundred times as long once; the median ignores it."""
     samples = iter([1.0, 1.0, 100.0, 1.0, 1.0, *[2.0] * 5, *[3.0] * 5])
     monkeypatch.setattr(clock, "timed", lambda run: run() is None or next(samples))
-    assert test_losses.gemm_seconds(torch.randn(4, 8), torch.randn(60, 8)) == 6.0
+    assert clock.linear_layer_seconds(torch.randn(4, 8), torch.randn(60, 8)) == 6.0

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from benchmarks.counted import Job, count
-from benchmarks.shapes import PARAMETERS
-from benchmarks.ways import versions, ways
+from llmfast.checkup.shapes import PARAMETERS
+from llmfast.checkup.ways import versions, ways
 
 SIZE = {"N": 32, "D": 32, "V": 500}
 
@@ -72,7 +72,7 @@ def test_a_job_that_fails_is_named() -> None:
 
 
 def test_ways_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.ways.find_spec", lambda name: None if name == "liger_kernel" else object())
+    monkeypatch.setattr("llmfast.checkup.ways.find_spec", lambda name: None if name == "liger_kernel" else object())
     names = list(ways("linear_cross_entropy", "counted"))
     assert names[0] == "llmfast" and not any("Liger" in name for name in names)
     assert "apex" in ways("adamw", "gpu") and "apex" not in ways("adamw", "counted")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.shapes import MODELS, TOKENS
+from llmfast.checkup.shapes import MODELS, TOKENS
 
 GPU_SECONDS = {gpu.name: 0.01 for gpu in report.GPUS}
 

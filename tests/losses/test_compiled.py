@@ -1,6 +1,7 @@
 """Both losses inside torch.compile, and what no loss may do on a GPU: wait for it."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
 from llmfast.losses import cross_entropy, linear_cross_entropy
-from llmfast.losses.linear_cross_entropy import Call
-from llmfast_kernels.terms import Targets, Terms, pack
+from llmfast.losses.from_hidden import LinearCrossEntropy
+from llmfast.losses.from_logits import CrossEntropy
+from llmfast_kernels.terms import Targets, Terms
 from support.launched import unrecorded
 
 # Dynamo looks torch's functions up in a table that it makes once: before tests put others in their places.
@@ -157,27 +159,48 @@ def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
 @unrecorded()
 def test_operators_keep_their_promises(path: str, reduction: str) -> None:
     """torch's own checks: schema, fakes, autograd registration, and tracing with static and dynamic shapes."""
-    from llmfast.losses import operators  # noqa: F401  registers them
+    from llmfast.losses.operators import OPERATORS
 
     hidden, weight, targets = tensors(12, 30)
-    flat, numbers = pack(Targets(targets[:, None].contiguous(), token_weights=torch.rand(12)), Terms(30, z_loss=0.1))
-    torch.library.opcheck(
-        torch.ops.llmfast.cross_entropy.default, (torch.randn(12, 30, requires_grad=True), *flat, *numbers, True)
-    )
-    settings = (torch.tensor(9.0), reduction, True, -1, torch.float32, torch.float32, None)
-    torch.library.opcheck(
-        torch.ops.llmfast.linear_cross_entropy.default,
-        (hidden, weight, torch.randn(30, requires_grad=True), *flat, *numbers, *settings, [True, True, True]),
-    )
-    rows = [torch.randn(12), torch.rand(12) + 1, *(torch.randn(12) for _ in range(4))]  # peak, total, ...
-    torch.library.opcheck(
-        torch.ops.llmfast.cross_entropy_backward.default, (torch.randn(12, 30), *rows, *flat, *numbers)
-    )
-    torch.library.opcheck(
-        torch.ops.llmfast.linear_cross_entropy_backward.default,
-        (hidden.detach(), weight.detach(), None, *flat, *numbers, *settings, [True, True, False], *rows),
-    )
-    assert Call.__doc__
+    rows = Targets(targets[:, None].contiguous(), token_weights=torch.rand(12))
+    given: dict[str, Any] = {"targets": rows, "terms": Terms(30, z_loss=0.1), "stats": True, "dtype": torch.float32}
+    given |= {"reduction": reduction, "count": torch.tensor(9.0)}
+    softmax = [torch.randn(12), torch.rand(12) + 1, torch.randn(12)]  # peak, total, entropy
+    upstream = [torch.randn(12 if reduction == "none" else ()), torch.randn(12), torch.randn(12)]
+    more: dict[str, Any] = {"budget": None, "slab_dtype": torch.float32, "grad_filter": None}
+    calls = [
+        (CrossEntropy(**given), [torch.randn(12, 30, requires_grad=True)], [True]),
+        (
+            LinearCrossEntropy(**given, **more),
+            [hidden, weight, torch.randn(30, requires_grad=True)],
+            [True, True, True],
+        ),
+        (LinearCrossEntropy(**given, **more), [hidden.detach(), weight, None], [False, True, False]),
+    ]
+    for loss, inputs, wants in calls:
+        operators = OPERATORS[type(loss)]
+        flat = [*operators.flatten(loss), wants]
+        torch.library.opcheck(operators.forward, (*inputs, *flat))
+        detached = [None if t is None else t.detach() for t in inputs]
+        torch.library.opcheck(operators.backward, (*detached, *flat, *softmax, *upstream))
+
+
+def test_operators_take_every_field_by_its_name() -> None:
+    """A field that a loss or a record within it gets reaches the operators without being listed anywhere."""
+    from llmfast.losses.operators import OPERATORS
+
+    schema = str(torch.ops.llmfast.cross_entropy.default._schema)
+    for field in (*fields(Targets), *fields(Terms)):
+        assert field.name == "bias" or f"_{field.name}" in schema
+    terms = Terms(30, 29, 0, None, torch.rand(30), torch.rand(2), 0.1, 0.2, 1.3, 5.0)
+    loss = CrossEntropy(
+        targets=Targets(torch.zeros(3, 1), torch.rand(3, 1), torch.rand(3)), terms=terms, reduction="sum", count=None,
+        stats=True, dtype=torch.float16,
+    )  # fmt: skip
+    operators = OPERATORS[CrossEntropy]
+    logits = torch.rand(3, 30)
+    inputs, built, wants = operators._split([logits, *operators.flatten(loss), [True]])
+    assert inputs == (logits,) and built == loss and wants == (True,)
 
 
 class NoSyncs(TorchDispatchMode):

@@ -382,3 +382,16 @@ def test_refuses(change: Options, error: type[Exception], message: str) -> None:
         cross_entropy(torch.zeros(4, 9), targets, **change)
     with pytest.raises(error, match=message):
         linear_cross_entropy(torch.zeros(4, 5), torch.zeros(9, 5), targets, **change)
+
+
+def test_weights_that_learn_elsewhere_may_weigh_an_evaluation() -> None:
+    """They get no gradient here, which is refused only where one would be wanted."""
+    hidden, weight, targets = torch.randn(4, 5), torch.randn(9, 5), torch.randint(0, 9, (4,))
+    given = {"class_weights": torch.rand(9).requires_grad_(), "token_weights": torch.rand(4).requires_grad_()}
+    with pytest.raises(ValueError, match="class_weights gets no gradient here; detach it"):
+        linear_cross_entropy(hidden, weight, targets, **given)
+    with torch.no_grad():
+        found = linear_cross_entropy(hidden, weight, targets, **given)
+        detached = {name: t.detach() for name, t in given.items()}
+        assert torch.equal(found, linear_cross_entropy(hidden, weight, targets, **detached))
+        torch.testing.assert_close(found, cross_entropy(hidden @ weight.T, targets, **given))

@@ -52,7 +52,7 @@ def check_rank(rank: int, world: int, V: int) -> None:
         if options.get("class_weights"):
             options["class_weights"] = torch.linspace(0.5, 1.5, V)
         targets = one
-        if "target_weights" in options:  # a row may have one twice, and one that is ignored beside others
+        if "target_weights" in options:  # a row may have one twice, and one that is ignored next to others
             targets = torch.stack([one, one.roll(1), torch.full_like(one, 1)], -1)
         h, w, b = (t.clone().double().requires_grad_() for t in (hidden, weight, bias))
         truth = reference.linear_cross_entropy(h, w, targets, bias=b, **options)

@@ -1,4 +1,4 @@
-"""Estimated bytes against counted ones: of states, of what autograd keeps, and of whole training steps."""
+"""Compare estimated bytes with counted ones: of states, of what autograd keeps, and of whole training steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_states_are_as_large_as_the_optimizers(precision: Precision) -> None:
 
 
 def test_bytes_a_parameter_of_the_ways_to_keep_them() -> None:
-    """Parameter, gradient and states, as the table of the optimizers' traffic has them."""
+    """Count parameter, gradient and states, as in the table of the optimizers' traffic."""
     numel = 128 * 10_000
     a_parameter = {p.name: 2 * p.parameters.itemsize + p.optimizer_bytes(numel) / numel for p in PRECISIONS}
     assert a_parameter == pytest.approx(
@@ -58,10 +58,10 @@ def test_bytes_a_parameter_of_the_ways_to_keep_them() -> None:
 
 
 def saved_bytes(c: DecoderConfig, B: int, T: int, *, autocast: bool, dtype: torch.dtype) -> int:
-    """What autograd keeps of a forward pass on this CPU, other than parameters, and the hidden states."""
+    """Count the bytes that autograd keeps of a forward pass on this CPU, without parameters, and the hidden states."""
     model = Decoder(c).to(dtype)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}  # tensors stay alive, so that no address comes twice
+    kept: dict[int, Tensor] = {}  # keep tensors alive, so that no address is reused
 
     def pack(t: Tensor) -> Tensor:
         if t.untyped_storage().data_ptr() not in own:
@@ -100,7 +100,7 @@ def test_activations_are_what_autograd_keeps(options: dict[str, Any], stored: st
 
 
 def test_activations_on_a_gpu_by_hand() -> None:
-    """Width 64, 4 heads, 16 tokens a row, 192 in the SwiGLU; bfloat16 products on float32 parameters."""
+    """Use width 64, 4 heads, rows of 16 tokens, 192 in the SwiGLU; bfloat16 products on float32 parameters."""
     c = DecoderConfig(300, width=64, layers=2, heads=4)
     norm = 4 * 64 + 4
     block = 2 * norm + 2 * (2 + 3 + 2 + 1) * 64 + 2 * 4 * 192 + 2 * 16 + 2 * 2 * 16 + 4 * 4
@@ -109,7 +109,7 @@ def test_activations_on_a_gpu_by_hand() -> None:
     assert found == (3 * 16 * token, 0)
     again = activation_bytes(c, 3, 16, stored=torch.float32, compute=torch.bfloat16, checkpoint=True)
     assert again == (3 * 16 * (token - 2 * block + 2 * 4 * 64), 3 * 16 * (block + 2 * 192))
-    # Heads beyond those among the layers, and depths, which are not computed again.
+    # Heads beyond those among the layers, and depths, which are not recomputed.
     head, depth = norm + 4 * 64, 2 * norm + 2 * 2 * 64 + 1 + block + norm + 4 * 64
     for mtp, count, more, more_again in (
         ("parallel", 3, 2 * (block + head), 2 * (4 * 64 + head)),
@@ -125,7 +125,7 @@ def test_activations_on_a_gpu_by_hand() -> None:
 
 
 def test_activations_in_one_dtype_by_hand() -> None:
-    """In float32 there are no other angles; on a CPU a norm keeps more, and attention's result is there twice."""
+    """Float32 has no cast angles; on a CPU a norm keeps more, and attention's result exists twice."""
     c = DecoderConfig(300, width=64, layers=2, heads=4)
     for device, norm, results in (("cuda", 4 * 64 + 4, 8), ("cpu", 8 * 64 + 4, 9)):
         block = 2 * norm + 4 * results * 64 + 4 * 4 * 192 + 4 * 16 + 4 * 4
@@ -135,7 +135,7 @@ def test_activations_in_one_dtype_by_hand() -> None:
 
 
 def counted_peak(c: DecoderConfig, B: int, T: int, *, accumulate: int, autocast: bool, again: bool, fused: bool) -> int:
-    """Of two training steps on this CPU, everything in them."""
+    """Measure the peak of two training steps on this CPU, including everything in them."""
     with counting() as counts:
         model = Decoder(c)
         if again:
@@ -163,21 +163,21 @@ def counted_peak(c: DecoderConfig, B: int, T: int, *, accumulate: int, autocast:
 
 
 Case = tuple[dict[str, Any], int, int, int, dict[str, Any], float]
-# Options of the decoder, rows, tokens a row, vocabulary, how a step is made, and how close the estimate has to be: some
-# operators hold for a moment what is not counted.
+# Options of the decoder, rows, tokens per row, vocabulary, kind of step, and the tolerance of the estimate: some
+# operators briefly hold memory that is not counted.
 CASES: list[Case] = [
     ({}, 4, 128, 4096, {}, 0.03),
     ({}, 4, 128, 4096, {"fused": False}, 0.003),
     ({}, 4, 128, 4096, {"autocast": True, "fused": False}, 0.01),
     ({"width": 64, "layers": 6}, 2, 128, 1000, {"again": True}, 0.03),
     ({"width": 64, "layers": 8}, 2, 128, 300, {"again": True, "autocast": True, "accumulate": 2}, 0.015),
-    ({"width": 256}, 1, 32, 4096, {}, 0.001),  # parameters and gradients are the most of it
+    ({"width": 256}, 1, 32, 4096, {}, 0.001),  # dominated by parameters and gradients
     ({"width": 256}, 1, 32, 4096, {"accumulate": 2}, 0.001),
     ({"width": 256, "tie_embeddings": False}, 1, 32, 4096, {"accumulate": 2}, 0.001),
     ({"mtp": "parallel", "mtp_heads": 3}, 4, 64, 4096, {}, 0.03),
     ({"mtp": "sequential", "mtp_heads": 2}, 2, 128, 500, {"autocast": True}, 0.05),
     ({"width": 64, "layers": 4}, 4, 256, 64, {}, 0.01),  # activations
-    ({"width": 64, "layers": 2}, 8, 256, 64, {"again": True}, 0.03),  # those of one block, again
+    ({"width": 64, "layers": 2}, 8, 256, 64, {"again": True}, 0.03),  # those of one block, recomputed
     ({"width": 256, "layers": 8}, 1, 16, 64, {"autocast": True, "accumulate": 2}, 0.01),  # matrices in bfloat16
     ({"width": 64, "layers": 1, "tie_embeddings": False}, 1, 64, 1024, {"again": True, "accumulate": 2}, 0.015),
     ({"width": 128, "layers": 1}, 2, 64, 2048, {"fused": False, "accumulate": 2}, 0.001),
@@ -185,7 +185,7 @@ CASES: list[Case] = [
 
 
 def estimate_of(case: Case) -> tuple[MemoryEstimate, Callable[[MemoryEstimate], int]]:
-    """The estimate of a case, and which peak of it is meant."""
+    """Return the estimate of a case, and the function for the relevant peak."""
     options, B, T, vocab_size, how, _ = case
     estimate = estimate_memory(
         decoder(options, vocab_size), batch_size=B, seq_len=T, accumulate=how.get("accumulate", 1),
@@ -209,7 +209,7 @@ def test_the_peak_is_what_a_training_step_takes(case: Case) -> None:
 
 @pytest.mark.parametrize("term", [f.name for f in dataclasses.fields(MemoryEstimate)])
 def test_some_case_tells_if_a_term_of_the_peak_is_missing(term: str) -> None:
-    """By three times what it may be off: so it would if the term were half as large, or counted twice."""
+    """Detect a missing term by three times the tolerance, so also a term that is halved or doubled."""
     missed = []
     for case in CASES:
         estimate, peak = estimate_of(case)
@@ -228,7 +228,7 @@ def test_what_makes_it_smaller() -> None:
     assert again.activations < usual.activations / 5 and again.peak < usual.peak
     assert again.recomputed == pytest.approx((usual.activations + usual.weight_copies) / 16, rel=0.1)
     freed = estimate_memory(c, batch_size=4, seq_len=4096, in_backward=True)
-    assert freed.gradients == 128_256 * 2048 * 4  # the largest
+    assert freed.gradients == 128_256 * 2048 * 4  # the largest parameter
     small = estimate_memory(c, batch_size=4, seq_len=4096, precision=SPLIT16, autocast=False)
     assert small.parameters * 2 == usual.parameters and small.optimizer * 8 == pytest.approx(
         usual.optimizer * 6, rel=1e-4
@@ -245,7 +245,7 @@ def test_what_makes_it_smaller() -> None:
     ],
 )
 def test_the_unfused_loss_is_what_torch_takes(N: int, D: int, V: int, how: str) -> None:
-    """Logits, or in the last two gradients of the weight and of the hidden states, are the most of it."""
+    """Cover cases dominated by logits, and two dominated by gradients of the weight and of the hidden states."""
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
     hidden, weight = (torch.randn(n, D).to(dtype).requires_grad_() for n in (N, V))
     targets = torch.randint(0, V, (N,))
@@ -253,7 +253,7 @@ def test_the_unfused_loss_is_what_torch_takes(N: int, D: int, V: int, how: str) 
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             loss = F.cross_entropy(F.linear(hidden, weight).float(), targets)
         loss.backward()
-    inputs = (N + V) * D * 2 if how == "autocast" else 0  # cast
+    inputs = (N + V) * D * 2 if how == "autocast" else 0  # cast inputs
     assert counts.peak_bytes == pytest.approx(unfused_loss_bytes(N, D, V, dtype) + inputs, abs=64)
 
 

@@ -29,5 +29,5 @@ def trained(mtp: str, heads: int) -> Decoder:
 
 @pytest.fixture
 def knows_a_period() -> Callable[[str, int], Decoder]:
-    """By kind and heads; the text is PERIOD over and over."""
+    """Train models, by kind and number of heads, on a text that repeats PERIOD."""
     return trained

@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from llmfast.optim import FusedAdamW, FusedLion, FusedOptimizer, FusedSGD
-from llmfast.optim.formats import MasterWeights
-from llmfast.optim.options import StateDtype
+from llmfast.optim.formats import MasterWeights, StateDtype
 from support.launched import unrecorded
 from support.training import Options, through_a_file
 

@@ -8,7 +8,7 @@ import torch
 from evidence.dry_run import reserve
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.optim import FusedSGD
-from llmfast_kernels import optimizer as kernels
+from llmfast_kernels.optimizer.table import FIRST_CHUNK
 
 NUMEL = (1 << 31) + 5000
 
@@ -22,11 +22,11 @@ def test_elements_past_two_to_the_31() -> None:
     p.grad = g
     optimizer = FusedSGD([p], lr=0.25)
     with kernels_on_cpu(), torch.no_grad():
-        plan = optimizer.make_plan()
+        plan, gradients = optimizer.make_plan()
         (table,) = plan.tables
         # Of its programs, the last two alone.
-        table.table[0, kernels.FIRST_CHUNK.value] = 2 - len(table.chunk_tensor)
+        table.table[0, FIRST_CHUNK.value] = 2 - len(table.chunk_tensor)
         table.chunk_tensor = table.chunk_tensor[-2:]
-        optimizer.follow(plan)
+        optimizer.follow(plan, gradients)
     assert (p[end] == 0.5).all()
     assert (p[:4096] == 0).all() and (p[(1 << 31) - 4096 : 1 << 31] == 0).all()

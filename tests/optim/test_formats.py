@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evidence.sanitizer import sanitizing
 from llmfast.optim import formats
-from llmfast_kernels import formats as kernels
+from llmfast_kernels.optimizer import formats as kernels
 
 ODD = [0.0, -0.0, 1.0, -1.5, 3.3895e38, -3.4e38, 1e-40, -1e-45, torch.inf, -torch.inf, torch.nan, 6.1e-5]
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.optim import FusedAdamW, FusedOptimizer, FusedSGD
-from llmfast_kernels import grad_norm, optimizer
+from llmfast_kernels import optimizer
 
 
 class Graph(TorchDispatchMode):
@@ -53,14 +53,14 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         patch.setattr(torch.Tensor, "item", None)
-        for module, name in ((optimizer, "prepare"), (optimizer, "update"), (grad_norm, "sum_of_squares")):
-            launch = getattr(module, name)
+        for name in ("prepare", "update", "sum_of_squares"):
+            launch = getattr(optimizer, name)
 
             def recorded(*args: Any, launch: Any = launch, **kwargs: Any) -> None:
                 graph.work.append(lambda: launch(*args, **kwargs))
                 launch(*args, **kwargs)
 
-            patch.setattr(module, name, recorded)
+            patch.setattr(optimizer, name, recorded)
         with graph:
             yield graph
 

@@ -405,10 +405,10 @@ def test_closure_and_hooks(path: str) -> None:
 
 
 def test_one_update_launch_a_dtype_signature(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmfast_kernels import optimizer as launcher
+    from llmfast_kernels.optimizer import coefficients, step
 
     launches: list[tuple[str, int]] = []
-    for name in ("prepare_kernel", "update_kernel"):
+    for launcher, name in ((coefficients, "prepare_kernel"), (step, "update_kernel")):
         kernel = getattr(launcher, name)
 
         class Counted:

@@ -59,7 +59,7 @@ def step_of(
         optimizer = make(params, **options)
         if isinstance(optimizer, FusedOptimizer):
             with torch.no_grad():
-                optimizer._plan = optimizer.make_plan()  # with states and tables
+                optimizer._plan, _ = optimizer.make_plan()  # with states and tables
         else:
             with counting(dry=True):
                 optimizer.step()

@@ -99,7 +99,7 @@ def _update(compiled: Compiled) -> Iterator[str]:
     elements = _constant(compiled, "BLOCK") // (compiled.facts.num_warps * compiled.warp_size)
     if 8 in widths.values():
         elements *= 2  # of two tiles at a time
-    coded = any(widths.get(name) == 8 for name in ("STATE0", "STATE1"))
+    coded = any(widths.get(name) == 8 for name in ("STATE0_TYPE", "STATE1_TYPE"))
     expected = {128, 32} if coded else {128}  # a scale for each 128 codes
     wide = [loop for loop in loops if loop.access_bits == expected]
     if len(loops) != 2 or len(wide) != 1:
@@ -107,14 +107,14 @@ def _update(compiled: Compiled) -> Iterator[str]:
         return
     if len(set(widths.values())) == 1 and not coded and not _constant(compiled, "AVERAGED") and wide[0].barriers:
         yield f"has {wide[0].barriers} barriers in a loop"
-    limit = 100 if _constant(compiled, "RULE") == "adam" and set(widths.values()) == {32} else 220
+    limit = 100 if "rules:adam" in str(kind.arguments["RULE"]) and set(widths.values()) == {32} else 220
     if wide[0].instructions > limit * elements:
         yield f"takes {wide[0].instructions / elements} instructions per element"
 
 
 def _tensors_of_update(kind: Specialization) -> list[str]:
     """Return the tensors of an update; the parameter itself is not read if there is a float32 copy."""
-    names = ["PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "LOW_TYPE"]
+    names = ["PARAM_TYPE", "GRAD_TYPE", "STATE0_TYPE", "STATE1_TYPE", "STATE2_TYPE", "LOW_TYPE"]
     return [name for name in names if kind.arguments[name]["constant"] is not None]
 
 

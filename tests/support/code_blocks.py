@@ -77,6 +77,8 @@ def expect_command(words: list[str]) -> None:
         for arguments in more:
             if verb == "train" and arguments.startswith("ARGS="):
                 expect_llmfast(["train", *shlex.split(arguments.removeprefix("ARGS="))])
+    elif program.startswith("python") and rest[:2] == ["-m", "llmfast.cli"]:
+        expect_llmfast(rest[2:])
     elif program.startswith("python"):
         script = next(word for word in rest if word.endswith(".py"))
         assert (ROOT / script).exists(), f"{script} is not there"

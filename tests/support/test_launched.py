@@ -21,7 +21,9 @@ FACTS = KernelFacts(
     num_warps=4, shared_bytes=0, registers=32, spill_bytes=0, occupancy=1.0, stack_bytes=0, scalar_spills=0,
     code=CODE, hot_loops=(CODE,), orders=(),
 )  # fmt: skip
-KIND = Specialization("llmfast_kernels.optimizer:prepare_kernel", {}, {"enable_fp_fusion": True}, "tests/a.py::test_b")
+KIND = Specialization(
+    "llmfast_kernels.optimizer.coefficients:prepare_kernel", {}, {"enable_fp_fusion": True}, "tests/a.py::test_b"
+)
 
 
 class Session(SimpleNamespace):

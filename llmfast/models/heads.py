@@ -10,7 +10,7 @@ from llmfast._checks import expect
 
 
 class ParallelHeads(nn.Module):
-    """n blocks that each read the trunk's output; the one unembedding they share belongs to the model.
+    """Blocks that each read the trunk's output; the unembedding they share belongs to the model.
 
     Block k's output at row t is for token t + 1 + k. With n = 1 this is one more layer of an ordinary model.
     """
@@ -21,5 +21,5 @@ class ParallelHeads(nn.Module):
         self.blocks = nn.ModuleList([make_block() for _ in range(n)])
 
     def forward(self, trunk_out: Tensor, *args: Any) -> Tensor:
-        """(B, T, D) to (n, B, T, D); `args` go to every block."""
+        """Map (B, T, D) to (n, B, T, D); `args` go to every block."""
         return torch.stack([block(trunk_out, *args) for block in self.blocks])

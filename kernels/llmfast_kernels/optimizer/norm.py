@@ -1,7 +1,7 @@
-"""The norm of many gradients, for clipping them. See `kernels/README.md` for how to read it.
+"""The norm of many gradients, for clipping them.
 
 Each program sums the squares of one chunk, and one program adds the chunks up in float64: always in the same order,
-so the norm has the same bits every time. `optimizer.prepare_kernel` takes the root.
+so the norm has the same bits every time. `prepare_kernel` takes the root.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, warps
-from llmfast_kernels.optimizer import CHUNK, COLUMNS, FIRST_CHUNK, NUMEL, TRITON_TYPES, elements
+from llmfast_kernels.optimizer.table import CHUNK, FIRST_CHUNK, NUMEL, ROW_WIDTH, TRITON_TYPES, elements, pointer
 
 
 @triton.jit
 def norm_kernel(
     # in
-    table_ptr,  # (T, COLUMNS) int64
+    table_ptr,  # (T, ROW_WIDTH) int64
     grads_ptr,  # (T,) int64 addresses, 0 where there is no gradient
     chunk_tensor_ptr,  # (programs,) int32
     # out
@@ -25,23 +25,24 @@ def norm_kernel(
     # flags
     GRAD_TYPE: tl.constexpr,
     # tile
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sum the squares of each chunk of every gradient."""
     chunk = tl.program_id(0)
     t = tl.load(chunk_tensor_ptr + chunk)
-    row = table_ptr + t * COLUMNS
+    row = table_ptr + t * ROW_WIDTH
     address = tl.load(grads_ptr + t)
     start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     count = tl.where(address == 0, 0, tl.minimum(tl.load(row + NUMEL) - start, CHUNK)).to(tl.int32)
     whole = tl.where((address & 15) == 0, count // BLOCK * BLOCK, 0)
+    ptr = pointer(address, GRAD_TYPE)
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for offset in range(0, whole, BLOCK):
-        g = tl.load(elements(address, start + offset, i, GRAD_TYPE, True)).to(tl.float32)
+        g = tl.load(elements(ptr, start + offset, i, True)).to(tl.float32)
         total += g * g
     for offset in range(whole, count, BLOCK):
-        g = tl.load(elements(address, start + offset, i, GRAD_TYPE, False), mask=offset + i < count, other=0.0)
+        g = tl.load(elements(ptr, start + offset, i, False), mask=offset + i < count, other=0.0)
         total += g.to(tl.float32) * g.to(tl.float32)
     tl.store(squares_ptr + chunk, tl.sum(total))
 
@@ -57,6 +58,7 @@ def sum_kernel(
     # tile
     BLOCK: tl.constexpr,
 ):
+    """Add up the chunks' sums, in one program."""
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for offset in range(0, C, BLOCK):
@@ -65,17 +67,17 @@ def sum_kernel(
 
 
 def tile() -> dict[str, int]:
-    """16 elements a thread: four 16-byte loads of float32 in the air."""
+    """Return 16 elements per thread: four 16-byte loads of float32 in flight."""
     return {"BLOCK": 2048, "num_warps": warps(128)}
 
 
 def sum_tile() -> dict[str, int]:
-    """One program: as many threads as it may have."""
+    """Return as many threads as one program can have."""
     return {"BLOCK": 1024, "num_warps": warps(1024)}
 
 
 def sum_of_squares(
-    table: Tensor,  # (T, COLUMNS) int64
+    table: Tensor,  # (T, ROW_WIDTH) int64
     grads: Tensor,  # (T,) int64
     chunk_tensor: Tensor,  # (programs,) int32
     squares: Tensor,  # (programs,) f32, scratch
@@ -83,12 +85,10 @@ def sum_of_squares(
     *,
     grad_dtype: torch.dtype,
 ) -> None:
-    """The sum of the squares of every gradient in the table: two launches."""
+    """Sum the squares of every gradient in the table, in two launches."""
     C = chunk_tensor.shape[0]
     with device_of(table):
         if C > 0:
-            norm_kernel[(C,)](
-                table, grads, chunk_tensor, squares,
-                GRAD_TYPE=TRITON_TYPES[grad_dtype], CHUNK=CHUNK, **tile(), **FP_FUSION,
-            )  # fmt: skip
+            grad_type = TRITON_TYPES[grad_dtype]
+            norm_kernel[(C,)](table, grads, chunk_tensor, squares, GRAD_TYPE=grad_type, **tile(), **FP_FUSION)
         sum_kernel[(1,)](squares, total, C=C, **sum_tile(), **FP_FUSION)

@@ -14,12 +14,12 @@ HiddenKind = Literal["pre_norm", "post_norm"]
 
 
 class SequentialDepths(nn.Module):
-    """D depths after a trunk that predicts the next token; depth k at row t is for token t + 1 + k, k = 1..D.
+    """Depths after a trunk that predicts the next token; depth k at row t predicts token t + 1 + k, k = 1..D.
 
         h_0 = the trunk's output
         h_k = block_k(eh_proj_k([enorm_k(Emb(x_{t+k})); hnorm_k(h_{k-1})]))
 
-    and norm_k(h_k) is what the unembedding gets. Embedding and unembedding are the trunk's and come from the caller.
+    The unembedding receives norm_k(h_k). Embedding and unembedding belong to the trunk and are passed by the caller.
     """
 
     def __init__(
@@ -34,17 +34,19 @@ class SequentialDepths(nn.Module):
         detach: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        """
+        """Create the depths.
+
         Args:
-            make_block: Called once a depth; a block is any module `block(x, *args)` of (B, T, D) to (B, T, D).
+            make_block: Called once per depth; a block is any module `block(x, *args)` from (B, T, D) to (B, T, D).
             depths: D.
             width: D of the hidden states, the same as the embedding's.
             concat_order: What `eh_proj` reads first. DeepSeek's paper says the hidden state, its weights the embedding.
-            hidden: What a depth reads of the one before it, and so what the caller has to hand in: the stream as it
-                is ("pre_norm"), or after the norm that the unembedding wants ("post_norm").
-            repeated_layer: All depths are the same module.
+            hidden: What a depth reads from the previous one, and so what the caller has to pass: the residual stream
+                ("pre_norm"), or the stream after the norm for the unembedding ("post_norm").
+            repeated_layer: Use the same module for all depths.
             detach: Depths learn from the trunk's hidden states and embeddings but do not change them. The unembedding
-                is the loss's affair: `mtp_cross_entropy(detach_unembedding=)`.
+                is
+                handled by the loss: `mtp_cross_entropy(detach_unembedding=)`.
         """
         super().__init__()
         expect(depths >= 1, f"depths must be at least 1; got {depths}")
@@ -60,14 +62,14 @@ class SequentialDepths(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,  # (B, T, D) of the trunk, before or after its norm as `self.hidden` says
-        embeddings: Tensor,  # (B, T, D) of the same rows' input tokens
+        hidden: Tensor,  # (B, T, D), the trunk's, before or after its norm as `self.hidden` says
+        embeddings: Tensor,  # (B, T, D), embeddings of the same rows' input tokens
         *args: Any,
         document_ids: Tensor | None = None,  # (B, T)
     ) -> Tensor:
-        """Hidden states (depths, B, T, D), normalised and ready for the unembedding; `args` go to every block.
+        """Return hidden states (depths, B, T, D), normalised and ready for the unembedding; `args` go to every block.
 
-        Rows whose token t + k is not in the row, or in another document, get an embedding of zeros.
+        If token t + k is outside the row or in another document, its embedding is replaced by zeros.
         """
         expect(
             hidden.dim() == 3 and hidden.shape[-1] == self.width,
@@ -91,9 +93,9 @@ class SequentialDepths(nn.Module):
         return torch.stack(outs)
 
     def advance(self, k: int, hidden: Tensor, embeddings: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """Depth k alone: from what depth k - 1 hands on and Emb(x_{t+k}) to what k hands on and the unembedding reads.
+        """Run depth k only: from the state of depth k - 1 and Emb(x_{t+k}) to its own state and its output.
 
-        All four are (B, T, D). For decoding, where x_{t+k} is known only once depth k - 1 has been asked.
+        All four are (B, T, D). Used for decoding, where x_{t+k} is known only after depth k - 1 has run.
         """
         layer = self.layers[(k - 1) % len(self.layers)]
         assert isinstance(layer, Depth)
@@ -105,7 +107,7 @@ class SequentialDepths(nn.Module):
 
 
 class Depth(nn.Module):
-    """The parameters of one depth."""
+    """Parameters of one depth."""
 
     def __init__(self, block: nn.Module, width: int, norm_eps: float) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class Depth(nn.Module):
 
 
 def ahead(x: Tensor, k: int, document_ids: Tensor | None) -> Tensor:
-    """Row t + k at row t, (B, T, D); zeros where there is no such row in the same document."""
+    """Return row t + k at row t, (B, T, D); zeros if there is no such row in the same document."""
     T = x.shape[1]
     k = min(k, T)
     out = F.pad(x[:, k:], (0, 0, 0, k))

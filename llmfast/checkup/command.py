@@ -1,0 +1,62 @@
+"""The command line of a check-up: `llmfast doctor --full`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmfast._commands import fail
+from llmfast.checkup.page import check, comparison, page, verdict
+from llmfast.checkup.runner import CheckUp, write_json
+from llmfast.checkup.sections import SECTIONS, named
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `doctor` takes for a check-up."""
+    names = ", ".join(section.name for section in SECTIONS)
+    parser.add_argument("--full", action="store_true", help="check everything on a GPU, within a few minutes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what --full may take (default: %(default)s)")
+    parser.add_argument("--sections", nargs="+", metavar="SECTION", help=f"only these parts of --full: {names}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where --full writes its results, after each section")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where --full writes them as a page")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="JSON", help="print a page that compares the results of two machines"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a check-up, or compare two; return the exit code: 1 if something is wrong."""
+    if args.compare:
+        try:
+            first, second = (check(json.loads(path.read_text(encoding="utf-8"))) for path in args.compare)
+        except (OSError, ValueError) as e:
+            return fail(f"--compare: {e}")
+        print(comparison(first, second), end="")
+        return 0
+    if not args.minutes > 0:
+        return fail(f"--minutes must be above 0; got {args.minutes}")
+    try:
+        sections = SECTIONS if args.sections is None else tuple(named(name) for name in args.sections)
+    except ValueError as e:
+        return fail(f"--sections: {e}")
+    if not torch.cuda.is_available():
+        return fail("doctor --full needs a GPU that torch can use, and finds none; `llmfast doctor` checks the CPU")
+    for path in (args.json, args.markdown):
+        if path is not None and not path.parent.is_dir():
+            return fail(f"{path}: there is no folder {path.parent}")
+
+    def write(results: dict[str, Any]) -> None:
+        if args.json is not None:
+            write_json(args.json, results)
+        if args.markdown is not None:
+            args.markdown.write_text(page(results), encoding="utf-8")
+
+    results = CheckUp(args.minutes, sections=sections).run(write)
+    right, wrong, left = verdict(results)
+    print(f"{right} right, {wrong} wrong, {left} not reached")
+    for path in (args.json, args.markdown):
+        if path is not None:
+            print(f"written to {path}")
+    return 1 if wrong else 0

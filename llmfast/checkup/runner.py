@@ -1,0 +1,173 @@
+"""The parent of a check-up: starts a process per section, watches it, and writes the results after each.
+
+A case that crashes its process, breaks the device or hangs is lost by itself: the next process begins after it. The
+parent never touches the GPU.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import llmfast
+from llmfast.checkup.record import SCHEMA, VERSION, Journal, Size
+from llmfast.checkup.sections import SECTIONS, Section
+from llmfast.checkup.worker import BROKEN_DEVICE
+
+WORKER = (sys.executable, "-m", "llmfast.checkup.worker")
+START = 60.0  # seconds that a process may take to import torch and find the device
+PATIENCE = 20.0  # seconds that a case may take at least, however short it should be
+POLL = 0.05  # seconds between two looks at a journal
+
+
+@dataclass
+class Outcome:
+    """The result of a section."""
+
+    name: str
+    title: str
+    budget: float  # seconds
+    seconds: float = 0.0
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    cases: dict[str, float] = field(default_factory=dict)  # seconds of each that ended
+    not_reached: dict[str, str] = field(default_factory=dict)  # why
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CheckUp:
+    """A check-up of one device.
+
+    Args:
+        minutes: what all sections together may take; each gets its share of what is left.
+        sections: those to run, in order.
+        worker: the command of a section's process; its arguments are added.
+    """
+
+    minutes: float = 8.0
+    device: str = "cuda"
+    size: Size = "full"
+    sections: Sequence[Section] = SECTIONS
+    worker: Sequence[str] = WORKER
+
+    def run(self, write: Callable[[dict[str, Any]], None], say: Say = print) -> dict[str, Any]:
+        """Run all sections; `write` gets the results so far after each of them.
+
+        Returns the results: see `docs/gpu.md` for their schema.
+        """
+        end = time.monotonic() + 60 * self.minutes
+        results: dict[str, Any] = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "llmfast": llmfast.__version__,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": {"minutes": self.minutes, "device": self.device, "size": self.size},
+            "sections": [],
+            "not_reached": [section.name for section in self.sections],
+        }
+        write(results)
+        for position, section in enumerate(self.sections):
+            rest = sum(later.share for later in self.sections[position:])
+            budget = max(0.0, end - time.monotonic()) * section.share / rest
+            outcome = Outcome(section.name, section.title, budget)
+            say(f"{section.title} ({budget:.0f} s) ...")
+            self._section(outcome, say)
+            results["sections"].append(asdict(outcome))
+            results["not_reached"].remove(section.name)
+            write(results)
+        return results
+
+    def _section(self, outcome: Outcome, say: Say) -> None:
+        """Run a section's processes, one after the other, until its cases or its time are used up."""
+        start, first = time.monotonic(), 0
+        with tempfile.TemporaryDirectory() as folder:
+            for attempt in range(1000):
+                left = outcome.budget - (time.monotonic() - start)
+                if attempt > 0 and left <= 0:
+                    outcome.not_reached["the rest"] = "no time left"
+                    break
+                lost = _Process(self, outcome, Path(folder) / f"{attempt}.jsonl", first, left, say).watch()
+                if lost is None:
+                    break
+                first = lost + 1
+        outcome.seconds = time.monotonic() - start
+
+
+class _Process:
+    """One worker, and how far it has come."""
+
+    def __init__(self, check: CheckUp, outcome: Outcome, journal: Path, first: int, seconds: float, say: Say) -> None:
+        self._outcome, self._say, self._journal = outcome, say, Journal(journal)
+        self._output = journal.with_suffix(".txt")
+        self._began = 0
+        self._last = first - 1, ""  # number and name of the last case that began
+        self._running = False
+        self._deadline = time.monotonic() + START
+        command = [
+            *check.worker, outcome.name, "--journal", str(journal), "--device", check.device, "--size", check.size,
+            "--first", str(first), "--seconds", str(seconds),
+        ]  # fmt: skip
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def watch(self) -> int | None:
+        """Wait for the process; return the number of the case that it was lost with, None if it came to its end."""
+        while (code := self._process.poll()) is None and time.monotonic() < self._deadline:
+            self._take_entries()
+            time.sleep(POLL)
+        if code is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._take_entries()
+        if code == 0:
+            return None
+        told = self._output.read_text(errors="replace").strip()[-2000:]
+        index, case = self._last
+        if self._began == 0:
+            self._note("start", f"the section's process ended with exit code {code} before its first case", told)
+            return None
+        if code is None:
+            self._note(case, "took too long, and was stopped", told)
+        elif code == BROKEN_DEVICE:
+            self._note(case, "left the device unusable", told)
+        elif self._running:
+            self._note(case, f"ended its process with exit code {code}", told)
+        return index
+
+    def _note(self, case: str, what: str, told: str) -> None:
+        self._outcome.findings.append({"case": case, "what": what, "ok": False, "figures": {"output": told}})
+        self._say(f"  WRONG {case}: {what}")
+
+    def _take_entries(self) -> None:
+        for kind, case, index, content in self._journal.new_entries():
+            if kind == "begin":
+                self._began += 1
+                self._last, self._running = (index, case), True
+                self._deadline = time.monotonic() + max(PATIENCE, 4 * content["seconds"])
+            elif kind == "finding":
+                self._outcome.findings.append({"case": case, **content})
+                if content["ok"] is False:
+                    self._say(f"  WRONG {case}: {content['what']}")
+            elif kind == "end":
+                self._running = False
+                self._outcome.cases[case] = content["seconds"]
+                self._deadline = time.monotonic() + START
+            else:
+                self._outcome.not_reached[case] = content["why"]
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write the results so that a reader finds them whole, whenever the writer is stopped."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,43 @@
+"""The sections of a check-up, in order of worth."""
+
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+
+from llmfast.checkup.record import Case, Size
+
+
+class Section(NamedTuple):
+    """A module of this package with a function `cases(device, size)`."""
+
+    name: str
+    title: str
+    share: float  # of the time; what one section leaves, those after it get
+
+    def cases(self, device: torch.device, size: Size) -> list[Case]:
+        """Return the section's cases, those worth most first."""
+        made: list[Case] = import_module(f"llmfast.checkup.{self.name}").cases(device, size)
+        return made
+
+
+SECTIONS = (
+    Section("here", "What is here", 0.06),
+    Section("numerics", "Numbers against float64", 0.28),
+    Section("behaviour", "What only a GPU has", 0.22),
+    Section("memory", "Memory against the plans", 0.10),
+    Section("speed", "Speed", 0.24),
+    Section("training", "A short training run", 0.10),
+)
+
+
+def named(name: str) -> Section:
+    """Return the section of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for section in SECTIONS:
+        if section.name == name:
+            return section
+    raise ValueError(f"section must be one of {[section.name for section in SECTIONS]}; got {name!r}")

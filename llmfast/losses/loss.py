@@ -1,0 +1,79 @@
+"""A loss between its public function and its kernels: a record that knows how to run forward and backward."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmfast.losses.options import Reduction
+from llmfast.losses.parallel import ProcessGroup, over_ranks
+from llmfast.losses.rows import RowOps, row_ops
+from llmfast.losses.targets import divided
+from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Found(NamedTuple):
+    """What a forward pass finds."""
+
+    rows: Rows
+    lse: Tensor | None  # (N,), with statistics
+    kept: Any = None  # for the first backward pass, which uses it up
+
+
+class Returned(NamedTuple):
+    """Gradients of what the caller got; None where nothing came back."""
+
+    loss: Tensor | None  # () or (N,)
+    lse: Tensor | None  # (N,)
+    entropy: Tensor | None  # (N,)
+
+    def per_row(self, count: Tensor | None, like: Tensor) -> Upstream:
+        """Return the gradients of each row's results, contiguous."""
+        if self.loss is None:
+            loss = torch.zeros_like(like)
+        else:
+            loss = divided(self.loss, count).to(like.dtype).expand_as(like).contiguous()
+        lse, entropy = (None if t is None else t.contiguous() for t in (self.lse, self.entropy))
+        return Upstream(loss, lse, entropy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(ABC):
+    """A loss whose arguments are checked. Its inputs, the tensors that get gradients, come with each call.
+
+    `group` and other fields with a default exist outside `torch.compile` only.
+    """
+
+    makes_gradients: ClassVar[bool] = False  # already in the forward pass, if `reduction` is not "none"
+
+    targets: Targets
+    terms: Terms
+    reduction: Reduction
+    count: Tensor | None  # () that a mean divides by
+    stats: bool
+    dtype: torch.dtype  # of logits and their gradients
+    group: "ProcessGroup | None" = None
+
+    @property
+    def traceable(self) -> bool:
+        """True if an operator of torch can stand for this loss."""
+        return self.group is None
+
+    @abstractmethod
+    def forward(self, inputs: Tensors, wants: tuple[bool, ...]) -> Found:
+        """Compute the rows. `wants` says which inputs need a gradient."""
+
+    @abstractmethod
+    def backward(
+        self, inputs: Tensors, wants: tuple[bool, ...], softmax: Softmax, returned: Returned, kept: Any
+    ) -> Tensors:
+        """Compute the gradients of the inputs; `kept` is what the forward pass left, or None."""
+
+    def ops(self, t: Tensor) -> RowOps:
+        """Return the operations on rows like `t`, over all ranks where the classes are split."""
+        ops = row_ops(t)
+        return ops if self.group is None else over_ranks(ops, self.group)

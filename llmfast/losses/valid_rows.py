@@ -1,0 +1,65 @@
+"""Leaving out the rows that are ignored, where the number of the others is known without waiting for the device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmfast._checks import expect
+from llmfast._dispatch import takes_plain_torch
+from llmfast_kernels.terms import Targets
+
+
+@dataclass(frozen=True)
+class ValidRows:
+    """Rows of a batch that have a valid target, and room for more of them."""
+
+    N: int  # of the batch
+    index: Tensor  # (n,) of the rows, in order; 0 where fewer than n are valid
+    surplus: Tensor  # (n,) bool: gathered in vain
+    count: Tensor  # ()
+    ignore_index: int
+
+    def gather(self, hidden: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """Return these rows of (N, D) and of the targets."""
+        chosen = targets[self.index]
+        classes = chosen.classes.masked_fill(self.surplus[:, None], self.ignore_index)
+        return hidden.index_select(0, self.index), replace(chosen, classes=classes)
+
+    def spread(self, found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return a loss and statistics of these rows for all rows; the loss is NaN if there are more than n."""
+        home = torch.where(self.surplus, self.N, self.index)  # surplus rows end beyond the last row
+
+        def over_all(t: Tensor | None, empty: float) -> Tensor | None:
+            return None if t is None else t.new_full((self.N + 1,), empty).index_copy(0, home, t)[: self.N]
+
+        loss, *stats, argmax = found
+        assert loss is not None
+        poison = torch.where(self.count > len(self.index), torch.nan, 0.0).to(loss.dtype)
+        whole = over_all(loss, 0.0) if loss.dim() else loss
+        assert whole is not None
+        return whole + poison, *(over_all(t, 0.0) for t in stats), over_all(argmax, -1)
+
+
+def valid_rows(hidden: Tensor, targets: Targets, ignore_index: int, num_valid: int | Tensor | None) -> ValidRows | None:
+    """Find the rows to compute: at most `num_valid` where that is an int; on a CPU just the valid ones. None for all.
+
+    Raises:
+        ValueError: more rows than `num_valid` are valid. Only on a CPU: elsewhere looking would be a wait.
+    """
+    N = targets.classes.shape[0]
+    most = num_valid if isinstance(num_valid, int) and not isinstance(num_valid, bool) else N
+    on_cpu = hidden.device.type == "cpu" and takes_plain_torch(hidden)
+    if N == 0 or (most >= N and not on_cpu):
+        return None
+    valid = (targets.classes != ignore_index).any(1)
+    count = valid.sum()
+    n = most
+    if on_cpu:
+        n = int(count)
+        expect(n <= most, f"num_valid={num_valid}, but {n} tokens are valid; to divide otherwise, divide a sum")
+        if n == N:
+            return None
+    index = torch.nonzero_static(valid, size=n, fill_value=0)[:, 0]
+    surplus = torch.arange(n, dtype=torch.int64, device=count.device) >= count
+    return ValidRows(N, index, surplus, count, ignore_index)

@@ -1,0 +1,103 @@
+"""`llmfast doctor --full`, its page, and a comparison of two machines."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.checkup import command, runner
+from llmfast.checkup.page import check, comparison, page
+from llmfast.cli import main
+
+
+def results(name: str, share: float, **more: Any) -> dict[str, Any]:
+    """Make results of a machine, with a finding of each kind."""
+    findings = [
+        {"case": "device", "what": "cuda", "ok": None, "figures": {"name": name, "bytes": 1234567}},
+        {"case": "rows", "what": "loss", "ok": True, "figures": {"seconds": 0.5, "share_of_copy": share}},
+        {"case": "rows", "what": "a | b", "ok": False, "figures": {"error": "two\nlines", "curve": [1.0]}},
+    ]
+    section = {
+        "name": "speed", "title": "Speed", "budget": 10.0, "seconds": 4.0, "findings": findings, "cases": {"rows": 1.0},
+        "not_reached": {"AdamW": "no time left"},
+    }  # fmt: skip
+    return {
+        "schema": "llmfast-checkup", "version": 1, "llmfast": "1.2", "date": "2026-01-01T00:00:00+00:00",
+        "command": {}, "sections": [section], "not_reached": ["training"],
+    } | more  # fmt: skip
+
+
+def test_a_page_begins_with_what_is_wrong() -> None:
+    lines = page(results("H100", 0.8)).splitlines()
+    assert lines[0] == "# Check-up of llmfast 1.2"
+    assert lines[2] == "2026-01-01T00:00:00+00:00, H100: 1 right, 1 wrong, 1 not reached."
+    assert "Sections not reached: training." in lines
+    assert lines.index("## Wrong") < lines.index("## Speed")
+    assert "| speed | rows | a \\| b | error two lines |" in lines
+    assert "| right | rows | loss | seconds 0.5, share_of_copy 0.8 |" in lines
+    assert "Not reached: AdamW (no time left)" in lines
+
+
+def test_two_machines_side_by_side() -> None:
+    first, second = results("H100", 0.8), results("B200", 0.7)
+    del second["sections"][0]["findings"][2]
+    lines = comparison(first, second).splitlines()
+    assert lines[0] == "# H100, llmfast 1.2 and B200, llmfast 1.2"
+    assert "| rows | loss | share_of_copy | 0.8 | 0.7 |" in lines
+    assert "| rows | a \\| b |  | WRONG  | not reached |" in lines
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [([], "schema"), ({"schema": "other"}, "schema"), ({"schema": "llmfast-checkup", "version": 2}, "got version 2")],
+)
+def test_other_files_are_refused(given: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check(given)
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path in paths:
+        path.write_text(json.dumps(results(path.stem, 0.5)))
+    assert main(["doctor", "--compare", *map(str, paths)]) == 0
+    assert capsys.readouterr().out.startswith("# a, llmfast 1.2 and b, llmfast 1.2\n")
+    paths[1].write_text("{")
+    assert main(["doctor", "--compare", *map(str, paths)]) == 2
+    assert "--compare: Expecting property name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--minutes", "0"], "--minutes must be above 0; got 0.0"),
+        (["--sections", "sped"], "section must be one of"),
+        ([], "needs a GPU that torch can use, and finds none"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--full", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_from_the_command_line_to_the_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A section on the pretended GPU, by a process of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "CheckUp", lambda minutes, sections: runner.CheckUp(
+        minutes, size="small", sections=sections, worker=(sys.executable, "-m", "support.pretended_gpu")
+    ))  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    files = tmp_path / "results.json", tmp_path / "results.md"
+    arguments = ["--sections", "here", "--json", str(files[0]), "--markdown", str(files[1])]
+    assert main(["doctor", "--full", *arguments]) == 0
+    written = json.loads(files[0].read_text())
+    assert set(written["sections"][0]["cases"]) >= {"versions", "device", "copy bandwidth"}
+    assert "pretended H100: 0 right, 0 wrong, 0 not reached." in files[1].read_text()
+    assert f"written to {files[0]}" in capsys.readouterr().out

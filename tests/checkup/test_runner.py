@@ -1,0 +1,175 @@
+"""The parent of a check-up: what crashes, hangs or comes too late costs its own case, and results are always whole."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.checkup import runner, worker
+from llmfast.checkup.record import Case, Finding, Journal
+from llmfast.checkup.runner import CheckUp, write_json
+from llmfast.checkup.sections import SECTIONS, Section
+
+# A worker of a section "made", with a case per letter of MADE.
+WORKER = """if True:
+    import os, signal, sys, time
+    from llmfast.checkup import sections, worker
+    from llmfast.checkup.record import Case, Finding
+
+    def case(letter):
+        def run():
+            yield Finding("begun", True, {})
+            if letter == "x":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if letter == "h":
+                time.sleep(1000)
+            if letter == "e":
+                raise ValueError("no such thing")
+            if letter == "t":  # the time is over
+                worker.time.monotonic = lambda: float("inf")
+            if letter == "b":
+                worker.device_works = lambda device: False
+            yield Finding("done", True, {})
+        return Case(letter, run, 0.01)
+
+    class Made:
+        def cases(self, device, size):
+            return [case(letter) for letter in os.environ["MADE"]]
+
+    worker.named = lambda name: Made()
+    sys.exit(worker.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the outcome of a section with the given cases, in `minutes`."""
+    monkeypatch.setattr(runner, "PATIENCE", 1.0)
+
+    def run(letters: str, minutes: float = 1.0) -> tuple[dict[str, Any], list[Any], list[str]]:
+        monkeypatch.setenv("MADE", letters)
+        written: list[Any] = []
+        said: list[str] = []
+        section = Section("made", "Made", 1.0)
+        checking = CheckUp(minutes, "cpu", "small", [section], (sys.executable, "-c", WORKER))
+        results = checking.run(lambda now: written.append(json.loads(json.dumps(now))), said.append)
+        (outcome,) = results["sections"]
+        return outcome, written, said
+
+    return run
+
+
+def found(outcome: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    return [(one["case"], one["what"], one["ok"]) for one in outcome["findings"]]
+
+
+BOTH = [("begun", True), ("done", True)]
+
+
+@pytest.mark.parametrize(
+    ("letter", "what"),
+    [
+        ("x", f"ended its process with exit code {-signal.SIGSEGV}"),
+        ("h", "took too long, and was stopped"),
+        ("b", "left the device unusable"),
+        ("e", "raised"),
+    ],
+)
+def test_a_fault_costs_its_own_case(check: Any, letter: str, what: str) -> None:
+    outcome, _, said = check(f"a{letter}z")
+    others = [(case, *one) for case in "az" for one in BOTH]
+    lines = found(outcome)
+    assert [line for line in lines if line[0] != letter] == others
+    assert [line for line in lines if not line[2]] == [(letter, what, False)]
+    assert any("WRONG" in line and letter in line for line in said)
+
+
+def test_an_exception_says_what_and_where(check: Any) -> None:
+    outcome, _, _ = check("e")
+    (wrong,) = [one for one in outcome["findings"] if one["ok"] is False]
+    assert wrong["figures"]["error"] == "ValueError: no such thing"
+
+
+def test_what_comes_too_late_is_named(check: Any) -> None:
+    outcome, _, _ = check("atyz")
+    assert list(outcome["cases"]) == ["a", "t"]
+    assert outcome["not_reached"] == {"y": "no time left", "z": "no time left"}
+
+
+def test_results_are_written_before_and_after_each_section(check: Any) -> None:
+    _, written, _ = check("a")
+    assert [results["not_reached"] for results in written] == [["made"], []]
+    assert written[0]["sections"] == [] and written[-1]["schema"] == "llmfast-checkup" and written[-1]["version"] == 1
+
+
+def test_a_worker_that_cannot_start_is_a_finding() -> None:
+    section = Section("made", "Made", 1.0)
+    worker = (sys.executable, "-c", "import sys; sys.exit('no such module')")
+    results = CheckUp(0.5, "cpu", "small", [section], worker).run(lambda now: None, lambda line: None)
+    (finding,) = results["sections"][0]["findings"]
+    assert "exit code 1 before its first case" in finding["what"] and finding["figures"]["output"] == "no such module"
+
+
+def test_time_that_one_section_leaves_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = []
+
+    def section(self: CheckUp, outcome: runner.Outcome, say: Any) -> None:
+        budgets.append(outcome.budget)
+        now[0] += 6.0  # seconds that it takes
+
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(CheckUp, "_section", section)
+    sections = [Section("a", "A", 1.0), Section("b", "B", 1.0), Section("c", "C", 2.0)]
+    CheckUp(1.0, sections=sections).run(lambda results: None, lambda line: None)
+    assert budgets == [15.0, 18.0, 48.0]
+
+
+def test_shares_are_of_one() -> None:
+    assert sum(section.share for section in SECTIONS) == pytest.approx(1.0)
+
+
+def test_a_line_that_is_being_written_is_left(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    assert list(journal.new_entries()) == []
+    journal.write("begin", "a", 0, seconds=1.0)
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + whole[:10])
+    assert [entry.case for entry in journal.new_entries()] == ["a"]
+    journal.path.write_bytes(whole + whole)
+    assert [entry.content for entry in journal.new_entries()] == [{"seconds": 1.0}]
+
+
+def test_results_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+
+    def fails(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_case_that_needs_more_memory_than_there_is_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made:
+        def cases(self, device: torch.device, size: str) -> list[Case]:
+            return [Case("large", lambda: [Finding("done", True)], 1.0, 100), Case("fits", list, 1.0, 10)]
+
+    monkeypatch.setattr(worker, "named", lambda name: Made())
+    monkeypatch.setattr(worker, "free_bytes", lambda device: 50)
+    journal = Journal(tmp_path / "journal")
+    assert worker.main(["made", "--journal", str(journal.path), "--device", "cpu"]) == 0
+    entries = list(journal.new_entries())
+    assert [(entry.kind, entry.case) for entry in entries] == [("skip", "large"), ("begin", "fits"), ("end", "fits")]
+    assert entries[0].content["why"] == "needs 100 bytes, and 50 are free"
