@@ -21,6 +21,7 @@ from evidence.sanitizer import Fault, sanitizing
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.optim import FusedAdamW
 from llmfast_kernels import cross_entropy, optimizer, row
+from llmfast_kernels.optimizer import step
 from llmfast_kernels.terms import Targets, Terms
 from support.budgets import violations
 
@@ -79,7 +80,7 @@ ALIGNED = "aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0"
 def test_nothing_is_found_where_nothing_is_planted(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     with sanitizing():
         rows(plant(row, TAIL_LOAD, TAIL_LOAD))
-        adamw(plant(optimizer, ALIGNED, ALIGNED), monkeypatch, offset=1)
+        adamw(plant(step, ALIGNED, ALIGNED), monkeypatch, offset=1)
 
 
 def test_an_off_by_one_mask(plant: Plant) -> None:
@@ -96,13 +97,13 @@ def test_a_missing_tail_store(plant: Plant) -> None:
 
 def test_a_racing_accumulation(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every program update the first chunk of its tensor."""
-    planted = plant(optimizer, CHUNK_START, "start = (chunk * 0).to(tl.int64)")
+    planted = plant(step, CHUNK_START, "start = (chunk * 0).to(tl.int64)")
     with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 1 of 4, loads what program 0 stored"):
         adamw(planted, monkeypatch)
 
 
 def test_an_unaligned_pointer_taken_for_an_aligned_one(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = plant(optimizer, ALIGNED, "aligned = p != 0")
+    planted = plant(step, ALIGNED, "aligned = p != 0")
     with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 0 of 4, would load outside of all tensors"):
         adamw(planted, monkeypatch, offset=1)
 

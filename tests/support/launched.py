@@ -95,8 +95,9 @@ def failures(compiled: list[Compiled]) -> list[str]:
 
 def all_kernels() -> set[str]:
     """Return every kernel of the library as "package.module:name"."""
-    modules = [import_module(f"llmfast_kernels.{m.name}") for m in pkgutil.iter_modules(llmfast_kernels.__path__)]
-    return {f"{module.__name__}:{name}" for module in modules for name in vars(module) if name.endswith("_kernel")}
+    found = pkgutil.walk_packages(llmfast_kernels.__path__, f"{llmfast_kernels.__name__}.")
+    kernels = [(name, kernel) for m in found for name, kernel in vars(import_module(m.name)).items()]
+    return {f"{kernel.fn.__module__}:{name}" for name, kernel in kernels if name.endswith("_kernel")}
 
 
 def is_whole_suite(session: pytest.Session) -> bool:
