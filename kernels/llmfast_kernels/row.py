@@ -213,13 +213,13 @@ def fold_tile(
         pulled = tl.where(inside, pulled, 0.0)
         x = tl.where(inside, x, float("-inf"))  # after softcap, which would make a logit of it
 
+    SMOOTH: tl.constexpr = row.terms.label_smoothing is not None  # pyright: ignore[reportAssignmentType]
     THREADS: tl.constexpr = running.peak.shape[0]
     ROUNDS: tl.constexpr = BLOCK_V // (THREADS * VECTOR)
     x = tl.reshape(x, (ROUNDS, THREADS, VECTOR))
     pull = running.pull
-    if row.terms.label_smoothing is not None:  # first, so that nothing else needs `pulled` to stay in registers
-        pulled = tl.reshape(pulled, (ROUNDS, THREADS, VECTOR))
-        pull += tl.sum(tl.sum(pulled, axis=2), axis=0)
+    if SMOOTH and not ENTROPY:  # first, which takes the fewest registers here, but not with the entropy
+        pull += tl.sum(tl.sum(tl.reshape(pulled, (ROUNDS, THREADS, VECTOR)), axis=2), axis=0)
     tile_peak = tl.max(tl.max(x, axis=2), axis=0) * LOG2E
     best = running.best
     if ARGMAX:
@@ -234,6 +234,8 @@ def fold_tile(
         t = tl.maximum(t, -1000.0)  # 2^-1000 is 0 as 2^-inf is, but 0 * -inf would be NaN
         moment = rescale * tl.fma(shift, running.total, moment) + tl.sum(tl.sum(t * exponentials, axis=2), axis=0)
     total = running.total * rescale + tl.sum(tl.sum(exponentials, axis=2), axis=0)
+    if SMOOTH and ENTROPY:
+        pull += tl.sum(tl.sum(tl.reshape(pulled, (ROUNDS, THREADS, VECTOR)), axis=2), axis=0)
     return Running(peak, total, moment, pull, best)
 
 
