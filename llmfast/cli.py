@@ -21,7 +21,7 @@ from llmfast.train.report import run as run_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    """Run a command; return the exit code. A user's mistake is one line on stderr and code 2."""
     parser = CommandParser(prog="llmfast", description="Fused losses, optimizers and a thin trainer for LLMs.")
     parser.add_argument("--version", action="version", version=f"llmfast {llmfast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -40,19 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further = commands.add_parser(
         "continue",
         help="train a run's model further, on new text",
-        description="Continued pretraining: from a run's last weights, on a growing part of new text and a replay of "
-        "the old. Says at the end what was learned and what was forgotten.",
+        description="Continued pretraining: from a run's last weights, on a growing share of new text and a replay of "
+        "old text. Says at the end what was learned and what was forgotten.",
     )
     further.add_argument("from_run", type=Path, metavar="RUN", help="the folder of a run")
     further.add_argument("--target", nargs="+", required=True, metavar="SOURCE", help="the new text")
-    further.add_argument("--general", nargs="+", default=[], metavar="SOURCE", help="to replay (default: the run's)")
+    further.add_argument(
+        "--general", nargs="+", default=[], metavar="SOURCE", help="the text to replay (default: the run's)"
+    )
     for name, value, text in (
-        ("start", 0.1, "part of new text at the beginning"),
-        ("end", 0.7, "part of new text at the end"),
-        ("floor", 0.1, "part that is always left to the old"),
+        ("start", 0.1, "share of new text at the beginning"),
+        ("end", 0.7, "share of new text at the end"),
+        ("floor", 0.1, "share that is always left to old text"),
     ):
         further.add_argument(f"--{name}", type=float, default=value, help=f"{text} (default: %(default)s)")
-    further.add_argument("--no-replay", action="store_true", help="only new text; the old only validates")
+    further.add_argument("--no-replay", action="store_true", help="train on new text only; old text is only validated")
     _add_settings(further)
     further.set_defaults(run=_continue)
 
@@ -75,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     doctor = commands.add_parser(
         "doctor",
-        help="say what is installed, which way each operation takes here, and whether it is right",
-        description="Versions, paths, and a small check of each operation on each device: how a bug report begins. "
+        help="say what is installed, which path each operation takes here, and whether results are right",
+        description="Versions, paths, and a small check of each operation on each device: begin bug reports with this. "
         "With --full: numbers, behaviour, memory and speed on a GPU; see docs/gpu.md.",
     )
     add_checkup_arguments(doctor)
@@ -113,7 +115,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _train(args: argparse.Namespace) -> int:
     def run() -> None:
         from llmfast.train.config import Config, load_config
-        from llmfast.train.run import resumed_config, train
+        from llmfast.train.earlier import resumed_config
+        from llmfast.train.run import train
         from llmfast.train.settings import ConfigError
 
         overrides = _overrides(args)
@@ -178,7 +181,7 @@ def _trained(run: Callable[[], None]) -> int:
 
 
 def _out_of_memory(e: MemoryError | RuntimeError) -> bool:
-    """On the CPU torch raises a bare RuntimeError."""
+    """Return True for a lack of memory, for which torch raises a bare RuntimeError on a CPU."""
     from torch import OutOfMemoryError
 
     return isinstance(e, MemoryError | OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(e)

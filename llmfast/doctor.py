@@ -1,6 +1,6 @@
-"""`llmfast doctor`: what is installed, which way each operation takes here and why, and whether it is right.
+"""`llmfast doctor`: what is installed, which path each operation takes here and why, and whether results are right.
 
-Its output is what a bug report should begin with.
+Bug reports should begin with its output.
 """
 
 import platform
@@ -18,7 +18,7 @@ from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entrop
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD
 from llmfast.optim import reference as optim_reference
 
-# What llmfast works with, and the extra that brings it.
+# Libraries that llmfast uses, and the extra that installs each.
 LIBRARIES = {
     "torch": "",
     "triton": "",
@@ -32,12 +32,12 @@ LIBRARIES = {
     "accelerate": "hf",
     "lightning": "lightning",
 }
-# How far from the truth a result may be, as a share of its size: a few roundings, and those of their sum.
+# Largest relative error of a result: a few roundings, and those of their sum.
 ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def report(say: Callable[[str], None] = print) -> bool:
-    """Print all that; True if every check has passed."""
+    """Print the report; return True if every check has passed."""
     say(f"llmfast {llmfast.__version__}, Python {platform.python_version()}, {platform.platform()}\n")
     for name, extra in LIBRARIES.items():
         say(f"  {name:13} {_version(name, extra)}")
@@ -98,7 +98,7 @@ def _path(t: Tensor) -> str:
 
 
 def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Name and error of each operation's results: its loss and gradients, or the parameter after a few steps."""
+    """Yield name and error of each operation's results: loss and gradients, or the parameter after a few steps."""
     name = str(dtype).removeprefix("torch.")
     generator = torch.Generator("cpu").manual_seed(0)
     N, D, V = 64, 32, 1000

@@ -1,7 +1,7 @@
-"""The notebooks run, and the outputs they were committed with are those of their code.
+"""Tests that the notebooks run and that their committed outputs match their code.
 
-Their cells are run here as plain Python. A kernel (nbclient, ipykernel) would bring more than thirty packages, and a
-second process, to run the same lines; the notebooks do without what it could do beyond that: magics, displayed values.
+Cells run here as plain Python. A kernel (nbclient, ipykernel) would add more than thirty packages and a second process
+to run the same lines; the notebooks do not use what only a kernel offers: magics and displayed values.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def test_there_are_two() -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
 def test_outputs_are_there(notebook: Path) -> None:
-    """Committed after a run from top to bottom, without an error."""
+    """Expect outputs of a run from top to bottom, without errors."""
     cells = code_cells(notebook)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:

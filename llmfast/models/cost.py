@@ -87,10 +87,9 @@ def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
     """Count the FLOPs of `tokens` tokens in rows of `seq_len`.
 
     A parameter of a matrix takes 6 FLOPs per token: 2 in forward, 4 in backward. The embedding takes none, because it
-        is a
-    lookup. The unembedding counts once per head with its own hidden states. Attention takes 12 seq_len width per token
-    and block, as if every token attended to its whole row. A kernel that skips what the causal mask hides needs half of
-    that, unless a mask separates documents.
+    is a lookup. The unembedding counts once per head with its own hidden states. Attention takes 12 seq_len width per
+    token and block, as if every token attended to its whole row. A kernel that skips what the causal mask hides needs
+    half of that, unless a mask separates documents.
 
     Raises:
         ValueError: A count is not above 0.

@@ -1,12 +1,12 @@
-"""Planning a training run: scaling laws, fits of one's own runs, memory and modelled time. `llmfast plan` prints them.
+"""Planning a training run: scaling laws, fits to your own runs, memory and modelled time. `llmfast plan` prints them.
 
     >>> from llmfast.plan import BESIROGLU
     >>> best = BESIROGLU.optimal(1e21)
     >>> f"{best.params:.2e} parameters, {best.tokens:.2e} tokens, loss {best.loss:.2f}"
     '2.78e+09 parameters, 6.00e+10 tokens, loss 2.31'
 
-Nothing here measures: losses are those of published runs or of one's own, times are FLOPs over assumed rates, and
-memory is counted from shapes.
+Nothing here is measured: losses come from published runs or your own, times are FLOPs over assumed rates, and memory
+is counted from shapes.
 """
 
 from llmfast.models.cost import ParameterCount, StepCost, count_parameters, step_flops

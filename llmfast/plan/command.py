@@ -1,4 +1,4 @@
-"""`llmfast plan`: what to train for a budget, a law of one's own runs, what a run takes, and learning rates."""
+"""`llmfast plan`: what to train for a budget, a law of your own runs, what a run takes, and learning rates."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -30,17 +30,17 @@ SOURCES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """To the parser of `llmfast plan`; `run` takes what it parses."""
+    """Add the arguments of `llmfast plan` to its parser; `run` takes what it parses."""
     parser.description = (
         "Parameters and tokens for a budget of FLOPs, by published scaling laws. One of --flops, --params and --tokens "
         "gives the best for it; two say what they come to. Numbers may end in k, M, B or T."
     )
-    parser.add_argument("--flops", metavar="C", help="of the whole training, e.g. 1e21")
-    parser.add_argument("--params", metavar="N", help="with embeddings, e.g. 2.8B")
-    parser.add_argument("--tokens", metavar="D", help="e.g. 60B")
-    parser.add_argument("--law", choices=SOURCES, default="besiroglu", help="(default: %(default)s)")
+    parser.add_argument("--flops", metavar="C", help="FLOPs of the whole training, e.g. 1e21")
+    parser.add_argument("--params", metavar="N", help="parameters with embeddings, e.g. 2.8B")
+    parser.add_argument("--tokens", metavar="D", help="training tokens, e.g. 60B")
+    parser.add_argument("--law", choices=SOURCES, default="besiroglu", help="scaling law (default: %(default)s)")
     _add_gpu(parser, "also say how long the FLOPs take there")
-    parser.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="of them (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="number of GPUs (default: 1)")
 
     topics = parser.add_subparsers(dest="topic", metavar="", parser_class=CommandParser)
     fit = topics.add_parser(
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--out", type=Path, metavar="FILE", help="a picture of the fit: .png, .svg, .pdf")
     fit.add_argument("--flops", dest="budget", metavar="C", help="the budget to plan for (default: up to 100 runs)")
     fit.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="for the intervals; 0: none (default: %(default)s)"
+        "--resamples", type=int, default=RESAMPLES, help="resamples for the intervals; 0: none (default: %(default)s)"
     )
 
     need = topics.add_parser(
@@ -72,8 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a learning rate for another batch size",
         description="The linear rule (SGD) and the square-root rule (Adam), for a batch of another size.",
     )
-    lr.add_argument("--lr", type=float, required=True, help="that is right for the batch it was found at")
-    lr.add_argument("--base-batch", required=True, metavar="SIZE", help="that batch, in rows or tokens")
+    lr.add_argument("--lr", type=float, required=True, help="the rate that is right for --base-batch")
+    lr.add_argument(
+        "--base-batch", required=True, metavar="SIZE", help="the batch that --lr was found at, in rows or tokens"
+    )
     lr.add_argument("--batch", required=True, metavar="SIZE", help="the batch to find one for, in the same unit")
 
 
@@ -91,7 +93,7 @@ def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = Fal
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was asked for; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    """Print what was asked for; return the exit code. A user's mistake is one line on stderr and code 2."""
     topics: dict[str | None, Callable[[argparse.Namespace], list[str]]] = {
         None: _budget, "fit": _fit, "memory": _memory, "lr": _lr,
     }  # fmt: skip
@@ -134,8 +136,8 @@ def _budget(args: argparse.Namespace) -> list[str]:
         f"  FLOPs                {budget:.3g} ({short(budget / laws.PF_DAY)} PF-days; attention not counted)",
         f"  parameters           {short(chosen.params)}, embeddings included",
         f"  tokens               {short(chosen.tokens)}",
-        f"  tokens a parameter   {chosen.tokens_per_param:.1f}",
-        f"  loss                 {chosen.loss:.3f} nats a token, of the text and tokenizer that the law is of",
+        f"  tokens per parameter {chosen.tokens_per_param:.1f}",
+        f"  loss                 {chosen.loss:.3f} nats per token, for the text and tokenizer of the law",
         f"  critical batch       {short(batch)} tokens at that loss, by Kaplan et al. 2020: "
         f"{short(chosen.tokens / batch)} steps",
     ]
@@ -171,7 +173,7 @@ def _training_time(args: argparse.Namespace, flops: float) -> str:
     seconds = flops / (args.gpus * args.utilisation * gpu.tensor_cores)
     return (
         f"{duration(seconds)} on {args.gpus} {gpu.name}, modelled: FLOPs / "
-        f"({args.gpus} * {args.utilisation:g} * {gpu.tensor_cores:.3g} a second)"
+        f"({args.gpus} * {args.utilisation:g} * {gpu.tensor_cores:.3g} per second)"
     )
 
 
@@ -292,7 +294,7 @@ def _memory(args: argparse.Namespace) -> list[str]:
     lines = [
         f"{short(count.total)} parameters, {short(count.embedding)} of them embeddings"
         f"{' (tied)' if model.tie_embeddings else ''}; vocabulary of {model.vocab_size}",
-        f"{rows * parts * seq_len} tokens a step: {parts} micro-batch(es) of {rows} rows of {seq_len}",
+        f"{rows * parts * seq_len} tokens per step: {parts} micro-batch(es) of {rows} rows of {seq_len}",
         "",
         f"`llmfast train` on one GPU, products in {matrices}:",
         *(f"  {name:<36}{in_bytes(size):>12}" for name, size in sizes if size),
@@ -338,10 +340,10 @@ def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace
         dtype = torch.float32 if t.dtype == "float32" and t.param_dtype == "float32" else torch.bfloat16
         seconds = step.seconds(gpu, dtype, utilisation=args.utilisation)
         lines += [
-            f"modelled on {gpu.name}: {duration(seconds)} a step, {short(tokens / seconds)} tokens a second, "
+            f"modelled on {gpu.name}: {duration(seconds)} per step, {short(tokens / seconds)} tokens per second, "
             f"{duration(seconds * t.steps)} in all",
             f"  {cost.FORMULA}, utilisation {args.utilisation:g} assumed;",
-            "  launches are not in it, nor what is computed again; small models wait for launches above all",
+            "  launches and recomputation are not in it; small models mostly wait for launches",
         ]
     return lines
 

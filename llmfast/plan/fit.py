@@ -1,13 +1,13 @@
-"""Scaling laws of one's own runs, by variable projection.
+"""Fits of scaling laws to your own runs, by variable projection.
 
-Given the exponents, L = E + A / N^alpha + B / D^beta is linear in E, A and B, and the best of those that are not
-negative are found in closed form. So only the exponents are searched, on a grid that shrinks around its best point: no
-starting values, and no local minimum for want of good ones. What is minimised is Hoffmann's sum of Huber losses of
-log(predicted / measured) (arXiv:2203.15556, approach 3): beyond `delta` it grows linearly, so that a run gone wrong
-pulls no harder than any other.
+Given the exponents, L = E + A / N^alpha + B / D^beta is linear in E, A and B, and the best values that are not negative
+have a closed form. So only the exponents are searched, on a grid that shrinks around its best point: there are no
+starting values, and no local minimum because of bad ones. The objective is Hoffmann's sum of Huber losses of
+log(predicted / measured) (arXiv:2203.15556, approach 3): beyond `delta` it grows linearly, so that a run gone wrong has
+no more influence than any other.
 
-How sure an exponent is, resampling says: the same fit to as many runs drawn from the runs with replacement, again and
-again (Efron 1979). All resamples are fitted at once, a run drawn twice having twice the weight.
+Resampling says how certain an exponent is: the same fit is repeated for as many runs drawn from the runs with
+replacement (Efron 1979). All resamples are fitted at once; a run that was drawn twice has twice the weight.
 """
 
 import itertools
@@ -24,21 +24,21 @@ from llmfast.plan.laws import ChinchillaLaw, PowerLaw
 Array = npt.NDArray[np.float64]
 Law = TypeVar("Law", ChinchillaLaw, PowerLaw)
 
-LOWEST, HIGHEST = 0.01, 3.0  # exponents that are looked at
-# Of the loss's curve in log N: 3 values of N give a curvature and so an exponent, 2 give a slope.
+LOWEST, HIGHEST = 0.01, 3.0  # range of exponents that is searched
+# Three values of N give the loss's curvature in log N, and so an exponent; two give a slope only.
 DISTINCT = 3
 
 
 @dataclass(frozen=True)
 class Fit(Generic[Law]):
-    """A law, how far the runs are from it, and the laws of resampled runs."""
+    """A fitted law, how far the runs are from it, and the laws of resampled runs."""
 
     law: Law
     residuals: Array  # (runs,): log(predicted / measured)
     resampled: tuple[Law, ...]
 
     def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
-        """Where the middle `level` of the resampled laws have `of(law)`, e.g. `lambda law: law.alpha`.
+        """Return the interval of `of(law)`, e.g. `lambda law: law.alpha`, over the middle `level` of resampled laws.
 
         Raises:
             ValueError: there are no resampled laws, or `level` is not between 0 and 1.
@@ -51,7 +51,7 @@ class Fit(Generic[Law]):
 
     @property
     def outliers(self) -> list[int]:
-        """Indices of runs whose loss is off by more than five standard deviations, judged by the median, and by 2 %."""
+        """Indices of runs whose loss is off by more than 2 % and five standard deviations, estimated by the median."""
         size = np.abs(self.residuals)
         return [int(i) for i in np.flatnonzero(size > max(0.02, 5 * 1.4826 * float(np.median(size))))]
 
@@ -59,20 +59,20 @@ class Fit(Generic[Law]):
 def fit_chinchilla(
     N: npt.ArrayLike,  # (runs,) parameters, with embeddings
     D: npt.ArrayLike,  # (runs,) tokens
-    loss: npt.ArrayLike,  # (runs,) at the end of each run, nats a token
+    loss: npt.ArrayLike,  # (runs,) at the end of each run, nats per token
     *,
     delta: float = 1e-3,
     resamples: int = 0,
     seed: int = 0,
 ) -> Fit[ChinchillaLaw]:
-    """E + A / N^alpha + B / D^beta through runs that vary both N and D.
+    """Fit E + A / N^alpha + B / D^beta to runs that vary both N and D.
 
     Args:
         N, D, loss: of runs whose learning rate had come down when they ended: a point from the middle of a longer run
             has a higher loss than a run of that length.
-        delta: of the Huber loss, relative to the loss; Hoffmann's by default.
-        resamples: laws to fit to resampled runs, for `Fit.interval`; 200 are plenty.
-        seed: of the resampling.
+        delta: where the Huber loss becomes linear, relative to the loss; Hoffmann's value by default.
+        resamples: number of laws to fit to resampled runs, for `Fit.interval`; 200 are plenty.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: fewer than 6 runs, fewer than 3 different N or D (runs that vary one of them are for `fit_power`), N
@@ -101,18 +101,18 @@ def fit_chinchilla(
 
 def fit_power(
     x: npt.ArrayLike,  # (runs,) parameters without embeddings, tokens or FLOPs
-    loss: npt.ArrayLike,  # (runs,) nats a token
+    loss: npt.ArrayLike,  # (runs,) nats per token
     *,
     floor: bool = True,
     delta: float = 1e-3,
     resamples: int = 0,
     seed: int = 0,
 ) -> Fit[PowerLaw]:
-    """floor + (scale / x)^exponent through runs that vary x alone, and have enough of everything else.
+    """Fit floor + (scale / x)^exponent to runs that vary x only, and have enough of everything else.
 
     Args:
-        floor: find one, as Henighan's form has it; it is 0 where the runs show none. Without, it is Kaplan's form. Runs
-            whose losses stay far above a floor hardly show it, and then the exponent is as uncertain: `Fit.interval`.
+        floor: fit a floor, as in Henighan's form; it is 0 if the runs show none. Without it the form is Kaplan's. Runs
+            with losses far above a floor hardly show it, and the exponent is then uncertain too: see `Fit.interval`.
         delta, resamples, seed: as in `fit_chinchilla`.
 
     Raises:
@@ -156,7 +156,7 @@ class _Found:
 
 
 def _search(runs: _Runs, resamples: int, seed: int) -> _Found:
-    """The fit to the runs, and then those to resamples of them."""
+    """Fit the runs, and then resamples of them."""
     expect(resamples >= 0, f"resamples must not be negative; got {resamples}")
     P, M = runs.logs.shape
     counts = np.ones((1, M))
@@ -214,7 +214,7 @@ def _best(grid: Array, runs: _Runs, counts: Array) -> Array:  # grid: (R, G, P)
 
 
 def _project(exponents: Array, runs: _Runs, counts: Array) -> tuple[Array, Array]:
-    """The best coefficients (R, G, 1 + P) for given exponents (R, G, P), and what they predict, (R, G, M).
+    """Find the best coefficients (R, G, 1 + P) for exponents (R, G, P), and what they predict, (R, G, M).
 
     Huber's loss by reweighted least squares: a residual r beyond delta counts delta / |r| as much as one within. The
     logarithm is followed by its tangent at the last prediction.
@@ -231,7 +231,7 @@ def _project(exponents: Array, runs: _Runs, counts: Array) -> tuple[Array, Array
 
 
 def _nonnegative(columns: Array, weights: Array, target: Array) -> Array:
-    """Weighted least squares with coefficients >= 0, exactly: the best of the free fits to each subset of columns.
+    """Solve weighted least squares with coefficients >= 0 exactly: the best free fit over all subsets of columns.
 
     Args: (R, G, K, M), (R, G, M), (R, G, M). Returns (R, G, K).
     """
@@ -261,7 +261,7 @@ def _best_subset(gram: Array, moment: Array) -> Array:  # (any, K, K), (any, K)
 
 
 def _solved(gram: Array, moment: Array) -> Array:
-    """gram^-1 moment. Of columns that are all but the same, as x^-0.01 and 1, both get a part; one of zeros gets 0."""
+    """Return gram^-1 moment. Nearly equal columns, such as x^-0.01 and 1, share the weight; one of zeros gets 0."""
     ridge = 1e-13 * np.trace(gram, axis1=-2, axis2=-1)[..., None, None] * np.eye(gram.shape[-1])
     return np.linalg.solve(gram + ridge, moment[..., None])[..., 0].astype(np.float64, copy=False)
 

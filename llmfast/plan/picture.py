@@ -1,4 +1,4 @@
-"""A fit as a picture: how near the runs are to the law, and what it says beyond them. Needs matplotlib."""
+"""Pictures of fits: how close the runs are to the law, and what it predicts beyond them. Needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ FIELDS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
 
 
 def expect_format(picture: Path) -> None:
-    """Not left to matplotlib, which adds .png to a name without a suffix: that may be another file's."""
+    """Check the suffix: matplotlib would add .png to a name without one, which may be another file's name."""
     expect(picture.suffix.lower() in FIELDS, f"a picture's name must end in .png, .svg or .pdf; got {str(picture)!r}")
 
 
@@ -32,7 +32,7 @@ def plot_chinchilla(
     loss: Sequence[float],  # (runs,)
     picture: Path,
 ) -> None:
-    """Loss over FLOPs: the runs, the law for each size of model, and the least loss that each budget can buy.
+    """Plot loss over FLOPs: the runs, the law for each model size, and the lowest loss that each budget can buy.
 
     Args:
         N, D, loss: as they were given to `fit_chinchilla`.
@@ -62,7 +62,7 @@ def plot_chinchilla(
     least = law.optimal(budgets[-1]).loss
     _floor(axes, law.E, f"E = {law.E:.3g}")
     _mark(axes, fit, flops, loss)
-    axes.set(xscale="log", yscale="log", ylabel="loss (nats a token)")
+    axes.set(xscale="log", yscale="log", ylabel="loss (nats per token)")
     terms = rf"{_scientific(law.A)}\,/\,N^{{{law.alpha:.3f}}} + {_scientific(law.B)}\,/\,D^{{{law.beta:.3f}}}"
     axes.set_title(rf"$L = {law.E:.3g} + {terms}$", fontsize=11)
     _ticks(axes, loss, least, law.E)
@@ -83,7 +83,7 @@ def plot_power(
     *,
     xlabel: str,
 ) -> None:
-    """Loss over x: the runs, the law, and its floor.
+    """Plot loss over x: the runs, the law, and its floor.
 
     Args:
         x, loss: as they were given to `fit_power`.
@@ -99,7 +99,7 @@ def plot_power(
     axes.scatter(points, loss, s=22, zorder=3)
     _floor(axes, law.floor, f"floor {law.floor:.3g}")
     _mark(axes, fit, points, loss)
-    axes.set(xscale="log", yscale="log", ylabel="loss (nats a token)")
+    axes.set(xscale="log", yscale="log", ylabel="loss (nats per token)")
     axes.set_title(rf"$L = {law.floor:.3g} + ({_scientific(law.scale)}\,/\,x)^{{{law.exponent:.3f}}}$", fontsize=11)
     _ticks(axes, loss, law.loss(along[-1]), law.floor)
     below.scatter(points, 100 * fit.residuals, s=14)
@@ -125,7 +125,7 @@ def _save(figure: Any, picture: Path) -> None:
 
 
 def _mark(axes: "Axes", fit: Fit[Any], x: "np.typing.NDArray[np.float64]", loss: Sequence[float]) -> None:
-    """Rings around outliers, and the legend."""
+    """Draw rings around outliers, and the legend."""
     far = fit.outliers
     if far:
         axes.scatter(
@@ -140,7 +140,7 @@ def _floor(axes: "Axes", floor: float, label: str) -> None:
 
 
 def _ticks(axes: "Axes", loss: Sequence[float], least: float, floor: float) -> None:
-    """Losses span less than a decade: numbers at 1, 1.5, 2, ... in place of powers of 10; the floor if it is near."""
+    """Label the loss axis at 1, 1.5, 2, ... as losses span less than a decade; include the floor if it is near."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = 0.97 * (floor if floor > 0.4 * least else least), 1.05 * max(loss)

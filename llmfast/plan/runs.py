@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run says about scaling.
+    """A finished run as a point of a scaling law.
 
-    Both counts are of what predicts the next token, whose loss this is: heads that predict further tokens are not in
-    them. Fit Chinchilla's form to `params`, as Hoffmann did, and Kaplan's and Henighan's to `non_embedding`.
+    Both counts cover what predicts the next token, as the loss does, and no heads that predict further tokens. Fit
+    Chinchilla's form to `params`, as Hoffmann did, and Kaplan's and Henighan's to `non_embedding`.
     """
 
     name: str
     params: int  # N with embeddings
     non_embedding: int  # N without embedding and unembedding
-    tokens: int  # D: labels that were trained on, a text that was read twice counted twice
-    loss: float  # of held-out text at the last step, nats a token
+    tokens: int  # D: labels that were trained on; text that was read twice counts twice
+    loss: float  # on held-out text at the last step, in nats per token
 
     @property
     def flops(self) -> float:
@@ -34,7 +34,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run from its config.toml, metrics.jsonl and tokenizer.json.
+    """Read a run from its config.toml, metrics.jsonl and tokenizer.json.
 
     Raises:
         ValueError: the run did not reach its last step, where its learning rate is lowest: its loss is higher than that
@@ -63,10 +63,10 @@ def read_run(folder: Path) -> Run:
 
 
 def model_config(config: "Config", tokenizer: Path | None = None) -> DecoderConfig:
-    """The decoder that `config` makes.
+    """Describe the decoder that a run with these settings trains.
 
-    Its vocabulary is that of the file `tokenizer` if that exists; else of what the settings name, where a "bpe" still
-    to be trained has `data.vocab_size` ids (of little text it finds fewer).
+    Its vocabulary is that of the file `tokenizer` if that exists, else of the tokenizer in the settings. A "bpe" that
+    is not trained yet counts as `data.vocab_size` ids; with little text there will be fewer.
 
     Raises:
         ValueError: the settings make no model, or the file is no tokenizer.

@@ -1,4 +1,4 @@
-"""What an objective may be given as a batch: tensors, or dataclasses, mappings, lists and tuples of them."""
+"""Batches of any kind: tensors, or dataclasses, mappings, lists and tuples of them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same batch with other tensors."""
+    """Return the same batch with each tensor replaced by `function` of it."""
     if isinstance(batch, Tensor):
         return function(batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -24,7 +24,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """Without a wait."""
+    """Move a batch to a device without waiting for it."""
 
     def moved(t: Tensor) -> Tensor:
         pinned = t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" else t

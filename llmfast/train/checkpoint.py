@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written by torch.distributed.checkpoint while training goes on; whole, or not there.
+"""Checkpoints of a run, written by torch.distributed.checkpoint (DCP) while training continues; whole, or not there.
 
-A folder `checkpoint-<step>` holds what DCP writes, `meta.json`, and `checksums.json` with each file's size and SHA-256.
-It gets its name when all that is on disk. Whatever happens meanwhile, the ones before it are still there.
+A folder `checkpoint-<step>` holds what DCP writes, `meta.json`, and `checksums.json` with the size and SHA-256 of each
+file. It gets its name once all of that is on disk. Until then, whatever happens, the earlier ones are still there.
 """
 
 import hashlib
@@ -39,13 +39,13 @@ from llmfast.train.durable import sync
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader
 
-# One process is one process; said anew by every save and load.
+# A single process is intended; every save and load warns about it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 CHECKSUMS, META = "checksums.json", "meta.json"
-_MEMBERS = ("params", "param_names")  # of a parameter group, that are no settings
+_MEMBERS = ("params", "param_names")  # members of a parameter group that are not settings
 _UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, CheckpointException)
-# What a pickle that is none may raise besides, by Python's documentation and by what it makes of its fields.
+# Other exceptions that an invalid pickle can raise, by Python's documentation and by what reads its fields.
 _NO_METADATA = (
     *_UNREADABLE,
     OSError,
@@ -59,7 +59,7 @@ _NO_METADATA = (
 
 
 class Checkpoints:
-    """Those of one run, written by all ranks."""
+    """The checkpoints of one run, written by all ranks."""
 
     def __init__(
         self, run: Path, world: World, *, keep_last: int = 2, keep_every: int = 0, tell: Callable[[str], None] = print
@@ -67,15 +67,15 @@ class Checkpoints:
         self.run, self._world, self._tell = run, world, tell
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[Path, Future[None]] | None = None
-        self._last = -1  # step of the one that was last written, begun or loaded
+        self._last = -1  # step of the checkpoint that was last written, begun or loaded
         self._own = False  # whether those in `run` are this run's
 
     def is_saved(self, step: int) -> bool:
-        """True if the last one is of this step: nothing was trained since."""
+        """Return True if the last checkpoint is of this step: nothing was trained since."""
         return step == self._last
 
     def expect_own(self) -> None:
-        """Raises FileExistsError if some are of a run that was not resumed: they would be taken for this one's."""
+        """Raise FileExistsError for checkpoints of a run that was not resumed: they would be taken for this one's."""
         if self._world.agreed(not self._own and bool(_checkpoints(self.run))):
             raise FileExistsError(f"{self.run} holds checkpoints of another run: resume it, or choose another folder")
 
@@ -83,10 +83,10 @@ class Checkpoints:
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any],
         sums: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        """Copy the state and begin to write it; the one before must be on disk first.
+        """Copy the state and begin to write it, once the checkpoint before it is on disk.
 
         Raises:
-            OSError: the one before could not be written, or there is no room for this one. Names the last good one.
+            OSError: the one before could not be written, or there is no room for this one. It names the last good one.
         """
         self.wait()
         final = self.run / f"checkpoint-{step:08d}"
@@ -122,7 +122,7 @@ class Checkpoints:
         return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
     def wait(self) -> None:
-        """Until the last one is on disk; raises OSError if it is not."""
+        """Wait until the last checkpoint is on disk; raise OSError if it could not be written."""
         if self._writing is None:
             return
         (final, written), self._writing = self._writing, None
@@ -143,7 +143,7 @@ class Checkpoints:
         Groups of the optimizer keep the settings that differ from those it was made with before (`settings_of`).
 
         Args:
-            accept: is given what was saved beside the tensors, before anything is restored, and may raise.
+            accept: called with what was saved next to the tensors, before anything is restored; it may raise.
 
         Raises:
             FileNotFoundError: there is none.
@@ -193,7 +193,7 @@ class Checkpoints:
         return meta, sums
 
     def retire_newer(self) -> None:
-        """Those that `load` has passed over: they would be taken for newer ones. Once all else is seen to work."""
+        """Rename the checkpoints that `load` has skipped, once all else works: they would be taken for newer ones."""
         if self._world.main:
             for damaged in _checkpoints(self.run, after=self._last):
                 _retire(damaged)
@@ -201,13 +201,13 @@ class Checkpoints:
     # While writing.
 
     def _agree_on(self, problem: str) -> None:
-        """Raises OSError on all ranks if the first one has a problem; it hears of those that others have in writing."""
+        """Raise OSError on all ranks if the first one has a problem; DCP tells it of problems of others in writing."""
         if problem := self._world.agreed(problem):
             self._last = -1
             raise OSError(problem)
 
     def _make_room(self, final: Path, needed: int) -> str:
-        """The problem with it, or nothing."""
+        """Make room for a checkpoint; return the problem, or nothing."""
         try:
             for stale in self.run.glob(".*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -234,7 +234,7 @@ class Checkpoints:
     # While reading.
 
     def _newest(self) -> Path:
-        """Checked by the first rank; what is damaged is told of and passed over."""
+        """Find the newest checkpoint that is whole, on the first rank; report and skip those that are damaged."""
         found, damage = "", ""
         if self._world.main:
             for folder in reversed(_checkpoints(self.run)):
@@ -254,9 +254,9 @@ class Checkpoints:
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
-    """Write down the settings of each parameter group, to see later which of them a program has changed.
+    """Record the settings of each parameter group, to see later which of them a program has changed.
 
-    Some optimizers keep what they have counted in their groups, beside settings: only a change tells which is which.
+    Some optimizers also keep in their groups what they have counted: only a change tells settings from counts.
     """
     return [
         {name: repr(v.tolist() if isinstance(v, Tensor) else v) for name, v in group.items() if name not in _MEMBERS}
@@ -273,10 +273,10 @@ def _settings_then(optimizer: torch.optim.Optimizer, now: list[dict[str, str]]) 
 
 
 def load_weights(run: Path, model: nn.Module, accept: Callable[[dict[str, Any]], None]) -> None:
-    """Read the newest checkpoint's weights alone, to begin another run with; on every rank the same.
+    """Load only the weights of the newest checkpoint, to begin another run; every rank loads the same.
 
     Args:
-        accept: is given what a trainer was told about the weights, before they are read, and may raise.
+        accept: called with what the trainer was told about the weights, before they are read; it may raise.
 
     Raises:
         OSError: there is none, or it is of another model.
@@ -294,7 +294,7 @@ def load_weights(run: Path, model: nn.Module, accept: Callable[[dict[str, Any]],
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """All weights of the model within `WithLoss`, on the CPU; on the first rank, none on others. All must call."""
+    """Gather all weights of the model within `WithLoss` on the CPU of the first rank; all ranks must call."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(plain(module), options=options)
     return {name.removeprefix("model."): t for name, t in weights.items()}
@@ -351,7 +351,7 @@ def _last_line(e: BaseException) -> str:
 
 
 def _meta(folder: Path) -> dict[str, Any]:
-    """What was saved beside the tensors; OSError if it is not what a trainer saves."""
+    """Read what was saved next to the tensors; raise OSError if a trainer did not save it."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -375,7 +375,7 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 
 def _keys(folder: Path) -> dict[str, Any]:
-    """The names of what is in a checkpoint; OSError if they cannot be read."""
+    """Read the names of what a checkpoint holds; raise OSError if that is not possible."""
     try:
         keys = Reader(folder).read_metadata().state_dict_metadata
         return dict(keys)
@@ -392,7 +392,7 @@ def _reason(e: BaseException) -> str:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files; empty if nothing is."""
+    """Describe what is wrong with a checkpoint's files; empty if nothing is."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
         if META not in sums:
@@ -419,7 +419,7 @@ def _sha256(file: Path) -> str:
 
 
 def _bytes_of(state: Any) -> int:
-    """Of the tensors in it, on all ranks together."""
+    """Count the bytes of the tensors in a state, on all ranks together."""
     if isinstance(state, Mapping):
         return sum(map(_bytes_of, state.values()))
     if isinstance(state, list | tuple):
@@ -428,7 +428,7 @@ def _bytes_of(state: Any) -> int:
 
 
 def _checkpoints(run: Path, after: int = -1) -> list[Path]:
-    """The oldest first."""
+    """List the checkpoints after a step, the oldest first."""
     found = (f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdecimal())
     return sorted((f for f in found if _step_of(f) > after), key=_step_of)
 
@@ -438,12 +438,12 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _partial(checkpoint: Path) -> Path:
-    """Where it is written; whatever has such a name is removed before the next one is."""
+    """Name the folder in which a checkpoint is written; folders with such names are removed before the next one."""
     return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def _retire(checkpoint: Path) -> Path:
-    """Take its name away: what is half removed must not have it."""
+    """Rename a checkpoint that will be removed: a half-removed one must not have its name."""
     gone = _partial(checkpoint)
     shutil.rmtree(gone, ignore_errors=True)
     return checkpoint.rename(gone)

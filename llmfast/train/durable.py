@@ -1,4 +1,4 @@
-"""Files that survive a power failure: whole, or as they were."""
+"""Files that survive a power failure: either complete, or as they were before."""
 
 import os
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file by what `write` writes to the path it is given."""
+    """Replace a file by what `write` writes to the path that it is given."""
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
-    sync(partial)  # or the new name may be on disk without what it names
+    sync(partial)  # else the new name may be on disk before the content
     partial.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or the list of names in a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

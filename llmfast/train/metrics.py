@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics.jsonl, the progress bar, loss.png and the closing table."""
+"""What a run logs and shows: metrics.jsonl, the progress bar, loss.png and the closing table."""
 
 import json
 import math
@@ -23,10 +23,10 @@ PLAIN_SECONDS = 15.0  # between lines where the output is a file and a bar makes
 
 
 class MetricsFile:
-    """One JSON object a line, written through at once; and events for TensorBoard, if asked for."""
+    """A file with one JSON object per line, each written at once, and optional events for TensorBoard."""
 
     def __init__(self, path: Path, *, resume_at: int = 0, tensorboard: bool = False) -> None:
-        """Keeps what is there up to step `resume_at` (after a crash there may be more) and appends."""
+        """Keep the lines up to step `resume_at` (after a crash there may be more) and append to them."""
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() and resume_at else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -51,7 +51,7 @@ class MetricsFile:
 
 
 def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in it, under names like head_loss/0."""
+    """Yield the numbers in a value, under names like head_loss/0."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _scalars(item, f"{name}/{key}" if name else key)
@@ -62,7 +62,7 @@ def _scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def read_metrics(path: Path, *, losses: bool = True) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out.
+    """Read the lines of a metrics.jsonl, except one that a crash cut short.
 
     Raises:
         ValueError: it is not text, a line lacks the numbers step and tokens, or, unless `losses` is false, a loss is
@@ -96,7 +96,7 @@ def read_metrics(path: Path, *, losses: bool = True) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> float:
-    """What was logged as a number; NaN for anything else, and for what is too large to be meant."""
+    """Return a logged number; NaN for anything else, and for an integer too large to be meant."""
     if isinstance(value, int) and abs(value) >= 2**63:  # perhaps also for a float
         return math.nan
     return float(value) if isinstance(value, int | float) else math.nan
@@ -107,7 +107,7 @@ def _is_number(value: Any) -> bool:
 
 
 class ProgressDisplay:
-    """A live bar on a terminal, a line now and then anywhere else."""
+    """A live progress bar on a terminal, an occasional line anywhere else."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self._console, self._steps = console, steps
@@ -149,7 +149,7 @@ class ProgressDisplay:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: on a GPU, of that GPU's memory; on a CPU, of the machine's."""
+    """Return the peak memory of this process: the GPU's memory on a GPU, else the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -157,11 +157,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def say(console: Console, text: str) -> None:
-    """A line as it is: nothing in it is markup, and terminals may wrap it."""
+    """Print a line as it is: nothing in it is markup, and terminals may wrap it."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows as aligned columns."""
     table = Table(show_header=False, box=None, padding=(0, 2))
     for row in rows:
         table.add_row(*map(escape, row))
@@ -169,7 +170,7 @@ def print_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
-    """Training and validation loss over tokens, with the entropy of held-out token frequencies as the line to beat."""
+    """Plot training and validation loss over tokens, and the entropy of held-out token frequencies, to be beaten."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -191,5 +192,5 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
 
 
 def weighted_mean(values: dict[str, tuple[float, int]]) -> float:
-    """Token-weighted mean of {source: (loss, tokens)}."""
+    """Return the token-weighted mean of {source: (loss, tokens)}."""
     return sum(loss * n for loss, n in values.values()) / max(1, sum(n for _, n in values.values()))

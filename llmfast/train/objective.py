@@ -1,7 +1,7 @@
-"""What a step minimises: from a model and a batch to a part of the step's loss, and what is written down of it.
+"""Objectives: what a training step minimises, and what is logged about it.
 
-One rule for all: a loss is a sum over tokens, divided by the number of valid ones in the whole step, whatever ranks and
-micro-batches the step is cut into. So an objective is told that number, and its parts add up.
+One rule holds for all: a loss is a sum over tokens divided by the number of valid tokens in the whole step, however the
+step is divided into ranks and micro-batches. An objective is told that number, so the parts of a loss add up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,28 +19,27 @@ Sums = dict[str, Tensor]  # add up over micro-batches, ranks and steps
 
 
 class Objective(Protocol):
-    """Minimised by `Trainer`. A plain function will do too: see `Summed`."""
+    """A loss that `Trainer` minimises. A plain function will do too: see `Summed`."""
 
     def num_valid(self, batch: Any) -> Tensor:
-        """Of each head's labels in a batch that is still on the CPU, (K,) int64."""
+        """Count each head's valid labels, (K,) int64, in a batch that is still on the CPU."""
         ...
 
     def __call__(self, model: nn.Module, batch: Any, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
-        """This batch's part of the loss of a step whose labels count `num_valid`, (K,) and not 0, and what is to be
-        summed.
+        """Return this batch's part of the loss, and sums to log, in a step with `num_valid` labels, (K,) and not 0.
 
-        One of the sums is "loss", that which is logged. With `detail`, in steps that end in a line of the log, there
-        may be more of them.
+        One of the sums is "loss", the one that is logged. With `detail`, in steps that end in a line of the log, there
+        may be more sums.
         """
         ...
 
     def logged(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, Any]:
-        """Numbers for the log, of sums over `steps` steps, on the CPU, beside the mean of "loss"."""
+        """Make numbers for the log from sums over `steps` steps, on the CPU; the mean of "loss" is logged anyway."""
         ...
 
 
 class Summed:
-    """A function of model and batch that returns the sum of the losses of all valid tokens.
+    """An objective made of a function of model and batch that returns the sum of all valid tokens' losses.
 
     These are counted as the labels that are not -100, in `batch.labels` or `batch["labels"]`.
     """
@@ -62,7 +61,7 @@ class Summed:
 
 
 class NextToken:
-    """The next token's cross-entropy, of a model that returns hidden states and has an `unembedding`."""
+    """The next token's cross-entropy, for a model that returns hidden states and has an `unembedding`."""
 
     def __init__(self, sources: Sequence[str] = ()) -> None:
         self.sources = list(sources)  # whose losses are logged one by one
@@ -94,7 +93,7 @@ class NextToken:
 
 
 class FurtherTokens:
-    """The weighted sum of the losses of a decoder's heads; "loss" is that of the next token all the same."""
+    """The weighted sum of the losses of a decoder's heads. What is logged as "loss" is the next token's loss."""
 
     def __init__(self, heads: int, weights_at: Callable[[int], list[float]], *, shared: bool, detached: bool) -> None:
         self.heads, self._weights_at = heads, weights_at
@@ -127,7 +126,7 @@ class FurtherTokens:
 
 
 class WithLoss(nn.Module):
-    """A model and what is made of it, as one module: so that wrappers of modules (DDP, FSDP) surround both."""
+    """A model and its objective as one module, so that wrappers of modules (DDP, FSDP) surround both."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()

@@ -22,12 +22,12 @@ from llmfast.train.settings import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process among all ranks."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    background: Any = None  # a group of its own for what checkpoints do meanwhile
+    background: Any = None  # a process group for checkpoints, which are written while training continues
 
     @property
     def main(self) -> bool:
@@ -35,7 +35,7 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """The ranks that torchrun has started, or this process alone.
+        """Join the ranks that torchrun has started; without torchrun, this process is alone.
 
         Raises:
             ConfigError: they do not find each other.
@@ -54,13 +54,13 @@ class World:
         return cls(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
     def sum(self, t: Tensor) -> Tensor:
-        """Over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(t)
         return t
 
     def agreed(self, value: Any) -> Any:
-        """The first rank's value, on every rank; anything that pickles."""
+        """Return the first rank's value on every rank; any value that can be pickled."""
         if self.size == 1:
             return value
         values = [value]
@@ -68,18 +68,19 @@ class World:
         return values[0]
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is on one."""
+        """Return True on every rank if the flag is true on one."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), dtype=torch.int64, device=self.device)).item())
 
     def leave(self) -> None:
+        """End the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """What a model repeats: the members of its module lists, the outermost ones."""
+    """Yield the blocks of a model: the members of its outermost module lists."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             for member in child.children():  # each once, however often it is in the list
@@ -89,7 +90,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """The module; or its larger parts, where it only holds them and nobody calls it: hooks would not hear of it."""
+    """Yield the module, or its larger parts if it only holds them: hooks of modules that are not called never run."""
     if type(module).forward is not nn.Module.forward:
         yield module
         return
@@ -99,7 +100,7 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def prepare_blocks(model: nn.Module, config: Config) -> None:
-    """Compile the blocks, and let them keep less for backward; names of parameters stay what they are."""
+    """Compile the blocks and let them recompute activations, as the settings say; names of parameters do not change."""
     for block in blocks_of(model):
         if config.train.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -108,9 +109,9 @@ def prepare_blocks(model: nn.Module, config: Config) -> None:
 
 
 def spread(module: nn.Module, config: Config, world: World, own: Sequence[str] = ()) -> nn.Module:
-    """The module over all ranks, but for the parameters named in `own`, of which each rank has what is its alone.
+    """Spread the module over all ranks, except the parameters named in `own`, of which each rank has its own.
 
-    FSDP2 puts DTensors in the place of its parameters: optimizers come after.
+    FSDP2 replaces parameters by DTensors, so optimizers are made afterwards.
 
     Raises:
         ConfigError: the ranks do not divide into sets of `train.shard_size`.
@@ -135,7 +136,7 @@ def spread(module: nn.Module, config: Config, world: World, own: Sequence[str] =
 
 
 def syncing(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are reduced over the ranks in the last micro-batch of a step alone."""
+    """Reduce gradients over the ranks in the last micro-batch of a step only."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     elif isinstance(module, DistributedDataParallel) and not last:
@@ -144,13 +145,13 @@ def syncing(module: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """Without DDP around it."""
+    """Return the module without DDP around it."""
     inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     return inner
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """torch's, which does not take plain tensors together with DTensors, or DTensors of several meshes."""
+    """Clip like torch's function, which does not mix plain tensors with DTensors, or DTensors of several meshes."""
     kinds: dict[Any, list[nn.Parameter]] = {}
     for p in parameters:
         if p.grad is not None:

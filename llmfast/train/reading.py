@@ -1,7 +1,7 @@
-"""Checkpoints of torch.distributed.checkpoint, read without running what is in them.
+"""Reading checkpoints of torch.distributed.checkpoint without running code that they contain.
 
-Its own reader unpickles `.metadata`, and whatever is no tensor, without restriction. Here the first may name what
-metadata is made of and nothing else, and the second what `weights_only` lets through.
+Its own reader unpickles `.metadata`, and everything that is not a tensor, without restriction. Here the first may only
+name the types that metadata consists of, and the second what `weights_only` allows.
 """
 
 import io
@@ -33,7 +33,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """Raises UnpicklingError for metadata that names anything else than metadata is made of."""
+    """A reader that raises UnpicklingError for metadata that names any other types than its own."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         rank = kwargs.get("rank")  # ranks may have their own, which DCP looks for first
@@ -46,7 +46,7 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Raises UnpicklingError for a number, string or list that is something else."""
+    """A planner that raises UnpicklingError for a pickle of anything but plain values and tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         clean = io.BytesIO()

@@ -18,9 +18,9 @@ def lr_at(
     final_lr: float,  # share of lr reached at the last step
     decay_share: float = 0.2,  # of the steps after warm-up, for "wsd"
 ) -> float:
-    """Linear warm-up to `lr`, then down to `final_lr * lr` along the schedule.
+    """Compute the learning rate: linear warm-up to `lr`, then down to `final_lr * lr` along the schedule.
 
-    "wsd" (warmup, stable, decay: Hu et al. 2024, arXiv:2404.06395) stays at `lr` and goes down at the end.
+    "wsd" (warmup, stable, decay: Hu et al. 2024, arXiv:2404.06395) stays at `lr` and falls at the end.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -35,20 +35,18 @@ def lr_at(
 
 
 def lr_of_step(step: int, config: Config) -> float:
-    """The learning rate of update `step`, counted from 0, for the batch size there is."""
+    """Compute the learning rate of update `step`, counted from 0, for the configured batch size."""
     o, t = config.optimizer, config.train
     lr = o.lr
     if o.lr_scaling != "none" and lr > 0:
         rule: Any = o.lr_scaling
         lr = scale_lr(lr, t.batch_size, o.base_batch_size, rule)
-    return lr_at(
-        step, lr=lr, steps=t.steps, warmup_steps=o.warmup_steps, schedule=o.schedule, final_lr=o.final_lr,
-        decay_share=o.decay_share,
-    )  # fmt: skip
+    shape: dict[str, Any] = {"schedule": o.schedule, "final_lr": o.final_lr, "decay_share": o.decay_share}
+    return lr_at(step, lr=lr, steps=t.steps, warmup_steps=o.warmup_steps, **shape)
 
 
 def head_weights_at(step: int, K: int, config: Config) -> list[float]:
-    """What each of K heads counts in update `step`, counted from 0; see `llmfast.mtp.head_weights`."""
+    """Compute the weights of K heads in update `step`, counted from 0; see `llmfast.mtp.head_weights`."""
     kind, t = config.model.mtp, config.train
     return head_weights(
         step / t.steps,

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints. Everything it needs is handed to it."""
+"""The training loop: steps, evaluation and checkpoints of whatever model, loss and data it is given."""
 
 import contextlib
 import math
@@ -32,16 +32,18 @@ _REMEMBERED = 30  # lines
 
 
 class Data(Protocol):
-    """Training sequences in an order of their own. What `batch` returns goes to the objective: tensors, or a
-    dataclass, mapping or tuple of them."""
+    """Training sequences in a fixed order.
+
+    What `batch` returns goes to the objective: tensors, or a dataclass, mapping or tuple of them.
+    """
 
     def batch(self, first: int, count: int) -> Any:
-        """Sequences `first` to `first + count`."""
+        """Return sequences `first` to `first + count`."""
         ...
 
 
 class Stream:
-    """Any iterable of batches with the same number of sequences, as `Data`. Resuming reads over what was seen."""
+    """`Data` from any iterable of batches of equal size. A resumed run skips the batches it has seen."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches, self._next = iter(batches), 0
@@ -60,14 +62,14 @@ class Stream:
 
 
 class Hooks:
-    """What a program may do meanwhile. Override what you need."""
+    """Functions that the trainer calls while it trains. Override the ones you need."""
 
     def before_step(self, trainer: "Trainer") -> None: ...
 
     def after_step(self, trainer: "Trainer") -> None: ...
 
     def on_log(self, trainer: "Trainer", values: dict[str, Any]) -> None:
-        """Before the values are written down; they may be added to."""
+        """Called before the values of a line are written; more may be added."""
 
     def on_evaluate(self, trainer: "Trainer", losses: dict[str, float]) -> None: ...
 
@@ -75,29 +77,31 @@ class Hooks:
 
 
 class NonFinite(RuntimeError):
-    """Too many steps had a gradient that is not finite."""
+    """Error: too many steps had a gradient that is not finite."""
 
 
 class Trainer:
-    """Trains `model` to the end of `config.train.steps`.
+    """A loop that trains `model` to the end of `config.train.steps`.
 
-    The loss of a step is the sum over its tokens divided by the number of valid ones, in all its micro-batches and on
+    The loss of a step is the sum over its tokens divided by the number of valid tokens, in all its micro-batches and on
     all ranks, and that is also what is logged. Nothing in a step makes the host wait for the device: losses and the
     count of skipped steps stay there until a line is logged.
 
     Args:
-        model: any module that the objective knows to use; moved to the world's device by the caller.
+        model: any module that the objective can use, on the world's device.
         loss: an `Objective`, or a function of model and batch that returns the sum of its valid tokens' losses.
-        optimizer: an optimizer of the model's parameters, or a function that makes one of the model: needed where FSDP2
-            puts other parameters in their place.
-        data: see `Data`; other iterables of batches are read as a `Stream`.
-        config: of it, the sections `train` and `optimizer` are used, of this the schedule and max_grad_norm. The
-            schedule is a factor on the learning rates that the optimizer comes with.
-        run: folder for metrics.jsonl and checkpoints; none: nothing is written.
-        validation: by name, batches to evaluate, as a function that gives them anew.
+        optimizer: an optimizer of the model's parameters, or a function that makes one for the model. The function is
+            needed where parameters are replaced, as by FSDP2.
+        data: see `Data`; any other iterable of batches is read as a `Stream`.
+        config: the section `train`, and the schedule and max_grad_norm of `optimizer`, are used. The schedule is a
+            factor on the optimizer's own learning rates.
+        run: folder for metrics.jsonl and checkpoints; None writes nothing.
+        validation: by name, a function that returns the batches to evaluate, from the beginning each time.
         hooks: see `Hooks`.
-        world: the ranks; default: this process alone, on the device of the model.
-        about: what checkpoints are to say about their weights, for JSON; `resume` shows it to `accept`.
+        world: the ranks; by default this process alone, on the model's device.
+        dtype: of autocast; float32 is no autocast.
+        console: where progress is printed; by default the terminal, on the first rank.
+        about: facts about the weights that checkpoints record, as JSON; `resume` shows them to `accept`.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class Trainer:
                 raise ConfigError("an optimizer that steps in backward needs train.parallel='fsdp': DDP reduces later")
             if t.batch_size > self.micro_batch_size * self.world.size:
                 raise ConfigError("an optimizer that steps in backward needs all of a step's rows in one micro-batch")
-        # What is scheduled: config.optimizer.lr, in the units of each group's own learning rate.
+        # The schedule gives config.optimizer.lr; each group has its own multiple of that.
         scheduled = config.optimizer.lr
         self._settings = settings_of(self.optimizer)  # before any step
         self._lr_shares = [float(g["lr"]) / scheduled if scheduled else 1.0 for g in self.optimizer.param_groups]
@@ -180,17 +184,17 @@ class Trainer:
         self._share = float(self.world.size)
 
     def resume(self, accept: Callable[[dict[str, Any]], None] = lambda meta: None) -> None:
-        """Go on from the newest whole checkpoint of the run's folder.
+        """Continue from the newest whole checkpoint of the run's folder.
 
-        Settings are those of now: the trainer's, and of the optimizer's groups those that it was made with otherwise
-        than at the last start. Other values in groups, which an optimizer may have counted, are the checkpoint's.
+        The trainer's settings are today's. So are those settings of the optimizer's groups that have changed since the
+        last start. All other values in groups, which an optimizer may have counted, are the checkpoint's.
 
         Args:
-            accept: is given the checkpoint's meta.json before anything changes: its "step", what the trainer was told
-                "about" the weights, and more. It may raise.
+            accept: called with the checkpoint's meta.json before anything changes: its "step", what the trainer was
+                told "about" the weights, and more. It may raise.
 
         Raises:
-            OSError: there is none that can be read, or it is of another model or optimizer.
+            OSError: no checkpoint can be read, or it is of another model or optimizer.
         """
         if self.checkpoints is None:
             raise ValueError("resume needs a run folder")
@@ -204,11 +208,11 @@ class Trainer:
         self.checkpoints.retire_newer()
 
     def fit(self) -> bool:
-        """Run to the last step, or to the next after SIGINT or SIGTERM; False if stopped so. Ends on a checkpoint.
+        """Train to the last step and save a checkpoint; False if SIGINT or SIGTERM ended the run before that.
 
         Raises:
             NonFinite: more than `train.max_skipped` steps had to be skipped.
-            OSError: a checkpoint or metrics.jsonl could not be written; names the last good checkpoint.
+            OSError: a checkpoint or metrics.jsonl could not be written; the message names the last good checkpoint.
             FileExistsError: the run's folder holds checkpoints that this run has neither written nor resumed from.
         """
         t = self.config.train
@@ -244,12 +248,12 @@ class Trainer:
         return self.step >= t.steps
 
     def evaluate(self) -> dict[str, tuple[float, int]]:
-        """Loss and number of tokens of each validation set."""
+        """Return the loss and the number of tokens of each validation set."""
         self.module.eval()
         result = {}
         for name, batches in self.validation.items():
             total = torch.zeros(2, dtype=torch.float64, device=self.device)
-            # With a share of the classes, all ranks are needed for one batch, and the first one counts it.
+            # Where each rank has a share of the classes, all ranks work on one batch, and the first counts it.
             left, size = iter(batches()), 1 if self._vocab_parallel else self.world.size
             while several := list(islice(left, size)):  # one for each rank
                 mine = self.world.rank < len(several)  # FSDP2 needs the others all the same
@@ -266,7 +270,7 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Begin to write a checkpoint, if anything was trained since the last one."""
+        """Begin to write a checkpoint, if the model was trained since the last one."""
         if self.checkpoints is None or self.checkpoints.is_saved(self.step):
             return
         state = getattr(self.data, "state", None)
@@ -290,7 +294,7 @@ class Trainer:
     # A step.
 
     def _train_step(self) -> tuple[float, Tensor | None]:
-        """One optimizer step; the learning rate, and on the device the gradient's norm."""
+        """Take one optimizer step; return the learning rate and, on the device, the gradient's norm."""
         t = self.config.train
         lr = lr_of_step(self.step, self.config)
         for group, share in zip(self.optimizer.param_groups, self._lr_shares):
@@ -318,7 +322,7 @@ class Trainer:
         return lr * self._lr_shares[0], norm
 
     def _optimizer_step(self) -> Tensor | None:
-        """Clipped, and skipped where the gradient is not finite; its norm."""
+        """Clip and step, or skip the step if the gradient is not finite; return its norm."""
         if isinstance(self.optimizer, FusedOptimizer):  # sees to both itself, without a wait
             self.optimizer.step()
             norm = self.optimizer.grad_norm
@@ -339,7 +343,7 @@ class Trainer:
         return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in ("tokens", "skipped")}
 
     def _sums_of_all_ranks(self) -> Sums:
-        """On the CPU: the one wait for the device."""
+        """Sum up all ranks' sums, on the CPU: the only wait for the device."""
         mine = sorted(self.sums.items())  # on every rank in the same order
         flat = self.world.sum(torch.cat([t.double().flatten() for _, t in mine])).cpu()
         parts = flat.split([t.numel() for _, t in mine])
@@ -348,7 +352,7 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    # What is seen of it.
+    # Evaluation and the log.
 
     def _evaluate(self) -> None:
         if not self.validation:
@@ -362,7 +366,7 @@ class Trainer:
         self.say(f"step {self.step}: validation loss " + ", ".join(f"{name} {x:.3f}" for name, x in losses.items()))
 
     def _log(self, lr: float, norm: Tensor | None, clock: float) -> float:
-        """A line of what was since the last one; returns the time it was looked at."""
+        """Log a line about the steps since the last one; return the time at which the clock was read."""
         sums = self._sums_of_all_ranks()
         steps, now = self.step - self.logged_step, time.perf_counter()
         tokens, skipped = int(sums.pop("tokens")), int(sums.pop("skipped"))
@@ -418,7 +422,7 @@ class Trainer:
     # Signals.
 
     def _must_stop(self) -> bool:
-        """A signal to one rank, or a checkpoint that cannot be written, stops all of them after the same step."""
+        """Return True on all ranks after a signal to one of them, or a checkpoint that could not be written."""
         stop = self._stop or (self.checkpoints is not None and self.checkpoints.failed)
         if self.world.size == 1:
             return stop
@@ -426,7 +430,7 @@ class Trainer:
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step they come in; a second one is not caught."""
+        """Let SIGINT and SIGTERM end the run after the current step; a second one is not caught."""
 
         def stop(number: int, frame: Any) -> None:
             self._stop = True
@@ -443,10 +447,10 @@ class Trainer:
 
 
 def micro_batch_size(config: Config, world: World) -> int:
-    """Rows that a rank takes at once.
+    """Return the rows that a rank processes at once.
 
     Raises:
-        ConfigError: the ranks' micro-batches do not make a step.
+        ConfigError: the batch does not divide into the ranks' micro-batches.
     """
     t = config.train
     if t.batch_size % world.size:

@@ -1,8 +1,8 @@
-"""An output layer that no rank holds as a whole: each has some of the classes, for the tokens of all ranks.
+"""An output layer that is divided over the ranks: each has some of the classes, for the tokens of all ranks.
 
-Parameters, gradient, optimizer states and logits of these classes are this rank's alone, and no reduction sends the
-gradient about. What goes around instead is hidden states: every rank gets those of all ranks, (W N, D), and the sum of
-their gradients. That is less than the output layer where V > W N.
+A rank alone holds the parameters, gradients, optimizer states and logits of its classes, so no gradient is reduced.
+Hidden states are sent instead: every rank receives those of all ranks, (W N, D), and the sum of their gradients. That
+is less than the output layer where V > W N.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from llmfast.train.settings import ConfigError
 
 
 def split_unembedding(model: nn.Module, mesh: DeviceMesh) -> str:
-    """Leave each rank of the mesh some rows of `model.unembedding`, split as by `torch.chunk`; the parameter's name.
+    """Leave each rank some rows of `model.unembedding`, as `torch.chunk` splits them; return the parameter's name.
 
     Raises:
         ConfigError: the model has none that is a parameter of its own.
@@ -41,10 +41,10 @@ def split_unembedding(model: nn.Module, mesh: DeviceMesh) -> str:
 
 
 class OfAllRanks:
-    """An objective whose loss is made of the tokens of all ranks, on each; so each returns its share of it.
+    """An objective whose loss every rank computes from the tokens of all ranks; each returns its share of it.
 
-    The objective notices nothing: it is given the labels of all ranks, and a model that returns the hidden states of
-    all ranks. These are a DTensor, as the unembedding is: that is what tells `linear_cross_entropy`.
+    The wrapped objective need not know: it receives the labels of all ranks, and a model that returns the hidden states
+    of all ranks. Both those and the unembedding are DTensors, which tells `linear_cross_entropy` what to do.
 
     In evaluation all ranks have the same batch, and nothing is gathered.
     """
@@ -86,7 +86,7 @@ class _Whole:
 
 
 class _Gather(torch.autograd.Function):
-    """Hidden states of all ranks, one after another along the dimension of sequences."""
+    """An operation that gathers the hidden states of all ranks along the dimension of sequences."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (grad,) = upstream
-        # The whole gradient is here. Times the number of ranks, for the loss is this rank's share.
+        # The whole gradient is here. It is multiplied by the ranks, as the loss is this rank's share.
         own = grad.chunk(ctx.mesh.size(), dim=grad.dim() - 3)[ctx.mesh.get_local_rank()]
         return own * ctx.mesh.size(), None
 

@@ -43,25 +43,25 @@ def line(text: str, start: str) -> str:
 
 
 def test_the_best_for_a_budget(plan: Callable[..., str]) -> None:
-    text = plan("--flops", "1e21", "--gpu", "h100", "--gpus", "8", "--utilisation", "0.5")
+    text = plan(*["--flops", "1e21", "--gpu", "h100", "--gpus", "8", "--utilisation", "0.5"])
     assert "by Besiroglu et al. 2024" in text
     assert line(text, "parameters           ").startswith("2.78 B, embeddings included")
     assert line(text, "tokens               ") == "60.0 B"
-    assert line(text, "tokens a parameter") == "21.6"
-    assert line(text, "loss      ").startswith("2.306 nats a token")
+    assert line(text, "tokens per parameter") == "21.6"
+    assert line(text, "loss      ").startswith("2.306 nats per token")
     assert line(text, "critical batch").startswith("3.75 M tokens")  # 2e8 / 2.30553^(1 / 0.21)
     assert line(text, "2.78 B ").endswith("the best")
     assert line(text, "Hoffmann et al. 2022").split()[4] == "50.1"
     assert line(text, "Kaplan et al. 2020, without").startswith("embeddings")
     # 1e21 / (8 * 0.5 * 989e12) s
-    assert line(text, "time").startswith("2.93 days on 8 H100 SXM, modelled: FLOPs / (8 * 0.5 * 9.89e+14 a second)")
+    assert line(text, "time").startswith("2.93 days on 8 H100 SXM, modelled: FLOPs / (8 * 0.5 * 9.89e+14 per second)")
 
 
 def test_the_budget_for_a_size_or_a_length(plan: Callable[..., str]) -> None:
     for option, value in (("--params", "2.778459B"), ("--tokens", "59.98528B")):
         text = plan(option, value)
         assert line(text, "FLOPs").startswith("1e+21 (11.6 PF-days")
-        assert line(text, "tokens a parameter") == "21.6"
+        assert line(text, "tokens per parameter") == "21.6"
 
 
 def test_two_say_the_third(plan: Callable[..., str]) -> None:
@@ -75,7 +75,7 @@ def test_two_say_the_third(plan: Callable[..., str]) -> None:
 
 def test_another_law(plan: Callable[..., str]) -> None:
     text = plan("--flops", "1e21", "--law", "hoffmann")
-    assert "by Hoffmann et al. 2022" in text and line(text, "tokens a parameter") == "50.1"
+    assert "by Hoffmann et al. 2022" in text and line(text, "tokens per parameter") == "50.1"
     assert line(text, "Besiroglu et al. 2024").split()[4] == "21.6"
 
 
@@ -119,7 +119,7 @@ def test_what_a_configuration_takes(plan: Callable[..., str]) -> None:
     assert line(text, "bf16, split16").startswith(f"{parameters * 2 / 2**20:.1f} MiB")
     flops = 6 * 16384 * (parameters - 17 * 512) + 12 * 8 * 1024 * 512 * 16384
     assert f"a step takes {flops:.3g} FLOPs" in text
-    assert f"modelled on H100 SXM: {flops / (0.3 * 989e12) * 1e3:.3g} ms a step" in text
+    assert f"modelled on H100 SXM: {flops / (0.3 * 989e12) * 1e3:.3g} ms per step" in text
     assert "utilisation 0.3 assumed" in text
     tight = plan("memory", *settings, "--gpu-memory", "2GiB")
     assert "too large (2.00 GiB)" in tight and "modelled" not in tight
@@ -154,7 +154,7 @@ def test_products_are_modelled_in_the_dtype_they_are_in(
     assert f"`llmfast train` on one GPU, products in {products}:" in text
     assert ("copies of the matrices in bfloat16" in text) == (products != param_dtype)
     flops = float(text.partition("a step takes ")[2].split()[0])
-    seconds = float(text.partition("modelled on H100 SXM: ")[2].split(" ms a step")[0]) / 1e3
+    seconds = float(text.partition("modelled on H100 SXM: ")[2].split(" ms per step")[0]) / 1e3
     assert seconds == pytest.approx(flops / (0.5 * rate), rel=0.01)
 
 

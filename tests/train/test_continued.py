@@ -7,8 +7,9 @@ import pytest
 from llmfast.cli import main
 from llmfast.train.config import load_config
 from llmfast.train.continued import continued_config
+from llmfast.train.earlier import resumed_config
 from llmfast.train.metrics import read_metrics
-from llmfast.train.run import resumed_config, train
+from llmfast.train.run import train
 from llmfast.train.settings import ConfigError
 
 

@@ -83,7 +83,8 @@ def _child(writer: int, overrides: list[str], how: str, instant: Instant | None)
         from rich.console import Console
 
         from llmfast.train.config import load_config
-        from llmfast.train.run import resumed_config, train
+        from llmfast.train.earlier import resumed_config
+        from llmfast.train.run import train
 
         config = load_config(None, overrides)
         if how == "resume":

@@ -166,9 +166,9 @@ def test_head_weights_by_default() -> None:
     ("override", "message"),
     [
         ("train.mtp_schedule=cosine", "train.mtp_schedule must be one of 'auto', 'constant', 'linear', 'staged'"),
-        ("train.mtp_mean=true", "train.mtp_mean must be str; got True (bool)"),
+        ("train.mtp_mean=true", "train.mtp_mean must be one of 'auto', 'yes', 'no'; got True"),
         ("train.mtp_mean=maybe", "train.mtp_mean must be one of 'auto', 'yes', 'no'; got 'maybe'"),
-        ("train.mtp_weight=-1", "train.mtp_weight must be at least 0; got -1.0"),
+        ("train.mtp_weight=-1", "train.mtp_weight must be at least 0; got -1"),
     ],
 )
 def test_wrong_settings_are_named(override: str, message: str) -> None:

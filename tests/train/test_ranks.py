@@ -27,11 +27,13 @@ from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config
 from llmfast.train.objective import FurtherTokens, NextToken
 from llmfast.train.parallel import World
-from llmfast.train.run import make_optimizer
+from llmfast.train.parts import make_optimizer
 from llmfast.train.schedule import head_weights_at
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, T, STEPS = 263, 16, 4
 SOURCES = ["prompts", "texts"]
@@ -57,14 +59,6 @@ def ranks(groups: dict[int, Ranks], tmp_path: Path) -> Any:
         return groups[size]
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # What is trained.

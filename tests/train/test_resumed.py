@@ -27,7 +27,9 @@ from llmfast.train.config import (
     decoder_config,
     load_config,
 )
-from llmfast.train.run import make_optimizer, resumed_config, train
+from llmfast.train.earlier import resumed_config
+from llmfast.train.parts import make_optimizer
+from llmfast.train.run import train
 from llmfast.train.schedule import lr_of_step
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer

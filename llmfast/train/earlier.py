@@ -1,0 +1,86 @@
+"""What a run takes over from an earlier one: settings and tokenizer that must agree with its weights."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmfast.data import Tokenizer, load_tokenizer
+from llmfast.train.config import Config, DataConfig, config_of, expect_resumable, expect_same_weights, load_config
+from llmfast.train.settings import ConfigError
+
+
+def resumed_config(run: Path, overrides: list[str]) -> Config:
+    """Read the settings of a run, wherever it has been moved to, with overrides of what may change.
+
+    Raises:
+        ConfigError: the run has no readable settings, or an override changes what a resumed run keeps.
+    """
+    config = saved_settings(run, overrides)
+    config.name, config.runs = run.name, str(run.parent)
+    expect_resumable(saved_settings(run), config, run, str(run))
+    return config
+
+
+def saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read the settings of a run, with overrides."""
+    # A run that does not say which column is the text has read no files with columns.
+    return load_config(run / "config.toml", overrides, base=Config(data=DataConfig(text_column="")))
+
+
+def expect_checkpoint_resumable(meta: Mapping[str, Any], config: Config, run: Path) -> None:
+    """Compare settings with those that a checkpoint was written with: the files beside it may have been edited."""
+    about, done = meta.get("about", {}), meta["step"]
+    if "settings" in about:  # earlier versions wrote none
+        found = f"the checkpoint in {run}"
+        expect_resumable(config_of(about["settings"], found), config, run, found)
+    _expect_own_tokenizer(about, run)
+    if config.train.steps < done:
+        raise ConfigError(f"train.steps must be at least the {done} that {run} has done; got {config.train.steps}")
+
+
+def expect_weights_usable(
+    about: Mapping[str, Any], run: Path, config: Config, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> None:
+    """Check that the weights of `run` mean what they meant there: shapes do not show heads or tokenizers."""
+    if "settings" in about:
+        before = config_of(about["settings"], f"the checkpoint in {run}")
+    elif (run / "config.toml").exists():
+        before = saved_settings(run)
+    else:  # of a program with its own model
+        say(f"{run} does not say how its weights were trained: only their shapes are compared")
+        return
+    expect_same_weights(before, config, run)
+    file = run / "tokenizer.json"
+    try:
+        theirs = load_tokenizer(file)
+        _expect_own_tokenizer(about, run)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"train.init_from={run} needs the tokenizer of its weights: {e}") from e
+    if _content(theirs) != _content(tokenizer):
+        raise ConfigError(
+            f"data.tokenizer must be that of the weights in train.init_from={run}, of {theirs.vocab_size} ids; got "
+            f"{config.data.tokenizer!r}, of {tokenizer.vocab_size} others. Give data.tokenizer={file}"
+        )
+
+
+def _expect_own_tokenizer(about: Mapping[str, Any], run: Path) -> None:
+    if about.get("tokenizer", found := digest(run / "tokenizer.json")) != found:
+        raise ConfigError(
+            f"{run / 'tokenizer.json'} is not the tokenizer that {run} was trained with: its SHA-256 was "
+            f"{about['tokenizer']}, and is {found}. Put the file back"
+        )
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _content(tokenizer: Tokenizer) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(file := Path(folder) / "tokenizer.json")
+        return file.read_bytes()

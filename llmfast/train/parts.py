@@ -1,0 +1,110 @@
+"""The parts of a run, made as its settings say: device, data, model, optimizer, objective and validation."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from llmfast.data import FIM, Batch, Dataset, Mixture, Rows, Tokenizer, prepare
+from llmfast.models import Decoder
+from llmfast.optim import FusedAdamW, optimizer_in_backward
+from llmfast.train.config import STATE_DTYPES, Config, decoder_config
+from llmfast.train.objective import FurtherTokens, NextToken, Objective
+from llmfast.train.schedule import head_weights_at
+from llmfast.train.settings import ConfigError
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Choose the device to train on, and autocast's dtype there."""
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, dtype=torch.float32, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"train.device = {config.train.device!r} is not usable: {str(e).splitlines()[0]}") from e
+    low = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
+    return device, torch.bfloat16 if low else torch.float32
+
+
+def prepare_data(config: Config, tokenizer: str, say: Callable[[str], None]) -> Dataset:
+    """Read the sources and cut them into rows."""
+    d = config.data
+    options: dict[str, Any] = {"packing": d.packing, "fim_unit": d.fim_unit, "text_column": d.text_column}
+    options |= {"split": d.split, "say": say}
+    if d.fim_rate > 0:
+        how: dict[str, Any] = {"level": d.fim_level, "spm_variant": d.fim_spm_variant, "loss": d.fim_loss}
+        options["fim"] = partial(FIM, rate=d.fim_rate, spm_rate=d.fim_spm_rate, seed=config.train.seed, **how)
+    try:
+        return prepare(
+            d.sources, tokenizer=tokenizer, vocab_size=d.vocab_size, seq_len=d.seq_len, held_out=d.held_out, **options
+        )
+    except (ValueError, FileNotFoundError) as e:
+        raise ConfigError(f"data: {e}") from e
+
+
+def make_mixture(config: Config, data: Dataset) -> Mixture:
+    """Order all rows by the sources' weights over the run."""
+    t = config.train
+    rows = {name: len(rows) for name, rows in data.train.items()}
+    try:
+        return Mixture(rows, config.data.weights, total=t.steps * t.batch_size, seed=t.seed)
+    except ValueError as e:
+        raise ConfigError(f"data.weights: {e}") from e
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> Decoder:
+    """Make the decoder, with random weights."""
+    try:
+        return Decoder(decoder_config(config, tokenizer.vocab_size))
+    except ValueError as e:
+        raise ConfigError(f"model: {e}") from e
+
+
+def make_optimizer(config: Config, model: torch.nn.Module) -> FusedAdamW:
+    """Make AdamW, which decays matrices and not gains."""
+    o = config.optimizer
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    extras: dict[str, Any] = {
+        "max_grad_norm": None if o.in_backward else o.max_grad_norm or math.inf,  # which measures all the same
+        "master_weights": o.master_weights or None,
+        "state_dtype": STATE_DTYPES[o.state_dtype],
+    }
+    optimizer = FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, **extras)
+    if o.in_backward:
+        optimizer_in_backward(model, optimizer)
+    return optimizer
+
+
+def make_objective(config: Config, model: Decoder, sources: list[str]) -> Objective:
+    """Make the objective that the model's heads are trained by."""
+    m, K = config.model, model.config.targets
+    if m.mtp == "none":
+        return NextToken(sources)
+    return FurtherTokens(
+        K,
+        lambda step: head_weights_at(step, K, config),
+        shared=m.mtp == "shared",
+        detached=m.mtp == "sequential" and m.mtp_detach,
+    )
+
+
+def make_validation(config: Config, data: Dataset) -> dict[str, Callable[[], Iterable[Batch]]]:
+    """Return, by source, a function that begins its validation batches."""
+    t = config.train
+    return {
+        name: partial(evaluation_batches, rows, t.eval_rows, t.micro_batch_size or t.batch_size)
+        for name, rows in data.validation.items()
+    }
+
+
+def evaluation_batches(rows: Rows, most: int, batch_size: int) -> Iterator[Batch]:
+    """Yield the first `most` rows in batches."""
+    count = min(most, len(rows))
+    for start in range(0, count, batch_size):
+        yield rows.batch(list(range(start, min(start + batch_size, count))))
