@@ -160,10 +160,8 @@ class FusedOptimizer(Planner):
             return
         for index, group in enumerate(self.param_groups):
             mine = [row for row in rows if row.group == index]
-            fused = [row for row in mine if self._is_for_cpu_kernel(row)]
+            fused, others = [row for row in mine if row.fused], [row for row in mine if not row.fused]
             self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
-            chosen = {id(row) for row in fused}
-            others = [row for row in mine if id(row) not in chosen]
             used = [amount.scaled(cast(Tensor, row.grad)) for row in others]
             self._call_torch(group, others, used, False, None)
             if amount.factor is not None:
@@ -183,7 +181,7 @@ class FusedOptimizer(Planner):
             group = group | {"weight_decay": 0.0}
         differentiable = bool(group["differentiable"])
         with torch.set_grad_enabled(differentiable):
-            states = [row.named_states() for row in rows]
+            states = [row.named_states for row in rows]
             self._torch_update(TorchCall(group, params, grads, states, fused, grad_scale, differentiable))
         for row in rows:
             if row.ema is not None and (ema_decay := self.option(row.group, "ema_decay")) is not None:

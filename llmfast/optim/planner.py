@@ -1,4 +1,4 @@
-"""Choosing paths: which parameters go through the kernels, which through torch's functions, and which through neither."""
+"""Which parameters go through the kernels, which through torch's functions, and which through neither."""
 
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, use_kernels
-from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, is_dtensor, local, places, shard_of
+from llmfast._dtensor import is_dtensor, local
+from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, places, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
@@ -93,6 +94,7 @@ class Planner(StateKeeper):
                 waiting.append(p)
                 continue
             row, group = self._row(p, index, identity), self.param_groups[index]
+            row.fused = self._is_for_cpu_kernel(row)
             if self._is_for_kernels(row, group):
                 signatures.setdefault(signature(row), []).append(row)
             elif self._is_for_torch(row, group):
@@ -140,7 +142,7 @@ class Planner(StateKeeper):
     def _is_for_torch(self, row: Row, group: dict[str, Any]) -> bool:
         g = row.param.grad
         sparse = g is not None and g.layout != torch.strided
-        return sparse or row.local.is_complex() or group["differentiable"] or self._is_for_cpu_kernel(row)
+        return sparse or row.local.is_complex() or group["differentiable"] or row.fused
 
     def _is_for_cpu_kernel(self, row: Row) -> bool:
         """True if torch's CPU kernel, where it has one, makes this very update: all is kept in the same dtype."""

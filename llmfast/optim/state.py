@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe
+from llmfast._dtensor import is_dtensor, local
 from llmfast.optim import formats
 from llmfast.optim.formats import CODES, LOW_BITS, LOW_NAMES, PARAM_FORMATS, format_in, is_code, param_format
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 OLD_LOW_BITS = "remainder"  # in older checkpoints: of 8 bits as int8, so that only the dtype says how many there are
