@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from llmfast.optim.plain import Amount, leave, update_plainly
 from llmfast.optim.planner import Gradients, Plan, Planner
 from llmfast.optim.row import SHARED, Bucket, Row
 from llmfast.optim.table import Hyper, PointerTable
-
-if TYPE_CHECKING:
-    from llmfast.optim.release import ReleaseHandle
 
 NUMBERS = {float, int}
 
@@ -30,7 +27,7 @@ class Decay(NamedTuple):
 
 
 class TorchCall(NamedTuple):
-    """What torch's own update of some parameters is given."""
+    """The arguments of torch's own update of some parameters."""
 
     group: dict[str, Any]
     params: list[Tensor]
@@ -42,11 +39,12 @@ class TorchCall(NamedTuple):
 
 
 class FusedOptimizer(Planner):
-    """Comes before a torch optimizer among the bases; constructor, groups, state names and state_dict stay torch's.
+    """A fused optimizer; it comes before a torch optimizer among the bases.
 
-    Parameters on an accelerator go through pointer tables, one update launch per dtype signature for all groups. What
-    is on a CPU goes through torch's fused CPU kernels where these are right. Whatever neither can take goes one by
-    one, through torch's own update or through the same rule in plain torch.
+    Constructor, groups, state names and state_dict stay torch's. Parameters on an accelerator go through pointer
+    tables, with one update launch per dtype signature for all groups. Parameters on a CPU go through torch's fused CPU
+    kernels where these are right. Whatever neither can take goes one by one, through torch's own update or through the
+    same rule in plain torch.
     """
 
     # torch.amp.GradScaler then leaves `grad_scale` and `found_inf` on the device for `step` to read.
@@ -54,7 +52,7 @@ class FusedOptimizer(Planner):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    _in_backward: "ReleaseHandle | None" = None
+    _in_backward: Any = None  # the `ReleaseHandle` that steps it
 
     grad_norm: Tensor | None = None
     """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device.
@@ -68,7 +66,7 @@ class FusedOptimizer(Planner):
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:
-        """One step by torch's function, which knows no `grad_scale` unless it is fused."""
+        """Take one step by torch's function, which knows no `grad_scale` unless it is fused."""
 
     def _decay(self, group: dict[str, Any]) -> Decay:
         """Return the group's weight decay: an L2 penalty, unless the optimizer says otherwise."""
