@@ -267,9 +267,9 @@ def _solved(gram: Array, moment: Array) -> Array:
 
 
 def distinct(x: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """(runs,): the number of each run's value, counted from the smallest; values within 2 % of the next are one.
+    """Assign numbers to the runs' values, (runs,), from the smallest on; values within 2 % of the next are one.
 
-    Runs of the same length do not train on the same number of labels to the last one.
+    Runs of the same length do not train on exactly the same number of labels.
     """
     values = np.log(_column("x", x))
     order = np.argsort(values, kind="stable")

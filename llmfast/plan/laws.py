@@ -73,7 +73,8 @@ class PowerLaw:
     floor: float = 0.0  # nats per token
 
     def loss(self, x: float) -> float:
-        """
+        """Compute the loss at `x`.
+
         Raises:
             ValueError: `x` is not above 0.
         """
@@ -103,7 +104,8 @@ class KaplanLaw:
     alpha_D: float
 
     def loss(self, N: float, D: float) -> float:
-        """
+        """Compute the loss of N parameters and D tokens.
+
         Raises:
             ValueError: an argument is not above 0.
         """
@@ -122,7 +124,8 @@ class ChinchillaLaw:
     beta: float
 
     def loss(self, N: float, D: float) -> float:
-        """
+        """Compute the loss of N parameters and D tokens.
+
         Raises:
             ValueError: an argument is not above 0.
         """
