@@ -1,4 +1,4 @@
-"""What the library needs to know of DTensors, without importing their module: that takes long."""
+"""Telling DTensors from other tensors, without importing their module: that takes long."""
 
 import sys
 
