@@ -1,4 +1,4 @@
-"""What every fused optimizer shares: which parameter takes which path, and the step itself."""
+"""Common base of the fused optimizers: choosing each parameter's update path, and the step itself."""
 
 import math
 from abc import abstractmethod
@@ -27,7 +27,7 @@ KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
 class Plan(NamedTuple):
-    """Who goes where, until something changes."""
+    """Cached assignment of parameters to update paths."""
 
     settings: Any  # of groups and options, that decide what the plan looks like
     watch: Watch
@@ -51,7 +51,7 @@ class Decay(NamedTuple):
 
 
 class TorchCall(NamedTuple):
-    """What torch's own update of some parameters is given."""
+    """Arguments of torch's own update of some parameters."""
 
     group: dict[str, Any]
     params: list[Tensor]
@@ -92,14 +92,14 @@ class FusedOptimizer(StateKeeper):
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:
-        """One step by torch's function, which knows no `grad_scale` unless it is fused."""
+        """Take one step with torch's function, which knows `grad_scale` only if it is fused."""
 
     def _decay(self, group: dict[str, Any]) -> Decay:
         """Return the group's weight decay: an L2 penalty, unless the optimizer says otherwise."""
         return Decay(l2=float(group["weight_decay"]))
 
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
-        """True if torch's own update knows no decay like this group's."""
+        """Return True if torch's own update does not support the decay of this group."""
         return False
 
     @property
@@ -171,7 +171,7 @@ class FusedOptimizer(StateKeeper):
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
 
     def _limit(self, clip: int | None) -> float | None:
-        """The norm that gradients are clipped to."""
+        """Return the norm that gradients are clipped to."""
         if clip is None:
             return None
         limit: float | None = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
@@ -377,7 +377,7 @@ class FusedOptimizer(StateKeeper):
         return sparse or row.local.is_complex() or group["differentiable"] or self._is_for_cpu_kernel(row)
 
     def _is_for_cpu_kernel(self, row: Row) -> bool:
-        """True if torch's CPU kernel, where it has one, makes this very update: all is kept in the same dtype."""
+        """Return True if torch has a CPU kernel for exactly this update: everything is kept in the same dtype."""
         p, g = row.local, row.grad
         return (
             p.dtype in self.cpu_kernel_dtypes
@@ -422,12 +422,12 @@ class FusedOptimizer(StateKeeper):
 
 
 def _scalar(lr: float | Tensor) -> float | Tensor:
-    """Without dimensions, which would broadcast, where a tensor's one element may have some."""
+    """Return a tensor of one element without dimensions, which would broadcast."""
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def _number(x: float | Tensor) -> float | Tensor:
-    """A float; but a tensor on a device is not the host's to look at."""
+    """Return a float, or a device tensor unchanged, because the host must not read it."""
     return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
 
 
@@ -469,7 +469,7 @@ def _zero(device: torch.device) -> Tensor:
 
 
 def _square(row: Row) -> Tensor:
-    """The sum of the squares of a gradient, of the piece of it that is here, in float64."""
+    """Sum the squares of the local piece of a gradient in float64."""
     g = row.grad
     if g is None:
         return _zero(row.local.device)
