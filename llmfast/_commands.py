@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,32 +21,31 @@ class CommandParser(argparse.ArgumentParser):
     """Parser that suggests options for misspelled ones, and can take each of the trainer's settings as a flag."""
 
     _settings: Any = None
-    _takes_settings = False
+    _load_settings: Callable[[], Any] | None = None
 
-    def take_settings(self) -> None:
-        """Add `--set` and, when this parser is used, a flag per setting: looking them up takes the extra `train`."""
-        self._takes_settings = True
+    def take_settings(self, load: Callable[[], Any]) -> None:
+        """Add `--set` and, once this parser is used, a flag per setting: `load` returns those of the trainer."""
+        self._load_settings = load
         self.formatter_class = partial(argparse.HelpFormatter, max_help_position=32)
         text = "override a setting, as the flags below do; values are TOML, or text where they are not"
         self.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=text)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if self._takes_settings and self._settings is None:
-            self._add_settings()
+        if self._load_settings is not None and self._settings is None:
+            self._add_settings(self._load_settings)
         found, unknown = super().parse_known_args(args, namespace)
         if wrong := [text for text in unknown if text.startswith("--")]:
             self._refuse(wrong[0].partition("=")[0])
         return found, unknown
 
-    def _add_settings(self) -> None:
+    def _add_settings(self, load: Callable[[], Any]) -> None:
         try:
-            from llmfast.train.config import SCHEMA
+            self._settings = schema = load()
         except ImportError:  # the command itself reports what is missing
             return
-        self._settings = SCHEMA
         self.usage = self.format_usage().removeprefix("usage: ").rstrip() + " [--SECTION.KEY VALUE ...]"
-        groups = {name: self.add_argument_group(name, kind.__doc__) for name, kind in SCHEMA.sections.items()}
-        for name, s in SCHEMA.settings.items():
+        groups = {name: self.add_argument_group(name, kind.__doc__) for name, kind in schema.sections.items()}
+        for name, s in schema.settings.items():
             group = groups.get(name.partition(".")[0], self)
             if f"--{name}" in self._option_string_actions:  # --name, which takes no TOML
                 continue

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import llmfast
 from llmfast._commands import CommandParser, fail
@@ -97,8 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _schema() -> Any:
+    from llmfast.train.config import SCHEMA
+
+    return SCHEMA
+
+
 def _add_settings(parser: CommandParser) -> "argparse._MutuallyExclusiveGroup":
-    parser.take_settings()
+    parser.take_settings(_schema)
     parser.add_argument("--name", help="name of the run's folder (default: the first free one of demo, demo-2, ...)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="remove the named run first")

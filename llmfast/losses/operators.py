@@ -64,8 +64,11 @@ class Operators:
     """
 
     def __init__(self, name: str, loss: type[Loss], inputs: dict[str, str], changes: dict[str, Any]) -> None:
-        """
+        """Register both operators.
+
         Args:
+            name: What the operators are called.
+            loss: The loss they compute.
             inputs: Names of the inputs, and their schema types.
             changes: Fields of the loss that are different in an operator.
         """

@@ -43,8 +43,11 @@ class Option:
     """What is declared of an option besides its name and type."""
 
     def __init__(self, default: Any, *checks: Check, idle: float | None = None) -> None:
-        """
+        """Declare an option.
+
         Args:
+            default: Its value if it is not given.
+            checks: Tests of a value, in this order.
             idle: A value that changes nothing. `Terms` has None for it, which costs nothing.
         """
         self.default, self.checks, self.idle = default, checks, idle

@@ -1,8 +1,8 @@
-"""How a linear cross-entropy is cut, and what that costs: bytes, FLOPs, peak memory and modelled time.
+"""How a linear cross-entropy is cut into slabs, and the cost: bytes, FLOPs, peak memory and modelled time.
 
-Three modes. *materialise* keeps the logits of all rows from forward to backward. *chunk* reuses one slab for chunks of
-rows and makes the gradients in the forward pass. *recompute* keeps nothing but lse, and makes the logits again in
-backward, a slab of vocabulary at a time, so that each part of the weight's gradient is written once.
+There are three modes. *materialise* keeps the logits of all rows from forward to backward. *chunk* reuses one slab for
+chunks of rows and makes the gradients in the forward pass. *recompute* keeps only logsumexp, and makes the logits again
+in backward, a slab of vocabulary at a time, so that each part of the weight's gradient is written once.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DEFAULT_BUDGET_ELSEWHERE = 1 << 30
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes. A tenth of the memory there is, not of what happens to be free: chunking must not change between runs."""
+    """Return bytes. On a GPU at most a tenth of its memory, not of what is free: runs must not differ."""
     budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_ELSEWHERE)
     if device.type == "cuda" and torch.cuda.is_available():  # a plan can be asked for where there is no GPU
         budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 10)
@@ -31,7 +31,7 @@ def default_budget(device: torch.device) -> int:
 
 
 class Step(NamedTuple):
-    """One kind of launch, `calls` times; bytes of DRAM and FLOPs are those of all calls."""
+    """A kind of launch. Bytes of DRAM and FLOPs are those of all its calls."""
 
     name: str
     bytes: float
@@ -41,10 +41,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearCrossEntropyPlan:
-    """What `linear_cross_entropy` does with N tokens, D hidden width and V classes (of this rank).
+    """How `linear_cross_entropy` computes N tokens of width D over V classes (of this rank).
 
-    Bytes assume that each launch reads and writes each of its matrices once (caches hold what it reads again), which is
-    what our counters find. Times are modelled, not measured: the sum over launches of
+    Bytes assume that each launch reads and writes each of its matrices once, as our counters find: caches hold what is
+    read again. Times are modelled, not measured: the sum over launches of
     max(bytes / 90 % of the bandwidth, FLOPs / 70 % of the tensor cores) + 2 us.
     """
 
@@ -83,23 +83,47 @@ class LinearCrossEntropyPlan:
         float32_products: bool = True,
         gpu: Gpu = H100,
     ) -> "LinearCrossEntropyPlan":
-        """The plan for these shapes; `mode` None chooses by `memory_budget` and by the gradients asked for.
+        """Plan a linear cross-entropy of these shapes.
 
-        `widest`, the most classes that a rank has where they are split: all must take the same number of chunks.
+        If all rows fit the budget, a GPU materialises them: a second softmax costs less than adding up a weight
+        gradient in float32. Not float16 ones, whose gradients must not be divided by a count before they are summed.
+        The gradients of losses per token are not known in the forward pass, so these materialise or recompute.
 
-        All rows at once are materialised on a GPU, where a second softmax costs less than adding up a weight gradient
-        in float32; not float16 ones, whose gradients must not be divided by a count before they are summed. Losses per
-        token have gradients that are not known in the forward pass, so they materialise or recompute.
+        Args:
+            N: Tokens.
+            D: Hidden width.
+            V: Classes of this rank.
+            dtype: Of the matrix products.
+            slab_dtype: Of the logits. None: `dtype`.
+            weight_dtype: Of the parameter. None: `dtype`.
+            device: Where the call runs; it decides what "auto" is.
+            memory_budget: Bytes of logits at a time, or "auto".
+            reduction: Of the loss.
+            wants: Whether gradients of hidden and weight are needed.
+            mode: None chooses by budget, reduction and `wants`.
+            kernels: Whether the Triton kernels run, for which rows are padded.
+            filtered: Whether there is a `grad_filter`.
+            widest: Most classes of any rank, where they are split: all ranks must take the same number of chunks.
+            float32_products: Whether the device multiplies low precision into float32.
+            gpu: The one that times are modelled for.
         """
         # Rows of a multiple of 128 bytes: aligned for the row kernel's 16-byte accesses and for the GEMMs' loads.
         # Plain torch wants no padding: its softmax would copy.
         pad = GROUP if filtered else 128 // dtype.itemsize if kernels else 1
         plan = LinearCrossEntropyPlan(
-            mode or "chunk", N, D, V, dtype, slab_dtype or dtype, weight_dtype or dtype, wants,
+            mode=mode or "chunk",
+            N=N,
+            D=D,
+            V=V,
+            dtype=dtype,
+            slab_dtype=slab_dtype or dtype,
+            weight_dtype=weight_dtype or dtype,
+            wants=wants,
             row_width=-(-max(V, widest) // pad) * pad,
             budget=default_budget(torch.device(device)) if memory_budget == "auto" else memory_budget,
-            float32_products=float32_products, gpu=gpu,
-        )  # fmt: skip
+            float32_products=float32_products,
+            gpu=gpu,
+        )
         if mode is None:
             fits = plan._most_rows() >= plan.N
             if not any(wants):
@@ -111,7 +135,7 @@ class LinearCrossEntropyPlan:
         return plan.cut(mode)
 
     def cut(self, mode: Mode) -> "LinearCrossEntropyPlan":
-        """In as few slabs as fit the budget, of nearly equal size, in multiples of 16 rows where possible."""
+        """Cut the rows into as few slabs as fit the budget, nearly equal, in multiples of 16 rows where possible."""
         most = self._most_rows()
         chunks = max(1, -(-self.N // most))
         rows = max(1, -(-self.N // chunks))
@@ -125,26 +149,26 @@ class LinearCrossEntropyPlan:
         return replace(self, mode=mode, rows=rows, columns=max(1, columns))
 
     def _element(self) -> int:
-        """Bytes of a logit and, where it has another dtype, of its gradient beside it."""
+        """Return the bytes of a logit, plus those of its gradient if that has another dtype."""
         return self.slab_dtype.itemsize + (self.dtype.itemsize if self.slab_dtype != self.dtype else 0)
 
     def _most_rows(self) -> int:
         return max(1, self.budget // max(1, self.row_width * self._element()))
 
     def __iter__(self) -> Iterator[slice]:
-        """The chunks of rows."""
+        """Yield the chunks of rows."""
         return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
 
     def column_slabs(self) -> Iterator[slice]:
         return (slice(start, min(start + self.columns, self.V)) for start in range(0, self.V, self.columns))
 
     def padded(self, columns: int) -> int:
-        """Columns of a buffer for so many classes: a multiple of GROUP, which is one of any alignment's."""
+        """Return the columns of a buffer for so many classes: a multiple of GROUP, and so of any alignment."""
         return min(self.row_width, -(-columns // GROUP) * GROUP)
 
     @property
     def backward_width(self) -> int:
-        """Columns of a backward slab. Fewer than all are a multiple of GROUP anyway."""
+        """Columns of a backward slab. If not all, they are a multiple of GROUP anyway."""
         return self.row_width if self.columns >= self.V else self.columns
 
     @property
@@ -153,7 +177,7 @@ class LinearCrossEntropyPlan:
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:
-        """Of the buffer that the products go to. What is written once may come rounded."""
+        """Dtype of the buffer that the products go to. If it is written only once, it may be rounded."""
         once = self.mode != "chunk" or (self.rows >= self.N and not self.float32_products)
         if once and self.weight_dtype == self.dtype:
             return self.dtype
@@ -161,14 +185,14 @@ class LinearCrossEntropyPlan:
 
     @property
     def slab_bytes(self) -> int:
-        """Of the largest slab."""
+        """Bytes of the largest slab."""
         forward = min(self.rows, self.N) * self.row_width * self._element()
         backward = self.N * self.backward_width * self._element() if self.mode == "recompute" and any(self.wants) else 0
         return max(forward, backward)
 
     @property
     def peak_bytes(self) -> int:
-        """Most that is held at a time beyond the inputs, gradients included."""
+        """Most bytes held at a time beyond the inputs, gradients included."""
         d_hidden = self.wants[0] * self.N * self.D * self.dtype.itemsize
         d_weight = self.wants[1] * self.V * self.D * self.weight_dtype.itemsize
         if self.mode == "chunk" and self.weight_gradient_dtype != self.weight_dtype:
@@ -222,18 +246,18 @@ class LinearCrossEntropyPlan:
 
     @property
     def flops(self) -> float:
-        """Of the matrix products."""
+        """FLOPs of the matrix products."""
         return sum(step.flops for step in self.steps)
 
     @property
     def seconds(self) -> float:
-        """Modelled, on `gpu`."""
+        """Modelled time on `gpu`."""
         bandwidth, products = BANDWIDTH_SHARE * self.gpu.bandwidth, self.gpu.product_rate(self.dtype)
         return sum(step.calls * LAUNCH + max(step.bytes / bandwidth, step.flops / products) for step in self.steps)
 
     @property
     def alternatives(self) -> "list[LinearCrossEntropyPlan]":
-        """The same in the other modes."""
+        """The same call in the other modes."""
         modes: tuple[Mode, ...] = ("materialise", "chunk", "recompute")
         return [self.cut(mode) for mode in modes if mode != self.mode]
 

@@ -9,7 +9,8 @@ from torch import nn
 from llmfast._checks import expect
 from llmfast._gpus import Gpu
 from llmfast.models import Decoder, DecoderConfig
-from llmfast.mtp import ParallelHeads, SequentialDepths
+from llmfast.models.depths import SequentialDepths
+from llmfast.models.heads import ParallelHeads
 
 # Share of the peak rate that a whole training step reaches: Llama 3's pretraining reports 38 to 43 % on H100s (Dubey et
 # al. 2024, arXiv:2407.21783, table 4), PaLM's 46 % on TPUs (Chowdhery et al. 2022, arXiv:2204.02311). Small models and

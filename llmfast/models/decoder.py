@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llmfast._checks import expect
-from llmfast.mtp.depths import ConcatOrder, HiddenKind, SequentialDepths
-from llmfast.mtp.heads import ParallelHeads
+from llmfast.models.depths import ConcatOrder, HiddenKind, SequentialDepths
+from llmfast.models.heads import ParallelHeads
 
 MTP = Literal["none", "parallel", "sequential", "shared"]
 

@@ -4,9 +4,9 @@ Their common loss is `llmfast.losses.mtp_cross_entropy`. Head k at row t predict
 next-token prediction.
 """
 
-from llmfast.mtp.depths import SequentialDepths
+from llmfast.models.depths import SequentialDepths
+from llmfast.models.heads import ParallelHeads
 from llmfast.mtp.export import load_deepseek, save_deepseek
-from llmfast.mtp.heads import ParallelHeads
 from llmfast.mtp.schedules import constant_weights, head_weights, linear_weights, staged_weights
 from llmfast.mtp.sequential import sequential_backward
 from llmfast.mtp.speculative import Speculation, speculative_generate

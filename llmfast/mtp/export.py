@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast.mtp.depths import SequentialDepths
+from llmfast.models.depths import SequentialDepths
 
 if TYPE_CHECKING:
     from llmfast.models import Decoder

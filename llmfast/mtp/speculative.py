@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast.mtp.depths import SequentialDepths
-from llmfast.mtp.heads import ParallelHeads
+from llmfast.models.depths import SequentialDepths
+from llmfast.models.heads import ParallelHeads
 
 if TYPE_CHECKING:
     from llmfast.models import Decoder

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_den
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import Hyper, PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
-
-if TYPE_CHECKING:
-    from llmfast.optim.release import ReleaseHandle
 
 NUMBERS = {float, int}
 FORMATS = ("master_weights", "state_dtype", "ema_decay")
@@ -75,7 +72,7 @@ class FusedOptimizer(StateKeeper):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    _in_backward: "ReleaseHandle | None" = None
+    _in_backward: Any = None  # the `ReleaseHandle` that steps it
     takes_sparse: ClassVar[bool] = False  # whether torch's update takes sparse gradients
     # In which torch's fused CPU kernel is right.
     cpu_kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, *KERNEL_DTYPES)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loss, for each way to keep parameters; and the modelled time of a step.",
     )
     need.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
-    need.take_settings()
+    need.take_settings(_schema)
     _add_gpu(need, "whether it fits there, and how long a step takes", again=True)
     need.add_argument("--gpu-memory", metavar="SIZE", help="in place of --gpu's, e.g. 24GiB")
 
@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-batch", required=True, metavar="SIZE", help="the batch that --lr was found at, in rows or tokens"
     )
     lr.add_argument("--batch", required=True, metavar="SIZE", help="the batch to find one for, in the same unit")
+
+
+def _schema() -> Any:
+    from llmfast.train.config import SCHEMA
+
+    return SCHEMA
 
 
 def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = False) -> None:

@@ -15,7 +15,7 @@ from llmfast.data.mixture import REST, Curve
 from llmfast.data.mixture import Weight as AnyWeight
 from llmfast.data.split import Split
 from llmfast.models.decoder import MTP, DecoderConfig
-from llmfast.mtp.depths import ConcatOrder, HiddenKind
+from llmfast.models.depths import ConcatOrder, HiddenKind
 from llmfast.optim.formats import MasterWeights, StateDtype
 from llmfast.train.settings import RUN, WEIGHTS, ConfigError, Schema, Tree, setting, shown
 

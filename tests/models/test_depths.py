@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmfast.models.depths import Depth, ahead
 from llmfast.mtp import SequentialDepths
-from llmfast.mtp.depths import Depth, ahead
 
 B, T, D = 2, 7, 4
 
