@@ -47,7 +47,7 @@ def graph_of(files: dict[str, Path]) -> Graph:
 
 
 def packages(graph: Graph) -> Graph:
-    """Return the same between the first folders of llmfast, and the modules beside them."""
+    """Return the same between the first folders of llmfast, and the modules next to them."""
 
     def package(name: str) -> str:
         return ".".join(name.split(".")[:2])

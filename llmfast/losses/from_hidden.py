@@ -41,7 +41,7 @@ class Matrices(NamedTuple):
 
 @dataclass
 class Kept:
-    """What the forward pass leaves. Gradients are scaled and logits written over by the first backward pass."""
+    """Results that the forward pass keeps. The first backward pass scales gradients and overwrites logits."""
 
     plan: LinearCrossEntropyPlan
     made: Gradients | None  # gradients of sum(loss)
@@ -114,7 +114,7 @@ class LinearCrossEntropy(Loss):
         upstream = returned.per_row(self.count, softmax.peak)
         found = self._buffers(matrices, plan, wants)
         self._fill(found, plan, matrices, self._terms(inputs), softmax, upstream, logits)
-        del logits  # gradients that are cast come after the slabs, not beside them
+        del logits  # cast gradients are allocated after the slabs, not together with them
         if found.hidden is not None and self.group is not None:
             sum_over_ranks(found.hidden, self.group)
         if self.accumulate_into is not None:

@@ -70,7 +70,7 @@ def linear_cross_entropy(
             CPU, 1 GiB elsewhere but never more than a tenth of the device's memory. `LinearCrossEntropyPlan` shows what
             it leads to.
         slab_dtype: torch.float32 keeps the logits unrounded between the matrix product and the softmax: for low
-            precision inputs with large logits, at 6 bytes a logit instead of 2.
+            precision inputs with large logits, at 6 bytes per logit instead of 2.
         accumulate_into: a (V, D) float32 `main_grad` that the weight's gradient is added to in backward; `weight.grad`
             stays None. Not with `process_group` over DTensors.
         grad_filter: skip what 128 x 128 blocks of logits add to the gradients where none of their gradients (not yet
@@ -134,7 +134,7 @@ def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype inside autocast, else the one the inputs share."""
+    """Return autocast's dtype inside autocast, else the one the inputs share."""
     for name, t in (("hidden", hidden), ("weight", weight)):
         if not t.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {describe(t)}")

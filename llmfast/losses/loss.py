@@ -17,7 +17,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Found(NamedTuple):
-    """What a forward pass finds."""
+    """Results of a forward pass."""
 
     rows: Rows
     lse: Tensor | None  # (N,), with statistics

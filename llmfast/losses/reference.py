@@ -1,6 +1,6 @@
-"""What the losses mean, in as little torch as possible. Slow, and right: the tests hold every path to these.
+"""Definitions of the losses in as little torch as possible: slow, but right. The tests compare every path with them.
 
-Names and arguments are those of `llmfast.losses`, without the ones that only say how to compute. Arithmetic is at least
+Names and arguments are those of `llmfast.losses`, without those that only say how to compute. Arithmetic is at least
 float32; float64 stays float64.
 """
 

@@ -21,7 +21,7 @@ _TERMS = [field.name for field in fields(Terms) if field.name in declared(RowOpt
 
 
 class LossStats(NamedTuple):
-    """What `return_stats=True` adds to the loss. Where all targets of a token are ignored: 0, and an argmax of -1."""
+    """Statistics added by `return_stats=True`. If all targets of a token are ignored: 0, and an argmax of -1."""
 
     token_loss: Tensor  # (...) float32, detached
     lse: Tensor  # (...) float32 logsumexp of the logits, differentiable

@@ -73,7 +73,8 @@ class PowerLaw:
     floor: float = 0.0  # nats per token
 
     def loss(self, x: float) -> float:
-        """
+        """Return the loss at `x`.
+
         Raises:
             ValueError: `x` is not above 0.
         """
@@ -103,9 +104,10 @@ class KaplanLaw:
     alpha_D: float
 
     def loss(self, N: float, D: float) -> float:
-        """
+        """Return the loss at these arguments.
+
         Raises:
-            ValueError: an argument is not above 0.
+            ValueError: An argument is not above 0.
         """
         _positive(N=N, D=D)
         return float(((self.N_c / N) ** (self.alpha_N / self.alpha_D) + self.D_c / D) ** self.alpha_D)
@@ -122,9 +124,10 @@ class ChinchillaLaw:
     beta: float
 
     def loss(self, N: float, D: float) -> float:
-        """
+        """Return the loss at these arguments.
+
         Raises:
-            ValueError: an argument is not above 0.
+            ValueError: An argument is not above 0.
         """
         _positive(N=N, D=D)
         return float(self.E + self.A / N**self.alpha + self.B / D**self.beta)

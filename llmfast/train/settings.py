@@ -71,7 +71,7 @@ class Setting:
 
     @property
     def type_name(self) -> str:
-        """What a value must be at least: "int", "list of str", ..."""
+        """Describe the type that a value must have: "int", "list of str", ..."""
         if get_origin(self.kind) is dict:
             return "a table"
         if get_origin(self.kind) is list:
@@ -93,13 +93,13 @@ class Setting:
         return "" if low is None else f"{'at least' if 'ge' in d else 'above'} {low}"
 
     def of(self, root: Any) -> Any:
-        """The setting's value in a tree of dataclasses."""
+        """Return the setting's value in a tree of dataclasses."""
         for key in self.name.split("."):
             root = getattr(root, key)
         return root
 
     def seen(self, root: Any) -> Any:
-        """The part of the value that weights depend on."""
+        """Return the part of the value that weights depend on."""
         if "seen" not in self.declared:
             return self.of(root)
         return self.declared["seen"](getattr(root, self.name.partition(".")[0]))
@@ -188,7 +188,7 @@ class Schema:
 
 
 def _listed(kind: Any) -> str:
-    """The choices of a Literal, also of one in a table."""
+    """Return the choices of a Literal, also of one in a table."""
     values = get_args(kind) if get_origin(kind) is Literal else get_args(get_args(kind)[-1])
     return str(values)[1:-1].rstrip(",")
 

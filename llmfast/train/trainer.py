@@ -69,7 +69,7 @@ class Hooks:
     def after_step(self, trainer: "Trainer") -> None: ...
 
     def on_log(self, trainer: "Trainer", values: dict[str, Any]) -> None:
-        """Called before the values of a line are written; more may be added."""
+        """Receive the values of a line before they are written; more may be added."""
 
     def on_evaluate(self, trainer: "Trainer", losses: dict[str, float]) -> None: ...
 
