@@ -41,7 +41,7 @@ class Matrices(NamedTuple):
 
 @dataclass
 class Kept:
-    """Results that the forward pass keeps. The first backward pass scales gradients and overwrites logits."""
+    """State between forward and backward. Gradients are scaled and logits written over by the first backward pass."""
 
     plan: LinearCrossEntropyPlan
     made: Gradients | None  # gradients of sum(loss)
@@ -114,7 +114,7 @@ class LinearCrossEntropy(Loss):
         upstream = returned.per_row(self.count, softmax.peak)
         found = self._buffers(matrices, plan, wants)
         self._fill(found, plan, matrices, self._terms(inputs), softmax, upstream, logits)
-        del logits  # cast gradients are allocated after the slabs, not together with them
+        del logits  # gradients are cast when the slabs are freed
         if found.hidden is not None and self.group is not None:
             sum_over_ranks(found.hidden, self.group)
         if self.accumulate_into is not None:

@@ -134,7 +134,7 @@ def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Return autocast's dtype inside autocast, else the one the inputs share."""
+    """Return autocast's dtype inside autocast, else the one that the inputs share."""
     for name, t in (("hidden", hidden), ("weight", weight)):
         if not t.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {describe(t)}")

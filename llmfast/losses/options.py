@@ -40,7 +40,7 @@ Check = Callable[[str, Any, Inputs, "LossOptions"], None]
 
 
 class Option:
-    """Declaration of an option, besides its name and type."""
+    """Everything that is declared about an option, except its name and type."""
 
     def __init__(self, default: Any, *checks: Check, idle: float | None = None) -> None:
         """Declare an option.

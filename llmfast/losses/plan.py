@@ -1,4 +1,4 @@
-"""Plan for splitting a linear cross-entropy into slabs, with its cost: bytes, FLOPs, peak memory and modelled time.
+"""Cutting a linear cross-entropy into slabs, and what that costs: bytes, FLOPs, peak memory and modelled time.
 
 There are three modes. *materialise* keeps the logits of all rows from forward to backward. *chunk* reuses one slab for
 chunks of rows and makes the gradients in the forward pass. *recompute* keeps only logsumexp, and makes the logits again
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearCrossEntropyPlan:
-    """Plan for how `linear_cross_entropy` computes N tokens of width D over V classes (of this rank).
+    """Plan for `linear_cross_entropy` of N tokens, width D and V classes (of this rank).
 
     Bytes assume that each launch reads and writes each of its matrices once, as our counters find: caches hold what is
     read again. Times are modelled, not measured: the sum over launches of

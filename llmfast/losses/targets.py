@@ -1,4 +1,4 @@
-"""Targets, terms, counts and statistics: what happens before and after the rows are computed."""
+"""Targets, terms, counts and statistics: the work before and after the rows are computed."""
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
@@ -21,7 +21,7 @@ _TERMS = [field.name for field in fields(Terms) if field.name in declared(RowOpt
 
 
 class LossStats(NamedTuple):
-    """Statistics added by `return_stats=True`. If all targets of a token are ignored: 0, and an argmax of -1."""
+    """Statistics that `return_stats=True` adds to the loss. A token without a valid target has 0, and argmax -1."""
 
     token_loss: Tensor  # (...) float32, detached
     lse: Tensor  # (...) float32 logsumexp of the logits, differentiable
