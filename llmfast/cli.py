@@ -149,9 +149,15 @@ def _continue(args: argparse.Namespace) -> int:
         from llmfast.train.run import train
 
         config = continued_config(
-            args.from_run, args.target, general=args.general, start=args.start, end=args.end, floor=args.floor,
-            replay=not args.no_replay, overrides=_overrides(args),
-        )  # fmt: skip
+            args.from_run,
+            args.target,
+            general=args.general,
+            start=args.start,
+            end=args.end,
+            floor=args.floor,
+            replay=not args.no_replay,
+            overrides=_overrides(args),
+        )
         train(config, overwrite=args.overwrite)
 
     return _trained(run)

@@ -126,11 +126,15 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, flo
             logits,
         ),
     )
-    yield f"linear_cross_entropy, {name}", _loss_error(
-        lambda h, w: linear_cross_entropy(h, w, targets, **options),
-        lambda h, w: reference.linear_cross_entropy(h, w, targets, **options),
-        hidden, weight,
-    )  # fmt: skip
+    yield (
+        f"linear_cross_entropy, {name}",
+        _loss_error(
+            lambda h, w: linear_cross_entropy(h, w, targets, **options),
+            lambda h, w: reference.linear_cross_entropy(h, w, targets, **options),
+            hidden,
+            weight,
+        ),
+    )
     yield (
         f"mtp_cross_entropy, {name}",
         _loss_error(lambda h, w: mtp_cross_entropy(h, w, targets), of_heads, heads, weight),

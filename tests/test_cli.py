@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llmfast.cli import main
-from llmfast.train.config import Config, dump_config, load_config
+from llmfast.train.config import SCHEMA, Config, dump_config, load_config
 
 
 @pytest.fixture
@@ -34,6 +34,40 @@ def test_flags_of_train(flag: str, calls: dict[str, Any]) -> None:
     assert main(["train", "--name=7", "--set=train.steps=3", *([flag] if flag else [])]) == 0
     assert calls["config"] == load_config(None, ["name='7'", "train.steps=3"])
     assert calls["train"] == NOTHING | ({flag[2:].replace("-", "_"): True} if flag else {})
+
+
+def test_settings_are_flags_too(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings come in the order of --set and flags; and a wrong one leads to the closest."""
+    flags = [
+        "--train.steps",
+        "3",
+        "--set=train.steps=4",
+        "--data.sources",
+        "['a', 'b']",
+        "--model.tie_embeddings=false",
+    ]
+    assert main(["train", "--set=train.log_every=5", *flags, "--runs", "here"]) == 0
+    expected = ["train.log_every=5", "train.steps=4", "data.sources=['a','b']", "model.tie_embeddings=false"]
+    assert calls["config"] == load_config(None, [*expected, "runs=here"])
+    for wrong, meant in (
+        ("--train.stpes", "--train.steps"),
+        ("--learning_rate", "--optimizer.lr"),
+        ("--dryrun", "--dry-run"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["train", f"{wrong}=3"])
+        assert left.value.code == 2 and f"unrecognized option {wrong}; did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train"], ["continue"], ["plan", "memory"]):
+        with pytest.raises(SystemExit) as left:
+            main([*command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert left.value.code == 0 and "--train.steps INT steps of the run (at least 1; default: 1000)" in text
+        assert all(
+            f"--{name} " in text and s.meaning.split()[0] in text for name, s in SCHEMA.settings.items() if "." in name
+        )
 
 
 def test_settings_of_train(calls: dict[str, Any], tmp_path: Path) -> None:

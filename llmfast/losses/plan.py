@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from llmfast._gpus import BANDWIDTH_SHARE, H100, LAUNCH, Gpu
+from llmfast._units import in_bytes
 from llmfast_kernels.terms import GROUP
 
 Mode = Literal["materialise", "chunk", "recompute"]
@@ -270,8 +271,8 @@ class LinearCrossEntropyPlan:
         ]
         for plan in [self, *self.alternatives]:
             lines.append(
-                f"{plan.mode + (' *' if plan is self else ''):<14}{_bytes(plan.slab_bytes):>10}"
-                f"{_bytes(plan.peak_bytes):>10}{_bytes(plan.hbm_bytes):>10}{plan.flops / 1e12:>8.2f}T"
+                f"{plan.mode + (' *' if plan is self else ''):<14}{in_bytes(plan.slab_bytes):>10}"
+                f"{in_bytes(plan.peak_bytes):>10}{in_bytes(plan.hbm_bytes):>10}{plan.flops / 1e12:>8.2f}T"
                 f"   {plan.seconds * 1e3:.2f} ms"
             )
         return "\n".join(lines)
@@ -279,11 +280,3 @@ class LinearCrossEntropyPlan:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"

@@ -223,10 +223,15 @@ def _mtp(config: DecoderConfig) -> ParallelHeads | SequentialDepths | None:
         return ParallelHeads(lambda: Block(config), config.mtp_heads)
     if config.mtp == "sequential":
         return SequentialDepths(
-            lambda: Block(config), config.mtp_heads, config.width, concat_order=config.mtp_concat,
-            hidden=config.mtp_hidden, repeated_layer=config.mtp_repeated_layer, detach=config.mtp_detach,
+            lambda: Block(config),
+            config.mtp_heads,
+            config.width,
+            concat_order=config.mtp_concat,
+            hidden=config.mtp_hidden,
+            repeated_layer=config.mtp_repeated_layer,
+            detach=config.mtp_detach,
             norm_eps=config.norm_eps,
-        )  # fmt: skip
+        )
     return None
 
 

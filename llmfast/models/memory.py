@@ -153,7 +153,7 @@ def estimate_memory(
     budget = min(DEFAULT_BUDGET_ELSEWHERE, gpu_memory // 10) if on_gpu else DEFAULT_BUDGET["cpu"]
     plan = LinearCrossEntropyPlan.make(
         rows, D, V, dtype=compute, weight_dtype=stored, memory_budget=budget, kernels=on_gpu, float32_products=on_gpu
-    )  # fmt: skip
+    )
     cast = (rows + V) * D * compute.itemsize if compute != stored else 0  # inputs of the loss in autocast's dtype
     kept, recomputed = activation_bytes(
         config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations

@@ -93,16 +93,22 @@ def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = Fal
         "--gpu", default=default(None), metavar="NAME", help=f"{purpose}: {', '.join(memory.GPU_MEMORY)}"
     )
     parser.add_argument(
-        "--utilisation", type=float, default=default(cost.UTILISATION), metavar="SHARE",
+        "--utilisation",
+        type=float,
+        default=default(cost.UTILISATION),
+        metavar="SHARE",
         help=f"assumed share of the GPU's FLOPs per second (default: {cost.UTILISATION})",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was asked for; return the exit code. A user's mistake is one line on stderr and code 2."""
     topics: dict[str | None, Callable[[argparse.Namespace], list[str]]] = {
-        None: _budget, "fit": _fit, "memory": _memory, "lr": _lr,
-    }  # fmt: skip
+        None: _budget,
+        "fit": _fit,
+        "memory": _memory,
+        "lr": _lr,
+    }
     try:
         if args.topic is not None:
             for name in ("flops", "params", "tokens"):

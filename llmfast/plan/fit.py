@@ -267,7 +267,7 @@ def _solved(gram: Array, moment: Array) -> Array:
 
 
 def distinct(x: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Assign a number to each distinct value, (runs,), smallest first; values within 2 % of the next count as one.
+    """Assign numbers to the runs' values, (runs,), from the smallest on; values within 2 % of the next are one.
 
     Runs of the same length do not train on exactly the same number of labels.
     """

@@ -73,7 +73,7 @@ class PowerLaw:
     floor: float = 0.0  # nats per token
 
     def loss(self, x: float) -> float:
-        """Return the loss at `x`.
+        """Compute the loss at `x`.
 
         Raises:
             ValueError: `x` is not above 0.
@@ -104,7 +104,7 @@ class KaplanLaw:
     alpha_D: float
 
     def loss(self, N: float, D: float) -> float:
-        """Return the loss at these arguments.
+        """Compute the loss of N parameters and D tokens.
 
         Raises:
             ValueError: An argument is not above 0.
@@ -124,7 +124,7 @@ class ChinchillaLaw:
     beta: float
 
     def loss(self, N: float, D: float) -> float:
-        """Return the loss at these arguments.
+        """Compute the loss of N parameters and D tokens.
 
         Raises:
             ValueError: An argument is not above 0.

@@ -80,9 +80,13 @@ class Checkpoints:
             raise FileExistsError(f"{self.run} holds checkpoints of another run: resume it, or choose another folder")
 
     def save(
-        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any],
+        self,
+        step: int,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        meta: Mapping[str, Any],
         sums: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Copy the state and begin to write it, once the checkpoint before it is on disk.
 
         Raises:

@@ -107,10 +107,15 @@ class FurtherTokens:
         hiddens = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, all_heads=True)
         weights = numbers(self._weights_at(step), num_valid.device).float()
         loss, stats = mtp_cross_entropy(
-            hiddens, model.unembedding, batch.labels,
-            document_ids=batch.document_ids, head_weights=None if self._alone else weights, num_valid=num_valid,
-            detach_unembedding=self._detached, return_stats=True,
-        )  # fmt: skip
+            hiddens,
+            model.unembedding,
+            batch.labels,
+            document_ids=batch.document_ids,
+            head_weights=None if self._alone else weights,
+            num_valid=num_valid,
+            detach_unembedding=self._detached,
+            return_stats=True,
+        )
         hits = torch.where(stats.num_valid > 0, stats.accuracy * stats.num_valid, 0.0)
         sums = {
             "loss": stats.head_loss[0],

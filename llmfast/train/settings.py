@@ -188,7 +188,7 @@ class Schema:
 
 
 def _listed(kind: Any) -> str:
-    """Return the choices of a Literal, also of one in a table."""
+    """List the choices of a Literal, also of one in a table."""
     values = get_args(kind) if get_origin(kind) is Literal else get_args(get_args(kind)[-1])
     return str(values)[1:-1].rstrip(",")
 

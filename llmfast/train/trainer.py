@@ -69,7 +69,7 @@ class Hooks:
     def after_step(self, trainer: "Trainer") -> None: ...
 
     def on_log(self, trainer: "Trainer", values: dict[str, Any]) -> None:
-        """Receive the values of a line before they are written; more may be added."""
+        """See, and perhaps add to, the values of a line before it is written."""
 
     def on_evaluate(self, trainer: "Trainer", losses: dict[str, float]) -> None: ...
 
