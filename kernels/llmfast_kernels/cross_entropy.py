@@ -52,9 +52,9 @@ PARTIALS = 5  # numbers that a device has to say of a row that others hold a par
 
 @triton.jit
 def tanh(x):
-    """To two or three units in the last place, in half of the instructions of the C library's.
+    """Compute tanh to two or three units in the last place, in half of the instructions of the C library's.
 
-    Those would take longer than memory does: two passes over a logit leave about 34 on an H100.
+    The library's would take longer than memory does: two passes over a logit leave about 34 instructions on an H100.
     """
     square = x * x
     series = tl.fma(square, 62 / 2835, -17 / 315)  # x - x^3 / 3 + ..., where 1 - 2 / (1 + e^2x) cancels
@@ -64,7 +64,7 @@ def tanh(x):
 
 @triton.jit
 def read_logits(row_ptr, bias_ptr, v, readable, inside, logit_scale, softcap):
-    """x of columns `v`. The masks are None for whole tiles; lanes they leave out hold nothing in particular."""
+    """Read x of columns `v`. The masks are None for whole tiles; the values of lanes they exclude are unspecified."""
     x = tl.load(row_ptr + v, mask=readable).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + v, mask=inside).to(tl.float32)
@@ -77,7 +77,7 @@ def read_logits(row_ptr, bias_ptr, v, readable, inside, logit_scale, softcap):
 
 @triton.jit
 def read_class_weights(class_weights_ptr, v, inside, SMOOTH: tl.constexpr):
-    """c of columns `v`, where smoothing needs them."""
+    """Read c of columns `v`, where smoothing needs them."""
     return tl.load(class_weights_ptr + v, mask=inside) if SMOOTH and class_weights_ptr is not None else 1.0
 
 
@@ -145,7 +145,7 @@ def add_tile(
 
 @triton.jit
 def gradient(x, c, peak, factor, smooth, entropy_factor, entropy_shift, logit_scale, softcap):
-    """The gradient of the given logits without the targets' own part.
+    """Compute the gradient of the given logits without the targets' own part.
 
     (factor e + entropy_factor e (t ln(2) + entropy_shift) - smooth c) x', where e = 2^t and t = x log2(e) - peak.
     """
@@ -161,7 +161,7 @@ def gradient(x, c, peak, factor, smooth, entropy_factor, entropy_shift, logit_sc
 
 @triton.jit
 def through_softcap(d, x, logit_scale, softcap):
-    """The gradient of the given logits from `d`, that of x."""
+    """Compute the gradient of the given logits from `d`, that of x."""
     if softcap is not None:
         u = x * (1.0 / softcap)
         d *= tl.fma(-u, u, 1.0)
@@ -183,7 +183,7 @@ def store_targets(d, x_y, a, y, own_y, here, d_row, alive_row, threshold, logit_
 
 @triton.jit
 def alive_groups(d, threshold, GROUP: tl.constexpr):
-    """Which groups of columns of the tile `d` hold a gradient of at least `threshold`, as int8."""
+    """Return as int8 which groups of columns of the tile `d` hold a gradient of at least `threshold`."""
     d = tl.reshape(tl.abs(d), (d.shape[0] // GROUP, GROUP))
     return (tl.max(d, axis=1) >= threshold).to(tl.int8)
 
@@ -519,7 +519,7 @@ def backward_tile(V: int) -> dict[str, int]:
 
 
 def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str, int | bool]:
-    """The widest access, up to 16 bytes, that the rows' addresses allow, in elements."""
+    """Return the widest access, up to 16 bytes, that the rows' addresses allow, in elements."""
     width = 16 // max(t.element_size() for t in (logits, d_logits) if t is not None)
     for t in (logits, d_logits):
         if t is not None:
@@ -602,7 +602,7 @@ def cross_entropy_partials(
     entropy: bool = False,
     argmax: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the columns here add to each row's loss, (5, N) f32, for rows that lie on several devices; and argmax.
+    """Return what the local columns add to each row's loss, (5, N) f32, for rows split over devices; and argmax.
 
     peak of x log2(e); total = sum(2^t) with t = x log2(e) - peak; moment = sum(t ln(2) 2^t); pull, less mass * peak
     ln(2); mass: the weight of the columns' pull. See the top of this file.

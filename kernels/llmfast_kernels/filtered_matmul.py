@@ -142,18 +142,18 @@ def filtered_matmul_kernel(
 
 
 def tile(dtype: torch.dtype, vector: int) -> dict[str, int]:
-    """Blocks, warps and stages: four slices, of 8 KiB for each factor, are in the air or being multiplied.
+    """Return blocks, warps and stages: four slices, of 8 KiB per factor, are in flight or being multiplied.
 
     That is 64 KiB of shared memory on an H100, which then holds two programs: one multiplies while the other starts or
-    ends. AMD's GPUs keep three slices, in 48 of the 64 KiB they have. Accesses of less than 16 bytes are more accesses,
-    and their addresses take the registers of half of the tile.
+    ends. AMD GPUs keep three slices, in 48 of their 64 KiB. With accesses of less than 16 bytes there are more
+    accesses, and their addresses take the registers of half of the tile.
     """
     whole = vector * dtype.itemsize == 16
     return {"BLOCK_K": 64 // dtype.itemsize, "BLOCK_D": 128 if whole else 64, "num_warps": warps(256), "num_stages": 4}
 
 
 def vectors(a: Tensor, b: Tensor, out: Tensor) -> dict[str, int]:
-    """The widest access, up to 16 bytes of `a`, that D, strides and addresses allow, in elements."""
+    """Return the widest access, up to 16 bytes of `a`, that D, strides and addresses allow, in elements."""
     transposed = a.stride(1) != 1
     width = math.gcd(16 // a.element_size(), b.shape[1], a.stride(1 if transposed else 0), b.stride(0), out.stride(0))
     if any(t.data_ptr() % 16 for t in (a, b, out)):

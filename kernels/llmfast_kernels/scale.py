@@ -55,7 +55,7 @@ def scale_kernel(
 
 
 def tile() -> dict[str, int]:
-    """16 elements a thread: two 16-byte loads of bfloat16 in the air."""
+    """Choose 16 elements per thread: two 16-byte loads of bfloat16 in flight."""
     return {"BLOCK": 4096, "num_warps": warps(256)}
 
 
@@ -66,7 +66,7 @@ def scale(
     out: Tensor | None = None,  # like x, contiguous, any float dtype
     add: bool = False,
 ) -> Tensor:
-    """factor * x into `out` (or added to it), or over `x` (which costs nothing when the factor is 1)."""
+    """Write factor * x into `out` (or add it), or over `x` (which costs nothing when the factor is 1)."""
     expect_contiguous(x=x, out=out)
     if x.numel() > 0:
         meta = tile()

@@ -27,7 +27,7 @@ class Decay(NamedTuple):
 
 
 class TorchCall(NamedTuple):
-    """The arguments of torch's own update of some parameters."""
+    """Arguments of torch's own update of some parameters."""
 
     group: dict[str, Any]
     params: list[Tensor]
@@ -66,14 +66,14 @@ class FusedOptimizer(Planner):
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:
-        """Take one step by torch's function, which knows no `grad_scale` unless it is fused."""
+        """Take one step with torch's function, which knows `grad_scale` only if it is fused."""
 
     def _decay(self, group: dict[str, Any]) -> Decay:
         """Return the group's weight decay: an L2 penalty, unless the optimizer says otherwise."""
         return Decay(l2=float(group["weight_decay"]))
 
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
-        """True if torch's own update knows no decay like this group's."""
+        """Return True if torch's own update does not support the decay of this group."""
         return False
 
     @property
@@ -145,7 +145,7 @@ class FusedOptimizer(Planner):
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
 
     def _limit(self, clip: int | None) -> float | None:
-        """The norm that gradients are clipped to."""
+        """Return the norm that gradients are clipped to."""
         if clip is None:
             return None
         limit: float | None = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
@@ -261,12 +261,12 @@ class FusedOptimizer(Planner):
 
 
 def _scalar(lr: float | Tensor) -> float | Tensor:
-    """Without dimensions, which would broadcast, where a tensor's one element may have some."""
+    """Return a tensor of one element without dimensions, which would broadcast."""
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def _number(x: float | Tensor) -> float | Tensor:
-    """A float; but a tensor on a device is not the host's to look at."""
+    """Return a float, or a device tensor unchanged, because the host must not read it."""
     return x if isinstance(x, Tensor) and x.device.type != "cpu" else float(x)
 
 
@@ -308,7 +308,7 @@ def _zero(device: torch.device) -> Tensor:
 
 
 def _square(row: Row) -> Tensor:
-    """The sum of the squares of a gradient, of the piece of it that is here, in float64."""
+    """Sum the squares of the local piece of a gradient in float64."""
     g = row.grad
     if g is None:
         return _zero(row.local.device)

@@ -1,4 +1,4 @@
-"""Which parameters go through the kernels, which through torch's functions, and which through neither."""
+"""Choosing each parameter's update path: through the kernels, through torch's functions, or through neither."""
 
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -19,7 +19,7 @@ KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 
 
 class Plan(NamedTuple):
-    """Which path each parameter takes, until something changes."""
+    """Cached assignment of parameters to update paths."""
 
     settings: Any  # of groups and options, that decide what the plan looks like
     watch: Watch
@@ -145,7 +145,7 @@ class Planner(StateKeeper):
         return sparse or row.local.is_complex() or group["differentiable"] or row.fused
 
     def _is_for_cpu_kernel(self, row: Row) -> bool:
-        """True if torch's CPU kernel, where it has one, makes this very update: all is kept in the same dtype."""
+        """Return True if torch has a CPU kernel for exactly this update: everything is kept in the same dtype."""
         p, g = row.local, row.grad
         return (
             p.dtype in self.cpu_kernel_dtypes

@@ -437,7 +437,7 @@ def tile() -> dict[str, int]:
 
 
 class Kind(NamedTuple):
-    """What all tensors of one launch share."""
+    """Properties shared by all tensors of one launch."""
 
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
