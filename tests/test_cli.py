@@ -37,7 +37,7 @@ def test_flags_of_train(flag: str, calls: dict[str, Any]) -> None:
 
 
 def test_settings_are_flags_too(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """In the order of --set and flags; and a wrong one leads to the closest."""
+    """Apply settings in the order given, as --set or as flags; suggest the closest name for a misspelled one."""
     flags = [
         "--train.steps",
         "3",

@@ -285,7 +285,7 @@ def backward_tile(V: int) -> dict[str, int]:
 
 
 def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str, int | bool]:
-    """The widest access, up to 16 bytes, that the rows' addresses allow, in elements."""
+    """Return the widest access, up to 16 bytes, that the rows' addresses allow, in elements."""
     width = 16 // max(t.element_size() for t in (logits, d_logits) if t is not None)
     for t in (logits, d_logits):
         if t is not None:

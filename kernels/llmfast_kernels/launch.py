@@ -1,4 +1,4 @@
-"""What every launch needs to know about the target it runs on."""
+"""Properties of the target that every launch needs."""
 
 import triton
 from torch import Tensor
@@ -11,7 +11,7 @@ FP_FUSION = {"enable_fp_fusion": True}
 
 
 def warps(threads: int) -> int:
-    """Warps (wavefronts on AMD) that hold `threads` threads on the current target."""
+    """Return the number of warps (wavefronts on AMD) that hold `threads` threads on the current target."""
     # The interpreter has no driver to ask, and no warps.
     target = None if knobs.runtime.interpret else driver.active.get_current_target()
     return max(1, threads // (32 if target is None else target.warp_size))

@@ -1,4 +1,4 @@
-"""What a row's loss is made of beside its logits, and what comes of it. No Triton: plain torch has the same."""
+"""Inputs and outputs of a row's loss besides its logits. No Triton: the plain torch path uses the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ GROUP = 128  # columns that the gradient filter keeps or drops together
 
 @dataclass(frozen=True)
 class Targets:
-    """Of N rows. K > 1 is for several weighted targets on the same logits."""
+    """Targets of N rows. K > 1 is for several weighted targets on the same logits."""
 
     classes: Tensor  # (N, K) int64 or int32, contiguous
     weights: Tensor | None = None  # (N, K) or (1, K) f32 with stride 1 over K, or None for 1
@@ -42,7 +42,7 @@ class Terms:
     softcap: float | None = None
 
     def columns(self, columns: slice) -> "Terms":
-        """For a buffer of these columns of the present one."""
+        """Return the targets for a buffer that holds these columns of the present one."""
         bias = None if self.bias is None else self.bias[columns]
         return replace(self, v_start=self.v_start + columns.start, bias=bias)
 

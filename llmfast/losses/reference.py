@@ -1,6 +1,6 @@
 """Definitions of the losses in as little torch as possible. Slow, and right: the tests hold every path to these.
 
-Names and arguments are those of `llmfast.losses`, without the ones that only say how to compute. Arithmetic is at least
+Names and arguments are those of `llmfast.losses`, without those that only say how to compute. Arithmetic is at least
 float32; float64 stays float64.
 """
 

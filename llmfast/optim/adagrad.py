@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
-    """`torch.optim.Adagrad` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+    """`torch.optim.Adagrad` with one launch for all tensors of a dtype signature: see `FusedAdam`.
 
-    As in torch, states are there from the start, so that `share_memory` can share them.
+    As in torch, states exist from the start, so that `share_memory` can share them.
 
     Args:
-        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize, differentiable: as in torch.
-        foreach, fused: accepted so that existing calls work, and without effect: there is one path.
-        extras: see `llmfast.optim.Extras`.
+        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize, differentiable: As in torch.
+        foreach, fused: Accepted for compatibility, without effect: there is only one path.
+        extras: See `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
-        TypeError: an unknown keyword.
+        ValueError: A hyperparameter or an option is out of range, or an option does not support a parameter.
+        TypeError: A keyword is unknown.
     """
 
     rule = "adagrad"

@@ -21,7 +21,7 @@ DecayMode = Literal["lr", "independent", "relative"]
 class _Adam(FusedOptimizer):
     rule = "adam"
     squares = frozenset({"exp_avg_sq"})
-    never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would keep whatever rounding adds
+    never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would accumulate the rounding errors
     own_group_keys = ("lr_max",)
     decay: DecayMode = "lr"
 
@@ -69,24 +69,25 @@ class _Adam(FusedOptimizer):
 
 
 class FusedAdam(_Adam, torch.optim.Adam):
-    """`torch.optim.Adam` with all tensors of a dtype signature updated by one launch; weight decay is an L2 penalty.
+    """`torch.optim.Adam` with one launch for all tensors of a dtype signature; weight decay is an L2 penalty.
 
-    Same constructor, parameter groups, state names and state_dict, so checkpoints go both ways, and schedulers, hooks,
-    closures, GradScaler, `maximize` and `amsgrad` work. Arithmetic is float32 whatever the dtypes, bias corrections
-    float64; gradients may have any dtype. Step counters live on the parameter's device, and a step waits for nothing
-    there; a learning rate given as a device tensor is read there. A step can be captured in a CUDA graph.
+    Constructor, parameter groups, state names and state_dict are the same, so checkpoints are interchangeable, and
+    schedulers, hooks, closures, GradScaler, `maximize` and `amsgrad` work. Arithmetic is float32 for all dtypes, and
+    bias corrections are float64; gradients may have any dtype. Step counters are on the parameter's device, and a step
+    never waits for the device; a learning rate in a device tensor is read there. A step can be captured in a CUDA
+    graph.
 
     Args:
-        params: parameters or groups of them, named or not, as for any torch optimizer.
-        lr: float, or a one-element tensor.
-        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
-        differentiable: torch's own update, through which gradients can flow.
-        foreach, capturable, fused: accepted so that existing calls work, and without effect: there is one path.
-        extras: see `llmfast.optim.Extras`.
+        params: Parameters or groups of them, named or not, as for any torch optimizer.
+        lr: A float, or a one-element tensor.
+        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: As in torch.
+        differentiable: Use torch's own update, through which gradients can flow.
+        foreach, capturable, fused: Accepted for compatibility, without effect: there is only one path.
+        extras: See `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
-        TypeError: an unknown keyword.
+        ValueError: A hyperparameter or an option is out of range, or an option does not support a parameter.
+        TypeError: A keyword is unknown.
     """
 
     def __init__(
@@ -114,19 +115,20 @@ class FusedAdam(_Adam, torch.optim.Adam):
 
 
 class FusedAdamW(_Adam, torch.optim.AdamW):
-    """`torch.optim.AdamW` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+    """`torch.optim.AdamW` with one launch for all tensors of a dtype signature: see `FusedAdam`.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: as in torch.
-        foreach, capturable, fused: accepted so that existing calls work, and without effect: there is one path.
-        decay: what share of itself a parameter loses in a step. "lr": lr * weight_decay, as in torch. "independent":
-            weight_decay, whatever lr is (but nothing at lr 0). "relative": weight_decay * lr / lr_max, where `lr_max`
-            is a group's key and otherwise its first lr; this is Loshchilov & Hutter's, whose schedule multiplies both.
-        extras: see `llmfast.optim.Extras`.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, differentiable: As in torch.
+        foreach, capturable, fused: Accepted for compatibility, without effect: there is only one path.
+        decay: The fraction by which a step shrinks a parameter. "lr": lr * weight_decay, as in torch. "independent":
+            weight_decay for every lr (but nothing at lr 0). "relative": weight_decay * lr / lr_max, where `lr_max` is a
+            key of the group, by default its first lr; this is the form of Loshchilov & Hutter, whose schedule
+            multiplies both.
+        extras: See `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
-        TypeError: an unknown keyword.
+        ValueError: A hyperparameter or an option is out of range, or an option does not support a parameter.
+        TypeError: A keyword is unknown.
     """
 
     whole_arguments = ("decay",)

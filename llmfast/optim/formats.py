@@ -1,8 +1,8 @@
-"""How weights and optimizer states are kept in fewer bits than they are computed with, in plain torch.
+"""Formats that keep weights and optimizer states in fewer bits than they are computed with, in plain torch.
 
-The kernels' `formats.py` does the same bit for bit; it says what the formats are, and why. Every format is one object
-here: a `ParamFormat` for each value of `master_weights`, and a `StateFormat` for each of `state_dtype`. Functions on
-bits take flat tensors, in the order in which these lie in memory, unless they say otherwise.
+The kernels' `formats.py` does the same bit for bit, and documents the formats and their reasons. Every format is one
+object here: a `ParamFormat` for each value of `master_weights`, and a `StateFormat` for each value of `state_dtype`.
+Functions on bits take flat tensors in memory order, unless they say otherwise.
 """
 
 from collections.abc import Mapping
@@ -127,9 +127,9 @@ def flat_like(stored: Tensor, x: Tensor) -> Tensor:
 
 
 class ParamFormat:
-    """How a parameter of bfloat16 or float16 has more bits than its own; this one: it has none.
+    """Format that adds bits to a bfloat16 or float16 parameter; this base class adds none.
 
-    `p` is a parameter, or the piece of it that is here; `low` is what the format keeps besides it, of the same shape.
+    `p` is a parameter, or its local piece; `low` holds the additional bits, in the same shape.
     """
 
     state: str | None = None  # the name under which `low` is kept
@@ -260,7 +260,7 @@ StateDtype = torch.dtype | Literal["8bit"]
 
 
 class StateFormat:
-    """How a state is kept that has the shape of its parameter; this one: in `dtype`, or in the parameter's if None."""
+    """Format of a state that has its parameter's shape; this base class uses `dtype` (None: the parameter's)."""
 
     coded = False  # whether it is kept as 8-bit codes and scales, which are rounded stochastically
 

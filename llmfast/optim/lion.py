@@ -1,4 +1,4 @@
-"""Lion (Chen et al. 2023, arXiv:2302.06675): steps of the size of lr, in the direction of a sign."""
+"""Lion (Chen et al. 2023, arXiv:2302.06675): steps of size lr in the direction of a sign."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 class FusedLion(FusedOptimizer):
-    """Lion, with all tensors of a dtype signature updated by one launch; torch has none.
+    """Lion with one launch for all tensors of a dtype signature; torch has no Lion.
 
-    p falls by lr * (sign(beta1 * exp_avg + (1 - beta1) * g) + weight_decay * p), and then exp_avg becomes
+    p decreases by lr * (sign(beta1 * exp_avg + (1 - beta1) * g) + weight_decay * p), and then exp_avg becomes
     beta2 * exp_avg + (1 - beta2) * g. Its one state has half the bytes of Adam's two. The constructor and the state's
-    name are those of the authors' own code. A gradient that is NaN makes the parameter NaN; one that is infinite moves
-    it by lr, like any other. In all else it is like `FusedAdam`.
+    name are those of the authors' code. A NaN gradient makes the parameter NaN; an infinite one moves it by lr, like
+    any other. Everything else is as in `FusedAdam`.
 
     Args:
-        params: parameters or groups of them, named or not, as for any torch optimizer.
-        lr: float, or a one-element tensor. The authors advise a third to a tenth of AdamW's, and as many times its
-            weight decay.
-        betas: of the direction, and of the average that is kept.
-        weight_decay: a parameter loses lr * weight_decay of itself in a step.
-        maximize: climb instead of falling.
-        extras: see `llmfast.optim.Extras`.
+        params: Parameters or groups of them, named or not, as for any torch optimizer.
+        lr: A float, or a one-element tensor. The authors recommend a value 3 to 10 times smaller than AdamW's, with a
+            weight decay larger by the same factor.
+        betas: Coefficients of the direction, and of the stored average.
+        weight_decay: A step shrinks a parameter by the fraction lr * weight_decay.
+        maximize: Maximize instead of minimizing.
+        extras: See `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
-        TypeError: an unknown keyword.
+        ValueError: A hyperparameter or an option is out of range, or an option does not support a parameter.
+        TypeError: A keyword is unknown.
     """
 
     rule = "lion"
@@ -69,7 +69,7 @@ class FusedLion(FusedOptimizer):
         return Decay(decay_by_lr=float(group["weight_decay"]))
 
     def _torch_update(self, call: TorchCall) -> None:
-        """Of complex parameters, whose real and imaginary parts count as two numbers. Torch has no function of it."""
+        """Update complex parameters, as pairs of real numbers. torch has no Lion."""
         group = call.group
         arguments = self._rule_arguments(group) | {"lr": group["lr"], "decay": self._total_decay(group)}
         for p, g, state in zip(call.params, call.grads, call.states):

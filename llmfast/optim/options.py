@@ -1,4 +1,4 @@
-"""What the fused optimizers can do beyond torch's, in one place."""
+"""Options of the fused optimizers beyond torch's."""
 
 import difflib
 from collections.abc import Collection
@@ -20,39 +20,41 @@ from llmfast.optim.formats import (
 
 
 class Extras(TypedDict, total=False):
-    """Keywords of every fused optimizer, beyond those of its namesake in torch.
+    """Keywords of every fused optimizer, beyond those of the corresponding torch optimizer.
 
-    A parameter group may have `max_grad_norm`, `master_weights`, `state_dtype` and `ema_decay` of its own, None among
-    them: `[{"params": embedding, "state_dtype": torch.float32}, {"params": others}]`. The optimizer takes them out of
-    the group and keeps them in `group_options`, a dict for each group that may be changed between steps. They are
-    settings of the run, not part of its state: `state_dict` does not have them, and loading does not change them.
+    A parameter group may set its own `max_grad_norm`, `master_weights`, `state_dtype` and `ema_decay`, including None:
+    `[{"params": embedding, "state_dtype": torch.float32}, {"params": others}]`. The optimizer removes these from the
+    group and keeps them in `group_options`, one dict per group, which may be changed between steps. They are settings
+    of the
+    run, not part of its state: `state_dict` does not contain them, and loading does not change them.
 
     Attributes:
-        max_grad_norm: gradients are clipped to this global norm in the update itself, as
-            `torch.nn.utils.clip_grad_norm_` would before it, over all parameters and all shards of DTensors. The norm
-            before clipping is left in `optimizer.grad_norm`, on the device; a step where it is not finite changes
-            nothing. `math.inf` clips nothing, and still measures. A group with a `max_grad_norm` of its own is clipped
-            to the norm of its own gradients alone, and the groups without are clipped together, to the norm of theirs;
-            a group with None is neither clipped nor measured. `grad_norm` is then the norm of all gradients that are
-            measured, and if it is not finite, no group changes. Parameters that are not DTensors count as whole and as
-            the same on all ranks: with FSDP1, or the parts of ZeroRedundancyOptimizer, the norm would be each rank's
-            own.
-        master_weights: how parameters of bfloat16 or float16 are given more bits than their own. "fp32": a float32 copy
-            beside each, which from then on is the parameter: who sets a parameter to something else has to set
-            `state[p]["master_param"]` too, unless a state dict is loaded before the next step. "split16", "split8": 16
-            or 8 more bits beside each, which with the parameter's own make a float32, or one of 24 bits (relative steps
-            below 1e-5 are lost then); bfloat16 only. "kahan": what rounding lost, in the parameter's dtype, is added
-            back before the next step. "stochastic": nothing beside it, but rounding up or down with the odds that make
-            it right on average; bfloat16 only. Float32 parameters need none of it.
-        state_dtype: of the moments, in place of the parameter's: float32, bfloat16, float16, or "8bit", where 128
-            elements share a float32 scale and every element is rounded stochastically. (A maximum would keep whatever
-            that adds: `max_exp_avg_sq` is float32 then.)
-        ema_decay: keep a float32 average of each parameter, ema = ema_decay * ema + (1 - ema_decay) * p, in
+        max_grad_norm: Clip gradients to this global norm in the update itself, with the result of a preceding
+            `torch.nn.utils.clip_grad_norm_`, over all parameters and all shards of DTensors. The norm before clipping
+            is stored in `optimizer.grad_norm`, on the device; a step where it is not finite changes nothing. `math.inf`
+            measures without clipping. A group with its own `max_grad_norm` is clipped by the norm of its own gradients
+            only. The groups without one are clipped together by the norm of theirs. A group with None is neither
+            clipped nor measured. `grad_norm` is then the norm of all measured gradients, and if it is not finite, no
+            group changes. Parameters that are not DTensors count as whole and equal on all ranks; with FSDP1 or
+            ZeroRedundancyOptimizer, the norm would cover only the local rank.
+        master_weights: Add bits to bfloat16 or float16 parameters. "fp32": keep a float32 copy of each, which is then
+            the
+            actual parameter: code that sets the parameter has to set `state[p]["master_param"]` too, unless a state
+                dict
+            is loaded before the next step. "split16", "split8": keep 16 or 8 more bits, which extend the parameter to a
+            float32, or to 24 bits (then relative steps below 1e-5 are lost); bfloat16 only. "kahan": keep the rounding
+            error in the parameter's dtype and add it before the next step. "stochastic": keep nothing, but round up or
+            down with the probabilities that are right on average; bfloat16 only. Float32 parameters are not affected.
+        state_dtype: The dtype of the moments, instead of the parameter's: float32, bfloat16, float16, or "8bit", where
+            128 elements share a float32 scale and every element is rounded stochastically. (A maximum would accumulate
+            the rounding errors, so `max_exp_avg_sq` is then float32.)
+        ema_decay: Keep a float32 average of each parameter, ema = ema_decay * ema + (1 - ema_decay) * p, in
             `state[p]["ema_param"]`; see `ema_weights`.
-        zero_grads: leave zeros in the gradients, also when a step is skipped, so that no `zero_grad` is needed.
-        seed: of stochastic rounding. The noise depends on it, on the step, on the parameter's place among the
-            optimizer's parameters and on the element's place in the whole parameter: not on how the work is divided,
-            nor on how a DTensor is, unless it is cut along two dimensions beyond the first.
+        zero_grads: Set the gradients to zero, also when a step is skipped, so that no `zero_grad` is needed.
+        seed: The seed of stochastic rounding. The noise depends on it, on the step, on the parameter's position among
+            the optimizer's parameters and on the element's position in the whole parameter. It does not depend on how
+            the work is divided, nor on how a DTensor is sharded, unless it is sharded along two dimensions beyond the
+            first.
     """
 
     max_grad_norm: float | None
@@ -109,7 +111,7 @@ class Options:
         """
         names = [field.name for field in fields(self)]
         whole = {*names, *getattr(optimizer, "whole_arguments", ())} - self.PER_GROUP
-        long = [name for name in names if "_" in name]  # "speed" is near "seed", and somebody's own
+        long = [name for name in names if "_" in name]  # "speed" resembles "seed" but may be the caller's own key
         for key in group:
             if key in whole:
                 raise ValueError(
@@ -129,7 +131,7 @@ class Options:
 
     @property
     def state_format(self) -> StateFormat:
-        """How states are kept."""
+        """Return the format of the states."""
         return STATE_FORMATS[self.state_dtype]
 
     def expect_fits(self, p: Tensor, name: str) -> None:

@@ -15,7 +15,7 @@ from llmfast.optim.row import Row
 
 @dataclass
 class Amount:
-    """How much of the gradients counts: scaled, clipped, or not at all. Tensors are scalars on the device."""
+    """Factor applied to gradients: scaled, clipped, or zero. Tensors are scalars on the device."""
 
     factor: Tensor | None = None  # float64
     skip: Tensor | None = None  # bool
@@ -47,7 +47,7 @@ class Amount:
         return self.skip is not None and self.skip.device.type == "cpu" and bool(self.skip)
 
     def divisor(self) -> Tensor | None:
-        """What torch's fused CPU kernels divide gradients by, in place."""
+        """Return the number by which torch's fused CPU kernels divide gradients in place."""
         return None if self.factor is None else (1 / self.factor).float()
 
     def scaled(self, g: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Amount:
 
 @contextmanager
 def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
-    """What happens inside leaves no trace where `skip`, a scalar on the device, says so. Waits for nothing."""
+    """Undo all changes in the context if `skip`, a scalar on the device, is set, without waiting for the device."""
     if skip is None or skip.device.type == "cpu":  # known before
         yield
         return
@@ -75,7 +75,7 @@ def leave(g: Tensor, used: Tensor) -> None:
 
 
 def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any], sign: float, o: Options) -> None:
-    """One step of one tensor, in float32 (float64 for float64), by `reference`'s function of that name."""
+    """Update one tensor in float32 (float64 for float64) with `reference`'s function of that name."""
     if amount.skipped:
         return
     p, g = row.local, row.grad

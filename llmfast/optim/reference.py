@@ -1,8 +1,8 @@
 """Update rules as plain functions of one tensor, in the dtype they are given.
 
-The tests hold the kernels to these, and tensors that no kernel can take are updated by them. All work in place. `l2` is
-added to the gradient, times the parameter; `decay` is the share of itself that the parameter loses beside the update.
-`step` counts from 1 at the first update; it may be a tensor, as may `lr` and `decay`.
+The tests compare the kernels with these functions, which also update tensors that no kernel supports. All work in
+place. `l2` times the parameter is added to the gradient; `decay` is the fraction by which the parameter shrinks in
+addition to the update. `step` counts from 1 at the first update; `step`, `lr` and `decay` may be tensors.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def adam(
     l2: float = 0.0,
     decay: Number = 0.0,
 ) -> None:
-    """Adam (Kingma & Ba 2015) with eps after the bias correction; AdamW is `decay=lr * weight_decay`."""
+    """Apply Adam (Kingma & Ba 2015) with eps after the bias correction; AdamW is `decay=lr * weight_decay`."""
     grad = _with_l2(grad, param, l2)
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -52,7 +52,7 @@ def sgd(
     l2: float = 0.0,
     decay: Number = 0.0,
 ) -> None:
-    """Gradient descent; the first gradient enters the buffer undamped, as in torch."""
+    """Apply gradient descent; the first gradient enters the buffer undamped, as in torch."""
     grad = _with_l2(grad, param, l2)
     change = grad
     if momentum_buffer is not None:
@@ -78,7 +78,7 @@ def rmsprop(
     l2: float = 0.0,
     decay: Number = 0.0,
 ) -> None:
-    """RMSProp (Hinton 2012), eps outside the root; centered (Graves 2013) with `grad_avg`."""
+    """Apply RMSProp (Hinton 2012) with eps outside the root; centered (Graves 2013) with `grad_avg`."""
     grad = _with_l2(grad, param, l2)
     square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
     variance = square_avg
@@ -103,7 +103,7 @@ def adagrad(
     l2: float = 0.0,
     decay: Number = 0.0,
 ) -> None:
-    """AdaGrad (Duchi et al. 2011)."""
+    """Apply AdaGrad (Duchi et al. 2011)."""
     grad = _with_l2(grad, param, l2)
     sum.addcmul_(grad, grad)
     _fall(param, decay, lr / (1 + (step - 1) * lr_decay) * (grad / (sum.sqrt() + eps)))
@@ -121,16 +121,16 @@ def lion(
     l2: float = 0.0,
     decay: Number = 0.0,
 ) -> None:
-    """Lion (Chen et al. 2023), which asks nothing of `step`; its own weight decay is `decay=lr * weight_decay`."""
+    """Apply Lion (Chen et al. 2023), which does not use `step`; its weight decay is `decay=lr * weight_decay`."""
     grad = _with_l2(grad, param, l2)
     direction = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
-    sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of NaN is 0, and nobody notices
+    sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of NaN is 0
     _fall(param, decay, lr * sign)
 
 
 def _bounded(param: Tensor) -> Tensor:
-    """An infinite weight, less a share of it, must be infinite and not NaN."""
+    """Keep an infinite weight infinite after subtracting a share of it, instead of NaN."""
     largest = torch.finfo(param.dtype).max
     return param.clamp(-largest, largest)
 

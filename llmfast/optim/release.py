@@ -8,8 +8,10 @@ from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from llmfast._checks import describe, expect
-from llmfast.optim.base import FusedOptimizer, Plan
-from llmfast.optim.row import Place, is_dtensor, local, places
+from llmfast._dtensor import is_dtensor, local
+from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.planner import Plan
+from llmfast.optim.row import Place, places
 
 _REDUCE_LATER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
 
@@ -39,7 +41,7 @@ class ReleaseHandle:
 
     @staticmethod
     def expect_possible(group: dict[str, Any], max_grad_norm: float | None) -> None:
-        """Raises ValueError if a group cannot be stepped in backward."""
+        """Raise ValueError if a group cannot be stepped in backward."""
         _expect_settings(group, max_grad_norm)
         for p in group["params"]:
             expect(
@@ -70,7 +72,7 @@ class ReleaseHandle:
         p.grad = None
 
     def remove(self) -> None:
-        """From now on gradients stay, and `optimizer.step()` is needed again."""
+        """Stop stepping in backward: gradients stay, and `optimizer.step()` is needed again."""
         for handle in self._handles:
             handle.remove()
         self._plans.clear()
@@ -88,7 +90,7 @@ def _expect_settings(group: dict[str, Any], max_grad_norm: float | None) -> None
 
 
 def _arrives_late(p: Tensor) -> bool:
-    """True if FSDP2 copies gradients to the CPU and calls hooks without a wait for the copies: pytorch#180666."""
+    """Return True if FSDP2 calls hooks before its copies of gradients to the CPU have finished: pytorch#180666."""
     waits = TorchVersion(torch.__version__) >= "2.13"
     return not waits and is_dtensor(p) and local(p).device.type == "cpu" != p.device_mesh.device_type  # type: ignore[attr-defined]
 

@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
-    """`torch.optim.RMSprop` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+    """`torch.optim.RMSprop` with one launch for all tensors of a dtype signature: see `FusedAdam`.
 
-    Where `centered` subtracts nearly equal numbers and rounding would make a variance negative, which in torch makes
-    NaN, it is zero.
+    Where `centered` subtracts nearly equal numbers, rounding could make the variance negative, which gives NaN in
+    torch; here it is then zero.
 
     Args:
-        params, lr, alpha, eps, weight_decay, momentum, centered, maximize, differentiable: as in torch.
-        capturable, foreach: accepted so that existing calls work, and without effect: there is one path.
-        extras: see `llmfast.optim.Extras`.
+        params, lr, alpha, eps, weight_decay, momentum, centered, maximize, differentiable: As in torch.
+        capturable, foreach: Accepted for compatibility, without effect: there is only one path.
+        extras: See `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says;
+        ValueError: A hyperparameter or an option is out of range, or an option does not support a parameter;
             `centered` with `state_dtype="8bit"`, whose rounding is larger than a small variance.
-        TypeError: an unknown keyword.
+        TypeError: A keyword is unknown.
     """
 
     rule = "rmsprop"

@@ -1,4 +1,4 @@
-"""One parameter as an optimizer sees it: the piece of it that is here, and what is kept beside it."""
+"""One parameter from an optimizer's view: its local piece, and the states kept for it."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmfast._dtensor import is_dtensor, local
 from llmfast.optim.formats import MasterWeights, ParamFormat, param_format
 
 SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
 
 
 class Bucket(NamedTuple):
-    """Where the pieces of a tensor are: a device mesh, and its dimensions along which it is cut."""
+    """Sharding of a tensor: a device mesh, and the mesh dimensions that shard it."""
 
     mesh: Any
     dims: tuple[int, ...]
@@ -32,7 +33,7 @@ class Shard(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in an optimizer."""
+    """Position of a parameter in an optimizer."""
 
     param: Tensor
     group: int
@@ -40,13 +41,13 @@ class Place(NamedTuple):
     identity: int  # among all parameters
 
     def holds(self, groups: list[dict[str, Any]]) -> bool:
-        """True if the parameter still stands there in its group."""
+        """Return True if the parameter is still at this position in its group."""
         params = groups[self.group]["params"] if self.group < len(groups) else []
         return self.number < len(params) and params[self.number] is self.param
 
 
 def places(groups: list[dict[str, Any]]) -> list[Place]:
-    """All parameters of an optimizer."""
+    """Return the positions of all parameters of an optimizer."""
     found = [(p, index, i) for index, group in enumerate(groups) for i, p in enumerate(group["params"])]
     return [Place(*place, identity) for identity, place in enumerate(found)]
 
@@ -71,13 +72,17 @@ class Row:
     scales: tuple[Tensor | None, ...]  # of the first two, where they have 8 bits
     low: Tensor | None
     ema: Tensor | None
+    fused: bool = False  # whether torch's fused CPU kernel updates it
 
     def __post_init__(self) -> None:
         self._seen_grad = _looks(self.param.grad)
+        found = {name: t for name, t in zip(self.names, self.states) if name is not None and t is not None}
+        # The part of the state that torch's own update knows.
+        self.named_states: dict[str, Tensor] = found | {"step": self.state["step"]}
 
     @property
     def format(self) -> ParamFormat:
-        """How the parameter has more bits than its own."""
+        """Format that adds bits to the parameter."""
         return param_format(self.master)
 
     @property
@@ -89,18 +94,13 @@ class Row:
         """All that a step changes."""
         return [self.local, *(local(t) for t in self.state.values() if isinstance(t, Tensor))]
 
-    def named_states(self) -> dict[str, Tensor]:
-        """The state, as far as torch's own update knows it."""
-        found = {name: t for name, t in zip(self.names, self.states) if name is not None and t is not None}
-        return found | {"step": self.state["step"]}
-
     def looks(self) -> bool:
-        """False if a gradient has come that is of another kind than when the row was made."""
+        """Return False if a gradient differs in kind from the one for which the row was created."""
         g = self.param.grad
         return g is None or _looks(g) == self._seen_grad
 
     def matches(self, g: Tensor | None) -> bool:
-        """True if such a gradient lies in memory as the parameter does, and neither has gaps."""
+        """Return True if the gradient has the parameter's memory layout, and neither has gaps."""
         fits = g is not None and g.layout == torch.strided and g.stride() == self.local.stride()
         return fits and is_dense(self.local)
 
@@ -109,20 +109,10 @@ def _looks(g: Tensor | None) -> Any:
     return None if g is None else (g.dtype, g.layout, g.stride() if g.layout == torch.strided else None)
 
 
-def is_dtensor(t: Tensor) -> bool:
-    return type(t) not in (torch.nn.Parameter, Tensor) and hasattr(t, "_local_tensor") and hasattr(t, "placements")
-
-
-def local(t: Tensor) -> Tensor:
-    """The piece of a DTensor that is here, which shares its memory; any other tensor as it is."""
-    piece: Tensor = getattr(t, "_local_tensor", t)
-    return piece
-
-
 def grad_of(p: Tensor) -> Tensor | None:
-    """The gradient of the piece of `p` that is here.
+    """Return the gradient of the local piece of `p`.
 
-    A gradient that is spread otherwise, as one that ranks have parts of, is brought together first, and stays so.
+    A gradient with a different placement, such as partial sums, is redistributed first and keeps the new placement.
     """
     g: Any = p.grad
     if g is None or g is local(g):
@@ -134,13 +124,13 @@ def grad_of(p: Tensor) -> Tensor | None:
 
 
 def bring_together(dtensors: list[Tensor]) -> None:
-    """Gradients that are spread otherwise than their parameters, in an order that is the same on all ranks."""
+    """Redistribute gradients whose placement differs from their parameters', in the same order on all ranks."""
     for p in dtensors:
         grad_of(p)
 
 
 def shard_of(p: Tensor) -> Shard:
-    """Where the piece of `p` that is here lies in the whole."""
+    """Return the position of the local piece of `p` in the whole tensor."""
     if not is_dtensor(p):
         return Shard()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -164,7 +154,7 @@ def shard_of(p: Tensor) -> Shard:
 
 
 def is_dense(t: Tensor) -> bool:
-    """True if the elements fill their memory without gaps or overlaps, in whatever order."""
+    """Return True if the elements fill their memory without gaps or overlaps, in any order."""
     if t.layout != torch.strided:
         return False
     if t.is_contiguous():

@@ -17,21 +17,22 @@ if TYPE_CHECKING:
 
 
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
-    """`torch.optim.SGD` with all tensors of a dtype signature updated by one launch: see `FusedAdam`.
+    """`torch.optim.SGD` with one launch for all tensors of a dtype signature: see `FusedAdam`.
 
     As in torch, the first gradient of a parameter enters its momentum buffer undamped, whenever it comes.
 
     Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in torch.
-        foreach, fused: accepted so that existing calls work, and without effect: there is one path.
-        extras: see `llmfast.optim.Extras`.
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, differentiable: As in torch.
+        foreach, fused: Accepted for compatibility, without effect: there is only one path.
+        extras: See `llmfast.optim.Extras`.
 
     Raises:
-        ValueError: a hyperparameter or an option is out of range, or a parameter cannot be kept as an option says.
-        TypeError: an unknown keyword.
+        ValueError: A hyperparameter or an option is out of range, or an option does not support a parameter.
+        TypeError: A keyword is unknown.
     """
 
     rule = "sgd"
+    torch_counts_steps = False
     takes_sparse = True
     cpu_kernel_dtypes = (torch.float32, torch.float64)  # of fewer bits, whole vectors stay as they are: pytorch#191763
 
@@ -86,7 +87,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
                     state["momentum_buffer"].copy_(buffer)
 
     def _exported(self, p: Tensor | None, index: int, state: dict[str, Any]) -> dict[str, Any]:
-        """As torch has it: no buffer before the first step, and no counter but where rounding depends on it."""
+        """Export as torch does: no buffer before the first step, and a counter only where rounding depends on it."""
         exported = super()._exported(p, index, state)
         if p is None or "step" not in state:
             return exported

@@ -1,4 +1,4 @@
-"""What a fused optimizer keeps of each parameter: made, brought into the formats asked for, saved and loaded."""
+"""States that a fused optimizer keeps per parameter: creating, converting, saving and loading them."""
 
 import dataclasses
 import warnings
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe
+from llmfast._dtensor import is_dtensor, local
 from llmfast.optim import formats
 from llmfast.optim.formats import CODES, LOW_BITS, LOW_NAMES, PARAM_FORMATS, format_in, is_code, param_format
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 OLD_LOW_BITS = "remainder"  # in older checkpoints: of 8 bits as int8, so that only the dtype says how many there are
@@ -27,7 +28,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     options: Options
     group_options: list[dict[str, Any]]
     """Options that parameter groups have in place of `options`, one dict per group; see `Extras`."""
-    rule: ClassVar[str]  # the kernels' name of it
+    rule: ClassVar[str]  # its name among the kernels' rules and in `reference`
+    torch_counts_steps: ClassVar[bool] = True  # whether torch's optimizer keeps a step counter
     # States that are squares, and so without a sign.
     squares: ClassVar[frozenset[str]] = frozenset()
     # States that 8 bits are too few for: they are float32 then.
@@ -40,7 +42,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     whole_arguments: ClassVar[tuple[str, ...]] = ()
 
     def _take(self, extras: Extras) -> None:
-        """To be called before torch's constructor, which adds parameter groups."""
+        """Take the extra options; call this before torch's constructor, which adds parameter groups."""
         self.options = Options.given(extras)
         self.group_options = []
 
@@ -53,7 +55,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return dataclasses.replace(self.options, **self.group_options[index])
 
     def _match_groups(self) -> None:
-        """Raises if options of groups can no longer be told to belong to which."""
+        """Raise ValueError if the options of groups can no longer be matched to groups."""
         if len(self.group_options) != len(self.param_groups):
             if any(self.group_options):
                 raise RuntimeError(
@@ -70,27 +72,27 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                 )
 
     def _clip_of(self, index: int) -> int | None:
-        """Which gradients a group's are clipped together with: its index, or SHARED, or None if it is not clipped."""
+        """Return the clip that a group belongs to: its index, SHARED, or None if it is not clipped."""
         if self.option(index, "max_grad_norm") is None:
             return None
         return index if "max_grad_norm" in self.group_options[index] else SHARED
 
     @abstractmethod
     def _state_names(self, group: dict[str, Any]) -> Names:
-        """Names of the states that are shaped like the parameter, in the order of the rule's arguments."""
+        """Return the names of the states that have the parameter's shape, in the order of the rule's arguments."""
 
     def _first_value(self, group: dict[str, Any]) -> float:
-        """Of every state."""
+        """Return the initial value of every state."""
         return 0.0
 
     # Making it.
 
     def _row(self, p: Tensor, index: int, identity: int) -> Row:
-        """The parameter with its state: made where missing, in its memory order and the formats asked for."""
+        """Return the parameter with its state, created if missing, in its memory order and the requested formats."""
         group, o, state = self.param_groups[index], self.options_of(index), self.state[p]
         names = self._state_names(group)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
-            before = state.get("momentum_buffer") is not None and self.rule == "sgd"
+            before = state.get("momentum_buffer") is not None and not self.torch_counts_steps
             state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
         # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
         home = state["step"].device if p.is_complex() else p.device
@@ -104,15 +106,23 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         pieces = {name: local(t) for name, t in state.items() if isinstance(t, Tensor)}
         master = o.master_of(p)
         return Row(
-            p, index, identity, state, local(p), shard_of(p), self._clip_of(index), master, names,
+            param=p,
+            group=index,
+            identity=identity,
+            state=state,
+            local=local(p),
+            shard=shard_of(p),
+            clip=self._clip_of(index),
+            master=master,
+            names=names,
             states=tuple(None if name is None else pieces[_stored(state, name)] for name in names),
             scales=tuple(None if name is None else pieces.get(f"{name}_scale") for name in names[:2]),
             low=pieces.get(param_format(master).state or ""),
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
-        )  # fmt: skip
+        )
 
     def _check_states(self, places: list[Place]) -> None:
-        """Raises ValueError if a state does not belong to its parameter."""
+        """Raise ValueError if a state does not belong to its parameter."""
         for p, index, _, _ in places:
             if (state := self.state.get(p)) is not None:
                 for name in (*self._state_names(self.param_groups[index]), *OWN_NAMES):
@@ -214,7 +224,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return value
 
     def _decoded(self, state: dict[str, Any], name: str) -> Tensor:
-        """An 8-bit state in float32."""
+        """Decode an 8-bit state into float32."""
         codes = state[_stored(state, name)]
         value = torch.empty_like(codes, dtype=torch.float32)
         flat = formats.decoded(formats.in_memory_order(local(codes)), state[f"{name}_scale"])
@@ -222,7 +232,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return value
 
     def master_value(self, p: Tensor) -> Tensor:
-        """A parameter with all the bits that the optimizer has of it: float32 where `master_weights` keeps more."""
+        """Return a parameter with all bits that the optimizer has of it: float32 if `master_weights` keeps more."""
         return self._value(p, self.state.get(p, {})).clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -253,11 +263,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     # Saving and loading it.
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's optimizer of the same name saves it; with keys of its own for what `Extras` keep.
+        """Return the state as torch's corresponding optimizer saves it, with additional keys for what `Extras` keep.
 
-        An 8-bit state is `<name>_code` and `<name>_scale`, which nobody takes for what torch has; of a DTensor it is
-        `<name>` in float32, which other ranks can take over. `torch_state_dict` is for torch. Options of groups are
-        not saved: states of any format load into an optimizer of any other.
+        An 8-bit state is saved as `<name>_code` and `<name>_scale`, names that torch does not use; for a DTensor it is
+        `<name>` in float32, which other ranks can load. Use `torch_state_dict` for torch. Options of groups are not
+        saved: states of any format load into an optimizer with any other.
         """
         saved = super().state_dict()
         params = self._params_by_key()
@@ -268,11 +278,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return saved
 
     def torch_state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizer of the same name can load it: 8-bit states decoded, and no keys of our own."""
+        """Return the state in a form that torch's optimizer can load: decoded, without additional keys."""
         saved = self.state_dict()
         for key in self._params_by_key():
             if (state := saved["state"].get(key)) is not None:
-                ours = {*OWN_NAMES, *(["step"] if self.rule == "sgd" else [])}
+                ours = {*OWN_NAMES, *([] if self.torch_counts_steps else ["step"])}
                 saved["state"][key] = {
                     name.removesuffix("_code"): self._decoded_code(state, name) if name.endswith("_code") else value
                     for name, value in state.items()
@@ -288,11 +298,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return self._decoded({base: state[name], f"{base}_scale": state[f"{base}_scale"]}, base)
 
     def _params_by_key(self) -> dict[Any, tuple[Tensor, int]]:
-        """Parameters by their number, each with the index of its group."""
+        """Return parameters by number, each with the index of its group."""
         return dict(enumerate((p, index) for index, group in enumerate(self.param_groups) for p in group["params"]))
 
     def _exported(self, p: Tensor | None, index: int, state: dict[str, Any]) -> dict[str, Any]:
-        """What is saved of one parameter's state."""
+        """Return what is saved of one parameter's state."""
         # torch.distributed.checkpoint casts by value to what it finds under the same name: so of low bits there are 16.
         exported = {name: formats.sixteen(t) if name == LOW_BITS else t for name, t in state.items()}
         if p is None or not is_dtensor(p):
@@ -307,7 +317,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, from any optimizer of the same name, and without casting what `Extras` keep in other dtypes."""
+        """Load a state dict of any corresponding optimizer, without casting what `Extras` keep in other dtypes."""
         given: dict[str, Any] = {}
         mine = [{k: v for k, v in group.items() if k in self.own_group_keys} for group in self.param_groups]
 
@@ -340,17 +350,19 @@ class StateKeeper(torch.optim.Optimizer, ABC):
                 del group[key]
 
     def _readable(self, i: Any, saved: dict[str, Any]) -> dict[str, Any]:
-        """One parameter's saved state with today's names, and without what a flattened one left empty.
+        """Rename one parameter's saved state to current names, without entries that a flattened one left empty.
 
-        Of a flattened state dict, torch.distributed.checkpoint hands on what has the name of a state that is here, and
-        an empty dict where there is none of that name.
+        From a flattened state dict, torch.distributed.checkpoint passes on entries whose names are in the current
+        state, and an empty dict for names that are missing.
         """
         empty = {name for name, value in saved.items() if isinstance(value, dict) and not value}
         if len(empty) == len(saved):
             return {}
         for name in sorted(empty):
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
-            if not scale_of_numbers and not (name == "step" and self.rule == "sgd"):  # neither is saved by itself
+            if not scale_of_numbers and not (
+                name == "step" and not self.torch_counts_steps
+            ):  # neither is saved by itself
                 raise ValueError(
                     f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
                     "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "
@@ -380,7 +392,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return {name: value for name, value in saved.items() if name not in added}
 
     def _keeper_of(self, name: str) -> str:
-        """The setting with which a state of that name is kept."""
+        """Return the setting under which a state of that name is kept."""
         masters = [repr(master) for master, kept in PARAM_FORMATS.items() if kept.state == name]
         if masters or name == "ema_param":
             return f"master_weights={' or '.join(masters)}" if masters else "ema_decay"
@@ -392,7 +404,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return name != "step" and self.option(index, "state_dtype") is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep every public attribute, other than methods that somebody has wrapped, as schedulers wrap `step`."""
+        """Keep every public attribute except wrapped methods, such as the `step` that schedulers wrap."""
         methods = {name for name in vars(self) if callable(getattr(type(self), name, None))}
         public = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in methods}
         own = [dict(options) for options in self.group_options]
@@ -424,23 +436,23 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
 
 def _stored(state: dict[str, Any], name: str) -> str:
-    """The name of a state as it is kept: see `_keep_state`."""
+    """Return the name under which a state is stored: see `_keep_state`."""
     code = f"{name}_code"
     return code if code in state else name
 
 
 def _spread(t: Tensor) -> Any:
-    """Placements and mesh of a DTensor."""
+    """Return placements and mesh of a DTensor."""
     return (t.placements, t.device_mesh) if is_dtensor(t) else None  # type: ignore[attr-defined]
 
 
 def _lies_like(t: Tensor, p: Tensor) -> bool:
-    """True if `t` lies in memory as `p` does, or as a tensor made like `p` would."""
+    """Return True if `t` has the memory layout of `p`, or of a tensor created like `p`."""
     return local(t).stride() == local(p).stride() or not is_dense(local(p))
 
 
 def _coded(value: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes like `p`, rounded to nearest, and their scales."""
+    """Round to codes like `p`, to nearest, and return them with their scales."""
     codes = torch.empty_like(p, dtype=dtype, requires_grad=False)
     flat = torch.empty_like(local(codes), dtype=torch.float32).copy_(local(value))
     code, scale = formats.encoded(formats.in_memory_order(flat), None, dtype == torch.int8)

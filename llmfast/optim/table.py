@@ -21,7 +21,7 @@ Hyper = dict[str, Any]  # hyperparameters of a group by their names: floats, or 
 
 
 class Signature(NamedTuple):
-    """What tensors must share to go into one launch."""
+    """Properties that tensors must share to be updated in one launch."""
 
     device: torch.device
     kind: "Kind"

@@ -1,7 +1,8 @@
-"""Whether parameters and states are still those, and still where, that a plan was made for.
+"""Check that parameters and states are those, and in the places, for which a plan was made.
 
-Kernels take addresses, so everything is looked at before every step, and a step of hundreds of small tensors is as fast
-as the looking. Hence what may look odd here: `map` over functions written in C is the fastest loop that Python has.
+Kernels take addresses, so everything is checked before every step, and for hundreds of small tensors the checks
+determine the speed of a step. Some code looks unusual for this reason: `map` over functions written in C is the fastest
+loop in Python.
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmfast.optim.row import is_dtensor, local
+from llmfast._dtensor import is_dtensor, local
 
 
 class Watch:
@@ -38,7 +39,7 @@ class Watch:
         return self._look(state) == self._seen
 
     def _look(self, state: dict[Any, dict[str, Any]]) -> tuple[list[int], list[int], list[int]]:
-        """Sizes and addresses of the parameters, and addresses of all that is in the states."""
+        """Return sizes and addresses of the parameters, and addresses of all state tensors."""
         sizes = list(map(Tensor.numel, self._locals))  # a parameter cut short stays where it is
         states = state.values() if self._only is None else [state.get(self._only, {})]
         values: Iterable[Any] = chain.from_iterable(map(dict.values, states))
@@ -46,6 +47,6 @@ class Watch:
             values = map(local, values)
         try:
             return sizes, list(map(Tensor.data_ptr, self._locals)), list(map(Tensor.data_ptr, values))
-        except TypeError:  # somebody keeps something else there
+        except TypeError:  # the state may hold other objects
             found = chain.from_iterable(map(dict.values, states))
             return sizes, [], [local(t).data_ptr() if isinstance(t, Tensor) else id(t) for t in (*self._locals, *found)]

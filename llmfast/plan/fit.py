@@ -86,7 +86,7 @@ def fit_chinchilla(
     together = abs(np.corrcoef(np.log(n), np.log(d))[0, 1])
     expect(
         together < 0.999,
-        "N and D of these runs vary only together, as with a fixed number of tokens a parameter: which of the two "
+        "N and D of these runs vary only together, as with a fixed number of tokens per parameter: which of the two "
         "lowers the loss cannot be told. Train some of the models on more or fewer tokens",
     )
     found = _search(_Runs(np.log(np.stack([n, d])), losses, delta), resamples, seed)
@@ -143,7 +143,7 @@ class _Runs:
         self.x = logs - self.middle  # so that coefficients have the size of a loss
 
     def columns(self, exponents: Array) -> Array:
-        """(..., P) to (..., 1 + P, M): 1, if there is a constant, and each x^-exponent."""
+        """Map (..., P) to (..., 1 + P, M): 1, if there is a constant, and each x^-exponent."""
         powers = np.exp(-exponents[..., None] * self.x)
         return np.concatenate([np.full_like(powers[..., :1, :], float(self.constant)), powers], axis=-2)
 
@@ -176,7 +176,7 @@ def _search(runs: _Runs, resamples: int, seed: int) -> _Found:
 
 
 def _draw(runs: _Runs, resamples: int, seed: int) -> Array:
-    """(<= resamples, M): how often each run was drawn; without draws that could not be fitted."""
+    """Draw how often each run counts, (<= resamples, M), without draws that could not be fitted."""
     M = len(runs.loss)
     drawn: npt.NDArray[np.int64] = np.random.default_rng(seed).multinomial(M, np.full(M, 1 / M), size=resamples)
     numbers = [distinct(np.exp(row)) for row in runs.logs]
@@ -185,7 +185,7 @@ def _draw(runs: _Runs, resamples: int, seed: int) -> Array:
 
 
 def _refined(center: Array, step: float, runs: _Runs, counts: Array) -> Array:
-    """(R, P): the minimum near `center`, by windows of 5 points an axis that move to their best, or shrink around it.
+    """Find the minimum near `center`, (R, P), with windows of 5 points per axis that move or shrink.
 
     A valley may lie across the axes, with its minimum outside a window that has only shrunk; so a window whose best
     point is on its edge moves and keeps its size.
@@ -205,7 +205,7 @@ def _refined(center: Array, step: float, runs: _Runs, counts: Array) -> Array:
 
 
 def _best(grid: Array, runs: _Runs, counts: Array) -> Array:  # grid: (R, G, P)
-    """(R, P): the point of each grid with the least sum of Huber losses."""
+    """Return the point of each grid with the least sum of Huber losses, (R, P)."""
     _, predicted = _project(np.exp(grid), runs, counts)
     r, delta = np.abs(np.log(predicted / runs.loss)), runs.delta
     huber = np.where(r <= delta, 0.5 * r * r, delta * (r - 0.5 * delta))

@@ -107,7 +107,7 @@ class KaplanLaw:
         """Compute the loss of N parameters and D tokens.
 
         Raises:
-            ValueError: an argument is not above 0.
+            ValueError: An argument is not above 0.
         """
         _positive(N=N, D=D)
         return float(((self.N_c / N) ** (self.alpha_N / self.alpha_D) + self.D_c / D) ** self.alpha_D)
@@ -127,7 +127,7 @@ class ChinchillaLaw:
         """Compute the loss of N parameters and D tokens.
 
         Raises:
-            ValueError: an argument is not above 0.
+            ValueError: An argument is not above 0.
         """
         _positive(N=N, D=D)
         return float(self.E + self.A / N**self.alpha + self.B / D**self.beta)

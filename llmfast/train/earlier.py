@@ -1,4 +1,4 @@
-"""What a run takes over from an earlier one: settings and tokenizer that must agree with its weights."""
+"""Settings and tokenizer that a run takes over from an earlier one, and that must agree with its weights."""
 
 import hashlib
 import tempfile
@@ -30,7 +30,7 @@ def saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def expect_checkpoint_resumable(meta: Mapping[str, Any], config: Config, run: Path) -> None:
-    """Compare settings with those that a checkpoint was written with: the files beside it may have been edited."""
+    """Compare settings with those in the checkpoint: the files next to it may have been edited."""
     about, done = meta.get("about", {}), meta["step"]
     if "settings" in about:  # earlier versions wrote none
         found = f"the checkpoint in {run}"

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: weights, a sample, a picture of its loss, and the closing table."""
+"""Results of a finished run: weights, a sample, a picture of its loss, and the closing table."""
 
 from typing import Any
 

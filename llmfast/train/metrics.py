@@ -1,4 +1,4 @@
-"""What a run logs and shows: metrics.jsonl, the progress bar, loss.png and the closing table."""
+"""Logging and display of a run: metrics.jsonl, the progress bar, loss.png and the closing table."""
 
 import json
 import math

@@ -71,7 +71,7 @@ class Setting:
 
     @property
     def type_name(self) -> str:
-        """What a value must be at least: "int", "list of str", ..."""
+        """Describe the type that a value must have: "int", "list of str", ..."""
         if get_origin(self.kind) is dict:
             return "a table"
         if get_origin(self.kind) is list:

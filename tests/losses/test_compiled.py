@@ -78,7 +78,7 @@ def test_inductor(path: str) -> None:
 
 @pytest.mark.parametrize("budget", [None, "auto", 20000])
 def test_upstream_gradients_of_any_layout(path: str, budget: Any) -> None:
-    """What the graph itself sums sends back one number, expanded to all rows."""
+    """The graph's own sum sends back one number, expanded to all rows."""
     hidden, weight, targets = tensors()
 
     def total(h: Tensor, w: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_upstream_gradients_of_any_layout(path: str, budget: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"num_valid": torch.zeros(())}, {"token_weights": torch.zeros(40)}])
 def test_a_mean_divided_by_nothing_has_gradients_of_zero(path: str, options: dict[str, Any]) -> None:
-    """As outside: here rows have losses, and yet there is nothing to divide their sum by."""
+    """Give rows losses but no number to divide their sum by, as outside of compile."""
     hidden, weight, targets = tensors()
     logits = (hidden @ weight.T).detach().requires_grad_()
 
@@ -158,7 +158,7 @@ def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @unrecorded()
 def test_operators_keep_their_promises(path: str, reduction: str) -> None:
-    """torch's own checks: schema, fakes, autograd registration, and tracing with static and dynamic shapes."""
+    """Run torch's own checks: schema, fakes, autograd registration, and tracing with static and dynamic shapes."""
     from llmfast.losses.operators import OPERATORS
 
     hidden, weight, targets = tensors(12, 30)

@@ -1,4 +1,4 @@
-"""What the linear loss costs on a CPU, next to torch's own two ways, at Llama-2's vocabulary."""
+"""Cost of the linear loss on a CPU, compared with torch's own two implementations, at Llama-2's vocabulary."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def forward_backward(way: str, hidden: Tensor, weight: Tensor, targets: Tensor) 
 
 
 def test_time() -> None:
-    """Of the processor, on one thread: others may be busy beside it, and threads that wait for each other count too."""
+    """Measure processor time on one thread, because other processes may run and waiting threads count too."""
     arguments = inputs()
     best: dict[str, float] = {}
 
@@ -64,7 +64,7 @@ def test_time() -> None:
 
 
 def extra_memory(way: str) -> int:
-    """Bytes by which the process's peak rises over what it holds before; run in a process of its own."""
+    """Return by how many bytes the process's peak exceeds what it held before; run it in its own process."""
     arguments = hidden, weight, targets = inputs()
     # The first call loads parts of libraries, not equally many on every machine.
     forward_backward(way, *(t.detach().requires_grad_() for t in (hidden[:8], weight[:64])), targets[:8] % 64)

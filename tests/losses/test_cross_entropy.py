@@ -18,7 +18,7 @@ REDUCTIONS = ["mean", "sum", "none"]
 
 
 def draw(N: int, V: int, dtype: torch.dtype, spread: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Logits and targets; about a fifth of the targets are ignored, the first is not."""
+    """Draw logits and targets; about a fifth of the targets are ignored, but not the first."""
     logits = (torch.randn(N, V) * spread).to(dtype)
     targets = torch.randint(0, V, (N,))
     targets[torch.rand(N) < 0.2] = -100
@@ -333,7 +333,7 @@ def test_refuses(change: dict[str, object], error: type[Exception], message: str
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e3, 1e5, 1e8, -1e8])
 @pytest.mark.parametrize("terms", [{}, {"return_stats": True}, {"inplace": True}, {"label_smoothing": 0.1}], ids=str)
 def test_logits_that_share_a_large_offset(path: str, offset: float, terms: dict[str, Any]) -> None:
-    """What logits differ by is exact, however large they are: a softmax does not see what they have in common."""
+    """Differences of logits are exact, however large they are, and a softmax depends on nothing else."""
     logits, targets = torch.randn(24, 1100) * 2 + offset, torch.randint(0, 1100, (24,))
 
     def of(loss: Callable[..., Any], dtype: torch.dtype, **options: Any) -> list[Tensor]:

@@ -27,14 +27,14 @@ def by_element(alive: Tensor, M: int, K: int) -> Tensor:
 
 
 def padded(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """(rows, width) within a wider slab that is NaN elsewhere."""
+    """Return a view (rows, width) of a wider slab that is NaN elsewhere."""
     slab = torch.full((rows, -(-width // 64) * 64 + 64), torch.nan, dtype=dtype)
     slab[:, :width] = torch.randn(rows, width).to(dtype)
     return slab[:, :width]
 
 
 def left(M: int, K: int, dtype: torch.dtype, alive: Tensor, transposed: bool) -> Tensor:
-    """The left factor, with NaN and infinity in its dead blocks."""
+    """Create the left factor, with NaN and infinity in its dead blocks."""
     a = padded(K, M, dtype).T if transposed else padded(M, K, dtype)
     dead = ~by_element(alive, M, K)
     a[dead] = torch.tensor([torch.nan, torch.inf], dtype=dtype).repeat(int(dead.sum()) // 2 + 1)[: int(dead.sum())]
@@ -79,7 +79,7 @@ def test_the_block_that_is_cut_off_lives_or_not(fate: list[int]) -> None:
 
 
 def test_blocks_may_come_transposed() -> None:
-    """As the gradient of the weights has them: by classes, then tokens."""
+    """Read blocks by classes, then tokens, as for the weight's gradient."""
     alive = torch.tensor([[True, False, True], [False, True, True]])
     slab = left(200, 300, torch.float16, alive, False)
     check(slab.T, padded(200, 64, torch.float16), alive.T, torch.randn(300, 64), add=True)

@@ -118,7 +118,7 @@ def test_a_sum_over_some_ignored_tokens(path: str, way: str, upstream: float) ->
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_weights_of_ignored_tokens_may_be_nan(path: str, way: str, reduction: str) -> None:
-    """mask / mask.sum() of a sequence without a label is 0 / 0."""
+    """Compute mask / mask.sum() of a sequence without labels, which is 0 / 0."""
     labels = torch.randint(0, V, (B, T))
     labels[0] = -100
     weights = (labels != -100) / (labels != -100).sum(1, keepdim=True)

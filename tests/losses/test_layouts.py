@@ -47,7 +47,7 @@ FUNCTIONS = [f for name in llmfast.losses.__all__ if inspect.isfunction(f := get
 
 
 def arguments(function: Callable[..., Any]) -> list[str]:
-    """The names of the function's arguments that may be tensors."""
+    """Return the names of the function's arguments that may be tensors."""
     hints = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
     return [name for name, hint in hints.items() if "Tensor" in str(hint) or "Numbers" in str(hint)]
 
@@ -59,7 +59,7 @@ def value(function: Callable[..., Any], name: str) -> Tensor:
 
 
 def call(function: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    """What the function returns, the gradients of what has one, and what is accumulated into."""
+    """Return the function's results, all gradients, and the accumulated tensors."""
     tensors = dict(tensors)
     if "target_weights" in tensors:
         y = torch.stack([tensors["targets"], tensors["targets"].flip(0)], -1)
@@ -181,7 +181,7 @@ def test_an_expanded_tensor_is_nothing_to_accumulate_into(path: str) -> None:
 
 
 def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
-    """What is above them makes tensors contiguous; an argument that is forgotten there is an error here."""
+    """Callers make tensors contiguous; an argument that they forget is an error here."""
     from llmfast_kernels import cross_entropy as rows
     from llmfast_kernels.filtered_matmul import filtered_matmul
     from llmfast_kernels.scale import scale

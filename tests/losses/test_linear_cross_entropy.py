@@ -75,7 +75,7 @@ def test_real_vocabulary_in_chunks(path: str, dtype: torch.dtype) -> None:
     valid = (targets != -100).sum()
 
     def in_chunks(h: Tensor, w: Tensor) -> Tensor:
-        """In float32 of as many rows as ours: a BLAS adds 50257 terms in another order for three rows than seven."""
+        """Compute in float32 in chunks of the same rows: a BLAS's order of summation depends on it."""
         rows = 3 if dtype == torch.float32 else 7
         cut = ((h[i : i + rows], targets[i : i + rows]) for i in range(0, 7, rows))
         return sum(F.cross_entropy(x @ w.T, y, reduction="sum") for x, y in cut) / valid

@@ -26,7 +26,7 @@ FORMS = "tensor", "list", "shared"
 
 
 def batch(kind: str) -> tuple[Tensor, Tensor | None]:
-    """Labels and documents of rows that are padded at the end, packed, or begin with a prompt."""
+    """Return labels and documents of rows that are padded at the end, packed, or begin with a prompt."""
     labels = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
     if kind == "padded":
         labels[0, 6:] = labels[1, 9:] = -100
@@ -42,7 +42,7 @@ def batch(kind: str) -> tuple[Tensor, Tensor | None]:
 def reference(
     hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor, documents: Tensor | None, weights: Sequence[float]
 ) -> tuple[Tensor, list[Tensor]]:
-    """A loop over heads; each mean over the head's own valid tokens."""
+    """Loop over the heads; each mean is over the head's own valid tokens."""
     losses = []
     for k, hidden in enumerate(hiddens):
         target = torch.full_like(labels, -100)
@@ -299,7 +299,7 @@ def test_the_host_waits_for_nothing(shared: bool) -> None:
 
 
 def gradients(rank: int, world: int, ranks: int, micro: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of a batch of 8 rows over some of the ranks, each in micro-batches; summed over all."""
+    """Return gradients of 8 rows divided over some ranks and micro-batches, summed over all."""
     torch.manual_seed(3)
     K, rows = 3, 8
     labels = torch.randint(0, V, (rows, T))
@@ -397,7 +397,7 @@ def test_products_of_heads() -> None:
 
 
 def test_kernels_take_part(kernels: None) -> None:
-    """Of every form once, recorded."""
+    """Record every form once."""
     labels, documents = batch("packed")
     for dtype in (torch.float32, torch.bfloat16):
         for shared in (False, True):

@@ -21,7 +21,7 @@ NAMES = (
 
 
 def draw(names: list[str], shape: tuple[int, ...], V: int, K: int) -> tuple[Tensor, Options]:
-    """Targets, about a fifth of them ignored, and values for the options named."""
+    """Draw targets, about a fifth of them ignored, and values for the named options."""
     full = (*shape, K) if K > 1 else shape
     targets = torch.randint(0, V, full)
     values: Options = {
@@ -51,7 +51,7 @@ def in_float64(options: Options) -> Options:
 
 
 def objective(loss: Callable[..., Any], inputs: list[Tensor], stats: bool, upstream: list[Tensor]) -> list[Tensor]:
-    """The loss and what else comes back, then the gradients of a weighted sum of all that has one."""
+    """Return the loss and other results, then the gradients of a weighted sum of all that are differentiable."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     result = loss(*leaves)
     value, told = result if stats else (result, None)
@@ -66,7 +66,7 @@ def objective(loss: Callable[..., Any], inputs: list[Tensor], stats: bool, upstr
 def compare(
     ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], dtype: torch.dtype, logits: torch.dtype
 ) -> None:
-    """`plain` is the reference in the inputs' own dtype, as torch would compute it; `logits`, what those round to."""
+    """Compare; `plain` is the reference in the inputs' own dtype, `logits` what those are rounded to."""
     if truth[0].isnan().any():  # nothing to average
         assert ours[0].isnan().all()
         assert all(t.isfinite().all() for t in ours[1:])
@@ -174,7 +174,7 @@ def test_linear_cross_entropy(
     ids=str,
 )
 def test_machine_code_of_each_term_alone_and_all_together(kernels: None, names: list[str], dtype: torch.dtype) -> None:
-    """What is launched here is compiled after the tests; the random combinations are not."""
+    """Make launches that are compiled after the tests; random combinations are not."""
     targets, options = draw(list(names), (3,), 1024, 3 if "target_weights" in names else 1)
     inputs = [torch.randn(3, 8).to(dtype), torch.randn(1024, 8).to(dtype)]
     many = len(names) > 1
@@ -240,7 +240,7 @@ def test_the_first_of_equal_logits_is_the_argmax(path: str) -> None:
 @pytest.mark.parametrize("softcap", [0.7, 5.0, 30.0])
 @pytest.mark.parametrize("logit_scale", [None, 1.7])
 def test_there_is_an_argmax_wherever_there_are_logits(path: str, softcap: float, logit_scale: float | None) -> None:
-    """softcap is computed at two places of a kernel, which a compiler may round differently."""
+    """Compute softcap in two places of a kernel, which a compiler may round differently."""
     logits, targets = torch.randn(200, 700) * 10, torch.randint(0, 700, (200,))
     options: Options = {"softcap": softcap, "logit_scale": logit_scale, "return_stats": True}
     _, stats = cross_entropy(logits, targets, **options)
@@ -251,7 +251,7 @@ def test_there_is_an_argmax_wherever_there_are_logits(path: str, softcap: float,
 
 
 def test_argmax_when_two_places_round_differently(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the kernel's second look at the row gave other numbers than the first."""
+    """Let the kernel's second look at the row give other numbers than the first."""
     from llmfast_kernels import row
 
     exact, calls = row.read_logits, itertools.count()

@@ -131,7 +131,7 @@ def check_dtensors(rank: int, world: int, V: int) -> None:
 
 
 def check_fsdp(rank: int, world: int, V: int) -> None:
-    """A head that FSDP2 has sharded, or gathered already, when the loss takes its weight."""
+    """Check a head that FSDP2 has sharded, or already gathered, when the loss takes its weight."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -162,7 +162,7 @@ def check_fsdp(rank: int, world: int, V: int) -> None:
 
 
 def check_ignored(rank: int, world: int, V: int) -> None:
-    """A step without a valid label, its sum divided by 0, has gradients of zero."""
+    """Check that a step without a valid label, its sum divided by 0, has gradients of zero."""
     hidden, weight, _, targets = inputs(V)
     ignored = torch.full_like(targets, -100)
     share = -(-V // world)
@@ -177,7 +177,7 @@ def check_ignored(rank: int, world: int, V: int) -> None:
 
 
 def check_far_from_zero(rank: int, world: int, V: int) -> None:
-    """A rank without classes adds nothing to the peak, however far below zero the logits of the others are."""
+    """Check that a rank without classes adds nothing to the peak, however far below zero the others' logits are."""
     hidden, weight, _, targets = inputs(V)
     share = -(-V // world)
     own = slice(min(rank * share, V), min((rank + 1) * share, V))

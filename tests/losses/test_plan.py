@@ -1,4 +1,4 @@
-"""How the linear loss is cut: modes that agree, what they hold, what they skip, and what the plan says of it."""
+"""Tests of the linear loss's plan: modes that agree, what they hold and skip, and what the plan reports."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,7 +34,7 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def forced(mode: str) -> Any:
-    """Every plan takes this mode."""
+    """Force every plan to take this mode."""
     make = LinearCrossEntropyPlan.make
     return mock.patch.object(
         LinearCrossEntropyPlan, "make", staticmethod(lambda *a, **k: make(*a, **(k | {"mode": mode})))
@@ -116,7 +116,7 @@ DTYPES = [(torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float3
 def test_peak_memory_is_what_the_plan_says(
     mode: str, dtype: torch.dtype, slab_dtype: torch.dtype | None, wants: tuple[bool, bool], shape: str
 ) -> None:
-    """To the byte, but for at most six float32 numbers per row: so no part of it can be wrong."""
+    """Compare to the byte, except for at most six float32 numbers per row, so that no part can be wrong."""
     N, D, V, budget = SHAPES[shape]
     arguments: dict[str, Any] = {"memory_budget": budget} | ({} if slab_dtype is None else {"slab_dtype": slab_dtype})
     with pretending_cuda():
@@ -248,7 +248,7 @@ def test_autocast_casts_the_weight_once(path: str, mode: str) -> None:
 
 
 def blocks(d_logits: Tensor, threshold: float) -> Tensor:
-    """`d_logits` without the 128 x 128 blocks that nowhere reach the threshold."""
+    """Return `d_logits` without the 128 x 128 blocks that nowhere reach the threshold."""
     kept = torch.zeros_like(d_logits)
     for n in range(0, d_logits.shape[0], 128):
         for v in range(0, d_logits.shape[1], 128):
@@ -284,7 +284,7 @@ def test_gradient_filter_drops_blocks_below_the_threshold(path: str) -> None:
 
 
 def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) -> None:
-    """Of four equal logits the target's gradient is -3/4, in a block of its own, and those of the others 1/4."""
+    """Use four equal logits: the target's gradient is -3/4, in its own block, and those of the others 1/4."""
     hidden, weight, bias = torch.ones(1, 8), torch.zeros(256, 8, requires_grad=True), torch.full((256,), -1e4)
     bias[[0, 1, 2, 128]] = 0.0
     loss = linear_cross_entropy(hidden, weight, torch.tensor([128]), bias=bias, reduction="sum", grad_filter=0.75)

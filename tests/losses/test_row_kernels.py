@@ -30,7 +30,7 @@ def backward(logits: Tensor, targets: Tensor, made: Rows, d_loss: Tensor, V: int
 
 
 def padded(N: int, V: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A slab as the linear loss makes it, (N, width), with NaN in the padding."""
+    """Create a slab like the linear loss's, (N, width), with NaN in the padding."""
     slab = torch.full((N, width), torch.nan, dtype=dtype)
     slab[:, :V] = torch.randn(N, V).to(dtype)
     return slab

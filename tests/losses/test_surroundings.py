@@ -1,4 +1,4 @@
-"""What surrounds a call: autocast, a CUDA graph being captured, tensors that have shapes and no data."""
+"""Tests of a call's surroundings: autocast, CUDA graph capture, and tensors with shapes but no data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ Loss = Callable[..., Any]
 
 
 def outcome(loss: Loss, *leaves: Tensor, within: Any = None) -> list[Tensor]:
-    """The loss, what else comes back, and the gradients; backward inside `within` too."""
+    """Return the loss, other results and the gradients; backward runs inside `within` too."""
     leaves = tuple(t.detach().requires_grad_() for t in leaves)
     with within or torch.autocast("cpu", enabled=False):
         found = loss(*leaves)

@@ -16,7 +16,7 @@ from support.numerics import assert_close_in_norm
 
 
 def peaked(N: int, V: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """128 rows that rule out all classes but the first 128, then rows that rule out these."""
+    """Draw 128 rows that rule out all classes but the first 128, then rows that rule out these."""
     hidden, weight = torch.randn(N, D) * 0.3, torch.randn(V, D)
     first = torch.arange(N) < 128
     hidden[:, 0] = torch.where(first, 30.0, -30.0)
@@ -92,7 +92,7 @@ def test_whatever_is_asked_for_together(
     reduction: str,
     options: dict[str, Any],
 ) -> None:
-    """With a filter that lets all pass, the gradients are those without one."""
+    """Compare gradients with a filter that drops nothing to those without a filter."""
     hidden, weight = torch.randn(N, 8).to(dtype), torch.randn(V, 8).to(dtype)
     targets = torch.randint(0, V, (N,))
     targets[1::5] = -100
@@ -123,7 +123,7 @@ def test_whatever_is_asked_for_together(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_written_to_says_so(path: str, budget: int, reduction: str, dtype: torch.dtype) -> None:
-    """So that torch notices if somebody saved it for backward."""
+    """Let torch notice if a caller saved it for backward."""
     hidden, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (9, 300))
     main_grad, scale = torch.ones(300, 8), torch.ones((), requires_grad=True)
     held = (main_grad * scale).sum()

@@ -68,7 +68,7 @@ def test_one_norm_over_all_groups_and_dtypes(path: str) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_in_one_buffer_are_measured_wherever_they_begin(path: str, dtype: torch.dtype, offset: int) -> None:
-    """As DistributedDataParallel lays them: not every one begins at a multiple of 16 bytes."""
+    """DistributedDataParallel lays out gradients so that not all begin at a multiple of 16 bytes."""
     params = [torch.zeros(5000, dtype=dtype, requires_grad=True), torch.zeros(3001, dtype=dtype, requires_grad=True)]
     buffer = torch.cat([torch.full((offset,), 1e3), torch.randn(8001), torch.full((16,), 1e3)]).to(dtype)
     optimizer = FusedSGD(params, lr=1.0, max_grad_norm=math.inf)

@@ -35,7 +35,7 @@ class Format(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """What is saved of each parameter, of AdamW."""
+        """Return the names saved for each parameter by AdamW."""
         low = {"fp32": "master_param", "split16": "low_bits", "split8": "low_bits", "kahan": "kahan_comp"}
         found = {low[self.master]} if self.master in low else set()
         found |= {"ema_param"} if self.averaged else set()
@@ -77,7 +77,7 @@ def trained(form: Format) -> tuple[nn.Module, FusedAdamW]:
 
 
 def held(optimizer: FusedOptimizer) -> list[dict[str, Tensor]]:
-    """Each parameter's values, whatever they are kept in."""
+    """Return the values of all parameters, in whatever format they are kept."""
     found = []
     states = optimizer.torch_state_dict()["state"].values()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -193,7 +193,7 @@ def test_whole_state_dicts_are_converted(source: Format, offload: bool) -> None:
 
 
 def test_a_flattened_state_of_other_formats_is_refused_by_name() -> None:
-    """Without a checkpoint between them, which would say that a key is missing."""
+    """Load without a checkpoint in between, which would report a missing key."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     wanted = {
         "exp_avg_code for parameter 0.weight, which state_dtype='8bit' keeps": {"state_dtype": "8bit"},
@@ -276,7 +276,7 @@ def test_an_average_that_is_not_kept_up_does_not_stay() -> None:
 @pytest.mark.parametrize("master", ["split16", "split8"])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_older_checkpoints_are_read_under_the_name_they_have(master: Any, tmp_path: Path) -> None:
-    """As the documentation says, with torch.distributed.checkpoint alone."""
+    """Follow the documentation, with torch.distributed.checkpoint only."""
     dtype = torch.int16 if master == "split16" else torch.int8
     form = Format(master, None, averaged=False)
     model, optimizer = trained(form)

@@ -68,7 +68,7 @@ def started() -> Iterator[list[Ranks]]:
 
 @pytest.fixture
 def ranks(started: list[Ranks], tmp_path: Path) -> Ranks:
-    """One group of processes for all tests; another after a failure, which ends it."""
+    """Start one group of processes for all tests, and a new one after a failure, which ends it."""
     if not started or not started[-1].alive:
         started.append(Ranks(WORLD, tmp_path))
     return started[-1]
@@ -83,13 +83,13 @@ def taking(path: str) -> AbstractContextManager[None]:
 
 @functools.cache
 def mesh_of(*shape: int) -> DeviceMesh:
-    """Of the first ranks; the others, too, have to ask for it."""
+    """Return a mesh of the first ranks; the other ranks must also call this."""
     names = ("outer", "inner") if len(shape) == 2 else ("all",)
     return DeviceMesh("cpu", torch.arange(torch.Size(shape).numel()).view(shape), mesh_dim_names=names)
 
 
 def putting(layout: Layout) -> Put | None:
-    """Makes a tensor a DTensor; None for a rank outside its mesh."""
+    """Return a function that makes a tensor a DTensor; None for a rank outside its mesh."""
     shape, placements = layout
     mesh = mesh_of(*shape)
     return None if mesh.get_coordinate() is None else functools.partial(spread, mesh=mesh, placements=placements)
@@ -112,7 +112,7 @@ def drawn(seed: int, shapes: Sequence[Sequence[int]], dtype: torch.dtype = F32) 
 def trained(
     make: Callable[..., FusedOptimizer], put: Put = torch.clone, dtype: torch.dtype = F32
 ) -> tuple[list[Tensor], FusedOptimizer]:
-    """Some steps, the same whatever `put` makes of parameters and gradients."""
+    """Run some steps that are the same whatever `put` makes of parameters and gradients."""
     params = [put(t).requires_grad_() for t in drawn(0, SHAPES, dtype)]
     optimizer = make(params)
     for step in range(1, 4):
@@ -123,13 +123,13 @@ def trained(
 
 
 def compare(path: str, ours: Tensor, expected: Tensor) -> None:
-    """Kernels give the same bits; torch's vectorized CPU code has another last bit at the end of a tensor."""
+    """Compare bits for kernels; torch's vectorized CPU code differs in the last bit at the end of a tensor."""
     rounding = 0.0 if path == "kernels" else 1e-6
     torch.testing.assert_close(whole(ours), whole(expected), rtol=rounding, atol=rounding)
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """Of 3 ranks, the last has nothing of the second layer."""
+    """Create a network of which the last of 3 ranks has nothing of the second layer."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 2))
 
@@ -142,14 +142,14 @@ def sharded(model: nn.Sequential, mesh: DeviceMesh, dtype: torch.dtype | None = 
 
 
 def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype = F32) -> Tensor:
-    """Of data that differ from rank to rank."""
+    """Compute the loss of data that differ between ranks."""
     (x,) = drawn(100 * step + rank, [(8, 6)], dtype)
     result: Tensor = (model(x).float() ** 2).mean()
     return result
 
 
 def average_gradients(model: nn.Module, step: int, replicas: int, dtype: torch.dtype = F32) -> None:
-    """Gradients as data-parallel ranks make them, forward and backward in `dtype`, in one process."""
+    """Average gradients as data-parallel ranks do, with forward and backward in `dtype`, in one process."""
     grads = [torch.zeros_like(p) for p in model.parameters()]
     for rank in range(replicas):
         twin = copy.deepcopy(model).to(dtype)
@@ -162,7 +162,7 @@ def average_gradients(model: nn.Module, step: int, replicas: int, dtype: torch.d
 
 
 def fed(model: nn.Module, optimizer: FusedOptimizer, step: int) -> None:
-    """A step with gradients that are the same wherever the model's parameters are."""
+    """Step with gradients that are the same wherever the model's parameters are."""
     for p, g in zip(model.parameters(), drawn(step, [p.shape for p in model.parameters()])):
         g = g.to(p.dtype)
         p.grad = spread(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
@@ -339,7 +339,7 @@ def test_ranks_with_other_kinds_of_gradients_wait_for_nobody(ranks: Ranks, path:
 
 
 def check_clips_of_groups(rank: int, world: int, path: str) -> None:
-    """A rank may have nothing of a group, or no gradients for it; all have to add up the same numbers."""
+    """Check that all ranks sum the same numbers, even if one has nothing of a group or no gradients for it."""
     found = [putting(layout) for layout in (((4,), ROWS), BLOCKS, COPIES_OF_ROWS)]
     puts: list[Put] = [torch.clone, *(put for put in found if put is not None)]
     assert len(puts) == 4
@@ -500,7 +500,7 @@ def built(name: str, ranks: int, seed: int) -> tuple[nn.Sequential, FusedAdamW]:
 
 
 def values(model: nn.Module, optimizer: FusedOptimizer) -> dict[str, Tensor]:
-    """Of parameters and all that is saved of their states."""
+    """Return the values of parameters and of all their saved states."""
     found = {f"parameter {i}": whole(p) for i, p in enumerate(model.parameters())}
     for i, state in optimizer.state_dict()["state"].items():
         found |= {f"{name} {i}": whole(t).float() for name, t in state.items()}

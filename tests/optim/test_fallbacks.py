@@ -44,7 +44,7 @@ def test_other_dtypes(path: str, ours: Any, theirs: Any, options: dict[str, Any]
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
 def test_gradients_in_another_memory_order(path: str, ours: Any, theirs: Any, options: dict[str, Any]) -> None:
-    """torch's fused CPU kernels would read them in the wrong order, without a word."""
+    """Such gradients would silently be read in the wrong order by the fused CPU kernels of torch."""
     (a, beside, optimizer), (b, other, _) = together(
         ours, theirs, options, lambda: torch.arange(12.0).view(3, 4).requires_grad_(),
         lambda step: torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).T,

@@ -18,7 +18,7 @@ ODD = [0.0, -0.0, 1.0, -1.5, 3.3895e38, -3.4e38, 1e-40, -1e-45, torch.inf, -torc
 
 
 def samples(n: int = 4096) -> Tensor:
-    """Of all magnitudes, and what is odd: NaNs with all bits set, as CUDA makes them, or none that bfloat16 has."""
+    """Generate all magnitudes and odd values: NaNs with all bits set, as on CUDA, or NaNs that bfloat16 lacks."""
     x = torch.randn(n) * 10.0 ** torch.empty(n).uniform_(-30, 30)
     x[: len(ODD)] = torch.tensor(ODD)
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F80FFFF, 0xFF800001 - (1 << 32)], dtype=torch.int32)

@@ -15,7 +15,7 @@ from llmfast_kernels import optimizer
 
 
 class Graph(TorchDispatchMode):
-    """Does what it is shown and can do it again: copies between tensors, and launches. (Here it is done at once.)"""
+    """Recorder of copies between tensors and of launches, which run immediately and can be replayed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def make(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
 
 
 def in_groups(**options: Any) -> tuple[FusedOptimizer, list[Tensor]]:
-    """Each with options of its own."""
+    """Put tensors in groups with separate options."""
     _, params = make()
     groups = [{"params": params[:1], "max_grad_norm": 0.1, "state_dtype": "8bit"}, {"params": params[1:]}]
     return FusedAdamW(groups, **options), params

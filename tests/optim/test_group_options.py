@@ -39,7 +39,7 @@ def parameters(dtype: torch.dtype = BF16) -> list[Tensor]:
 
 
 def gradients(params: list[Tensor], step: int, only: int | None = None, scale: float = 1.0) -> None:
-    """For all groups, or for one: what a group gets does not depend on it."""
+    """Create gradients for all groups, or for one; a group's gradients do not depend on this."""
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
         g = (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
@@ -78,7 +78,7 @@ PAIRS: list[tuple[Options, Options, Options]] = [
 def test_two_groups_are_two_optimizers(
     path: str, cls: Any, dtype: torch.dtype, all_of_them: Options, first: Options, second: Options
 ) -> None:
-    """To the last bit, for finite gradients. The place among all parameters, which noise depends on, is the same."""
+    """Compare bit for bit, for finite gradients, with equal positions among all parameters, on which noise depends."""
     settings = {"lr": 0.01, **({"momentum": 0.9} if cls is FusedSGD else {})}
     params = parameters(dtype)
     together = cls(grouped(params, first, second), **settings, **all_of_them)
@@ -446,7 +446,7 @@ def test_centered_rmsprop_may_have_8_bits_where_it_is_not_centered() -> None:
 
 @pytest.mark.parametrize("stepped", [False, True])
 def test_an_option_set_in_the_group_itself_is_refused(path: str, stepped: bool) -> None:
-    """It would have no effect; learning rates and their kin are set there."""
+    """Such a setting would have no effect; learning rates and similar ones belong in the group."""
     p = torch.ones(2, requires_grad=True)
     optimizer = FusedAdamW([p])
     p.grad = torch.ones(2)

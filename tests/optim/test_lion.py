@@ -37,7 +37,7 @@ def train(dtype: torch.dtype = F32, steps: int = STEPS, *, reload_at: int = -1, 
 def by_the_rule(
     dtype: torch.dtype, steps: int = STEPS, sign: float = 1.0, max_norm: float = torch.inf, **options: Any
 ) -> Tensor:
-    """What `train` does, in plain torch and in the dtype's own arithmetic."""
+    """Do what `train` does, in plain torch and in the dtype's own arithmetic."""
     o = OPTIONS | options
     params = [p.detach().to(dtype) for p in parameters(BF16)]
     averages = [torch.zeros_like(p) for p in params]
@@ -117,7 +117,7 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(path: str, formats: dict[str, 
 
 
 def test_the_average_of_another_lion_is_taken_over(path: str) -> None:
-    """Of the authors' code, say, whose state is this one tensor."""
+    """Load, for example, the state of the authors' code, which is this one tensor."""
     p = torch.ones(3, requires_grad=True)
     optimizer = FusedLion([p], lr=0.1)
     saved = optimizer.state_dict() | {"state": {0: {"exp_avg": torch.tensor([1.0, -1.0, 1.0])}}}

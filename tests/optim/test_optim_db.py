@@ -21,7 +21,7 @@ STEPS = range(LATE - 1, LATE + 3)  # the scalar's first gradient comes among the
 
 @functools.cache
 def database() -> dict[str, Any]:
-    """By name. Importing it takes seconds, and forbids to set flags of torch.backends from then on."""
+    """Return torch's database by name. Importing it takes seconds, and forbids setting torch.backends flags."""
     allowed = torch.backends.__allow_nonbracketed_mutation_flag
     try:
         from torch.testing._internal.common_optimizers import optim_db
@@ -35,14 +35,14 @@ def info_of(ours: type[FusedOptimizer]) -> Any:
 
 
 def configurations(ours: type[FusedOptimizer]) -> Iterator[tuple[str, Options]]:
-    """Those for CPUs, and those that torch has for GPUs alone."""
+    """Return the configurations for CPUs, and those that torch has only for GPUs."""
     found = {c.desc: c.kwargs for device in ("cpu", "cuda") for c in info_of(ours).optim_inputs_func(device=device)}
     assert len(found) >= 7
     yield from found.items()
 
 
 def torchs(ours: type[FusedOptimizer], params: Any, options: Options, **more: Any) -> torch.optim.Optimizer:
-    """torch's own, by its plain loop. `capturable` changes no number, and is refused on a CPU."""
+    """Create torch's optimizer with its plain loop. `capturable` changes no number, and is rejected on a CPU."""
     kept = {name: copy.deepcopy(value) for name, value in options.items() if name != "capturable"}
     return info_of(ours).optim_cls(params, foreach=False, **kept, **more)
 

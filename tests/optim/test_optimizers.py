@@ -16,7 +16,7 @@ from support.training import FULL, PLAIN, SCALAR, Case, gradients, parameters, s
 
 
 def reference_call(case: Case, group: dict[str, Any]) -> tuple[Callable[..., None], int, float, dict[str, Any]]:
-    """The rule in plain torch: function, number of states, their first value, and arguments for the group."""
+    """Return the rule in plain torch: function, number of states, their first value, and arguments for the group."""
     arguments = {"lr": group["lr"], "l2": group["weight_decay"]}
     if issubclass(case.ours, torch.optim.Adam):
         arguments |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
@@ -305,7 +305,7 @@ def test_numbers_on_a_device_stay_there(make: Any, monkeypatch: pytest.MonkeyPat
 def gradients_after_a_scaled_step(
     make: Callable[..., Any], dtype: torch.dtype, max_norm: float | None = None, factor: float = 1.0
 ) -> list[Tensor | None]:
-    """Of parameters in float32 and float64 too, and of one whose gradient lies otherwise than it."""
+    """Cover parameters in float32 and float64, and one whose gradient has another layout."""
     params = [
         *parameters(dtype),
         torch.ones(6, 4).requires_grad_(),
@@ -376,7 +376,7 @@ def test_nan_and_infinity_survive(path: str, case: Case) -> None:
 
 
 def test_a_maximum_of_nan_is_nan(kernels: None) -> None:
-    """torch's own kernel on a CPU loses some, in the elements that fill no vector."""
+    """Torch's own CPU kernel loses some NaNs, in the elements that do not fill a vector."""
     p = torch.ones(1030, requires_grad=True)
     optimizer = FusedAdamW([p], amsgrad=True)
     for value in (1.0, torch.nan, 1.0):

@@ -19,7 +19,7 @@ RULES = [case for case in FULL if case.ours is not FusedAdam]
 
 
 def train(case: Case, *turns: str, dtype: torch.dtype = torch.float32, steps: int = STEPS) -> Tensor:
-    """Parameters after a run in which these optimizers took turns: "ours", "torchs", or "exact" ones in float64."""
+    """Return parameters after a run in which these optimizers alternate: "ours", "torchs", or "exact" in float64."""
     params = parameters(dtype)
     if "exact" in turns:
         params = [p.detach().double().requires_grad_() for p in params]

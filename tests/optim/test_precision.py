@@ -18,7 +18,7 @@ def train(
     dtype: torch.dtype = BF16, steps: int = 12, cls: Any = FusedAdamW, *, grad_dtype: torch.dtype | None = None,
     shapes: Any = SHAPES, **options: Any,
 ) -> tuple[FusedOptimizer, list[Tensor]]:  # fmt: skip
-    """From the same bfloat16 values with the same gradients, whatever the dtypes."""
+    """Train from the same bfloat16 values with the same gradients, for any dtypes."""
     torch.manual_seed(0)
     params = [torch.randn(shape).bfloat16().to(dtype).requires_grad_() for shape in shapes]
     optimizer = cls(params, **options)
@@ -38,13 +38,13 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def exact(optimizer: FusedOptimizer, params: list[Tensor]) -> Tensor:
-    """With all the bits that the optimizer has of them."""
+    """Return the parameters with all bits that the optimizer keeps of them."""
     return flat([optimizer.master_value(p) for p in params])
 
 
 @pytest.mark.parametrize("lr", [1e-2, 1e-5])
 def test_a_float32_master_trains_as_float32(path: str, lr: float) -> None:
-    """To a rounding a step; in 16 + 16 bits just as in 32, bit for bit."""
+    """Compare up to one rounding per step; 16 + 16 bits match 32 bits exactly."""
     truth = flat(train(F32, lr=lr)[1])
     optimizer, params = train(master_weights="fp32", state_dtype=F32, lr=lr)
     torch.testing.assert_close(exact(optimizer, params), truth, rtol=2e-6, atol=1e-6)
@@ -60,7 +60,7 @@ def test_24_bits_are_as_good_as_they_say(path: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_compensated_weights_move_where_rounded_ones_do_not(path: str, dtype: torch.dtype) -> None:
-    """With steps of 1e-5, of which a bfloat16 near 1 would not take notice for ever."""
+    """Take steps of 1e-5, which a bfloat16 near 1 would always round away."""
     options: dict[str, Any] = {"shapes": [(300,)], "lr": 1e-5, "weight_decay": 1.0}
     start = flat(train(dtype, steps=0, **options)[1])
     truth = flat(train(F32, **options)[1]) - start
@@ -124,7 +124,7 @@ def test_8_bit_states_train_nearly_as_well(path: str, cls: Any, dtype: torch.dty
 
 
 def test_an_8_bit_average_moves_by_less_than_a_code_a_step(path: str) -> None:
-    """Where rounding to nearest would leave it for ever where it is."""
+    """Rounding to nearest would never move the average."""
     p = torch.zeros(2048, requires_grad=True)
     optimizer = FusedAdam([p], lr=0.0, betas=(0.9, 0.999), state_dtype="8bit")
     for size, steps in ((1.0, 1), (0.0, 40)):

@@ -1,4 +1,4 @@
-"""What optimizers keep: exchanged with torch, saved and loaded, converted, copied, and refused."""
+"""Tests of optimizer states: exchanged with torch, saved and loaded, converted, copied, and rejected."""
 
 import copy
 import inspect

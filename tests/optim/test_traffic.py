@@ -18,7 +18,7 @@ NUMEL = TENSORS * 72 * 72  # more than a million
 F32, BF16 = torch.float32, torch.bfloat16
 MOMENTUM = {"momentum": 0.9}
 
-# Optimizer, dtype of parameters and gradients, options, bytes a parameter: what must be moved, and a little.
+# Optimizer, dtype of parameters and gradients, options, bytes per parameter (the minimum, with a small margin).
 BUDGETS: list[tuple[Callable[..., torch.optim.Optimizer], torch.dtype, dict[str, Any], float]] = [
     (FusedAdamW, F32, {}, 28.3),
     (FusedAdam, F32, {"weight_decay": 0.1}, 28.3),
@@ -76,7 +76,7 @@ def test_bytes_a_parameter(
 ) -> None:
     counts = step_of(make, dtype, options)
     total = counts.total()
-    print(f"{total.dram / NUMEL:.2f} bytes a parameter")
+    print(f"{total.dram / NUMEL:.2f} bytes per parameter")
     assert total.dram <= budget * NUMEL
     assert counts.total("triton").calls == (4 if "max_grad_norm" in options else 2)
     assert not total.syncs

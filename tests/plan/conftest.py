@@ -15,7 +15,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def law() -> ChinchillaLaw:
-    """What the losses of `make_run` follow."""
+    """Return the law that the losses of `make_run` follow."""
     return ChinchillaLaw(E=1.2, A=30.0, B=80.0, alpha=0.3, beta=0.28)
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command prints; where it fails, its one line of error."""
+    """Run the command and return its output, or its one-line error if it fails."""
 
     def call(*arguments: str | Path, code: int = 0) -> str:
         parser = argparse.ArgumentParser(prog="llmfast plan")
@@ -37,7 +37,7 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def line(text: str, start: str) -> str:
-    """The one line that begins so, without that."""
+    """Return the rest of the only line with this beginning."""
     (found,) = [row.strip() for row in text.splitlines() if row.strip().startswith(start)]
     return found.removeprefix(start).strip()
 
@@ -242,7 +242,7 @@ def test_only_a_picture_of_its_own_is_replaced(
 def test_a_picture_has_a_suffix_of_a_format(
     name: str, plan: Callable[..., str], make_run: MakeRun, tmp_path: Path
 ) -> None:
-    """matplotlib would add .png to a name without one, and write over what is called so."""
+    """Reject a name without a suffix: matplotlib would add .png and overwrite the file of that name."""
     (tmp_path / "fit.png").write_text("a photograph")
     runs = [make_run(64, s) for s in (250, 1000, 4000, 16000)]
     said = plan("fit", *runs, "--out", f"{tmp_path}/{name}", "--resamples", "0", code=2)

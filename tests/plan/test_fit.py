@@ -28,7 +28,7 @@ NOISE = 0.005
 
 
 def runs(law: ChinchillaLaw, seed: int, noise: float = NOISE, grid: int = 8) -> tuple[Array, Array, Array]:
-    """Sizes from 1 M to 10 B parameters, each trained on 10 M to 100 B tokens."""
+    """Create runs of 1 M to 10 B parameters, each trained on 10 M to 100 B tokens."""
     N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e6, 1e10, grid), np.geomspace(1e7, 1e11, grid)))
     losses = np.array([law.loss(n, d) for n, d in zip(N, D)])
     return N, D, losses * np.exp(np.random.default_rng(seed).normal(0, noise, N.shape))

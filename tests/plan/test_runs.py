@@ -1,4 +1,4 @@
-"""From run folders to points."""
+"""Tests of reading points from run folders."""
 
 from collections.abc import Callable
 from pathlib import Path

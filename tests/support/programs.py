@@ -1,4 +1,4 @@
-"""A program with a model, batches and optimizers of its own, for the trainer's tests."""
+"""Program with its own model, batches and optimizers, for the trainer's tests."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """With dropout, and an unembedding that is the embedding."""
+    """Model with dropout, whose unembedding is the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def model_of(seed: int = 0) -> Model:
 
 
 def settings(**values: Any) -> Config:
-    """`lr=` of the optimizer's, `steps=` of the trainer's."""
+    """Return settings of the optimizer (such as `lr=`) and of the trainer (such as `steps=`)."""
     config = Config()
     config.optimizer.warmup_steps, config.optimizer.lr = 2, 0.01
     config.train.steps, config.train.batch_size, config.train.log_every = 6, ROWS, 1
@@ -120,7 +120,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """To the last bit."""
+    """Assert equality bit for bit."""
     assert found.keys() == wanted.keys()
     for name, t in wanted.items():
         torch.testing.assert_close(found[name], t, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")

@@ -61,7 +61,7 @@ def plan(how: str) -> tuple[Config, Callable[[nn.Module], Optimizer]]:
 
 @pytest.mark.parametrize("how", ["adamw", "fused", "bfloat16", "in_backward", "sgd"])
 def test_a_run_goes_on_to_the_last_bit(how: str, tmp_path: Path) -> None:
-    """With dropout, tied weights, a generator of batches, and from the middle of a line of the log."""
+    """Use dropout, tied weights and a generator of batches, and resume within a line of the log."""
     config, make = plan(how)
     dtype = getattr(torch, config.train.param_dtype)
     whole, written = trainer_of(config, make, run=tmp_path, model=model_of().to(dtype))
@@ -116,7 +116,7 @@ def with_formats(formats: tuple[str, str]) -> tuple[Config, Callable[[nn.Module]
 
 
 def what_is_held(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights and moments with all their bits, whatever they are kept in."""
+    """Return weights and moments with all their bits, in whatever format they are kept."""
     optimizer = trainer.optimizer
     assert isinstance(optimizer, FusedAdamW)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -170,7 +170,7 @@ def test_a_run_of_before_low_bits_had_their_name_goes_on(tmp_path: Path, monkeyp
 
 
 class Partial(Model):
-    """Of which some is frozen, some is not used, and some is no parameter."""
+    """Model that is partly frozen, partly unused, and has a tensor that is not a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def test_what_is_damaged_is_passed_over_and_written_anew(
 
 
 def test_a_damaged_one_does_not_push_out_whole_ones(tmp_path: Path) -> None:
-    """With one kept, those written before it is reached again would go at once, were it taken for the newest."""
+    """Keep one checkpoint; if the damaged one counted as the newest, those written later would be removed."""
     trainer_of(settings(steps=8, save_every=4, keep_last=2), run=tmp_path)[0].fit()
     cut(tmp_path / "checkpoint-00000008")
     resumed, _ = trainer_of(settings(steps=6, keep_last=1), run=tmp_path)
@@ -514,7 +514,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
 def test_the_last_one_that_could_not_be_written_can_be_saved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With nothing trained in between, it is not taken for saved."""
+    """Train nothing in between; the checkpoint must still not count as saved."""
 
     def full(*args: Any, **more: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

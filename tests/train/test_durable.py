@@ -9,7 +9,7 @@ from support.disk import Disk
 
 
 def test_a_file_and_its_name_are_on_disk_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once: nothing that is written later may be what brings them there."""
+    """Check at once: no later write may be what brings file and name to disk."""
     disk = Disk(monkeypatch)
     for text in ("first", "second, longer"):
         disk.named.clear()

@@ -1,4 +1,4 @@
-"""A run that is killed at any instant, again and again: whoever starts it anew gets what it would have become."""
+"""A run that is killed at any instant, repeatedly, ends as it would have without that when it is restarted."""
 
 import multiprocessing as mp
 import os
@@ -23,7 +23,7 @@ KILLS = 20
 
 
 class Instant(NamedTuple):
-    """When a process is killed: before it touches the run's folder for the n-th time, or after so many seconds."""
+    """Moment to kill a process: before its n-th access to the run's folder, or after some seconds."""
 
     touched: int = 0
     seconds: float = 0.0
@@ -40,7 +40,7 @@ class Nursery:
         self._process.start()
 
     def train(self, overrides: list[str], how: str, instant: Instant | None = None) -> tuple[bool, int]:
-        """True if it came to its end; else it was killed. And how often it touched its folder."""
+        """Train; return whether the run finished instead of being killed, and how often it accessed its folder."""
         self._pipe.send((overrides, how, instant))
         assert self._pipe.poll(60)
         status, touched = self._pipe.recv()
@@ -102,7 +102,7 @@ def _child(writer: int, overrides: list[str], how: str, instant: Instant | None)
 
 
 def _watch(folder: Path, fatal: int) -> Callable[[], int]:
-    """Counts how often something opens, renames, makes or removes a file there, and kills the process the n-th time."""
+    """Count opens, renames, creations and removals of files in the folder, and kill the process at the n-th."""
     count, inside = 0, str(folder)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -117,7 +117,7 @@ def _watch(folder: Path, fatal: int) -> Callable[[], int]:
 
 
 def _slow_down() -> None:
-    """What is killed at some time is then mostly writing a checkpoint."""
+    """Slow down writing, so that a process killed by time is mostly writing a checkpoint."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     from llmfast.train import checkpoint

@@ -1,4 +1,4 @@
-"""What is shown while a run goes on."""
+"""Tests of what is shown during a run."""
 
 import io
 import time

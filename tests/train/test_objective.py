@@ -1,4 +1,4 @@
-"""What a step minimises and what is logged of it, against torch's own cross-entropy of each part."""
+"""Compare the minimised and logged losses with torch's own cross-entropy of each part."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Bigrams(nn.Module):
 
 
 def batch_of(sources: list[int], ignored: list[int], seed: int) -> Batch:
-    """A row of each source, of which so many labels do not count."""
+    """Return a row of each source, with the given numbers of ignored labels."""
     tokens = torch.randint(V, (len(sources), T), generator=torch.Generator().manual_seed(seed))
     labels = (tokens * 3 + 1) % V
     for row, count in enumerate(ignored):

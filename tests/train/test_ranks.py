@@ -50,7 +50,7 @@ def groups() -> Iterator[dict[int, Ranks]]:
 
 @pytest.fixture
 def ranks(groups: dict[int, Ranks], tmp_path: Path) -> Any:
-    """Groups of so many processes, each for all tests; another after a failure, which ends it."""
+    """Start groups of processes, one per size for all tests, and a new one after a failure, which ends it."""
 
     def of(size: int) -> Ranks:
         if size not in groups or not groups[size].alive:
@@ -80,7 +80,7 @@ class Sequences:
 
 @functools.cache
 def sequence(number: int) -> tuple[Any, Any, Any]:
-    """Tokens, their documents, and which of them count, (T + 1,) each."""
+    """Return tokens, their documents, and which of them count, (T + 1,) each."""
     random = np.random.default_rng(number)
     window = random.integers(1, VOCABULARY, T + 1)
     document, counted = np.zeros(T + 1, np.int64), np.ones(T + 1, np.bool_)
@@ -196,7 +196,7 @@ def assert_same(found: Any, wanted: Any) -> None:
 
 @functools.cache
 def whole_batch(mtp: str, untied: bool = False) -> Any:
-    """What one process makes of it, all rows at once."""
+    """Compute in one process, with all rows at once."""
     return alone(settings(mtp, vocab_parallel=untied))
 
 
@@ -219,7 +219,7 @@ def test_some_ranks_may_share_a_set_of_parameters(ranks: Any) -> None:
 
 
 def test_blocks_may_be_used_again_and_computed_again(ranks: Any) -> None:
-    """By sequential depths that are all one module, with activations that are not kept."""
+    """Use sequential depths that share one module, with activation checkpointing."""
     config = settings("sequential", parallel="fsdp", micro_batch_size=4, checkpoint_activations=True)
     config.model.mtp_repeated_layer = True
     found = ranks(2).run(check_training, config, False)[0]
@@ -426,7 +426,7 @@ def check_run(rank: int, size: int, config: Config, folder: str, resume: bool) -
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "ddp, classes", "fsdp, classes"])
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
 def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[int, int], tmp_path: Path) -> None:
-    """From the middle of a line of the log, with another checkpoint before its end."""
+    """Resume within a line of the log, with another checkpoint before the end."""
     parallel, _, classes = parallel.partition(", ")
     config = settings(
         parallel=parallel, steps=7, log_every=5, save_every=2, keep_last=9, micro_batch_size=4,

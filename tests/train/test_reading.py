@@ -1,4 +1,4 @@
-"""A checkpoint that somebody has made to run code is refused, and runs none."""
+"""A checkpoint crafted to run code is rejected and runs none."""
 
 import pickle
 from pathlib import Path

@@ -36,7 +36,7 @@ HOSTILE = '<img src="http://example.com/x.png" onerror=alert(1)>&'
 
 
 def logged(step: int, **values: Any) -> dict[str, Any]:
-    """A line as the trainer writes it."""
+    """Return a line as the trainer writes it."""
     line = dict(
         step=step, tokens=1000 * step, loss=5 - step / 20, lr=1e-3, tokens_per_s=9000.0 + step, sequences=4 * step,
         grad_norm=1 + 1 / step, memory_bytes=300 * 2**20, source_loss={"code": 4 - step / 20, "prose": 5 - step / 20},
@@ -65,7 +65,7 @@ def with_heads() -> list[dict[str, Any]]:
 def folder(
     where: Path, lines: Sequence[Mapping[str, Any]] | None = None, settings: Sequence[str] = (), sample: str = ""
 ) -> Path:
-    """A run's folder, as far as the report looks at it."""
+    """Write a run's folder, as far as the report reads it."""
     where.mkdir(parents=True)
     config = load_config(None, ["train.steps=40", *settings], base=Config(where.name, str(where.parent)))
     (where / "config.toml").write_text(dump_config(config))
@@ -89,7 +89,7 @@ class Figure:
     note: str = ""
 
     def values(self, name: str) -> list[tuple[float, float]]:
-        """Of the line of that name: places turned back into numbers by the axes that the script uses."""
+        """Return the values of the line of that name: positions converted back by the axes that the script uses."""
 
         def back(axis: str, place: float) -> float:
             low, high, log = map(float, self.svg[axis].split())
@@ -176,7 +176,7 @@ class Page(HTMLParser):
         return found
 
     def row(self, first: str) -> list[str]:
-        """The cells beside a heading, in the first table that has it."""
+        """Return the cells next to a heading, in the first table that has it."""
         return next(row[1:] for row in self.rows if row[0] == first)
 
 
@@ -270,7 +270,7 @@ def test_summary_takes_of_each_number_what_it_means(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_differ(tmp_path: Path) -> None:
-    """Where a run lies, and what it is called, are no settings that matter."""
+    """Ignore a run's folder and name, which are not relevant settings."""
     a, b = (folder(tmp_path / f"runs of {name}" / name, usual()) for name in "ab")
     assert page(a).row("train.steps") == ["1000", "40"]
     assert "The runs have the same settings." in page(a, b).text
@@ -552,8 +552,11 @@ def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
 
 
 def browse(report: Path, width: int) -> dict[str, Any]:
-    """Opens a copy of the page from the disk, with the probe's script added and allowed, in a frame: a window can be
-    too wide for a phone's. Nothing else of its policy changes, and no name of a host is found."""
+    """Open a local copy of the page with the probe's script added and allowed, in a frame.
+
+    A window can be too wide for a phone's page. Nothing else of the page's policy changes, and no host name is
+    resolved.
+    """
     digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
     text = report.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
     report.with_name("probed.html").write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))

@@ -1,4 +1,4 @@
-"""What `--resume` and `train.init_from` make of every setting: it takes effect, or it is refused by name."""
+"""Tests that `--resume` and `train.init_from` either apply every setting or reject it by name."""
 
 import ast
 import dataclasses
@@ -54,7 +54,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
+    """Create a run of two steps."""
     folder = tmp_path_factory.mktemp("resumed")
     for source in ("a", "b"):
         (folder / source).mkdir()
@@ -80,7 +80,7 @@ def value_of(config: Config, name: str) -> Any:
 
 
 def changed(config: Config, name: str) -> str:
-    """An override that gives a setting another value, which makes sense."""
+    """Return an override that gives a setting another meaningful value."""
     value = value_of(config, name)
     others: list[Any]
     if isinstance(value, bool):
@@ -99,7 +99,7 @@ def changed(config: Config, name: str) -> str:
 
 
 def refusal(config: Config, override: str) -> str:
-    """What is wrong with the value, if anything."""
+    """Return what is wrong with the value, if anything."""
     try:
         decoder_config(load_config(None, [override], base=config), VOCABULARY)
     except ValueError as e:
@@ -108,7 +108,7 @@ def refusal(config: Config, override: str) -> str:
 
 
 class Reads:
-    """Which settings the trainer's code has read, by their full names."""
+    """Recorder of the full names of the settings that the trainer's code has read."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.names: set[str] = set()
@@ -128,7 +128,7 @@ class Reads:
 
 
 def trained(config: Config, **options: bool) -> Trainer:
-    """The trainer of a run, after its last step."""
+    """Return the trainer of a run after its last step."""
     seen: list[Trainer] = []
     original = Trainer.fit
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ def trained(config: Config, **options: bool) -> Trainer:
 
 
 def described(trainer: Trainer) -> dict[str, Any]:
-    """What settings have made of a trainer, without what it has learned."""
+    """Describe how settings have configured a trainer, without what it has learned."""
     config, optimizer = trainer.config, trainer.optimizer
     assert isinstance(trainer.data, Mixed) and trainer.checkpoints is not None
     return {
@@ -224,7 +224,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     ],
 )
 def test_what_is_given_on_resume_is_what_happens_from_then_on(override: str, base: Path, tmp_path: Path) -> None:
-    """To the last bit as if a program had changed it meanwhile, in a run that never stopped."""
+    """Compare bit for bit with a run that never stopped and in which a program changed the setting."""
     always = [
         *(f"runs={tmp_path}", "train.steps=6", "train.save_every=3"),
         *("optimizer.schedule=constant", "optimizer.warmup_steps=1"),
@@ -310,7 +310,7 @@ def test_settings_of_a_checkpoint_that_are_none(copied: Path) -> None:
 @pytest.mark.parametrize("state_dtype", ["", "float32", "8bit"])
 @pytest.mark.filterwarnings("ignore:the state holds")
 def test_formats_convert(master: str, state_dtype: str, copied: Path, base: Path) -> None:
-    """Of the parameters' further bits, and of moments, from split16 and bfloat16 to all others."""
+    """Convert the parameters' extra bits and the moments from split16 and bfloat16 to all other formats."""
     overrides = [f"optimizer.master_weights='{master}'", f"optimizer.state_dtype='{state_dtype}'", "optimizer.lr=0"]
 
     def values(trainer: Trainer) -> list[tuple[Tensor, ...]]:
@@ -345,7 +345,7 @@ def begun_from(run: Path, base: Path, *overrides: str, name: str = "begun") -> P
 
 
 def hidden(config: Config, state: dict[str, Any]) -> Tensor:
-    """What a decoder with such settings makes of weights, whose shapes must fit."""
+    """Return what a decoder with such settings computes from weights, whose shapes must fit."""
     model = Decoder(decoder_config(config, VOCABULARY))
     model.load_state_dict(state)
     with torch.no_grad():
@@ -376,7 +376,7 @@ def test_weights_to_begin_with_mean_what_they_meant(name: str, base: Path, copie
 
 
 def test_settings_edited_beside_weights_do_not_change_what_these_are(copied: Path, base: Path) -> None:
-    """The checkpoint says it, and not the file beside it; of earlier versions there is only the file."""
+    """Read the checkpoint, not the file next to it; earlier versions have only the file."""
     edited(copied, "heads = 2", "heads = 4")
     message = r"^model\.heads must be that of the weights in train\.init_from=.*, 2; got 4\."
     with pytest.raises(ConfigError, match=message):
@@ -394,7 +394,7 @@ def test_every_declaration_of_weights_is_of_the_model_or_the_tokenizer() -> None
 
 @pytest.fixture
 def with_bpe(base: Path, tmp_path: Path) -> tuple[Path, list[str]]:
-    """A run whose tokenizer was trained, and overrides that train another one of the same size on more text."""
+    """Create a run with a trained tokenizer, and overrides that train another of the same size on more text."""
     sources = load_config(base / "config.toml").data.sources
     bpe = ["data.tokenizer=bpe", "data.vocab_size=270", "model.mtp=none", "model.mtp_heads=0"]
     here = [f"runs={tmp_path}", "name=bpe", f"data.sources={sources[:1]}"]

@@ -80,13 +80,13 @@ def test_resuming_changes_nothing(settings: list[str]) -> None:
 
 
 def _lasting(folder: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the machine, and on the hook that `_rewind` takes the place of."""
+    """Return the log without machine-dependent values and without the hook that `_rewind` replaces."""
     passing = ("tokens_per_s", "memory_bytes", "shares")
     return [{k: v for k, v in line.items() if k not in passing} for line in read_metrics(folder / "metrics.jsonl")]
 
 
 def _rewind(settings: list[str], name: str, at: int) -> Path:
-    """A run that was killed right after it saved at step `at`."""
+    """Rewind a run as if it had been killed right after it saved at step `at`."""
 
     class Killed(Exception): ...
 
@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported(
 def test_weights_that_nothing_can_be_sampled_from_are_told_of(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a damaged checkpoint may have left them, where the few rows that validate do not meet them."""
+    """Use weights as a damaged checkpoint may leave them, which the few validation rows do not reveal."""
     fit = Trainer.fit
 
     def spoiled(self: Trainer) -> bool:
@@ -460,7 +460,7 @@ def test_too_little_memory_is_one_line(
 
 
 def _signed_again(checkpoint: Path) -> None:
-    """With checksums that are right for whatever the files hold now."""
+    """Recompute the checksums for the current contents of the files."""
     files = [file for file in sorted(checkpoint.iterdir()) if file.name != "checksums.json"]
     sums = {file.name: [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files}
     (checkpoint / "checksums.json").write_text(json.dumps(sums))

@@ -316,7 +316,7 @@ def test_memory_stays_what_it_is(tmp_path: Path) -> None:
 def test_next_to_nothing_is_spent_outside_of_model_and_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the size of `make train`. Of the processor's time: others may be busy."""
+    """Measure processor time at the size of `make train`; other processes may be running."""
     config = Config()
     config.train.steps = config.train.log_every = 6
     random = np.random.default_rng(0)

@@ -1,9 +1,9 @@
-"""How weights and optimizer states are kept in fewer bits than they are computed with.
+"""Formats that keep weights and optimizer states in fewer bits than they are computed with.
 
-A parameter's format is a pair of functions. `read(p_ptr, mask, low)` returns the parameter as float32; `low` is what
-the format keeps besides the parameter, already loaded, or None. `write(p, random, TYPE)` returns the parameter in its
-own type and the new `low`, which the caller converts to its type; a format that keeps nothing returns anything there.
-States are read by `decoded` and written by `encoded`, if they have 8 bits.
+A parameter's format is a pair of functions. `read(p_ptr, mask, low)` returns the parameter as float32; `low` holds the
+format's additional bits, already loaded, or None. `write(p, random, TYPE)` returns the parameter in its own type and
+the new `low`, which the caller converts to its type; a format without additional bits returns any value there. 8-bit
+states are read by `decoded` and written by `encoded`.
 
 `llmfast/optim/formats.py` has the same formats in plain torch, bit for bit. See `kernels/README.md` for how to read a
 kernel.
@@ -215,7 +215,7 @@ def write_stochastic(p, random, TYPE: tl.constexpr):
 
 
 class ParamFormat(NamedTuple):
-    """How a parameter has more bits than its own, for the kernels to call."""
+    """Functions of a parameter's format that the kernels call."""
 
     read: Any  # @triton.jit functions
     write: Any

@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(4096)  # elements per program: small models still fill a GPU, and the table stays small beside them
+CHUNK = tl.constexpr(
+    4096
+)  # elements per program: small models still fill a GPU, and the table stays comparatively small
 
 # One tensor. Addresses are 0 for a tensor that does not exist.
 ROW = np.dtype(

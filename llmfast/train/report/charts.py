@@ -71,7 +71,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chart:
-    """What series of numbers have in common when they are drawn together."""
+    """Common properties of series of numbers that are drawn together."""
 
     title: str
     unit: str
@@ -119,7 +119,7 @@ class Chart:
         )
 
     def _places(self, series: Series) -> Array:
-        """(points, 2) of x and y; NaN for those that cannot be drawn, as infinite or too large for differences."""
+        """Return x and y, (points, 2); NaN for points that cannot be drawn (infinite or too large)."""
         at = [(p.tokens if self.over == "tokens" else p.step, p.value * self.factor) for p in series.points]
         xy = np.array(at, dtype=np.float64).reshape(-1, 2)
         least = np.array([1e-100 if log else -1e100 for log in (self.log_x, self.log_y)])

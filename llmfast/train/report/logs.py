@@ -1,4 +1,4 @@
-"""What a run has written down so far: settings, curves and a sample."""
+"""Reader of what a run has written so far: settings, curves and a sample."""
 
 import math
 from collections.abc import Iterable
