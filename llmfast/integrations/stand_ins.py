@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmfast._checks import describe
+from llmfast._dtensor import is_dtensor
 from llmfast.losses import linear_cross_entropy
-from llmfast.optim.row import is_dtensor
 
 
 class Call:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llmfast._checks import describe, expect
+from llmfast._dtensor import is_dtensor
 from llmfast.integrations import require
 from llmfast.integrations.stand_ins import Call, Logits, split_input
-from llmfast.optim.row import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,6 +1,5 @@
 """Rows whose columns are split over devices (vocab-parallel)."""
 
-import sys
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmfast._checks import expect
+from llmfast._dtensor import is_dtensor
 from llmfast.losses import plain
 from llmfast.losses.rows import RowOps
 from llmfast_kernels.terms import Rows, Targets, Terms, Upstream
@@ -97,7 +97,7 @@ def sum_over_ranks(t: Tensor, group: Any) -> None:
 def local_weight(hidden: Tensor, weight: Tensor, options: Any) -> tuple[Tensor, Tensor, Any]:
     """Return plain tensors for DTensors, and in the options the group that the classes are split over, if they are."""
     bias, group = options.get("bias"), options.get("process_group")
-    if not any(_is_dtensor(t) for t in (hidden, weight, bias)):
+    if not any(is_dtensor(t) for t in (hidden, weight, bias)):
         return hidden, weight, options
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -130,9 +130,3 @@ def local_weight(hidden: Tensor, weight: Tensor, options: Any) -> tuple[Tensor, 
         return t.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=average)
 
     return local(hidden), gathered(weight), {**options, "bias": gathered(bias)}
-
-
-def _is_dtensor(t: Tensor | None) -> bool:
-    # A DTensor cannot exist before its module does, whose import takes long.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)

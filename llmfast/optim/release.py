@@ -8,8 +8,10 @@ from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from llmfast._checks import describe, expect
-from llmfast.optim.base import FusedOptimizer, Plan
-from llmfast.optim.row import Place, is_dtensor, local, places
+from llmfast._dtensor import is_dtensor, local
+from llmfast.optim.base import FusedOptimizer
+from llmfast.optim.planner import Plan
+from llmfast.optim.row import Place, places
 
 _REDUCE_LATER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
 

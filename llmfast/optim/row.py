@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmfast._dtensor import is_dtensor, local
 from llmfast.optim.formats import MasterWeights, ParamFormat, param_format
 
 SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
@@ -71,9 +72,13 @@ class Row:
     scales: tuple[Tensor | None, ...]  # of the first two, where they have 8 bits
     low: Tensor | None
     ema: Tensor | None
+    fused: bool = False  # whether torch's fused CPU kernel updates it
 
     def __post_init__(self) -> None:
         self._seen_grad = _looks(self.param.grad)
+        found = {name: t for name, t in zip(self.names, self.states) if name is not None and t is not None}
+        # The part of the state that torch's own update knows.
+        self.named_states: dict[str, Tensor] = found | {"step": self.state["step"]}
 
     @property
     def format(self) -> ParamFormat:
@@ -89,11 +94,6 @@ class Row:
         """All that a step changes."""
         return [self.local, *(local(t) for t in self.state.values() if isinstance(t, Tensor))]
 
-    def named_states(self) -> dict[str, Tensor]:
-        """Return the states that torch's own update knows."""
-        found = {name: t for name, t in zip(self.names, self.states) if name is not None and t is not None}
-        return found | {"step": self.state["step"]}
-
     def looks(self) -> bool:
         """Return False if a gradient differs in kind from the one for which the row was created."""
         g = self.param.grad
@@ -107,16 +107,6 @@ class Row:
 
 def _looks(g: Tensor | None) -> Any:
     return None if g is None else (g.dtype, g.layout, g.stride() if g.layout == torch.strided else None)
-
-
-def is_dtensor(t: Tensor) -> bool:
-    return type(t) not in (torch.nn.Parameter, Tensor) and hasattr(t, "_local_tensor") and hasattr(t, "placements")
-
-
-def local(t: Tensor) -> Tensor:
-    """Return the local piece of a DTensor, which shares its memory; return any other tensor unchanged."""
-    piece: Tensor = getattr(t, "_local_tensor", t)
-    return piece
 
 
 def grad_of(p: Tensor) -> Tensor | None:

@@ -32,6 +32,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     """
 
     rule = "sgd"
+    torch_counts_steps = False
     takes_sparse = True
     cpu_kernel_dtypes = (torch.float32, torch.float64)  # of fewer bits, whole vectors stay as they are: pytorch#191763
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe
+from llmfast._dtensor import is_dtensor, local
 from llmfast.optim import formats
 from llmfast.optim.formats import CODES, LOW_BITS, LOW_NAMES, PARAM_FORMATS, format_in, is_code, param_format
 from llmfast.optim.options import Extras, Options
-from llmfast.optim.row import SHARED, Place, Row, is_dense, is_dtensor, local, shard_of
+from llmfast.optim.row import SHARED, Place, Row, is_dense, shard_of
 
 Names = tuple[str | None, str | None, str | None]
 OLD_LOW_BITS = "remainder"  # in older checkpoints: of 8 bits as int8, so that only the dtype says how many there are
@@ -27,7 +28,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
     options: Options
     group_options: list[dict[str, Any]]
     """Options that parameter groups have in place of `options`, one dict per group; see `Extras`."""
-    rule: ClassVar[str]  # the kernels' name of it
+    rule: ClassVar[str]  # its name among the kernels' rules and in `reference`
+    torch_counts_steps: ClassVar[bool] = True  # whether torch's optimizer keeps a step counter
     # States that are squares, and so without a sign.
     squares: ClassVar[frozenset[str]] = frozenset()
     # States that 8 bits are too few for: they are float32 then.
@@ -90,7 +92,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         group, o, state = self.param_groups[index], self.options_of(index), self.state[p]
         names = self._state_names(group)
         if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
-            before = state.get("momentum_buffer") is not None and self.rule == "sgd"
+            before = state.get("momentum_buffer") is not None and not self.torch_counts_steps
             state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
         # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
         home = state["step"].device if p.is_complex() else p.device
@@ -104,12 +106,20 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         pieces = {name: local(t) for name, t in state.items() if isinstance(t, Tensor)}
         master = o.master_of(p)
         return Row(
-            p, index, identity, state, local(p), shard_of(p), self._clip_of(index), master, names,
+            param=p,
+            group=index,
+            identity=identity,
+            state=state,
+            local=local(p),
+            shard=shard_of(p),
+            clip=self._clip_of(index),
+            master=master,
+            names=names,
             states=tuple(None if name is None else pieces[_stored(state, name)] for name in names),
             scales=tuple(None if name is None else pieces.get(f"{name}_scale") for name in names[:2]),
             low=pieces.get(param_format(master).state or ""),
             ema=pieces["ema_param"] if o.ema_decay is not None else None,
-        )  # fmt: skip
+        )
 
     def _check_states(self, places: list[Place]) -> None:
         """Raise ValueError if a state does not belong to its parameter."""
@@ -272,7 +282,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         saved = self.state_dict()
         for key in self._params_by_key():
             if (state := saved["state"].get(key)) is not None:
-                ours = {*OWN_NAMES, *(["step"] if self.rule == "sgd" else [])}
+                ours = {*OWN_NAMES, *([] if self.torch_counts_steps else ["step"])}
                 saved["state"][key] = {
                     name.removesuffix("_code"): self._decoded_code(state, name) if name.endswith("_code") else value
                     for name, value in state.items()
@@ -350,7 +360,9 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             return {}
         for name in sorted(empty):
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
-            if not scale_of_numbers and not (name == "step" and self.rule == "sgd"):  # neither is saved by itself
+            if not scale_of_numbers and not (
+                name == "step" and not self.torch_counts_steps
+            ):  # neither is saved by itself
                 raise ValueError(
                     f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
                     "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "

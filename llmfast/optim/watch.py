@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmfast.optim.row import is_dtensor, local
+from llmfast._dtensor import is_dtensor, local
 
 
 class Watch:

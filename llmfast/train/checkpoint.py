@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import distribute_tensor
 
+from llmfast._dtensor import is_dtensor
 from llmfast._units import in_bytes
 from llmfast.optim import FusedOptimizer, formats
-from llmfast.optim.row import is_dtensor
 from llmfast.train.durable import sync
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader

@@ -1,11 +1,17 @@
 """Nothing depends on the order in which records declare their fields: a copy with all orders reversed steps alike."""
 
 import ast
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+from llmfast.optim import formats, reference
+from llmfast_kernels import optimizer as kernels
+from llmfast_kernels.optimizer import formats as kernel_formats
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels/llmfast_kernels/optimizer", "llmfast/optim")
@@ -112,3 +118,12 @@ def test_the_order_of_fields_does_not_matter(tmp_path: Path) -> None:
     assert straight[0].startswith("param ") and turned[0].startswith("offset ")
     assert str(tmp_path) in straight[0] and str(tmp_path) in turned[0]
     assert turned[1:] == straight[1:] and len(straight) == 9
+
+
+def test_both_sides_declare_the_same_rules_and_formats() -> None:
+    assert {None, *formats.PARAM_FORMATS} == set(kernel_formats.PARAM_FORMATS)
+    assert set(formats.PARAM_FORMATS) == set(get_args(formats.MasterWeights))
+    for name, kept in formats.PARAM_FORMATS.items():
+        assert kept.noisy == kernel_formats.PARAM_FORMATS[name].noisy
+    for name, rule in kernels.RULES.items():
+        assert {"lr", *rule.numbers} <= set(inspect.signature(getattr(reference, name)).parameters)

@@ -221,6 +221,118 @@ def update_tile(
 
 
 @triton.jit
+def update_chunk(
+    at,
+    start,
+    count,
+    aligned,
+    scalars,
+    place,
+    RULE: tl.constexpr,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    NOISE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ZERO: tl.constexpr,
+    UNSCALE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update `count` elements from `start` on.
+
+    Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
+    """
+    TOGETHER: tl.constexpr = 2 * BLOCK if PAIRED else BLOCK
+    whole = tl.where(aligned, count // TOGETHER * TOGETHER, 0)
+    alone = None, None, None
+    for offset in range(0, whole, TOGETHER):
+        here = start + offset
+        if PAIRED:
+            pairs = (
+                load_pair(at.state0, here, BLOCK),
+                load_pair(at.state1, here, BLOCK),
+                load_pair(at.low, here, BLOCK),
+            )
+            first = update_tile(
+                at,
+                here,
+                BLOCK,
+                scalars,
+                place,
+                pairs,
+                RULE=RULE,
+                READ=READ,
+                WRITE=WRITE,
+                NOISE=NOISE,
+                STRIDED=STRIDED,
+                ZERO=ZERO,
+                UNSCALE=UNSCALE,
+                HALF=0,
+                ALIGNED=True,
+                BLOCK=BLOCK,
+            )
+            second = update_tile(
+                at,
+                here + BLOCK,
+                BLOCK,
+                scalars,
+                place,
+                pairs,
+                RULE=RULE,
+                READ=READ,
+                WRITE=WRITE,
+                NOISE=NOISE,
+                STRIDED=STRIDED,
+                ZERO=ZERO,
+                UNSCALE=UNSCALE,
+                HALF=1,
+                ALIGNED=True,
+                BLOCK=BLOCK,
+            )
+            store_pair(at.state0, here, first[0], second[0], BLOCK)
+            store_pair(at.state1, here, first[1], second[1], BLOCK)
+            store_pair(at.low, here, first[2], second[2], BLOCK)
+        else:
+            update_tile(
+                at,
+                here,
+                BLOCK,
+                scalars,
+                place,
+                alone,
+                RULE=RULE,
+                READ=READ,
+                WRITE=WRITE,
+                NOISE=NOISE,
+                STRIDED=STRIDED,
+                ZERO=ZERO,
+                UNSCALE=UNSCALE,
+                HALF=None,
+                ALIGNED=True,
+                BLOCK=BLOCK,
+            )
+    for offset in range(whole, count, BLOCK):
+        update_tile(
+            at,
+            start + offset,
+            count - offset,
+            scalars,
+            place,
+            alone,
+            RULE=RULE,
+            READ=READ,
+            WRITE=WRITE,
+            NOISE=NOISE,
+            STRIDED=STRIDED,
+            ZERO=ZERO,
+            UNSCALE=UNSCALE,
+            HALF=None,
+            ALIGNED=False,
+            BLOCK=BLOCK,
+        )
+
+
+@triton.jit
 def update_kernel(
     # in
     table_ptr,  # (T, ROW_WIDTH) int64
@@ -295,96 +407,23 @@ def update_kernel(
         low=pointer(low, LOW_TYPE),
         ema=pointer(ema, tl.float32) if AVERAGED else None,
     )
-    # Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
-    aligned = ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0
-    TOGETHER: tl.constexpr = 2 * BLOCK if PAIRED else BLOCK
-    whole = tl.where(aligned, count // TOGETHER * TOGETHER, 0)
-    none = None, None, None
-    for offset in range(0, whole, TOGETHER):
-        here = start + offset
-        if PAIRED:
-            pairs = (
-                load_pair(at.state0, here, BLOCK),
-                load_pair(at.state1, here, BLOCK),
-                load_pair(at.low, here, BLOCK),
-            )
-            first = update_tile(
-                at,
-                here,
-                BLOCK,
-                scalars,
-                place,
-                pairs,
-                RULE=RULE,
-                READ=READ,
-                WRITE=WRITE,
-                NOISE=NOISE,
-                STRIDED=STRIDED,
-                ZERO=ZERO,
-                UNSCALE=UNSCALE,
-                HALF=0,
-                ALIGNED=True,
-                BLOCK=BLOCK,
-            )
-            second = update_tile(
-                at,
-                here + BLOCK,
-                BLOCK,
-                scalars,
-                place,
-                pairs,
-                RULE=RULE,
-                READ=READ,
-                WRITE=WRITE,
-                NOISE=NOISE,
-                STRIDED=STRIDED,
-                ZERO=ZERO,
-                UNSCALE=UNSCALE,
-                HALF=1,
-                ALIGNED=True,
-                BLOCK=BLOCK,
-            )
-            store_pair(at.state0, here, first[0], second[0], BLOCK)
-            store_pair(at.state1, here, first[1], second[1], BLOCK)
-            store_pair(at.low, here, first[2], second[2], BLOCK)
-        else:
-            update_tile(
-                at,
-                here,
-                BLOCK,
-                scalars,
-                place,
-                none,
-                RULE=RULE,
-                READ=READ,
-                WRITE=WRITE,
-                NOISE=NOISE,
-                STRIDED=STRIDED,
-                ZERO=ZERO,
-                UNSCALE=UNSCALE,
-                HALF=None,
-                ALIGNED=True,
-                BLOCK=BLOCK,
-            )
-    for offset in range(whole, count, BLOCK):
-        update_tile(
-            at,
-            start + offset,
-            count - offset,
-            scalars,
-            place,
-            none,
-            RULE=RULE,
-            READ=READ,
-            WRITE=WRITE,
-            NOISE=NOISE,
-            STRIDED=STRIDED,
-            ZERO=ZERO,
-            UNSCALE=UNSCALE,
-            HALF=None,
-            ALIGNED=False,
-            BLOCK=BLOCK,
-        )
+    update_chunk(
+        at,
+        start,
+        count,
+        ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0,
+        scalars,
+        place,
+        RULE=RULE,
+        READ=READ,
+        WRITE=WRITE,
+        NOISE=NOISE,
+        STRIDED=STRIDED,
+        ZERO=ZERO,
+        UNSCALE=UNSCALE,
+        PAIRED=PAIRED,
+        BLOCK=BLOCK,
+    )
 
 
 def tile() -> dict[str, int]:
