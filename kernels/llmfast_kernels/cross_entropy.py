@@ -342,7 +342,10 @@ def cross_entropy(
     rows = Rows(new(), new(), new(), new() if entropy else None, best() if argmax else None)
     gradient = parts.Gradient(d_logits, alive, threshold)
     results = {"rows": rows, "partials": NO_PARTIALS, "gradient": gradient, "grad_scale_ptr": grad_scale}
-    _launch(terms, results | arguments(logits, targets, terms, V, d_logits))
+    if len(logits) > 0:
+        with device_of(logits):
+            given = _forward_arguments(logits, targets, terms, V, d_logits)
+            cross_entropy_kernel[(len(logits),)](**results, **given)
     return rows
 
 
@@ -359,7 +362,9 @@ def cross_entropy_partials(
     new, best = _empty(logits), _empty(logits, torch.int64)
     partials = Partials(new(), new(), new() if entropy else None, new(), new(), best() if argmax else None)
     results = {"rows": NO_ROWS, "partials": partials, "gradient": NO_GRADIENT, "grad_scale_ptr": None}
-    _launch(terms, results | arguments(logits, targets, terms, V, None))
+    if len(logits) > 0:
+        with device_of(logits):
+            cross_entropy_kernel[(len(logits),)](**results, **_forward_arguments(logits, targets, terms, V, None))
     return partials
 
 
@@ -368,14 +373,13 @@ def _empty(logits: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], T
     return partial(logits.new_empty, logits.shape[0], dtype=dtype)
 
 
-def _launch(terms: Terms, given: dict[str, Any]) -> None:
-    """Launch the kernel on all arguments but its tile."""
-    logits = given["logits_ptr"]
-    if len(logits) == 0:
-        return
+def _forward_arguments(
+    logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_logits: Tensor | None
+) -> dict[str, Any]:
+    """Return all arguments of the forward kernel but its results."""
+    given = arguments(logits, targets, terms, V, d_logits)
     many_terms = any(t is not None for t in (terms.softcap, terms.bias, terms.class_weights, terms.label_smoothing))
-    with device_of(logits):
-        cross_entropy_kernel[(len(logits),)](**given, **tile(given["V"], many_terms=many_terms))
+    return given | tile(given["V"], many_terms=many_terms)
 
 
 def cross_entropy_backward(

@@ -1,8 +1,7 @@
 """Inputs and outputs of a row's loss besides its logits. No Triton: the plain torch path uses the same."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -93,26 +92,3 @@ class Partials(NamedTuple):
     pull: Tensor  # f32: what pulls the loss down, less mass * peak
     mass: Tensor  # f32: the weight of lse in the loss that these columns account for
     argmax: Tensor | None  # int64
-
-
-def pack(targets: Targets, terms: Terms) -> tuple[list[Tensor | None], list[float | None]]:
-    """Flat, as autograd saves and operators take them: tensors and numbers, for `unpack`."""
-    return (
-        [targets.classes, targets.weights, targets.token_weights, terms.class_weights, terms.class_weight_sums],
-        [
-            *(terms.V, terms.ignore_index, terms.v_start),
-            *(terms.label_smoothing, terms.z_loss, terms.logit_scale, terms.softcap),
-        ],
-    )
-
-
-def unpack(
-    tensors: Sequence[Tensor | None], numbers: Sequence[Any], bias: Tensor | None = None
-) -> tuple[Targets, Terms]:
-    classes, weights, token_weights, class_weights, class_weight_sums = tensors
-    V, ignore_index, v_start, *floats = numbers
-    assert classes is not None
-    return (
-        Targets(classes, weights, token_weights),
-        Terms(V, ignore_index, v_start, bias, class_weights, class_weight_sums, *floats),
-    )
