@@ -49,7 +49,7 @@ class RowTerms(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Where the gradient of the logits goes: of all rows in a kernel's argument, of one row within the kernel."""
+    """A place for the gradient of the logits: of all rows in a kernel's argument, of one row within the kernel."""
 
     d_logits: Any  # (N, row_width); may be the logits
     alive: Any  # (N, row_width // GROUP) int8: groups of columns with a gradient of `threshold` or more; or None
@@ -78,7 +78,7 @@ class OwnTargets(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What each thread has folded of a row, (THREADS,) each."""
+    """Each thread's folded part of a row, (THREADS,) each."""
 
     peak: Any  # max of x log2(e)
     total: Any  # sum of 2^t with t = x log2(e) - peak

@@ -81,7 +81,7 @@ class Upstream(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What some columns add to the results of N rows, all (N,); the columns' ranks combine them.
+    """Contributions of some columns to the results of N rows, all (N,); the columns' ranks combine them.
 
     t is x - peak, peaks being the largest of these columns. Ignored rows have 0 everywhere, and an argmax of -1.
     """
