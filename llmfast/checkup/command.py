@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         if args.markdown is not None:
             args.markdown.write_text(page(results), encoding="utf-8")
 
-    results = CheckUp(args.minutes, sections=sections).run(write)
+    try:
+        results = CheckUp(args.minutes, sections=sections).run(write)
+    except KeyboardInterrupt:
+        print("llmfast: interrupted; what was finished is written", file=sys.stderr)
+        return 130
     right, wrong, left = verdict(results)
     print(f"{right} right, {wrong} wrong, {left} not reached")
     for path in (args.json, args.markdown):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from llmfast.checkup import clock
-from llmfast.checkup.numerics import Inputs
 from llmfast.checkup.record import Case, Finding, Size
 from llmfast.checkup.shapes import MODELS
 from llmfast.losses import LinearCrossEntropyPlan, cross_entropy, linear_cross_entropy
@@ -55,11 +54,11 @@ def compared(what: str, measured: int, planned: int, slack: int = SLACK) -> Find
 def linear(shape: tuple[int, int, int], mode: str, device: torch.device) -> Iterator[Finding]:
     """Measure a linear loss, forward and backward."""
     N, D, V = shape
-    options, inputs = dict(MODES[mode]), Inputs(device)
+    options = dict(MODES[mode])
     if "memory_budget" in options:
         options["memory_budget"] = N * V // 4
-    hidden = inputs.normal(N, D, dtype=torch.bfloat16).requires_grad_()
-    weight = inputs.normal(V, D, dtype=torch.bfloat16, scale=0.3).requires_grad_()
+    hidden = torch.full((N, D), 0.1, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight = torch.full((V, D), 0.1, dtype=torch.bfloat16, device=device, requires_grad=True)
     targets = torch.zeros(N, dtype=torch.int64, device=device)
     plan = LinearCrossEntropyPlan.make(N, D, V, device=device, **options)
 

@@ -12,10 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple
 
 import llmfast
 from llmfast.checkup.record import SCHEMA, VERSION, Journal, Size
@@ -81,55 +84,77 @@ class CheckUp:
             budget = max(0.0, end - time.monotonic()) * section.share / rest
             outcome = Outcome(section.name, section.title, budget)
             say(f"{section.title} ({budget:.0f} s) ...")
-            self._section(outcome, say)
+            self._section(outcome, section.processes, say)
             results["sections"].append(asdict(outcome))
             results["not_reached"].remove(section.name)
             write(results)
         return results
 
-    def _section(self, outcome: Outcome, say: Say) -> None:
-        """Run a section's processes, one after the other, until its cases or its time are used up."""
-        start, first = time.monotonic(), 0
-        with tempfile.TemporaryDirectory() as folder:
-            for attempt in range(1000):
-                left = outcome.budget - (time.monotonic() - start)
-                if attempt > 0 and left <= 0:
-                    outcome.not_reached["the rest"] = "no time left"
-                    break
-                lost = _Process(self, outcome, Path(folder) / f"{attempt}.jsonl", first, left, say).watch()
-                if lost is None:
-                    break
-                first = lost + 1
+    def _section(self, outcome: Outcome, processes: int, say: Say) -> None:
+        """Run a section, its cases shared by so many processes at a time."""
+        start, stop = time.monotonic(), Event()
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+            watch = _Watch(outcome, Path(folder), say, stop)
+            share = partial(self._share, watch, processes, start + outcome.budget)
+            try:
+                list(pool.map(share, range(processes)))
+            except KeyboardInterrupt:
+                stop.set()
+                raise
         outcome.seconds = time.monotonic() - start
+
+    def _share(self, watch: "_Watch", processes: int, end: float, process: int) -> None:
+        """Run a process for its share of the cases, and another one after each that is lost, while there is time."""
+        first = 0
+        for attempt in range(1000):
+            if attempt > 0 and time.monotonic() > end:
+                watch.outcome.not_reached[f"cases after number {first - 1}"] = "no time left"
+                break
+            options = {"--first": first, "--processes": processes, "--process": process}
+            options |= {"--seconds": end - time.monotonic(), "--device": self.device, "--size": self.size}
+            lost = _Process(self.worker, options, watch, f"{process}-{attempt}").run()
+            if lost is None or watch.stop.is_set():
+                break
+            first = lost + 1
+
+
+class _Watch(NamedTuple):
+    """A section's processes have these in common."""
+
+    outcome: Outcome
+    folder: Path
+    say: Say
+    stop: Event  # set when they are to end at once
 
 
 class _Process:
     """One worker, and how far it has come."""
 
-    def __init__(self, check: CheckUp, outcome: Outcome, journal: Path, first: int, seconds: float, say: Say) -> None:
-        self._outcome, self._say, self._journal = outcome, say, Journal(journal)
-        self._output = journal.with_suffix(".txt")
+    def __init__(self, worker: Sequence[str], options: dict[str, Any], watch: _Watch, name: str) -> None:
+        self._watch, self._outcome = watch, watch.outcome
+        journal, self._output = watch.folder / f"{name}.jsonl", watch.folder / f"{name}.txt"
+        self._journal = Journal(journal)
         self._began = 0
-        self._last = first - 1, ""  # number and name of the last case that began
+        self._last = -1, ""  # number and name of the last case that began
         self._running = False
         self._deadline = time.monotonic() + START
-        command = [
-            *check.worker, outcome.name, "--journal", str(journal), "--device", check.device, "--size", check.size,
-            "--first", str(first), "--seconds", str(seconds),
-        ]  # fmt: skip
+        command = [*worker, watch.outcome.name, "--journal", str(journal)]
+        command += [word for name, value in options.items() for word in (name, str(value))]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def watch(self) -> int | None:
+    def run(self) -> int | None:
         """Wait for the process; return the number of the case that it was lost with, None if it came to its end."""
         while (code := self._process.poll()) is None and time.monotonic() < self._deadline:
+            if self._watch.stop.is_set():
+                break
             self._take_entries()
             time.sleep(POLL)
         if code is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._take_entries()
-        if code == 0:
+        if code == 0 or self._watch.stop.is_set():
             return None
         told = self._output.read_text(errors="replace").strip()[-2000:]
         index, case = self._last
@@ -146,7 +171,7 @@ class _Process:
 
     def _note(self, case: str, what: str, told: str) -> None:
         self._outcome.findings.append({"case": case, "what": what, "ok": False, "figures": {"output": told}})
-        self._say(f"  WRONG {case}: {what}")
+        self._watch.say(f"  WRONG {case}: {what}")
 
     def _take_entries(self) -> None:
         for kind, case, index, content in self._journal.new_entries():
@@ -157,7 +182,7 @@ class _Process:
             elif kind == "finding":
                 self._outcome.findings.append({"case": case, **content})
                 if content["ok"] is False:
-                    self._say(f"  WRONG {case}: {content['what']}")
+                    self._watch.say(f"  WRONG {case}: {content['what']}")
             elif kind == "end":
                 self._running = False
                 self._outcome.cases[case] = content["seconds"]

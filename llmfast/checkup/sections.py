@@ -14,6 +14,7 @@ class Section(NamedTuple):
     name: str
     title: str
     share: float  # of the time; what one section leaves, those after it get
+    processes: int = 1  # that share the cases; more where compiling takes longest, one where times are measured
 
     def cases(self, device: torch.device, size: Size) -> list[Case]:
         """Return the section's cases, those worth most first."""
@@ -23,8 +24,8 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("here", "What is here", 0.06),
-    Section("numerics", "Numbers against float64", 0.28),
-    Section("behaviour", "What only a GPU has", 0.22),
+    Section("numerics", "Numbers against float64", 0.28, 6),
+    Section("behaviour", "What only a GPU has", 0.22, 3),
     Section("memory", "Memory against the plans", 0.10),
     Section("speed", "Speed", 0.24),
     Section("training", "A short training run", 0.10),

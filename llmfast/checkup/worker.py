@@ -28,12 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="full")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="that share the cases")
+    parser.add_argument("--process", type=int, default=0, help="which of them this is")
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args(arguments)
     device, journal = torch.device(args.device), Journal(args.journal)
     end = time.monotonic() + args.seconds
     for index, case in enumerate(named(args.section).cases(device, args.size)):
-        if index < args.first:
+        if index < args.first or index % args.processes != args.process:
             continue
         if time.monotonic() > end:
             journal.write("skip", case.name, index, why="no time left")

@@ -1,8 +1,10 @@
 """The parent of a check-up: what crashes, hangs or comes too late costs its own case, and results are always whole."""
 
+import _thread
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,11 +54,13 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the outcome of a section with the given cases, in `minutes`."""
     monkeypatch.setattr(runner, "PATIENCE", 1.0)
 
-    def run(letters: str, minutes: float = 1.0) -> tuple[dict[str, Any], list[Any], list[str]]:
+    def run(
+        letters: str, minutes: float = 1.0, processes: int = 1
+    ) -> tuple[dict[str, Any], list[Any], list[str]]:
         monkeypatch.setenv("MADE", letters)
         written: list[Any] = []
         said: list[str] = []
-        section = Section("made", "Made", 1.0)
+        section = Section("made", "Made", 1.0, processes)
         checking = CheckUp(minutes, "cpu", "small", [section], (sys.executable, "-c", WORKER))
         results = checking.run(lambda now: written.append(json.loads(json.dumps(now))), said.append)
         (outcome,) = results["sections"]
@@ -102,6 +106,28 @@ def test_what_comes_too_late_is_named(check: Any) -> None:
     assert outcome["not_reached"] == {"y": "no time left", "z": "no time left"}
 
 
+def test_processes_share_the_cases(check: Any) -> None:
+    outcome, _, _ = check("abxcd", processes=2)
+    assert sorted(outcome["cases"]) == ["a", "b", "c", "d"]
+    assert [one["case"] for one in outcome["findings"] if not one["ok"]] == ["x"]
+
+
+def test_an_interrupt_ends_the_processes(monkeypatch: pytest.MonkeyPatch, check: Any) -> None:
+    started: list[Any] = []
+    start = subprocess.Popen
+
+    def interrupting(*args: Any, **options: Any) -> Any:
+        started.append(start(*args, **options))
+        _thread.interrupt_main()
+        return started[-1]
+
+    monkeypatch.setattr(runner, "PATIENCE", 100.0)
+    monkeypatch.setattr(subprocess, "Popen", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        check("h")
+    assert [process.wait(10) for process in started] == [-signal.SIGKILL]
+
+
 def test_results_are_written_before_and_after_each_section(check: Any) -> None:
     _, written, _ = check("a")
     assert [results["not_reached"] for results in written] == [["made"], []]
@@ -119,7 +145,7 @@ def test_a_worker_that_cannot_start_is_a_finding() -> None:
 def test_time_that_one_section_leaves_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = []
 
-    def section(self: CheckUp, outcome: runner.Outcome, say: Any) -> None:
+    def section(self: CheckUp, outcome: runner.Outcome, processes: int, say: Any) -> None:
         budgets.append(outcome.budget)
         now[0] += 6.0  # seconds that it takes
 
