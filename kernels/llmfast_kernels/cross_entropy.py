@@ -1,9 +1,9 @@
-"""Cross-entropy of rows of logits: loss, logsumexp and gradient. `row.py` says what a row's loss is made of.
+"""Cross-entropy of rows of logits: loss, logsumexp and gradient. `row.py` defines the loss of a row.
 
-There are two kernels. `cross_entropy_kernel` makes loss, peak and total in one pass over a row and, if given a place
-for it, the gradient in a second pass whose reads the caches serve. `cross_entropy_backward_kernel` makes the gradient
-later, from the saved peak and total, when the upstream gradient differs from row to row or the row lies on several
-devices.
+There are two kernels. `cross_entropy_kernel` computes loss, peak and total in one pass over a row. If the caller passes
+a buffer for the gradient, a second pass fills it; the caches serve that pass's reads.
+`cross_entropy_backward_kernel` computes the gradient later, from the saved peak and total. It is needed when the
+upstream gradient differs from row to row, or when a row's columns are split over several devices.
 """
 
 import math
@@ -27,16 +27,16 @@ NO_ROWS, NO_PARTIALS, NO_GRADIENT = (
     kind._make([None] * len(kind._fields)) for kind in (Rows, Partials, parts.Gradient)
 )
 row_terms = attrgetter(*parts.RowTerms._fields[1:])
-PEAK_UNIT: float = parts.LN2.value  # of the peaks that the launchers return and take, in the unit of the logits
+PEAK_UNIT: float = parts.LN2.value  # a peak that the launchers return or take, times this, is the largest logit
 
-# What the kernels need to know of these numbers comes as VECTOR; a binary for each that is 1 or a multiple of 16 would
-# be no better.
+# Triton would compile a separate binary for each of these that is 1 or a multiple of 16. That would gain nothing,
+# because VECTOR already tells the kernels which multiples they can rely on.
 SIZES = [
     *("V", "row_width", "V_total", "v_start", "logits_stride_n", "d_logits_stride_n", "target_weights_stride_n"),
     "ignore_index",
 ]
-# A row takes one number or a few from each of these, which any address serves as quickly. They are no members of a
-# tuple, where Triton would look at the address all the same.
+# A row reads only one number or a few from each of these, so that their alignment makes no difference. They are
+# separate arguments because Triton specialises on the addresses of a tuple's members in any case.
 BY_ROW = [
     *("targets_ptr", "target_weights_ptr", "token_weights_ptr", "grad_scale_ptr", "d_loss_ptr", "d_lse_ptr"),
     "d_entropy_ptr",
@@ -45,7 +45,7 @@ BY_ROW = [
 
 @triton.jit
 def store_ignored(n, rows, partials):
-    """Write the results of an ignored row: 0, a total of 1 and an argmax of -1."""
+    """Write the results of an ignored row: an argmax of -1, a total of 1 in `rows` (0 in `partials`), all else 0."""
     if rows.loss is not None:
         tl.store(rows.loss + n, 0.0)
         tl.store(rows.peak + n, 0.0)
@@ -69,16 +69,16 @@ def cross_entropy_kernel(
     target_weights_ptr,  # (N, K) f32, or None for 1
     token_weights_ptr,  # (N,) f32, or None for 1
     terms,  # RowTerms
-    grad_scale_ptr,  # () f32 that the gradient is multiplied by, or None for 1
+    grad_scale_ptr,  # () f32 that multiplies the gradient, or None for 1
     # out
-    rows,  # Rows, or nothing but None
-    partials,  # Partials of the columns here instead of rows, or nothing but None
-    gradient,  # Gradient of grad_scale * sum(loss), or nothing but None
+    rows,  # Rows; NO_ROWS if partials are wanted
+    partials,  # Partials of this device's columns; NO_PARTIALS if rows are wanted
+    gradient,  # Gradient of grad_scale * sum(loss); NO_GRADIENT if it is not wanted
     # sizes
-    V,
+    V,  # classes in the buffers
     row_width,  # columns of the buffers, >= V; those from V on are padding
-    V_total,  # of all devices
-    v_start,  # number of the first column, where this is a part of the row
+    V_total,  # classes of all devices
+    v_start,  # class of the buffers' first column; 0 unless classes are split over devices
     # strides
     logits_stride_n,
     d_logits_stride_n,
@@ -89,8 +89,8 @@ def cross_entropy_kernel(
     K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements an access may move at once: the strides are multiples of it
-    VECTOR_TAIL: tl.constexpr,  # row_width is one too
+    VECTOR: tl.constexpr,  # elements that one access may move; the row strides are multiples of it
+    VECTOR_TAIL: tl.constexpr,  # whether row_width is a multiple of VECTOR too
 ):
     n = tl.program_id(0).to(tl.int64)  # N * V can pass 2**31
     if VECTOR_TAIL:
@@ -102,7 +102,7 @@ def cross_entropy_kernel(
     argmax_ptr = partials.argmax if rows.loss is None else rows.argmax
     ARGMAX: tl.constexpr = argmax_ptr is not None  # pyright: ignore[reportAssignmentType]
     ENTROPY: tl.constexpr = (partials.moment if rows.loss is None else rows.entropy) is not None
-    full = V // BLOCK_V * BLOCK_V  # where whole tiles end
+    full = V // BLOCK_V * BLOCK_V  # the whole tiles end here
 
     y = parts.read_targets(n, targets_ptr, V_total, ignore_index, K)
     if tl.max(y, axis=0) == parts.IGNORED:
@@ -135,7 +135,7 @@ def cross_entropy_kernel(
             row, full, running, TAIL=True, ENTROPY=ENTROPY, ARGMAX=ARGMAX, BLOCK_V=BLOCK_V, VECTOR=VECTOR
         )
 
-    # Not before the loop: what lives through it takes registers.
+    # Read after the loop, because values that stay alive during the loop would take registers from it.
     a, b, t = parts.weigh_targets(n, y, target_weights_ptr, target_weights_stride_n, terms, V_total)
     peak = tl.max(running.peak, axis=0)
     shift = running.peak - peak
@@ -145,7 +145,7 @@ def cross_entropy_kernel(
     if ARGMAX:
         tl.store(argmax_ptr + n, (parts.find_peak(row, running, peak, full, BLOCK_V) + v_start).to(tl.int64))
 
-    # All differences are taken against the peak, so a confident row keeps its small loss to float32's last bits.
+    # Only differences from the peak are used. A confident row thus keeps its small loss to float32's last bits.
     pull = tl.sum(tl.where(here, a * tl.fma(targets.x, parts.LOG2E, -peak), 0.0), axis=0) * parts.LN2
     mass = tl.sum(tl.where(here, a, 0.0), axis=0)
     if terms.label_smoothing is not None:
@@ -159,7 +159,7 @@ def cross_entropy_kernel(
         tl.store(partials.pull + n, pull * t)
         tl.store(partials.mass + n, mass)
         parts.put(partials.moment, n, moment)
-    else:  # a return above would not keep the compiler from what needs rows
+    else:  # not a `return` above: the compiler would still compile this part, where members of `rows` are None
         log_total = tl.log(total)
         if token_weights_ptr is not None:
             t *= tl.load(token_weights_ptr + n)
@@ -176,7 +176,7 @@ def cross_entropy_kernel(
                 t *= tl.load(grad_scale_ptr)
             smooth = t * b if terms.label_smoothing is not None else None
             slopes = parts.Slopes(peak, t * slope / total, smooth, None, None)
-            # Backwards through the row: what was read last is what the caches still hold.
+            # Go through the row backwards, because the caches still hold what was read last.
             if full < row_width:
                 parts.store_gradient(row, full, out, slopes, TAIL=True, BLOCK_V=BLOCK_V)
             for done in range(BLOCK_V, full + BLOCK_V, BLOCK_V):
@@ -222,7 +222,7 @@ def cross_entropy_backward_kernel(
     out = parts.Gradient(d_logits_ptr + n * parts.known_multiple(d_logits_stride_n, VECTOR), None, None)
     start = tl.program_id(1) * BLOCK_V
     y = parts.read_targets(n, targets_ptr, V_total, ignore_index, K)
-    if tl.max(y, axis=0) == parts.IGNORED:  # zeros even where the upstream gradient or the logits are not finite
+    if tl.max(y, axis=0) == parts.IGNORED:  # zeros, even if the upstream gradient or logits are not finite
         if start + BLOCK_V <= V:
             parts.store_zeros(row, start, out, TAIL=False, BLOCK_V=BLOCK_V)
         else:
@@ -257,7 +257,7 @@ def cross_entropy_backward_kernel(
     has_targets = tl.sum(here.to(tl.int32), axis=0) > 0
     targets = parts.OwnTargets(y, column, here, parts.read_logits(row, column, here, here))
     if has_targets:
-        tl.debug_barrier()  # before any thread writes over these logits
+        tl.debug_barrier()  # d_logits may be logits: read the targets' before any thread overwrites them
     if start + BLOCK_V <= V:
         parts.store_gradient(row, start, out, slopes, TAIL=False, BLOCK_V=BLOCK_V)
     else:
@@ -267,11 +267,11 @@ def cross_entropy_backward_kernel(
 
 
 def tile(V: int, *, many_terms: bool = False) -> dict[str, int]:
-    """Block, warps and threads for rows of `V` logits: one program walks a row.
+    """Choose block, threads and warps for rows of `V` logits. One program processes one row.
 
-    Long rows get 1024 threads, so that few rows are in flight at once and the gradient's second pass over each finds
-    it in the L2 cache; 16 elements a thread keep two 16-byte loads of bfloat16 in the air without spilling. Softcap,
-    bias, class weights and smoothing take registers, and leave them for 8.
+    Long rows get 1024 threads. Few rows are then in flight at once, and the gradient's second pass over a row finds it
+    in the L2 cache. With 16 elements per thread, two 16-byte loads of bfloat16 are in flight without spilling.
+    Softcap, bias, class weights and smoothing take registers, so that only 8 elements per thread fit.
     """
     elements = 8 if many_terms else 16
     block = min(max(next_power_of_2(V), 1024), 1024 * elements)
@@ -279,13 +279,16 @@ def tile(V: int, *, many_terms: bool = False) -> dict[str, int]:
 
 
 def backward_tile(V: int) -> dict[str, int]:
-    """Block and warps of the separate backward: elementwise, so small programs of 8 elements a thread."""
+    """Choose block and warps for the backward kernel. It is elementwise, so that 8 elements per thread suffice."""
     block = min(max(next_power_of_2(V), 1024), 2048)
     return {"BLOCK_V": block, "num_warps": warps(block // 8)}
 
 
 def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str, int | bool]:
-    """Return the widest access, up to 16 bytes, that the rows' addresses allow, in elements."""
+    """Return the widest access that the rows' addresses allow, in elements (16 bytes at most), as VECTOR.
+
+    VECTOR_TAIL says whether `row_width` is a multiple of it.
+    """
     width = 16 // max(t.element_size() for t in (logits, d_logits) if t is not None)
     for t in (logits, d_logits):
         if t is not None:
@@ -333,10 +336,10 @@ def cross_entropy(
 ) -> Rows:
     """Return the loss, peak and total of every row, and more on request.
 
-    Fills `d_logits` with the gradient of grad_scale * sum(loss). Padding is read, ignored, and overwritten with zeros
-    in `d_logits`: where it rounds the rows up to 16 bytes, rows of any V are accessed 16 bytes at a time. It ends
-    before the second multiple of 1024 from V on. `alive` says which groups of GROUP columns of `d_logits` hold a
-    gradient of `threshold` or more.
+    Fills `d_logits` with the gradient of grad_scale * sum(loss). The padding is read and ignored, and is zero in
+    `d_logits`. If it rounds rows up to multiples of 16 bytes, they can be accessed 16 bytes at a time for any V.
+    `row_width` must not exceed the first multiple of 1024 above V, because only one tile is written after the
+    whole ones. `alive` says which groups of GROUP columns of `d_logits` hold a gradient of `threshold` or more.
     """
     new, best = _empty(logits), _empty(logits, torch.int64)
     rows = Rows(new(), new(), new(), new() if entropy else None, best() if argmax else None)
@@ -358,7 +361,7 @@ def cross_entropy_partials(
     entropy: bool = False,
     argmax: bool = False,
 ) -> Partials:
-    """Return what the columns here add to each row's loss, for rows that lie on several devices."""
+    """Return the contributions of this device's columns to each row's loss, for classes that are split over devices."""
     new, best = _empty(logits), _empty(logits, torch.int64)
     partials = Partials(new(), new(), new() if entropy else None, new(), new(), best() if argmax else None)
     results = {"rows": NO_ROWS, "partials": partials, "gradient": NO_GRADIENT, "grad_scale_ptr": None}
@@ -369,14 +372,14 @@ def cross_entropy_partials(
 
 
 def _empty(logits: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """Return a function that makes an empty (N,)."""
+    """Return a function that allocates an uninitialised tensor, (N,)."""
     return partial(logits.new_empty, logits.shape[0], dtype=dtype)
 
 
 def _forward_arguments(
     logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_logits: Tensor | None
 ) -> dict[str, Any]:
-    """Return all arguments of the forward kernel but its results."""
+    """Return all arguments of the forward kernel except its results and `grad_scale_ptr`."""
     given = arguments(logits, targets, terms, V, d_logits)
     many_terms = any(t is not None for t in (terms.softcap, terms.bias, terms.class_weights, terms.label_smoothing))
     return given | tile(given["V"], many_terms=many_terms)
@@ -392,7 +395,10 @@ def cross_entropy_backward(
     V: int | None = None,
     d_logits: Tensor,  # (N, row_width), filled; may be `logits`
 ) -> None:
-    """Fill `d_logits` with the gradient of sum(upstream.loss * loss + upstream.lse * lse + ...), padding with zeros."""
+    """Fill `d_logits` with the gradient of sum(upstream.loss * loss + upstream.lse * lse + upstream.entropy * entropy).
+
+    The padding of `d_logits` is filled with zeros.
+    """
     N, row_width = logits.shape
     if N == 0:
         return

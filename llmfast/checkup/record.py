@@ -1,4 +1,4 @@
-"""Cases, what they find, and the journal in which a worker tells its parent what it does."""
+"""Cases of a check-up, their findings, and the journal through which a worker reports to its parent process."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -10,27 +10,27 @@ SCHEMA = "llmfast-checkup"
 VERSION = 1
 
 Size = Literal["full", "small"]
-"""The sizes that users train with, or ones that an interpreter can compute."""
+"""Size of the tensors: "full" is what users train with, "small" is what Triton's interpreter can compute."""
 
 Figures = dict[str, Any]  # numbers, text, truth values, None, or lists of numbers
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the results."""
+    """One result of a case."""
 
     what: str
-    ok: bool | None = None  # None: a figure that is neither right nor wrong
+    ok: bool | None = None  # None if the finding only reports figures, which are neither right nor wrong
     figures: Figures = field(default_factory=dict)
 
 
 class Case(NamedTuple):
-    """A piece of a section that is run, timed and lost by itself."""
+    """A part of a section. It is run and timed separately; if it crashes or hangs, the others still run."""
 
     name: str
     run: Callable[[], Iterable[Finding]]
-    seconds: float = 5.0  # that it takes on a GPU at full size, compilation included: an estimate, doubled
-    gpu_bytes: int = 1 << 30  # of GPU memory that it needs at most
+    seconds: float = 5.0  # twice the time estimated on a GPU at full size, including compilation
+    gpu_bytes: int = 1 << 30  # the most GPU memory that it needs
 
 
 class Entry(NamedTuple):
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """A file of JSON lines: written by a worker, read by its parent while the worker runs or after it died."""
+    """A file of JSON lines. A worker writes it; its parent reads it while the worker runs and after it has ended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +55,7 @@ class Journal:
             file.write(line + "\n")
 
     def new_entries(self) -> Iterator[Entry]:
-        """Yield the entries that were written since the last call. A line that is still being written is left."""
+        """Yield the entries written since the last call. A line that is not complete yet is left for the next call."""
         if not self.path.exists():
             return
         with self.path.open(encoding="utf-8") as file:

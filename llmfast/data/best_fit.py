@@ -1,13 +1,13 @@
-"""Best-fit-decreasing packing: documents into rows of one length without cutting any document that fits.
+"""Best-fit-decreasing packing, which fills rows of one length without cutting any document that fits into a row.
 
     documents  a a a a #   b b #   c #   d #     # ends a document (eot_id)
     row 0      a a a a #                         seq_len = 4: a row holds five tokens, four inputs and four labels
     row 1      b b # c #
     row 2      d # . . .                         . is PADDING
 
-`pack` cuts a document that crosses the end of a row; this function pads instead, and very little if there are many
-documents of varied lengths. Only documents longer than a row are cut, into full rows and a remainder. From "Fewer
-Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830).
+`pack` lets a document continue in the next row; `pack_best_fit` pads instead, and very little if there are many
+documents of varied lengths. Only documents longer than a row are cut, into full rows and a remainder. The method is
+that of "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830).
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class BestFitRows(PackedRows):
 
     documents: int  # documents that were not empty
     cut: int  # documents longer than a row
-    pieces: int  # pieces of these documents
+    pieces: int  # pieces that the cut documents make
     padding: int  # tokens that are PADDING
 
     @property
@@ -44,11 +44,11 @@ class BestFitRows(PackedRows):
 
 
 def pack_best_fit(documents: Iterable[npt.NDArray[np.integer]], seq_len: int, eot_id: int) -> BestFitRows:
-    """Put documents, each followed by `eot_id`, into as few rows of `seq_len + 1` tokens as best fit finds.
+    """Pack documents, each followed by `eot_id`, into few rows of `seq_len + 1` tokens.
 
     Each document that fits stays whole. A longer one is cut into full rows and a remainder that is packed like a
-    document; `document_ids` and `positions` restart with each piece. The longest pieces are placed first, each in the
-    row with the least sufficient room. The same documents always give the same rows.
+    document; `document_ids` and `positions` restart with each piece. The longest pieces are placed first. Each goes
+    into the row with the least room that is enough for it. The same documents always give the same rows.
 
     Args:
         documents: Token ids, (any length,) integers in [0, 2**31). Empty ones are skipped.
@@ -107,7 +107,7 @@ def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.in
         capacity: The capacity of every bin.
     """
     bins_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # indexed by room
-    rooms = 0  # bit r is set if bins_with[r] is not empty, so the least sufficient room is found in one step
+    rooms = 0  # bit r is set if bins_with[r] is not empty: the least room that suffices is found in one step
     chosen: list[int] = []  # bin of each item, the largest item first
     bins = 0
     of_size = np.bincount(sizes, minlength=capacity + 1).tolist()
@@ -117,7 +117,7 @@ def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.in
             suffices = rooms >> size
             room = (suffices & -suffices).bit_length() - 1 + size if suffices else capacity
             each = room // size
-            wanted = max(left // each, 1)  # bins to fill; the last one may stay partly empty
+            wanted = max(left // each, 1)  # bins that get `each` items; one bin takes all if fewer are left
             each = min(each, left)
             if suffices:
                 taken = bins_with[room][-wanted:]

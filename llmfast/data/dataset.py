@@ -26,13 +26,16 @@ from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, BPETokenizer, ByteTokeniz
 class Dataset:
     """Training and validation rows of each source, and their tokenizer."""
 
-    train: dict[str, Rows]  # by source
-    validation: dict[str, Rows]  # by source; empty if nothing was held out
+    train: dict[str, Rows]  # by name of the source
+    validation: dict[str, Rows]  # by name of the source; empty if nothing was held out
     tokenizer: Tokenizer
-    split: dict[str, Split] = field(default_factory=dict)  # by source: how the validation part was chosen
+    split: dict[str, Split] = field(default_factory=dict)  # how the validation part of each source was chosen
 
     def batch(self, source: npt.NDArray[np.int64], row: npt.NDArray[np.int64], first: int) -> Batch:
-        """Return training sequences from number `first` on, given their (B,) sources and rows (`Mixture.sequences`)."""
+        """Return B training sequences from number `first` on.
+
+        `Mixture.sequences` returns their `source`, an index into `train`, and `row`, each (B,).
+        """
         samples = first + np.arange(len(source))
         parts = [
             rows.batch(row[source == d], samples[source == d])
@@ -44,13 +47,13 @@ class Dataset:
 
 
 class Mixed:
-    """Data set in the order of a mixture, as a trainer reads it."""
+    """Training data in the order of a mixture: what a trainer reads."""
 
     def __init__(self, dataset: Dataset, mixture: Mixture) -> None:
         self.dataset, self.mixture = dataset, mixture
 
     def batch(self, first: int, count: int) -> Batch:
-        """Return training sequences `first` to `first + count`."""
+        """Return `count` training sequences from number `first` on."""
         return self.dataset.batch(*self.mixture.sequences(first, first + count), first)
 
     def state(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class Mixed:
         return self.mixture.state()
 
     def resume(self, state: Mapping[str, Any], consumed: int) -> None:
-        """Keep the first `consumed` sequences of `state`; later ones follow this mixture."""
+        """Take the first `consumed` sequences from the checkpoint's `state`, and later ones from this mixture."""
         self.mixture = self.mixture.resumed(state, consumed)
 
 
@@ -76,7 +79,7 @@ def prepare(
     split: Mapping[str, Split] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Dataset:
-    """Load the sources, split them, train the tokenizer on the training part, encode and pack.
+    """Load and split the sources, train a BPE tokenizer on the training parts or load another, encode and pack.
 
     Args:
         sources: "code", "prose", or paths of folders and files; see `load`. "name=path" sets another name. Token files
@@ -84,20 +87,21 @@ def prepare(
         tokenizer: "bpe" (needs `tokenizers`), "bytes", or the path of a saved tokenizer. Token files need the tokenizer
             they were written with.
         vocab_size: Number of ids of a new BPE tokenizer; other tokenizers have their own.
-        seq_len: Tokens per row.
+        seq_len: Inputs per row, at least 2.
         held_out: Share of each source held out for validation; 0 holds out none.
-        packing: How texts are packed: "concat" (`pack`) or "best_fit" (`pack_best_fit`).
-        fim: Takes the tokenizer and returns the rule for rearranging training documents; see `FIM`.
-        fim_unit: What is rearranged: the part of a document in a row ("context"), or documents before packing.
+        packing: The way texts are packed: "concat" (`pack`) or "best_fit" (`pack_best_fit`).
+        fim: A function that takes the tokenizer and returns the rule for rearranging training documents; see `FIM`.
+        fim_unit: "context" rearranges the part of a document that is in a row; "document" rearranges whole documents
+            before they are packed, and needs texts and packing="concat".
         text_column: The column of tables that holds the text; see `text_files`.
-        split: How validation data are chosen, by source. "documents" holds out whole documents by a hash of their names
-            (in a token file, the last ones); "end" holds out the last part of the text or tokens. The default is
-            "documents", or "end" if whole documents leave less than a row in either part. Pass `Dataset.split` to
-            reproduce a split with any tokenizer and seq_len.
-        say: Receives messages about skipped inputs and held-out ends of text; by default they are warnings.
+        split: The way validation data are chosen, by name of the source. "documents" holds out whole documents by a
+            hash of their names (in a token file, the last ones); "end" holds out the last part of the text or tokens.
+            The default is "documents", or "end" if that would leave the training or validation part without a row.
+            Pass `Dataset.split` to reproduce a split with any tokenizer and seq_len.
+        say: Called with messages about skipped inputs and held-out ends; by default the messages are warnings.
 
     Raises:
-        ValueError: An argument is out of range, or a source has too little text for one row in either part.
+        ValueError: An argument is out of range, or the training or validation part of a source does not fill a row.
         ImportError: A file or the tokenizer needs a package that is not installed.
     """
     expect(seq_len >= 2, f"seq_len must be at least 2; got {seq_len}")
@@ -154,7 +158,7 @@ def prepare(
 
 
 def _places(sources: Sequence[str], split: Mapping[str, Split]) -> dict[str, str]:
-    """Return the place of each source by name, after checking names and splits."""
+    """Check names and splits, and return the place of each source by its name."""
     expect(not isinstance(sources, str), f"sources must be a list of names; got the string {sources!r}")
     expect(len(sources) > 0, "sources must name at least one source")
     expect(len(set(sources)) == len(sources), f"sources must differ; got {list(sources)}")
@@ -230,7 +234,7 @@ def _rows_of_texts(
 
 
 def _expect_rows(parts: Mapping[str, Sequence[TokenIds]], seq_len: int) -> None:
-    """Raise ValueError if a part does not fill a row; the message says what would."""
+    """Raise ValueError if a part does not fill a row. The message suggests more text or a smaller seq_len."""
     tokens = {part: sum(len(ids) + 1 for ids in documents if len(ids)) for part, documents in parts.items()}
     most = min(tokens.values()) - 1
     for part, n in tokens.items():

@@ -1,4 +1,4 @@
-"""The losses as functions that autograd knows: outside `torch.compile` here, inside it in `operators.py`."""
+"""The losses as autograd functions outside `torch.compile`. `operators.py` has those for use inside it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +16,20 @@ Adapter = Callable[..., tuple[Tensor | None, ...]]
 
 
 class EagerLoss(torch.autograd.Function):
-    """A loss outside `torch.compile`: (loss, gradients enabled, *inputs) to the reduced loss and its `RowStats`."""
+    """A loss outside `torch.compile`. Arguments: the loss, whether gradients are enabled, and the loss's inputs.
+
+    It returns the reduced loss and its `RowStats`, or `NO_STATS`.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Loss, grad_enabled: bool, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        wants = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[2:])  # in here it never is enabled
+        # Inside `forward` autograd has disabled gradients, so that the caller has to say whether they are enabled.
+        wants = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[2:])
         rows, lse, kept = loss.forward(inputs, wants)
         ctx.set_materialize_grads(False)
         if any(wants):
-            # Targets and terms stay with the loss; saving them lets torch notice if they are written to.
+            # Backward reads targets, terms and count from `loss`. They are saved too, so that torch raises an error if
+            # anything overwrites them in the meantime.
             ctx.save_for_backward(*inputs, *rows.softmax, loss.count, *_tensors(loss.targets), *_tensors(loss.terms))
             ctx.loss, ctx.wants, ctx.kept = loss, wants, kept
         value = reduced(rows.loss, loss.reduction, loss.count)
@@ -36,7 +41,7 @@ class EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # only under create_graph=True
+        if torch.is_grad_enabled():  # True only with create_graph=True
             raise RuntimeError(
                 "this loss cannot be differentiated twice; use torch.nn.functional.cross_entropy for that"
             )

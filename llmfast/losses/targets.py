@@ -1,4 +1,4 @@
-"""Targets, terms, counts and statistics: the work before and after the rows are computed."""
+"""The work before and after the loss of each row is computed: targets, terms, counts and statistics."""
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
@@ -14,24 +14,28 @@ from llmfast._checks import describe
 from llmfast.losses.options import TABLE, Inputs, LossOptions, Reduction, RowOptions, declared
 from llmfast_kernels.terms import Rows, Targets, Terms
 
-# On a CPU torch's own loss is faster up to this many logits, given ones or ones made of hidden states.
+# Up to this many logits, torch's own loss is faster on a CPU: for logits that the caller passes ("logits"), and for
+# logits that are computed from hidden states ("hidden").
 SMALL = {"logits": 1 << 22, "hidden": 1 << 18}
 
 _TERMS = [field.name for field in fields(Terms) if field.name in declared(RowOptions)]
 
 
 class LossStats(NamedTuple):
-    """Statistics that `return_stats=True` adds to the loss. A token without a valid target has 0, and argmax -1."""
+    """Statistics that `return_stats=True` adds to the loss.
+
+    For a token without a valid target, argmax is -1, and token_loss, lse and entropy are 0.
+    """
 
     token_loss: Tensor  # (...) float32, detached
     lse: Tensor  # (...) float32 logsumexp of the logits, differentiable
-    entropy: Tensor  # (...) float32 of the softmax, in nats, differentiable
-    argmax: Tensor  # (...) int64: the most probable class, the first of equals
-    accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that are the argmax
+    entropy: Tensor  # (...) float32 entropy of the softmax, in nats, differentiable
+    argmax: Tensor  # (...) int64: the most probable class; the first one if several are equal
+    accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that equal the argmax
 
 
 class RowStats(NamedTuple):
-    """The same statistics of N rows, all (N,), before they get the caller's shape."""
+    """The statistics of `LossStats` per row, all (N,), without the accuracy. `finish` gives them the caller's shape."""
 
     token_loss: Tensor
     lse: Tensor
@@ -40,7 +44,7 @@ class RowStats(NamedTuple):
 
     @staticmethod
     def of(rows: Rows, lse: Tensor, loss: Tensor) -> "RowStats":
-        """Take the statistics from `rows`, with a token_loss that is not the returned `loss` itself."""
+        """Take the statistics from `rows`. token_loss is never `loss` itself, because only `loss` is differentiable."""
         assert rows.entropy is not None and rows.argmax is not None
         return RowStats(rows.loss.clone() if loss is rows.loss else rows.loss, lse, rows.entropy, rows.argmax)
 
@@ -60,7 +64,7 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor, options: LossOptions) -
 
 
 def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.dtype, *, stats: bool) -> dict[str, Any]:
-    """Return the fields that all losses have, for logits of `dtype` of which this rank holds `columns`."""
+    """Return the fields of `Loss` as keyword arguments. Logits have `dtype`, and this rank holds their `columns`."""
     wide = torch.promote_types(dtype, torch.float32)
     targets = make_targets(options, inputs.targets, inputs.rows.shape[:-1], wide)
     terms = make_terms(options, inputs.V, columns, wide)
@@ -72,7 +76,7 @@ def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.d
 
 
 def make_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
-    """Return the targets of the flattened rows, shifted, with their weights in `dtype`."""
+    """Shift the targets, flatten them to one row per token, and convert their weights to `dtype`."""
     if options["shift"]:
         targets = shifted(
             targets, options["shift"], options["document_ids"], options["ignore_index"], axis=len(shape) - 1
@@ -101,7 +105,10 @@ def make_terms(options: RowOptions, V: int, columns: slice, dtype: torch.dtype) 
 
 
 def shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_index: int, axis: int) -> Tensor:
-    """Move the target of token t + shift to token t. Past the end of a sequence or document there is none to move."""
+    """Move the target of token t + shift to token t.
+
+    If token t + shift is outside the sequence or in another document, token t gets `ignore_index`.
+    """
     length = targets.shape[axis]
     keep = max(0, length - shift)
     moved = targets.narrow(axis, length - keep, keep)
@@ -113,7 +120,7 @@ def shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_ind
 
 
 def count_of(num_valid: int | Tensor | None, targets: Targets, terms: Terms, dtype: torch.dtype) -> Tensor:
-    """Return what a mean divides by, () on the targets' device: `num_valid`, or the sum of all weights that count."""
+    """Return the divisor of a mean, () on the targets' device: `num_valid`, or the sum of valid targets' weights."""
     classes = targets.classes
     if isinstance(num_valid, Tensor):
         return on_device("num_valid", num_valid.detach(), classes.device).to(dtype).reshape(())
@@ -123,12 +130,12 @@ def count_of(num_valid: int | Tensor | None, targets: Targets, terms: Terms, dty
     weights = weights_that_count(counts, classes, terms.class_weights)
     for given in (targets.weights, None if targets.token_weights is None else targets.token_weights[:, None]):
         if given is not None:
-            weights = torch.where(counts, weights * given, 0.0)  # the weight of an ignored target may be NaN
+            weights = torch.where(counts, weights * given, 0.0)  # an ignored target's weight may be NaN
     return weights.sum().to(dtype)
 
 
 def weights_that_count(counts: Tensor, classes: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Return the class weight of each target that counts, and 0 for the others; `counts` itself without weights."""
+    """Return each target's class weight, or 0 if `counts` is False. Without class weights, return `counts` itself."""
     if class_weights is None:
         return counts
     known = counts & (classes >= 0) & (classes < len(class_weights))
@@ -136,52 +143,58 @@ def weights_that_count(counts: Tensor, classes: Tensor, class_weights: Tensor | 
 
 
 def numbers(values: Sequence[float], device: torch.device) -> Tensor:
-    """Make a float64 tensor of a few numbers, written by the device itself.
+    """Make a float64 tensor of a few numbers that the device itself writes.
 
-    A copy from the host's memory would be a wait, and a CUDA graph cannot hold one.
+    A copy from host memory would make the host wait, and a CUDA graph cannot capture such a copy.
     """
     return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
 
 
 def on_device(name: str, t: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor on `device`, without a wait.
+    """Return a small tensor on `device`; the host does not wait for a copy to a GPU.
 
     Raises:
-        ValueError: `t` lies elsewhere while a CUDA graph is captured, which cannot copy from the host's memory.
+        ValueError: `t` is on another device while a CUDA graph is captured. A graph cannot copy from host memory.
     """
     if t.device == device:
         return t
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"{name} must be on {device} while a CUDA graph is captured; got {describe(t)}")
-    return t.to(device, non_blocking=device.type != "cpu")  # a copy to the host would be read before it has arrived
+    return t.to(device, non_blocking=device.type != "cpu")  # the CPU could read a copy before it is complete
 
 
 def reciprocal(count: Tensor) -> Tensor:
-    """Return 1 / count for gradients, which are zero and not NaN when nothing counts."""
+    """Return 1 / count, or 0 if the count is 0: gradients are then zero, not NaN."""
     return torch.where(count != 0, 1.0 / count, 0.0)
 
 
 def divided(d_loss: Tensor, count: Tensor | None) -> Tensor:
-    """Return the gradient of the sum of all losses, from that of the reduced loss."""
+    """Return the factor for the gradient of the sum of all losses: `d_loss`, divided by a mean's `count`.
+
+    `d_loss` is the gradient that autograd passes for the reduced loss: (), or (N,) for losses per row.
+    """
     return d_loss if count is None else d_loss * reciprocal(count)
 
 
 def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
-    """Reduce the losses of all rows, (N,)."""
+    """Reduce the losses of all rows, (N,), to (); "none" returns them unchanged."""
     if reduction == "none":
         return loss
     return loss.sum() if count is None else loss.sum() / count
 
 
 def restore(t: Tensor, shape: torch.Size) -> Tensor:
-    """Give (N,) the caller's leading dimensions; scalars stay."""
+    """Reshape (N,) to the caller's leading dimensions `shape`; return a scalar unchanged."""
     return t.view(shape) if t.dim() else t
 
 
 def finish(
     found: Sequence[Tensor | None], targets: Targets, ignore_index: int, shape: torch.Size, *, squeeze: bool
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Return a loss and its `RowStats`, or `NO_STATS`, in the caller's shape."""
+    """Give results the caller's shape. `found` is a loss, followed by its `RowStats` or by `NO_STATS`.
+
+    Returns the loss, with `LossStats` if there are statistics. `squeeze` makes the accuracy a scalar.
+    """
     loss, *stats = found
     assert loss is not None
     loss = restore(loss, shape)
@@ -193,6 +206,6 @@ def finish(
 
 
 def accuracy(argmax: Tensor, targets: Targets, ignore_index: int) -> Tensor:
-    """Return the share of valid targets that are their row's argmax: (K,) for (N, K) targets. NaN if none is valid."""
+    """Return the share of valid targets that are their row's argmax: (K,) for targets (N, K). NaN if none is valid."""
     valid = targets.classes != ignore_index
     return (valid & (targets.classes == argmax[:, None])).sum(0).float() / valid.sum(0)

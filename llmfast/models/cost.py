@@ -24,21 +24,21 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Number of a decoder's parameters, in total and in part."""
+    """Counts of a decoder's parameters: of all, and of two parts."""
 
     total: int
-    next_token: int  # without heads that only predict further tokens
+    next_token: int  # all parameters but those of heads that only predict further tokens
     embedding: int  # embedding and unembedding, counted once if they are tied
 
     @property
     def non_embedding(self) -> int:
-        """Kaplan's N: parameters used to predict the next token."""
+        """Kaplan's N: parameters that predict the next token, without embedding and unembedding."""
         return self.next_token - self.embedding
 
 
 @lru_cache(maxsize=8)
 def meta_decoder(config: DecoderConfig) -> Decoder:
-    """Build the model without allocating its parameters."""
+    """Build the decoder that `config` describes, on the meta device, so that no parameter is allocated."""
     with torch.device("meta"):
         return Decoder(config)
 
@@ -58,26 +58,26 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of forward and backward over a step's tokens."""
+    """FLOPs of forward and backward for all tokens of a step."""
 
     tokens: int
-    matrices: float  # products with parameters
-    attention: float  # products of activations with each other
+    matrices: float  # FLOPs of products with parameters
+    attention: float  # FLOPs of products of two activations
 
     @property
     def flops(self) -> float:
         return self.matrices + self.attention
 
     def seconds(self, gpu: Gpu, dtype: torch.dtype, *, utilisation: float = UTILISATION) -> float:
-        """Model the time of the step, which is not measured: see `FORMULA`.
+        """Compute the step's time from a model, not a measurement; see `FORMULA`.
 
         Args:
             gpu: The GPU whose data sheet gives the rates.
-            dtype: The dtype of the matrix products; float32 products run on the ordinary units.
-            utilisation: The share of the data sheet's rate that the step is assumed to reach.
+            dtype: The dtype of the matrix products; float32 products run on the ordinary units, not on tensor cores.
+            utilisation: The share of that rate that the step is assumed to reach.
 
         Raises:
-            ValueError: `utilisation` is not above 0 and at most 1.
+            ValueError: `utilisation` is not in (0, 1].
         """
         expect(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1; got {utilisation}")
         rate = gpu.tensor_cores if dtype in (torch.bfloat16, torch.float16) else gpu.float32
@@ -85,15 +85,16 @@ class StepCost:
 
 
 def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
-    """Count the FLOPs of `tokens` tokens in rows of `seq_len`.
+    """Count the FLOPs of a training step over `tokens` tokens in rows of `seq_len`.
 
-    A parameter of a matrix takes 6 FLOPs per token: 2 in forward, 4 in backward. The embedding takes none, because it
-    is a lookup. The unembedding counts once per head with its own hidden states. Attention takes 12 seq_len width per
-    token and block, as if every token attended to its whole row. A kernel that skips what the causal mask hides needs
-    half of that, unless a mask separates documents.
+    Each parameter of a matrix takes 6 FLOPs per token: 2 in forward, 4 in backward. The embedding takes none, because
+    it is a lookup. The unembedding counts once per head that has its own hidden states. Attention takes
+    12 * seq_len * width FLOPs per token and block, as if every token attended to its whole row. A kernel that skips
+    what the causal mask hides needs half of that. It skips nothing if documents are separated, because the mask is then
+    a tensor.
 
     Raises:
-        ValueError: A count is not above 0.
+        ValueError: `tokens` or `seq_len` is not above 0.
     """
     expect(tokens > 0, f"tokens must be above 0; got {tokens}")
     expect(seq_len > 0, f"seq_len must be above 0; got {seq_len}")
@@ -110,7 +111,7 @@ def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:
 
 
 def own_hidden_states(config: DecoderConfig) -> int:
-    """Count the heads whose hidden states pass through the unembedding separately."""
+    """Count the hidden states per token that the unembedding multiplies: one per head, or one that all heads share."""
     return 1 if config.mtp == "shared" else config.targets
 
 

@@ -1,4 +1,4 @@
-"""A thin trainer. Needs the extra `llmfast-torch[train]`; importing this package does not."""
+"""A thin trainer. Using it needs the extra `llmfast-torch[train]`; importing only this package does not."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

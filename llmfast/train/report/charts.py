@@ -1,6 +1,7 @@
-"""The charts of a report: lines, scales and ticks by matplotlib, as SVG that takes its colours from the page's style.
+"""The charts of a report. Matplotlib draws the lines and chooses the ticks; the page's style sheet sets the colours.
 
-The SVG holds lines alone. Numbers at the axes are HTML around it, so that they stay readable on a phone.
+The SVG of a chart holds no text. The page writes the numbers at the axes as HTML around the SVG, so that they stay
+readable on a phone.
 """
 
 import io
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Locator
 
-WIDTH, HEIGHT = 440, 220  # of the SVG's coordinates
-BUCKETS = 150  # across a chart: a line's lowest and highest point in each are drawn
-FEW = 25  # evaluations up to which each is a dot
-# Colours in matplotlib's SVG, and the variables of the style sheet that take their places.
+WIDTH, HEIGHT = 440, 220  # size of the SVG in its own coordinates
+BUCKETS = 150  # A chart's width is divided into so many; a long line keeps its lowest and highest point in each.
+FEW = 25  # Validation lines get a dot per evaluation if none has more evaluations than this.
+# Colours in matplotlib's SVG, and the style sheet's variables that replace them.
 COLOURS = {f"#00000{i}": f"var(--c{i})" for i in range(1, 6)}
 RULE = "#000009"
-DASHES: tuple[Any, ...] = ("-", (0, (5, 3)), (0, (1.5, 2)))  # of the first five lines, the next five and so on
+DASHES: tuple[Any, ...] = ("-", (0, (5, 3)), (0, (1.5, 2)))  # for series 0 to 4, 5 to 9, 10 to 14; then again
 
 Style = Literal["plain", "training", "validation"]
 Array = npt.NDArray[np.float64]
 
 
 class Point(NamedTuple):
-    """A logged number: after which step, and after how many trained tokens."""
+    """A logged number, with the step and the count of trained tokens after which it was logged."""
 
     step: float
     tokens: float
@@ -42,10 +43,10 @@ class Point(NamedTuple):
 class Series:
     """A line of a chart."""
 
-    name: str  # in the legend
-    number: int  # chooses its colour; a run's is the same in all charts
+    name: str  # shown in the legend
+    number: int  # chooses colour and dashes; where lines are runs, a run has the same number in all charts
     points: list[Point]
-    style: Style = "plain"  # training: thin and pale; validation: with dots, if they are few
+    style: Style = "plain"  # "training" is thin and pale; "validation" has dots if evaluations are few
 
     @property
     def label(self) -> str:
@@ -60,18 +61,18 @@ class Drawn:
     unit: str
     over: str
     note: str
-    legend: list[tuple[str, str]]  # names, and the style sheet's classes of their lines
-    svg: str  # without the element <svg> around it
-    names: str  # of the lines by their number, in JSON
-    x: tuple[float, float, int]  # ends of the axis, as logarithms if the last is 1
+    legend: list[tuple[str, str]]  # name of each series, and the style sheet's classes for its line
+    svg: str  # content of the <svg> element, without the element itself
+    names: str  # JSON list: the label of each line, in the order of the lines' `data-line` numbers
+    x: tuple[float, float, int]  # both ends of the axis, and 1 if they are base-10 logarithms, else 0
     y: tuple[float, float, int]
-    x_ticks: list[tuple[float, str]]  # place in percent, label
+    x_ticks: list[tuple[float, str]]  # position in percent of the axis, label
     y_ticks: list[tuple[float, str]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Common properties of series of numbers that are drawn together."""
+    """Title, unit and axes of a chart, without its series."""
 
     title: str
     unit: str
@@ -79,7 +80,7 @@ class Chart:
     from_zero: bool = False
     log_x: bool = False
     log_y: bool = False
-    factor: float = 1  # of values, for the unit
+    factor: float = 1  # multiplies values, to convert them to `unit`
 
     def draw(self, series: Sequence[Series], *, legend: bool = True) -> Drawn | None:
         """Draw series; None if they hold no value that can be drawn."""
@@ -90,7 +91,7 @@ class Chart:
         lines = [(s, xy) for s, xy in lines if np.isfinite(xy).any()]
         if not lines:
             return None
-        lines.sort(key=lambda line: line[0].style != "training")  # below the others
+        lines.sort(key=lambda line: line[0].style != "training")  # training first, so that it lies under the rest
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.add_axes((0, 0, 1, 1))
         self._set_scales(axes, np.concatenate([xy for _, xy in lines]))
@@ -119,7 +120,10 @@ class Chart:
         )
 
     def _places(self, series: Series) -> Array:
-        """Return x and y, (points, 2); NaN for points that cannot be drawn (infinite or too large)."""
+        """Return x and y, (points, 2). Both are NaN for a point that cannot be drawn.
+
+        Such a point is not finite, is beyond 1e100 in size, or is below 1e-100 on a logarithmic axis.
+        """
         at = [(p.tokens if self.over == "tokens" else p.step, p.value * self.factor) for p in series.points]
         xy = np.array(at, dtype=np.float64).reshape(-1, 2)
         least = np.array([1e-100 if log else -1e100 for log in (self.log_x, self.log_y)])
@@ -142,7 +146,10 @@ class Chart:
         axes.grid(axis="y", color=RULE, linewidth=1, clip_on=False)
 
     def _plot(self, axes: "Axes", number: int, series: Series, xy: Array, *, dotted: bool) -> None:
-        """Draw one line, with gaps where it is NaN, and its dots: also where a line would have no length."""
+        """Draw one line, with gaps where it is NaN.
+
+        Dots mark all points if `dotted`; else only points between two gaps, which a line would not show.
+        """
         colour = list(COLOURS)[series.number % len(COLOURS)]
         pale = series.style == "training"
         line = thinned(xy, _buckets(xy[:, 0], axes.get_xlim(), log=self.log_x))
@@ -173,7 +180,7 @@ def _ends(low: float, high: float, *, log: bool, from_zero: bool, margin: float)
     """Choose the ends of an axis for values from `low` to `high`."""
     if from_zero := from_zero and low >= 0 and not log:
         low, high = 0.0, high or 1.0
-    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all the same, but for rounding
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all values are equal, except for rounding
         slack = abs(high) / 2 or 1.0
         low, high = (low / 2, high * 2) if log else (low - slack, high + slack)
     if log:
@@ -184,7 +191,11 @@ def _ends(low: float, high: float, *, log: bool, from_zero: bool, margin: float)
 
 
 def _locator(low: float, high: float, *, log: bool) -> "Locator":
-    """Choose ticks: even steps, or on logarithmic axes of about a decade and more powers of 10 or parts of them."""
+    """Choose where ticks go.
+
+    Linear axes, and logarithmic ones of less than 0.9 decades, get even steps. Other logarithmic axes get 1, 2 and 5
+    times powers of 10; from 2.1 decades on, powers of 10 only.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     decades = math.log10(high / low) if log else 0.0
@@ -194,7 +205,7 @@ def _locator(low: float, high: float, *, log: bool) -> "Locator":
 
 
 def _ticks(ends: tuple[float, float], axis: Any, log: bool) -> tuple[tuple[float, float, int], list[tuple[float, str]]]:
-    """Return the ends of an axis for the page's script, and where its ticks are."""
+    """Return an axis' ends and ticks in the form of `Drawn.x` and `Drawn.x_ticks`."""
     from matplotlib.ticker import EngFormatter
 
     class Units(EngFormatter):
@@ -217,7 +228,10 @@ def _buckets(x: Array, ends: tuple[float, float], *, log: bool) -> npt.NDArray[n
 
 
 def thinned(xy: Array, bucket: npt.NDArray[np.int64]) -> Array:
-    """Keep the ends of a line, its gaps, and the lowest and the highest point of each bucket, so that spikes stay."""
+    """Drop points of a long line, but keep its ends and each bucket's lowest and highest point, so that spikes stay.
+
+    One NaN per bucket is kept too, which leaves a gap in the line.
+    """
     if len(xy) <= 2 * BUCKETS:
         return xy
     kept = {0, len(xy) - 1}
@@ -229,7 +243,7 @@ def thinned(xy: Array, bucket: npt.NDArray[np.int64]) -> Array:
 
 
 def _of_page(svg: str) -> str:
-    """Take what is inside matplotlib's <svg>, and let the page choose the colours."""
+    """Return the content of matplotlib's <svg>, with the style sheet's variables in place of colours."""
     found = re.search(r"<svg.*?>(.*)</svg>", svg, re.DOTALL)
     assert found is not None
     inside = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", found[1], flags=re.DOTALL)
