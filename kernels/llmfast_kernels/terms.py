@@ -41,7 +41,7 @@ class Terms:
     softcap: float | None = None
 
     def columns(self, columns: slice) -> "Terms":
-        """Return the targets for a buffer that holds these columns of the present one."""
+        """Return the terms for a buffer that holds these columns of the present one."""
         bias = None if self.bias is None else self.bias[columns]
         return replace(self, v_start=self.v_start + columns.start, bias=bias)
 

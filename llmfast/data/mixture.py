@@ -245,7 +245,7 @@ class _Shares:
         given = self._given(at)
         if any(curve is None for curve in self._curves):
             over = given.sum(axis=0).max()
-            expect(over <= 1 + 1e-9, f"beside a 'rest', weights must not sum to more than 1; got {over:.3g}")
+            expect(over <= 1 + 1e-9, f"in addition to 'rest', weights must not sum to more than 1; got {over:.3g}")
         shares = self(at)
         expect(bool((shares.sum(axis=0) > 0).all()), "at every point of the run some source must have a weight")
         for name, share in zip(rows, shares):

@@ -44,9 +44,8 @@ class SequentialDepths(nn.Module):
             hidden: What a depth reads from the previous one, and so what the caller has to pass: the residual stream
                 ("pre_norm"), or the stream after the norm for the unembedding ("post_norm").
             repeated_layer: Use the same module for all depths.
-            detach: Depths learn from the trunk's hidden states and embeddings but do not change them. The unembedding
-                is
-                handled by the loss: `mtp_cross_entropy(detach_unembedding=)`.
+            detach: Depths learn from the trunk's hidden states and embeddings but do not change them. The loss
+                handles the unembedding: `mtp_cross_entropy(detach_unembedding=)`.
         """
         super().__init__()
         expect(depths >= 1, f"depths must be at least 1; got {depths}")

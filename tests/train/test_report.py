@@ -297,8 +297,21 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     found = page(folder(tmp_path / "a", [*lines, evaluated(7, code=math.nan)]))
     figure = found.figures[0]
     assert [len(points) for _, points in figure.lines] == [2, 1, 2] and figure.dots == 1
-    assert "gaps: not finite" in figure.note and "Gradient norm" not in found.titles
+    assert "gaps: values that are not finite" in figure.note and "Gradient norm" not in found.titles
     assert found.row("validation loss (nats per token)") == ["nan"]
+
+
+def test_long_lines_keep_all_their_gaps(tmp_path: Path) -> None:
+    missing = (100, 1500, 1999)
+    lines = [
+        logged(s, loss=math.nan if s in missing else 3.0, grad_norm=0.0 if s in missing else 1.0)
+        for s in range(1, 2001)
+    ]
+    found = page(folder(tmp_path / "a", lines))
+    loss, norm = found.figures[0], found.figure("Gradient norm")
+    for figure in (loss, norm):
+        assert len(figure.lines) == 4, figure.title
+    assert "gaps: values that are not finite" in loss.note and "gaps: values that are not above 0" in norm.note
 
 
 def test_long_runs_are_thinned_and_keep_their_spikes(tmp_path: Path) -> None:

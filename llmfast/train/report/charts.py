@@ -88,7 +88,7 @@ class Chart:
         from matplotlib.figure import Figure
 
         lines = [(s, self._places(s)) for s in series]
-        lines = [(s, xy) for s, xy in lines if np.isfinite(xy).any()]
+        lines = [(s, xy) for s, xy in lines if np.isfinite(xy).all(1).any()]
         if not lines:
             return None
         lines.sort(key=lambda line: line[0].style != "training")  # training first, so that it lies under the rest
@@ -120,19 +120,22 @@ class Chart:
         )
 
     def _places(self, series: Series) -> Array:
-        """Return x and y, (points, 2). Both are NaN for a point that cannot be drawn.
+        """Return x and y, (points, 2). What cannot be drawn is NaN: y alone where x can be, so that its gap has a place.
 
-        Such a point is not finite, is beyond 1e100 in size, or is below 1e-100 on a logarithmic axis.
+        That is what is not finite, beyond 1e100 in size, or below 1e-100 on a logarithmic axis.
         """
         at = [(p.tokens if self.over == "tokens" else p.step, p.value * self.factor) for p in series.points]
         xy = np.array(at, dtype=np.float64).reshape(-1, 2)
         least = np.array([1e-100 if log else -1e100 for log in (self.log_x, self.log_y)])
         with np.errstate(invalid="ignore"):
-            xy[~((xy >= least) & (xy <= 1e100)).all(1)] = np.nan
+            inside = (xy >= least) & (xy <= 1e100)
+        xy[~inside] = np.nan
+        xy[~inside[:, 0]] = np.nan
         return xy
 
     def _set_scales(self, axes: "Axes", xy: Array) -> None:
-        (x_low, y_low), (x_high, y_high) = np.nanmin(xy, axis=0), np.nanmax(xy, axis=0)
+        drawn = xy[np.isfinite(xy).all(1)]
+        (x_low, y_low), (x_high, y_high) = drawn.min(axis=0), drawn.max(axis=0)
         ends_x = _ends(x_low, x_high, log=self.log_x, from_zero=x_low <= 0.1 * x_high, margin=0)
         ends_y = _ends(y_low, y_high, log=self.log_y, from_zero=self.from_zero, margin=0.04)
         axes.set(xscale="log" if self.log_x else "linear", yscale="log" if self.log_y else "linear")
@@ -172,7 +175,9 @@ class Chart:
         if len(notes) == 2:
             notes = ["thin: training, thick: validation"]
         if not all(math.isfinite(p.value) for s, _ in lines for p in s.points):
-            notes.append("gaps: not finite")
+            notes.append("gaps: values that are not finite")
+        elif any(np.isnan(xy[:, 1]).any() for _, xy in lines):
+            notes.append("gaps: values that are not above 0")
         return "; ".join(notes)
 
 
