@@ -128,7 +128,7 @@ class PointerTable:
             self._upload(addresses, hyper, in_graph)
         for group, name, number in on_device:
             target = self.hyper[group, self._hyper_names.index(name)]
-            target.copy_(number.reshape(()), non_blocking=self.hyper.device.type != "cpu")
+            target.copy_(number.reshape(()), non_blocking=target.device.type != "cpu")
         return in_graph
 
     def _upload(self, addresses: list[int], hyper: list[Hyper], in_graph: bool) -> None:

@@ -249,8 +249,9 @@ def test_ordinary_text_has_the_words_of_gpt2(bpe: BPETokenizer, text: str) -> No
 @pytest.mark.parametrize("call", ["BPETokenizer.train([text], 30_000)", "small.encode_batch([text] * 50)"])
 def test_ctrl_c_is_heard(call: str) -> None:
     code = f"""if True:
-        import random
+        import random, signal
         from llmfast.data import BPETokenizer
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         words = [random.randbytes(4).hex() for _ in range(100_000)]
         text = " ".join(random.choices(words, k=500_000))
         small = BPETokenizer.train([text[:1000]], 300)
