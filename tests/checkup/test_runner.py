@@ -54,9 +54,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the outcome of a section with the given cases, in `minutes`."""
     monkeypatch.setattr(runner, "PATIENCE", 1.0)
 
-    def run(
-        letters: str, minutes: float = 1.0, processes: int = 1
-    ) -> tuple[dict[str, Any], list[Any], list[str]]:
+    def run(letters: str, minutes: float = 1.0, processes: int = 1) -> tuple[dict[str, Any], list[Any], list[str]]:
         monkeypatch.setenv("MADE", letters)
         written: list[Any] = []
         said: list[str] = []

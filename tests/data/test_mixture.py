@@ -174,7 +174,10 @@ def test_other_sources_are_refused() -> None:
         ({"general": "0.1,0.2", "code": 1, "maths": 1}, "a weight must be written like"),
         ({"general": "0:1, 0:2", "code": 1, "maths": 1}, "points must ascend; got '0:1, 0:2'"),
         ({"general": "0:1, 2:2", "code": 1, "maths": 1}, "points must be shares of the run, 0 to 1"),
-        ({"general": "rest", "code": 0.7, "maths": "0->0.4"}, "in addition to 'rest', weights must not sum to more than 1"),
+        (
+            {"general": "rest", "code": 0.7, "maths": "0->0.4"},
+            "in addition to 'rest', weights must not sum to more than 1",
+        ),
         ({"general": "1->0", "code": 0, "maths": 0}, "at every point of the run some source must have a weight"),
     ],
 )

@@ -120,7 +120,7 @@ class Chart:
         )
 
     def _places(self, series: Series) -> Array:
-        """Return x and y, (points, 2). What cannot be drawn is NaN: y alone where x can be, so that its gap has a place.
+        """Return x and y, (points, 2). What cannot be drawn is NaN: only y if x can be, so that its gap has a place.
 
         That is what is not finite, beyond 1e100 in size, or below 1e-100 on a logarithmic axis.
         """
