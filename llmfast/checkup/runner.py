@@ -110,7 +110,7 @@ class CheckUp:
             if attempt > 0 and time.monotonic() > end:
                 watch.outcome.not_reached[f"cases after number {first - 1}"] = "no time left"
                 break
-            options = {"--first": first, "--processes": processes, "--process": process}
+            options: dict[str, Any] = {"--first": first, "--processes": processes, "--process": process}
             options |= {"--seconds": end - time.monotonic(), "--device": self.device, "--size": self.size}
             lost = _Process(self.worker, options, watch, f"{process}-{attempt}").run()
             if lost is None or watch.stop.is_set():
