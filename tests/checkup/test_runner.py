@@ -121,8 +121,12 @@ def test_an_interrupt_ends_the_processes(monkeypatch: pytest.MonkeyPatch, check:
 
     monkeypatch.setattr(runner, "PATIENCE", 100.0)
     monkeypatch.setattr(subprocess, "Popen", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        check("h")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            check("h")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [process.wait(10) for process in started] == [-signal.SIGKILL]
 
 
