@@ -1,6 +1,5 @@
 """The parent of a check-up: what crashes, hangs or comes too late costs its own case, and results are always whole."""
 
-import _thread
 import json
 import os
 import signal
@@ -116,7 +115,7 @@ def test_an_interrupt_ends_the_processes(monkeypatch: pytest.MonkeyPatch, check:
 
     def interrupting(*args: Any, **options: Any) -> Any:
         started.append(start(*args, **options))
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGINT)
         return started[-1]
 
     monkeypatch.setattr(runner, "PATIENCE", 100.0)
