@@ -207,10 +207,14 @@ def learned(rows: list[Row], folder: Path) -> str:
         accepted = ", ".join(f"{share:.0%}" for share in row.get("acceptance", [])) or "-"
         body.append(
             [
-                row["way"], ", ".join(f"{loss:.3f}" for loss in losses), f"{row['tokens_per_s']:,.0f}",
-                f"{row['peak_bytes'] / 2**20:,.0f}", accepted, f"{row.get('tokens_per_pass', 1.0):.2f}",
+                row["way"],
+                ", ".join(f"{loss:.3f}" for loss in losses),
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['peak_bytes'] / 2**20:,.0f}",
+                accepted,
+                f"{row.get('tokens_per_pass', 1.0):.2f}",
             ]
-        )  # fmt: skip
+        )
     about = found["about"]
     columns = ["", "validation loss", "tokens/s", "peak, MiB", "accepted drafts per head", "tokens per pass"]
     return (

@@ -48,10 +48,21 @@ def name(job: object) -> str:
 def record(add: Add, section: str, result: Result) -> None:
     job = result.job
     add(
-        section, operation=job.operation, way=job.way, size=job.size, dtype=job.dtype, dram=result.dram,
-        moved=result.moved, by_name=result.by_name, dot_flops=result.dot_flops, calls=result.calls, syncs=result.syncs,
-        peak_bytes=result.peak_bytes, seconds=result.seconds, errors=result.errors,
-    )  # fmt: skip
+        section,
+        operation=job.operation,
+        way=job.way,
+        size=job.size,
+        dtype=job.dtype,
+        dram=result.dram,
+        moved=result.moved,
+        by_name=result.by_name,
+        dot_flops=result.dot_flops,
+        calls=result.calls,
+        syncs=result.syncs,
+        peak_bytes=result.peak_bytes,
+        seconds=result.seconds,
+        errors=result.errors,
+    )
 
 
 @pytest.mark.parametrize("job", COMPARED, ids=name)
@@ -80,18 +91,26 @@ def test_machine_code(add: Add, counted: dict[Job, Result]) -> None:
     for compiled in compile_launches(list(kinds.values())):
         facts = compiled.facts
         add(
-            "machine code", kernel=compiled.kind.name, launch=str(compiled.kind), target=compiled.target,
-            ways=sorted(used_by[compiled.kind.key]), registers=facts.registers, spill_bytes=facts.spill_bytes,
-            shared_bytes=facts.shared_bytes, warps=facts.num_warps, occupancy=facts.occupancy,
+            "machine code",
+            kernel=compiled.kind.name,
+            launch=str(compiled.kind),
+            target=compiled.target,
+            ways=sorted(used_by[compiled.kind.key]),
+            registers=facts.registers,
+            spill_bytes=facts.spill_bytes,
+            shared_bytes=facts.shared_bytes,
+            warps=facts.num_warps,
+            occupancy=facts.occupancy,
             loops=[
                 {
-                    "instructions": loop.instructions, "access_bits": sorted(loop.access_bits),
+                    "instructions": loop.instructions,
+                    "access_bits": sorted(loop.access_bits),
                     "tensor_cores": loop.tensor_cores,
                 }
                 for loop in facts.hot_loops
             ],
             access_bits=sorted(facts.code.access_bits),
-        )  # fmt: skip
+        )
 
 
 # Properties that the counts must have.

@@ -76,6 +76,11 @@ def record(add: Add, timings: dict[str, Timing], what: str) -> None:
     tokens = BATCHES * B * T if what == "batches" else ROWS * T
     for name, timing in timings.items():
         add(
-            "clock", operation=what, shape=f"{tokens / 1e6:.1f} M tokens", way=name, seconds=timing.seconds,
-            ratio=timing.ratio, spread=timing.spread,
-        )  # fmt: skip
+            "clock",
+            operation=what,
+            shape=f"{tokens / 1e6:.1f} M tokens",
+            way=name,
+            seconds=timing.seconds,
+            ratio=timing.ratio,
+            spread=timing.spread,
+        )

@@ -19,6 +19,11 @@ def starting(code: str) -> Callable[[], object]:
 def test_import(race: Race, add: Add) -> None:
     for name, timing in race({name: starting(code) for name, code in IMPORTS.items()}, rounds=5).items():
         add(
-            "clock", operation="import", shape="", way=name, seconds=timing.seconds, ratio=timing.ratio,
+            "clock",
+            operation="import",
+            shape="",
+            way=name,
+            seconds=timing.seconds,
+            ratio=timing.ratio,
             spread=timing.spread,
-        )  # fmt: skip
+        )

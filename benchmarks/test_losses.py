@@ -20,9 +20,11 @@ LINEAR = (
     if GPU
     else {"demo": (2048, 192, 8192), "GPT-2's V": (1024, 512, 50257), "Llama-3's V": (128, 256, 128256)}
 )
-ROWS = {f"{model} N={N}": (N, V) for model, (_, V) in MODELS.items() for N in TOKENS} if GPU else {
-    "demo": (2048, 8192), "GPT-2's V": (512, 50257), "Llama-3's V": (256, 128256)
-}  # fmt: skip
+ROWS = (
+    {f"{model} N={N}": (N, V) for model, (_, V) in MODELS.items() for N in TOKENS}
+    if GPU
+    else {"demo": (2048, 8192), "GPT-2's V": (512, 50257), "Llama-3's V": (256, 128256)}
+)
 
 
 def race_losses(
@@ -56,9 +58,17 @@ def race_losses(
         pytest.skip("not enough memory")
     for name, timing in race(runs, warm=True).items():
         add(
-            "clock", operation=operation, shape=shape, size=size, dtype=str(dtype), way=name, seconds=timing.seconds,
-            ratio=timing.ratio, spread=timing.spread, peak_bytes=peaks[name],
-        )  # fmt: skip
+            "clock",
+            operation=operation,
+            shape=shape,
+            size=size,
+            dtype=str(dtype),
+            way=name,
+            seconds=timing.seconds,
+            ratio=timing.ratio,
+            spread=timing.spread,
+            peak_bytes=peaks[name],
+        )
 
 
 def clear(leaves: Any) -> None:

@@ -53,9 +53,16 @@ def test_adamw(race: Race, add: Add, model: str, dtype: torch.dtype) -> None:
             add("clock", operation="adamw", shape=model, dtype=str(dtype), way=name, failure="out of memory")
     for name, timing in race(steps, rounds=5 if numel > 50_000_000 else 20).items():
         add(
-            "clock", operation="adamw", shape=model, size={"parameters": numel}, dtype=str(dtype), way=name,
-            seconds=timing.seconds, ratio=timing.ratio, spread=timing.spread,
-        )  # fmt: skip
+            "clock",
+            operation="adamw",
+            shape=model,
+            size={"parameters": numel},
+            dtype=str(dtype),
+            way=name,
+            seconds=timing.seconds,
+            ratio=timing.ratio,
+            spread=timing.spread,
+        )
     if GPU:
         floor = 7 * numel * dtype.itemsize / copy_bandwidth()
         what = "copying 7 values per parameter"
@@ -78,6 +85,12 @@ def test_host_time_of_a_step(race: Race, add: Add, monkeypatch: pytest.MonkeyPat
         }
         for name, timing in race(runs, rounds=50).items():
             add(
-                "clock", operation="host time of AdamW", shape="300 tensors", dtype="torch.float32", way=name,
-                seconds=timing.seconds, ratio=timing.ratio, spread=timing.spread,
-            )  # fmt: skip
+                "clock",
+                operation="host time of AdamW",
+                shape="300 tensors",
+                dtype="torch.float32",
+                way=name,
+                seconds=timing.seconds,
+                ratio=timing.ratio,
+                spread=timing.spread,
+            )

@@ -64,6 +64,12 @@ def test_step(race: Race, add: Add) -> None:
 
         for name, timing in race({"llmfast": ours._train_step, "torch": torchs}, rounds=10).items():
             add(
-                "clock", operation="training step", shape="demo, 1024 tokens", dtype=str(dtype()), way=name,
-                seconds=timing.seconds, ratio=timing.ratio, spread=timing.spread,
-            )  # fmt: skip
+                "clock",
+                operation="training step",
+                shape="demo, 1024 tokens",
+                dtype=str(dtype()),
+                way=name,
+                seconds=timing.seconds,
+                ratio=timing.ratio,
+                spread=timing.spread,
+            )

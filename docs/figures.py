@@ -98,18 +98,26 @@ def row_of_logits() -> dict[str, int]:
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # otherwise the GPU is asked for its warp size
         shape = tile(V)
     return {
-        "V": V, "row_width": plan_of(N, 768, V).row_width, "tile": shape["BLOCK_V"], "threads": shape["THREADS"],
-        "whole": V // shape["BLOCK_V"], "rest": V % shape["BLOCK_V"],
-    }  # fmt: skip
+        "V": V,
+        "row_width": plan_of(N, 768, V).row_width,
+        "tile": shape["BLOCK_V"],
+        "threads": shape["THREADS"],
+        "whole": V // shape["BLOCK_V"],
+        "rest": V % shape["BLOCK_V"],
+    }
 
 
 def chunks() -> dict[str, Any]:
     """Return the chunks and bytes of the plan at `SHOWN`."""
     plan = plan_of(**SHOWN)
     return {
-        "size": SHOWN, "mode": plan.mode, "rows": [part.stop - part.start for part in plan],
-        "slab": plan.slab_bytes, "weight": plan.V * plan.D * 4, "all": plan.N * plan.V * ELEMENT,
-    }  # fmt: skip
+        "size": SHOWN,
+        "mode": plan.mode,
+        "rows": [part.stop - part.start for part in plan],
+        "slab": plan.slab_bytes,
+        "weight": plan.V * plan.D * 4,
+        "all": plan.N * plan.V * ELEMENT,
+    }
 
 
 # The drawings.
@@ -132,9 +140,11 @@ def draw_bytes(figure: Any, ways: dict[str, Any], ink: str) -> None:
 
 
 STYLES = {
-    "torch, float32 softmax": (GREY, "--"), "materialise": (PURPLE, "-"),
-    "chunk": (BLUE, "-"), "recompute": (GREEN, "-"),
-}  # fmt: skip
+    "torch, float32 softmax": (GREY, "--"),
+    "materialise": (PURPLE, "-"),
+    "chunk": (BLUE, "-"),
+    "recompute": (GREEN, "-"),
+}
 
 
 def draw_memory(figure: Any, found: dict[str, Any], ink: str) -> None:

@@ -46,9 +46,11 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
     if not small and not func._schema.returns:
         return None  # changes its arguments, whose values do not matter
     try:
-        results = _product_into_float32(meta_args, meta_kwargs) if func in PRODUCTS_INTO_OTHER_DTYPES else func(
-            *meta_args, **meta_kwargs
-        )  # fmt: skip
+        results = (
+            _product_into_float32(meta_args, meta_kwargs)
+            if func in PRODUCTS_INTO_OTHER_DTYPES
+            else func(*meta_args, **meta_kwargs)
+        )
     except (NotImplementedError, RuntimeError):
         if small:
             return func(*args, **kwargs)  # depends on values: item, nonzero

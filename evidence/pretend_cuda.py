@@ -98,9 +98,13 @@ class Float32Products(TorchDispatchMode):
         kwargs = kwargs or {}
         if func not in PRODUCTS_INTO_OTHER_DTYPES:
             return func(*args, **kwargs)
-        bound = inspect.Signature(
-            [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in func._schema.arguments]
-        ).bind_partial(*args, **kwargs).arguments  # fmt: skip
+        bound = (
+            inspect.Signature(
+                [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in func._schema.arguments]
+            )
+            .bind_partial(*args, **kwargs)
+            .arguments
+        )
         a, b = (bound[name].to(bound["out_dtype"]) for name in PRODUCTS_INTO_OTHER_DTYPES[func])
         if "self" in bound and func._overloadpacket is torch.ops.aten.addmm:
             product = torch.addmm(bound["self"], a, b, beta=bound.get("beta", 1), alpha=bound.get("alpha", 1))

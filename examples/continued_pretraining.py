@@ -28,9 +28,12 @@ def main(folder: Path, *more: str) -> dict[str, dict[str, float]]:
     found, curves = {}, {}
     for name, replay in (("with replay", True), ("without replay", False)):
         config = continued_config(
-            folder / "prose", ["code"], general=["prose"], replay=replay,
+            folder / "prose",
+            ["code"],
+            general=["prose"],
+            replay=replay,
             overrides=[*AFTER, *OFTEN, *more, f"name={name.replace(' ', '-')}"],
-        )  # fmt: skip
+        )
         run = train(config, overwrite=True)
         curves[name] = [line for line in read_metrics(run / "metrics.jsonl") if "validation" in line]
         first, last = curves[name][0]["validation"], curves[name][-1]["validation"]

@@ -29,12 +29,17 @@ def train(steps: int) -> list[float]:
             model,
             # The optimizer clips during its update, so the Trainer does not.
             TrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=8, logging_steps=1, max_grad_norm=0.0,
-                save_strategy="no", report_to=[],
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=8,
+                logging_steps=1,
+                max_grad_norm=0.0,
+                save_strategy="no",
+                report_to=[],
             ),
             train_dataset=rows,
             optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 3e-3, "max_grad_norm": 1.0}),  # llmfast
-        )  # fmt: skip
+        )
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -49,13 +49,19 @@ def train(steps: int) -> list[float]:
         trainer = ModelsLoss(
             model,
             SFTConfig(
-                folder, max_steps=steps, per_device_train_batch_size=8, logging_steps=1, max_grad_norm=0.0,
-                save_strategy="no", report_to=[], bf16=False,
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=8,
+                logging_steps=1,
+                max_grad_norm=0.0,
+                save_strategy="no",
+                report_to=[],
+                bf16=False,
             ),
             train_dataset=Dataset.from_dict({"text": [line for line in lines if line]}),
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 3e-3, "max_grad_norm": 1.0}),  # llmfast
-        )  # fmt: skip
+        )
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

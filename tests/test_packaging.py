@@ -228,7 +228,7 @@ RUNS_WHAT_IT_READS = {
 
 @pytest.mark.parametrize("folder", ["llmfast", "kernels/llmfast_kernels", "examples"])
 def test_no_file_that_is_read_can_run_code(folder: str) -> None:
-    """Beside what torch.distributed.checkpoint itself does: see SECURITY.md."""
+    """SECURITY.md names the exception: what torch.distributed.checkpoint itself does."""
     for path, tree in parsed(folder).items():
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         for call in calls:

@@ -1,6 +1,7 @@
 """Checks of docstrings, comments and pages that ruff's pydocstyle rules do not cover."""
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ SOURCES, PAGES = files(".py"), files(".md")
 
 # Openings of fragments, such as "Of N rows.", "Whether it fits." or "What is kept."
 FRAGMENTS = set(
-    re.split(r"\W+", "as at by for from how if in of to what when where whether which who whose with without")
+    re.split(r"\W+", "as at beside by for from how if in of to what when where whether which who whose with without")
 )
 # A function's docstring opens with an imperative verb, which is neither of these nor a plural such as "Bytes". A test's
 # may be a sentence.
@@ -42,7 +43,7 @@ DISCOURAGED = {
     r"\bwhoever\b": "name who",
     r"\bwhich is none\b": "is not a ...",
     r"\bwhat there is\b": "name it",
-    r"\bbeside (?:it|them|ours|that|this|others|torch)\b": "next to, in addition to, compared with",
+    r"\bbeside (?!=)\w": "next to, in addition to, compared with",
     r"\b(?:and|or) (?:its|their) (?:kin|like)\b": "and similar ...",
 }
 
@@ -59,6 +60,11 @@ def docstrings(source: Path) -> Iterator[tuple[ast.AST, int, str]]:
             text = ast.get_docstring(node)
             if text:
                 yield node, node.body[0].lineno, text
+        if isinstance(node, ast.Module | ast.ClassDef):  # attributes, which a string follows
+            for attribute, after in itertools.pairwise(node.body):
+                match attribute, after:
+                    case ast.Assign() | ast.AnnAssign(), ast.Expr(ast.Constant(str(text))):
+                        yield attribute, after.lineno, text
 
 
 def is_property(node: ast.AST) -> bool:
@@ -109,6 +115,8 @@ def test_words(path: Path) -> None:
         ('class C:\n    """What is kept."""', "noun phrase"),
         ('class C:\n    @property\n    def p(self):\n        """Bytes of it."""', ""),
         ('"""Whether it fits."""', "noun phrase"),
+        ('x = 1\n"""As in the paper."""', "noun phrase"),
+        ('class C:\n    x: int = 1\n    """Number of rows."""', ""),
     ],
 )
 def test_the_check_itself(source: str, fault: str, tmp_path: Path) -> None:

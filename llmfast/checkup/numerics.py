@@ -187,9 +187,12 @@ def loss(name: str, variant: str, dtype: torch.dtype, device: torch.device, size
     ours: Any = {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}[name]
     plain: Any = getattr(reference, name)
     yield from compare(
-        lambda *t: ours(*t, targets, **options), lambda *t: plain(*t, targets, **_wide_options(options, t[0])), tensors,
-        sizes.repeats, in_norm=name != "cross_entropy",
-    )  # fmt: skip
+        lambda *t: ours(*t, targets, **options),
+        lambda *t: plain(*t, targets, **_wide_options(options, t[0])),
+        tensors,
+        sizes.repeats,
+        in_norm=name != "cross_entropy",
+    )
 
 
 def _wide_options(options: dict[str, Any], like: Tensor) -> dict[str, Any]:
@@ -260,9 +263,12 @@ def rows_in_layout(layout: str, device: torch.device, sizes: Sizes) -> Iterator[
     x = LAYOUTS[layout](inputs.normal(sizes.N, sizes.V, dtype=torch.bfloat16, scale=3.0))
     targets = inputs.classes(x.shape[1], sizes.N)
     yield from compare(
-        lambda t: cross_entropy(t, targets, softcap=30.0), lambda t: reference.cross_entropy(t, targets, softcap=30.0),
-        {"logits": x}, 2, in_norm=False,
-    )  # fmt: skip
+        lambda t: cross_entropy(t, targets, softcap=30.0),
+        lambda t: reference.cross_entropy(t, targets, softcap=30.0),
+        {"logits": x},
+        2,
+        in_norm=False,
+    )
     guarded = Guarded(x.contiguous(), offset=layout == "a misaligned start")
     leaf = torch.zeros_like(x, requires_grad=True)
     logits = guarded.tensor.detach().add_(leaf)  # in place is for results of an operation
@@ -296,8 +302,10 @@ def linear_in_mode(what: str, device: torch.device, sizes: Sizes) -> Iterator[Fi
     yield from compare(
         lambda h, w: linear_cross_entropy(h, w, targets, **options),
         lambda h, w: reference.linear_cross_entropy(h, w, targets, **plain),
-        tensors, sizes.repeats, in_norm=True,
-    )  # fmt: skip
+        tensors,
+        sizes.repeats,
+        in_norm=True,
+    )
 
 
 def _into_main_grad(
@@ -332,9 +340,12 @@ def mtp(heads: str, device: torch.device, sizes: Sizes) -> Iterator[Finding]:
         return cast(Tensor, total)
 
     yield from compare(
-        lambda h, w: mtp_cross_entropy(h, w, labels, **options), plain, {"hidden": hidden, "weight": weight},
-        sizes.repeats, in_norm=True,
-    )  # fmt: skip
+        lambda h, w: mtp_cross_entropy(h, w, labels, **options),
+        plain,
+        {"hidden": hidden, "weight": weight},
+        sizes.repeats,
+        in_norm=True,
+    )
 
 
 def wide(device: torch.device, sizes: Sizes) -> Iterator[Finding]:

@@ -8,8 +8,14 @@ from llmfast.checkup.record import SCHEMA, VERSION
 Results = dict[str, Any]
 # Figures that stand for a finding when two machines are compared, best first.
 COMPARED = (
-    "share_of_copy", "times_matrix_products", "seconds", "bytes_per_s", "flops_per_s", "ratio", "relative_error",
-)  # fmt: skip
+    "share_of_copy",
+    "times_matrix_products",
+    "seconds",
+    "bytes_per_s",
+    "flops_per_s",
+    "ratio",
+    "relative_error",
+)
 
 
 def check(results: Any) -> Results:
@@ -62,11 +68,15 @@ def _page(results: Results) -> Iterator[str]:
         yield from _table(
             ("", "case", "what", "figures"),
             (
-                ({True: "right", False: "WRONG", None: ""}[found["ok"]], found["case"], found["what"],
-                 _figures(found["figures"]))
+                (
+                    {True: "right", False: "WRONG", None: ""}[found["ok"]],
+                    found["case"],
+                    found["what"],
+                    _figures(found["figures"]),
+                )
                 for found in section["findings"]
             ),
-        )  # fmt: skip
+        )
         if section["not_reached"]:
             yield "\nNot reached: " + "; ".join(f"{case} ({why})" for case, why in section["not_reached"].items())
 

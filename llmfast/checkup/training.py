@@ -47,9 +47,11 @@ def trained(
     model = Decoder(config).to(device)
     settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizer: torch.optim.Optimizer
-    optimizer = FusedAdamW(model.parameters(), **settings) if ours else torch.optim.AdamW(
-        model.parameters(), fused=True, **settings
-    )  # fmt: skip
+    optimizer = (
+        FusedAdamW(model.parameters(), **settings)
+        if ours
+        else torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    )
     losses = []
     data = list(batches(steps, rows, length, device))
 

@@ -161,13 +161,13 @@ def _places(sources: Sequence[str], split: Mapping[str, Split]) -> dict[str, str
     """Check names and splits, and return the place of each source by its name."""
     expect(not isinstance(sources, str), f"sources must be a list of names; got the string {sources!r}")
     expect(len(sources) > 0, "sources must name at least one source")
-    expect(len(set(sources)) == len(sources), f"sources must differ; got {list(sources)}")
+    expect(len(set(sources)) == len(sources), f"sources must not repeat; got {list(sources)}")
     named = [source_name(source) for source in sources]
     places = dict(named)
     for name in places:
         expect([n for n, _ in named].count(name) == 1, f"sources must have different names; got {name!r} twice")
     for name, how in split.items():
-        expect(name in places, f"split must name sources; got {name!r}, not one of {', '.join(places)}")
+        expect(name in places, f"split must use names of sources ({', '.join(places)}); got {name!r}")
         expect(how in SPLITS, f"split of {name!r} must be one of {str(SPLITS)[1:-1]}; got {how!r}")
     return places
 

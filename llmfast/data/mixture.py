@@ -263,9 +263,14 @@ class _Shares:
 
 
 def continued_weights(
-    target: Sequence[str], general: Sequence[str], *, start: float = 0.1, end: float = 0.7, floor: float = 0.1,
+    target: Sequence[str],
+    general: Sequence[str],
+    *,
+    start: float = 0.1,
+    end: float = 0.7,
+    floor: float = 0.1,
     replay: bool = True,
-) -> dict[str, Weight]:  # fmt: skip
+) -> dict[str, Weight]:
     """Compute weights for continued pretraining: the share of the new sources grows, the old ones are replayed.
 
     Args:

@@ -59,9 +59,8 @@ def add_mtp(
     nothing changes: `generate` does not use the heads. The documentation of `fuse_loss` applies here too.
 
     The losses of all heads are divided by the same number, the number of next tokens: `num_items_in_batch` if the
-        Trainer
-    passes it. A step's gradient therefore does not depend on its division into micro-batches and ranks. Heads do not
-    predict across the boundaries of packed documents, where `position_ids` restart.
+    Trainer passes it. A step's gradient therefore does not depend on its division into micro-batches and ranks. Heads
+    do not predict across the boundaries of packed documents, where `position_ids` restart.
 
     The heads are `model.mtp` and are saved with the model. `load_mtp` loads both; `from_pretrained` loads only the
     model and warns about the rest. `config.llmfast_mtp` records what was added.
@@ -290,10 +289,15 @@ class AllHeads(Call):
         K, labels = len(weights), targets.view(self.batch, -1)
         count = (targets != given["ignore_index"]).sum() if reduction == "mean" else targets.new_ones(())
         loss: Tensor = mtp_cross_entropy(
-            hidden.view(K, *labels.shape, hidden.shape[-1]), weight, labels, bias=logits.bias,
+            hidden.view(K, *labels.shape, hidden.shape[-1]),
+            weight,
+            labels,
+            bias=logits.bias,
             document_ids=None if self.document_ids is None else self.document_ids[:, : labels.shape[1]],
-            head_weights=weights, num_valid=count.expand(K), **given,
-        )  # fmt: skip
+            head_weights=weights,
+            num_valid=count.expand(K),
+            **given,
+        )
         return loss
 
 

@@ -86,9 +86,15 @@ class LinearCrossEntropy(Loss):
                 alive = slab.new_empty(n, plan.row_width // GROUP, dtype=torch.int8)
                 filtering = {"alive": alive, "threshold": self.grad_filter}
             part = ops.cross_entropy(
-                logits, self.targets[rows], terms, V=plan.V, entropy=self.stats, argmax=self.stats, d_logits=d_logits,
+                logits,
+                self.targets[rows],
+                terms,
+                V=plan.V,
+                entropy=self.stats,
+                argmax=self.stats,
+                d_logits=d_logits,
                 **filtering,
-            )  # fmt: skip
+            )
             parts.append(part)
             if d_logits is not None and made is not None:
                 self._add_chunk(products, matrices, rows, d_logits[:, : plan.V], alive, made)

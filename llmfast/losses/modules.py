@@ -48,9 +48,14 @@ class CrossEntropyLoss(nn.Module):
             # torch has classes on dimension 1: (N, V, d1, ...) with targets (N, d1, ...).
             input = input.movedim(1, -1)
         return cross_entropy(
-            input, target, class_weights=self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, **self.options,
-        )  # fmt: skip
+            input,
+            target,
+            class_weights=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **self.options,
+        )
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -89,7 +94,13 @@ class LinearCrossEntropyLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Any:
         _refuse_probabilities(target, torch.Size((*input.shape[:-1], self.linear.out_features)))
         return linear_cross_entropy(
-            input, self.linear.weight, target, bias=self.linear.bias, class_weights=self.weight,
-            ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing,
+            input,
+            self.linear.weight,
+            target,
+            bias=self.linear.bias,
+            class_weights=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
             **self.options,
-        )  # fmt: skip
+        )

@@ -101,7 +101,7 @@ def _shift(name: str, value: int, inputs: Inputs, options: "LossOptions") -> Non
 
 
 def _document_ids(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
-    expect(options["shift"] > 0, f"{name} bound a shift; shift is 0")
+    expect(options["shift"] > 0, f"{name} need shift > 0; got shift=0")
 
 
 def _vocab_size(name: str, value: int, inputs: Inputs, options: "LossOptions") -> None:

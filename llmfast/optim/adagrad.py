@@ -52,9 +52,15 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
     ) -> None:
         self._take(extras)
         super().__init__(
-            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps,
-            maximize=maximize, differentiable=differentiable,
-        )  # fmt: skip
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
         for state in self.state.values():  # torch has made them on its default device
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
@@ -74,9 +80,15 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
             grads,
             [state["sum"] for state in states],
             [state["step"] for state in states],
-            foreach=False, fused=call.fused, grad_scale=call.grad_scale, differentiable=call.differentiable,
+            foreach=False,
+            fused=call.fused,
+            grad_scale=call.grad_scale,
+            differentiable=call.differentiable,
             has_sparse_grad=any(g.layout != torch.strided for g in grads),
             has_complex=any(p.is_complex() for p in params),
-            lr=group["lr"], weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            lr_decay=group["lr_decay"],
+            eps=group["eps"],
             maximize=group["maximize"],
-        )  # fmt: skip
+        )

@@ -53,11 +53,20 @@ class _Adam(FusedOptimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
-            foreach=False, fused=call.fused, grad_scale=call.grad_scale, differentiable=call.differentiable,
-            has_complex=any(p.is_complex() for p in params), decoupled_weight_decay=group["decoupled_weight_decay"],
-            amsgrad=group["amsgrad"], beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=group["maximize"],
-        )  # fmt: skip
+            foreach=False,
+            fused=call.fused,
+            grad_scale=call.grad_scale,
+            differentiable=call.differentiable,
+            has_complex=any(p.is_complex() for p in params),
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
 
     def _complete_group(self, group: dict[str, Any], options: Options) -> None:
         super()._complete_group(group, options)
@@ -109,9 +118,16 @@ class FusedAdam(_Adam, torch.optim.Adam):
     ) -> None:
         self._take(extras)
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            differentiable=differentiable,
             decoupled_weight_decay=decoupled_weight_decay,
-        )  # fmt: skip
+        )
 
 
 class FusedAdamW(_Adam, torch.optim.AdamW):

@@ -55,14 +55,14 @@ class FusedOptimizer(Planner):
     _in_backward: Any = None  # the `ReleaseHandle` that steps it
 
     grad_norm: Tensor | None = None
-    """With `max_grad_norm`: of all gradients of the last step, before clipping; float32, on the device.
+    """Norm of the last step's gradients before clipping, if `max_grad_norm` is set: float32, on the device.
 
-    Gradients of groups whose `max_grad_norm` is None do not count; all others do, whatever they are clipped with.
+    Gradients of groups whose `max_grad_norm` is None do not count. All others do, whatever norm they are clipped to.
     """
 
     @abstractmethod
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
-        """Return the rule's own numbers by the names that `reference` and the kernels have for them."""
+        """Return the rule's own hyperparameters, by their names in `reference` and in the kernels."""
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:
@@ -78,7 +78,7 @@ class FusedOptimizer(Planner):
 
     @property
     def steps_in_backward(self) -> bool:
-        """True from `optimizer_in_backward` until `remove` of its handle. A copy of the optimizer does not."""
+        """True from `optimizer_in_backward` until its handle's `remove`. Copies of the optimizer do not step there."""
         return self._in_backward is not None
 
     @torch.no_grad()
@@ -86,11 +86,11 @@ class FusedOptimizer(Planner):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
-        Where `self.grad_scale` or `self.found_inf` are set (one-element float32 tensors, as GradScaler sets them),
-        gradients count as divided by the first, and nothing at all changes if the second is not 0. A scaled step
-        leaves gradients divided, and clipped if it clips, as `GradScaler.unscale_` and `clip_grad_norm_` would. A step
-        that only clips does so in place on a CPU; on an accelerator it leaves gradients as they are, and saves writing
-        them.
+        GradScaler sets `self.grad_scale` and `self.found_inf` (one-element float32 tensors). The step then divides
+        gradients by the first, and changes nothing at all if the second is not 0. Afterwards the gradients are divided,
+        and clipped if `max_grad_norm` is set, as `GradScaler.unscale_` and `clip_grad_norm_` would leave them. Without
+        a scale, clipping changes the gradients on a CPU only: on an accelerator they stay as they are, which saves
+        writing them.
         """
         loss = None
         if closure is not None:
@@ -109,7 +109,7 @@ class FusedOptimizer(Planner):
 
     def follow(self, plan: Plan, gradients: Gradients) -> None:
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        amp = [t if isinstance(t, Tensor) else None for t in amp]  # of no gradients, GradScaler makes the integer 0
+        amp = [t if isinstance(t, Tensor) else None for t in amp]  # without gradients, GradScaler sets the integer 0
         if plan.tables:
             hyper = [*map(self._hyper, range(len(self.param_groups)))]
             mixed = [i for i, numbers in enumerate(hyper) if not NUMBERS.issuperset(map(type, numbers.values()))]
@@ -118,10 +118,10 @@ class FusedOptimizer(Planner):
                 hyper[i][name] = -1.0
             for table, addresses in zip(plan.tables, gradients):
                 if table.refresh(addresses, hyper, on_device):
-                    self._in_graphs += (table,)  # a graph goes on using it, whatever becomes of the plan
+                    self._in_graphs += (table,)  # the graph uses its memory even after the plan has changed
         sums = {} if plan.clips == {None} else self._sums(plan)
         told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
-        if sums and len(plan.clips) > 1:  # what is wrong with the gradients of some is wrong with the step
+        if sums and len(plan.clips) > 1:  # a norm that is not finite skips the whole step, not only its groups
             told = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in told.items()}
         self.grad_norm = None
         for table in plan.tables:
@@ -139,7 +139,7 @@ class FusedOptimizer(Planner):
                 if self.options.zero_grads:
                     for row in here:
                         cast(Tensor, row.param.grad).zero_()
-        # Of all clips together; or all gradients are on other ranks.
+        # Several clips have a common norm; a rank without gradients has the norm of the others.
         if sums and (len(plan.clips) > 1 or self.grad_norm is None):
             device, each = next(iter(sums.items()))
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
@@ -154,7 +154,7 @@ class FusedOptimizer(Planner):
     # Without kernels.
 
     def _step_by_torch(self, rows: list[Row], amount: Amount) -> None:
-        if amount.skip is not None and bool(amount.skip):  # on a GPU, of sparse and complex tensors: it waits
+        if amount.skip is not None and bool(amount.skip):  # waits on a GPU, for sparse and complex parameters
             return
         for index, group in enumerate(self.param_groups):
             mine = [row for row in rows if row.group == index]
@@ -201,8 +201,12 @@ class FusedOptimizer(Planner):
     # With kernels.
 
     def _hyper(self, index: int) -> Hyper:
-        """Return the group's hyperparameters by the kernels' names for them; tensors where they are on a device."""
-        group, own, o = self.param_groups[index], self.group_options[index], self.options  # read as fast as can be
+        """Return the group's hyperparameters by the kernels' names. Those that live on a device stay tensors."""
+        group, own, o = (
+            self.param_groups[index],
+            self.group_options[index],
+            self.options,
+        )  # without `self.option`, for speed
         ema_decay, limit = own.get("ema_decay", o.ema_decay), own.get("max_grad_norm", o.max_grad_norm)
         decay = self._decay(group)
         return {
@@ -218,7 +222,7 @@ class FusedOptimizer(Planner):
         }
 
     def _sums(self, plan: Plan) -> dict[torch.device, dict[int | None, Tensor]]:
-        """On every device there is, for each clip: float64 numbers that add up to the square of the gradients' norm."""
+        """Compute, per device and clip, float64 numbers that add up to the square of the gradients' norm."""
         parts: dict[tuple[int, Bucket | None], list[Tensor]] = {key: [] for key in plan.buckets}
         for table in plan.tables:
             if (clip := table.signature.clip) is not None:
@@ -232,7 +236,7 @@ class FusedOptimizer(Planner):
             if bucket is None:
                 total += sums
                 continue
-            # One number, however the pieces are divided into tables here: on other ranks they may be otherwise.
+            # A single number, because other ranks may have divided the pieces into another number of tables.
             sums = sums or [_zero(plan.buckets[clip, bucket])]
             total.append(_stacked(_all_on(sums[0].device, sums)).sum())
             for dim in bucket.dims:
@@ -261,7 +265,7 @@ class FusedOptimizer(Planner):
 
 
 def _scalar(lr: float | Tensor) -> float | Tensor:
-    """Return a tensor of one element without dimensions, which would broadcast."""
+    """Drop the dimensions of a one-element tensor: they would broadcast."""
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
@@ -271,7 +275,7 @@ def _number(x: float | Tensor) -> float | Tensor:
 
 
 def _with_numbers_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """Bring over numbers that are tensors elsewhere. One on the CPU is good anywhere, and betas there are floats."""
+    """Copy hyperparameters that are tensors on other devices. CPU tensors stay: they work with any device."""
 
     def near(x: Any) -> Any:
         return _on(device, x) if isinstance(x, Tensor) and x.device not in (device, torch.device("cpu")) else x
@@ -299,7 +303,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 def _unless_finite(sums: dict[int | None, Tensor], skip: Tensor | None) -> Tensor:
     """Return `found_inf`, set as well where a sum of squares is not finite."""
     total = torch.cat([*sums.values()]).sum()
-    found = (total.abs() < math.inf).logical_not().float()  # NaN is less than nothing
+    found = (total.abs() < math.inf).logical_not().float()  # not `>=`, because NaN compares as False
     return found if skip is None else found + skip.reshape(())
 
 

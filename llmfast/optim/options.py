@@ -25,8 +25,7 @@ class Extras(TypedDict, total=False):
     A parameter group may set its own `max_grad_norm`, `master_weights`, `state_dtype` and `ema_decay`, including None:
     `[{"params": embedding, "state_dtype": torch.float32}, {"params": others}]`. The optimizer removes these from the
     group and keeps them in `group_options`, one dict per group, which may be changed between steps. They are settings
-    of the
-    run, not part of its state: `state_dict` does not contain them, and loading does not change them.
+    of the run, not part of its state: `state_dict` does not contain them, and loading does not change them.
 
     Attributes:
         max_grad_norm: Clip gradients to this global norm in the update itself, with the result of a preceding
@@ -37,14 +36,13 @@ class Extras(TypedDict, total=False):
             clipped nor measured. `grad_norm` is then the norm of all measured gradients, and if it is not finite, no
             group changes. Parameters that are not DTensors count as whole and equal on all ranks; with FSDP1 or
             ZeroRedundancyOptimizer, the norm would cover only the local rank.
-        master_weights: Add bits to bfloat16 or float16 parameters. "fp32": keep a float32 copy of each, which is then
-            the
-            actual parameter: code that sets the parameter has to set `state[p]["master_param"]` too, unless a state
-                dict
-            is loaded before the next step. "split16", "split8": keep 16 or 8 more bits, which extend the parameter to a
-            float32, or to 24 bits (then relative steps below 1e-5 are lost); bfloat16 only. "kahan": keep the rounding
-            error in the parameter's dtype and add it before the next step. "stochastic": keep nothing, but round up or
-            down with the probabilities that are right on average; bfloat16 only. Float32 parameters are not affected.
+        master_weights: Add bits to bfloat16 or float16 parameters. Float32 parameters are not affected. "fp32": keep a
+            float32 copy of each, which is then the actual parameter: code that sets the parameter has to set
+            `state[p]["master_param"]` too, unless a state dict is loaded before the next step. "split16", "split8":
+            keep 16 or 8 more bits, which extend the parameter to a float32, or to 24 bits (relative steps below 1e-5
+            are lost then); bfloat16 only. "kahan": keep the rounding error in the parameter's dtype and add it before
+            the next step. "stochastic": keep nothing, but round up or down with the probabilities that are right on
+            average; bfloat16 only.
         state_dtype: The dtype of the moments, instead of the parameter's: float32, bfloat16, float16, or "8bit", where
             128 elements share a float32 scale and every element is rounded stochastically. (A maximum would accumulate
             the rounding errors, so `max_exp_avg_sq` is then float32.)
@@ -102,12 +100,13 @@ class Options:
         return cls(**extras)
 
     def given_in(self, group: dict[str, Any], allowed: Collection[str], optimizer: type) -> dict[str, Any]:
-        """Return the options that a parameter group has of its own.
+        """Return the options that a parameter group sets for itself.
 
-        Other keys are torch's, named in `allowed`, or what the caller wants to find in the group again.
+        `allowed` names torch's keys. Any other key is the caller's own and stays in the group.
 
         Raises:
-            ValueError: an option is out of range or holds for whole optimizers alone, or a key is nearly an option.
+            ValueError: an option is out of range or can only be set for the whole optimizer, or a key resembles the
+                name of an option.
         """
         names = [field.name for field in fields(self)]
         whole = {*names, *getattr(optimizer, "whole_arguments", ())} - self.PER_GROUP
@@ -120,13 +119,13 @@ class Options:
                 )
             known = key in allowed or key in self.PER_GROUP or not isinstance(key, str)
             if not known and (near := difflib.get_close_matches(key, long, 1, 0.85)):
-                raise ValueError(f"a parameter group must name options right: {near[0]!r}; got {key!r}")
+                raise ValueError(f"a parameter group must spell its options correctly: {near[0]!r}; got {key!r}")
         own = {key: group[key] for key in group if key in self.PER_GROUP}
         replace(self, **own)  # raises what the constructor raises
         return own
 
     def master_of(self, p: Tensor) -> MasterWeights | None:
-        """Return how this parameter has more bits than its own; float32 and float64 need none."""
+        """Return the setting that adds bits to this parameter: None for float32 and float64, which need none."""
         return self.master_weights if p.dtype in (torch.bfloat16, torch.float16) else None
 
     @property

@@ -1,4 +1,4 @@
-"""Updates without kernels: of tensors on a CPU in formats torch's optimizers do not know, and of what is odd."""
+"""Updates in plain torch, one tensor at a time: for CPU tensors in formats that torch does not know, among others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ class Amount:
 
     @property
     def skipped(self) -> bool:
-        """True if it is known here, without waiting for a device, that nothing may change."""
+        """True if the host knows, without waiting for a device, that nothing may change."""
         return self.skip is not None and self.skip.device.type == "cpu" and bool(self.skip)
 
     def divisor(self) -> Tensor | None:
@@ -57,7 +57,7 @@ class Amount:
 @contextmanager
 def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
     """Undo all changes in the context if `skip`, a scalar on the device, is set, without waiting for the device."""
-    if skip is None or skip.device.type == "cpu":  # known before
+    if skip is None or skip.device.type == "cpu":  # `Amount.skipped` has decided
         yield
         return
     before = [t.clone() for t in tensors]
@@ -67,8 +67,8 @@ def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
 
 
 def leave(g: Tensor, used: Tensor) -> None:
-    """Write into a gradient what was used of it, as torch's `unscale_` and `clip_grad_norm_` do."""
-    if g.layout == torch.strided:  # where it is expanded, there is one element for many
+    """Write the scaled and clipped gradient back, as torch's `unscale_` and `clip_grad_norm_` do."""
+    if g.layout == torch.strided:  # an expanded gradient is written once per element of its memory
         once = tuple(slice(None) if stride else slice(1) for stride in g.stride())
         g, used = g[once], used[once]
     g.copy_(used)
@@ -108,7 +108,7 @@ def _without_trailing_none(states: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Random bits of every element, flat, in memory order."""
+    """Return random bits for every element, flat, in memory order."""
     run, stride, offset, _ = row.shard
     e = torch.arange(row.local.numel(), dtype=torch.int64, device=row.local.device)
     e = e // run * stride + e % run + offset

@@ -21,14 +21,14 @@ KERNEL_STATES = (*KERNEL_DTYPES, torch.int16, torch.int8, torch.uint8)
 class Plan(NamedTuple):
     """Cached assignment of parameters to update paths."""
 
-    settings: Any  # of groups and options, that decide what the plan looks like
+    settings: Any  # those of groups and options that the plan depends on
     watch: Watch
     tables: list[PointerTable]  # through the kernels, one update launch each
     torch_rows: list[Row]  # through torch's own functions
     plain_rows: list[Row]  # through `update_plainly`
-    waiting: list[Tensor]  # had no gradient yet
-    dtensors: list[Tensor]  # whichever way they go
-    # Of these, that are clipped: the same on all ranks, whatever gradients each of them has.
+    waiting: list[Tensor]  # without a gradient so far
+    dtensors: list[Tensor]  # on any of the paths
+    # Buckets of clipped DTensors. They are the same on all ranks, even if gradients are missing on some.
     buckets: dict[tuple[int, Bucket], torch.device]
     clips: frozenset[int | None]  # of all groups: see `Row.clip`
     devices: list[torch.device]  # on which something is updated, here or on other ranks
@@ -71,7 +71,7 @@ class Planner(StateKeeper):
         return found
 
     def make_plan(self, chosen: Place | None = None) -> tuple[Plan, Gradients]:
-        """Plan for all parameters, or for one, which takes no longer where there are many."""
+        """Plan for all parameters, or for one, in a time that does not depend on how many others there are."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         settings = self._settings()
@@ -104,7 +104,7 @@ class Planner(StateKeeper):
         tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
         gradients = [cast("list[int]", table.gradients()) for table in tables]
         only = None if chosen is None else chosen.param
-        watch = Watch(self.param_groups, self.state, only)  # after the tables, which put step counters together
+        watch = Watch(self.param_groups, self.state, only)  # after the tables, which move step counters into one buffer
         self._loaded = self._loaded - clips.keys()
         kinds = frozenset(clips.values())
         here = [
@@ -151,24 +151,26 @@ class Planner(StateKeeper):
             p.dtype in self.cpu_kernel_dtypes
             and p.device.type == "cpu"
             and row.master is None
-            # They walk parameter and gradient in memory order, right only where these agree.
+            # It reads parameter and gradient in memory order, which must be the same for both.
             and (g is None or (g.dtype == p.dtype and row.matches(g)))
             and all(t is None or t.dtype == p.dtype for t in row.states)
             and not self.param_groups[row.group]["differentiable"]
         )
 
     def _refuse_what_no_path_takes(self, planned: list[Place]) -> None:
-        """Before anything changes."""
+        """Raise ValueError for gradients that no path supports, before anything changes."""
         for p, index, number, _ in planned:
             if p.grad is None:
                 continue
             name, sparse = f"parameter {number} of group {index}, {describe(p)}", p.grad.layout != torch.strided
             if sparse and not self.takes_sparse:
-                raise ValueError(f"the gradient of {name}, is sparse; give that parameter to torch.optim.SparseAdam")
+                raise ValueError(
+                    f"the gradient of {name}, must not be sparse; give that parameter to torch.optim.SparseAdam"
+                )
             differentiable = self.param_groups[index]["differentiable"]
             odd = "is sparse" if sparse else "is of a differentiable group" if differentiable else None
             if odd is None:
                 continue
             o = self.options_of(index)
             if o.master_of(p) is not None or o.state_dtype is not None:
-                raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype are not for it")
+                raise ValueError(f"the gradient of {name}, {odd}: master_weights and state_dtype must be None for it")

@@ -1,4 +1,4 @@
-"""Stepping inside backward: each parameter as soon as its gradient is there, which is then freed."""
+"""Stepping during backward: each parameter as soon as its gradient is complete; the gradient is then freed."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _REDUCE_LATER = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"
 
 
 class ReleaseHandle:
-    """Ends what `optimizer_in_backward` began."""
+    """A handle that ends stepping during backward."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
@@ -31,9 +31,9 @@ class ReleaseHandle:
     def take(self, params: list[Tensor]) -> None:
         """Step these in backward too, as soon as they require gradients."""
         for p in params:
-            if not (p.is_floating_point() or p.is_complex()):  # it never will
+            if not (p.is_floating_point() or p.is_complex()):  # it can never require gradients
                 continue
-            # While a parameter is frozen it takes no hook, but it keeps those that it has.
+            # A frozen parameter accepts no hook, but keeps those that it has.
             requires_grad = p.requires_grad
             p.requires_grad_(True)
             self._handles.append(p.register_post_accumulate_grad_hook(self._step))
@@ -46,7 +46,7 @@ class ReleaseHandle:
         for p in group["params"]:
             expect(
                 not _arrives_late(p),
-                f"FSDP2 of torch {torch.__version__} calls hooks before a gradient has come to the CPU, where "
+                f"FSDP2 of torch {torch.__version__} calls hooks before it has copied a gradient to the CPU, where "
                 f"CPUOffloadPolicy keeps {describe(p)}; step after backward, leave parameters on the device, or use "
                 "torch 2.13 or newer",
             )
@@ -54,7 +54,7 @@ class ReleaseHandle:
     @torch.no_grad()
     def _step(self, p: Tensor) -> None:
         optimizer, groups = self._optimizer, self._optimizer.param_groups
-        for index, group in enumerate(groups):  # they may have been given other settings since
+        for index, group in enumerate(groups):  # their settings may have changed since
             _expect_settings(group, optimizer.option(index, "max_grad_norm"))
         place = self._places.get(p)
         if place is None or not place.holds(groups):
@@ -98,17 +98,17 @@ def _arrives_late(p: Tensor) -> bool:
 def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> ReleaseHandle:
     """Step each of the model's parameters in backward, as soon as its gradient is complete, and free the gradient.
 
-    There is then never more than a few gradients at a time. A training step is `loss.backward()`; calling
-    `optimizer.step()` after it does nothing more, and keeps learning-rate schedulers content. The numbers are those of
-    stepping after backward. Every backward steps, so that gradients cannot be accumulated over several. Parameters that
-    are frozen now are stepped once they require gradients, and those of `add_param_group` once they are added. With
-    FSDP2 (`fully_shard` comes first) a gradient is complete when it has been reduced; wrappers that reduce later are
-    refused, as is `CPUOffloadPolicy` before torch 2.13, which calls hooks while gradients are still on their way.
+    Only a few gradients then exist at a time. A training step is `loss.backward()`; `optimizer.step()` after it changes
+    nothing, but learning-rate schedulers expect the call. The results are those of stepping after backward. Every
+    backward steps, so gradients cannot be accumulated over several. Frozen parameters are stepped once they require
+    gradients, and those of `add_param_group` once they are added. With FSDP2 (call `fully_shard` first) a gradient is
+    complete when it has been reduced. Wrappers that reduce later are refused, as is `CPUOffloadPolicy` before torch
+    2.13, which calls hooks while gradients are still being copied.
 
     Args:
         model: all of its parameters that require gradients must be the optimizer's.
-        optimizer: without `max_grad_norm`, which needs all gradients at once. Set later, it makes the next backward
-            raise.
+        optimizer: must not have `max_grad_norm`, which needs all gradients at once. If it is set later, the next
+            backward raises.
 
     Returns:
         A handle, whose `remove()` ends it.

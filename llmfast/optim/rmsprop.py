@@ -83,7 +83,14 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
             [state["grad_avg"] for state in states] if group["centered"] else [],
             [state["momentum_buffer"] for state in states] if group["momentum"] > 0 else [],
             [state["step"] for state in states],
-            foreach=False, differentiable=call.differentiable, has_complex=any(p.is_complex() for p in params),
-            lr=group["lr"], alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"],
-            momentum=group["momentum"], centered=group["centered"], maximize=group["maximize"],
-        )  # fmt: skip
+            foreach=False,
+            differentiable=call.differentiable,
+            has_complex=any(p.is_complex() for p in params),
+            lr=group["lr"],
+            alpha=group["alpha"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            centered=group["centered"],
+            maximize=group["maximize"],
+        )

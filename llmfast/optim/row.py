@@ -9,7 +9,7 @@ from torch import Tensor
 from llmfast._dtensor import is_dtensor, local
 from llmfast.optim.formats import MasterWeights, ParamFormat, param_format
 
-SHARED = -1  # the clip of all groups that have none of their own: see `Row.clip`
+SHARED = -1  # the clip of all groups without their own `max_grad_norm`: see `Row.clip`
 
 
 class Bucket(NamedTuple):
@@ -20,7 +20,7 @@ class Bucket(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Element e of a piece is element e // run * stride + e % run + offset of the whole tensor."""
+    """Position of a piece in the whole tensor, whose element e // run * stride + e % run + offset is its element e."""
 
     run: int = 1
     stride: int = 1
@@ -54,9 +54,9 @@ def places(groups: list[dict[str, Any]]) -> list[Place]:
 
 @dataclass
 class Row:
-    """One parameter, the index of its group, its place among all, and its entry in the optimizer's state.
+    """One parameter, the index of its group, its number among all parameters, and its state.
 
-    `local`, `states` and the rest are plain tensors: of a DTensor, the piece that is here.
+    `local`, `states` and the following are plain tensors: for a DTensor, the local piece.
     """
 
     param: Tensor
@@ -65,7 +65,7 @@ class Row:
     state: dict[str, Any]
     local: Tensor
     shard: Shard
-    clip: int | None  # rows with the same are clipped together; None: neither clipped nor measured
+    clip: int | None  # rows with the same number are clipped together; None: neither clipped nor measured
     master: MasterWeights | None
     names: tuple[str | None, ...]
     states: tuple[Tensor | None, ...]  # three
@@ -91,7 +91,7 @@ class Row:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that a step changes."""
+        """Tensors that a step changes."""
         return [self.local, *(local(t) for t in self.state.values() if isinstance(t, Tensor))]
 
     def looks(self) -> bool:
@@ -136,7 +136,7 @@ def shard_of(p: Tensor) -> Shard:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements, shape = p.device_mesh, p.placements, p.shape  # type: ignore[attr-defined]
-    if mesh.get_coordinate() is None:  # nothing of it is here
+    if mesh.get_coordinate() is None:  # this rank has no piece
         return Shard()
     dims = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
     bucket = Bucket(mesh, dims) if dims else None
@@ -145,8 +145,9 @@ def shard_of(p: Tensor) -> Shard:
     for d in reversed(range(len(shape) - 1)):
         strides[d] = strides[d + 1] * shape[d + 1]
     offset = sum(offset * stride for offset, stride in zip(offsets, strides))
-    # Elements follow on each other from the first dimension on that is cut, other than dimension 0. Pieces that are
-    # cut along two of those are numbered as if along the last alone, which is as good for everything but comparing.
+    # Within a piece, elements are consecutive from the last cut dimension on, unless only dimension 0 is cut. A piece
+    # that is cut along two further dimensions is numbered as if along the last alone: its noise is as random, but
+    # differs from that of other shardings.
     cut = [d for d in range(1, len(shape)) if sizes[d] != shape[d]]
     if not cut:
         return Shard(1, 1, offset, bucket)

@@ -77,10 +77,16 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
                 [grads[i] for i in chosen],
                 buffers,
                 has_sparse_grad=any(grads[i].layout != torch.strided for i in chosen),
-                foreach=False, fused=call.fused, grad_scale=call.grad_scale,
-                weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
-                dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
-            )  # fmt: skip
+                foreach=False,
+                fused=call.fused,
+                grad_scale=call.grad_scale,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
             for state, buffer in zip(mine, buffers):
                 state["step"] += 1
                 if first and buffer is not None:

@@ -18,27 +18,27 @@ from llmfast.optim.options import Extras, Options
 from llmfast.optim.row import SHARED, Place, Row, is_dense, shard_of
 
 Names = tuple[str | None, str | None, str | None]
-OLD_LOW_BITS = "remainder"  # in older checkpoints: of 8 bits as int8, so that only the dtype says how many there are
-OWN_NAMES = ("ema_param", *LOW_NAMES)  # beside those that torch has
+OLD_LOW_BITS = "remainder"  # the name in older checkpoints, where int8 or int16 says how many bits there are
+OWN_NAMES = ("ema_param", *LOW_NAMES)  # names of states that torch's optimizers do not have
 
 
 class StateKeeper(torch.optim.Optimizer, ABC):
-    """An optimizer whose state_dict is torch's, and that keeps more than torch's where `Extras` say so."""
+    """An optimizer whose state_dict is torch's, plus the states that `Extras` ask for."""
 
     options: Options
     group_options: list[dict[str, Any]]
     """Options that parameter groups have in place of `options`, one dict per group; see `Extras`."""
     rule: ClassVar[str]  # its name among the kernels' rules and in `reference`
     torch_counts_steps: ClassVar[bool] = True  # whether torch's optimizer keeps a step counter
-    # States that are squares, and so without a sign.
+    # Names of states that are never negative.
     squares: ClassVar[frozenset[str]] = frozenset()
-    # States that 8 bits are too few for: they are float32 then.
+    # Names of states that need more than 8 bits; they are float32 if the others have 8.
     never_coded: ClassVar[frozenset[str]] = frozenset()
     # Keys of groups that torch's optimizer does not have.
     own_group_keys: ClassVar[tuple[str, ...]] = ()
     # Parameters whose states were loaded, until these are in use.
     _loaded: set[Tensor] | frozenset[Tensor] = frozenset()
-    # Arguments of the constructor, beyond `Extras`, that no group can have for itself.
+    # Arguments of the constructor, beyond `Extras`, that cannot be set per group.
     whole_arguments: ClassVar[tuple[str, ...]] = ()
 
     def _take(self, extras: Extras) -> None:
@@ -47,7 +47,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         self.group_options = []
 
     def option(self, index: int, name: str) -> Any:
-        """Return what holds for a group: its own option, or else the optimizer's."""
+        """Return the option of a group: its own value, or else the optimizer's."""
         return self.group_options[index].get(name, getattr(self.options, name))
 
     def options_of(self, index: int) -> Options:
@@ -59,7 +59,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         if len(self.group_options) != len(self.param_groups):
             if any(self.group_options):
                 raise RuntimeError(
-                    f"param_groups must only be added to, by add_param_group, where groups have options of their own; "
+                    f"param_groups must only grow, by add_param_group, if groups have their own options; "
                     f"got {len(self.param_groups)} groups for group_options={self.group_options}"
                 )
             self.group_options = [{} for _ in self.param_groups]
@@ -91,10 +91,10 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         """Return the parameter with its state, created if missing, in its memory order and the requested formats."""
         group, o, state = self.param_groups[index], self.options_of(index), self.state[p]
         names = self._state_names(group)
-        if state.get("step") is None:  # torch's SGD keeps none: a buffer says that there was a step
+        if state.get("step") is None:  # torch's SGD has no counter; a momentum buffer shows that it has stepped
             before = state.get("momentum_buffer") is not None and not self.torch_counts_steps
             state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
-        # Torch makes it where and in what its defaults for new tensors say; a complex parameter's is torch's own.
+        # Torch creates it on the default device, in the default dtype. For complex ones it stays as torch has it.
         home = state["step"].device if p.is_complex() else p.device
         if (state["step"].device, state["step"].dtype) != (home, torch.float32):
             state["step"] = state["step"].to(home, torch.float32)
@@ -134,12 +134,12 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         t = state.get(name)
         if t is None:
             return
-        if t.shape != p.shape or t.device != p.device:  # of another model, or left behind
+        if t.shape != p.shape or t.device != p.device:  # it is another model's, or the parameter has moved
             raise ValueError(f"state {name} is {describe(t)}, its parameter {describe(p)}")
         if _spread(t) != _spread(p):
             raise ValueError(
-                f"state {name} of {describe(p)} is spread over ranks as {_spread(t)}, its parameter as {_spread(p)}; "
-                "torch.distributed.checkpoint brings a state to where it belongs"
+                f"state {name} of {describe(p)} must be sharded as its parameter, {_spread(p)}; got {_spread(t)}; "
+                "torch.distributed.checkpoint loads a state with the parameter's sharding"
             )
         scale, groups = state.get(f"{base}_scale"), -(-local(t).numel() // formats.GROUP)
         if is_code(t) and base not in OWN_NAMES and (scale is None or scale.shape != (groups,)):
@@ -147,10 +147,11 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             raise ValueError(f"state {base} of {describe(p)} holds 8-bit codes, which need {groups} scales; got {came}")
 
     def _keep_state(self, p: Tensor, state: dict[str, Any], name: str, first: float, o: Options) -> None:
-        """Make the state, or bring it to the dtype that the options ask for and to the parameter's memory order.
+        """Create the state, or convert it to the dtype in the options and to the parameter's memory order.
 
-        8-bit codes are named `<name>_code`, and their scales `<name>_scale`. Those of a DTensor are named `<name>`: it
-        is saved as numbers, and torch.distributed.checkpoint finds the names of what is saved among those of states.
+        8-bit codes are named `<name>_code`, and their scales `<name>_scale`. The codes of a DTensor are named `<name>`,
+        because it is saved as numbers under that name, and torch.distributed.checkpoint loads only names that the
+        optimizer's state has.
         """
         stored = _stored(state, name)
         t, wanted = state.get(stored), o.state_format.dtype
@@ -173,31 +174,31 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             del state[stored], state[f"{name}_scale"]
         if wanted is not None:
             t = t.to(wanted)
-        if not _lies_like(t, p):  # loaded from a run where it lay otherwise
+        if not _lies_like(t, p):  # loaded from a run with another memory layout
             t = torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
         if t is not state.get(name):
             state[name] = t
 
     def _keep_average(self, p: Tensor, identity: int, state: dict[str, Any], o: Options) -> None:
-        """Make the average where one is asked for; it does not stay behind where none is, to be taken for a new one."""
+        """Create the average if `ema_decay` is set. Otherwise delete it, so that a later one does not start from it."""
         if o.ema_decay is not None and "ema_param" not in state:
             state["ema_param"] = self._value(p, state).to(torch.float32, copy=True)
         elif o.ema_decay is None and state.pop("ema_param", None) is not None:
             warnings.warn(
-                f"the state holds ema_param: an average of parameter {identity}, {describe(p)}, which is lost with "
-                "ema_decay=None",
+                f"the state has an average (ema_param) of parameter {identity}, {describe(p)}, which ema_decay=None "
+                "discards",
                 stacklevel=5,
             )
 
     def _keep_low(self, p: Tensor, identity: int, state: dict[str, Any], o: Options) -> None:
-        """Make what the options say to keep beside the parameter, out of what another way of it has left, if any."""
+        """Create the additional bits of the parameter's format, converting those of another format if there are any."""
         asked = param_format(o.master_of(p))
         name, dtype = asked.state, asked.dtype or p.dtype
         kept = [n for n in LOW_NAMES if n in state]
         if name is not None and kept == [name] and state[name].dtype == dtype:
             if not _lies_like(state[name], p):
                 state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
-            if asked.is_copy and p in self._loaded:  # a master copy of other weights may have stayed in its place
+            if asked.is_copy and p in self._loaded:  # the loaded copy may belong to other weights than the loaded model
                 x, q = local(state[name]), local(p)
                 x.copy_(torch.where((x.to(q.dtype) == q) | q.isnan(), x, q))
             return
@@ -209,13 +210,13 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             asked.keep(local(p), local(state[name]), local(value).float())
         elif kept:
             warnings.warn(
-                f"the state holds {kept[0]}: bits of parameter {identity}, {describe(p)}, beyond those of its dtype, "
-                f"which are lost with master_weights={o.master_weights!r}",
+                f"the state has more bits ({kept[0]}) of parameter {identity}, {describe(p)}, than its dtype, which "
+                f"master_weights={o.master_weights!r} discards",
                 stacklevel=5,
             )
 
     def _value(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """Return the parameter with all the bits it has, in whatever format these are kept."""
+        """Return the parameter with all bits that its state holds, in whatever format."""
         p, kept = p.detach(), format_in(state, p)
         if kept.state is None:
             return p
@@ -232,16 +233,16 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return value
 
     def master_value(self, p: Tensor) -> Tensor:
-        """Return a parameter with all bits that the optimizer has of it: float32 if `master_weights` keeps more."""
+        """Return a parameter with all bits that the optimizer keeps: float32 if `master_weights` adds bits."""
         return self._value(p, self.state.get(p, {})).clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._match_groups()
         own: dict[str, Any] = {}
-        if isinstance(param_group, dict):  # else torch says what it must be
+        if isinstance(param_group, dict):  # torch raises the error for anything else
             allowed = {*self.defaults, *self.own_group_keys, "params", "param_names"}
             own = self.options.given_in(param_group, allowed, type(self))
-        if own:  # the caller's own group keeps them, for another optimizer
+        if own:  # leave them in the caller's dict, which may be used for another optimizer
             param_group = {key: value for key, value in param_group.items() if key not in own}
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
@@ -257,7 +258,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         self.group_options.append(own)
 
     def _complete_group(self, group: dict[str, Any], options: Options) -> None:
-        """Add what a new group lacks; raises ValueError where its options do not go together."""
+        """Fill in missing keys of a new group; raise ValueError if its options contradict each other."""
         return
 
     # Saving and loading it.
@@ -303,7 +304,8 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     def _exported(self, p: Tensor | None, index: int, state: dict[str, Any]) -> dict[str, Any]:
         """Return what is saved of one parameter's state."""
-        # torch.distributed.checkpoint casts by value to what it finds under the same name: so of low bits there are 16.
+        # torch.distributed.checkpoint casts by value to the dtype that it finds under the same name. So low bits are
+        # always saved as 16 bits.
         exported = {name: formats.sixteen(t) if name == LOW_BITS else t for name, t in state.items()}
         if p is None or not is_dtensor(p):
             return exported
@@ -317,7 +319,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of any corresponding optimizer, without casting what `Extras` keep in other dtypes."""
+        """Load a state dict of torch's or our optimizer. States that `Extras` keep in other dtypes are not cast."""
         given: dict[str, Any] = {}
         mine = [{k: v for k, v in group.items() if k in self.own_group_keys} for group in self.param_groups]
 
@@ -330,7 +332,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
             given.update(loaded, state=state)
             return given
 
-        # The last of the hooks: it sees what the others have made of it.
+        # The last of the hooks, so that it sees the state dict as the others have changed it.
         handle = self.register_load_state_dict_pre_hook(read)
         try:
             super().load_state_dict(state_dict)
@@ -346,7 +348,7 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         for group, kept in zip(self.param_groups, mine):
             for key, value in kept.items():
                 group.setdefault(key, value)
-            for key in Options.PER_GROUP.intersection(group):  # once saved with groups, where they had no effect
+            for key in Options.PER_GROUP.intersection(group):  # saved by old versions, where they had no effect
                 del group[key]
 
     def _readable(self, i: Any, saved: dict[str, Any]) -> dict[str, Any]:
@@ -359,14 +361,13 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         if len(empty) == len(saved):
             return {}
         for name in sorted(empty):
+            # Neither a scale of a state that was saved as numbers nor torch's missing counter is ever saved.
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
-            if not scale_of_numbers and not (
-                name == "step" and not self.torch_counts_steps
-            ):  # neither is saved by itself
+            if not scale_of_numbers and (name != "step" or self.torch_counts_steps):
                 raise ValueError(
                     f"the flattened state dict must have {name} for parameter {i}, which {self._keeper_of(name)} "
-                    "keeps; got one of an optimizer with other settings, of which only equal names are handed on: load "
-                    "it into an optimizer with those settings, and that one's state_dict() into this one"
+                    "keeps; got one of an optimizer with other settings. Load it into an optimizer with those settings "
+                    "first, and that optimizer's state_dict() into this one"
                 )
         readable = {name: value for name, value in saved.items() if name not in empty}
         if OLD_LOW_BITS in readable:
@@ -374,15 +375,16 @@ class StateKeeper(torch.optim.Optimizer, ABC):
         return readable
 
     def _of_one_format(self, p: Tensor, index: int, saved: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what torch.distributed.checkpoint has added to a whole state dict (`full_state_dict`).
+        """Leave out entries that torch.distributed.checkpoint has added to a whole state dict (`full_state_dict`).
 
-        What it does not find there, it takes from the state that is here: what is kept in the format of this optimizer
-        then stands beside the same in the format that was saved.
+        It takes names that the saved state lacks from this optimizer's current state. If the formats differ, the result
+        then has the same state twice: as it was saved, and as this optimizer keeps it.
         """
         options, here = self.options_of(index), self.state.get(p, {})
         low = param_format(options.master_of(p)).state or ""
         added = {low} if any(name in saved for name in LOW_NAMES if name != low) else set()
-        others_are_loaded = saved.get("step") is not here.get("step") and not is_dtensor(p)  # which are loaded in place
+        # The saved states are other tensors than the current ones, except DTensors, which are loaded in place.
+        others_are_loaded = saved.get("step") is not here.get("step") and not is_dtensor(p)
         if others_are_loaded and saved.get("ema_param") is here.get("ema_param"):
             added.add("ema_param")
         for name in saved:

@@ -172,7 +172,7 @@ BESIROGLU = ChinchillaLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.36
 """Besiroglu et al. 2024 (arXiv:2404.10102): Hoffmann's runs, read from their figure and fitted again. It agrees with
 the paper's other two approaches where the paper's own fit does not, so it is the one to use."""
 HOFFMANN = ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-"""As printed in appendix D.3 of Hoffmann et al. 2022 (arXiv:2203.15556). Two digits of an exponent are few: with
+"""The constants in appendix D.3 of Hoffmann et al. 2022 (arXiv:2203.15556). Two digits of an exponent are few: with
 them the optimum at 1e21 FLOPs has 50 tokens per parameter, while the paper's models have 20."""
 
 KAPLAN_N = PowerLaw(scale=8.8e13, exponent=0.076)

@@ -63,7 +63,9 @@ def adamw(package: str, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, num
     """Step two parameters; the first lies `offset` elements into its memory."""
     planted: Any = import_module(f"{package}.optimizer")
     monkeypatch.setattr(optimizer, "update", planted.update)
-    memory = np.zeros(numel + 8, dtype=np.float32)  # no tensor's: what lies beside the parameter is nobody's
+    memory = np.zeros(
+        numel + 8, dtype=np.float32
+    )  # not a tensor's memory, so that no tensor owns what surrounds the parameter
     parameters = [torch.from_numpy(memory[offset:][:numel]).requires_grad_(), torch.randn(10, requires_grad=True)]
     for p in parameters:
         p.grad = torch.randn_like(p)

@@ -366,7 +366,7 @@ def test_a_mean_divides_all_of_the_loss_by_the_same_number(path: str) -> None:
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
         ({"shift": -1}, ValueError, "shift must not be negative"),
-        ({"document_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, "document_ids bound a shift"),
+        ({"document_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, "document_ids need shift > 0; got shift=0"),
         ({"shift": 1, "document_ids": torch.zeros(4)}, TypeError, "document_ids must be integers"),
         ({"class_weights": torch.ones(8)}, ValueError, r"class_weights must be \(9,\)"),
         ({"class_weights": torch.ones(9, dtype=torch.int64)}, TypeError, "class_weights must be floating point"),

@@ -406,7 +406,7 @@ def check_refused_states(rank: int, world: int, path: str) -> None:
             source, target = FusedAdamW([p]), FusedAdamW([ours])
             source.step()
             target.load_state_dict(source.state_dict())
-            with pytest.raises(ValueError, match=r"state exp_avg .* is spread over ranks as"):
+            with pytest.raises(ValueError, match=r"state exp_avg .* must be sharded as its parameter"):
                 target.step()
     assert torch.equal(whole(ours), torch.ones(4, 4))
 

@@ -19,7 +19,7 @@ PAIRS: list[tuple[Any, Any, dict[str, Any]]] = [
 
 
 def together(ours: Any, theirs: Any, options: dict[str, Any], p: Callable[[], Tensor], g: Callable[[int], Tensor]):  # type: ignore[no-untyped-def]
-    """Step an odd parameter beside an ordinary one, and the same in torch."""
+    """Step an odd parameter together with an ordinary one, and the same in torch."""
     found = []
     for cls, more in ((ours, {}), (theirs, {"foreach": False})):
         odd, beside = p(), torch.ones(5, requires_grad=True)

@@ -400,7 +400,10 @@ def test_no_argument_is_dropped_in_silence(cls: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"max_gradnorm": 0.1}, "a parameter group must name options right: 'max_grad_norm'; got 'max_gradnorm'"),
+        (
+            {"max_gradnorm": 0.1},
+            "a parameter group must spell its options correctly: 'max_grad_norm'; got 'max_gradnorm'",
+        ),
         ({"master_weight": "fp32"}, "'master_weights'; got 'master_weight'"),
         ({"state_type": "8bit"}, "'state_dtype'; got 'state_type'"),
         ({"ema_deacy": 0.1}, "'ema_decay'; got 'ema_deacy'"),
@@ -470,5 +473,5 @@ def test_groups_may_be_taken_away_where_none_has_options() -> None:
     optimizer.step()
     assert "exp_avg_code" in optimizer.state[params[2]] and "exp_avg" in optimizer.state[params[0]]
     optimizer.param_groups.pop(0)
-    with pytest.raises(RuntimeError, match=r"param_groups must only be added to.*got 1 groups for group_options"):
+    with pytest.raises(RuntimeError, match=r"param_groups must only grow.*got 1 groups for group_options"):
         optimizer.step()

@@ -43,6 +43,6 @@ def test_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
             best["torch without step counters"] = min(best["torch without step counters"], alone)
             if best["ours"] < best["torch"] / 2 and best["ours"] < 0.9 * best["torch without step counters"]:
                 break
-    # On a quiet machine 0.27 and 0.58; beside other processes the second comes to 0.75.
+    # On a quiet machine 0.27 and 0.58; with other processes running the second comes to 0.75.
     assert best["ours"] < best["torch"] / 2, best
     assert best["ours"] < 0.9 * best["torch without step counters"], best

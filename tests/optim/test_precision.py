@@ -1,4 +1,4 @@
-"""Fewer bytes beside and in the parameters: how far training then is from training in float32."""
+"""Parameters and states of fewer bytes, and how far training with them is from training in float32."""
 
 import contextlib
 from typing import Any

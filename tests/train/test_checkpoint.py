@@ -454,7 +454,7 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_disk(tmp_path: Path, mon
 def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next time, there may be enough."""
     model = model_of()
-    model.register_buffer("ballast", torch.zeros(250_000))  # beside which random numbers' states are nothing
+    model.register_buffer("ballast", torch.zeros(250_000))  # much larger than random numbers' states
     trainer, _ = trainer_of(settings(save_every=2), fused, run=tmp_path, model=model)
     needed = 3 * 4 * sum(p.numel() for p in model.parameters()) + 1_000_000  # weights, two moments, and the ballast
     room = 2 * needed

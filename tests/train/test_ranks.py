@@ -302,7 +302,7 @@ def check_syncing(rank: int, size: int, parallel: str) -> dict[str, list[int]]:
 
 
 def test_gradients_are_reduced_once_a_step(ranks: Any) -> None:
-    """Though there are four micro-batches. Beside them, a few numbers: labels, the norm, a line of the log."""
+    """Though there are four micro-batches. In addition, a few numbers: labels, the norm, a line of the log."""
     block, rest = 16448, 263 * 32 + 32
     for sent in ranks(2).run(check_syncing, "ddp"):
         assert [n for n in sent["allreduce_"] if n > 10] == [2 * block + rest] * 3

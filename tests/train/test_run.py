@@ -316,7 +316,7 @@ def test_one_file_is_a_source_and_keeps_its_split(
 def test_a_run_of_before_goes_on_with_the_files_it_read(
     suffix: str, settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its settings name neither a split nor a column: files with columns beside its own were not read."""
+    """Its settings name neither a split nor a column: files with other columns were not read."""
     folder = run(settings, "name=old")
     path = folder / "config.toml"
     written = path.read_text()
