@@ -27,6 +27,7 @@ NO_ROWS, NO_PARTIALS, NO_GRADIENT = (
     kind._make([None] * len(kind._fields)) for kind in (Rows, Partials, parts.Gradient)
 )
 row_terms = attrgetter(*parts.RowTerms._fields[1:])
+LEAST_BLOCK = 1024  # columns of the smallest tile
 PEAK_UNIT: float = parts.LN2.value  # a peak that the launchers return or take, times this, is the largest logit
 
 # Triton would compile a separate binary for each of these that is 1 or a multiple of 16. That would gain nothing,
@@ -274,13 +275,13 @@ def tile(V: int, *, many_terms: bool = False) -> dict[str, int]:
     Softcap, bias, class weights and smoothing take registers, so that only 8 elements per thread fit.
     """
     elements = 8 if many_terms else 16
-    block = min(max(next_power_of_2(V), 1024), 1024 * elements)
+    block = min(max(next_power_of_2(V), LEAST_BLOCK), 1024 * elements)
     return {"BLOCK_V": block, "THREADS": block // elements, "num_warps": warps(block // elements)}
 
 
 def backward_tile(V: int) -> dict[str, int]:
     """Choose block and warps for the backward kernel. It is elementwise, so that 8 elements per thread suffice."""
-    block = min(max(next_power_of_2(V), 1024), 2048)
+    block = min(max(next_power_of_2(V), LEAST_BLOCK), 2048)
     return {"BLOCK_V": block, "num_warps": warps(block // 8)}
 
 
@@ -301,6 +302,9 @@ def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_l
     if logits.stride(1) != 1:
         raise ValueError(f"logits must have stride 1 along V; got strides {logits.stride()}")
     row_width, weights, class_weights = logits.shape[1], targets.weights, terms.class_weights
+    V = V or row_width
+    if row_width > (most := (V // LEAST_BLOCK + 1) * LEAST_BLOCK):
+        raise ValueError(f"logits must have at most {most} columns for V={V}; got {row_width}")
     tensors = {"targets": targets.classes, "target_weights": weights, "token_weights": targets.token_weights}
     sums = terms.class_weight_sums
     expect_contiguous(**tensors, bias=terms.bias, class_weights=class_weights, class_weight_sums=sums)
@@ -311,7 +315,7 @@ def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_l
         "logits_ptr": logits,
         **{f"{name}_ptr": t for name, t in tensors.items()},
         "terms": parts.RowTerms(column_weights, *row_terms(terms)),
-        **{"V": V or row_width, "row_width": row_width, "V_total": terms.V, "v_start": terms.v_start},
+        **{"V": V, "row_width": row_width, "V_total": terms.V, "v_start": terms.v_start},
         "logits_stride_n": logits.stride(0),
         "d_logits_stride_n": 0 if d_logits is None else d_logits.stride(0),
         "target_weights_stride_n": 0 if weights is None or len(weights) == 1 else weights.stride(0),
@@ -338,8 +342,8 @@ def cross_entropy(
 
     Fills `d_logits` with the gradient of grad_scale * sum(loss). The padding is read and ignored, and is zero in
     `d_logits`. If it rounds rows up to multiples of 16 bytes, they can be accessed 16 bytes at a time for any V.
-    `row_width` must not exceed the first multiple of 1024 above V, because only one tile is written after the
-    whole ones. `alive` says which groups of GROUP columns of `d_logits` hold a gradient of `threshold` or more.
+    `row_width` must not exceed the first multiple of LEAST_BLOCK above V: one masked tile follows the whole ones.
+    `alive` says which groups of GROUP columns of `d_logits` hold a gradient of `threshold` or more.
     """
     new, best = _empty(logits), _empty(logits, torch.int64)
     rows = Rows(new(), new(), new(), new() if entropy else None, best() if argmax else None)

@@ -68,11 +68,11 @@ def excess(ours: Tensor, torchs: Tensor, truth: Tensor, scale: float = 0.0) -> f
     """Return by how much |truth - ours| passes |truth - torch| and a slack at worst; not above 0 if all is right.
 
     The slack is one rounding of the result's own dtype, since torch can be lucky, and a few roundings of float32 at the
-    size of the intermediate values, `scale` (for a loss, that of the logits). A value that is not finite where the
-    truth is, or the other way round, exceeds by infinity.
+    size of the intermediate values, `scale` (for a loss, that of the logits). NaN or infinity where the truth has
+    something else, or the other way round, exceeds by infinity.
     """
     truth = truth.double()
-    if not torch.equal(ours.isfinite(), truth.isfinite()):
+    if not (torch.equal(ours.isnan(), truth.isnan()) and torch.equal(ours.isinf(), truth.isinf())):
         return float("inf")
     error, allowed = (truth - ours.double()).abs(), (truth - torchs.double()).abs()
     slack = torch.finfo(ours.dtype).eps * truth.abs() + 4 * torch.finfo(torch.float32).eps * scale + 1e-9

@@ -197,6 +197,8 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
         rows.cross_entropy(z, Targets(y.classes, None, one), Terms(V))
     with pytest.raises(ValueError, match="logits must have stride 1 along V"):
         rows.cross_entropy(transposed(z), y, Terms(V))
+    with pytest.raises(ValueError, match="logits must have at most 1024 columns for V=9; got 1025"):
+        rows.cross_entropy(torch.zeros(4, 1025), y, Terms(9), V=9)
     for name in ("peak", "total", "d_loss", "d_lse", "entropy", "d_entropy"):
         given = {n: good for n in ("peak", "total", "entropy", "d_loss", "d_lse", "d_entropy")} | {name: one}
         softmax, upstream = Softmax(*list(given.values())[:3]), Upstream(*list(given.values())[3:])

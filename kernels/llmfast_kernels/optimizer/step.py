@@ -242,75 +242,41 @@ def update_chunk(
 
     Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
     """
-    TOGETHER: tl.constexpr = 2 * BLOCK if PAIRED else BLOCK
-    whole = tl.where(aligned, count // TOGETHER * TOGETHER, 0)
-    alone = None, None, None
-    for offset in range(0, whole, TOGETHER):
+    TILES: tl.constexpr = 2 if PAIRED else 1  # that are updated one after the other, and share accesses to bytes
+    whole = tl.where(aligned, count // (TILES * BLOCK) * (TILES * BLOCK), 0)
+    none = None, None, None
+    for offset in range(0, whole, TILES * BLOCK):
         here = start + offset
+        pairs = none
         if PAIRED:
-            pairs = (
-                load_pair(at.state0, here, BLOCK),
-                load_pair(at.state1, here, BLOCK),
-                load_pair(at.low, here, BLOCK),
+            pairs = load_pair(at.state0, here, BLOCK), load_pair(at.state1, here, BLOCK), load_pair(at.low, here, BLOCK)
+        made = ()
+        for i in tl.static_range(TILES):
+            made += (  # type: ignore[assignment]
+                update_tile(
+                    at,
+                    here + i * BLOCK,
+                    BLOCK,
+                    scalars,
+                    place,
+                    pairs,
+                    RULE=RULE,
+                    READ=READ,
+                    WRITE=WRITE,
+                    NOISE=NOISE,
+                    STRIDED=STRIDED,
+                    ZERO=ZERO,
+                    UNSCALE=UNSCALE,
+                    HALF=i if PAIRED else None,
+                    ALIGNED=True,
+                    BLOCK=BLOCK,
+                ),
             )
-            first = update_tile(
-                at,
-                here,
-                BLOCK,
-                scalars,
-                place,
-                pairs,
-                RULE=RULE,
-                READ=READ,
-                WRITE=WRITE,
-                NOISE=NOISE,
-                STRIDED=STRIDED,
-                ZERO=ZERO,
-                UNSCALE=UNSCALE,
-                HALF=0,
-                ALIGNED=True,
-                BLOCK=BLOCK,
-            )
-            second = update_tile(
-                at,
-                here + BLOCK,
-                BLOCK,
-                scalars,
-                place,
-                pairs,
-                RULE=RULE,
-                READ=READ,
-                WRITE=WRITE,
-                NOISE=NOISE,
-                STRIDED=STRIDED,
-                ZERO=ZERO,
-                UNSCALE=UNSCALE,
-                HALF=1,
-                ALIGNED=True,
-                BLOCK=BLOCK,
-            )
+        if PAIRED:
+            first, second = made
             store_pair(at.state0, here, first[0], second[0], BLOCK)
             store_pair(at.state1, here, first[1], second[1], BLOCK)
             store_pair(at.low, here, first[2], second[2], BLOCK)
-        else:
-            update_tile(
-                at,
-                here,
-                BLOCK,
-                scalars,
-                place,
-                alone,
-                RULE=RULE,
-                READ=READ,
-                WRITE=WRITE,
-                NOISE=NOISE,
-                STRIDED=STRIDED,
-                ZERO=ZERO,
-                UNSCALE=UNSCALE,
-                HALF=None,
-                ALIGNED=True,
-                BLOCK=BLOCK,
-            )
     for offset in range(whole, count, BLOCK):
         update_tile(
             at,
@@ -318,7 +284,7 @@ def update_chunk(
             count - offset,
             scalars,
             place,
-            alone,
+            none,
             RULE=RULE,
             READ=READ,
             WRITE=WRITE,
