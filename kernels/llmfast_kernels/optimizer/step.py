@@ -273,7 +273,7 @@ def update_chunk(
                 ),
             )
         if PAIRED:
-            first, second = made
+            first, second = made  # type: ignore[misc]
             store_pair(at.state0, here, first[0], second[0], BLOCK)
             store_pair(at.state1, here, first[1], second[1], BLOCK)
             store_pair(at.low, here, first[2], second[2], BLOCK)
