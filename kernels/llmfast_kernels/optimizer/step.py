@@ -242,7 +242,8 @@ def update_chunk(
 
     Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
     """
-    TILES: tl.constexpr = 2 if PAIRED else 1  # that are updated one after the other, and share accesses to bytes
+    # Tiles that are updated one after the other, and share accesses to bytes.
+    TILES: tl.constexpr = 2 if PAIRED else 1  # pyright: ignore[reportAssignmentType]
     whole = tl.where(aligned, count // (TILES * BLOCK) * (TILES * BLOCK), 0)
     none = None, None, None
     for offset in range(0, whole, TILES * BLOCK):
