@@ -135,3 +135,23 @@ def test_scale_by_one_touches_nothing() -> None:
     before = x.view(torch.int32).clone()
     scale(x, torch.tensor(1.0))
     assert torch.equal(x.view(torch.int32), before)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 4e-7), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)])
+@pytest.mark.parametrize("cap", [0.5, 30.0, 1000.0])
+def test_softcap_is_as_exact_as_it_says(dtype: torch.dtype, allowed: float, cap: float) -> None:
+    """Compare the peak of two logits, one of them 0, with the other one capped, and the loss with the formula."""
+    ratios = torch.cat([torch.linspace(1e-3, 9.5, 60), torch.tensor([20.0])])
+    x = torch.stack([ratios * cap, torch.zeros_like(ratios)], 1).to(dtype)
+    made = rows.cross_entropy(x, one_each(torch.zeros(len(x), dtype=torch.int64)), Terms(2, softcap=cap))
+    want = cap * torch.tanh(x[:, 0].double() / cap)
+    assert ((made.peak.double() * rows.PEAK_UNIT - want) / want).abs().max() < allowed
+    negative = rows.cross_entropy(-x, one_each(torch.zeros(len(x), dtype=torch.int64)), Terms(2, softcap=cap))
+    torch.testing.assert_close(negative.loss.double(), want + torch.log1p(torch.exp(-want)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_does_not_hide_nan(dtype: torch.dtype) -> None:
+    x = torch.tensor([[torch.nan, 1.0]], dtype=dtype)
+    made = rows.cross_entropy(x, one_each(torch.tensor([0])), Terms(2, softcap=30.0))
+    assert made.loss.isnan().all()

@@ -187,3 +187,13 @@ def _refuse(name: str, was: Any) -> Any:
         raise AssertionError(f"a step waits for the device in {name}")
 
     return refused
+
+
+@pytest.mark.parametrize("count", [0, 1, 2048, 5000, 8192, 8193, 40_001])
+def test_many_chunks_are_added_up_by_many_programs(kernels: None, count: int) -> None:
+    from llmfast_kernels.optimizer.norm import add_up
+
+    numbers = torch.rand(count) + 0.5
+    total = torch.full((), torch.nan, dtype=torch.float64)
+    add_up(numbers, total)
+    torch.testing.assert_close(total, numbers.double().sum(), rtol=1e-14, atol=0)

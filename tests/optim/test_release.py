@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -48,6 +49,30 @@ def test_gives_the_numbers_of_stepping_after(path: str, options: dict[str, Any])
     for p, q in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
         assert a.state[p]["step"] == 5
+
+
+def calls_of_first_backward(parameters: int) -> int:
+    """Count the calls of Python and C functions by the backward that makes all plans and tables."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(parameters)]
+    optimizer_in_backward(nn.ParameterList(params), FusedAdamW(params))
+    total = torch.stack([p.sum() for p in params]).sum()
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        total.backward()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_the_first_backward_is_linear_in_the_number_of_parameters() -> None:
+    few, more, many = (calls_of_first_backward(n) / n for n in (100, 400, 1600))
+    assert 0.99 * few < more < 1.01 * few and 0.99 * few < many < 1.01 * few
 
 
 def test_few_gradients_are_there_at_a_time(path: str) -> None:

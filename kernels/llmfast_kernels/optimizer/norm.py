@@ -1,7 +1,7 @@
 """The norm of many gradients, for clipping them.
 
-Each program sums the squares of one chunk, and one program adds the chunks up in float64: always in the same order,
-so the norm has the same bits every time. `prepare_kernel` takes the root.
+Each program sums the squares of one chunk. The chunks are added up in float64, always in the same order, so the norm
+has the same bits every time. `prepare_kernel` takes the root.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, warps
+from llmfast_kernels.launch import FP_FUSION, cdiv, warps
 from llmfast_kernels.optimizer.table import CHUNK, FIRST_CHUNK, NUMEL, ROW_WIDTH, TRITON_TYPES, elements, pointer
 
 
@@ -34,36 +34,49 @@ def norm_kernel(
     address = tl.load(grads_ptr + t)
     start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     count = tl.where(address == 0, 0, tl.minimum(tl.load(row + NUMEL) - start, CHUNK)).to(tl.int32)
-    whole = tl.where((address & 15) == 0, count // BLOCK * BLOCK, 0)
     ptr = pointer(address, GRAD_TYPE)
+    # A gradient may start anywhere: elements before the first address on 16 bytes go alone. All chunks begin alike.
+    BYTES: tl.constexpr = GRAD_TYPE.primitive_bitwidth // 8
+    head = tl.minimum(((-address & 15) // BYTES).to(tl.int32), count)
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for offset in range(0, whole, BLOCK):
-        g = tl.load(elements(ptr, start + offset, i, True)).to(tl.float32)
+    if head > 0:
+        g = tl.load(elements(ptr, start, i, False), mask=i < head, other=0.0)
+        total += g.to(tl.float32) * g.to(tl.float32)
+    whole = head + (count - head) // BLOCK * BLOCK
+    aligned = pointer(address + head * BYTES, GRAD_TYPE)
+    for offset in range(0, whole - head, BLOCK):
+        g = tl.load(elements(aligned, start + offset, i, True)).to(tl.float32)
         total += g * g
-    for offset in range(whole, count, BLOCK):
-        g = tl.load(elements(ptr, start + offset, i, False), mask=offset + i < count, other=0.0)
+    if whole < count:
+        g = tl.load(elements(ptr, start + whole, i, False), mask=whole + i < count, other=0.0)
         total += g.to(tl.float32) * g.to(tl.float32)
     tl.store(squares_ptr + chunk, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit(do_not_specialize=["C", "rounds"])
 def sum_kernel(
     # in
-    squares_ptr,  # (C,) f32
+    numbers_ptr,  # (C,) f32 or f64
     # out
-    sum_ptr,  # () f64
+    sums_ptr,  # (programs,) f64
     # sizes
     C,
+    rounds,  # blocks that each program adds up
     # tile
     BLOCK: tl.constexpr,
 ):
-    """Add up the chunks' sums, in one program."""
+    """Add up each program's share of the numbers."""
+    start = tl.program_id(0) * rounds * BLOCK
+    count = tl.minimum(C - start, rounds * BLOCK)
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    for offset in range(0, C, BLOCK):
-        total += tl.load(squares_ptr + offset + i, mask=offset + i < C, other=0.0).to(tl.float64)
-    tl.store(sum_ptr, tl.sum(total))
+    whole = count // BLOCK * BLOCK
+    for offset in range(0, whole, BLOCK):
+        total += tl.load(numbers_ptr + start + offset + i).to(tl.float64)
+    if whole < count:
+        total += tl.load(numbers_ptr + start + whole + i, mask=whole + i < count, other=0.0).to(tl.float64)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
 
 
 def tile() -> dict[str, int]:
@@ -72,8 +85,22 @@ def tile() -> dict[str, int]:
 
 
 def sum_tile() -> dict[str, int]:
-    """Return as many threads as one program can have."""
-    return {"BLOCK": 1024, "num_warps": warps(1024)}
+    """Return 8 elements per thread: two 16-byte loads of float32 in flight."""
+    return {"BLOCK": 2048, "num_warps": warps(256)}
+
+
+ROUNDS = 4  # blocks of one program, where there are several: 1B parameters make 30 programs
+
+
+def add_up(numbers: Tensor, total: Tensor) -> None:
+    """Add up (C,) numbers into `total`, () f64: in one launch if they are few, else in two."""
+    C, block = numbers.shape[0], sum_tile()["BLOCK"]
+    with device_of(numbers):
+        if ROUNDS * block < C:
+            sums = numbers.new_empty(cdiv(C, ROUNDS * block), dtype=torch.float64)
+            sum_kernel[(len(sums),)](numbers, sums, C=C, rounds=ROUNDS, **sum_tile(), **FP_FUSION)
+            numbers, C = sums, len(sums)
+        sum_kernel[(1,)](numbers, total, C=C, rounds=cdiv(C, block), **sum_tile(), **FP_FUSION)
 
 
 def sum_of_squares(
@@ -85,10 +112,10 @@ def sum_of_squares(
     *,
     grad_dtype: torch.dtype,
 ) -> None:
-    """Sum the squares of every gradient in the table, in two launches."""
+    """Sum the squares of every gradient in the table, in two launches, or three if they are many."""
     C = chunk_tensor.shape[0]
     with device_of(table):
         if C > 0:
             grad_type = TRITON_TYPES[grad_dtype]
             norm_kernel[(C,)](table, grads, chunk_tensor, squares, GRAD_TYPE=grad_type, **tile(), **FP_FUSION)
-        sum_kernel[(1,)](squares, total, C=C, **sum_tile(), **FP_FUSION)
+        add_up(squares, total)
