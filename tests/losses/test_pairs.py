@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, reference, targets
-from llmfast.losses.options import TABLE, CrossEntropyOptions, LinearOptions, LossOptions, declared
+from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, mtp_cross_entropy, reference, targets
+from llmfast.losses.options import TABLE, CrossEntropyOptions, LinearOptions, LossOptions, MTPOptions, declared
 from support.layouts import offset, sliced, strided, transposed
 from support.pairs import Case, covering
 
@@ -25,7 +25,7 @@ SMALL = dict(targets.SMALL)  # the fixture `path` turns it off
 
 
 class Draw:
-    """What the values of options depend on."""
+    """Sizes and targets, on which the values of options depend."""
 
     def __init__(self, case: Case) -> None:
         self.V, self.tokens, self.K = case["V"], case["tokens"], case["K"]
@@ -251,7 +251,7 @@ def compare(
         if nothing:
             assert not a.any()
         else:
-            close(f"gradient {i}", a, b, c, eps)
+            close(f"gradient {i}", a, b, c, max(eps, eps_of(a.dtype)))
 
 
 def eps_of(dtype: torch.dtype) -> float:
@@ -345,8 +345,143 @@ def test_linear_cross_entropy(path: str, case: Case) -> None:
     compare(found, plain, truth, inputs, final(logits.detach(), case), eps_of(compute), fine)
 
 
+# Heads.
+
+OF_HEADS: dict[str, list[Any]] = {
+    "document_ids": [None, VALUES["document_ids"][1]],
+    "head_weights": [None, lambda d: [0.5, 2.0, 0.0][: d.heads], lambda d: torch.rand(d.heads) + 0.5],
+    "num_valid": [None, lambda d: [7.0, 5.0, 3.0][: d.heads], lambda d: torch.arange(d.heads) + 3],
+    "detach_unembedding": [False, True, lambda d: [k % 2 == 1 for k in range(d.heads)]],
+}
+
+
+def heads_can_be(case: Case) -> bool:
+    given, shared = case.get, case.get("form") == "shared"
+    return (
+        possible({name: value for name, value in case.items() if name not in OF_HEADS})
+        and not (shared and (given("head_weights", 1) is None or callable(given("detach_unembedding"))))
+        and not (given("accumulate_into") is not None and given("detach_unembedding", False) is not False)
+    )
+
+
+MTP = covering(
+    {n: OF_HEADS.get(n) or values_of(n) for n in declared(MTPOptions)}
+    | {n: SURROUNDINGS[n] for n in ("path", "index_dtype", "V", "ignored", "layout", "again")}
+    | {"dtype": DTYPES, "tokens": [(7,), (2, 3), (2, 1)], "heads": [1, 2, 3], "form": ["tensor", "list", "shared"]}
+    | {"stats": [None, "unused"], "upstream": [1.0, -1.5], **WANTS},
+    heads_can_be,
+)
+
+
+def moved(t: Tensor, k: int, ids: Tensor | None, empty: float) -> Tensor:
+    """Return what is `k` tokens on, token by token; `empty` beyond the sequence or document."""
+    out = torch.full_like(t, empty)
+    for i in range(t.shape[-1] - k):
+        same = True if ids is None else ids[..., i] == ids[..., i + k]
+        out[..., i] = torch.where(torch.as_tensor(same), t[..., i + k], empty)
+    return out
+
+
+def sum_of_heads(inputs: list[Tensor], draw: Draw, case: Case, o: Case) -> tuple[Tensor, Tensor]:
+    """Return the loss by its definition, and the mean loss of each head, NaN for a head without tokens."""
+    hidden, weight, bias = (*inputs, None)[:3]
+    K, ignored = draw.heads, o.get("ignore_index", -100)
+    labels = [moved(draw.targets, k, o.get("document_ids"), ignored) for k in range(K)]
+    tokens = [None if (t := o.get("token_weights")) is None else moved(t.double(), k, None, 0.0) for k in range(K)]
+    classes, detached = o.get("class_weights"), o.get("detach_unembedding", False)
+    detached = [detached] * K if isinstance(detached, bool) else detached
+    counts = []
+    for y, t in zip(labels, tokens):
+        known = torch.where(y == ignored, 0, y).long()
+        each = torch.ones(y.shape).double() if classes is None else classes.double()[known]
+        counts.append((torch.where(y == ignored, 0.0, each) * (1.0 if t is None else t)).sum())
+    divisors = torch.as_tensor(o["num_valid"]).double() if o.get("num_valid") is not None else torch.stack(counts)
+    scale = torch.ones(K) if o.get("head_weights") is None else torch.as_tensor(o["head_weights"])
+    factors = torch.where(divisors > 0, scale.double() / divisors, 0.0)
+    terms = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale", "class_weights")
+    rest = {n: in_float64(o[n]) for n in terms if n in o} | {"reduction": "sum"}
+    if case["form"] == "shared":  # the term of logsumexp is a row's, and is divided by what all heads have in common
+        weights = torch.stack(
+            [f * (torch.ones(y.shape) if t is None else t) for f, y, t in zip(factors, labels, tokens)], -1
+        )
+        w, b = (t if t is None or not detached[0] else t.detach() for t in (weight, bias))
+        common = divisors.max()
+        loss = reference.linear_cross_entropy(
+            hidden, w, torch.stack(labels, -1), bias=b, target_weights=weights * common, **rest
+        )
+        return loss / common, torch.full((K,), torch.nan)
+    losses = []
+    for k in range(K):
+        w, b = (t if t is None or not detached[k] else t.detach() for t in (weight, bias))
+        losses.append(reference.linear_cross_entropy(hidden[k], w, labels[k], bias=b, token_weights=tokens[k], **rest))
+    found = torch.stack(losses)
+    total = (factors * found).sum() if bool((divisors > 0).any()) else found.sum() * torch.nan
+    return total, (found / divisors).detach()
+
+
+@parametrized(MTP)
+def test_mtp_cross_entropy(path: str, case: Case) -> None:
+    draw = Draw({**case, "K": None})
+    draw.heads, shared, dtype = case["heads"], case["form"] == "shared", case["dtype"]
+    options = {n: v(draw) if callable(v := case[n]) else v for n in declared(MTPOptions)}
+    options = {n: v for n, v in options.items() if v is not None}
+    leading = () if shared else (draw.heads,)
+    tensors = [torch.randn(*leading, *draw.tokens, D).to(dtype), torch.randn(draw.V, D).to(dtype)]
+    wants = [case["wants_hidden"], case["wants_weight"], case["wants_bias"]]
+    if (bias := options.pop("bias", None)) is not None:
+        tensors.append(bias)
+    if not any(wants[: len(tensors)]) or (wants == [False, True, False] and options["detach_unembedding"] is True):
+        wants[0] = True
+    main = options.get("accumulate_into")
+    inputs = [case["layout"](t).detach().requires_grad_(want) for t, want in zip(tensors, wants)]
+    given = {**options, **({} if bias is None else {"bias": inputs[2]})}
+    hiddens = inputs[0] if case["form"] != "list" else [*inputs[0]]
+    fixed = [t for n, t in options.items() if n != "accumulate_into"]
+    with unchanged(*inputs, draw.targets, *fixed):
+        found = mtp_cross_entropy(hiddens, inputs[1], draw.targets, return_stats=bool(case["stats"]), **given)
+        loss, stats = found if case["stats"] else (found, None)
+        wanted = [t for t in inputs if t.requires_grad]
+        if not loss.requires_grad:
+            assert options["detach_unembedding"] is True and not wants[0]
+            return
+        for _ in range(1 + case["again"]):
+            gradients = torch.autograd.grad(
+                loss, wanted, torch.full_like(loss, case["upstream"]), True, allow_unused=True
+            )
+    found_grads = list(gradients)
+    if main is not None and wants[1]:
+        found_grads[int(wants[0])] = ((main - START) / (1 + case["again"])).to(dtype)
+    results = []
+    for wide in (dtype, torch.float64):
+        leaves = [t.detach().to(wide).requires_grad_(t.requires_grad) for t in inputs]
+        total, means = sum_of_heads(leaves, draw, case, options)
+        mine = [t for t in leaves if t.requires_grad]
+        results.append(
+            (total, torch.autograd.grad(total, mine, torch.full_like(total, case["upstream"]), allow_unused=True))
+        )
+    (plain, plain_grads), (truth, true_grads) = results
+    eps = eps_of(dtype)
+    if truth.isnan():
+        assert loss.isnan() and all(g is None or not g.any() for g in found_grads)
+        return
+    close("loss", loss, plain, truth, eps)
+    for name, a, b, c, t in zip("hwb", found_grads, plain_grads, true_grads, wanted):
+        assert a is None or (a.dtype, a.shape) == (t.dtype, t.shape)
+        c = torch.zeros(t.shape).double() if c is None else c
+        close(name, torch.zeros_like(t) if a is None else a, c if b is None else b, c, max(eps, eps_of(t.dtype)))
+    if stats is not None:
+        valid = torch.stack(
+            [moved(draw.targets, k, options.get("document_ids"), options["ignore_index"]) for k in range(draw.heads)]
+        )
+        counts = (valid != options["ignore_index"]).flatten(1).sum(1)
+        assert torch.equal(stats.num_valid, counts) and stats.num_valid.dtype == torch.int64
+        assert torch.equal(stats.accuracy.isnan(), counts == 0)
+        if not shared:
+            torch.testing.assert_close(stats.head_loss.double(), means, rtol=8 * eps, atol=8 * eps, equal_nan=True)
+
+
 def test_every_option_has_values() -> None:
     for name in TABLE:
         assert len(values_of(name)) > 1 or name == "process_group"
     assert VALUES.keys() <= TABLE.keys()
-    assert 60 < len(CROSS_ENTROPY) < 130 and 60 < len(LINEAR) < 130
+    assert 60 < len(CROSS_ENTROPY) < 130 and 60 < len(LINEAR) < 130 and 30 < len(MTP) < 90
