@@ -92,7 +92,7 @@ SURROUNDINGS: dict[str, list[Any]] = {
     "index_dtype": [torch.int64, torch.int32],
     "tokens": [(7,), (), (0,), (1,), (2, 3)],
     "K": [None, 1, 3],
-    "V": [5, 1, 128, 1027],  # 1024 columns are a tile
+    "V": [5, 1, 256, 1027],  # 1024 columns are a tile, 128 a slab of the smallest budget
     "ignored": ["some", "none", "all"],
     "layout": [lambda t: t, offset, strided, transposed, sliced],
     "upstream": [1.0, -1.5, 0.0, None],  # of the loss; None: it is not used
@@ -258,14 +258,21 @@ def eps_of(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-# Twice, in other combinations of three and more.
+# Several times, in other combinations of three and more.
 CROSS_ENTROPY, LINEAR = (
-    [case for seed in range(2) for case in covering(factors, possible, seed)]
+    [case for seed in range(3) for case in covering(factors, possible, seed)]
     for factors in (
         factors_of(CrossEntropyOptions, wants_logits=[True, False]),
         factors_of(LinearOptions, autocast=[False, True], **WANTS),
     )
 )
+
+# Losses per token with the smallest budget: logits are made again in backward, in several slabs of columns.
+LINEAR += [
+    {**case, "memory_budget": 1, "V": 1027}
+    for case in LINEAR
+    if case["reduction"] == "none" and case["grad_mode"] and case["tokens"] != (0,) and case["V"] != 1027
+]
 
 
 def parametrized(cases: list[Case]) -> Any:
@@ -484,4 +491,7 @@ def test_every_option_has_values() -> None:
     for name in TABLE:
         assert len(values_of(name)) > 1 or name == "process_group"
     assert VALUES.keys() <= TABLE.keys()
-    assert 60 < len(CROSS_ENTROPY) < 130 and 60 < len(LINEAR) < 130 and 30 < len(MTP) < 90
+    assert 90 < len(CROSS_ENTROPY) < 200 and 90 < len(LINEAR) < 250 and 30 < len(MTP) < 90
+    for path in SURROUNDINGS["path"]:  # logits made again in backward, in several slabs of columns
+        recomputed = [c for c in LINEAR if c["memory_budget"] == 1 and c["reduction"] == "none" and c["V"] > 128]
+        assert any(c["grad_mode"] and c["tokens"] != (0,) and c["path"] == path for c in recomputed)
