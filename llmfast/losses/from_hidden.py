@@ -190,8 +190,9 @@ class LinearCrossEntropy(Loss):
         return self.terms if bias is None else replace(self.terms, bias=bias.detach().contiguous())
 
     def _no_rows(self, matrices: Matrices, plan: LinearCrossEntropyPlan) -> Rows:
-        empty = matrices.hidden.new_empty(0, dtype=plan.accumulate_dtype)
-        return Rows(empty, empty, empty, *((empty, empty.long()) if self.stats else (None, None)))
+        # Each is a tensor of its own: autograd marks some of them as not differentiable.
+        loss, peak, total, entropy = (matrices.hidden.new_empty(0, dtype=plan.accumulate_dtype) for _ in range(4))
+        return Rows(loss, peak, total, *((entropy, loss.long()) if self.stats else (None, None)))
 
     def _buffers(self, matrices: Matrices, plan: LinearCrossEntropyPlan, wants: tuple[bool, ...]) -> Gradients:
         """Make buffers that the products fill, or zeros where there is no product."""

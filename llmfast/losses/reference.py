@@ -57,13 +57,15 @@ def cross_entropy(
     valid = keep.any(-1)
     loss = torch.where(valid, t * loss, 0.0)
     total = torch.where(keep, t[..., None] * w * c[y], 0.0).sum() if o["num_valid"] is None else o["num_valid"]
+    total = total.reshape(()) if isinstance(total, Tensor) else total
     result = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[o["reduction"]]
     if not return_stats:
         return result
     p = x.softmax(-1)
     entropy = lse - (p * torch.where(p > 0, x, 0.0)).sum(-1)
     argmax = torch.where(valid, x.argmax(-1), -1)
-    hits = (keep & (y == argmax[..., None])).flatten(0, -2).sum(0).float() / keep.flatten(0, -2).sum(0)
+    by_token, right = (known.reshape(-1, y.shape[-1]) for known in (keep, keep & (y == argmax[..., None])))
+    hits = right.sum(0).float() / by_token.sum(0)
     accuracy = hits if targets.dim() > len(shape) else hits[0]
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return result, LossStats(
