@@ -115,8 +115,8 @@ def _is_nvidia(kernel: Any) -> bool:
 def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
     """Return the bodies of loops that contain no other loop, in the order of the code.
 
-    Compilers move unlikely code behind the kernel's end and jump back from there. Such a backward jump is not a loop, so
-    the textbook definition is used: a jump to a block that every path to the jump has passed.
+    Compilers move unlikely code behind the kernel's end and jump back from there. Such a backward jump is not a loop,
+    so the textbook definition is used: a jump to a block that every path to the jump has passed.
     """
     cuts = {0, len(instructions)}
     for index, instruction in enumerate(instructions):
