@@ -5,6 +5,9 @@ Each limit has a table of today's exceptions. An entry may only shrink, and must
 
 import ast
 import importlib.util
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -157,6 +160,23 @@ def test_overrides_of_the_formatter() -> None:
     counts = {name_of(p): p.read_text(encoding="utf-8").count("fmt: skip") for p in [*LIBRARY, *TOOLS]}
     total = sum(counts.values())
     compare({"total": total} if total > FORMATTER_OVERRIDES else {}, FORMATTER_OVERRIDES_NOW)
+
+
+def test_titles_of_commits() -> None:
+    """The hook of `.pre-commit-config.yaml` refuses longer titles; older commits have some."""
+    log = ["git", "log", "--since=2026-11-29T03:15:00Z", "--no-merges", "--format=%s"]
+    if shutil.which("git") is None or (run := subprocess.run(log, cwd=ROOT, capture_output=True, text=True)).returncode:
+        pytest.skip("git reads no history here")
+    assert [title for title in run.stdout.splitlines() if len(title) > 72] == []
+
+
+@pytest.mark.parametrize(("message", "fits"), [("x" * 72 + "\n\n" + "y" * 99, True), ("x" * 73 + "\n", False)])
+def test_the_hook_for_titles(message: str, fits: bool) -> None:
+    config = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    _, _, hook = config.partition("- id: title\n")
+    (entry,) = re.findall("entry: '(.*)'", hook)
+    assert "stages: [commit-msg]" in hook and "args: [--multiline]" in hook and "commit-msg]" in config[:999]
+    assert (re.search(entry, message, re.MULTILINE | re.DOTALL) is None) == fits
 
 
 def test_names_of_rules_and_formats_are_compared_only_in_their_own_files() -> None:

@@ -5,14 +5,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.adagrad import adagrad
+from torch.optim.adagrad import adagrad as torch_adagrad
 
 from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
+from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+__all__ = ["FusedAdagrad", "adagrad"]
+
+
+def adagrad(
+    param: Tensor,
+    grad: Tensor,
+    sum: Tensor,
+    *,
+    step: Number,
+    lr: Number,
+    lr_decay: float = 0.0,
+    eps: float,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Apply AdaGrad (Duchi et al. 2011)."""
+    grad = with_l2(grad, param, l2)
+    sum.addcmul_(grad, grad)
+    fall(param, decay, lr / (1 + (step - 1) * lr_decay) * (grad / (sum.sqrt() + eps)))
 
 
 class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -30,7 +51,7 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
         TypeError: A keyword is unknown.
     """
 
-    rule = "adagrad"
+    rule = staticmethod(adagrad)
     squares = frozenset({"sum"})
     takes_sparse = True
     cpu_kernel_dtypes = (torch.float32, torch.float64, torch.bfloat16)  # in float16 its eps is 0, and 0 / 0 is NaN
@@ -75,7 +96,7 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
 
     def _torch_update(self, call: TorchCall) -> None:
         group, params, grads, states, *_ = call
-        adagrad(
+        torch_adagrad(
             params,
             grads,
             [state["sum"] for state in states],

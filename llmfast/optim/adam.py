@@ -5,21 +5,50 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
+from torch.optim.adam import adam as torch_adam
 
 from llmfast._checks import expect
 from llmfast.optim.base import Decay, FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras, Options
+from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["FusedAdam", "FusedAdamW", "adam"]
+
 DecayMode = Literal["lr", "independent", "relative"]
 
 
+def adam(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    step: Number,
+    lr: Number,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Apply Adam (Kingma & Ba 2015) with eps after the bias correction; AdamW is `decay=lr * weight_decay`."""
+    grad = with_l2(grad, param, l2)
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        second = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    fall(param, decay, lr / (1 - beta1**step) * (exp_avg / denominator))
+
+
 class _Adam(FusedOptimizer):
-    rule = "adam"
+    rule = staticmethod(adam)
     squares = frozenset({"exp_avg_sq"})
     never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would accumulate the rounding errors
     own_group_keys = ("lr_max",)
@@ -46,7 +75,7 @@ class _Adam(FusedOptimizer):
     def _torch_update(self, call: TorchCall) -> None:
         group, params, grads, states, *_ = call
         beta1, beta2 = group["betas"]
-        adam(
+        torch_adam(
             params,
             grads,
             [state["exp_avg"] for state in states],

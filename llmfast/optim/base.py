@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from llmfast._dispatch import eager
+from llmfast.optim.loading import StateLoader
 from llmfast.optim.options import Options
 from llmfast.optim.plain import Amount, leave, update_plainly
 from llmfast.optim.planner import Gradients, Plan, Planner
 from llmfast.optim.row import SHARED, Bucket, Row
+from llmfast.optim.saving import StateSaver
 from llmfast.optim.table import Hyper, PointerTable
 
 NUMBERS = {float, int}
@@ -38,7 +40,7 @@ class TorchCall(NamedTuple):
     differentiable: bool
 
 
-class FusedOptimizer(Planner):
+class FusedOptimizer(Planner, StateSaver, StateLoader):
     """A fused optimizer; it comes before a torch optimizer among the bases.
 
     Constructor, groups, state names and state_dict stay torch's. Parameters on an accelerator go through pointer
@@ -62,7 +64,7 @@ class FusedOptimizer(Planner):
 
     @abstractmethod
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
-        """Return the rule's own hyperparameters, by their names in `reference` and in the kernels."""
+        """Return the rule's own hyperparameters, by the names that both of its functions take."""
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:

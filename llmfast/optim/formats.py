@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-GROUP = 128  # elements that share the scale of an 8-bit state
+from llmfast_kernels.sizes import PER_SCALE
+
 MASK = 0xFFFFFFFF
 LOW_BITS = "low_bits"
 
@@ -86,7 +87,7 @@ def _bfloat16(high: Tensor) -> Tensor:
 
 def decoded(code: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 values of 8-bit codes, given the largest magnitude of each group."""
-    scales = scale.repeat_interleave(GROUP)[: code.numel()]
+    scales = scale.repeat_interleave(PER_SCALE)[: code.numel()]
     if code.dtype == torch.int8:
         r = code.float() * (1 / 127)
         return r * r.abs() * scales
@@ -97,10 +98,10 @@ def decoded(code: Tensor, scale: Tensor) -> Tensor:
 def encoded(x: Tensor, random: Tensor | None, signed: bool) -> tuple[Tensor, Tensor]:
     """Return codes (int8, or uint8 for values without a sign) and scales; without random bits, round to nearest."""
     magnitude = x.abs()
-    groups = torch.nn.functional.pad(magnitude, (0, -x.numel() % GROUP)).view(-1, GROUP)
+    groups = torch.nn.functional.pad(magnitude, (0, -x.numel() % PER_SCALE)).view(-1, PER_SCALE)
     scale = groups.amax(1)  # NaN is the largest
     inverse = torch.where(scale > 0, 1 / scale, 0)
-    y = magnitude * inverse.repeat_interleave(GROUP)[: x.numel()]
+    y = magnitude * inverse.repeat_interleave(PER_SCALE)[: x.numel()]
     chance = 0.5 if random is None else (random & 0xFFFF).float() * (1 / 65536)
     if signed:
         y = y * 127.0**2
@@ -124,6 +125,20 @@ def in_memory_order(t: Tensor) -> Tensor:
 def flat_like(stored: Tensor, x: Tensor) -> Tensor:
     """Return `x`, which has the shape of `stored`, flat in the memory order of `stored`."""
     return in_memory_order(torch.empty_like(stored, dtype=x.dtype).copy_(x))
+
+
+def decoded_like(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values of codes in any memory order, in that order."""
+    value = torch.empty_like(codes, dtype=torch.float32)
+    in_memory_order(value).copy_(decoded(in_memory_order(codes), scale))
+    return value
+
+
+def encode_into(codes: Tensor, x: Tensor, random: Tensor | None) -> Tensor:
+    """Write float32 values into codes of the same shape, in any memory order; return the scales."""
+    code, scale = encoded(flat_like(codes, x), random, codes.dtype == torch.int8)
+    in_memory_order(codes).copy_(code)
+    return scale
 
 
 class ParamFormat:
@@ -279,7 +294,7 @@ class _Coded(StateFormat):
         super().__init__(torch.float32)  # for states that 8 bits are too few for
 
     def bytes(self, numel: int, param_dtype: torch.dtype) -> int:
-        return numel + 4 * -(-numel // GROUP)
+        return numel + 4 * -(-numel // PER_SCALE)
 
 
 STATE_FORMATS: dict[StateDtype | None, StateFormat] = {

@@ -7,13 +7,35 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast.optim import reference
 from llmfast.optim.base import Decay, FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras
+from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+__all__ = ["FusedLion", "lion"]
+
+
+def lion(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    step: Number,
+    lr: Number,
+    beta1: float,
+    beta2: float,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Apply Lion (Chen et al. 2023), which does not use `step`; its weight decay is `decay=lr * weight_decay`."""
+    grad = with_l2(grad, param, l2)
+    direction = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+    sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of NaN is 0
+    fall(param, decay, lr * sign)
 
 
 class FusedLion(FusedOptimizer):
@@ -38,7 +60,7 @@ class FusedLion(FusedOptimizer):
         TypeError: A keyword is unknown.
     """
 
-    rule = "lion"
+    rule = staticmethod(lion)
     cpu_kernel_dtypes = ()
 
     def __init__(
@@ -76,4 +98,4 @@ class FusedLion(FusedOptimizer):
             state["step"] += 1
             g = -g if group["maximize"] else g
             parts = [torch.view_as_real(t.detach()) for t in (p, g, state["exp_avg"])]
-            reference.lion(*parts, step=state["step"], **arguments)
+            lion(*parts, step=state["step"], **arguments)

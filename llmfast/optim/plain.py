@@ -1,6 +1,6 @@
 """Updates in plain torch, one tensor at a time: for CPU tensors in formats that torch does not know, among others."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfast.optim import formats, reference
+from llmfast.optim import formats
 from llmfast.optim.options import Options
 from llmfast.optim.row import Row
+
+Number = float | Tensor
+
+
+def with_l2(grad: Tensor, param: Tensor, l2: float) -> Tensor:
+    """Add an L2 penalty's gradient."""
+    return grad + l2 * _bounded(param) if l2 else grad
+
+
+def fall(param: Tensor, decay: Number, change: Tensor) -> None:
+    """Subtract a change, and the share `decay` of the parameter itself."""
+    param.sub_(decay * _bounded(param) + change)
+
+
+def _bounded(param: Tensor) -> Tensor:
+    """Keep an infinite weight infinite after subtracting a share of it, instead of NaN."""
+    largest = torch.finfo(param.dtype).max
+    return param.clamp(-largest, largest)
 
 
 @dataclass
@@ -74,8 +92,10 @@ def leave(g: Tensor, used: Tensor) -> None:
     g.copy_(used)
 
 
-def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any], sign: float, o: Options) -> None:
-    """Update one tensor in float32 (float64 for float64) with `reference`'s function of that name."""
+def update_plainly(
+    rule: Callable[..., None], row: Row, amount: Amount, arguments: dict[str, Any], sign: float, o: Options
+) -> None:
+    """Update one tensor in float32 (float64 for float64)."""
     if amount.skipped:
         return
     p, g = row.local, row.grad
@@ -85,26 +105,21 @@ def update_plainly(rule: str, row: Row, amount: Amount, arguments: dict[str, Any
     with undone_if(amount.skip, row.tensors if amount.factor is None else [*row.tensors, g]):
         step = row.state["step"].add_(1)
         scales = (*row.scales, None)
-        states = [None if t is None else _read(t, scale, dtype) for t, scale in zip(row.states, scales)]
+        found = zip(row.names, row.states, scales)
+        states: dict[Any, Tensor] = {name: _read(t, scale, dtype) for name, t, scale in found if t is not None}
         value = row.format.read(p, row.low, dtype)
-        getattr(reference, rule)(value, used * sign, *_without_trailing_none(states), step=step.double(), **arguments)
+        rule(value, used * sign, **states, step=step.double(), **arguments)
         noise = None
         if row.format.noisy or any(scale is not None for scale in scales):
             noise = _noise(row, step, o.seed)
         row.format.write(p, row.low, value, None if noise is None else noise[0])
-        for i, (t, scale, x) in enumerate(zip(row.states, scales, states)):
-            if t is not None and x is not None:
-                _write(t, scale, x, None if noise is None else noise[1] >> 16 * i)
+        for i, (name, t, scale) in enumerate(zip(row.names, row.states, scales)):
+            if t is not None:
+                _write(t, scale, states[name], None if noise is None else noise[1] >> 16 * i)
         if row.ema is not None and o.ema_decay is not None:
             row.ema.lerp_(value.float(), 1 - o.ema_decay)
         if amount.factor is not None:
             leave(g, used)
-
-
-def _without_trailing_none(states: list[Tensor | None]) -> list[Tensor | None]:
-    while states and states[-1] is None:
-        states = states[:-1]
-    return states
 
 
 def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -116,17 +131,11 @@ def _noise(row: Row, step: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if scale is None:
-        return t.to(dtype, copy=True)
-    value = torch.empty_like(t, dtype=torch.float32)
-    formats.in_memory_order(value).copy_(formats.decoded(formats.in_memory_order(t), scale))
-    return value
+    return t.to(dtype, copy=True) if scale is None else formats.decoded_like(t, scale)
 
 
 def _write(t: Tensor, scale: Tensor | None, x: Tensor, random: Tensor | None) -> None:
     if scale is None:
         t.copy_(x)
-        return
-    code, new = formats.encoded(formats.flat_like(t, x), random, t.dtype == torch.int8)
-    formats.in_memory_order(t).copy_(code)
-    scale.copy_(new)
+    else:
+        scale.copy_(formats.encode_into(t, x, random))

@@ -101,7 +101,7 @@ class Planner(StateKeeper):
                 torch_rows.append(row)
             else:
                 plain_rows.append(row)
-        tables = [PointerTable(key, rows, self.rule) for key, rows in signatures.items()]
+        tables = [PointerTable(key, rows, self.rule.__name__) for key, rows in signatures.items()]
         gradients = [cast("list[int]", table.gradients()) for table in tables]
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which move step counters into one buffer

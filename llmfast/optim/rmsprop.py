@@ -5,15 +5,46 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.rmsprop import rmsprop
+from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
 from llmfast._checks import expect
 from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.options import Extras, Options
+from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+__all__ = ["FusedRMSprop", "rmsprop"]
+
+
+def rmsprop(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    momentum_buffer: Tensor | None = None,
+    grad_avg: Tensor | None = None,
+    *,
+    step: Number,
+    lr: Number,
+    alpha: float,
+    eps: float,
+    momentum: float = 0.0,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Apply RMSProp (Hinton 2012) with eps outside the root; centered (Graves 2013) with `grad_avg`."""
+    grad = with_l2(grad, param, l2)
+    square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+    variance = square_avg
+    if grad_avg is not None:
+        grad_avg.mul_(alpha).add_(grad, alpha=1 - alpha)
+        variance = (square_avg - grad_avg * grad_avg).clamp(min=0)  # rounding must not make it negative
+    change = grad / (variance.sqrt() + eps)
+    if momentum_buffer is not None:
+        change = momentum_buffer.mul_(momentum).add_(change)
+    fall(param, decay, lr * change)
 
 
 class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -33,7 +64,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         TypeError: A keyword is unknown.
     """
 
-    rule = "rmsprop"
+    rule = staticmethod(rmsprop)
     squares = frozenset({"square_avg"})
     cpu_kernel_dtypes = ()
 
@@ -76,7 +107,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     def _torch_update(self, call: TorchCall) -> None:
         group, params, grads, states, *_ = call
-        rmsprop(
+        torch_rmsprop(
             params,
             grads,
             [state["square_avg"] for state in states],

@@ -5,15 +5,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
+from torch.optim.sgd import sgd as torch_sgd
 
 from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.formats import param_format
 from llmfast.optim.options import Extras
+from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+__all__ = ["FusedSGD", "sgd"]
+
+
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    step: Number,
+    lr: Number,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    l2: float = 0.0,
+    decay: Number = 0.0,
+) -> None:
+    """Apply gradient descent; the first gradient enters the buffer undamped, as in torch."""
+    grad = with_l2(grad, param, l2)
+    change = grad
+    if momentum_buffer is not None:
+        later: Any = step > 1
+        rate = 1 - dampening * (later.to(grad) if isinstance(later, Tensor) else later)
+        momentum_buffer.mul_(momentum).add_(rate * grad)
+        change = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+    fall(param, decay, lr * change)
 
 
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
@@ -31,7 +58,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         TypeError: A keyword is unknown.
     """
 
-    rule = "sgd"
+    rule = staticmethod(sgd)
     torch_counts_steps = False
     takes_sparse = True
     cpu_kernel_dtypes = (torch.float32, torch.float64)  # of fewer bits, whole vectors stay as they are: pytorch#191763
@@ -72,7 +99,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
                 continue
             mine = [states[i] for i in chosen]
             buffers = [None if first else state.get("momentum_buffer") for state in mine]
-            sgd(
+            torch_sgd(
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
                 buffers,
@@ -92,10 +119,10 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
                 if first and buffer is not None:
                     state["momentum_buffer"].copy_(buffer)
 
-    def _exported(self, p: Tensor | None, index: int, state: dict[str, Any]) -> dict[str, Any]:
+    def _exported(self, p: Tensor, index: int, state: dict[str, Any]) -> dict[str, Any]:
         """Export as torch does: no buffer before the first step, and a counter only where rounding depends on it."""
         exported = super()._exported(p, index, state)
-        if p is None or "step" not in state:
+        if "step" not in state:
             return exported
         buffers = {"momentum_buffer", "momentum_buffer_code", "momentum_buffer_scale"}.intersection(exported)
         if buffers and float(state["step"]) == 0:

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import torch
 from pydantic import AfterValidator, ConfigDict, PlainValidator
 
 from llmfast._checks import expect
@@ -16,7 +15,7 @@ from llmfast.data.mixture import Weight as AnyWeight
 from llmfast.data.split import Split
 from llmfast.models.decoder import MTP, DecoderConfig
 from llmfast.models.depths import ConcatOrder, HiddenKind
-from llmfast.optim.formats import MasterWeights, StateDtype
+from llmfast.optim.formats import STATE_FORMATS, MasterWeights
 from llmfast.train.settings import RUN, WEIGHTS, ConfigError, Schema, Tree, setting, shown
 
 if sys.version_info >= (3, 11):
@@ -24,9 +23,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# The values of optimizer.state_dtype, and what the optimizer calls them.
-STATE_DTYPES: dict[str, StateDtype | None] = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-STATE_DTYPES["8bit"] = "8bit"
+# The values of optimizer.state_dtype, and what the optimizer calls them: "float32" is torch.float32, "" is None.
+STATE_DTYPES = {str(dtype or "").removeprefix("torch."): dtype for dtype in STATE_FORMATS}
+if TYPE_CHECKING:
+    StateName: TypeAlias = str
+else:
+    StateName = Literal[tuple(STATE_DTYPES)]
 LARGEST_FILE = 1 << 20  # bytes of a file of settings
 
 
@@ -176,7 +178,7 @@ class OptimizerConfig:
     )
     base_batch_size: int = setting(0, "the batch size that lr is for, with lr_scaling", ge=0)
     master_weights: Literal["", MasterWeights] = setting("", "how 16-bit parameters get more bits; '': not at all")
-    state_dtype: Literal["", "float32", "bfloat16", "8bit"] = setting("", "format of the moments; '': the parameters'")
+    state_dtype: StateName = setting("", "format of the moments; '': the parameters'")
     in_backward: bool = setting(
         False, "step while gradients are made, and free them at once; without clipping and skipping"
     )

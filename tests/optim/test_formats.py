@@ -53,7 +53,7 @@ def code_kernel(x_ptr, random_ptr, code_ptr, scale_ptr, back_ptr, BLOCK: tl.cons
     i = tl.arange(0, BLOCK)
     code, scale = kernels.encoded(tl.load(x_ptr + i), tl.load(random_ptr + i).to(tl.uint32), SIGNED)
     tl.store(code_ptr + i, code)
-    tl.store(scale_ptr + tl.arange(0, BLOCK // kernels.GROUP), scale)
+    tl.store(scale_ptr + tl.arange(0, BLOCK // kernels.PER_SCALE), scale)
     tl.store(back_ptr + i, kernels.decoded(code, scale, SIGNED))
 
 

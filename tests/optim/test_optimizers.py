@@ -17,18 +17,14 @@ from support.training import FULL, PLAIN, SCALAR, Case, gradients, parameters, s
 
 def reference_call(case: Case, group: dict[str, Any]) -> tuple[Callable[..., None], int, float, dict[str, Any]]:
     """Return the rule in plain torch: function, number of states, their first value, and arguments for the group."""
-    arguments = {"lr": group["lr"], "l2": group["weight_decay"]}
-    if issubclass(case.ours, torch.optim.Adam):
-        arguments |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
-        if group["decoupled_weight_decay"]:
-            arguments |= {"l2": 0.0, "decay": group["lr"] * group["weight_decay"]}
-        return reference.adam, 3, 0.0, arguments
-    if case.ours is FusedSGD:
-        return reference.sgd, 1, 0.0, arguments | {name: group[name] for name in ("momentum", "dampening")}
-    if case.ours is FusedRMSprop:
-        return reference.rmsprop, 3, 0.0, arguments | {name: group[name] for name in ("alpha", "eps", "momentum")}
-    first = group["initial_accumulator_value"]
-    return reference.adagrad, 1, first, arguments | {name: group[name] for name in ("lr_decay", "eps")}
+    rule = getattr(reference, case.ours.rule.__name__)
+    parameters = inspect.signature(rule).parameters
+    arguments = {name: group[name] for name in parameters if name in group}
+    arguments |= zip(("beta1", "beta2"), group.get("betas", ()))
+    decoupled = group.get("decoupled_weight_decay")
+    arguments |= {"decay": group["lr"] * group["weight_decay"]} if decoupled else {"l2": group["weight_decay"]}
+    count = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()) - 2
+    return rule, count, group.get("initial_accumulator_value", 0.0), arguments
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)

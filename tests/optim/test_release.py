@@ -17,6 +17,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfast.optim import FusedAdamW, FusedSGD, optimizer_in_backward
+from llmfast.optim.kept import Kept
 
 
 def model() -> nn.Module:
@@ -271,9 +272,9 @@ def test_a_copy_does_not_step_in_backward(path: str) -> None:
 def test_a_plan_for_one_parameter_looks_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the first backward takes as long as the square of their number."""
     looked = 0
-    original = FusedSGD._check
+    original = Kept.check
 
-    def counted(self: FusedSGD, *args: Any) -> None:
+    def counted(self: Kept, *args: Any) -> None:
         nonlocal looked
         looked += 1
         original(self, *args)
@@ -290,7 +291,7 @@ def test_a_plan_for_one_parameter_looks_at_no_other(monkeypatch: pytest.MonkeyPa
         torch.stack([p.sum() for p in params]).sum().backward()
         return looked
 
-    monkeypatch.setattr(FusedSGD, "_check", counted)
+    monkeypatch.setattr(Kept, "check", counted)
     few, many = of(8), of(32)
     assert 0 < many == 4 * few
 

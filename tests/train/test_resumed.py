@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmfast.data import Mixed
 from llmfast.models import Decoder
+from llmfast.optim.kept import decoded
 from llmfast.train.config import (
     SCHEMA,
     WEIGHTS,
@@ -316,13 +317,13 @@ def test_formats_convert(master: str, state_dtype: str, copied: Path, base: Path
     def values(trainer: Trainer) -> list[tuple[Tensor, ...]]:
         optimizer: Any = trainer.optimizer
         return [
-            (optimizer.master_value(p).float(), *(decoded(optimizer, p, name) for name in ("exp_avg", "exp_avg_sq")))
+            (optimizer.master_value(p).float(), *(number(optimizer, p, name) for name in ("exp_avg", "exp_avg_sq")))
             for p in trainer.model.parameters()
         ]
 
-    def decoded(optimizer: Any, p: Tensor, name: str) -> Tensor:
+    def number(optimizer: Any, p: Tensor, name: str) -> Tensor:
         state = optimizer.state[p]
-        found: Tensor = optimizer._decoded(state, name) if f"{name}_scale" in state else state[name].float()
+        found: Tensor = decoded(state, name) if f"{name}_scale" in state else state[name].float()
         return found
 
     still = ["optimizer.lr=0", "train.steps=3", "train.save_every=9"]

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(128)  # elements that share the scale of an 8-bit state
+from llmfast_kernels import sizes
+
+PER_SCALE: tl.constexpr = tl.constexpr(sizes.PER_SCALE)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -94,13 +96,13 @@ def rounded_stochastically(x, random):
 
 @triton.jit
 def spread(scale, BLOCK: tl.constexpr):
-    """Repeat one number per group (BLOCK / GROUP,) for each of the group's elements (BLOCK,)."""
-    return tl.reshape(tl.broadcast_to(scale[:, None], (BLOCK // GROUP, GROUP)), (BLOCK,))
+    """Repeat one number per group (BLOCK / PER_SCALE,) for each of the group's elements (BLOCK,)."""
+    return tl.reshape(tl.broadcast_to(scale[:, None], (BLOCK // PER_SCALE, PER_SCALE)), (BLOCK,))
 
 
 @triton.jit
 def decoded(code, scale, SIGNED: tl.constexpr):
-    """Return the float32 values of 8-bit codes (BLOCK,), given each group's largest magnitude (BLOCK / GROUP,).
+    """Return the float32 values of 8-bit codes (BLOCK,), given each group's largest magnitude (BLOCK / PER_SCALE,).
 
     Codes are dense near zero, where most values are: the magnitude is (code / 127)^2 with a sign, (code / 255)^4
     without. States without a sign are squares of gradients, so both reach down to 1/16000 of a gradient.
@@ -117,7 +119,7 @@ def decoded(code, scale, SIGNED: tl.constexpr):
 
 @triton.jit
 def encoded(x, random, SIGNED: tl.constexpr):
-    """Return 8-bit codes of float32 values (BLOCK,), and the scale of each group (BLOCK / GROUP,).
+    """Return 8-bit codes of float32 values (BLOCK,), and the scale of each group (BLOCK / PER_SCALE,).
 
     The low 16 random bits decide whether to round up or down, with the odds that make the decoded value right on
     average. Rounding to nearest would stop a moving average that moves by less than half a code per step. A value
@@ -126,7 +128,7 @@ def encoded(x, random, SIGNED: tl.constexpr):
     """
     magnitude = tl.abs(x)
     # As integers, magnitudes keep their order, and NaN is the largest.
-    bits = tl.reshape(magnitude.to(tl.int32, bitcast=True), (x.shape[0] // GROUP, GROUP))
+    bits = tl.reshape(magnitude.to(tl.int32, bitcast=True), (x.shape[0] // PER_SCALE, PER_SCALE))
     scale = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
     y = magnitude * spread(tl.where(scale > 0.0, 1.0 / scale, 0.0), x.shape[0])
     chance = (random & 0xFFFF).to(tl.float32) * (1.0 / 65536.0)

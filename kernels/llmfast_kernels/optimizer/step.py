@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from llmfast_kernels.launch import FP_FUSION, warps
-from llmfast_kernels.optimizer.formats import GROUP, LARGEST, PARAM_FORMATS, decoded, encoded, noise, scrambled
+from llmfast_kernels.optimizer.formats import (
+    LARGEST,
+    PARAM_FORMATS,
+    PER_SCALE,
+    decoded,
+    encoded,
+    noise,
+    scrambled,
+)
 from llmfast_kernels.optimizer.rules import Rule
 from llmfast_kernels.optimizer.table import (
     CHUNK,
@@ -166,10 +174,10 @@ def update_tile(
     If this is one tile of a pair, `pairs` holds the bytes of both. The new states 0 and 1 and the new low bits are
     returned as they are to be stored; the caller stores those that are bytes of a pair.
     """
-    group = tl.arange(0, BLOCK // GROUP)
+    group = tl.arange(0, BLOCK // PER_SCALE)
     i = tl.arange(0, BLOCK)
     mask = None if ALIGNED else i < count
-    group_mask = None if ALIGNED else group * GROUP < count
+    group_mask = None if ALIGNED else group * PER_SCALE < count
 
     p_ptr = elements(at.param, start, i, ALIGNED)
     g_ptr = elements(at.grad, start, i, ALIGNED)
@@ -177,8 +185,8 @@ def update_tile(
     s1_ptr = elements(at.state1, start, i, ALIGNED)
     s2_ptr = elements(at.state2, start, i, ALIGNED)
     low_ptr = elements(at.low, start, i, ALIGNED)
-    scale0_ptr = elements(at.scale0, start // GROUP, group, False)
-    scale1_ptr = elements(at.scale1, start // GROUP, group, False)
+    scale0_ptr = elements(at.scale0, start // PER_SCALE, group, False)
+    scale1_ptr = elements(at.scale1, start // PER_SCALE, group, False)
     grad_type: tl.constexpr = at.grad.dtype.element_ty
 
     g = tl.load(g_ptr, mask=mask).to(tl.float32) * scalars.grad_factor
