@@ -15,7 +15,7 @@ from llmfast.data.mixture import Weight as AnyWeight
 from llmfast.data.split import Split
 from llmfast.models.decoder import MTP, DecoderConfig
 from llmfast.models.depths import ConcatOrder, HiddenKind
-from llmfast.optim.formats import STATE_FORMATS, MasterWeights
+from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype
 from llmfast.train.settings import RUN, WEIGHTS, ConfigError, Schema, Tree, setting, shown
 
 if sys.version_info >= (3, 11):
@@ -24,7 +24,7 @@ else:
     import tomli as tomllib
 
 # The values of optimizer.state_dtype, and what the optimizer calls them: "float32" is torch.float32, "" is None.
-STATE_DTYPES = {str(dtype or "").removeprefix("torch."): dtype for dtype in STATE_FORMATS}
+STATE_DTYPES: dict[str, StateDtype | None] = {str(dtype or "").removeprefix("torch."): dtype for dtype in STATE_FORMATS}
 if TYPE_CHECKING:
     StateName: TypeAlias = str
 else:
