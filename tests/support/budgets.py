@@ -76,8 +76,11 @@ def _rows(compiled: Compiled) -> Iterator[str]:
     softcap = compiled.kind.argument("terms.softcap")
     functions = 1 if softcap is None else 2 if _logit_bits(compiled) == 16 else 3
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
+    others_loaded = _has(compiled, "terms.bias") or _has(compiled, "terms.column_weights")
     for loop in loops:
-        if loop.transcendentals > functions * elements + 4:
+        loaded = loop.load_bits.get(bits, 0) * bits / _logit_bits(compiled)  # of several turns, where it is unrolled
+        turns = 1 if others_loaded else max(1, loaded / elements)
+        if loop.transcendentals > turns * (functions * elements + 4):
             yield f"takes {loop.transcendentals / elements} special functions per logit in a loop, not {functions}"
         if not loop.access_bits or not loop.access_bits <= {bits} | others | ({8} if filtered else set()):
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {bits}"
