@@ -216,12 +216,14 @@ SCHEMA = Schema(Config)
 def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
     """Read the defaults (or `base`), then the file, then the overrides, `section.key=value`, and check the result.
 
+    Where one of them names another optimizer than what is below it, that optimizer's defaults take the place of all
+    that was set for the other.
+
     Raises:
         ConfigError: naming the key, the value that came and the closest valid key.
     """
-    layers = [] if path is None else [(_read_toml(path), str(path))]
-    layers += [(_parse_override(override), f"--set {override}") for override in overrides]
-    config: Config = SCHEMA.read(layers, base)
+    config: Config = SCHEMA.read([] if path is None else [(_read_toml(path), str(path))], base)
+    config = SCHEMA.read([(_parse_override(override), f"--set {override}") for override in overrides], config)
     _expect_consistent(config)
     return config
 

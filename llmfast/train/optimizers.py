@@ -120,7 +120,7 @@ class OptimizerConfig:
         if betas := tuple(arguments.pop(beta) for beta in BETAS if beta in arguments):
             arguments["betas"] = betas
         params = list(params)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in params if p.dim() >= 2]},  # decayed
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]

@@ -109,6 +109,20 @@ def test_another_optimizer_than_that_of_the_base_has_its_own_defaults() -> None:
     assert load_config(None, ["optimizer.name=adamw"], base) == base
 
 
+def test_flags_may_name_another_optimizer_than_the_file(tmp_path: Path) -> None:
+    (file := tmp_path / "c.toml").write_text("[optimizer]\nlr = 3.0\neps = 0.5\nwarmup_steps = 7\n")
+    assert load_config(file, ["optimizer.name=adamw"]).optimizer.eps == 0.5
+    for overrides in (
+        ["optimizer.name=sgd", "optimizer.momentum=0.5"],
+        ["optimizer.momentum=0.5", "optimizer.name=sgd"],
+    ):
+        o = load_config(file, overrides).optimizer
+        assert (o.lr, o.eps, o.momentum, o.warmup_steps) == (0.1, None, 0.5, 7)
+    file.write_text("[optimizer]\neps = 0.5\nname = 'lion'\n")
+    with pytest.raises(ConfigError, match=r"^optimizer\.eps is a setting of adamw, .*, and optimizer\.name is 'lion'"):
+        load_config(file)
+
+
 def test_an_optimizer_that_was_renamed_later_is_checked_when_it_is_made() -> None:
     config = Config()
     config.optimizer.name = "sgd"
