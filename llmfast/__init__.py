@@ -4,9 +4,19 @@ Import what you use: `llmfast.losses`, `llmfast.optim`, `llmfast.models`, `llmfa
 Importing this package imports neither Triton nor anything that touches a GPU.
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmfast.train import load_run as load_run
 
 try:
     __version__ = metadata.version("llmfast-torch")  # in an editable install: the version at installation
 except metadata.PackageNotFoundError:  # a folder on the path, not installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_run":  # imported when it is used: it needs the extra `train`
+        return import_module("llmfast.train").load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

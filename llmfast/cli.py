@@ -1,4 +1,4 @@
-"""The command line: `llmfast train`, `continue`, `clean`, `plan`, `report` and `doctor`."""
+"""The command line: `llmfast train`, `continue`, `export`, `clean`, `plan`, `report` and `doctor`."""
 
 import argparse
 import io
@@ -15,6 +15,8 @@ from llmfast.checkup.command import add_arguments as add_checkup_arguments
 from llmfast.checkup.command import run as run_checkup
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
+from llmfast.export import add_arguments as add_export_arguments
+from llmfast.export import run as run_export
 from llmfast.plan.command import add_arguments as add_plan_arguments
 from llmfast.plan.command import run as run_plan
 from llmfast.train.report import add_arguments as add_report_arguments
@@ -58,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further.add_argument("--no-replay", action="store_true", help="train on new text only; old text is only validated")
     _add_settings(further)
     further.set_defaults(run=_continue)
+
+    export = commands.add_parser(
+        "export",
+        help="write a run's model as a folder for Hugging Face's transformers",
+        description="Write a run's model and tokenizer as a folder that transformers opens, as a LlamaForCausalLM.",
+    )
+    add_export_arguments(export)
+    export.set_defaults(run=run_export)
 
     clean = commands.add_parser(
         "clean",

@@ -1,5 +1,6 @@
 """Small model for training and tests."""
 
 from llmfast.models.decoder import Decoder, DecoderConfig
+from llmfast.models.llama import load_llama, save_llama
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Decoder", "DecoderConfig", "load_llama", "save_llama"]

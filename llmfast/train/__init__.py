@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmfast.train.config import Config, load_config
     from llmfast.train.continued import continued_config
+    from llmfast.train.loading import Loaded, load_run
     from llmfast.train.objective import FurtherTokens, NextToken, Objective
     from llmfast.train.parallel import World
     from llmfast.train.run import train
@@ -17,18 +18,21 @@ __all__ = [
     "ConfigError",
     "FurtherTokens",
     "Hooks",
+    "Loaded",
     "NextToken",
     "Objective",
     "Trainer",
     "World",
     "continued_config",
     "load_config",
+    "load_run",
     "train",
 ]
 
 _HOME = {
     **dict.fromkeys(("Config", "load_config"), "config"),
     "ConfigError": "settings",
+    **dict.fromkeys(("Loaded", "load_run"), "loading"),
     **dict.fromkeys(("FurtherTokens", "NextToken", "Objective"), "objective"),
     **dict.fromkeys(("Hooks", "Trainer"), "trainer"),
     "World": "parallel",

@@ -1,0 +1,71 @@
+"""The command `llmfast export`: a run's model as a folder that Hugging Face's transformers opens."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from llmfast._checks import expect
+from llmfast._commands import fail
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments to the parser of `llmfast export`; `run` takes the parsed result."""
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("to", type=Path, metavar="DIR", help="a new folder for the model")
+    parser.add_argument(
+        "--depths",
+        action="store_true",
+        help="also write sequential depths, under DeepSeek-V3's names; a Llama skips them",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export what the arguments say; return the exit code, 2 for a user's mistake."""
+    try:
+        export(args.run_folder, args.to, depths=args.depths)
+    except ImportError as e:
+        return fail(f"{e}; exporting needs the extra: pip install 'llmfast-torch[train]'")
+    except (ValueError, OSError) as e:
+        return fail(str(e))
+    print(args.to)
+    return 0
+
+
+def export(run: Path, to: Path, *, depths: bool = False) -> None:
+    """Write a run's model as a `LlamaForCausalLM`, which it is, with its tokenizer; the folder is whole or not there.
+
+    Of a model with further heads, only the part that predicts the next token is written. transformers is not needed.
+
+    Args:
+        run: The folder of a run.
+        to: The folder to write: new, or empty.
+        depths: Also write sequential depths, under DeepSeek-V3's names.
+
+    Raises:
+        ValueError: `run` is not the folder of a run, or has no depths to write.
+        OSError: `to` exists and is not empty, or a file cannot be read or written.
+    """
+    from llmfast.data.for_transformers import ids_for_transformers, save_for_transformers
+    from llmfast.models import save_llama
+    from llmfast.train.loading import open_run
+
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise FileExistsError(f"{to} exists and is not an empty folder: remove it first, or choose another DIR")
+    opened = open_run(run)
+    tokenizer, context = opened.tokenizer, opened.context
+    model = opened.model()
+    mtp = model.config.mtp
+    expect(
+        not depths or mtp == "sequential", f"--depths needs a model with mtp='sequential'; that of {run} has {mtp!r}"
+    )
+    ids = ids_for_transformers(tokenizer)
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_llama(model, partial, depths=depths, more={"max_position_embeddings": context, **ids})
+        save_for_transformers(tokenizer, partial, max_length=context)
+        if to.exists():
+            to.rmdir()
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

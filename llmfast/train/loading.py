@@ -1,0 +1,93 @@
+"""Open what a run has trained: its model and its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from llmfast._checks import expect
+from llmfast.data import Tokenizer, load_tokenizer
+from llmfast.models import Decoder, load_llama
+from llmfast.models.llama import CONFIG, WEIGHTS, read_config
+from llmfast.train.checkpoint import load_weights
+from llmfast.train.config import Config, decoder_config
+from llmfast.train.earlier import saved_settings
+
+
+class Loaded(NamedTuple):
+    """A model, in evaluation mode, and its tokenizer."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+
+
+def load_run(run: str | Path) -> Loaded:
+    """Load the model and the tokenizer of a run's folder, or of a folder that `llmfast export` wrote.
+
+    The weights are those that the run has finished with, or else those of its newest checkpoint. They stay in their
+    saved dtype, on the CPU.
+
+    Raises:
+        ValueError: The folder is neither, or its files do not fit together.
+        OSError: A file is missing or damaged.
+    """
+    opened = open_run(run)
+    return Loaded(opened.model(), opened.tokenizer)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All about a trained model that can be said before its weights are read."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    context: int  # tokens that the model was trained to read at once
+    settings: Config | None  # None for a folder that was exported
+
+    def model(self) -> Decoder:
+        """Read the weights; see `load_run`."""
+        if self.settings is None:
+            return load_llama(self.folder).eval()
+        try:
+            with torch.device("meta"):  # which draws no random numbers
+                model = Decoder(decoder_config(self.settings, self.tokenizer.vocab_size))
+        except ValueError as e:
+            raise ValueError(f"{self.folder / 'config.toml'} describes no model: {e}") from e
+        model = model.to(getattr(torch, self.settings.train.param_dtype)).to_empty(device="cpu")
+        if (self.folder / WEIGHTS).exists():
+            _load(model, self.folder / WEIGHTS)
+        else:
+            load_weights(self.folder, model, lambda about: None)
+        return model.eval()
+
+
+def open_run(run: str | Path) -> Opened:
+    """Read everything but the weights, with the errors of `load_run`."""
+    folder = Path(run)
+    ours, exported = (folder / "config.toml").exists(), (folder / CONFIG).exists()
+    expect(
+        ours or exported,
+        f"RUN must be the folder of a run, with config.toml, or one that `llmfast export` wrote; got {folder}"
+        + ("" if folder.exists() else ", which does not exist"),
+    )
+    settings = saved_settings(folder) if ours else None
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    context = settings.data.seq_len if settings else read_config(folder).get("max_position_embeddings")
+    expect(
+        isinstance(context, int) and context > 0,
+        f"{folder / CONFIG} must say max_position_embeddings, the context's length; got {context!r}",
+    )
+    assert isinstance(context, int)
+    return Opened(folder, tokenizer, context, settings)
+
+
+def _load(model: Decoder, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(str(file)))
+    except (SafetensorError, RuntimeError) as e:
+        reason = " ".join(str(e).split("\n")[:2])  # the first of the tensors that do not fit
+        raise ValueError(f"{file} does not go with config.toml and tokenizer.json next to it: {reason}") from e

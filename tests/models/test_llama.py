@@ -1,0 +1,67 @@
+"""The decoder under Hugging Face's names, there and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.models import Decoder, DecoderConfig, load_llama, save_llama
+
+
+def decoder(**options: Any) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(50, **{"width": 32, "layers": 2, "heads": 2} | options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie_embeddings": False, "rope_base": 500.0, "norm_eps": 1e-6, "ffn_width": 48},
+        {"mtp": "parallel", "mtp_heads": 3},
+        {"mtp": "sequential", "mtp_heads": 2},
+        {"mtp": "shared", "mtp_heads": 2},
+    ],
+)
+def test_what_predicts_the_next_token(options: dict[str, Any], tmp_path: Path) -> None:
+    model, tokens = decoder(**options), torch.randint(0, 50, (2, 6))
+    save_llama(model, tmp_path, more={"max_position_embeddings": 77})
+    again = load_llama(tmp_path)
+    assert again.config.mtp == "none" and torch.equal(model(tokens), again(tokens))
+    assert torch.equal(model.unembedding, again.unembedding)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 77
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 1}, "with num_key_value_heads=2; got 1"),
+        ({"model_type": "qwen3"}, "with model_type='llama'; got 'qwen3'"),
+        ({"hidden_act": "gelu"}, "with hidden_act='silu'; got 'gelu'"),
+        ({"rope_scaling": {"factor": 2}}, "with rope_scaling=None; got"),
+        ({"hidden_size": "x"}, "must be of a model that llmfast wrote"),
+        ({"vocab_size": 0}, "vocab_size must be positive"),
+    ],
+)
+def test_refuses_other_models(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_llama(decoder(), tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=message):
+        load_llama(tmp_path)
+    del values["hidden_size"]
+    for content, told in (
+        (json.dumps(values), "wrote: KeyError 'hidden_size'"), ("[1]", "must hold a table; got list"), ("{", "not JSON")
+    ):  # fmt: skip
+        file.write_text(content)
+        with pytest.raises(ValueError, match=told):
+            load_llama(tmp_path)
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    save_llama(decoder(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        load_llama(tmp_path)

@@ -1,0 +1,45 @@
+"""`llmfast export`: a folder that is whole or not there. tests/integrations compares it with transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llmfast.cli import main
+from support.runs import write_run
+
+
+def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, to = tmp_path / "run", tmp_path / "hf"
+    write_run(run, "model.mtp=parallel", "model.mtp_heads=3", "model.tie_embeddings=false")
+    to.mkdir()  # empty, so that it can be written to
+    assert main(["export", str(run), str(to)]) == 0
+    assert capsys.readouterr().out == f"{to}\n"
+    assert {p.name for p in to.iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    }
+    names = load_file(str(to / "model.safetensors")).keys()
+    assert "model.layers.1.self_attn.q_proj.weight" in names and not any("layers.2" in name for name in names)
+    config = json.loads((to / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"], config["max_position_embeddings"]) == ("llama", 2, 64)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 256, 260)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, full = tmp_path / "run", tmp_path / "full"
+    write_run(run)
+    full.mkdir()
+    (full / "mine").write_text("kept")
+    for arguments, message in (
+        ([tmp_path, tmp_path / "to"], "RUN must be the folder of a run, with config.toml"),
+        ([tmp_path / "gone", tmp_path / "to"], "gone, which does not exist"),
+        ([run, full], "exists and is not an empty folder: remove it first"),
+        ([run, run / "config.toml"], "exists and is not an empty folder"),
+        ([run, tmp_path / "to", "--depths"], "--depths needs a model with mtp='sequential'"),
+    ):
+        assert main(["export", *map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("llmfast: error: ") and message in err
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "full"} and (full / "mine").read_text() == "kept"

@@ -1,0 +1,88 @@
+"""One line opens what a run has trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import llmfast
+from llmfast.export import export
+from llmfast.train import load_config, load_run, train
+from support.runs import write_run
+
+KINDS = [
+    [],
+    ["model.tie_embeddings=false", "train.param_dtype=bfloat16"],
+    ["model.mtp=parallel", "model.mtp_heads=2"],
+    ["model.mtp=sequential", "model.mtp_heads=2", "model.mtp_repeated_layer=true"],
+    ["model.mtp=shared", "model.mtp_heads=2"],
+]
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_the_model_and_the_tokenizer_of_a_run(settings: list[str], kind: str, tmp_path: Path) -> None:
+    written = write_run(tmp_path / "run", *settings, tokenizer=kind)
+    before = torch.get_rng_state()
+    model, tokenizer = llmfast.load_run(str(tmp_path / "run"))
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(model, written) and model.config == written.config and not model.training
+    assert tokenizer.decode(tokenizer.encode("def f(x): naïve")) == "def f(x): naïve"
+    hidden = model(torch.as_tensor(tokenizer.encode("def"), dtype=torch.int64)[None])
+    assert hidden.requires_grad  # it can be trained further
+
+
+def test_a_run_of_the_trainer_and_one_that_did_not_finish(settings: list[str]) -> None:
+    run = train(load_config(None, [*settings, "name=x"]), console=Console(quiet=True))
+    finished = load_run(run).model
+    (run / "model.safetensors").unlink()
+    assert same(load_run(run).model, finished)
+
+
+def test_an_exported_folder(tmp_path: Path) -> None:
+    written = write_run(tmp_path / "run", "model.mtp=sequential", "model.mtp_heads=2")
+    export(tmp_path / "run", tmp_path / "all", depths=True)
+    assert same(load_run(tmp_path / "all").model, written)
+    export(tmp_path / "run", tmp_path / "next")
+    model, tokenizer = load_run(tmp_path / "next")
+    assert model.config.mtp == "none" and tokenizer.eot_id == 256
+    tokens = torch.randint(0, 256, (2, 9))
+    assert torch.equal(model(tokens), written(tokens))
+
+
+def test_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"RUN must be the folder of a run, .*gone, which does not exist"):
+        load_run(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"RUN must be the folder of a run, with config.toml, .*; got \S*$"):
+        load_run(tmp_path)
+    write_run(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    weights = tmp_path / "run" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"model.safetensors does not go with config.toml"):
+        load_run(tmp_path / "run")
+    write_run(tmp_path / "wide", "model.width=48")
+    weights.write_bytes((tmp_path / "wide" / "model.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"model.safetensors does not go with config.toml .*size mismatch for embedding"
+    ) as e:
+        load_run(tmp_path / "run")
+    assert "\n" not in str(e.value)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
+        load_run(tmp_path / "run")
+
+
+def test_other_names_are_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'llmfast' has no attribute 'nothing'"):
+        llmfast.nothing  # type: ignore[attr-defined]  # noqa: B018
