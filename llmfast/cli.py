@@ -1,4 +1,4 @@
-"""The command line: `llmfast train`, `continue`, `export`, `clean`, `plan`, `report` and `doctor`."""
+"""The command line: `llmfast train`, `continue`, `generate`, `export`, `clean`, `plan`, `report` and `doctor`."""
 
 import argparse
 import io
@@ -17,6 +17,8 @@ from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
 from llmfast.export import add_arguments as add_export_arguments
 from llmfast.export import run as run_export
+from llmfast.generate import add_arguments as add_generate_arguments
+from llmfast.generate import run as run_generate
 from llmfast.plan.command import add_arguments as add_plan_arguments
 from llmfast.plan.command import run as run_plan
 from llmfast.train.report import add_arguments as add_report_arguments
@@ -61,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_settings(further)
     further.set_defaults(run=_continue)
 
-    export = commands.add_parser(
-        "export",
-        help="write a run's model as a folder for Hugging Face's transformers",
-        description="Write a run's model and tokenizer as a folder that transformers opens, as a LlamaForCausalLM.",
-    )
+    generate = commands.add_parser("generate", help="let a run's model continue a text, or fill a gap in one")
+    add_generate_arguments(generate)
+    generate.set_defaults(run=run_generate)
+
+    export = commands.add_parser("export", help="write a run's model as a folder for Hugging Face's transformers")
     add_export_arguments(export)
     export.set_defaults(run=run_export)
 

@@ -10,6 +10,7 @@ from llmfast._commands import fail
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments to the parser of `llmfast export`; `run` takes the parsed result."""
+    parser.description = "Write a run's model and tokenizer as a folder that transformers opens, as a LlamaForCausalLM."
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("to", type=Path, metavar="DIR", help="a new folder for the model")
     parser.add_argument(

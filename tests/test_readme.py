@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from support.code_blocks import ROOT, commands, expect_command, run_python
+from llmfast.cli import main
+from support.code_blocks import ROOT, blocks, commands, expect_command, run_python
+from support.runs import write_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -133,3 +136,17 @@ def kernel(rows: list[dict[str, Any]], name: str, *arguments: str) -> dict[str, 
 def short(x: float) -> str:
     """Format an error as in "1.7e-3"."""
     return re.sub(r"e-0*", "e-", f"{x:.1e}")
+
+
+def test_the_first_commands_work_as_written_after_make_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run those of the block that begins with `make train`, in a folder with such a run."""
+    (block,) = [b.code for b in blocks(README, "") if b.code.startswith("make train\n")]
+    write_run(tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    first, *rest = (shlex.split(line) for line in block.splitlines())
+    assert first == ["make", "train"] and [words[1] for words in rest] == ["generate", "export"]
+    for program, *arguments in rest:
+        assert program == ".venv/bin/llmfast" and main(arguments) == 0
+        assert capsys.readouterr().out

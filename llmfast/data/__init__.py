@@ -2,7 +2,7 @@
 
 from llmfast.data.best_fit import BestFitRows, pack_best_fit
 from llmfast.data.dataset import Dataset, Mixed, prepare
-from llmfast.data.fim import FIM, FIMDocumentRows, FIMRows
+from llmfast.data.fim import FIM, FIMDocumentRows, FIMRows, fim_prompt
 from llmfast.data.mixture import Mixture, continued_weights
 from llmfast.data.packing import IGNORE_INDEX, Batch, PackedRows, Rows, pack, unigram_entropy
 from llmfast.data.sources import Document, is_held_out, load, python_code, python_prose, text_files
@@ -28,6 +28,7 @@ __all__ = [
     "TokenFile",
     "Tokenizer",
     "continued_weights",
+    "fim_prompt",
     "is_held_out",
     "load",
     "load_tokenizer",

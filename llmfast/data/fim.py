@@ -98,9 +98,7 @@ class FIM:
     _kinds: npt.NDArray[np.uint8] = field(init=False, repr=False)  # (vocab_size,)
 
     def __post_init__(self) -> None:
-        known: Mapping[str, int] = self.tokenizer.special_ids
-        missing = [sentinel for sentinel in SENTINELS if sentinel not in known]
-        expect(not missing, f"tokenizer has no {', '.join(missing)}, which FIM needs; it has {', '.join(known)}")
+        _expect_sentinels(self.tokenizer)
         expect(0 <= self.rate <= 1, f"rate must be in [0, 1]; got {self.rate}")
         expect(0 <= self.spm_rate <= 1, f"spm_rate must be in [0, 1]; got {self.spm_rate}")
         expect(self.level in ("char", "token"), f"level must be 'char' or 'token'; got {self.level!r}")
@@ -112,6 +110,7 @@ class FIM:
         if self.level == "char":
             _check_pieces(self.tokenizer)
             kinds[[i for i in range(len(kinds)) if not self.tokenizer.decode([i])]] = _SILENT
+        known = self.tokenizer.special_ids
         kinds[[self.tokenizer.eot_id, *(known[sentinel] for sentinel in SENTINELS)]] = _RESERVED
         object.__setattr__(self, "_kinds", kinds)
 
@@ -230,19 +229,43 @@ class FIM:
             suffix = suffix[: max(0, room - len(prefix) - len(middle))]
             prefix = prefix[max(0, len(prefix) + len(middle) - room) :]
             middle = middle[max(0, len(middle) - room) :]
-        special = self.tokenizer.special_ids
-        pre, mid, suf = (np.array([special[sentinel]]) for sentinel in SENTINELS)
-        if not spm:
-            parts = [pre, prefix, suf, suffix, mid]
-        elif self.spm_variant == 2:
-            parts = [pre, suf, suffix, mid, prefix]
-        else:
-            parts = [suf, suffix, pre, prefix, mid]
-        ids = np.concatenate([*parts, middle, np.array([self.tokenizer.eot_id])])
+        before = _before_middle(self.tokenizer, prefix, suffix, self.spm_variant if spm else 0)
+        ids = np.concatenate([before, middle, np.array([self.tokenizer.eot_id])])
         counted = np.ones(len(ids), dtype=np.bool_)
         if self.loss == "middle":
             counted[: -len(middle) - 1] = False
         return Rearranged(ids, counted, True)
+
+
+def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, spm_variant: Literal[0, 1, 2] = 0) -> Ids:
+    """Return the ids after which a model that was trained on FIM writes what stands between `prefix` and `suffix`.
+
+    Args:
+        tokenizer: Must know the three `SENTINELS`.
+        prefix: Text before the gap; may be empty, as may `suffix`.
+        suffix: Text after the gap.
+        spm_variant: 0 is PSM; 1 or 2 is that variant of SPM.
+
+    Raises:
+        ValueError: The tokenizer lacks a sentinel, or there is no such variant.
+    """
+    _expect_sentinels(tokenizer)
+    expect(spm_variant in (0, 1, 2), f"spm_variant must be 0, 1 or 2; got {spm_variant!r}")
+    before, after = (ids.astype(np.int64) for ids in tokenizer.encode_batch([prefix, suffix]))
+    return _before_middle(tokenizer, before, after, spm_variant)
+
+
+def _expect_sentinels(tokenizer: Tokenizer) -> None:
+    known: Mapping[str, int] = tokenizer.special_ids
+    missing = [sentinel for sentinel in SENTINELS if sentinel not in known]
+    expect(not missing, f"tokenizer has no {', '.join(missing)}, which FIM needs; it has {', '.join(known)}")
+
+
+def _before_middle(tokenizer: Tokenizer, prefix: Ids, suffix: Ids, spm_variant: int) -> Ids:
+    """Arrange sentinels, prefix and suffix; `spm_variant` as in `fim_prompt`."""
+    pre, mid, suf = (np.array([tokenizer.special_ids[sentinel]]) for sentinel in SENTINELS)
+    orders = ([pre, prefix, suf, suffix, mid], [suf, suffix, pre, prefix, mid], [pre, suf, suffix, mid, prefix])
+    return np.concatenate(orders[spm_variant])
 
 
 @dataclass(frozen=True, eq=False)

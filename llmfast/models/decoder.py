@@ -3,7 +3,9 @@
 In training it returns hidden states instead of logits: the loss takes them together with the unembedding matrix.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -12,8 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llmfast._checks import expect
+from llmfast.models.cache import KeyValues
 from llmfast.models.depths import ConcatOrder, HiddenKind, SequentialDepths
 from llmfast.models.heads import ParallelHeads
+from llmfast.models.sampling import Sampler
 
 MTP = Literal["none", "parallel", "sequential", "shared"]
 
@@ -101,19 +105,25 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,  # (B, T), default 0..T-1
         document_ids: Tensor | None = None,  # (B, T); tokens attend only within their document
         all_heads: bool = False,
+        cache: Sequence[KeyValues] | None = None,
     ) -> Tensor:
         """Return hidden states (B, T, D) for the next token, normalised and ready for the unembedding.
 
         With `all_heads`, return those of every head, (K, B, T, D), as `mtp_cross_entropy` takes them. With mtp="shared"
         all heads share one, so the shape stays (B, T, D).
+
+        With a `cache`, which `new_cache` makes, `tokens` follow those of earlier calls with the same cache. It does not
+        go with `all_heads` or `document_ids`.
         """
-        trunk = self.trunk(tokens, positions=positions, document_ids=document_ids)
+        expect(cache is None or not all_heads, "cache must be None with all_heads: the further heads have none")
+        trunk = self.trunk(tokens, positions=positions, document_ids=document_ids, cache=cache)
+        if not all_heads:
+            return self.next_hidden(trunk, cache)
         if isinstance(self.mtp, ParallelHeads):
-            args = trunk.out, trunk.rope, trunk.mask
-            heads: Tensor = self.norm(self.mtp(*args) if all_heads else self.mtp.blocks[0](*args))
+            heads: Tensor = self.norm(self.mtp(trunk.out, trunk.rope, trunk.mask))
             return heads
         hidden: Tensor = self.norm(trunk.out)
-        if not all_heads or self.config.mtp == "shared":
+        if self.config.mtp == "shared":
             return hidden
         if self.mtp is None:
             return hidden[None]
@@ -121,20 +131,63 @@ class Decoder(nn.Module):
         further = self.mtp(read, trunk.embedded, trunk.rope, trunk.mask, document_ids=document_ids)
         return torch.cat([hidden[None], further])
 
-    def trunk(self, tokens: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None) -> Trunk:
+    def next_hidden(self, trunk: Trunk, cache: Sequence[KeyValues] | None = None) -> Tensor:
+        """Return the hidden states (B, T, D) for the next token from those of the trunk."""
+        out = trunk.out
+        if isinstance(self.mtp, ParallelHeads):
+            out = self.mtp.blocks[0](out, trunk.rope, trunk.mask, cache[-1] if cache else None)
+        hidden: Tensor = self.norm(out)
+        return hidden
+
+    def new_cache(self) -> list[KeyValues]:
+        """Make an empty cache: one for each layer that the next token takes."""
+        return [KeyValues() for _ in range(self.config.layers)]
+
+    def trunk(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Sequence[KeyValues] | None = None,
+    ) -> Trunk:
         """Run the part before the final norm and the heads, with the same arguments as the whole model."""
+        expect(
+            cache is None or document_ids is None, "document_ids must be None with a cache, which is of one document"
+        )
         if positions is None:
-            positions = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device).expand_as(tokens)
+            begin = cache[0].rows if cache else 0
+            end = begin + tokens.shape[1]
+            positions = torch.arange(begin, end, dtype=torch.int64, device=tokens.device).expand_as(tokens)
         rope = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
         mask = None
         if document_ids is not None:
             mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()  # (B, 1, T, T)
         x = embedded = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, rope, mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache[i] if cache else None)
         return Trunk(embedded, x, rope, mask)
 
     @torch.no_grad()
+    def stream(self, tokens: Tensor, *, context: int, sampler: Sampler | None = None) -> Iterator[Tensor]:
+        """Yield tokens (1,) that continue `tokens`, (T,) int64 and not empty, without end.
+
+        The model sees the last `context`. As long as that is all, a token costs one row; then every token costs
+        `context` rows, because the positions of all others change. The default sampler is greedy.
+
+        Raises:
+            ValueError: The model's logits are not finite, so that there is nothing to sample from.
+        """
+        choose, cache = sampler or Sampler(), self.new_cache()
+        while True:
+            if len(tokens) <= context:
+                hidden = self(tokens[None, cache[0].rows :], cache=cache)
+            else:
+                hidden = self(tokens[None, -context:])
+            token = choose(self.unembedding @ hidden[0, -1])
+            yield token
+            tokens = torch.cat([tokens, token])
+
     def generate(
         self,
         tokens: Tensor,  # (T,) int64, not empty
@@ -142,23 +195,16 @@ class Decoder(nn.Module):
         *,
         context: int,
         temperature: float = 0.8,
+        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return `tokens` followed by `count` sampled ones; the model sees the last `context`. Temperature 0 is greedy.
+        """Return `tokens` followed by `count` from `stream`, sampled as `Sampler` says.
 
         Raises:
-            ValueError: The model's logits are not finite, so that there is nothing to sample from.
+            ValueError: The model's logits are not finite, or `temperature` or `top_p` is out of range.
         """
-        for _ in range(count):
-            hidden = self(tokens[None, -context:])[0, -1]
-            logits = (self.unembedding @ hidden).float()
-            expect(bool(logits.isfinite().all()), "the model's logits are not finite: there is nothing to sample from")
-            if temperature == 0:
-                token = logits.argmax(keepdim=True)
-            else:
-                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
-            tokens = torch.cat([tokens, token])
-        return tokens
+        sampler = Sampler(temperature, top_p, generator)
+        return torch.cat([tokens, *islice(self.stream(tokens, context=context, sampler=sampler), count)])
 
 
 class Block(nn.Module):
@@ -169,8 +215,14 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:  # x: (B, T, D)
-        x = x + self.attention(self.attention_norm(x), rope, mask)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rope: Tensor,
+        mask: Tensor | None,
+        kept: KeyValues | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, kept)
         x = x + self.ffn(self.ffn_norm(x))
         return x
 
@@ -182,10 +234,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, kept: KeyValues | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = rotate(q, rope), rotate(k, rope)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        before = 0
+        if kept is not None:
+            k, v = kept.extend(k, v)
+            before = k.shape[2] - q.shape[2]
+        if before > 0 and q.shape[2] > 1:  # new rows read all earlier ones, and of the new ones those up to themselves
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and before == 0)
         out: Tensor = self.out(rearrange(y, "b h t d -> b t (h d)"))
         return out
 

@@ -81,7 +81,7 @@ def load_llama(folder: Path) -> Decoder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    c = _decoder_config(read_config(folder), folder / CONFIG)
+    c = decoder_config_of(read_config(folder), folder / CONFIG)
     try:
         tensors = load_file(str(folder / WEIGHTS))
     except SafetensorError as e:
@@ -170,7 +170,7 @@ def _config(model: Decoder, depths: bool) -> dict[str, Any]:
     return values
 
 
-def _decoder_config(values: dict[str, Any], file: Path) -> DecoderConfig:
+def decoder_config_of(values: dict[str, Any], file: Path) -> DecoderConfig:
     """Describe the decoder of a config.json; ValueError if there is none."""
     ours, depths = values.get("llmfast", {}), values.get("num_nextn_predict_layers", 0)
     try:

@@ -9,10 +9,11 @@ from llmfast.models.heads import ParallelHeads
 from llmfast.mtp.export import load_deepseek, save_deepseek
 from llmfast.mtp.schedules import constant_weights, head_weights, linear_weights, staged_weights
 from llmfast.mtp.sequential import sequential_backward
-from llmfast.mtp.speculative import Speculation, speculative_generate
+from llmfast.mtp.speculative import Pass, Speculation, speculative_generate, speculative_passes
 
 __all__ = [
     "ParallelHeads",
+    "Pass",
     "SequentialDepths",
     "Speculation",
     "constant_weights",
@@ -22,5 +23,6 @@ __all__ = [
     "save_deepseek",
     "sequential_backward",
     "speculative_generate",
+    "speculative_passes",
     "staged_weights",
 ]

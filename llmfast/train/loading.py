@@ -8,8 +8,8 @@ import torch
 
 from llmfast._checks import expect
 from llmfast.data import Tokenizer, load_tokenizer
-from llmfast.models import Decoder, load_llama
-from llmfast.models.llama import CONFIG, WEIGHTS, read_config
+from llmfast.models import Decoder, DecoderConfig, load_llama
+from llmfast.models.llama import CONFIG, WEIGHTS, decoder_config_of, read_config
 from llmfast.train.checkpoint import load_weights
 from llmfast.train.config import Config, decoder_config
 from llmfast.train.earlier import saved_settings
@@ -44,16 +44,14 @@ class Opened:
     tokenizer: Tokenizer
     context: int  # tokens that the model was trained to read at once
     settings: Config | None  # None for a folder that was exported
+    shape: DecoderConfig
 
     def model(self) -> Decoder:
         """Read the weights; see `load_run`."""
         if self.settings is None:
             return load_llama(self.folder).eval()
-        try:
-            with torch.device("meta"):  # which draws no random numbers
-                model = Decoder(decoder_config(self.settings, self.tokenizer.vocab_size))
-        except ValueError as e:
-            raise ValueError(f"{self.folder / 'config.toml'} describes no model: {e}") from e
+        with torch.device("meta"):  # which draws no random numbers
+            model = Decoder(self.shape)
         model = model.to(getattr(torch, self.settings.train.param_dtype)).to_empty(device="cpu")
         if (self.folder / WEIGHTS).exists():
             _load(model, self.folder / WEIGHTS)
@@ -71,15 +69,19 @@ def open_run(run: str | Path) -> Opened:
         f"RUN must be the folder of a run, with config.toml, or one that `llmfast export` wrote; got {folder}"
         + ("" if folder.exists() else ", which does not exist"),
     )
-    settings = saved_settings(folder) if ours else None
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    context = settings.data.seq_len if settings else read_config(folder).get("max_position_embeddings")
-    expect(
-        isinstance(context, int) and context > 0,
-        f"{folder / CONFIG} must say max_position_embeddings, the context's length; got {context!r}",
-    )
-    assert isinstance(context, int)
-    return Opened(folder, tokenizer, context, settings)
+    if not ours:
+        values = read_config(folder)
+        context = values.get("max_position_embeddings", 0)
+        ok = isinstance(context, int) and context > 0
+        expect(ok, f"{folder / CONFIG} must say max_position_embeddings, the context's length; got {context!r}")
+        return Opened(folder, tokenizer, context, None, decoder_config_of(values, folder / CONFIG))
+    settings = saved_settings(folder)
+    try:
+        shape = decoder_config(settings, tokenizer.vocab_size)
+    except ValueError as e:
+        raise ValueError(f"{folder / 'config.toml'} describes no model: {e}") from e
+    return Opened(folder, tokenizer, settings.data.seq_len, settings, shape)
 
 
 def _load(model: Decoder, file: Path) -> None:

@@ -20,8 +20,8 @@ OPTIMIZERS: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
     "adam": (FusedAdam, {"lr": 1.5e-3, "beta2": 0.95}),
     "sgd": (FusedSGD, {"lr": 0.1, "momentum": 0.9}),
     "rmsprop": (FusedRMSprop, {"lr": 1.5e-3}),
-    "adagrad": (FusedAdagrad, {"lr": 1e-2}),
-    "lion": (FusedLion, {"lr": 1.5e-4, "weight_decay": 1.0}),
+    "adagrad": (FusedAdagrad, {}),
+    "lion": (FusedLion, {"lr": 5e-4, "weight_decay": 0.3}),
 }
 # The values of state_dtype, and what the optimizer calls them: "float32" is torch.float32, "" is None.
 STATE_DTYPES: dict[str, StateDtype | None] = {str(dtype or "").removeprefix("torch."): dtype for dtype in STATE_FORMATS}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from llmfast.data import Batch, BPETokenizer, ByteTokenizer, PackedRows, Rows, Tokenizer, fim, pack
+from llmfast.data import Batch, BPETokenizer, ByteTokenizer, PackedRows, Rows, Tokenizer, fim, fim_prompt, pack
 from llmfast.data.fim import FIM, MIN_TOKENS, SENTINELS, FIMDocumentRows, FIMRows
 from llmfast.data.packing import IGNORE_INDEX, PADDING, batch_of
 
@@ -557,3 +557,34 @@ def test_speed() -> None:
         ours.batch(indices)
         times.append(time.process_time() - began)
     assert 48 * 1024 / min(times) > 0.25e6
+
+
+@pytest.mark.parametrize(("variant", "order"), [(0, ORDERS[0]), (1, ORDERS[2]), (2, ORDERS[1])])
+def test_a_prompt_begins_what_the_model_was_trained_on(variant: Any, order: dict[str, Any], bpe: BPETokenizer) -> None:
+    """Rearrange documents, and ask for the middle between the same prefix and suffix."""
+    for tokenizer in (BYTES, bpe):
+        rule = FIM(tokenizer, rate=1.0, **order)
+        special = [tokenizer.special_ids[sentinel] for sentinel in SENTINELS]
+        for number in range(5):
+            text = TEXTS[0][100 * number : 100 * number + 200]
+            found = rule.rearrange(tokenizer.encode(text), number)
+            assert found.changed
+            # The prompt has three sentinels in the trained order; the middle is what is left of the document.
+            length, (pre, mid, suf) = len(found.ids), (found.ids.tolist().index(i) for i in special)
+            between = {0: (pre + 1, suf), 1: (pre + 1, mid)}.get(variant)
+            suffix = tokenizer.decode(found.ids[suf + 1 : {0: mid, 1: pre, 2: mid}[variant]])
+            prefixes = [tokenizer.decode(found.ids[slice(*between)])] if between else [
+                tokenizer.decode(found.ids[mid + 1 : end]) for end in range(mid + 1, length)
+            ]  # fmt: skip
+            prompts = [fim_prompt(tokenizer, prefix, suffix, spm_variant=variant).tolist() for prefix in prefixes]
+            assert any(found.ids[: len(prompt)].tolist() == prompt for prompt in prompts)
+
+
+def test_prompts_that_cannot_be() -> None:
+    class Plain(ByteTokenizer):
+        special_ids: Mapping[str, int] = {"<|endoftext|>": 256}
+
+    with pytest.raises(ValueError, match=r"tokenizer has no <\|fim_prefix\|>, .*, which FIM needs"):
+        fim_prompt(Plain(), "a", "b")
+    with pytest.raises(ValueError, match="spm_variant must be 0, 1 or 2; got 3"):
+        fim_prompt(BYTES, "a", "b", spm_variant=3)  # type: ignore[arg-type]

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from llmfast.cli import main
+from llmfast.mtp import speculative_generate
 from llmfast.train import load_run
 from support.runs import TEXTS, write_run
+
+transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
 KINDS = [
     [],
@@ -20,8 +23,6 @@ KINDS = [
 
 def exported(tmp_path: Path, *settings: str, tokenizer: str = "bytes", flags: tuple[str, ...] = ()) -> tuple[Any, ...]:
     """Make a run, export it, and open it with ours and with transformers."""
-    import transformers
-
     transformers.logging.set_verbosity_error()
     write_run(tmp_path / "run", *settings, tokenizer=tokenizer)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), *flags]) == 0
@@ -68,15 +69,30 @@ def test_generates_the_same_text_greedily(kind: str, tmp_path: Path) -> None:
         prompt = torch.as_tensor(tokenizer.encode(text), dtype=torch.int64)[:20]
         ours = model.generate(prompt, 30, context=64, temperature=0)
         found = theirs.generate(prompt[None], max_new_tokens=30, do_sample=False, eos_token_id=None)
-        assert torch.equal(found[0], ours)
+        assert torch.equal(found[0], ours) and len(found[0]) == len(prompt) + 30
     batch = read(["def f", "x"], return_tensors="pt", padding=True, padding_side="left")
     assert theirs.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
 
 
+@pytest.mark.parametrize("settings", KINDS[2:], ids=str)
+def test_the_command_writes_what_transformers_does(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compare also with drafts of the further heads, and up to the end of text where that comes."""
+    model, tokenizer, theirs, _ = exported(tmp_path, *settings)
+    for text in TEXTS[:3]:
+        prompt = torch.as_tensor(tokenizer.encode(text[:9]), dtype=torch.int64)
+        found = theirs.generate(prompt[None], max_new_tokens=40, do_sample=False, eos_token_id=None)[0]
+        assert torch.equal(speculative_generate(model, prompt, 40).tokens, found)
+        until_end = theirs.generate(prompt[None], max_new_tokens=40, do_sample=False)[0, len(prompt) :]
+        capsys.readouterr()
+        assert main(["generate", str(tmp_path / "run"), f"--prompt={text[:9]}", "--max-tokens=40"]) == 0
+        out, err = capsys.readouterr()
+        assert out.removesuffix("\n") == tokenizer.decode(until_end.numpy()).removesuffix("\n") and "per pass" in err
+
+
 def test_trains_then_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go from text to transformers with what the trainer itself has written."""
-    import transformers
-
     monkeypatch.chdir(tmp_path)
     for i in range(12):
         (tmp_path / "texts").mkdir(exist_ok=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llmfast.models import Decoder, DecoderConfig
-from llmfast.mtp import Speculation, speculative_generate
+from llmfast.models.sampling import Sampler
+from llmfast.mtp import SequentialDepths, Speculation, speculative_generate, speculative_passes
 
 KINDS = [("parallel", 2), ("parallel", 4), ("sequential", 1), ("sequential", 3)]
 
@@ -59,6 +60,84 @@ def test_guesses_that_are_sometimes_right(mtp: str, heads: int, knows_a_period: 
         right += sum(found.accepted)
         wrong += sum(found.guessed) - sum(found.accepted)
     assert right > 0 and wrong > 0
+
+
+def drafts_without_cache(model: Decoder, tokens: torch.Tensor, count: int) -> list[int]:
+    """Draft the `count` tokens after `tokens` from all but the last, reading everything again."""
+    rows, text = len(tokens) - 1, tokens
+    if not isinstance(model.mtp, SequentialDepths):
+        heads = model(tokens[None, :rows], all_heads=True)[1 : count + 1, 0, -1]
+        drafts: list[int] = (heads @ model.unembedding.T).argmax(-1).tolist()
+        return drafts
+    trunk = model.trunk(tokens[None, :rows])
+    hidden = trunk.out if model.mtp.hidden == "pre_norm" else model.norm(trunk.out)
+    for k in range(1, count + 1):
+        hidden, out = model.mtp.advance(k, hidden, model.embedding(text[None, k:]), trunk.rope, None)
+        text = torch.cat([text, (out[0, -1:] @ model.unembedding.T).argmax(-1)])
+    return text[rows + 1 :].tolist()
+
+
+@pytest.mark.parametrize("options", [
+    {"mtp": "parallel", "mtp_heads": 4},
+    {"mtp": "sequential", "mtp_heads": 4},
+    {"mtp": "sequential", "mtp_heads": 3, "mtp_hidden": "post_norm", "mtp_repeated_layer": True},
+])  # fmt: skip
+@pytest.mark.parametrize("prompt", [1, 2, 3, 9])
+@torch.no_grad()
+def test_drafts_with_a_cache_are_those_without(options: dict[str, Any], prompt: int) -> None:
+    """Play the passes after the fact: each must have accepted what drafts without a cache get right."""
+    model = untrained(**options).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5) if p.dim() > 1 else None
+    with torch.no_grad():  # some drafts are right: the heads see much of what the trunk sees
+        model.embedding.weight[3:] *= 0.2
+    tokens = torch.randint(0, 10, (prompt,), generator=torch.Generator().manual_seed(prompt))
+    passes = list(speculative_passes(model, tokens, 40))
+    text = torch.cat([tokens, *(each.tokens for each in passes)])
+    known, drafts, right = prompt, list[int](), 0
+    for each in passes:
+        assert each.guessed == len(drafts)
+        wanted = text[known : known + len(drafts)].tolist()
+        accepted = next((i for i, (a, b) in enumerate(zip(drafts, wanted)) if a != b), len(drafts))
+        assert each.accepted == accepted and len(each.tokens) == accepted + 1
+        known, right = known + len(each.tokens), right + accepted
+        drafts = drafts_without_cache(model, text[:known], max(0, min(model.config.targets - 1, prompt + 39 - known)))
+    assert known == prompt + 40 and right > 0
+
+
+@pytest.mark.parametrize(("mtp", "heads"), KINDS)
+def test_sampled_text_is_that_of_plain_sampling(
+    mtp: str, heads: int, knows_a_period: Callable[[str, int], Decoder]
+) -> None:
+    """Check that every token takes one random number, drafted or not."""
+    model, prompt = knows_a_period(mtp, heads), torch.tensor([3, 1, 4])
+    texts, accepted = [], 0
+    for seed in range(4):
+        sampler = Sampler(4.0, 0.99, torch.Generator().manual_seed(seed))
+        passes = list(speculative_passes(model, prompt, 25, sampler=sampler))
+        texts.append(torch.cat([prompt, *(each.tokens for each in passes)]).tolist())
+        generator = torch.Generator().manual_seed(seed)
+        plain = model.generate(prompt, 25, context=99, temperature=4.0, top_p=0.99, generator=generator)
+        assert texts[-1] == plain.tolist()
+        accepted += sum(each.accepted for each in passes)
+    assert accepted > 0 and len({*map(tuple, texts)}) > 1
+
+
+@pytest.mark.parametrize(("mtp", "heads"), KINDS)
+def test_a_pass_costs_the_rows_that_it_adds(
+    mtp: str, heads: int, knows_a_period: Callable[[str, int], Decoder]
+) -> None:
+    model, rows = knows_a_period(mtp, heads), list[int]()
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+        for name, module in model.named_modules()
+        if name.endswith("attention")
+    ]
+    passes = list(speculative_passes(model, torch.tensor([3, 1, 4, 1, 5, 9, 2, 6] * 4), 40))
+    for hook in hooks:
+        hook.remove()
+    many = [n for n in rows if n > 2 * model.config.targets]
+    assert len(passes) < 40 and len(many) <= len(hooks)  # each layer reads the prompt once
 
 
 def test_one_head_is_plain_decoding() -> None:

@@ -16,7 +16,16 @@ from llmfast.train.config import load_config
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```([\w-]*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = ("", "sh", "bash")
-COMMANDS = ("_train", "_continue", "_doctor", "run_clean", "run_export", "run_plan", "run_report")  # of llmfast.cli
+COMMANDS = (
+    "_train",
+    "_continue",
+    "_doctor",
+    "run_clean",
+    "run_export",
+    "run_generate",
+    "run_plan",
+    "run_report",
+)  # of llmfast.cli
 
 
 class Block(NamedTuple):

@@ -105,7 +105,7 @@ def test_another_optimizer_than_that_of_the_base_has_its_own_defaults() -> None:
     base = load_config(None, ["optimizer.lr=3", "optimizer.beta2=0.5", "optimizer.warmup_steps=7"])
     config = load_config(None, ["optimizer.weight_decay=0.5", "optimizer.name=lion"], base)
     o = config.optimizer
-    assert (o.lr, o.beta2, o.weight_decay, o.warmup_steps) == (0.00015, 0.99, 0.5, 7)
+    assert (o.lr, o.beta2, o.weight_decay, o.warmup_steps) == (0.0005, 0.99, 0.5, 7)
     assert load_config(None, ["optimizer.name=adamw"], base) == base
 
 

@@ -62,7 +62,7 @@ CHOSEN: list[list[str]] = [
     ["rmsprop", "momentum=0.9", "alpha=0.9", "eps=1e-3", "weight_decay=0.3", "lr=0.001"],
     ["rmsprop", "centered=true", "momentum=0.5", "eps=1e-2"],
     ["adagrad", "lr_decay=0.1", "initial_accumulator_value=0.1", "eps=1e-3", "weight_decay=0.3", "lr=0.02"],
-    ["lion", "beta1=0.8", "beta2=0.9", "weight_decay=0.3", "lr=0.001"],
+    ["lion", "beta1=0.8", "beta2=0.9", "weight_decay=0.5", "lr=0.001"],
 ]
 
 
@@ -235,7 +235,7 @@ def test_a_run_keeps_its_optimizer_and_another_may_continue_with_another(setting
     same = continued_config(first.run, [f"new={corpus}"], overrides=["train.steps=2", "name=same"])
     assert (same.optimizer.name, same.optimizer.lr) == ("adagrad", 0.5)
     other = continued_config(first.run, [f"new={corpus}"], overrides=["train.steps=2", "optimizer.name=lion"])
-    assert (other.optimizer.name, other.optimizer.lr, other.optimizer.eps) == ("lion", 0.00015, None)
+    assert (other.optimizer.name, other.optimizer.lr, other.optimizer.eps) == ("lion", 0.0005, None)
     for config in (same, other):
         trainer, begun = trained(config)
         assert type(trainer.optimizer) is OPTIMIZERS[config.optimizer.name][0]

@@ -1,0 +1,93 @@
+"""Decoding with kept keys and values: the numbers of reading everything again, at the cost of the new rows."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.models.cache import KeyValues
+
+
+def small(**options: Any) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(50, **{"width": 32, "layers": 3, "heads": 2} | options)).double().eval()
+
+
+@pytest.mark.parametrize("parts", [(9,), (1,) * 9, (4, 1, 3, 1), (1, 8)])
+@pytest.mark.parametrize("mtp", [{}, {"mtp": "parallel", "mtp_heads": 2}, {"mtp": "sequential", "mtp_heads": 1}])
+def test_parts_equal_the_whole(parts: tuple[int, ...], mtp: dict[str, Any]) -> None:
+    model, tokens, cache = small(**mtp), torch.randint(0, 50, (2, 9)), []
+    cache = model.new_cache()
+    found = torch.cat([model(part, cache=cache) for part in tokens.split(parts, 1)], 1)
+    torch.testing.assert_close(found, model(tokens), rtol=1e-10, atol=1e-12)
+    assert [kept.rows for kept in cache] == [9, 9, 9]
+
+
+def test_rows_can_be_taken_back() -> None:
+    model, tokens = small(), torch.randint(0, 50, (1, 200))  # more than the first room
+    cache = model.new_cache()
+    model(tokens[:, :150], cache=cache)
+    model(torch.randint(0, 50, (1, 9)), cache=cache)
+    for kept in cache:
+        kept.crop(150)
+        kept.crop(151)  # there are no more
+    found = model(tokens[:, 150:], cache=cache)
+    torch.testing.assert_close(found, model(tokens)[:, 150:], rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_returned_is_what_was_added() -> None:
+    kept, parts = KeyValues(), [torch.randn(2, 3, n, 4) for n in (5, 60, 1, 200)]
+    for i, part in enumerate(parts):
+        k, v = kept.extend(part, -part)
+        assert torch.equal(k, torch.cat(parts[: i + 1], 2)) and torch.equal(v, -k)
+
+
+def test_a_token_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the context; beyond it the positions of all tokens change."""
+    model, rows = small(), []
+    block = model.blocks[0].forward
+    monkeypatch.setattr(model.blocks[0], "forward", lambda x, *args: (rows.append(x.shape[1]), block(x, *args))[1])
+    model.generate(torch.randint(0, 50, (7,)), 6, context=10, temperature=0)
+    assert rows == [7, 1, 1, 1, 10, 10]
+
+
+@pytest.mark.parametrize("context", [4, 30])
+def test_greedy_equals_greedy_without_a_cache(context: int) -> None:
+    model, tokens = small(), torch.randint(0, 50, (3,))
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    wanted = tokens
+    with torch.no_grad():
+        for _ in range(20):
+            logits = model(wanted[None, -context:])[0, -1] @ model.unembedding.T
+            wanted = torch.cat([wanted, logits.argmax(keepdim=True)])
+    assert torch.equal(model.generate(tokens, 20, context=context, temperature=0), wanted)
+    assert len(wanted.unique()) > 5
+
+
+def test_compiled_blocks_are_not_compiled_for_every_length() -> None:
+    count = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    torch.compiler.reset()
+    model, tokens = small(), torch.randint(0, 50, (3,))
+    wanted = model.generate(tokens, 20, context=99, temperature=0)
+    for block in model.blocks:
+        block.compile(backend=backend)
+    assert torch.equal(model.generate(tokens, 6, context=99, temperature=0), wanted[:9])
+    before = count
+    assert torch.equal(model.generate(tokens, 20, context=99, temperature=0), wanted)
+    assert before > 0 and count == before
+
+
+def test_refuses() -> None:
+    model, tokens = small(), torch.randint(0, 50, (1, 3))
+    with pytest.raises(ValueError, match="cache must be None with all_heads"):
+        model(tokens, all_heads=True, cache=model.new_cache())
+    with pytest.raises(ValueError, match="document_ids must be None with a cache"):
+        model(tokens, document_ids=torch.zeros_like(tokens), cache=model.new_cache())

@@ -1,0 +1,64 @@
+"""Choice of the next token, compared with its definition."""
+
+import math
+
+import pytest
+import torch
+
+from llmfast.models.sampling import Sampler
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5])
+
+
+def shares(sampler: Sampler, draws: int = 4000) -> torch.Tensor:
+    drawn = torch.cat([sampler(LOGITS) for _ in range(draws)])
+    return drawn.bincount(minlength=5) / draws
+
+
+def test_greedy_is_the_default() -> None:
+    assert Sampler()(LOGITS).tolist() == [1]
+    assert Sampler(top_p=0.1)(LOGITS.bfloat16()).tolist() == [1]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "kept"), [
+    (1.0, 1.0, [0, 1, 2, 3, 4]), (0.5, 1.0, [0, 1, 2, 3, 4]), (2.0, 1.0, [0, 1, 2, 3, 4]),
+    (1.0, 0.7, [1, 4]), (1.0, 0.8, [1, 2, 4]), (1.0, 1e-9, [1]), (2.0, 0.8, [1, 2, 4]),
+])  # fmt: skip
+def test_shares_are_the_probabilities_of_what_is_kept(temperature: float, top_p: float, kept: list[int]) -> None:
+    p = (LOGITS / temperature).softmax(0)
+    wanted = torch.zeros(5).index_copy(0, torch.tensor(kept), p[kept])
+    generator = torch.Generator().manual_seed(0)
+    found = shares(Sampler(temperature, top_p, generator))
+    torch.testing.assert_close(found, wanted / wanted.sum(), atol=0.03, rtol=0)
+    assert found.nonzero().flatten().tolist() == [i for i in kept if found[i] > 0] and set(kept) >= {1}
+
+
+def test_what_is_kept_has_the_probability_and_nothing_could_be_left_out() -> None:
+    torch.manual_seed(0)
+    for top_p in (0.05, 0.3, 0.9, 0.999):
+        logits = torch.randn(40)
+        p = logits.softmax(0)
+        generator = torch.Generator().manual_seed(1)
+        drawn = {int(Sampler(1.0, top_p, generator)(logits)) for _ in range(3000)}
+        order = p.argsort(descending=True).tolist()
+        needed = next(n for n in range(1, 41) if float(p[order[:n]].sum()) >= top_p - 1e-6)
+        assert drawn <= set(order[:needed])
+
+
+def test_the_same_seed_gives_the_same_tokens() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        sampler = Sampler(1.0, 0.9, torch.Generator().manual_seed(seed))
+        runs.append([int(sampler(LOGITS)) for _ in range(50)])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_refuses() -> None:
+    for temperature in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be finite and not negative; got"):
+            Sampler(temperature)
+    for top_p in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\]; got"):
+            Sampler(1.0, top_p)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        Sampler()(torch.tensor([1.0, math.nan]))
