@@ -56,7 +56,7 @@ class OptimizerConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: OptimizerName = setting("adamw", "the update rule", kept=RUN)
+    name: OptimizerName = setting("adamw", "the update rule", kept=RUN, aka=("optim", "optimizer_name"))
     lr: float = setting(_own("lr"), "highest learning rate", ge=0, aka=("learning_rate",))
     beta1: float | None = setting(
         _own("beta1"), "decay of the first moment; lion: its share in a step", ge=0, lt=1, aka=("adam_beta1",)

@@ -18,6 +18,7 @@ from llmfast.train.earlier import resumed_config
 from llmfast.train.estimate import estimate_run
 from llmfast.train.optimizers import OPTIMIZERS
 from llmfast.train.parts import make_optimizer
+from llmfast.train.report.logs import flat
 from llmfast.train.run import train
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
@@ -232,6 +233,10 @@ def test_a_run_keeps_its_optimizer_and_another_may_continue_with_another(setting
         resumed_config(first.run, ["optimizer.name=lion"])
     with pytest.raises(ConfigError, match=r"^optimizer\.beta1 is a setting of adamw, adam, lion, and .* is 'adagrad'"):
         resumed_config(first.run, ["optimizer.beta1=0.5"])
+    logged = {n for n in flat(first.config) if n.startswith("optimizer.")}
+    assert logged == {
+        n for n, s in SCHEMA.settings.items() if n.startswith("optimizer.") and "adagrad" in (s.by or "adagrad")
+    }
     same = continued_config(first.run, [f"new={corpus}"], overrides=["train.steps=2", "name=same"])
     assert (same.optimizer.name, same.optimizer.lr) == ("adagrad", 0.5)
     other = continued_config(first.run, [f"new={corpus}"], overrides=["train.steps=2", "optimizer.name=lion"])

@@ -26,6 +26,7 @@ from llmfast.optim import FusedAdamW
 from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config
 from llmfast.train.objective import FurtherTokens, NextToken
+from llmfast.train.optimizers import OptimizerConfig
 from llmfast.train.parallel import World
 from llmfast.train.parts import make_optimizer
 from llmfast.train.schedule import head_weights_at
@@ -444,6 +445,36 @@ def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[
     assert sorted(number for read, _ in found for number in read) == list(range(2 * 16, 7 * 16))
     assert_same(found[0][1], whole)
     assert_same(found[0][1], seven_steps(bool(classes)))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"name": "adam", "eps": 1e-4},
+        {"name": "sgd", "dampening": 0.5},
+        {"name": "rmsprop", "eps": 1e-2, "momentum": 0.5, "centered": True},
+        {"name": "adagrad", "eps": 1e-4, "lr_decay": 0.1},
+        {"name": "lion", "lr": 1e-3},
+    ],
+    ids=lambda chosen: chosen["name"],
+)
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=str)
+def test_a_run_with_any_optimizer_goes_on_with_other_ranks(
+    ranks: Any, chosen: dict[str, Any], sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    config = settings(parallel="fsdp", steps=6, log_every=1, save_every=3, micro_batch_size=4)
+    config.optimizer = OptimizerConfig(**{"lr": 0.01, **chosen}, warmup_steps=0, schedule="constant", max_grad_norm=0.5)
+
+    def run(size: int, resume: bool) -> Any:
+        more = config, str(tmp_path), resume
+        return check_run(0, 1, *more)[1] if size == 1 else ranks(size).run(check_run, *more)[0][1]
+
+    whole = run(sizes[0], False)
+    shutil.rmtree(tmp_path / "checkpoint-00000006")
+    lines, *rest = run(sizes[1], True)
+    assert [line["step"] for line in lines] == [4, 5, 6]
+    assert_same((lines, *rest), (whole[0][3:], *whole[1:]))
+    assert_same(whole, alone(config))
 
 
 def check_formats(rank: int, size: int, config: Config, folder: str, resume: bool) -> Any:
