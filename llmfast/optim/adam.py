@@ -1,15 +1,15 @@
 """Adam (Kingma & Ba 2015, arXiv:1412.6980) and AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
-from llmfast._checks import expect
 from llmfast.optim.base import Decay, FusedOptimizer, TorchCall
-from llmfast.optim.options import Extras, Options
+from llmfast.optim.decay import DecayMode, DecoupledDecay
+from llmfast.optim.options import Extras
 from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["FusedAdam", "FusedAdamW", "adam"]
-
-DecayMode = Literal["lr", "independent", "relative"]
 
 
 def adam(
@@ -47,12 +45,10 @@ def adam(
     fall(param, decay, lr / (1 - beta1**step) * (exp_avg / denominator))
 
 
-class _Adam(FusedOptimizer):
+class _Adam(DecoupledDecay, FusedOptimizer):
     rule = staticmethod(adam)
     squares = frozenset({"exp_avg_sq"})
     never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would accumulate the rounding errors
-    own_group_keys = ("lr_max",)
-    decay: DecayMode = "lr"
 
     def _state_names(self, group: dict[str, Any]) -> Names:
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
@@ -62,12 +58,7 @@ class _Adam(FusedOptimizer):
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
     def _decay(self, group: dict[str, Any]) -> Decay:
-        weight_decay = float(group["weight_decay"])
-        if not group["decoupled_weight_decay"]:
-            return Decay(l2=weight_decay)
-        if self.decay == "relative":
-            return Decay(decay_by_lr=weight_decay / group["lr_max"])
-        return Decay(decay_by_lr=weight_decay) if self.decay == "lr" else Decay(decay=weight_decay)
+        return super()._decay(group) if group["decoupled_weight_decay"] else Decay(l2=float(group["weight_decay"]))
 
     def _decay_before_torch(self, group: dict[str, Any]) -> bool:
         return bool(group["decoupled_weight_decay"]) and self.decay != "lr"
@@ -96,14 +87,6 @@ class _Adam(FusedOptimizer):
             eps=group["eps"],
             maximize=group["maximize"],
         )
-
-    def _complete_group(self, group: dict[str, Any], options: Options) -> None:
-        super()._complete_group(group, options)
-        if self.decay == "relative" and "lr_max" not in group:
-            group["lr_max"] = float(group["lr"])
-            expect(
-                group["lr_max"] > 0, f"decay='relative' needs a group's lr, or lr_max, above 0; got {group['lr_max']}"
-            )
 
 
 class FusedAdam(_Adam, torch.optim.Adam):
@@ -195,9 +178,7 @@ class FusedAdamW(_Adam, torch.optim.AdamW):
         decay: DecayMode = "lr",
         **extras: "Unpack[Extras]",
     ) -> None:
-        expect(decay in get_args(DecayMode), f"decay must be one of {get_args(DecayMode)}; got {decay!r}")
-        self._take(extras)
-        self.decay = decay
+        self._take_decay(decay, extras)
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable
         )

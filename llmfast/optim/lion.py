@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast.optim.base import Decay, FusedOptimizer, TorchCall
+from llmfast.optim.base import FusedOptimizer, TorchCall
+from llmfast.optim.decay import DecayMode, DecoupledDecay
 from llmfast.optim.options import Extras
 from llmfast.optim.plain import Number, fall, with_l2
 from llmfast.optim.state import Names
@@ -38,7 +39,7 @@ def lion(
     fall(param, decay, lr * sign)
 
 
-class FusedLion(FusedOptimizer):
+class FusedLion(DecoupledDecay, FusedOptimizer):
     """Lion with one launch for all tensors of a dtype signature; torch has no Lion.
 
     p decreases by lr * (sign(beta1 * exp_avg + (1 - beta1) * g) + weight_decay * p), and then exp_avg becomes
@@ -53,6 +54,7 @@ class FusedLion(FusedOptimizer):
         betas: Coefficients of the direction, and of the stored average.
         weight_decay: A step shrinks a parameter by the fraction lr * weight_decay.
         maximize: Maximize instead of minimizing.
+        decay: Which fraction a step shrinks a parameter by: see `FusedAdamW`.
         extras: See `llmfast.optim.Extras`.
 
     Raises:
@@ -62,6 +64,7 @@ class FusedLion(FusedOptimizer):
 
     rule = staticmethod(lion)
     cpu_kernel_dtypes = ()
+    whole_arguments = ("decay",)
 
     def __init__(
         self,
@@ -71,12 +74,13 @@ class FusedLion(FusedOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        decay: DecayMode = "lr",
         **extras: "Unpack[Extras]",
     ) -> None:
         expect(bool(lr >= 0), f"lr must be at least 0; got {lr}")
         expect(all(0 <= beta < 1 for beta in betas), f"betas must be in [0, 1); got {betas}")
         expect(weight_decay >= 0, f"weight_decay must be at least 0; got {weight_decay}")
-        self._take(extras)
+        self._take_decay(decay, extras)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults | {"differentiable": False})  # a sign has no gradient
 
@@ -86,9 +90,6 @@ class FusedLion(FusedOptimizer):
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2}
-
-    def _decay(self, group: dict[str, Any]) -> Decay:
-        return Decay(decay_by_lr=float(group["weight_decay"]))
 
     def _torch_update(self, call: TorchCall) -> None:
         """Update complex parameters, as pairs of real numbers. torch has no Lion."""

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
-from llmfast.optim.adam import DecayMode
+from llmfast.optim.decay import DecayMode
 from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype
 from llmfast.train.settings import RUN, By, ConfigError, fill, had, setting
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRMSprop, FusedSGD, scale_lr
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD, scale_lr
 
 PAIRS: list[tuple[Any, Any, dict[str, Any]]] = [
     (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}),
@@ -122,9 +122,9 @@ def test_odd_parameters_are_skipped_with_the_others(path: str) -> None:
             torch.testing.assert_close(p.detach(), torch.full_like(p, 1.0 if found_inf else 0.9))
 
 
-def decayed(decay: Any, lrs: list[float], **options: Any) -> float:
+def decayed(cls: Any, decay: Any, lrs: list[float], **options: Any) -> float:
     p = torch.ones(3, requires_grad=True)
-    optimizer = FusedAdamW([p], lr=lrs[0], weight_decay=0.1, decay=decay, **options)
+    optimizer = cls([p], lr=lrs[0], weight_decay=0.1, decay=decay, **options)
     for lr in lrs:
         optimizer.param_groups[0]["lr"] = lr
         p.grad = torch.zeros(3)
@@ -132,11 +132,12 @@ def decayed(decay: Any, lrs: list[float], **options: Any) -> float:
     return p[0].item()
 
 
-def test_forms_of_decoupled_decay(path: str) -> None:
+@pytest.mark.parametrize("cls", [FusedAdamW, FusedLion])
+def test_forms_of_decoupled_decay(path: str, cls: Any) -> None:
     lrs = [0.5, 0.25, 0.0]
-    assert decayed("lr", lrs) == pytest.approx((1 - 0.05) * (1 - 0.025))
-    assert decayed("independent", lrs) == pytest.approx((1 - 0.1) ** 2)  # at lr 0 nothing moves
-    assert decayed("relative", lrs) == pytest.approx((1 - 0.1) * (1 - 0.05))
+    assert decayed(cls, "lr", lrs) == pytest.approx((1 - 0.05) * (1 - 0.025))
+    assert decayed(cls, "independent", lrs) == pytest.approx((1 - 0.1) ** 2)  # at lr 0 nothing moves
+    assert decayed(cls, "relative", lrs) == pytest.approx((1 - 0.1) * (1 - 0.05))
 
 
 def test_the_largest_rate_can_be_given_to_a_group(path: str) -> None:
@@ -155,11 +156,12 @@ def test_the_largest_rate_can_be_given_to_a_group(path: str) -> None:
     assert torchs.param_groups[0].keys() == torch.optim.AdamW([p]).param_groups[0].keys()
 
 
-def test_refuses_other_decay() -> None:
+@pytest.mark.parametrize("cls", [FusedAdamW, FusedLion])
+def test_refuses_other_decay(cls: Any) -> None:
     with pytest.raises(ValueError, match="decay must be one of"):
-        FusedAdamW([torch.ones(2)], decay="none")  # type: ignore[arg-type]
+        cls([torch.ones(2)], decay="none")
     with pytest.raises(ValueError, match="above 0"):
-        FusedAdamW([torch.ones(2)], lr=0.0, decay="relative")
+        cls([torch.ones(2)], lr=0.0, decay="relative")
 
 
 def test_scaling_a_learning_rate() -> None:

@@ -198,17 +198,17 @@ def clipped(optimizer: FusedOptimizer, case: Case) -> tuple[list[Tensor | None],
 def truth(cls: type, group: Case, decay: str, q: Tensor, g: Tensor, state: Case) -> None:
     """Take one step of torch's rule in float64; Lion is of its paper."""
     lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    moves = weight_decay * {"lr": lr, "independent": lr != 0, "relative": lr / group.get("lr_max", 1.0)}[decay]
     if cls is FusedLion:
         (b1, b2), m = group["betas"], state.setdefault("exp_avg", torch.zeros_like(q))
         g = -g if group["maximize"] else g
-        q.mul_(1 - lr * weight_decay).sub_(lr * (b1 * m + (1 - b1) * g).sign())
+        q.mul_(1 - moves).sub_(lr * (b1 * m + (1 - b1) * g).sign())
         m.mul_(b2).add_((1 - b2) * g)
         return
     torchs = getattr(torch.optim, cls.__name__.removeprefix("Fused"))
     known = inspect.signature(torchs.__init__).parameters.keys() & arguments_of(cls)
     arguments = {name: group[name] for name in known} | {"lr": lr}
     if decay != "lr":
-        moves = weight_decay * (lr != 0) if decay == "independent" else weight_decay * lr / group["lr_max"]
         q.mul_(1 - moves)
         arguments["weight_decay"] = 0.0
     leaf = q.requires_grad_()
@@ -428,7 +428,7 @@ def copied(optimizer: FusedOptimizer, case: Case) -> FusedOptimizer:
     places = [{"params": params}] if case["groups"] == 1 else [{"params": params[:5]}, {"params": params[5:]}]
     if case["groups"] == 2:
         places[1] |= case["own"]
-    decay = {"decay": case["decay"]} if case["cls"] is FusedAdamW else {}
+    decay = {"decay": case["decay"]} if "decay" in arguments_of(case["cls"]) else {}
     other = case["cls"](places, **decay, **settings(case)[1])  # the numbers are in the state dict
     before = copy.deepcopy(optimizer.state_dict())
     other.load_state_dict(through_a_file(before))

@@ -159,11 +159,13 @@ def test_twenty_steps_are_those_of_torchs_optimizer(chosen: list[str], settings:
     assert moved > 1e-3, "nothing was trained"
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion"])
 @pytest.mark.parametrize("decay", ["independent", "relative"])
 @pytest.mark.parametrize("scaling", [[], ["optimizer.lr_scaling=linear", "optimizer.base_batch_size=1"]])
-def test_decay_that_torch_does_not_have(decay: str, scaling: list[str], settings: list[str]) -> None:
+def test_decay_that_torch_does_not_have(name: str, decay: str, scaling: list[str], settings: list[str]) -> None:
     """A step's decay is weight_decay, or that times the rate's share of its highest, for any batch size."""
-    more = ["optimizer.schedule=constant", "train.steps=6", "optimizer.eps=1e-3"]
+    more = ["optimizer.schedule=constant", "train.steps=6", f"optimizer.name={name}"]
+    more += ["optimizer.eps=1e-3"] * (name in SCHEMA.settings["optimizer.eps"].by)
     more += ["optimizer.weight_decay=0.01", f"optimizer.decay={decay}"]
     trainer, model = trained(load_config(None, [*settings, *more, *scaling]))
     o = copy.deepcopy(trainer.config.optimizer)
@@ -176,9 +178,9 @@ def test_decay_that_torch_does_not_have(decay: str, scaling: list[str], settings
                 if p.dim() > 1:
                     p.mul_(1 - 0.01 * share)
 
-    assert o.beta1 is not None and o.beta2 is not None and o.eps is not None
-    adamw = torch.optim.AdamW(model.parameters(), betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=0.0)
-    plain_loop(trainer, model, adamw, shrink)
+    eps = {} if o.eps is None else {"eps": o.eps}
+    plain = PLAIN[name](model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), **eps, weight_decay=0.0)
+    plain_loop(trainer, model, plain, shrink)
     assert_near(trainer.model.parameters(), model.parameters())
 
 
