@@ -22,7 +22,8 @@ def lists() -> str:
         lines += [f"### {section}", "", *f"{kind.__doc__}".splitlines(), ""]
         for name, s in SCHEMA.settings.items():
             if name.startswith(f"{section}."):
-                lines.append(f"- `{name} = {json.dumps(s.default)}`: {s.meaning}" + f" ({s.values})" * bool(s.values))
+                notes = "; ".join(filter(None, (s.values, str(s.by))))
+                lines.append(f"- `{name} = {json.dumps(s.default)}`: {s.meaning}" + f" ({notes})" * bool(notes))
         lines.append("")
     return "\n".join(lines)
 

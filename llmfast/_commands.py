@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
             group = groups.get(name.partition(".")[0], self)
             if f"--{name}" in self._option_string_actions:  # --name, which takes no TOML
                 continue
-            notes = filter(None, (s.values, f"default: {json.dumps(s.default)}"))
+            notes = filter(None, (s.values, f"default: {s.by or json.dumps(s.default)}"))
             group.add_argument(
                 f"--{name}",
                 dest="set",

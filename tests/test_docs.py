@@ -175,9 +175,10 @@ def test_settings_are_all_listed() -> None:
     assert settings
     for name in settings:
         assert f"- `{name} = " in page, name
-    assert "- `optimizer.lr = 0.0015`: highest learning rate (at least 0)" in page
+    assert "- `optimizer.lr = 0.0015`: highest learning rate (at least 0; 0.0015 for adamw, adam, rmsprop; 0.1" in page
+    assert "- `optimizer.warmup_steps = 50`: steps in which the rate rises from 0 (at least 0)" in page
     assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
-    assert "### optimizer\n\nAdamW and the schedule of its learning rate.\n\n- `optimizer.lr" in page
+    assert "### optimizer\n\nThe optimizer with its hyperparameters, and the schedule of its learning rate.\n\n" in page
 
 
 def test_named_files_exist() -> None:

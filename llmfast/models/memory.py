@@ -1,10 +1,11 @@
 """Estimate the memory of a training run, and check whether it fits on a GPU.
 
-The estimate includes parameters, gradients, AdamW's states, what autograd keeps of the small decoder from forward to
-backward, and the buffers of the loss. It omits the CUDA context and library workspaces (about 1 GiB together),
-allocator fragmentation, and temporary buffers of operators.
+The estimate includes parameters, gradients, the optimizer's states, what autograd keeps of the small decoder from
+forward to backward, and the buffers of the loss. It omits the CUDA context and library workspaces (about 1 GiB
+together), allocator fragmentation, and temporary buffers of operators.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,8 @@ from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, R
 from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
 from llmfast.models import DecoderConfig
 from llmfast.models.cost import meta_decoder, own_hidden_states
-from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype, param_format
+from llmfast.optim import Extras, FusedAdamW, FusedOptimizer
+from llmfast.optim.formats import MasterWeights, StateDtype
 
 Device = Literal["cuda", "cpu"]
 
@@ -46,7 +48,7 @@ GPU_RATES = {name: gpu for name, (_, gpu) in _KNOWN.items() if gpu is not None}
 
 @dataclass(frozen=True)
 class Precision:
-    """Formats of parameters and AdamW's states: the parameters' dtype, and options of `FusedAdamW` under their names.
+    """Formats of parameters and states: the parameters' dtype, and `llmfast.optim.Extras` under their names.
 
     Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, bfloat16 ones
     without autocast.
@@ -56,12 +58,6 @@ class Precision:
     parameters: torch.dtype
     master_weights: MasterWeights | None = None
     state_dtype: StateDtype | None = None  # None: the parameters' dtype
-
-    def optimizer_bytes(self, numel: int) -> int:
-        """Return the bytes that `FusedAdamW` keeps for `numel` elements: moments, low bits, a step count."""
-        moments = 2 * STATE_FORMATS[self.state_dtype].bytes(numel, self.parameters)
-        low = param_format(self.master_weights).bytes_per_parameter(self.parameters)
-        return moments + numel * low + 4
 
 
 PRECISIONS = (
@@ -120,6 +116,7 @@ def estimate_memory(
     autocast: bool = True,
     checkpoint_activations: bool = False,
     in_backward: bool = False,
+    optimizer: Callable[..., FusedOptimizer] = FusedAdamW,
     device: Device = "cuda",
     gpu_memory: int = 80 * GB,
 ) -> MemoryEstimate:
@@ -133,6 +130,7 @@ def estimate_memory(
         autocast: Use autocast to bfloat16 for float32 parameters; others are bfloat16 anyway.
         checkpoint_activations: Keep only the input of each block, and recompute the rest.
         in_backward: The optimizer steps during backward and frees the gradients.
+        optimizer: Its class, or a function that makes it of the parameters and the precision's two options.
         device: An NVIDIA GPU, or a CPU.
         gpu_memory: In bytes; the fused loss takes at most a tenth of it for logits.
 
@@ -141,9 +139,11 @@ def estimate_memory(
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("accumulate", accumulate)):
         expect(value > 0, f"{name} must be above 0; got {value}")
+    stored = precision.parameters
     model = meta_decoder(config)
     tensors = dict(model.named_parameters())
-    stored = precision.parameters
+    formats: Extras = {"master_weights": precision.master_weights, "state_dtype": precision.state_dtype}
+    stepping = optimizer([torch.empty_like(p, dtype=stored) for p in tensors.values()], **formats)
     compute = torch.bfloat16 if autocast else stored
     size = sum(p.numel() for p in tensors.values())
     D, V, rows = config.width, config.vocab_size, batch_size * seq_len * own_hidden_states(config)
@@ -161,7 +161,7 @@ def estimate_memory(
     return MemoryEstimate(
         parameters=size * stored.itemsize,
         gradients=(max(p.numel() for p in tensors.values()) if in_backward else size) * stored.itemsize,
-        optimizer=sum(precision.optimizer_bytes(p.numel()) for p in tensors.values()),
+        optimizer=stepping.state_bytes(),
         activations=kept,
         recomputed=recomputed + (copies * compute.itemsize // len(model.blocks) if recomputed else 0),
         weight_copies=copies * compute.itemsize,

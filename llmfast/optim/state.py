@@ -80,6 +80,21 @@ class StateKeeper(GroupedOptions, ABC):
                     if name is not None:
                         Kept(p, state, self.options).check(name)
 
+    def state_bytes(self) -> int:
+        """Count the bytes of all states once every parameter has had a step, from shapes, which may be on "meta"."""
+        total = 0
+        for index, group in enumerate(self.param_groups):
+            o, names = self.options_of(index), [name for name in self._state_names(group) if name is not None]
+            for p in group["params"]:
+                numel = local(p).numel()
+                total += 4  # the step
+                total += numel * param_format(o.master_of(p)).bytes_per_parameter(p.dtype)
+                total += numel * 4 if o.ema_decay is not None else 0
+                for name in names:
+                    full = o.state_format.coded and name in self.never_coded
+                    total += numel * 4 if full else o.state_format.bytes(numel, p.dtype)
+        return total
+
     def master_value(self, p: Tensor) -> Tensor:
         """Return a parameter with all bits that the optimizer keeps: float32 if `master_weights` adds bits."""
         return Kept(p, self.state.get(p, {}), self.options).value().clone()

@@ -282,6 +282,7 @@ def _written(args: argparse.Namespace) -> list[str]:
 def _memory(args: argparse.Namespace) -> list[str]:
     from llmfast.train.config import load_config
     from llmfast.train.estimate import estimate_run, micro_batches
+    from llmfast.train.settings import ConfigError
 
     config = load_config(args.config, args.set)
     try:
@@ -296,7 +297,7 @@ def _memory(args: argparse.Namespace) -> list[str]:
     sizes = [
         (f"parameters, {t.param_dtype}", estimate.parameters),
         ("gradients", estimate.gradients),
-        ("AdamW's states", estimate.optimizer),
+        (f"states of {config.optimizer.name}", estimate.optimizer),
         ("activations", estimate.activations),
         ("... of one block, computed again", estimate.recomputed),
         ("copies of the matrices in bfloat16", estimate.weight_copies),
@@ -316,11 +317,14 @@ def _memory(args: argparse.Namespace) -> list[str]:
     lines += [
         "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments",
         "",
-        "parameters and AdamW's states kept in other ways, with the fused loss:",
+        "parameters and states kept in other ways, with the fused loss:",
     ]
-    table: list[Sequence[str]] = [("", "parameters", "gradients", "AdamW", "activations", "at most", "")]
+    table: list[Sequence[str]] = [("", "parameters", "gradients", "states", "activations", "at most", "")]
     for p in memory.PRECISIONS:
-        e = estimate_run(config, model, precision=p, gpu_memory=have)
+        try:
+            e = estimate_run(config, model, precision=p, gpu_memory=have)
+        except ConfigError:  # the optimizer does not take these formats
+            continue
         kinds = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
         table.append((p.name, *(in_bytes(size) for size in kinds), _judged(e.peak, have)))
     return [*lines, *_table(table), "", *_step_lines(config, model, args)]

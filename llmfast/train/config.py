@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, PlainValidator
 
@@ -15,7 +15,7 @@ from llmfast.data.mixture import Weight as AnyWeight
 from llmfast.data.split import Split
 from llmfast.models.decoder import MTP, DecoderConfig
 from llmfast.models.depths import ConcatOrder, HiddenKind
-from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype
+from llmfast.train.optimizers import OptimizerConfig
 from llmfast.train.settings import RUN, WEIGHTS, ConfigError, Schema, Tree, setting, shown
 
 if sys.version_info >= (3, 11):
@@ -23,12 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# The values of optimizer.state_dtype, and what the optimizer calls them: "float32" is torch.float32, "" is None.
-STATE_DTYPES: dict[str, StateDtype | None] = {str(dtype or "").removeprefix("torch."): dtype for dtype in STATE_FORMATS}
-if TYPE_CHECKING:
-    StateName: TypeAlias = str
-else:
-    StateName = Literal[tuple(STATE_DTYPES)]
 LARGEST_FILE = 1 << 20  # bytes of a file of settings
 
 
@@ -156,35 +150,6 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW and the schedule of its learning rate."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    lr: float = setting(1.5e-3, "highest learning rate", ge=0, aka=("learning_rate",))
-    beta1: float = setting(0.9, "decay of the first moment per step", ge=0, lt=1, aka=("adam_beta1",))
-    beta2: float = setting(0.95, "decay of the second moment per step", ge=0, lt=1, aka=("adam_beta2",))
-    eps: float = setting(1e-8, "added to the root of the second moment", ge=0, aka=("adam_epsilon",))
-    weight_decay: float = setting(0.1, "decay of matrices; gains are not decayed", ge=0)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: no clipping", ge=0, aka=("grad_clip",))
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
-        "cosine", "how the rate falls after warm-up; wsd stays, then decays"
-    )
-    warmup_steps: int = setting(50, "steps in which the rate rises from 0", ge=0)
-    decay_share: float = setting(0.2, "wsd: share of the steps after warm-up in which the rate falls", gt=0, le=1)
-    final_lr: float = setting(0.1, "learning rate at the last step, as a share of lr", ge=0, le=1)
-    lr_scaling: Literal["none", "sqrt", "linear"] = setting(
-        "none", "how lr, which is for base_batch_size, follows train.batch_size"
-    )
-    base_batch_size: int = setting(0, "the batch size that lr is for, with lr_scaling", ge=0)
-    master_weights: Literal["", MasterWeights] = setting("", "how 16-bit parameters get more bits; '': not at all")
-    state_dtype: StateName = setting("", "format of the moments; '': the parameters'")
-    in_backward: bool = setting(
-        False, "step while gradients are made, and free them at once; without clipping and skipping"
-    )
-
-
-@dataclass
 class TrainConfig:
     """The loop, its log and its checkpoints, and the devices it runs on."""
 
@@ -251,12 +216,14 @@ SCHEMA = Schema(Config)
 def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
     """Read the defaults (or `base`), then the file, then the overrides, `section.key=value`, and check the result.
 
+    Where one of them names another optimizer than what is below it, that optimizer's defaults take the place of all
+    that was set for the other.
+
     Raises:
         ConfigError: naming the key, the value that came and the closest valid key.
     """
-    layers = [] if path is None else [(_read_toml(path), str(path))]
-    layers += [(_parse_override(override), f"--set {override}") for override in overrides]
-    config: Config = SCHEMA.read(layers, base)
+    config: Config = SCHEMA.read([] if path is None else [(_read_toml(path), str(path))], base)
+    config = SCHEMA.read([(_parse_override(override), f"--set {override}") for override in overrides], config)
     _expect_consistent(config)
     return config
 
@@ -272,10 +239,12 @@ def config_of(values: Tree, where: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Write the resolved settings as TOML."""
+    """Write the resolved settings as TOML, without those that the chosen optimizer does not have."""
     import tomli_w
 
-    return tomli_w.dumps(dataclasses.asdict(config))
+    tree = dataclasses.asdict(config)
+    tree["optimizer"] = {key: value for key, value in tree["optimizer"].items() if value is not None}
+    return tomli_w.dumps(tree)
 
 
 def decoder_config(config: Config, vocab_size: int) -> DecoderConfig:

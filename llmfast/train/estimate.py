@@ -5,7 +5,7 @@ import torch
 from llmfast._checks import expect
 from llmfast.models import DecoderConfig
 from llmfast.models.memory import GB, MemoryEstimate, Precision, estimate_memory
-from llmfast.train.config import STATE_DTYPES, Config
+from llmfast.train.config import Config
 
 
 def estimate_run(
@@ -14,12 +14,7 @@ def estimate_run(
     """Estimate what a run holds on one GPU, with the settings' own precision or another one."""
     t = config.train
     rows, parts = micro_batches(config)
-    precision = precision or Precision(
-        "as set",
-        getattr(torch, t.param_dtype),
-        config.optimizer.master_weights or None,
-        STATE_DTYPES[config.optimizer.state_dtype],
-    )
+    precision = precision or Precision("as set", getattr(torch, t.param_dtype), **config.optimizer.formats)
     return estimate_memory(
         model,
         batch_size=rows,
@@ -29,6 +24,7 @@ def estimate_run(
         autocast=t.dtype != "float32" and precision.parameters == torch.float32,
         checkpoint_activations=t.checkpoint_activations,
         in_backward=config.optimizer.in_backward,
+        optimizer=config.optimizer.make,
         gpu_memory=gpu_memory or 80 * GB,
     )
 

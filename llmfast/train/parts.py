@@ -9,10 +9,10 @@ import torch
 
 from llmfast.data import FIM, Batch, Dataset, Mixture, Rows, Tokenizer, prepare
 from llmfast.models import Decoder
-from llmfast.optim import FusedAdamW, optimizer_in_backward
-from llmfast.train.config import STATE_DTYPES, Config, decoder_config
+from llmfast.optim import FusedOptimizer, optimizer_in_backward
+from llmfast.train.config import Config, decoder_config
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
-from llmfast.train.schedule import head_weights_at
+from llmfast.train.schedule import head_weights_at, highest_lr
 from llmfast.train.settings import ConfigError
 
 
@@ -64,18 +64,14 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Decoder:
         raise ConfigError(f"model: {e}") from e
 
 
-def make_optimizer(config: Config, model: torch.nn.Module) -> FusedAdamW:
-    """Make AdamW, which decays matrices and not gains."""
+def make_optimizer(config: Config, model: torch.nn.Module) -> FusedOptimizer:
+    """Make the optimizer that the settings name."""
     o = config.optimizer
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    extras: dict[str, Any] = {
-        "max_grad_norm": None if o.in_backward else o.max_grad_norm or math.inf,  # which measures all the same
-        "master_weights": o.master_weights or None,
-        "state_dtype": STATE_DTYPES[o.state_dtype],
-    }
-    optimizer = FusedAdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, **extras)
+    limit = None if o.in_backward else o.max_grad_norm or math.inf  # which measures all the same
+    optimizer = o.make(model.parameters(), max_grad_norm=limit)
+    for group in optimizer.param_groups:
+        if "lr_max" in group:
+            group["lr_max"] = highest_lr(config)
     if o.in_backward:
         optimizer_in_backward(model, optimizer)
     return optimizer

@@ -71,6 +71,7 @@ def train(
         config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
         expect_resumable(saved, config, run, str(run))
     micro_batch_size(config, world)
+    config.optimizer.make([torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))])  # or raise
     if t.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
     torch.manual_seed(t.seed)

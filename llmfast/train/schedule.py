@@ -34,15 +34,20 @@ def lr_at(
     return lr * (final_lr + (1.0 - final_lr) * remaining) if schedule != "constant" else lr
 
 
+def highest_lr(config: Config) -> float:
+    """Compute the learning rate after warm-up, for the configured batch size."""
+    o = config.optimizer
+    if o.lr_scaling == "none" or o.lr == 0:
+        return o.lr
+    rule: Any = o.lr_scaling
+    return scale_lr(o.lr, config.train.batch_size, o.base_batch_size, rule)
+
+
 def lr_of_step(step: int, config: Config) -> float:
-    """Compute the learning rate of update `step`, counted from 0, for the configured batch size."""
-    o, t = config.optimizer, config.train
-    lr = o.lr
-    if o.lr_scaling != "none" and lr > 0:
-        rule: Any = o.lr_scaling
-        lr = scale_lr(lr, t.batch_size, o.base_batch_size, rule)
+    """Compute the learning rate of update `step`, counted from 0."""
+    o, lr = config.optimizer, highest_lr(config)
     shape: dict[str, Any] = {"schedule": o.schedule, "final_lr": o.final_lr, "decay_share": o.decay_share}
-    return lr_at(step, lr=lr, steps=t.steps, warmup_steps=o.warmup_steps, **shape)
+    return lr_at(step, lr=lr, steps=config.train.steps, warmup_steps=o.warmup_steps, **shape)
 
 
 def head_weights_at(step: int, K: int, config: Config) -> list[float]:

@@ -7,10 +7,12 @@ values are refused and how, what `--help` and the documentation list, and what a
 import copy
 import dataclasses
 import difflib
+import json
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,11 +27,52 @@ class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or makes no sense."""
 
 
+class By(dict[str, Any]):
+    """The default of a setting for each `name` of its section that has the setting; for others it is None."""
+
+    @property
+    def first(self) -> Any:
+        return next(iter(self.values()))
+
+    def __str__(self) -> str:
+        """List the defaults: "0.9 for adamw, adam; 0.0 for sgd"."""
+        names: dict[str, list[str]] = {}
+        for name, default in self.items():
+            names.setdefault(json.dumps(default), []).append(name)
+        return "; ".join(f"{default} for {', '.join(those)}" for default, those in names.items())
+
+
+def fill(section: Any) -> None:
+    """Give each setting of a section that has no value its default for the section's `name`."""
+    for f in dataclasses.fields(section):
+        by = f.metadata.get("by")
+        if by is not None and getattr(section, f.name) is None:
+            setattr(section, f.name, by.get(section.name))
+
+
+def had(section: Any, place: str) -> dict[str, Any]:
+    """Return the settings that a section has by its `name`, with their values.
+
+    Raises:
+        ConfigError: another one has a value; it is named as a key of `place`.
+    """
+    by: dict[str, By] = {f.name: f.metadata["by"] for f in dataclasses.fields(section) if f.metadata["by"] is not None}
+    own = {key: getattr(section, key) for key in by if section.name in by[key]}
+    for key in by:
+        if key not in own and (value := getattr(section, key)) is not None:
+            raise ConfigError(
+                f"{place}.{key} is a setting of {', '.join(by[key])}, and {place}.name is {section.name!r}, which has "
+                f"{', '.join(own)}; got {shown(value)}"
+            )
+    return own
+
+
 def setting(default: Any, meaning: str, *, kept: str = "", aka: Sequence[str] = (), **more: Any) -> Any:
     """Declare a setting as a field of a dataclass.
 
     Args:
-        default: its value unless told otherwise; its type must be the field's.
+        default: its value unless told otherwise; its type must be the field's. Or `By`, which depends on the section's
+            `name`; call `fill` in the dataclass's `__post_init__`.
         meaning: one line for `--help` and the documentation.
         kept: what the setting must agree with. RUN: it cannot change on `--resume`, but another run may begin with the
             weights and have another value. WEIGHTS: the weights mean something else with another value, even where
@@ -39,13 +82,17 @@ def setting(default: Any, meaning: str, *, kept: str = "", aka: Sequence[str] = 
         **more: bounds by pydantic's names: `ge`, `gt`, `le`, `lt`, `min_length`. And `seen`, a function from the
             section to the part of the value that weights depend on, if that is not all of it.
     """
-    if type(default) in (int, float) and "lt" not in more:
+    by = default if isinstance(default, By) else None
+    kind = type(default if by is None else by.first)
+    if kind in (int, float) and "lt" not in more:
         more = {"le": LARGEST, **more}
-    if type(default) is float:
+    if kind is float:
         more["allow_inf_nan"] = False
     # TOML has types of its own: "1" and true are not the number 1.
-    strict = True if type(default) in (bool, int, float) else None
-    metadata = {"description": meaning, "kept": kept, "aka": tuple(aka), "strict": strict, **more}
+    strict = True if kind in (bool, int, float) else None
+    metadata = {"description": meaning, "kept": kept, "aka": tuple(aka), "strict": strict, "by": by, **more}
+    if by is not None:
+        return field(default=None, metadata=metadata)
     if isinstance(default, list | dict):
         return field(default_factory=partial(copy.copy, default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -63,6 +110,11 @@ class Setting:
     @property
     def meaning(self) -> str:
         return str(self.declared["description"])
+
+    @property
+    def by(self) -> By:
+        """Its defaults by the `name` of its section; empty if they do not depend on that."""
+        return self.declared["by"] or By()
 
     @property
     def values(self) -> str:
@@ -119,10 +171,11 @@ class Schema:
             kinds, fresh = get_type_hints(section), section()
             for f in dataclasses.fields(section):
                 if f.metadata:
-                    name = prefix + f.name
-                    self.settings[name] = Setting(name, kinds[f.name], getattr(fresh, f.name), f.metadata)
+                    name, by = prefix + f.name, f.metadata["by"]
+                    default = getattr(fresh, f.name) if by is None else by.first
+                    self.settings[name] = Setting(name, _of_a_value(kinds[f.name]), default, f.metadata)
         # What may be written for a setting by mistake: its key alone, and what other trainers call it.
-        self.aliases = {name.rpartition(".")[2]: name for name in self.settings}
+        self.aliases = {name.rpartition(".")[2]: name for name in reversed(self.settings)}
         self.aliases |= {other: name for name, s in self.settings.items() for other in s.declared["aka"]}
 
     def read(self, layers: Iterable[tuple[Tree, str]], base: Any = None) -> Any:
@@ -131,16 +184,30 @@ class Schema:
         Raises:
             ConfigError: naming the place, the setting and its value.
         """
-        tree: Tree = dataclasses.asdict(base or self.root())
+        base = base or self.root()
+        tree: Tree = dataclasses.asdict(base)
         places: dict[str, str] = {}
         for table, place in layers:
             if not isinstance(table, dict):
                 raise ConfigError(f"{place}: settings must be a table; got {shown(table)}")
             _lay(table, tree, places, place)
+        self._forget(tree, base, places)
         try:
-            return self._adapter.validate_python(tree)
+            config = self._adapter.validate_python(tree)
         except ValidationError as e:
             self._refuse(e.errors()[0], tree, places)
+        for section, kind in self.sections.items():
+            if any(f.metadata["by"] is not None for f in dataclasses.fields(kind)):
+                had(getattr(config, section), section)
+        return config
+
+    def _forget(self, tree: Tree, base: Any, places: Mapping[str, str]) -> None:
+        """Drop the values of `base` that are for another `name` of their section than it has now."""
+        for name, s in self.settings.items():
+            section, _, key = name.partition(".")
+            now = tree.get(section)
+            if s.by and name not in places and isinstance(now, dict) and now["name"] != getattr(base, section).name:
+                del now[key]
 
     def _refuse(self, error: ErrorDetails, tree: Tree, places: dict[str, str]) -> NoReturn:
         path = [str(part) for part in error["loc"]]
@@ -185,6 +252,11 @@ class Schema:
             [leaf] if leaf in self.aliases else difflib.get_close_matches(name, [*self.settings, *self.sections], n=1)
         )
         return [self.aliases.get(x, x) for x in near or difflib.get_close_matches(leaf, self.aliases, n=1)]
+
+
+def _of_a_value(kind: Any) -> Any:
+    """Return the type without None."""
+    return get_args(kind)[0] if NoneType in get_args(kind) else kind
 
 
 def _listed(kind: Any) -> str:

@@ -16,7 +16,16 @@ from llmfast._units import parse_bytes
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.models.memory import GB, GPU_MEMORY, GPU_RATES, memory_of, unfused_loss_bytes, verdict
-from llmfast.optim import Extras, FusedAdamW
+from llmfast.optim import (
+    Extras,
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamW,
+    FusedLion,
+    FusedOptimizer,
+    FusedRMSprop,
+    FusedSGD,
+)
 from llmfast.plan import PRECISIONS, MemoryEstimate, Precision, activation_bytes, estimate_memory
 
 SPLIT16 = next(p for p in PRECISIONS if p.name == "bf16, split16")
@@ -26,22 +35,39 @@ def extras(p: Precision) -> Extras:
     return {"master_weights": p.master_weights, "state_dtype": p.state_dtype}
 
 
+KINDS: list[tuple[type[FusedOptimizer], dict[str, Any]]] = [
+    *((FusedAdamW, options) for options in ({}, {"amsgrad": True}, {"ema_decay": 0.9})),
+    *((FusedSGD, options) for options in ({}, {"momentum": 0.9})),
+    *((FusedRMSprop, options) for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "centered": True})),
+    *((FusedAdam, {}), (FusedAdagrad, {}), (FusedLion, {})),
+]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
-def test_states_are_as_large_as_the_optimizers(precision: Precision) -> None:
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_states_are_as_large_as_the_optimizers(
+    kind: type[FusedOptimizer], options: dict[str, Any], precision: Precision
+) -> None:
+    if options.get("centered") and precision.state_dtype == "8bit":
+        pytest.skip("the optimizer refuses these")
     params = [torch.randn(shape).to(precision.parameters).requires_grad_() for shape in ((64, 48), (1000,), (3,))]
-    optimizer = FusedAdamW(params, **extras(precision))
+    optimizer = kind(params, **extras(precision), **options)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    for p in params:
-        kept = sum(t.numel() * t.element_size() for t in optimizer.state[p].values() if isinstance(t, Tensor))
-        assert precision.optimizer_bytes(p.numel()) == kept
+    kept = [t for p in params for t in optimizer.state[p].values() if isinstance(t, Tensor)]
+    planned = kind([torch.empty_like(p, device="meta") for p in params], **extras(precision), **options)
+    assert planned.state_bytes() == optimizer.state_bytes() == sum(t.numel() * t.element_size() for t in kept)
 
 
 def test_bytes_a_parameter_of_the_ways_to_keep_them() -> None:
     """Count parameter, gradient and states, as in the table of the optimizers' traffic."""
     numel = 128 * 10_000
-    a_parameter = {p.name: 2 * p.parameters.itemsize + p.optimizer_bytes(numel) / numel for p in PRECISIONS}
+    a_parameter = {}
+    for p in PRECISIONS:
+        weight = torch.empty(numel, dtype=p.parameters, device="meta")
+        states = FusedAdamW([weight], **extras(p)).state_bytes()
+        a_parameter[p.name] = 2 * p.parameters.itemsize + states / numel
     assert a_parameter == pytest.approx(
         {
             "fp32": 16,
@@ -216,6 +242,15 @@ def test_some_case_tells_if_a_term_of_the_peak_is_missing(term: str) -> None:
         without = dataclasses.replace(estimate, **{term: not estimate.accumulate if term == "accumulate" else 0})
         missed.append(abs(peak(without) / peak(estimate) - 1) / case[-1])
     assert max(missed) > 3
+
+
+def test_states_are_those_of_the_optimizer_that_is_asked_for() -> None:
+    c = DecoderConfig(300, width=64, layers=2, heads=4)
+    adamw = estimate_memory(c, batch_size=1, seq_len=16)
+    for optimizer, states in ((FusedLion, 1), (FusedSGD, 0), (partial(FusedRMSprop, momentum=0.9, centered=True), 3)):
+        estimate = estimate_memory(c, batch_size=1, seq_len=16, optimizer=cast(Any, optimizer))
+        assert estimate.optimizer == pytest.approx(adamw.optimizer * states / 2, rel=0.01, abs=200)
+        assert dataclasses.replace(estimate, optimizer=adamw.optimizer) == adamw
 
 
 def test_what_makes_it_smaller() -> None:

@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from llmfast.train.config import SCHEMA, Config, dump_config, load_config
+from llmfast.train.config import SCHEMA, Config, dump_config, load_config, tomllib
 from llmfast.train.metrics import read_metrics
+from llmfast.train.optimizers import OPTIMIZERS
 from llmfast.train.settings import ConfigError
 
 
@@ -78,6 +81,61 @@ def test_names_of_other_trainers_lead_to_settings() -> None:
             load_config(None, [f"train.{other}=1"])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_has_its_own_settings_and_no_others(name: str, tmp_path: Path) -> None:
+    chosen = load_config(None, [f"optimizer.name={name}"])
+    own = {n: s for n, s in SCHEMA.settings.items() if name in s.by}
+    assert {"optimizer.lr", "optimizer.weight_decay"} <= own.keys()
+    for n, s in own.items():
+        assert s.of(chosen) == s.by[name] and load_config(None, [f"{n}={json.dumps(s.by[name])}"], chosen) == chosen
+    (file := tmp_path / "c.toml").write_text(dump_config(chosen))
+    assert load_config(file) == chosen
+    for n, s in SCHEMA.settings.items():
+        if s.by and name not in s.by:
+            assert s.of(chosen) is None and n.rpartition(".")[2] not in tomllib.loads(file.read_text())["optimizer"]
+            value = json.dumps(s.default)
+            message = f"{n} is a setting of {', '.join(s.by)}, and optimizer.name is '{name}', which has lr, "
+            with pytest.raises(ConfigError, match=f"^{re.escape(message)}.*; got {re.escape(repr(s.default))}$"):
+                load_config(None, [f"{n}={value}", f"optimizer.name={name}"])
+            other = load_config(None, [f"optimizer.name={next(iter(s.by))}"])
+            assert load_config(None, [f"optimizer.name={name}"], base=other) == chosen
+
+
+def test_another_optimizer_than_that_of_the_base_has_its_own_defaults() -> None:
+    base = load_config(None, ["optimizer.lr=3", "optimizer.beta2=0.5", "optimizer.warmup_steps=7"])
+    config = load_config(None, ["optimizer.weight_decay=0.5", "optimizer.name=lion"], base)
+    o = config.optimizer
+    assert (o.lr, o.beta2, o.weight_decay, o.warmup_steps) == (0.0005, 0.99, 0.5, 7)
+    assert load_config(None, ["optimizer.name=adamw"], base) == base
+
+
+def test_flags_may_name_another_optimizer_than_the_file(tmp_path: Path) -> None:
+    (file := tmp_path / "c.toml").write_text("[optimizer]\nlr = 3.0\neps = 0.5\nwarmup_steps = 7\n")
+    assert load_config(file, ["optimizer.name=adamw"]).optimizer.eps == 0.5
+    for overrides in (
+        ["optimizer.name=sgd", "optimizer.momentum=0.5"],
+        ["optimizer.momentum=0.5", "optimizer.name=sgd"],
+    ):
+        o = load_config(file, overrides).optimizer
+        assert (o.lr, o.eps, o.momentum, o.warmup_steps) == (0.1, None, 0.5, 7)
+    file.write_text("[optimizer]\neps = 0.5\nname = 'lion'\n")
+    with pytest.raises(ConfigError, match=r"^optimizer\.eps is a setting of adamw, .*, and optimizer\.name is 'lion'"):
+        load_config(file)
+
+
+def test_an_optimizer_that_was_renamed_later_is_checked_when_it_is_made() -> None:
+    config = Config()
+    config.optimizer.name = "sgd"
+    with pytest.raises(
+        ConfigError, match=r"^optimizer\.beta1 is a setting of adamw, adam, lion, and optimizer\.name is"
+    ):
+        config.optimizer.make([nn.Parameter(torch.zeros(2))])
+    for override in ("optimizer.momentum=0", "optimizer.dampening=0.5"):
+        config = load_config(None, ["optimizer.name=sgd", "optimizer.nesterov=true", override])
+        with pytest.raises(ConfigError, match=r"^optimizer: Nesterov momentum requires"):
+            config.optimizer.make([nn.Parameter(torch.zeros(2))])
+
+
 def test_a_table_is_filled_key_by_key_and_emptied_as_a_whole(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[data.weights]\na = 0.5\nb = "rest"\n[data.split]\na = "end"\n[model]\nwidth = 48\n')
@@ -92,7 +150,8 @@ def test_every_setting_says_what_it_means_and_what_it_takes() -> None:
         assert len(s.meaning) > 10 and (s.meaning.endswith("...") or not s.meaning.endswith(".")), name
         assert type(s.default) in (bool, int, float, str, list, dict), name
         assert s.range or type(s.default) not in (int, float), f"{name} has no bounds"
-        assert load_config(None, [f"{name}={json.dumps(s.default)}"]) == Config(), name
+        chosen = [f"optimizer.name={next(iter(s.by))}"] if s.by else []
+        assert load_config(None, [f"{name}={json.dumps(s.default)}", *chosen]) == load_config(None, chosen), name
 
 
 def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:

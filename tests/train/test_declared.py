@@ -24,6 +24,9 @@ NEEDS: dict[str, list[str]] = {
     "train.steps": ["train.batch_size=1"],
     "train.batch_size": ["train.steps=1"],
 }
+NEEDS |= {
+    s.name: [f"optimizer.name={next(iter(s.by))}"] for s in SETTINGS if s.by and Config().optimizer.name not in s.by
+}
 # Values of settings whose type does not say what they may be.
 TABLES: dict[str, list[Any]] = {
     "data.weights": [{"a b": 0.5, "ü": "rest"}, {"x": "0:0.5, 1:0.25"}],
@@ -78,7 +81,8 @@ def expect_only(config: Config, s: Setting, value: Any) -> None:
     needed = {need.partition("=")[0] for need in NEEDS.get(s.name, [])}
     for other in SETTINGS:
         if other.name not in {s.name, *needed}:
-            assert other.of(config) == other.default, other.name
+            default = other.by.get(config.optimizer.name) if other.by else other.default
+            assert other.of(config) == default, other.name
 
 
 @pytest.mark.parametrize("s", SETTINGS, ids=lambda s: s.name)

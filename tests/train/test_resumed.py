@@ -5,6 +5,8 @@ import dataclasses
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +56,26 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a run of two steps."""
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that makes a run of two steps with some optimizer, once."""
     folder = tmp_path_factory.mktemp("resumed")
     for source in ("a", "b"):
         (folder / source).mkdir()
         for i in range(12):
             (folder / source / f"{i}.txt").write_text(f"{i} and {source} make {i}{source}.\n" * 9)
-    where = [f"runs={folder / 'runs'}", f"data.sources=['{folder / 'a'}', 'b={folder / 'b'}']"]
-    return train(load_config(None, [*where, *BASE, "name=base"]), console=QUIET)
+    where = [f"data.sources=['{folder / 'a'}', 'b={folder / 'b'}']", *BASE, "name=base"]
+
+    @cache
+    def base(optimizer: str) -> Path:
+        mine = [f"runs={folder / optimizer}", f"optimizer.name={optimizer}"]
+        return train(load_config(None, [*where, *mine]), console=QUIET)
+
+    return base
+
+
+@pytest.fixture
+def base(bases: Callable[[str], Path]) -> Path:
+    return bases("adamw")
 
 
 @pytest.fixture
@@ -169,9 +182,11 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.filterwarnings("ignore:the state holds remainder")  # bits that "stochastic" has no place for
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_takes_effect_or_is_refused_by_name(
-    name: str, base: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is added later is tried as well."""
+    """One that is added later is tried as well, with an optimizer that has it."""
+    base = bases(next(iter(SCHEMA.settings[name].by), "adamw"))
+    copied = Path(shutil.copytree(base, tmp_path / "runs" / "copied"))
     before, saved = contents(copied), load_config(base / "config.toml")
     override = changed(saved, name)
     # "rest" of a weight that is given; of no meaning elsewhere.

@@ -53,10 +53,11 @@ def read_log(folder: Path, name: str) -> Log:
 
 
 def flat(config: Config) -> dict[str, str]:
-    """Write all settings as text, by dotted key; those that are tables key by key."""
+    """Write the settings that the run has as text, by dotted key; those that are tables key by key."""
     found: dict[str, str] = {}
     for name, s in SCHEMA.settings.items():
-        value = s.of(config)
+        if (value := s.of(config)) is None:
+            continue
         found |= {f"{name}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {name: _text(value)}
     return found
 
