@@ -162,6 +162,31 @@ def _metrics(d: Damager) -> Case:
     return Case(calls[how], may_change=("runs/base",) if how == "resume" else ())
 
 
+def _models(d: Damager) -> Case:
+    """Damage what a trained model is opened from, and let it write or be exported."""
+    draw = d.draw
+    folder = draw.choice(["runs/base", "exported"])
+    names = {
+        "runs/base": ["config.toml", "tokenizer.json", "model.safetensors"],
+        "exported": ["config.json", "tokenizer.json", "model.safetensors"],
+    }[folder]
+    for name in draw.sample(names, k=draw.choice([1, 1, 2])):
+        way = draw.random()
+        if way < 0.1:
+            (d.folder / folder / name).unlink(missing_ok=True)
+            d.done.append(f"{folder}/{name}: removed")
+        elif way < 0.6 and name.endswith(".toml"):
+            d.toml(f"{folder}/{name}", long=False)
+        elif way < 0.7 and name.endswith(".json"):
+            d.json_lines(f"{folder}/{name}")
+        else:
+            d.file(f"{folder}/{name}")
+    sides = draw.choice([["--prompt=the bees"], ["--prompt=" + draw.choice(VALUES)], ["--prefix=a", "--suffix=b"]])
+    more = [f"--{name}={draw.choice(NUMBERS)}" for name in ("temperature", "top-p", "seed") if draw.random() < 0.2]
+    calls = [["generate", folder, *sides, "--max-tokens=8", *more], ["export", folder, "new"]]
+    return Case(draw.choice(calls))
+
+
 def _places(d: Damager) -> Case:
     """Use folders that cannot be written, are not folders, or belong to something else."""
     draw = d.draw
@@ -202,6 +227,7 @@ KINDS: dict[str, tuple[Callable[[Damager], Case], int]] = {
     "checkpoints": (_checkpoints, 6),
     "metrics": (_metrics, 5),
     "places": (_places, 4),
+    "models": (_models, 5),
 }
 
 

@@ -156,8 +156,10 @@ class Damager:
             draw.choice([path.touch, path.mkdir, lambda: path.symlink_to(path.name)])()
             self.done.append(f"{folder}: replaced")
         else:
-            path.rename(path.with_name("checkpoint-" + draw.choice(["1", "00000009", "9" * 30, "x", "\u0663"])))
-            self.done.append(f"{folder}: renamed")
+            other = path.with_name("checkpoint-" + draw.choice(["1", "00000009", "9" * 30, "x", "\u0663"]))
+            if not other.exists():  # the name of one renamed before
+                path.rename(other)
+                self.done.append(f"{folder}: renamed")
         if path.is_dir() and (path / "checksums.json").is_file() and draw.random() < 0.5:
             files = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != "checksums.json"]
             sums = {p.name: [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files}

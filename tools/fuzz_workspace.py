@@ -72,6 +72,9 @@ def build(folder: Path, main: Main) -> None:
     outcome = run(Case(["train", *flags(SETTINGS), "--name=base"]), folder, main)
     if outcome.status != 0:
         raise RuntimeError(f"training the initial run failed:\n{outcome.err}")
+    outcome = run(Case(["export", "runs/base", "exported"]), folder, main)
+    config = folder / "exported" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))  # in one line, for what changes lines of JSON
     for i, (width, steps) in enumerate([(16, 10), (16, 40), (32, 20), (32, 80), (48, 10), (48, 60), (64, 40)]):
         made = folder / "fits" / f"run{i}"
         made.mkdir(parents=True)

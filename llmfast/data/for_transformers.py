@@ -21,6 +21,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, *, max_length: int
         "eos_token": END_OF_TEXT,
         "pad_token": _PAD if _PAD in tokenizer.special_ids else END_OF_TEXT,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # or transformers 4 adds one that no Llama takes
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

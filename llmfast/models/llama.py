@@ -10,6 +10,7 @@ The second line is DeepSeek-V3's layout for sequential depths, which a Llama doe
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _BLOCK: dict[str, list[str]] = {
 }
 _DEPTH = {"enorm": ["enorm"], "hnorm": ["hnorm"], "eh_proj": ["eh_proj"], "norm": ["shared_head.norm"]}
 _SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+_BEYOND = 2**31  # any size
 _OWN = ("mtp_heads", "mtp_concat", "mtp_hidden", "mtp_repeated_layer", "mtp_detach")  # the layout has no names for them
 
 
@@ -86,7 +88,12 @@ def load_llama(folder: Path) -> Decoder:
         tensors = load_file(str(folder / WEIGHTS))
     except SafetensorError as e:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {e}") from e
-    model = Decoder(c)
+    most = max(c.layers, 0 if c.mtp_repeated_layer else c.mtp_heads)
+    expect(
+        most <= len(tensors), f"{folder / WEIGHTS} must hold the tensors of its config.json's {most} layers or depths"
+    )
+    with torch.device("meta"):  # sizes are only known to be right when the tensors fit
+        model = Decoder(c)
     embedding = tensors.get("model.embed_tokens.weight")
     unembedding = embedding if c.tie_embeddings else tensors.get("lm_head.weight")
     for name in [name for name in tensors if _SHARED.fullmatch(name)]:
@@ -99,11 +106,11 @@ def load_llama(folder: Path) -> Decoder:
         f"{folder / WEIGHTS} must hold the tensors of its config.json; missing "
         f"{sorted(wanted - tensors.keys())}, left over {sorted(tensors.keys() - wanted)}",
     )
-    state = {name: torch.cat([tensors[t] for t in theirs]) for name, theirs in names.items()}
-    if c.mtp_concat == "hidden_first":
-        state |= {name: _swapped(t) for name, t in state.items() if name.endswith(".eh_proj.weight")}
     try:
-        model.to(state["embedding.weight"].dtype).load_state_dict(state)
+        state = {name: torch.cat([tensors[t] for t in theirs]) for name, theirs in names.items()}
+        if c.mtp_concat == "hidden_first":
+            state |= {name: _swapped(t) for name, t in state.items() if name.endswith(".eh_proj.weight")}
+        model.load_state_dict(state, assign=True)
     except RuntimeError as e:
         raise ValueError(f"{folder / WEIGHTS} does not fit its config.json: {e}") from e
     return model
@@ -189,6 +196,11 @@ def decoder_config_of(values: dict[str, Any], file: Path) -> DecoderConfig:
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} must be of a model that llmfast wrote: {type(e).__name__} {e}") from e
     must = {"model_type": "llama", "num_key_value_heads": c.heads, "hidden_act": "silu", "rope_scaling": None}
+    for field in fields(c):
+        got, kind = getattr(c, field.name), int if field.default is MISSING else type(field.default)
+        right = type(got) is kind or (kind is float and type(got) is int)
+        right = right and (kind not in (int, float) or 0 <= got < _BEYOND)
+        expect(right, f"{file} must be of a model that llmfast wrote; its value for {field.name} is {got!r:.50}")
     for name, value in must.items():
         got = values.get(name, value)
         expect(got == value, f"{file} must be of a model that llmfast wrote, with {name}={value!r}; got {got!r}")

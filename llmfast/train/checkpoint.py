@@ -431,6 +431,12 @@ def _bytes_of(state: Any) -> int:
     return state.numel() * state.element_size() if isinstance(state, Tensor) else 0
 
 
+def newest_step(run: Path) -> int | None:
+    """Return the step of a run's newest checkpoint, whole or not; None if there is none."""
+    found = _checkpoints(run)
+    return _step_of(found[-1]) if found else None
+
+
 def _checkpoints(run: Path, after: int = -1) -> list[Path]:
     """List the checkpoints after a step, the oldest first."""
     found = (f for f in run.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdecimal())

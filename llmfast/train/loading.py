@@ -10,7 +10,7 @@ from llmfast._checks import expect
 from llmfast.data import Tokenizer, load_tokenizer
 from llmfast.models import Decoder, DecoderConfig, load_llama
 from llmfast.models.llama import CONFIG, WEIGHTS, decoder_config_of, read_config
-from llmfast.train.checkpoint import load_weights
+from llmfast.train.checkpoint import load_weights, newest_step
 from llmfast.train.config import Config, decoder_config
 from llmfast.train.earlier import saved_settings
 
@@ -25,8 +25,8 @@ class Loaded(NamedTuple):
 def load_run(run: str | Path) -> Loaded:
     """Load the model and the tokenizer of a run's folder, or of a folder that `llmfast export` wrote.
 
-    The weights are those that the run has finished with, or else those of its newest checkpoint. They stay in their
-    saved dtype, on the CPU.
+    The weights are those that the run finished with, or of its newest checkpoint if it has not finished, or not again
+    since it was resumed with more steps. They stay in their saved dtype, on the CPU.
 
     Raises:
         ValueError: The folder is neither, or its files do not fit together.
@@ -53,8 +53,11 @@ class Opened:
         with torch.device("meta"):  # which draws no random numbers
             model = Decoder(self.shape)
         model = model.to(getattr(torch, self.settings.train.param_dtype)).to_empty(device="cpu")
-        if (self.folder / WEIGHTS).exists():
-            _load(model, self.folder / WEIGHTS)
+        step, file = newest_step(self.folder), self.folder / WEIGHTS
+        if file.exists() and (step is None or step >= self.settings.train.steps):
+            _load(model, file)
+        elif step is None:
+            raise FileNotFoundError(f"{self.folder} has no weights yet: neither a checkpoint nor {WEIGHTS}")
         else:
             load_weights(self.folder, model, lambda about: None)
         return model.eval()

@@ -1,5 +1,7 @@
 """One line opens what a run has trained."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ from rich.console import Console
 
 import llmfast
 from llmfast.export import export
-from llmfast.train import load_config, load_run, train
+from llmfast.train import Hooks, Trainer, load_config, load_run, train
+from llmfast.train.earlier import resumed_config
 from support.runs import write_run
 
 KINDS = [
@@ -38,11 +41,24 @@ def test_the_model_and_the_tokenizer_of_a_run(settings: list[str], kind: str, tm
     assert hidden.requires_grad  # it can be trained further
 
 
-def test_a_run_of_the_trainer_and_one_that_did_not_finish(settings: list[str]) -> None:
+def test_a_run_of_the_trainer_and_one_that_did_not_finish(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(load_config(None, [*settings, "name=x"]), console=Console(quiet=True))
     finished = load_run(run).model
-    (run / "model.safetensors").unlink()
+    (run / "model.safetensors").rename(run / "kept")
     assert same(load_run(run).model, finished)
+
+    # Resumed with more steps and not finished: model.safetensors is of an earlier one then.
+    class Stop(Hooks):
+        def after_step(self, trainer: Trainer) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    (run / "kept").rename(run / "model.safetensors")
+    monkeypatch.setattr("llmfast.train.run.Shares", lambda order: Stop())
+    train(resumed_config(run, ["train.steps=20"]), resume=True, console=Console(quiet=True))
+    newest = load_run(run).model
+    assert (run / "checkpoint-00000009").exists() and not same(newest, finished)
+    (run / "model.safetensors").unlink()
+    assert same(load_run(run).model, newest)
 
 
 def test_an_exported_folder(tmp_path: Path) -> None:
@@ -76,7 +92,7 @@ def test_refuses(tmp_path: Path) -> None:
         load_run(tmp_path / "run")
     assert "\n" not in str(e.value)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+    with pytest.raises(FileNotFoundError, match=r"run has no weights yet: neither a checkpoint nor model.safetensors"):
         load_run(tmp_path / "run")
     (tmp_path / "run" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
