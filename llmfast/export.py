@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from llmfast._checks import expect
@@ -28,6 +29,9 @@ def run(args: argparse.Namespace) -> int:
         return fail(f"{e}; exporting needs the extra: pip install 'llmfast-torch[train]'")
     except (ValueError, OSError) as e:
         return fail(str(e))
+    except KeyboardInterrupt:
+        print("llmfast: interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(args.to)
     return 0
 

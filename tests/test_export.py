@@ -19,6 +19,7 @@ def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {p.name for p in to.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }
+    assert len({p.stat().st_mode for p in to.iterdir()}) == 1  # who can read one file can read all
     names = load_file(str(to / "model.safetensors")).keys()
     assert "model.layers.1.self_attn.q_proj.weight" in names and not any("layers.2" in name for name in names)
     config = json.loads((to / "config.json").read_text())
@@ -43,3 +44,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("llmfast: error: ") and message in err
     assert {p.name for p in tmp_path.iterdir()} == {"run", "full"} and (full / "mine").read_text() == "kept"
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    write_run(tmp_path / "run")
+    monkeypatch.setattr("llmfast.data.for_transformers.save_for_transformers", interrupted)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "to")]) == 130
+    assert capsys.readouterr().err == "llmfast: interrupted; nothing was written\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -185,3 +185,20 @@ def test_broken_characters_do_not_hold_up_what_follows() -> None:
     assert "".join(pieces).count("\ufffd") >= 8
     stream = TextStream(ByteTokenizer(), [])
     assert stream.put(0xE4) == "" and stream.rest() == "\ufffd" and stream.rest() == ""
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keep what was printed, and end its line."""
+    write_run(tmp_path / "run")
+    put, calls = TextStream.put, list[int]()
+
+    def interrupted(self: TextStream, token: int) -> str:
+        calls.append(token)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        put(self, token)
+        return "x"
+
+    monkeypatch.setattr(TextStream, "put", interrupted)
+    assert main(["generate", str(tmp_path / "run"), "--prompt=abc"]) == 130
+    assert capsys.readouterr().out == "xx\n"

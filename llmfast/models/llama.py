@@ -70,6 +70,7 @@ def save_llama(model: Decoder, folder: Path, *, depths: bool = False, more: Mapp
     save_file(owned, str(folder / WEIGHTS), metadata={"format": "pt"})
     values = _config(model, depths) | dict(more or {})
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read its files
 
 
 def load_llama(folder: Path) -> Decoder:
