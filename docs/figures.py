@@ -18,8 +18,9 @@ from unittest import mock
 import torch
 
 from benchmarks.report import GROUPS, SHOWN, bytes_per_parameter, chosen
+from evidence.roofline import H100
 from llmfast.losses import LinearCrossEntropyPlan
-from llmfast.models.memory import unfused_loss_bytes
+from llmfast.losses.plan import row_width
 from llmfast_kernels.cross_entropy import tile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,6 @@ WIDTH = 5.4  # inches, width of a diagram
 PLOT_WIDTH = 4.6  # inches; at this width a point is about a pixel on a phone
 SMALL = 9  # points, small font of a diagram
 
-BUDGET = 1 << 30  # bytes, the default on a GPU
 ELEMENT = 2  # bytes per bfloat16
 
 
@@ -59,25 +59,23 @@ def bytes_per_logit() -> dict[str, Any]:
     return ways
 
 
-def plan_of(N: int, D: int, V: int) -> LinearCrossEntropyPlan:
-    return LinearCrossEntropyPlan.make(N, D, V, memory_budget=BUDGET)
+def gradient_bytes(N: int, D: int, V: int) -> int:
+    return ELEMENT * (N * D + V * D)
 
 
-N, D = 8192, 4096
-VOCABULARIES = [1 << k for k in range(13, 20)]
-
-
-def memory() -> dict[str, Any]:
-    """Return GiB beyond the inputs (including gradients) for each mode and for torch, per vocabulary size."""
-    found: dict[str, list[float]] = {"torch, float32 softmax": [], "materialise": [], "chunk": [], "recompute": []}
-    chosen_modes = []
-    for V in VOCABULARIES:
-        found["torch, float32 softmax"].append(unfused_loss_bytes(N, D, V, torch.bfloat16) / 2**30)
-        plan = plan_of(N, D, V)
-        chosen_modes.append(plan.mode)
-        for one in [plan, *plan.alternatives]:
-            found[one.mode].append(one.peak_bytes / 2**30)
-    return {"V": VOCABULARIES, "chosen": chosen_modes} | {k: [round(x, 4) for x in v] for k, v in found.items()}
+def curve() -> dict[str, dict[str, list[float]]]:
+    """Return GiB held beyond inputs and gradients, and modelled ms: ours for all budgets, others' as counted."""
+    found = {}
+    for name, options in {"llmfast": {}, "llmfast, bfloat16 sums": {"accumulate_dtype": torch.bfloat16}}.items():
+        plans = LinearCrossEntropyPlan.make(**SHOWN, memory_budget=8 << 30, **options).curve
+        found[name] = [(plan.held_bytes, plan.seconds) for plan in plans if plan.held_bytes >= 16 << 20]
+    for row in chosen(results(), section="real sizes", operation="linear_cross_entropy", size=SHOWN):
+        if not row["way"].startswith("llmfast"):
+            found[row["way"]] = [(row["peak_bytes"] - gradient_bytes(**SHOWN), row["seconds"][H100.name])]
+    return {
+        name: {"GiB": [round(held / 2**30, 4) for held, _ in points], "ms": [round(s * 1e3, 2) for _, s in points]}
+        for name, points in found.items()
+    }
 
 
 def optimizer_bytes() -> dict[str, float]:
@@ -99,7 +97,7 @@ def row_of_logits() -> dict[str, int]:
         shape = tile(V)
     return {
         "V": V,
-        "row_width": plan_of(N, 768, V).row_width,
+        "row_width": row_width(V, torch.bfloat16, kernels=True, filtered=False),
         "tile": shape["BLOCK_V"],
         "threads": shape["THREADS"],
         "whole": V // shape["BLOCK_V"],
@@ -109,14 +107,14 @@ def row_of_logits() -> dict[str, int]:
 
 def chunks() -> dict[str, Any]:
     """Return the chunks and bytes of the plan at `SHOWN`."""
-    plan = plan_of(**SHOWN)
+    plan = LinearCrossEntropyPlan.make(**SHOWN)
     return {
         "size": SHOWN,
         "mode": plan.mode,
         "rows": [part.stop - part.start for part in plan],
         "slab": plan.slab_bytes,
-        "weight": plan.V * plan.D * 4,
-        "all": plan.N * plan.V * ELEMENT,
+        "weight": SHOWN["V"] * SHOWN["D"] * 4,
+        "all": SHOWN["N"] * SHOWN["V"] * ELEMENT,
     }
 
 
@@ -139,26 +137,20 @@ def draw_bytes(figure: Any, ways: dict[str, Any], ink: str) -> None:
     figure.legend(loc="outside upper center", ncols=3, frameon=False, handlelength=1, columnspacing=1)
 
 
-STYLES = {
-    "torch, float32 softmax": (GREY, "--"),
-    "materialise": (PURPLE, "-"),
-    "chunk": (BLUE, "-"),
-    "recompute": (GREEN, "-"),
-}
-
-
-def draw_memory(figure: Any, found: dict[str, Any], ink: str) -> None:
+def draw_curve(figure: Any, found: dict[str, dict[str, list[float]]], ink: str) -> None:
     axes = figure.subplots()
-    for name, (color, style) in STYLES.items():
-        axes.plot(found["V"], found[name], style, color=color, label=name, marker="o", markersize=3)
-    picked = [(V, found[mode][i]) for i, (V, mode) in enumerate(zip(found["V"], found["chosen"]))]
-    axes.plot(*zip(*picked), "o", color="none", markeredgecolor=ink, markersize=9, label="the plan's choice")
+    for (name, points), style in zip(found.items(), [(BLUE, "-"), (GREEN, "--")]):
+        axes.plot(points["GiB"], points["ms"], style[1], color=style[0], label=name)
+    markers = "sDv^<>Pp*X"
+    others = [(name, points) for name, points in found.items() if not name.startswith("llmfast")]
+    for (name, points), marker in zip(others, markers, strict=False):
+        color = ORANGE if name.startswith("Liger") else PURPLE if name.startswith("cut") else GREY
+        axes.plot(points["GiB"], points["ms"], marker, color=color, markersize=6, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(found["V"], [f"{V // 1024}k" for V in found["V"]])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("vocabulary V")
-    axes.set_ylabel("GiB, gradients included")
+    axes.set_xticks([2.0**k for k in range(-9, 6, 2)], ["2 MiB", "8", "32", "128", "512 MiB", "2 GiB", "8", "32 GiB"])
+    axes.minorticks_off()
+    axes.set_xlabel("held beyond inputs and gradients")
+    axes.set_ylabel(f"ms, modelled on an {H100.name}")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
@@ -259,7 +251,7 @@ def draw_chunks(figure: Any, plan: dict[str, Any], ink: str) -> None:
 ROW_HEIGHT, CHUNK_HEIGHT = 3.6, 3.5
 FIGURES: dict[str, tuple[Callable[[], Any], Callable[[Any, Any, str], None], float]] = {
     "bytes": (bytes_per_logit, draw_bytes, 3.2),
-    "memory": (memory, draw_memory, 3.8),
+    "curve": (curve, draw_curve, 4.2),
     "optimizers": (optimizer_bytes, draw_optimizers, 4.2),
     "row": (row_of_logits, draw_row, ROW_HEIGHT),
     "chunks": (chunks, draw_chunks, CHUNK_HEIGHT),

@@ -7,7 +7,7 @@ MODELS = {
     "Gemma-2": (2304, 256000),
     "Qwen-3": (2560, 151936),
 }
-TOKENS = (1024, 4096, 16384, 65536)
+TOKENS = (1024, 8192, 16384, 65536)
 
 # Small enough to compute in the interpreter, but with realistic proportions.
 SMALL = {"N": 1024, "D": 256, "V": 16384}

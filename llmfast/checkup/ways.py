@@ -115,10 +115,22 @@ def _torch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return _load("torch.nn.functional", "linear_cross_entropy")(hidden, weight, targets, options=options)
 
 
-def _liger(accumulate: torch.dtype | None) -> Callable[..., Any]:
+def _within(budget: int, **options: Any) -> Callable[..., Any]:
+    """Give our loss a budget, or an eighth of the bfloat16 logits' bytes if that is less."""
+
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+        most = min(budget, len(hidden) * len(weight) // 4)
+        return losses.linear_cross_entropy(hidden, weight, targets, memory_budget=most, **options)
+
+    return run
+
+
+def _liger(accumulate: torch.dtype | None, chunk: int = 1) -> Callable[..., Any]:
+    """Give Liger's loss a dtype of its sums, and a multiple of its usual chunk."""
+
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
         loss = _load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
-        return loss(hidden, weight, targets, accum_dtype=accumulate)
+        return loss(hidden, weight, targets, accum_dtype=accumulate, chunk_mem_const=chunk)
 
     return run
 
@@ -212,6 +224,8 @@ _WAYS: dict[str, list[Way]] = {
     ],
     "linear_cross_entropy": [
         Way("llmfast", losses.linear_cross_entropy, LLMFAST, EVERYWHERE),
+        Way("llmfast, 200 MiB", _within(200 << 20), LLMFAST, KERNELS),
+        Way("llmfast, 200 MiB, bf16 sums", _within(200 << 20, accumulate_dtype=torch.bfloat16), LLMFAST, KERNELS),
         Way("torch", _unfused, TORCH, EVERYWHERE),
         Way("torch, float32 logits", _unfused_float32, TORCH, KERNELS),
         Way("torch compiled", _compiled(_unfused_float32), TORCH, GPU_ONLY),
@@ -221,6 +235,8 @@ _WAYS: dict[str, list[Way]] = {
             else []
         ),
         Way("Liger", _liger(None), LIGER, KERNELS),
+        Way("Liger, C = 8", _liger(None, 8), LIGER, KERNELS),
+        Way("Liger, C = 16", _liger(None, 16), LIGER, KERNELS),
         Way("Liger, float32 sums", _liger(torch.float32), LIGER, KERNELS),
         Way("cut-cross-entropy", _cut_cross_entropy(), CCE, KERNELS),
         # Has the same counts on random numbers, of which the filter drops nothing.

@@ -1,42 +1,27 @@
 """Cross-entropy of `hidden @ weight.T`, a slab of logits at a time.
 
-The plan (`plan.py`) says how many rows of logits exist at once. One slab is reused for chunks of rows: the row kernel
-turns logits, in place, into their gradients (not yet divided by any count), two matrix products turn those into the
-gradients of `hidden` and `weight`, and a last pass multiplies by upstream / count while casting. The cost is reading W
-and updating dW once per chunk, so the fewer chunks the better.
+The plan (`plan.py`) says how rows and columns are cut, and `stages.py` does the work. In the row stage, one slab is
+reused for chunks of rows: the row kernel turns logits, in place, into their gradients (not yet divided by any count),
+and two matrix products turn those into the gradients of `hidden` and of the first columns of `weight`. A last pass
+multiplies by upstream / count while casting. In backward, the column stage finishes the other columns of `weight`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from llmfast._dispatch import multiplies_into_float32, use_kernels
+from llmfast._dispatch import adds_into_float32, multiplies_into_float32, use_kernels
+from llmfast.losses import plain
 from llmfast.losses.loss import Found, Loss, Returned, Tensors
 from llmfast.losses.parallel import group_size, sum_over_ranks
-from llmfast.losses.plain import times
-from llmfast.losses.plan import LinearCrossEntropyPlan
-from llmfast.losses.products import Products, live_blocks
-from llmfast.losses.rows import row_ops
+from llmfast.losses.plan import LinearCrossEntropyPlan, may_hold, planned, row_width
+from llmfast.losses.products import Products
+from llmfast.losses.stages import Gradients, Matrices, Stages, put_scaled
 from llmfast.losses.targets import divided
-from llmfast_kernels.terms import GROUP, Rows, Softmax, Terms, Upstream
-
-
-class Gradients(NamedTuple):
-    """Gradients of the inputs; None where none is wanted."""
-
-    hidden: Tensor | None  # (N, D)
-    weight: Tensor | None  # (V, D)
-    bias: Tensor | None  # (V,) float32
-
-
-class Matrices(NamedTuple):
-    """The inputs in the compute dtype."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
+from llmfast.losses.ways import Call
+from llmfast_kernels.terms import Rows, Softmax, Upstream
 
 
 @dataclass
@@ -44,19 +29,25 @@ class Kept:
     """State between forward and backward. Gradients are scaled and logits written over by the first backward pass."""
 
     plan: LinearCrossEntropyPlan
-    made: Gradients | None  # gradients of sum(loss)
-    logits: Tensor | None
-    cast: Matrices | None  # spares casting them again
+    made: Gradients | None  # gradients of sum(loss), as far as they are made in the forward pass
+    logits: Tensor | None  # (N, kept), or (N, padded V) if all are kept
+    cast: Matrices | None  # spares casting the inputs again
+
+    @property
+    def usable(self) -> bool:
+        """Return whether the plan can be followed: a second backward pass has nothing that was made or kept."""
+        return self.made is not None or not (self.plan.way.in_forward or (self.plan.way.kept and self.logits is None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCrossEntropy(Loss):
     """Cross-entropy of hidden @ weight.T + bias. The inputs are `hidden` (N, D), `weight` (V, D) and `bias` (V,)."""
 
-    makes_gradients: ClassVar[bool] = True
-
-    budget: int | None  # bytes of logits; None chooses
+    budget: int | None  # bytes to hold beyond inputs and gradients; None chooses
+    held: int  # bytes that the caller has taken of them
     slab_dtype: torch.dtype
+    weight_dtype: torch.dtype  # of the weight's gradient
+    accumulate_dtype: torch.dtype  # of its sums over chunks
     grad_filter: float | None
     accumulate_into: Tensor | None = None
     functional: bool = False  # return all that backward needs, as an operator must: keep no logits
@@ -65,195 +56,200 @@ class LinearCrossEntropy(Loss):
     def traceable(self) -> bool:
         return self.group is None and self.accumulate_into is None
 
+    def makes_gradients(self, inputs: Tensors, wants: tuple[bool, ...]) -> bool:
+        if self.reduction == "none":
+            return False
+        if not (self.functional and wants[1]):
+            return True
+        # An operator returns the weight's gradient as a float32 sum of all columns, if there is room for that and for
+        # what a slab of one row takes besides. An inequality specialises no graph on the number of rows.
+        hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
+        (N, D), V, wide = hidden.shape, weight.shape[0], torch.promote_types(self.dtype, torch.float32)
+        return may_hold(V * D * wide.itemsize + 100 * N + 40 * V + 4096, self.budget, weight.device)
+
     def forward(self, inputs: Tensors, wants: tuple[bool, ...]) -> Found:
-        plan = self._plan(inputs, wants)
-        matrices, terms = self._matrices(inputs, plan), self._terms(inputs)
-        products, ops = Products(plan.float32_products), self.ops(matrices.hidden)
-        made = None
-        if any(wants) and plan.mode == "chunk" and self.reduction != "none":
-            made = self._buffers(matrices, plan, wants)
+        plan = self._plan(inputs, wants, per_token=not self.makes_gradients(inputs, wants))
+        call, way = plan.call, plan.way
+        stages = self._stages(plan, self._matrices(inputs), inputs)
+        made = self._row_buffers(stages, wants) if way.in_forward and any(wants) else None
         # Other ranks may have more classes, and wider rows.
-        slab = matrices.hidden.new_empty(min(plan.rows, plan.N), plan.row_width, dtype=self.slab_dtype)
-        logits = slab = slab[:, : plan.padded(plan.V)]
-        low = slab if slab.dtype == plan.dtype or made is None else slab.new_empty(slab.shape, dtype=plan.dtype)
-        alive, filtering = None, {}
-        parts: list[Rows] = []
-        for rows in plan:
-            n = rows.stop - rows.start
-            logits, d_logits = slab[:n], None if made is None else low[:n]
-            products.logits(matrices.hidden[rows], matrices.weight, out=logits[:, : plan.V])
-            if made is not None and self.grad_filter is not None:
-                alive = slab.new_empty(n, plan.row_width // GROUP, dtype=torch.int8)
-                filtering = {"alive": alive, "threshold": self.grad_filter}
-            part = ops.cross_entropy(
-                logits,
-                self.targets[rows],
-                terms,
-                V=plan.V,
-                entropy=self.stats,
-                argmax=self.stats,
-                d_logits=d_logits,
-                **filtering,
-            )
-            parts.append(part)
-            if d_logits is not None and made is not None:
-                self._add_chunk(products, matrices, rows, d_logits[:, : plan.V], alive, made)
-        found = _joined(parts, self._no_rows(matrices, plan))
+        slab = stages.matrices.hidden.new_empty(min(way.rows, call.N), call.row_width, dtype=self.slab_dtype)
+        slab = slab[:, : plan.padded(call.V)]
+        logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
+        copied = None if plan.keeps_all else logits
+        parts = list(stages.forward(made, copied, slab, stats=self.stats))
+        del slab  # before the chunks' numbers are joined
+        found = _joined(parts, self._no_rows(stages.matrices))
         if made is not None and made.hidden is not None and self.group is not None:
             sum_over_ranks(made.hidden, self.group)  # each rank has its columns' part
-        cast_now = plan.mode != "chunk" and any(t is not used for t, used in zip(inputs, matrices))
-        kept = Kept(plan, made, logits if plan.mode == "materialise" else None, matrices if cast_now else None)
-        return Found(found, ops.lse(found) if self.stats else None, kept)
+        later = any(wants) and (not way.in_forward or call.column_share(way) > 0)
+        cast_now = later and any(t is not used for t, used in zip(inputs, stages.matrices))
+        kept = Kept(plan, made, logits, stages.matrices if cast_now else None)
+        return Found(found, stages.ops.lse(found) if self.stats else None, kept)
 
     def backward(
         self, inputs: Tensors, wants: tuple[bool, ...], softmax: Softmax, returned: Returned, kept: Kept | None
     ) -> Tensors:
-        made, logits = (None, None) if kept is None else (kept.made, kept.logits)
-        if kept is not None:
-            kept.made = kept.logits = None
-        if made is not None and returned.lse is None and returned.entropy is None:
-            return self._scaled(made, returned, inputs)
-        plan = self._plan(inputs, wants) if kept is None else kept.plan
-        if logits is None and plan.mode != "recompute":
-            plan = plan.cut("recompute")
-        matrices = kept.cast if kept is not None and kept.cast is not None else self._matrices(inputs, plan)
+        if kept is not None and kept.made is not None and (returned.lse is not None or returned.entropy is not None):
+            kept.made = kept.logits = None  # the gradient of the loss alone
+        if kept is None or not kept.usable:
+            cast_inputs = None if kept is None else kept.cast
+            kept = Kept(self._plan(inputs, wants, per_token=True, keeps=False), None, None, cast_inputs)
+        used = kept.made is None or kept.plan.call.column_share(kept.plan.way) > 0
+        matrices = kept.cast or (self._matrices(inputs) if used else Matrices(*cast(tuple[Tensor, Tensor], inputs[:2])))
+        stages = self._stages(kept.plan, matrices, inputs)
+        if kept.made is None:
+            found = self._again(stages, wants, softmax, returned, kept)
+        else:
+            found = self._rest(stages, softmax, returned, kept)
+        return tuple(None if g is None or t is None else g for g, t in zip(found, inputs))
+
+    def _again(
+        self, stages: Stages, wants: tuple[bool, ...], softmax: Softmax, returned: Returned, kept: Kept
+    ) -> Gradients:
+        """Make all gradients from logits that were kept, which are written over, or from new ones."""
+        call, way, hidden = stages.plan.call, stages.plan.way, stages.matrices.hidden
+        new = hidden.new_empty if call.N > 0 and call.V > 0 else hidden.new_zeros  # where there is no product
         upstream = returned.per_row(self.count, softmax.peak)
-        found = self._buffers(matrices, plan, wants)
-        self._fill(found, plan, matrices, self._terms(inputs), softmax, upstream, logits)
-        del logits  # gradients are cast when the slabs are freed
-        if found.hidden is not None and self.group is not None:
-            sum_over_ranks(found.hidden, self.group)
-        if self.accumulate_into is not None:
-            found = found._replace(weight=None)
-        return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, inputs))
+        into, later = self.accumulate_into, way.finished < call.N
+        d_hidden = rest = sums = None
+        d_weight = into if wants[1] else None
+        summed = call.hidden_sums(way) > 0 and not call.ranks
+        if wants[0] and not (summed and way.finished == 0):
+            d_hidden = new(call.N, call.D, dtype=call.wide if call.ranks else call.hidden_dtype)
+            rest = d_hidden[way.finished :]
+        if wants[0] and summed:
+            rest = new(call.N - way.finished, call.D, dtype=call.wide)
+        if d_weight is None and way.summed > 0:
+            columns = way.summed if call.separate(way) else call.V
+            sums = new(columns, call.D, dtype=call.accumulate_dtype)
+        d_bias = new(call.V, dtype=call.wide).zero_() if wants[2] else None
+        if way.finished > 0 and call.V > 0:
+            finished = Gradients(d_hidden, sums if d_weight is None else d_weight, None if later else d_bias)
+            stages.finish_rows(softmax, upstream, finished, add=into is not None)
+            del finished
+        if wants[1] and d_weight is None:
+            d_weight = sums
+            if sums is None or call.separate(way):
+                d_weight = new(call.V, call.D, dtype=self.weight_dtype)
+            if d_weight is not None and sums is not None and d_weight is not sums:
+                d_weight[: way.summed] = sums
+        sums = None  # freed before the columns' slab is made
+        if call.column_share(way) > 0:
+            left = Gradients(rest if later else None, d_weight, d_bias if later else None)
+            logits, kept.logits = kept.logits, None
+            stages.finish_columns(softmax, upstream, logits, left, add=into is not None)
+            del logits  # d_hidden is cast when the slabs are freed
+        if summed and d_hidden is not None and rest is not None:
+            d_hidden[way.finished :] = rest
+        d_hidden = rest if d_hidden is None else d_hidden
+        if d_hidden is not None and self.group is not None:
+            sum_over_ranks(d_hidden, self.group)
+        hidden_dtype, bias = call.hidden_dtype, stages.terms.bias
+        return Gradients(
+            None if d_hidden is None else d_hidden.to(hidden_dtype),
+            d_weight if into is None else None,
+            d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
 
-    def _fill(
-        self,
-        found: Gradients,
-        plan: LinearCrossEntropyPlan,
-        matrices: Matrices,
-        terms: Terms,
-        softmax: Softmax,
-        upstream: Upstream,
-        logits: Tensor | None,
-    ) -> None:
-        """Fill the gradients from logits that were kept, which are written over, or from slabs of new ones."""
-        products, ops = Products(plan.float32_products), row_ops(matrices.hidden)
-        slab = logits
-        if slab is None:
-            slab = matrices.hidden.new_empty(plan.N, plan.backward_width, dtype=self.slab_dtype)
-        low = slab if slab.dtype == plan.dtype else slab.new_empty(slab.shape, dtype=plan.dtype)
-        for columns in plan.column_slabs():
-            width, weight = columns.stop - columns.start, matrices.weight[columns]
-            block, d_block = (t[:, : plan.padded(width)] for t in (slab, low))
-            if logits is None:
-                products.logits(matrices.hidden, weight, out=block[:, :width])
-            own = terms.columns(columns)
-            ops.cross_entropy_backward(block, self.targets, own, softmax, upstream, V=width, d_logits=d_block)
-            d_logits = d_block[:, :width]
-            if found.hidden is not None:
-                products.multiply(d_logits, weight, out=found.hidden, add=columns.start > 0)
-            if found.weight is not None:
-                add = self.accumulate_into is not None
-                products.multiply(d_logits.T, matrices.hidden, out=found.weight[columns], add=add)
-            if found.bias is not None:
-                torch.sum(d_logits, 0, dtype=found.bias.dtype, out=found.bias[columns])
+    def _rest(self, stages: Stages, softmax: Softmax, returned: Returned, kept: Kept) -> Gradients:
+        """Multiply gradients of sum(loss) by upstream / count, and make those of the columns that are left."""
+        assert returned.loss is not None and kept.made is not None  # or backward would not run
+        call, way, scale = stages.plan.call, stages.plan.way, stages.ops.scale
+        made, kept.made, logits, kept.logits = kept.made, None, kept.logits, None
+        factor, into, bias = divided(returned.loss, self.count), self.accumulate_into, stages.terms.bias
+        d_hidden, sums, d_bias = made
+        if d_hidden is not None:
+            as_made = d_hidden.dtype == call.hidden_dtype
+            out = None if as_made else d_hidden.new_empty(d_hidden.shape, dtype=call.hidden_dtype)
+            d_hidden = scale(d_hidden, factor, out=out)
+        if d_bias is not None and bias is not None:
+            d_bias = plain.times(d_bias, factor).to(bias.dtype)
+        d_weight = None
+        if sums is not None:
+            d_weight = sums
+            if into is not None:
+                d_weight = into
+            elif call.separate(way):
+                d_weight = sums.new_empty(call.V, call.D, dtype=self.weight_dtype)
+            if way.summed > 0:
+                put_scaled(stages.ops, sums[: way.summed], factor, d_weight[: way.summed], add=into is not None)
+        del made, sums
+        if call.column_share(way) > 0:
+            # float16 gradients must not be divided by a count before they are summed.
+            like, later = softmax.peak, factor if call.is_half else None
+            upstream = torch.ones_like(like) if call.is_half else factor.to(like.dtype).expand_as(like).contiguous()
+            left = Gradients(None, d_weight, None)
+            stages.finish_columns(softmax, Upstream(upstream), logits, left, add=into is not None, factor=later)
+        return Gradients(d_hidden, d_weight if into is None else None, d_bias)
 
-    def _plan(self, inputs: Tensors, wants: tuple[bool, ...]) -> LinearCrossEntropyPlan:
+    def _plan(
+        self, inputs: Tensors, wants: tuple[bool, ...], *, per_token: bool, keeps: bool = True
+    ) -> LinearCrossEntropyPlan:
         hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
-        plan = LinearCrossEntropyPlan.make(
-            hidden.shape[0],
-            hidden.shape[1],
-            weight.shape[0],
+        (N, D), V, device, kernels = hidden.shape, weight.shape[0], hidden.device, use_kernels(hidden)
+        copies = (t for t in (hidden, weight) if t.dtype != self.dtype or (self.grad_filter and not t.is_contiguous()))
+        wide = torch.promote_types(self.dtype, torch.float32)
+        kernels = kernels and self.dtype != torch.float64
+        widest = V if self.group is None else -(-self.terms.V // group_size(self.group))
+        call = Call(
+            N=N,
+            D=D,
+            V=widest,  # all ranks must take the same number of chunks
             dtype=self.dtype,
             slab_dtype=self.slab_dtype,
-            weight_dtype=weight.dtype,
-            device=hidden.device,
-            memory_budget="auto" if self.budget is None else self.budget,
-            reduction=self.reduction,
-            wants=(wants[0], wants[1]),
-            kernels=use_kernels(hidden) and self.dtype != torch.float64,
-            filtered=self.grad_filter is not None,
-            widest=0 if self.group is None else -(-self.terms.V // group_size(self.group)),
-            float32_products=multiplies_into_float32(hidden.device, self.dtype),
+            hidden_dtype=hidden.dtype,
+            weight_dtype=self.weight_dtype,
+            accumulate_dtype=wide if self.functional else self.accumulate_dtype,
+            wants=(wants[0], wants[1], wants[2]),
+            row_width=row_width(widest, self.dtype, kernels, self.grad_filter is not None),
+            per_token=per_token,
+            kernels=kernels,
+            filtered=self.grad_filter is not None and not per_token,
+            ranks=self.group is not None,
+            into=self.accumulate_into is not None,
+            functional=self.functional and not per_token,
+            stats=self.stats,
+            float32_products=multiplies_into_float32(device, self.dtype),
+            float32_sums=adds_into_float32(device, self.dtype),
+            held=self.held + sum(t.shape[0] * D * self.dtype.itemsize for t in copies),
+            keeps=keeps and not self.functional,
+            **({} if kernels else plain.space(self.terms, self.stats)),
         )
-        return plan.cut("chunk") if self.functional else plan
+        return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)
 
-    def _matrices(self, inputs: Tensors, plan: LinearCrossEntropyPlan) -> Matrices:
-        cast_inputs = (cast(Tensor, t).to(plan.dtype) for t in inputs[:2])
+    def _stages(self, plan: LinearCrossEntropyPlan, matrices: Matrices, inputs: Tensors) -> Stages:
+        bias, terms = inputs[2], self.terms
+        if bias is not None:
+            terms = replace(terms, bias=bias.detach().contiguous())
+        ops, products = self.ops(matrices.hidden), Products(plan.call.float32_products)
+        return Stages(plan, matrices, self.targets, terms, products, ops, self.grad_filter)
+
+    def _matrices(self, inputs: Tensors) -> Matrices:
+        cast_inputs = (cast(Tensor, t).to(self.dtype) for t in inputs[:2])
         if self.grad_filter is None:
             return Matrices(*cast_inputs)
         return Matrices(*(t.contiguous() for t in cast_inputs))  # unlike torch's products, the filtered one needs that
 
-    def _terms(self, inputs: Tensors) -> Terms:
-        bias = inputs[2]
-        return self.terms if bias is None else replace(self.terms, bias=bias.detach().contiguous())
-
-    def _no_rows(self, matrices: Matrices, plan: LinearCrossEntropyPlan) -> Rows:
+    def _no_rows(self, matrices: Matrices) -> Rows:
         # Each is a tensor of its own: autograd marks some of them as not differentiable.
-        loss, peak, total, entropy = (matrices.hidden.new_empty(0, dtype=plan.accumulate_dtype) for _ in range(4))
+        wide = torch.promote_types(self.dtype, torch.float32)
+        loss, peak, total, entropy = (matrices.hidden.new_empty(0, dtype=wide) for _ in range(4))
         return Rows(loss, peak, total, *((entropy, loss.long()) if self.stats else (None, None)))
 
-    def _buffers(self, matrices: Matrices, plan: LinearCrossEntropyPlan, wants: tuple[bool, ...]) -> Gradients:
-        """Make buffers that the products fill, or zeros where there is no product."""
-        make = torch.empty_like if plan.N > 0 and plan.V > 0 else torch.zeros_like
+    def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
+        """Make what the row stage fills in the forward pass: zeros where there is no product."""
+        call, way, hidden = stages.plan.call, stages.plan.way, stages.matrices.hidden
+        new = hidden.new_empty if call.N > 0 and call.V > 0 else hidden.new_zeros
         d_hidden = d_weight = d_bias = None
         if wants[0]:
-            summed = plan.mode == "recompute" or self.group is not None
-            dtype = plan.accumulate_dtype if summed else plan.dtype
-            d_hidden = make(matrices.hidden, dtype=dtype, memory_format=torch.contiguous_format)
-        if wants[1] and self.accumulate_into is not None and plan.mode != "chunk":
-            d_weight = self.accumulate_into  # the gradients of chunks wait for the count
-        elif wants[1]:
-            dtype = plan.weight_gradient_dtype
-            d_weight = make(matrices.weight, dtype=dtype, memory_format=torch.contiguous_format)
+            d_hidden = new(call.N, call.D, dtype=call.wide if call.ranks else call.hidden_dtype)
+        if wants[1]:
+            columns = way.summed if call.separate(way) else call.V
+            d_weight = new(columns, call.D, dtype=call.accumulate_dtype)
         if wants[2]:
-            d_bias = matrices.hidden.new_zeros(plan.V, dtype=plan.accumulate_dtype)
+            d_bias = hidden.new_zeros(call.V, dtype=call.wide)
         return Gradients(d_hidden, d_weight, d_bias)
-
-    def _add_chunk(
-        self,
-        products: Products,
-        matrices: Matrices,
-        rows: slice,
-        d_logits: Tensor,  # (n, V)
-        alive: Tensor | None,  # (n, groups)
-        made: Gradients,
-    ) -> None:
-        """Add what a chunk of rows contributes to the gradients; the filter leaves the bias alone."""
-        if made.bias is not None:
-            made.bias.add_(d_logits.sum(0, dtype=made.bias.dtype))
-        d_logits, blocks = (d_logits, None) if alive is None else live_blocks(d_logits, alive)
-        if made.hidden is not None:
-            products.multiply(d_logits, matrices.weight, out=made.hidden[rows], blocks=blocks)
-        if made.weight is not None:
-            turned = None if blocks is None else blocks.T
-            out, add = made.weight, rows.start > 0
-            products.multiply(d_logits.T, matrices.hidden[rows], out=out, add=add, blocks=turned)
-
-    def _scaled(self, made: Gradients, returned: Returned, inputs: Tensors) -> Tensors:
-        """Multiply gradients of sum(loss) by upstream / count, into the inputs' dtypes or the buffer to add to."""
-        assert returned.loss is not None  # or backward would not run
-        factor, given = divided(returned.loss, self.count), self.accumulate_into
-        hidden, weight, bias = inputs
-        scale = row_ops(cast(Tensor, hidden)).scale
-
-        def cast_to(t: Tensor | None, like: Tensor | None) -> Tensor | None:
-            if t is None or like is None:
-                return None
-            return scale(t, factor, out=None if t.dtype == like.dtype else torch.empty_like(t, dtype=like.dtype))
-
-        if made.weight is None or given is None:
-            d_weight = cast_to(made.weight, weight)
-        else:
-            d_weight = None
-            if given.is_contiguous():
-                scale(made.weight, factor, out=given, add=True)
-                increment_version(given)  # a kernel does not
-            else:
-                given.add_(scale(made.weight, factor))
-        d_bias = None if made.bias is None or bias is None else times(made.bias, factor).to(bias.dtype)
-        return cast_to(made.hidden, hidden), d_weight, d_bias
 
 
 def _joined(parts: list[Rows], empty: Rows) -> Rows:

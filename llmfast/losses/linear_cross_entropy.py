@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe
-from llmfast._dispatch import expect_data, takes_plain_torch
+from llmfast._dispatch import expect_data, has_no_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
 from llmfast.losses.options import Inputs, LinearOptions, check, complete, defaults, only, takes
@@ -66,13 +66,17 @@ def linear_cross_entropy(
             If more are valid the loss is NaN (ValueError on a CPU): to divide by something else, divide a sum.
         process_group: `weight` and `bias` hold only this rank's classes, in rank order, split as by `torch.chunk`.
             `hidden` is the same on all ranks and so is its gradient, which takes one more all-reduce, of (N, D).
-        memory_budget: bytes that logits may take at any time; at least one row is always held. "auto": 64 MiB on a
-            CPU, 1 GiB elsewhere but never more than a tenth of the device's memory. `LinearCrossEntropyPlan` shows what
-            it leads to.
+        memory_budget: bytes that the call may hold at any time beyond its inputs and the gradients that it returns or
+            adds into. The fastest way within it is taken, and a smaller budget never holds more. "auto": on a CPU 64
+            MiB; elsewhere 1 GiB, or the weight's gradient in float32 if that is larger, but at most a tenth of the
+            device's memory. `LinearCrossEntropyPlan` shows what a budget leads to.
         slab_dtype: torch.float32 keeps the logits unrounded between the matrix product and the softmax: for low
             precision inputs with large logits, at 6 bytes per logit instead of 2.
         accumulate_into: a (V, D) float32 `main_grad` that the weight's gradient is added to in backward; `weight.grad`
-            stays None. Not with `process_group` over DTensors.
+            stays None. Not with `process_group` over DTensors. Without it, a weight with `grad_dtype=torch.float32`
+            (torch 2.10) gets the float32 gradient as it is summed.
+        accumulate_dtype: the weight's dtype rounds the sum of its gradient after every chunk of rows, instead of once
+            at the end: the fewest products with nothing but a slab to hold, at a larger error. Default: float32.
         grad_filter: skip what 128 x 128 blocks of logits add to the gradients where none of their gradients (not yet
             divided by a count) reaches this, e.g. 2.4e-4. Deterministic, approximate, and wrong early in training: at
             initialisation all of them are 1 / V, below such a threshold, and nothing but targets would be learnt from.
@@ -81,14 +85,22 @@ def linear_cross_entropy(
         As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero. Gradients of ignored tokens
         are zero, and so is what they add to the others, also where the upstream gradient is infinite or NaN.
 
-    For mean and sum, gradients are made in the forward pass if the logits do not fit `memory_budget`; only those that
-    are needed, in float32 accumulation. Losses per token, and gradients through `LossStats`, compute the logits twice
-    then. Backward with `retain_graph=True` works: the second time, gradients are computed again. Inside
+    For mean and sum, gradients are made in the forward pass as far as `memory_budget` allows; only those that are
+    needed, in float32 accumulation. Losses per token, and gradients through `LossStats`, compute logits again in
+    backward. Backward with `retain_graph=True` works: the second time, gradients are computed again. Inside
     `torch.compile` this is one operator, with `process_group`, DTensors or `accumulate_into` a break in the graph.
 
     Raises:
-        ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together.
+        ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together, or no way holds as
+            little as `memory_budget`; the message says how much the least takes.
     """
+    return with_held(0, hidden, weight, targets, return_stats, options)
+
+
+def with_held(
+    held: int, hidden: Tensor, weight: Tensor, targets: Tensor, return_stats: bool, options: LinearOptions
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Compute `linear_cross_entropy` for a caller that has taken so many bytes of the budget."""
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
     options = complete("linear_cross_entropy", _DEFAULTS, given)
@@ -98,6 +110,7 @@ def linear_cross_entropy(
         expect_data(hidden, "process_group")
         V, columns = own_columns(group, own, options["vocab_size"])
     dtype = _compute_dtype(hidden, weight)
+    wide = torch.promote_types(dtype, torch.float32)
     inputs = Inputs(hidden, targets, V, weight, dtype)
     check(given, options, inputs)
     if options["accumulate_into"] is not None:
@@ -109,13 +122,23 @@ def linear_cross_entropy(
         return torch_cross_entropy(F.linear(hidden, weight, bias), targets, options)
     fields = prepare(options, inputs, columns, dtype, stats=return_stats)
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
-    valid = valid_rows(flat, rows, options["ignore_index"], options["num_valid"])
+    budget = None if options["memory_budget"] == "auto" else options["memory_budget"]
+    valid = valid_rows(flat, rows, options["ignore_index"], options["num_valid"], budget)
     if valid is not None:
         flat, fields["targets"] = valid.gather(flat, rows)
+    terms, own_rows = fields["terms"], fields["targets"]
+    # Rows that were gathered have a gradient of their own, which those of all rows are made of.
+    held += _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own_rows.classes)
+    held += _copied(options["token_weights"], own_rows.token_weights)
+    held += _copied(options["target_weights"], own_rows.weights)
+    held += _copied(options["class_weights"], terms.class_weights)
     loss = LinearCrossEntropy(
         **fields,
-        budget=None if options["memory_budget"] == "auto" else options["memory_budget"],
+        budget=budget,
+        held=held,
         slab_dtype=options["slab_dtype"] or dtype,
+        weight_dtype=_gradient_dtype(weight, wide),
+        accumulate_dtype=options["accumulate_dtype"] or wide,
         grad_filter=options["grad_filter"],
         accumulate_into=options["accumulate_into"],
     )
@@ -131,6 +154,20 @@ def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:
         raise ValueError(f"weight must be (V, {hidden.shape[-1]}) with V > 0; got {describe(weight)}")
     if weight.device != hidden.device:
         raise ValueError(f"weight must be on {hidden.device}; got {describe(weight)}")
+
+
+def _copied(given: Tensor | None, used: Tensor | None) -> int:
+    """Return the bytes that a tensor takes besides the one it was made of."""
+    if given is None or used is None or has_no_data(used) or used.data_ptr() == given.data_ptr():
+        return 0
+    return used.nbytes
+
+
+def _gradient_dtype(weight: Tensor, wide: torch.dtype) -> torch.dtype:
+    """Return the dtype of the weight's gradient: `wide` if `weight.grad_dtype` says so, else the weight's own."""
+    if has_no_data(weight) or not (weight.is_leaf and weight.requires_grad):
+        return weight.dtype
+    return wide if getattr(weight, "grad_dtype", None) == wide else weight.dtype
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

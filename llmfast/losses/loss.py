@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ class Loss(ABC):
     `group` and other fields with a default exist outside `torch.compile` only.
     """
 
-    makes_gradients: ClassVar[bool] = False  # already in the forward pass, if `reduction` is not "none"
-
     targets: Targets
     terms: Terms
     reduction: Reduction
@@ -62,6 +60,10 @@ class Loss(ABC):
     def traceable(self) -> bool:
         """True if an operator of torch can stand for this loss."""
         return self.group is None
+
+    def makes_gradients(self, inputs: Tensors, wants: tuple[bool, ...]) -> bool:
+        """Return True if the forward pass makes all gradients that `wants` names."""
+        return False
 
     @abstractmethod
     def forward(self, inputs: Tensors, wants: tuple[bool, ...]) -> Found:

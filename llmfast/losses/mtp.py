@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast.losses.linear_cross_entropy import linear_cross_entropy
+from llmfast.losses.linear_cross_entropy import linear_cross_entropy, with_held
 from llmfast.losses.options import LinearOptions, MTPOptions, Numbers, complete, defaults, takes
 from llmfast.losses.plain import final_logits
 from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
@@ -85,7 +85,8 @@ def mtp_cross_entropy(
             valid tokens in all of them (`mtp_valid_counts`). Default: the number here.
         detach_unembedding: of these heads, or of all, no gradient reaches `weight` and `bias`.
         return_stats: also return `MTPStats`.
-        options: the others are as in `linear_cross_entropy`; `token_weights` are the labels' and move with them.
+        options: the others are as in `linear_cross_entropy`. `token_weights` are the labels' and move with them.
+            A list's copy counts towards `memory_budget`. If only some heads are detached, the two kinds take half each.
 
     Returns:
         The loss, float32, is the sum over k of head_weights[k] / num_valid[k] * (sum of head k's token losses). A head
@@ -101,7 +102,10 @@ def mtp_cross_entropy(
     rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options)
     document_ids, head_weights, num_valid, detach_unembedding = (rest.pop(name) for name in _OWN)
     shared = isinstance(hiddens, Tensor) and hiddens.shape[:-1] == labels.shape
-    hiddens = hiddens if isinstance(hiddens, Tensor) else _stacked(hiddens, labels)
+    copied = 0
+    if not isinstance(hiddens, Tensor):
+        hiddens = _stacked(hiddens, labels)
+        copied = hiddens.nbytes if len(hiddens) > 1 else 0
     if shared:
         expect(head_weights is not None, "head_weights must say how many heads share these hidden states")
         K = len(head_weights) if head_weights is not None else 0
@@ -128,7 +132,7 @@ def mtp_cross_entropy(
     targets = head_targets(labels, K, document_ids, rest["ignore_index"])
     heads, divisors = _heads(targets, weights, divisors, rest, wide)
     compute = _shared if shared else _separate
-    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, rest)
+    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, rest, copied)
     if not return_stats:
         return loss
     counts = heads.valid.flatten(1).sum(1)
@@ -201,6 +205,12 @@ class _Heads:
         weights = None if self.token_weights is None else _chosen(self.token_weights, heads)
         return _Heads(targets, valid, factors, self.common, weights)
 
+    @property
+    def held(self) -> int:
+        """Bytes that the heads take beyond the labels."""
+        weights = 0 if self.token_weights is None else self.token_weights.nbytes
+        return self.targets.nbytes + self.valid.nbytes + weights
+
     def hits(self, stats: LossStats) -> Tensor:
         """Return how many valid targets of each head are the argmax, (K,)."""
         return (self.valid & (stats.argmax == self.targets)).flatten(1).sum(1).to(self.factors.dtype)
@@ -246,17 +256,28 @@ Result = tuple[Tensor, Tensor, Tensor]  # loss (), sums of each head's losses (K
 
 
 def _separate(
-    hiddens: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
+    hiddens: Tensor,
+    weight: Tensor,
+    heads: _Heads,
+    detached: list[bool],
+    stats: bool,
+    options: LinearOptions,
+    copied: int,  # bytes of the budget that are taken
 ) -> Result:
     """Compute heads with hidden states of their own, as rows of one call."""
     factors = heads.factors
-    if any(detached) and not all(detached):  # each kind in a call of its own
+    if any(detached) and not all(detached):  # each kind in a call of its own, with half of the budget
+        copied //= 2
+        if options["memory_budget"] != "auto":
+            options = {**options, "memory_budget": options["memory_budget"] // 2}
         losses: list[Tensor] = []
         head_loss, head_hits = [factors] * len(detached), [factors] * len(detached)
         for kind in (False, True):
             these = [k for k, is_detached in enumerate(detached) if is_detached == kind]
             part, kinds = heads.chosen(these), [kind] * len(these)
-            loss, *sums = _separate(_chosen(hiddens, these), weight, part, kinds, stats, options)
+            own = _chosen(hiddens, these)
+            gathered = 0 if _follow_each_other(these) else own.nbytes
+            loss, *sums = _separate(own, weight, part, kinds, stats, options, copied + gathered)
             losses.append(loss)
             for k, one_loss, one_hits in zip(these, *sums):
                 head_loss[k], head_hits[k] = one_loss, one_hits
@@ -265,15 +286,22 @@ def _separate(
     rows = factors.view(-1, *[1] * (heads.targets.dim() - 1)).expand(heads.targets.shape)
     rows = rows if heads.token_weights is None else rows * heads.token_weights.to(rows.dtype)
     given: Any = {**options, "token_weights": rows, "num_valid": heads.common}
+    found: Any = with_held(copied + heads.held, hiddens, weight, heads.targets, stats, given)
     if not stats:
-        return linear_cross_entropy(hiddens, weight, heads.targets, **given), factors, factors
-    loss, found = linear_cross_entropy(hiddens, weight, heads.targets, return_stats=True, **given)
+        return found, factors, factors
+    loss, found = found
     safe = torch.where(factors == 0, 1, factors)
     return loss, found.token_loss.flatten(1).sum(1) / safe, heads.hits(found)
 
 
 def _shared(
-    hidden: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
+    hidden: Tensor,
+    weight: Tensor,
+    heads: _Heads,
+    detached: list[bool],
+    stats: bool,
+    options: LinearOptions,
+    copied: int,  # bytes of the budget that are taken
 ) -> Result:
     """Compute heads that share their logits, as K targets of each row."""
     expect(all(detached) or not any(detached), "detach_unembedding must be the same for heads that share their logits")
@@ -286,9 +314,10 @@ def _shared(
     factors, moved = heads.factors, heads.token_weights
     rows = factors if moved is None else factors * moved.movedim(0, -1).to(factors.dtype)
     given: Any = {**options, "token_weights": None, "target_weights": rows, "num_valid": heads.common}
+    result: Any = with_held(copied + heads.held + by_row.nbytes, hidden, weight, by_row, stats, given)
     if not stats:
-        return linear_cross_entropy(hidden, weight, by_row, **given), factors, factors
-    loss, found = linear_cross_entropy(hidden, weight, by_row, return_stats=True, **given)
+        return result, factors, factors
+    loss, found = result
     bias = options["bias"]
     sums = []
     with torch.no_grad():
@@ -307,8 +336,12 @@ def _detached(weight: Tensor, options: LinearOptions) -> tuple[Tensor, LinearOpt
     return weight.detach(), {**options, "bias": None if bias is None else bias.detach()}
 
 
+def _follow_each_other(heads: list[int]) -> bool:
+    return heads == list(range(heads[0], heads[-1] + 1))
+
+
 def _chosen(t: Tensor, heads: list[int]) -> Tensor:
     """Return some heads of (K, ...): a view if they follow on each other."""
-    if heads == list(range(heads[0], heads[-1] + 1)):
+    if _follow_each_other(heads):
         return t[heads[0] : heads[-1] + 1]
     return torch.stack([t[k] for k in heads])

@@ -127,7 +127,7 @@ class Operators:
             rows.loss.new_empty(0) if lse is None else lse,
             *(
                 rows.loss.new_empty(0) if g is None else g.to(dtype)
-                for g, dtype in zip(gradients, self._made_dtypes(loss))
+                for g, dtype in zip(gradients, self._made_dtypes(inputs, loss))
             ),
         )
 
@@ -137,7 +137,7 @@ class Operators:
         some = N if loss.stats else 0
         empty = loss.targets.classes.new_empty
         wide = torch.promote_types(loss.dtype, torch.float32)
-        makes = loss.makes_gradients and loss.reduction != "none"
+        makes = loss.makes_gradients(inputs, wants)
         return (
             empty(N if loss.reduction == "none" else (), dtype=wide),
             *(empty(size, dtype=wide) for size in (N, N, N, some)),
@@ -145,13 +145,14 @@ class Operators:
             empty(some, dtype=wide),
             *(
                 empty(t.shape, dtype=dtype) if makes and want and t is not None else empty(0, dtype=wide)
-                for t, want, dtype in zip(inputs, wants, self._made_dtypes(loss))
+                for t, want, dtype in zip(inputs, wants, self._made_dtypes(inputs, loss))
             ),
         )
 
-    def _made_dtypes(self, loss: Loss) -> list[torch.dtype]:
+    def _made_dtypes(self, inputs: Sequence[Tensor | None], loss: Loss) -> list[torch.dtype]:
         """Return the dtypes of gradients made in forward: sums over chunks are float32, the first input has none."""
-        return [loss.dtype] + [torch.promote_types(loss.dtype, torch.float32)] * (self._count - 1)
+        first, wide = inputs[0], torch.promote_types(loss.dtype, torch.float32)
+        return [loss.dtype if first is None else first.dtype] + [wide] * (self._count - 1)
 
     def _backward(self, *arguments: Any) -> Any:
         *flat, peak, total, entropy, d_loss, d_lse, d_entropy = arguments
@@ -185,7 +186,7 @@ class Operators:
         if not loss.stats:  # what comes back then belongs to an empty tensor
             d_lse = d_entropy = None
         found: Any
-        if loss.makes_gradients and loss.reduction != "none" and d_loss is not None and d_lse is d_entropy is None:
+        if loss.makes_gradients(inputs, wants) and d_loss is not None and d_lse is d_entropy is None:
             factor = divided(d_loss, loss.count)
             wide = torch.promote_types(factor.dtype, torch.float32)
             found = [times(g.to(wide), factor).to(t.dtype) if t is not None else None for g, t in zip(made, inputs)]

@@ -136,6 +136,18 @@ def _accumulate_into(name: str, value: Tensor, inputs: Inputs, options: "LossOpt
         raise TypeError(f"{name} must be float32; got {describe(value)}")
 
 
+def _accumulate_dtype(name: str, value: torch.dtype, inputs: Inputs, options: "LossOptions") -> None:
+    weight, dtype = inputs.weight, inputs.dtype
+    assert weight is not None and dtype is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    if value not in (weight.dtype, wide):
+        raise TypeError(f"{name} must be {wide} or the weight's dtype; got {value}")
+    if value != wide:
+        for other in ("accumulate_into", "grad_filter"):
+            expect(options.get(other) is None, f"{name}={value} does not work with {other}")
+        expect(value == dtype, f"{name} must be {wide} for a weight that is cast to {dtype}; got {value}")
+
+
 def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions") -> None:
     expect(options["reduction"] != "none", f"{name} needs reduction 'mean' or 'sum'")
     expect(options.get("process_group") is None, f"{name} does not work with process_group")
@@ -181,6 +193,7 @@ class ProductOptions(TypedDict, total=False):
     ]
     slab_dtype: Annotated[torch.dtype | None, Option(None, _slab_dtype)]
     accumulate_into: Annotated[Tensor | None, Option(None, _accumulate_into)]  # (V, D) float32
+    accumulate_dtype: Annotated[torch.dtype | None, Option(None, _accumulate_dtype)]
     grad_filter: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0), _grad_filter)]
 
 

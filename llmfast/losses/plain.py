@@ -16,6 +16,13 @@ from llmfast_kernels.terms import GROUP, Partials, Rows, Softmax, Targets, Terms
 BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in its cache
 
 
+def space(terms: Terms, stats: bool) -> dict[str, int]:
+    """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
+    given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
+    buffers = 1 if not stats and all(t is None for t in given) else 5
+    return {"blocks": buffers, "block_bytes": BLOCK_BYTES, "threads": torch.get_num_threads()}
+
+
 class _Weights:
     """The weights of each row and target. None stands for 1, or for no smoothing."""
 

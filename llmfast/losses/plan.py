@@ -1,46 +1,26 @@
-"""Cutting a linear cross-entropy into slabs, and what that costs: bytes, FLOPs, peak memory and modelled time.
-
-There are three modes. *materialise* keeps the logits of all rows from forward to backward. *chunk* reuses one slab for
-chunks of rows and makes the gradients in the forward pass. *recompute* keeps only logsumexp, and makes the logits again
-in backward, a slab of vocabulary at a time, so that each part of the weight's gradient is written once.
-"""
+"""The choice of how a linear cross-entropy is computed: the fastest way within a budget. `ways.py` has the costs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from llmfast._gpus import BANDWIDTH_SHARE, H100, LAUNCH, Gpu
 from llmfast._units import in_bytes
-from llmfast_kernels.terms import GROUP
+from llmfast.losses import plain
+from llmfast.losses.ways import SCALARS, Call, Mode, Step, Way
+from llmfast_kernels.terms import GROUP, Terms
 
-Mode = Literal["materialise", "chunk", "recompute"]
-
-# A slab larger than this saves nothing on a GPU: at Llama-3's vocabulary it holds 4096 rows, and the traffic of W and
-# dW is a ninth of the GEMMs' time (modelled: 459 / rows on an H100). On a CPU the GEMMs are slower, so fewer rows do.
-DEFAULT_BUDGET = {"cpu": 64 << 20}
-DEFAULT_BUDGET_ELSEWHERE = 1 << 30
-
-
-def default_budget(device: torch.device) -> int:
-    """Return bytes. On a GPU at most a tenth of its memory, not of what is free: runs must not differ."""
-    budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET_ELSEWHERE)
-    if device.type == "cuda" and torch.cuda.is_available():  # a plan can be asked for where there is no GPU
-        budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 10)
-    return budget
+# A larger slab saves next to nothing on a GPU: at Llama-3's vocabulary this one holds 4096 rows, and moving W and dW
+# takes a ninth of the products' time (modelled: 459 / rows on an H100). On a CPU, where products are slower, 64 MiB do.
+DEFAULT_SLAB = {"cpu": 64 << 20}
+DEFAULT_SLAB_ELSEWHERE = 1 << 30
 
 
-class Step(NamedTuple):
-    """A kind of launch. Bytes of DRAM and FLOPs are those of all its calls."""
-
-    name: str
-    bytes: float
-    flops: float = 0.0
-    calls: int = 1
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearCrossEntropyPlan:
     """Plan for `linear_cross_entropy` of N tokens, width D and V classes (of this rank).
 
@@ -49,19 +29,9 @@ class LinearCrossEntropyPlan:
     max(bytes / 90 % of the bandwidth, FLOPs / 70 % of the tensor cores) + 2 us.
     """
 
-    mode: Mode
-    N: int
-    D: int
-    V: int
-    dtype: torch.dtype  # of the matrix products
-    slab_dtype: torch.dtype  # of the logits
-    weight_dtype: torch.dtype  # of the parameter
-    wants: tuple[bool, bool]  # gradients of hidden, of weight
-    row_width: int  # columns of a forward slab, V padded so that rows start aligned
-    budget: int  # bytes for slabs
-    rows: int = 1  # of a slab in forward
-    columns: int = 1  # of a slab in backward
-    float32_products: bool = True  # matrix products of low precision into float32: on CUDA, not on CPUs or ROCm
+    call: Call
+    way: Way
+    budget: int  # most bytes to hold beyond the inputs and the gradients that are returned
     gpu: Gpu = H100
 
     @staticmethod
@@ -73,6 +43,7 @@ class LinearCrossEntropyPlan:
         dtype: torch.dtype = torch.bfloat16,
         slab_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
+        accumulate_dtype: torch.dtype | None = None,
         device: torch.device | str = "cuda",
         memory_budget: int | Literal["auto"] = "auto",
         reduction: str = "mean",
@@ -80,15 +51,10 @@ class LinearCrossEntropyPlan:
         mode: Mode | None = None,
         kernels: bool = True,
         filtered: bool = False,
-        widest: int = 0,
-        float32_products: bool = True,
         gpu: Gpu = H100,
+        gpu_memory: int | None = None,
     ) -> "LinearCrossEntropyPlan":
-        """Plan a linear cross-entropy of these shapes.
-
-        If all rows fit the budget, a GPU materialises them: a second softmax costs less than adding up a weight
-        gradient in float32. Not float16 ones, whose gradients must not be divided by a count before they are summed.
-        The gradients of losses per token are not known in the forward pass, so these materialise or recompute.
+        """Plan a linear cross-entropy of these shapes. It need not be possible here: no GPU is asked.
 
         Args:
             N: Tokens.
@@ -96,186 +62,256 @@ class LinearCrossEntropyPlan:
             V: Classes of this rank.
             dtype: Of the matrix products.
             slab_dtype: Of the logits. None: `dtype`.
-            weight_dtype: Of the parameter. None: `dtype`.
+            weight_dtype: Of the weight's gradient. None: `dtype`.
+            accumulate_dtype: Of the sums over chunks. None: float32.
             device: Where the call runs; it decides what "auto" is.
-            memory_budget: Bytes of logits at a time, or "auto".
+            memory_budget: Most bytes to hold beyond the inputs and the gradients that are returned, or "auto".
             reduction: Of the loss.
             wants: Whether gradients of hidden and weight are needed.
             mode: None chooses by budget, reduction and `wants`.
             kernels: Whether the Triton kernels run, for which rows are padded.
             filtered: Whether there is a `grad_filter`.
-            widest: Most classes of any rank, where they are split: all ranks must take the same number of chunks.
-            float32_products: Whether the device multiplies low precision into float32.
             gpu: The one that times are modelled for.
+            gpu_memory: In bytes; "auto" takes at most a tenth of it. None: of the GPU that is here, if there is one.
+
+        Raises:
+            ValueError: Every way holds more than the budget. The message says how much the least holds.
         """
-        # Rows of a multiple of 128 bytes: aligned for the row kernel's 16-byte accesses and for the GEMMs' loads.
-        # Plain torch wants no padding: its softmax would copy.
-        pad = GROUP if filtered else 128 // dtype.itemsize if kernels else 1
-        plan = LinearCrossEntropyPlan(
-            mode=mode or "chunk",
+        on_gpu = torch.device(device).type != "cpu"
+        space: Any = {} if kernels else plain.space(Terms(V), stats=False)
+        call = Call(
             N=N,
             D=D,
             V=V,
             dtype=dtype,
             slab_dtype=slab_dtype or dtype,
+            hidden_dtype=dtype,
             weight_dtype=weight_dtype or dtype,
-            wants=wants,
-            row_width=-(-max(V, widest) // pad) * pad,
-            budget=default_budget(torch.device(device)) if memory_budget == "auto" else memory_budget,
-            float32_products=float32_products,
-            gpu=gpu,
+            accumulate_dtype=accumulate_dtype or torch.promote_types(dtype, torch.float32),
+            wants=(*wants, False),
+            row_width=row_width(V, dtype, kernels, filtered),
+            per_token=reduction == "none",
+            kernels=kernels,
+            filtered=filtered,
+            float32_products=on_gpu,
+            float32_sums=on_gpu,
+            **space,
         )
-        if mode is None:
-            fits = plan._most_rows() >= plan.N
-            if not any(wants):
-                mode = "chunk"
-            elif reduction == "none":
-                mode = "materialise" if fits else "recompute"
-            else:
-                mode = "materialise" if fits and kernels and not filtered and dtype != torch.float16 else "chunk"
-        return plan.cut(mode)
+        return planned(call, memory_budget, torch.device(device), mode=mode, gpu=gpu, gpu_memory=gpu_memory)
 
-    def cut(self, mode: Mode) -> "LinearCrossEntropyPlan":
-        """Cut the rows into as few slabs as fit the budget, nearly equal, in multiples of 16 rows where possible."""
-        most = self._most_rows()
-        chunks = max(1, -(-self.N // most))
-        rows = max(1, -(-self.N // chunks))
-        rounded = -(-rows // 16) * 16
-        rows = rounded if rounded <= most else rows
-        if mode == "materialise":
-            rows = max(1, self.N)
-        columns = self.V
-        if mode == "recompute":
-            columns = min(self.V, max(128, self.budget // max(1, self.N * self._element()) // 128 * 128))
-        return replace(self, mode=mode, rows=rows, columns=max(1, columns))
+    @property
+    def mode(self) -> Mode:
+        """The kind of way.
 
-    def _element(self) -> int:
-        """Return the bytes of a logit, plus those of its gradient if that has another dtype."""
-        return self.slab_dtype.itemsize + (self.dtype.itemsize if self.slab_dtype != self.dtype else 0)
-
-    def _most_rows(self) -> int:
-        return max(1, self.budget // max(1, self.row_width * self._element()))
+        *materialise* keeps all logits until backward. *chunk* makes all gradients in the forward pass. *two-stage*
+        makes there those of hidden, and leaves some columns of the weight's gradient to backward. *recompute* leaves
+        everything to backward.
+        """
+        return str(self.call.modes(self.way))  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[slice]:
         """Yield the chunks of rows."""
-        return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
+        N, rows = self.call.N, self.way.rows
+        return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
 
     def column_slabs(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.columns, self.V)) for start in range(0, self.V, self.columns))
+        """Yield the columns whose logits the column stage makes, slab by slab."""
+        V, columns = self.call.V, self.way.columns
+        first = self.way.summed + self.way.kept
+        return (slice(start, min(start + columns, V)) for start in range(first, V, columns))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Return whether one slab of all logits lives until backward."""
+        return 0 < self.call.V <= int(self.way.kept)
+
+    def narrowed(self, V: int) -> "LinearCrossEntropyPlan":
+        """Return the plan for V of the classes it was made for."""
+        call, way = self.call, self.way
+        if V == call.V:
+            return self
+        summed = V if way.summed >= call.V else min(way.summed, V)
+        kept = V if way.kept >= call.V else min(way.kept, V - summed)
+        way = way._replace(summed=summed, kept=kept, columns=max(1, min(way.columns, V)))
+        return replace(self, call=replace(call, V=V), way=way)
 
     def padded(self, columns: int) -> int:
         """Return the columns of a buffer for so many classes: a multiple of GROUP, and so of any alignment."""
-        return min(self.row_width, -(-columns // GROUP) * GROUP)
+        return min(self.call.row_width, -(-columns // GROUP) * GROUP)
 
     @property
-    def backward_width(self) -> int:
-        """Columns of a backward slab. If not all, they are a multiple of GROUP anyway."""
-        return self.row_width if self.columns >= self.V else self.columns
-
-    @property
-    def accumulate_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def weight_gradient_dtype(self) -> torch.dtype:
-        """Dtype of the buffer that the products go to. If it is written only once, it may be rounded."""
-        once = self.mode != "chunk" or (self.rows >= self.N and not self.float32_products)
-        if once and self.weight_dtype == self.dtype:
-            return self.dtype
-        return self.accumulate_dtype
+    def column_width(self) -> int:
+        """Columns of the column stage's slab. If not all, they are a multiple of 16 anyway."""
+        return self.call.row_width if self.way.columns >= self.call.V else self.way.columns
 
     @property
     def slab_bytes(self) -> int:
         """Bytes of the largest slab."""
-        forward = min(self.rows, self.N) * self.row_width * self._element()
-        backward = self.N * self.backward_width * self._element() if self.mode == "recompute" and any(self.wants) else 0
-        return max(forward, backward)
+        return int(max(self.call.slab_bytes(self.way)))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of hidden and weight."""
+        call = self.call
+        d_hidden = call.N * call.D * call.hidden_dtype.itemsize * call.wants[0]
+        return d_hidden + call.V * call.D * call.weight_dtype.itemsize * (call.wants[1] and not call.into)
+
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes held at a time beyond the inputs and the gradients that are returned."""
+        return int(self.call.held_bytes(self.way))
 
     @property
     def peak_bytes(self) -> int:
         """Most bytes held at a time beyond the inputs, gradients included."""
-        d_hidden = self.wants[0] * self.N * self.D * self.dtype.itemsize
-        d_weight = self.wants[1] * self.V * self.D * self.weight_dtype.itemsize
-        if self.mode == "chunk" and self.weight_gradient_dtype != self.weight_dtype:
-            summed = self.wants[1] * self.V * self.D * self.weight_gradient_dtype.itemsize
-            return d_hidden + summed + max(self.slab_bytes, d_weight)
-        if self.mode == "recompute":
-            summed = self.wants[0] * self.N * self.D * self.accumulate_dtype.itemsize
-            return d_weight + summed + max(self.slab_bytes, d_hidden if self.accumulate_dtype != self.dtype else 0)
-        return d_hidden + d_weight + self.slab_bytes
+        return self.held_bytes + self.gradient_bytes
 
     @property
     def steps(self) -> list[Step]:
         """The launches, forward and backward."""
-        e, s = self.dtype.itemsize, self.slab_dtype.itemsize
-        wide = self.accumulate_dtype.itemsize
-        W, H, L = self.V * self.D, self.N * self.D, self.N * self.V
-        product = 2.0 * self.N * self.D * self.V
-        chunks = -(-self.N // self.rows)
-        slabs = -(-self.V // self.columns)
-        backward = any(self.wants)
-        in_forward = backward and self.mode == "chunk"
-        steps = [
-            Step("logits", chunks * W * e + H * e + L * s, product, chunks),
-            Step("rows", L * s + (L * e if in_forward else 0), 0, chunks),
-        ]
-        if self.mode == "recompute" and backward:
-            steps.append(Step("logits again", W * e + slabs * H * e + L * s, product, slabs))
-        if self.mode != "chunk" and backward:
-            steps.append(Step("rows backward", L * s + L * e, 0, slabs))
-        parts = slabs if self.mode == "recompute" else chunks
-        if self.wants[0]:
-            if self.mode == "recompute":
-                steps.append(Step("d_hidden", L * e + W * e + (2 * slabs - 1) * H * wide, product, slabs))
-                steps.append(Step("cast d_hidden", H * (wide + e)))
-            else:
-                steps.append(Step("d_hidden", L * e + chunks * W * e + H * e, product, chunks))
-        if self.wants[1]:
-            g, w = self.weight_gradient_dtype.itemsize, self.weight_dtype.itemsize
-            if self.mode == "chunk":
-                steps.append(Step("d_weight", L * e + H * e + (2 * chunks - 1) * W * g, product, chunks))
-                steps.append(Step("scale d_weight", W * (g + w)))
-            else:
-                steps.append(Step("d_weight", L * e + parts * H * e + W * g, product, parts))
-        if self.mode == "chunk" and self.wants[0]:
-            steps.append(Step("scale d_hidden", 2 * H * e))
-        return steps
+        return [step for step in self.call.steps(self.way) if step.calls > 0]
 
     @property
     def hbm_bytes(self) -> float:
-        return sum(step.bytes for step in self.steps)
+        return float(sum(step.bytes for step in self.steps))
 
     @property
     def flops(self) -> float:
         """FLOPs of the matrix products."""
-        return sum(step.flops for step in self.steps)
+        return float(sum(step.flops for step in self.steps))
+
+    @property
+    def products(self) -> float:
+        """Matrix products of N x D x V, in whole and in part."""
+        return self.flops / (2.0 * self.call.N * self.call.D * self.call.V)
 
     @property
     def seconds(self) -> float:
         """Modelled time on `gpu`."""
-        bandwidth, products = BANDWIDTH_SHARE * self.gpu.bandwidth, self.gpu.product_rate(self.dtype)
-        return sum(step.calls * LAUNCH + max(step.bytes / bandwidth, step.flops / products) for step in self.steps)
+        return float(seconds(self.call, self.way, self.gpu))
 
     @property
     def alternatives(self) -> "list[LinearCrossEntropyPlan]":
-        """The same call in the other modes."""
-        modes: tuple[Mode, ...] = ("materialise", "chunk", "recompute")
-        return [self.cut(mode) for mode in modes if mode != self.mode]
+        """The same call in the other modes, as far as they keep to the budget."""
+        found = (_best(self.call, self.budget, mode, self.gpu) for mode in get_args(Mode) if mode != self.mode)
+        return [plan for plan in found if plan is not None]
+
+    @property
+    def curve(self) -> "list[LinearCrossEntropyPlan]":
+        """The plans that other budgets lead to, from the least possible to the fastest."""
+        ways = self.call.ways()
+        held, time = self.call.held_bytes(ways), seconds(self.call, ways, self.gpu)
+        plans, best = [], np.inf
+        for i in np.lexsort((time, held)):
+            if time[i] < best:
+                best = time[i]
+                plans.append(replace(self, way=ways.at(i), budget=int(held[i])))
+        return plans
 
     def __str__(self) -> str:
-        chunks = -(-self.N // self.rows) if self.N else 0
+        call = self.call
+        chunks = -(-call.N // self.way.rows) if call.N else 0
         lines = [
-            f"linear cross-entropy of N={self.N} tokens, D={self.D}, V={self.V}, {_short(self.dtype)}"
-            f" (logits {_short(self.slab_dtype)}): {self.mode}, {self.rows} rows a slab, {chunks} slab(s)",
-            f"{'mode':<14}{'slab':>10}{'peak':>10}{'HBM':>10}{'FLOPs':>9}   modelled on {self.gpu.name}",
+            f"linear cross-entropy of N={call.N} tokens, D={call.D}, V={call.V}, {_short(call.dtype)}"
+            f" (logits {_short(call.slab_dtype)}), at most {in_bytes(self.budget)} beyond inputs and gradients:"
+            f" {self.mode}, {chunks} slab(s) of {self.way.rows} rows",
+            f"{'mode':<14}{'slab':>10}{'held':>10}{'peak':>10}{'HBM':>10}{'products':>10}"
+            f"   modelled on {self.gpu.name}",
         ]
         for plan in [self, *self.alternatives]:
             lines.append(
                 f"{plan.mode + (' *' if plan is self else ''):<14}{in_bytes(plan.slab_bytes):>10}"
-                f"{in_bytes(plan.peak_bytes):>10}{in_bytes(plan.hbm_bytes):>10}{plan.flops / 1e12:>8.2f}T"
-                f"   {plan.seconds * 1e3:.2f} ms"
+                f"{in_bytes(plan.held_bytes):>10}{in_bytes(plan.peak_bytes):>10}{in_bytes(plan.hbm_bytes):>10}"
+                f"{plan.products:>10.2f}   {plan.seconds * 1e3:.2f} ms"
             )
         return "\n".join(lines)
+
+
+def row_width(V: int, dtype: torch.dtype, kernels: bool, filtered: bool) -> int:
+    """Return the columns of a slab of whole rows.
+
+    Multiples of 128 bytes are aligned for the row kernel's accesses of 16 bytes and for the products' loads. Plain
+    torch wants no padding: its softmax would copy.
+    """
+    pad = GROUP if filtered else 128 // dtype.itemsize if kernels else 1
+    return -(-V // pad) * pad
+
+
+def planned(
+    call: Call,
+    memory_budget: int | Literal["auto"],
+    device: torch.device,
+    *,
+    mode: Mode | None = None,
+    gpu: Gpu = H100,
+    gpu_memory: int | None = None,
+) -> LinearCrossEntropyPlan:
+    """Return the fastest plan for a call within a budget, as `LinearCrossEntropyPlan.make` describes it."""
+    budget = default_budget(call, device, gpu_memory) if memory_budget == "auto" else memory_budget
+    plan = _best(call, budget, mode, gpu)
+    if plan is not None:
+        return plan
+    ways = call.ways(mode)
+    if len(ways.rows) == 0:
+        raise ValueError(f"mode={mode!r} cannot compute this call")
+    least = int(call.held_bytes(ways).min())
+    plan = _best(call, least, mode, gpu)
+    if memory_budget == "auto" and plan is not None:
+        return plan
+    raise ValueError(
+        f"memory_budget must be at least {least} bytes for N={call.N}, D={call.D}, V={call.V}; got {budget}"
+    )
+
+
+def default_budget(call: Call, device: torch.device, gpu_memory: int | None = None) -> int:
+    """Return the bytes that "auto" stands for: room for the usual slab, and for sums of the weight's gradient.
+
+    On a GPU at most a tenth of its memory, not of what is free, because runs must not differ.
+    """
+    whole = Way(not call.per_token, 1, call.N, call.V, 0, 1)
+    separate = call.wants[1] and not call.per_token and call.separate(whole)
+    sums = call.V * call.D * call.accumulate_dtype.itemsize * bool(separate)
+    if device.type == "cpu":
+        sums += call.V * call.D * call.dtype.itemsize * bool(separate and not call.float32_products)
+        return DEFAULT_SLAB["cpu"] + sums + call.held
+    sums += (call.row_bytes + call.joined_bytes) * call.N + call.V * call.wide.itemsize + SCALARS
+    budget = max(DEFAULT_SLAB_ELSEWHERE, sums)
+    most = _tenth(device) if gpu_memory is None else gpu_memory // 10
+    return call.held + (budget if most is None else min(budget, most))
+
+
+def may_hold(bytes_: int, budget: int | None, device: torch.device) -> bool:
+    """Return whether a buffer of so many bytes fits the budget, or what "auto" may stand for if that is None."""
+    most = _tenth(device) if budget is None else budget
+    return most is None or bytes_ <= most
+
+
+def _tenth(device: torch.device) -> int | None:
+    """Return a tenth of a GPU's memory, if there is one: a plan needs none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory // 10
+
+
+def seconds(call: Call, way: Way, gpu: Gpu) -> Any:
+    """Return the modelled time of each way on a GPU."""
+    bandwidth, products = BANDWIDTH_SHARE * gpu.bandwidth, gpu.product_rate(call.dtype)
+    total = 0.0 * way.rows
+    for step in call.steps(way):
+        total = total + step.calls * LAUNCH + np.maximum(step.bytes / bandwidth, step.flops / products)
+    return total
+
+
+@lru_cache(maxsize=256)
+def _best(call: Call, budget: int, mode: Mode | None, gpu: Gpu) -> LinearCrossEntropyPlan | None:
+    """Return the fastest plan that keeps to the budget, and of equally fast ones the smallest; None if none does."""
+    ways = call.ways(mode)
+    held = call.held_bytes(ways)
+    ways = ways.chosen(held <= budget)
+    if len(ways.rows) == 0:
+        return None
+    best = np.lexsort((held[held <= budget], seconds(call, ways, gpu)))[0]
+    return LinearCrossEntropyPlan(call=call, way=ways.at(int(best)), budget=budget, gpu=gpu)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -41,8 +41,12 @@ class ValidRows:
         return whole + poison, *(over_all(t, 0.0) for t in stats), over_all(argmax, -1)
 
 
-def valid_rows(hidden: Tensor, targets: Targets, ignore_index: int, num_valid: int | Tensor | None) -> ValidRows | None:
+def valid_rows(
+    hidden: Tensor, targets: Targets, ignore_index: int, num_valid: int | Tensor | None, budget: int | None
+) -> ValidRows | None:
     """Find the rows to compute: at most `num_valid` where that is an int; on a CPU just the valid ones. None for all.
+
+    On a CPU, all rows are computed if a copy of the valid ones and of their gradients took a quarter of the `budget`.
 
     Raises:
         ValueError: more rows than `num_valid` are valid. Only on a CPU: elsewhere looking would be a wait.
@@ -58,7 +62,7 @@ def valid_rows(hidden: Tensor, targets: Targets, ignore_index: int, num_valid: i
     if on_cpu:
         n = int(count)
         expect(n <= most, f"num_valid={num_valid}, but {n} tokens are valid; to divide otherwise, divide a sum")
-        if n == N:
+        if n == N or (budget is not None and 8 * n * hidden.shape[1] * hidden.element_size() > budget):
             return None
     index = torch.nonzero_static(valid, size=n, fill_value=0)[:, 0]
     surplus = torch.arange(n, dtype=torch.int64, device=count.device) >= count

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmfast._checks import expect
 from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, RTX5080, RTX5090, Gpu
-from llmfast.losses.plan import DEFAULT_BUDGET, DEFAULT_BUDGET_ELSEWHERE, LinearCrossEntropyPlan
+from llmfast.losses.plan import LinearCrossEntropyPlan
+from llmfast.losses.targets import SMALL
 from llmfast.models import DecoderConfig
 from llmfast.models.cost import meta_decoder, own_hidden_states
 from llmfast.optim import Extras, FusedAdamW, FusedOptimizer
@@ -132,7 +133,7 @@ def estimate_memory(
         in_backward: The optimizer steps during backward and frees the gradients.
         optimizer: Its class, or a function that makes it of the parameters and the precision's two options.
         device: An NVIDIA GPU, or a CPU.
-        gpu_memory: In bytes; the fused loss takes at most a tenth of it for logits.
+        gpu_memory: In bytes; the fused loss holds at most a tenth of it beyond its gradients.
 
     Raises:
         ValueError: A count is not above 0.
@@ -150,11 +151,12 @@ def estimate_memory(
 
     copies = sum(p.numel() for name, p in tensors.items() if _is_matrix(name, p)) if compute != stored else 0
     on_gpu = device == "cuda"
-    budget = min(DEFAULT_BUDGET_ELSEWHERE, gpu_memory // 10) if on_gpu else DEFAULT_BUDGET["cpu"]
     plan = LinearCrossEntropyPlan.make(
-        rows, D, V, dtype=compute, weight_dtype=stored, memory_budget=budget, kernels=on_gpu, float32_products=on_gpu
+        rows, D, V, dtype=compute, weight_dtype=stored, device=device, kernels=on_gpu, gpu_memory=gpu_memory
     )
+    torchs = not on_gpu and compute == torch.float32 and config.mtp == "none" and rows * V <= SMALL["hidden"]
     cast = (rows + V) * D * compute.itemsize if compute != stored else 0  # inputs of the loss in autocast's dtype
+    unfused = unfused_loss_bytes(rows, D, V, stored)
     kept, recomputed = activation_bytes(
         config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations
     )
@@ -165,8 +167,8 @@ def estimate_memory(
         activations=kept,
         recomputed=recomputed + (copies * compute.itemsize // len(model.blocks) if recomputed else 0),
         weight_copies=copies * compute.itemsize,
-        loss=plan.peak_bytes + cast,
-        loss_unfused=unfused_loss_bytes(rows, D, V, stored) + cast,
+        loss=(unfused if torchs else plan.peak_bytes) + cast,
+        loss_unfused=unfused + cast,
         loss_gradients=(rows + V) * D * stored.itemsize,
         tied_gradients=(3 if accumulate > 1 else 2) * V * D * stored.itemsize if config.tie_embeddings else 0,
         accumulate=accumulate > 1,

@@ -21,6 +21,7 @@ from evidence.traffic import Counts, Traffic, counting, sample
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.optim import FusedAdamW
+from support.plans import forced
 from support.sample_kernels import matmul_kernel
 
 interpreter.install()
@@ -272,17 +273,16 @@ def test_an_operator_of_python_is_counted_by_what_it_is_made_of() -> None:
 # Dry runs.
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_a_dry_run_counts_the_same(chunks: int) -> None:
+@pytest.mark.parametrize("mode", ["materialise", "chunk", "two-stage", "recompute"])
+def test_a_dry_run_counts_the_same(mode: str) -> None:
     N, D, V = 48, 32, 700
 
     def run() -> None:
         hidden = torch.zeros(N, D, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.zeros(V, D, dtype=torch.bfloat16, requires_grad=True)
-        loss = linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), memory_budget=N * 1408 // chunks)
-        loss.backward()
+        linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64)).backward()
 
-    with pretending_cuda():
+    with pretending_cuda(), forced(mode):
         real, dry = counted(run), counted(run, dry=True)
     assert [t.name for t in real.traffic] == [t.name for t in dry.traffic]
     for a, b in zip(real.traffic, dry.traffic):
@@ -298,9 +298,9 @@ def test_a_dry_run_of_a_large_model_takes_no_memory_and_no_time() -> None:
         hidden = reserve(N, D, dtype=torch.bfloat16).requires_grad_()
         weight = reserve(V, D, dtype=torch.bfloat16).requires_grad_()
         targets = torch.zeros(N, dtype=torch.int64)
-        linear_cross_entropy(hidden, weight, targets, memory_budget=1 << 30).backward()
+        linear_cross_entropy(hidden, weight, targets, memory_budget=3 << 30).backward()
     assert counts.total().dot_flops == {"bfloat16": 6 * N * D * V}
-    assert counts.peak_bytes > 3 << 30  # the slab, and dW in float32
+    assert 3 << 30 < counts.peak_bytes < 5 << 30  # the slab, and dW in float32
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
@@ -354,10 +354,10 @@ def test_row_kernels_move_little_more_than_they_must(inplace: bool, grad: bool, 
 
 def test_the_linear_loss_in_four_chunks() -> None:
     N, D, V = 1024, 256, 16384
-    with pretending_cuda(), counting(dry=True) as counts:
+    with pretending_cuda(), forced("chunk", rows=N // 4), counting(dry=True) as counts:
         hidden = reserve(N, D, dtype=torch.bfloat16).requires_grad_()
         weight = reserve(V, D, dtype=torch.bfloat16).requires_grad_()
-        linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), memory_budget=N * V * 2 // 4).backward()
+        linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64)).backward()
     total = counts.total()
     assert total.dram / (N * V) < 26
     assert total.dot_flops == {"bfloat16": 6 * N * D * V}

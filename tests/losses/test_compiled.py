@@ -167,7 +167,8 @@ def test_operators_keep_their_promises(path: str, reduction: str) -> None:
     given |= {"reduction": reduction, "count": torch.tensor(9.0)}
     softmax = [torch.randn(12), torch.rand(12) + 1, torch.randn(12)]  # peak, total, entropy
     upstream = [torch.randn(12 if reduction == "none" else ()), torch.randn(12), torch.randn(12)]
-    more: dict[str, Any] = {"budget": None, "slab_dtype": torch.float32, "grad_filter": None}
+    dtypes = dict.fromkeys(("slab_dtype", "weight_dtype", "accumulate_dtype"), torch.float32)
+    more: dict[str, Any] = {"budget": None, "held": 0, "grad_filter": None, **dtypes}
     calls = [
         (CrossEntropy(**given), [torch.randn(12, 30, requires_grad=True)], [True]),
         (

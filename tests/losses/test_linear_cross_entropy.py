@@ -12,10 +12,12 @@ from torch import Tensor
 
 from llmfast.losses import LinearCrossEntropyPlan, cross_entropy, linear_cross_entropy, reference
 from support.numerics import assert_close_in_norm
+from support.plans import SIZES, forced, least_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 PARALLEL = ("process_group", "vocab_size")
+LINEAR = ["memory_budget", "slab_dtype", "accumulate_dtype", "accumulate_into", "grad_filter"]
 
 
 def draw(N: int, V: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,15 +50,16 @@ def run(
     D=st.integers(1, 24),
     dtype=st.sampled_from(DTYPES),
     reduction=st.sampled_from(REDUCTIONS),
-    rows=st.integers(1, 40),
+    size=st.sampled_from(SIZES),
 )
-def test_matches_float64(path: str, N: int, V: int, D: int, dtype: torch.dtype, reduction: str, rows: int) -> None:
+def test_matches_float64(path: str, N: int, V: int, D: int, dtype: torch.dtype, reduction: str, size: str) -> None:
     hidden, weight, targets = draw(N, V, D, dtype)
     upstream = torch.randn(N) if reduction == "none" else torch.tensor(1.5)
-    ours = run(
-        lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction, memory_budget=rows * 6 * (V + 64)),
-        hidden, weight, upstream,
-    )  # fmt: skip
+    with forced(None, size):
+        ours = run(
+            lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction, memory_budget=1 << 30),
+            hidden, weight, upstream,
+        )  # fmt: skip
     torchs = run(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction=reduction), hidden, weight, upstream)
     truth = run(
         lambda h, w: reference.linear_cross_entropy(h, w, targets, reduction=reduction),
@@ -71,7 +74,8 @@ def test_matches_float64(path: str, N: int, V: int, D: int, dtype: torch.dtype, 
 def test_real_vocabulary_in_chunks(path: str, dtype: torch.dtype) -> None:
     hidden, weight, targets = draw(7, 50257, 16, dtype)
     one = torch.tensor(1.0)
-    ours = run(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=3 * 50304 * 6), hidden, weight, one)
+    with forced("chunk", rows=3):
+        ours = run(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, one)
     valid = (targets != -100).sum()
 
     def in_chunks(h: Tensor, w: Tensor) -> Tensor:
@@ -91,7 +95,8 @@ def test_weight_gradient_accumulates_in_float32(path: str) -> None:
     hidden, weight, targets = draw(64, 50, 8, torch.bfloat16)
     one = torch.tensor(1.0)
     whole = run(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, one)
-    split = run(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=1), hidden, weight, one)
+    with forced("chunk", rows=1):
+        split = run(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, one)
     truth = run(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double(), one)
     for a, b, c in zip(split, whole, truth):
         assert_close_in_norm(a, b, c, factor=tolerance(torch.bfloat16))
@@ -196,28 +201,35 @@ def test_nothing_to_average(path: str, N: int) -> None:
 
 def test_chunking_does_not_change_the_loss(path: str) -> None:
     hidden, weight, targets = draw(37, 100, 8, torch.float32)
-    losses = {linear_cross_entropy(hidden, weight, targets, memory_budget=b).item() for b in (1, 5_000, 1 << 20)}
+    losses = set()
+    for size in SIZES:
+        with forced(None, size):
+            losses.add(linear_cross_entropy(hidden, weight, targets, memory_budget=1 << 20).item())
     assert max(losses) - min(losses) < 1e-6
 
 
-@given(N=st.integers(0, 5000), V=st.integers(1, 10**6), budget=st.integers(1, 1 << 31))
-def test_plan_covers_every_row_once_within_the_budget(N: int, V: int, budget: int) -> None:
-    plan = LinearCrossEntropyPlan.make(N, 8, V, memory_budget=budget, mode="chunk")
-    chunks = list(plan)
-    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(N))
-    row = 2 * plan.row_width
-    assert plan.slab_bytes <= max(budget, row)
-    assert len(chunks) == -(-N // max(1, budget // row))
-    recompute = plan.cut("recompute")
-    columns = list(recompute.column_slabs())
-    assert [c.start for c in columns] == [0, *(c.stop for c in columns[:-1])]
-    assert columns[-1].stop == V
-    assert recompute.slab_bytes <= max(budget, row, 2 * 128 * N)
+@given(
+    N=st.integers(0, 5000),
+    V=st.integers(1, 10**6),
+    spare=st.integers(0, 1 << 31),
+    reduction=st.sampled_from(["mean", "none"]),
+)
+def test_a_plan_covers_every_row_and_column_once_within_the_budget(N: int, V: int, spare: int, reduction: str) -> None:
+    budget = least_budget(N, 8, V, reduction=reduction) + spare
+    plan = LinearCrossEntropyPlan.make(N, 8, V, memory_budget=budget, reduction=reduction)
+    assert [i for rows in plan for i in range(rows.start, rows.stop)] == list(range(N))
+    assert plan.held_bytes <= budget
+    assert 0 <= plan.way.summed <= V and 0 <= plan.way.kept <= V - plan.way.summed and 0 <= plan.way.finished <= N
+    slabs, first = [*plan.column_slabs()], plan.way.summed + plan.way.kept
+    assert [s.start for s in slabs] + [V] == [first, *(s.stop for s in slabs)] if first < V else not slabs
 
 
 def test_reference_has_the_same_arguments() -> None:
     for function, ours_only in (
-        (linear_cross_entropy, {"memory_budget", "slab_dtype", "accumulate_into", "grad_filter", *PARALLEL}),
+        (
+            linear_cross_entropy,
+            {*LINEAR, *PARALLEL},
+        ),
         (cross_entropy, {"inplace", *PARALLEL}),
     ):
         ours = set(inspect.signature(function).parameters) - ours_only

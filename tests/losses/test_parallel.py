@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy, reference
+from support.plans import SIZES, forced
 from support.ranks import Ranks
 
 N, D = 7, 5
@@ -57,14 +58,15 @@ def check_rank(rank: int, world: int, V: int) -> None:
         h, w, b = (t.clone().double().requires_grad_() for t in (hidden, weight, bias))
         truth = reference.linear_cross_entropy(h, w, targets, bias=b, **options)
         want = torch.autograd.grad(total(truth), (h, w, b))
-        for budget in ("auto", 60, 600):
+        for size in SIZES:
             h1, w1, b1 = (t.clone().requires_grad_() for t in (hidden, weight[own], bias[own]))
-            found = linear_cross_entropy(
-                h1, w1, targets, bias=b1, process_group=dist.group.WORLD, vocab_size=V, memory_budget=budget, **options
-            )
-            got = torch.autograd.grad(total(found), (h1, w1, b1))
+            with forced(None, size):
+                found = linear_cross_entropy(
+                    h1, w1, targets, bias=b1, process_group=dist.group.WORLD, vocab_size=V, **options
+                )
+                got = torch.autograd.grad(total(found), (h1, w1, b1))
             for a, c in zip(got, (want[0], want[1][own], want[2][own])):
-                torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5, msg=f"{name} {budget} {rank}")
+                torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5, msg=f"{name} {size} {rank}")
             compare_values(found, truth)
         logits = (hidden @ weight.T + bias).double().requires_grad_()
         truth = reference.cross_entropy(logits, targets, **options)
@@ -169,8 +171,9 @@ def check_ignored(rank: int, world: int, V: int) -> None:
     h, w = hidden.requires_grad_(), weight[min(rank * share, V) : min((rank + 1) * share, V)].clone().requires_grad_()
     z = (hidden @ w.T).detach().requires_grad_()
     given: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_size": V, "reduction": "sum"}
-    for budget in ("auto", 60):
-        (linear_cross_entropy(h, w, ignored, memory_budget=budget, **given) / 0).backward()
+    for size in SIZES:
+        with forced(None, size):
+            (linear_cross_entropy(h, w, ignored, **given) / 0).backward()
     (cross_entropy(z, ignored, **given) / 0).backward()
     for leaf in (h, w, z):
         assert leaf.grad is not None and leaf.grad.eq(0).all()

@@ -1,15 +1,14 @@
 """Tests of the linear loss's plan: modes that agree, what they hold and skip, and what the plan reports."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
 from llmfast.losses import (
     CrossEntropyLoss,
@@ -19,8 +18,9 @@ from llmfast.losses import (
     reference,
 )
 from support.numerics import assert_close_in_norm
+from support.plans import SIZES, forced, least_budget
 
-MODES = ["materialise", "chunk", "recompute"]
+MODES = ["materialise", "chunk", "two-stage", "recompute"]
 
 
 def tensors(N: int = 40, V: int = 300, D: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,34 +33,31 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, leaves)
 
 
-def forced(mode: str) -> Any:
-    """Force every plan to take this mode."""
-    make = LinearCrossEntropyPlan.make
-    return mock.patch.object(
-        LinearCrossEntropyPlan, "make", staticmethod(lambda *a, **k: make(*a, **(k | {"mode": mode})))
-    )
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("budget", [1, 9000, 1 << 30])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_modes_and_slabs_agree(path: str, mode: str, budget: int, reduction: str) -> None:
+def test_modes_and_slabs_agree(path: str, mode: str, size: str, reduction: str) -> None:
     hidden, weight, targets = tensors()
     bias = torch.randn(300, requires_grad=True)
     options: dict[str, Any] = {"bias": bias, "reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.01}
     truth = reference.linear_cross_entropy(hidden, weight, targets, **options)
-    with forced(mode):
-        loss = linear_cross_entropy(hidden, weight, targets, memory_budget=budget, **options)
+    with forced(mode, size) as plans:
+        loss = linear_cross_entropy(hidden, weight, targets, **options)
         got = gradients(loss, hidden, weight, bias)
+    assert plans[0].mode == mode
     torch.testing.assert_close(loss, truth)
     for a, b in zip(got, gradients(cast(Tensor, truth), hidden, weight, bias)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+LLAMA: dict[str, Any] = {"N": 16384, "D": 4096, "V": 128256}
 
 
 @pytest.mark.parametrize(
     ("change", "mode"),
     [
         ({}, "chunk"),
+        ({"memory_budget": 1 << 30}, "two-stage"),
         ({"N": 1024}, "materialise"),
         ({"N": 1024, "dtype": torch.float16}, "chunk"),
         ({"N": 1024, "device": "cpu", "kernels": False}, "chunk"),
@@ -70,87 +67,89 @@ def test_modes_and_slabs_agree(path: str, mode: str, budget: int, reduction: str
     ],
 )
 def test_the_mode_follows_from_budget_and_gradients(change: dict[str, Any], mode: str) -> None:
-    arguments = {"N": 16384, "D": 4096, "V": 128256, "memory_budget": 1 << 30} | change
-    plan = LinearCrossEntropyPlan.make(arguments.pop("N"), arguments.pop("D"), arguments.pop("V"), **arguments)
-    assert plan.mode == mode
+    assert LinearCrossEntropyPlan.make(**(LLAMA | change)).mode == mode
+
+
+def sum_of_gradient(N: int, D: int, V: int) -> int:
+    """Return the bytes that "auto" needs for a float32 sum of the weight's gradient, and for numbers per row."""
+    return 4 * V * D + 24 * N + 4 * V + 64
 
 
 def test_a_plan_for_a_gpu_can_be_asked_for_without_one() -> None:
-    plan = LinearCrossEntropyPlan.make(16384, 4096, 128256)
-    assert plan.budget == 1 << 30 and plan.mode == "chunk"
+    plan = LinearCrossEntropyPlan.make(**LLAMA)
+    assert plan.budget == sum_of_gradient(**LLAMA) and plan.mode == "chunk"
+    assert LinearCrossEntropyPlan.make(16384, 1024, 128256).budget == 1 << 30
 
 
-@pytest.mark.parametrize(("gib", "budget"), [(80, 1 << 30), (10, 1 << 30), (8, (8 << 30) // 10)])
+@pytest.mark.parametrize(("gib", "budget"), [(80, sum_of_gradient(**LLAMA)), (8, (8 << 30) // 10)])
 def test_the_default_budget_is_at_most_a_tenth_of_a_gpus_memory(
     gib: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert LinearCrossEntropyPlan.make(**LLAMA, gpu_memory=gib << 30).budget == budget
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30))
-    assert LinearCrossEntropyPlan.make(16384, 4096, 128256).budget == budget
-    assert LinearCrossEntropyPlan.make(16384, 4096, 128256, device="cpu").budget == 64 << 20
+    assert LinearCrossEntropyPlan.make(**LLAMA).budget == budget
+    on_cpu = LinearCrossEntropyPlan.make(**LLAMA, dtype=torch.float32, device="cpu")
+    assert on_cpu.budget == 64 << 20  # float32 sums are the gradient itself
 
 
 def test_the_plan_prints_what_the_other_modes_cost() -> None:
-    plan = LinearCrossEntropyPlan.make(16384, 4096, 128256, memory_budget=1 << 30)
+    plan = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=8 << 30)
     text = str(plan)
     assert "chunk *" in text and "materialise" in text and "recompute" in text and "modelled on H100" in text
-    assert plan.flops == 6 * 16384 * 4096 * 128256
-    assert {p.mode: p.flops / plan.flops for p in plan.alternatives} == {"materialise": 1.0, "recompute": 8 / 6}
-    assert plan.slab_bytes <= 1 << 30
+    assert plan.flops == 6 * 16384 * 4096 * 128256 and plan.products == 3
+    assert {p.mode for p in plan.alternatives} == {"materialise", "two-stage", "recompute"}
+    assert all(p.held_bytes <= p.budget == 8 << 30 for p in plan.alternatives)
 
 
-# Tokens, width, vocabulary and budget, and what is the most of what is held.
-SHAPES = {
-    "logits and gradients": (2048, 256, 16384, 1 << 24),
-    "hidden states": (4096, 1024, 512, 1 << 19),
-    "weight": (256, 1024, 8192, 1 << 20),
-    "logits": (2048, 16, 8192, 1 << 25),
+CALLS: dict[str, dict[str, Any]] = {
+    "Llama-3": LLAMA,
+    "Llama-3, losses per token": LLAMA | {"reduction": "none"},
+    "Gemma-2": {"N": 4096, "D": 2304, "V": 256000},
+    "Qwen-3, float32": {"N": 4096, "D": 4096, "V": 151936, "dtype": torch.float32},
+    "GPT-2": {"N": 65536, "D": 768, "V": 50257},
+    "GPT-2, losses per token": {"N": 65536, "D": 768, "V": 50257, "reduction": "none"},
+    "few tokens": {"N": 1024, "D": 4096, "V": 128256},
+    "few tokens, on a CPU": {
+        "N": 1024,
+        "D": 512,
+        "V": 50257,
+        "dtype": torch.bfloat16,
+        "device": "cpu",
+        "kernels": False,
+    },
+    "no gradient of the weight": LLAMA | {"wants": (True, False)},
 }
-DTYPES = [(torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float32, None)]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("dtype", "slab_dtype"), DTYPES, ids=str)
-@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_peak_memory_is_what_the_plan_says(
-    mode: str, dtype: torch.dtype, slab_dtype: torch.dtype | None, wants: tuple[bool, bool], shape: str
-) -> None:
-    """Compare to the byte, except for at most six float32 numbers per row, so that no part can be wrong."""
-    N, D, V, budget = SHAPES[shape]
-    arguments: dict[str, Any] = {"memory_budget": budget} | ({} if slab_dtype is None else {"slab_dtype": slab_dtype})
-    with pretending_cuda():
-        hidden, weight = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
-        hidden.requires_grad_(wants[0])
-        weight.requires_grad_(wants[1])
-        targets = torch.zeros(N, dtype=torch.int64)
-        with forced(mode), counting(dry=True) as counts:
-            linear_cross_entropy(hidden, weight, targets, **arguments).backward()
-    plan = LinearCrossEntropyPlan.make(N, D, V, mode=cast(Any, mode), dtype=dtype, wants=wants, **arguments)
-    assert 0 <= counts.peak_bytes - plan.peak_bytes <= 24 * N + 64
-    if wants == (True, True) and shape == "logits and gradients":
-        total = counts.total()
-        assert total.dram == pytest.approx(plan.hbm_bytes, rel=0.05)
-        assert total.dot_flops.total() == plan.flops
+@pytest.mark.parametrize("name", CALLS)
+def test_a_smaller_budget_never_holds_more_and_a_larger_one_never_takes_longer(name: str) -> None:
+    least = least_budget(**CALLS[name])
+    with pytest.raises(ValueError, match=f"memory_budget must be at least {least} bytes.*got {least - 1}"):
+        LinearCrossEntropyPlan.make(**CALLS[name], memory_budget=least - 1)
+    budgets = [int(least * 1.3**i) for i in range(60)]
+    plans = [
+        LinearCrossEntropyPlan.make(**CALLS[name], memory_budget=budget) for budget in budgets if budget < 64 << 30
+    ]
+    for small, large in pairwise(plans):
+        assert small.held_bytes <= large.held_bytes and large.seconds <= small.seconds
+    assert all(plan.held_bytes <= plan.budget for plan in plans)
+
+
+def test_a_fifth_of_a_gibibyte_is_enough_for_four_products() -> None:
+    plan = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=(1 << 30) // 5)
+    assert plan.products <= 4.0 and plan.seconds < 0.106
+    per_token = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=(1 << 30) // 5, reduction="none")
+    assert per_token.products <= 5.0
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_slab_of_all_classes_is_as_wide_in_backward_as_in_forward(mode: str) -> None:
     """Rows of any number of classes start at multiples of 128 bytes, for accesses of 16."""
     plan = LinearCrossEntropyPlan.make(64, 32, 301, mode=cast(Any, mode), memory_budget=1 << 20)
-    assert plan.columns == 301 and plan.row_width == plan.backward_width == 320
-    assert plan.slab_bytes == 64 * 320 * 2
-    parts = LinearCrossEntropyPlan.make(64, 32, 301, mode="recompute", memory_budget=64 * 128 * 2)
-    assert [part.stop - part.start for part in parts.column_slabs()] == [128, 128, 45]
-    assert parts.backward_width == 128
-
-
-@pytest.mark.parametrize("shape", ["hidden states", "weight", "logits"])
-def test_some_part_is_the_most_of_each_shape(shape: str) -> None:
-    """So that each side of every maximum in the plan decides somewhere."""
-    N, D, V, budget = SHAPES[shape]
-    parts = {"hidden states": N * D * 2, "weight": V * D * 2, "logits": min(budget, N * V * 2)}
-    assert parts.pop(shape) > 4 * max(parts.values())
+    assert plan.call.row_width == 320
+    assert plan.column_width == (320 if plan.way.columns == 301 else plan.way.columns)
+    assert plan.way.columns == 301 or plan.way.columns % 16 == 0
 
 
 def test_a_masked_row_takes_no_part_in_the_products(path: str) -> None:
@@ -203,7 +202,7 @@ def test_accumulates_into_a_main_grad(path: str, mode: str) -> None:
     main_grad = torch.full((300, 8), 2.0)
     with forced(mode):
         for _ in range(2):
-            loss = linear_cross_entropy(hidden, weight, targets, accumulate_into=main_grad, memory_budget=9000)
+            loss = linear_cross_entropy(hidden, weight, targets, accumulate_into=main_grad)
             (0.5 * loss).backward()
     assert weight.grad is None and hidden.grad is not None
     h, w = hidden.detach().double(), weight.detach().double().requires_grad_()
@@ -241,7 +240,7 @@ def test_autocast_casts_the_weight_once(path: str, mode: str) -> None:
     hidden, weight, targets = tensors()
     with forced(mode), Casts(weight.shape) as casts:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = linear_cross_entropy(hidden, weight, targets, memory_budget=9000)
+            loss = linear_cross_entropy(hidden, weight, targets)
         loss.backward()
     assert casts.count == 1
     assert weight.grad is not None and weight.grad.dtype == torch.float32

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmfast.losses import LinearCrossEntropyPlan, cross_entropy, linear_cross_entropy, reference
+from llmfast.losses import cross_entropy, linear_cross_entropy, reference
 from support.numerics import assert_close_in_norm
+from support.plans import SIZES, forced
 
 START = 2.0**-10  # of a main_grad: too much to be overlooked, too little to round the gradient away
 
@@ -43,22 +44,17 @@ def test_a_filtered_gradient_adds_up_over_chunks(path: str, rows: int, added: bo
     N, V, D, threshold = 192, 260, 8, 1e-3
     hidden, weight, targets = peaked(N, V, D)
     bias = torch.randn(V).mul(0.1).requires_grad_()
-    budget = rows * 384 * 4
-    plan = LinearCrossEntropyPlan.make(
-        N, D, V, dtype=torch.float32, device="cpu", memory_budget=budget, kernels=path == "kernels", filtered=True
-    )
-    assert len([*plan]) >= N / rows
     main_grad = torch.full((V, D), 2.0) if added else None
-    loss = linear_cross_entropy(
-        hidden, weight, targets, bias=bias, reduction="sum", grad_filter=threshold, memory_budget=budget,
-        accumulate_into=main_grad,
-    )  # fmt: skip
+    with forced("chunk", rows=rows):
+        loss = linear_cross_entropy(
+            hidden, weight, targets, bias=bias, reduction="sum", grad_filter=threshold, accumulate_into=main_grad
+        )
     loss.backward()
     found = weight.grad if main_grad is None else main_grad - 2.0
     assert hidden.grad is not None and bias.grad is not None and found is not None
     logits = (hidden @ weight.T + bias).detach().double().requires_grad_()
     (d_logits,) = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), logits)
-    kept = filtered(d_logits, threshold, plan.rows)
+    kept = filtered(d_logits, threshold, rows)
     assert kept.count_nonzero() < 0.8 * d_logits.count_nonzero()
     close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(found.double(), kept.T @ hidden.double(), **close)
@@ -108,30 +104,35 @@ def test_whatever_is_asked_for_together(
         value.backward()
         return [value.detach(), *(t.grad for t in leaves if t is not None)]
 
-    budget = -(-N // chunks) * (V + 128) * dtype.itemsize
-    ours = run(
-        linear_cross_entropy, dtype, memory_budget=budget, accumulate_into=main_grad,
-        grad_filter=1e-30 if filtering else None, **more,
-    )  # fmt: skip
+    with forced(None if more.get("reduction") == "none" else "chunk", rows=-(-N // chunks)):
+        ours = run(
+            linear_cross_entropy, dtype, accumulate_into=main_grad, grad_filter=1e-30 if filtering else None, **more
+        )
     if main_grad is not None:
         assert ours[2] is None
         ours[2] = main_grad - START
     torchs, truth = (run(reference.linear_cross_entropy, cast, **more) for cast in (dtype, torch.float64))
-    for a, b, c in zip(ours, torchs, truth, strict=True):
-        assert_close_in_norm(a, b, c, factor=1.1 if dtype == torch.float32 else 2.0)
+    # A sum over few tokens is near the truth by luck.
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=1e-5)
+    for a, b, c in zip(ours[1:], torchs[1:], truth[1:], strict=True):
+        if dtype == torch.float32:
+            assert_close_in_norm(a, b, c)
+        else:  # a few hundred elements: torch may be near the truth by luck, but we round once
+            assert (a - c).norm() <= (b - c).norm() + 2**-8 * c.norm()
 
 
-@pytest.mark.parametrize("budget", [1, 1 << 30])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_written_to_says_so(path: str, budget: int, reduction: str, dtype: torch.dtype) -> None:
+def test_what_is_written_to_says_so(path: str, size: str, reduction: str, dtype: torch.dtype) -> None:
     """Let torch notice if a caller saved it for backward."""
     hidden, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (9, 300))
     main_grad, scale = torch.ones(300, 8), torch.ones((), requires_grad=True)
     held = (main_grad * scale).sum()
-    loss = linear_cross_entropy(
-        hidden, weight, torch.arange(9), reduction=reduction, accumulate_into=main_grad, memory_budget=budget
-    )
+    with forced(None, size):
+        loss = linear_cross_entropy(
+            hidden, weight, torch.arange(9), reduction=reduction, accumulate_into=main_grad, memory_budget=1 << 30
+        )
     assert main_grad._version == 0
     loss.sum().backward()
     assert main_grad._version > 0 and bool(main_grad.ne(1.0).any())

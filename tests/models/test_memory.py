@@ -206,6 +206,7 @@ CASES: list[Case] = [
     ({"width": 64, "layers": 2}, 8, 256, 64, {"again": True}, 0.03),  # those of one block, recomputed
     ({"width": 256, "layers": 8}, 1, 16, 64, {"autocast": True, "accumulate": 2}, 0.01),  # matrices in bfloat16
     ({"width": 64, "layers": 1, "tie_embeddings": False}, 1, 64, 1024, {"again": True, "accumulate": 2}, 0.015),
+    ({"width": 128, "layers": 1, "tie_embeddings": False}, 1, 32, 400, {"again": True, "accumulate": 2}, 0.003),
     ({"width": 128, "layers": 1}, 2, 64, 2048, {"fused": False, "accumulate": 2}, 0.001),
 ]
 

@@ -1,0 +1,211 @@
+"""Tests that a linear loss holds what its plan says and keeps to its budget, counted at the sizes of real models."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmfast_kernels.cross_entropy
+import llmfast_kernels.scale
+from evidence.dry_run import reserve
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, counting
+from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, reference
+from support.numerics import assert_close_in_norm
+from support.plans import forced
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+MODES = ["materialise", "chunk", "two-stage", "recompute"]
+
+
+class Nothing:
+    """A kernel that is not run: memory is what launchers and torch take."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **options: None
+
+
+@contextmanager
+def counted_memory() -> Iterator[Counts]:
+    """Count the bytes of tensors on a pretended GPU, without computing anything large."""
+    cross_entropy = mock.patch.multiple(
+        llmfast_kernels.cross_entropy, cross_entropy_kernel=Nothing(), cross_entropy_backward_kernel=Nothing()
+    )
+    scale = mock.patch.object(llmfast_kernels.scale, "scale_kernel", Nothing())
+    with cross_entropy, scale, pretending_cuda(), counting(dry=True) as counts:
+        yield counts
+
+
+def leaf(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+    return reserve(*shape, dtype=dtype).requires_grad_(grad)
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward(torch.ones_like(loss) if loss.dim() else None)
+
+
+# Tokens, width and vocabulary, and what is the most of what is held.
+SHAPES = {
+    "logits and gradients": (2048, 256, 16384),
+    "hidden states": (1024, 1024, 512),
+    "weight": (256, 1024, 8192),
+    "logits": (2048, 16, 8192),
+}
+DTYPES = [(BF16, None), (BF16, F32), (F32, None)]
+BOTH, FIRST = (True, True), "logits and gradients"
+CASES = [(*dtypes, shape, BOTH) for dtypes in DTYPES for shape in SHAPES]
+CASES += [(*dtypes, FIRST, wants) for dtypes in DTYPES for wants in ((True, False), (False, True))]
+CASES += [(F16, None, "logits", BOTH)]  # which a CPU multiplies slowly
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "slab_dtype", "shape", "wants"), CASES, ids=str)
+@pytest.mark.parametrize("size", ["small", "middle", "most"])
+def test_a_mode_holds_what_the_plan_says(
+    mode: str, dtype: torch.dtype, slab_dtype: torch.dtype | None, shape: str, wants: tuple[bool, bool], size: str
+) -> None:
+    """Compare to the byte, except for a few numbers per row."""
+    if mode == "two-stage" and not wants[1]:
+        pytest.skip("no columns are left to a second stage")
+    N, D, V = SHAPES[shape]
+    hidden, weight = leaf(N, D, dtype=dtype, grad=wants[0]), leaf(V, D, dtype=dtype, grad=wants[1])
+    targets = torch.zeros(N, dtype=torch.int64)
+    with forced(mode, size) as plans, counted_memory() as counts:
+        linear_cross_entropy(hidden, weight, targets, slab_dtype=slab_dtype).backward()
+    (plan,) = plans
+    assert plan.mode == mode
+    assert 0 <= plan.peak_bytes - counts.peak_bytes <= 16 * N + 128
+    assert counts.total().dot_flops.total() == plan.flops
+
+
+def test_the_shapes_differ_in_what_they_hold_most_of() -> None:
+    """So that each side of every maximum in the plan decides somewhere."""
+    for shape in ("hidden states", "weight", "logits"):
+        N, D, V = SHAPES[shape]
+        parts = {"hidden states": N * D, "weight": V * D, "logits": N * V}
+        if shape != "logits":
+            parts.pop("logits")  # of which a slab holds some
+        assert parts.pop(shape) >= 2 * max(parts.values())
+
+
+# D and V.
+MODELS = {"GPT-2": (768, 50257), "Llama-3": (4096, 128256), "Gemma-2": (2304, 256000), "Qwen-3": (2560, 151936)}
+CALLS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "losses per token": {"reduction": "none"},
+    "four heads": {"heads": 4},
+    "float32": {"dtype": F32},
+    "float32 logits": {"slab_dtype": F32},
+    "sums in bfloat16": {"accumulate_dtype": BF16},
+    "float16": {"dtype": F16},
+    "softcap, smoothing and statistics": {"softcap": 30.0, "label_smoothing": 0.1, "return_stats": True},
+    "targets to shift": {"shift": 1},
+}
+
+
+LAUNCHES = 400  # about as many are counted in a second
+BUDGETS = (8 << 20, 64 << 20, 200 << 20, 1 << 30, 3 << 30, 8 << 30)
+
+
+def run(hidden: Tensor, weight: Tensor, targets: Tensor, heads: int = 0, **options: Any) -> None:
+    found: Any = (mtp_cross_entropy if heads else linear_cross_entropy)(hidden, weight, targets, **options)
+    backward(found[0] if isinstance(found, tuple) else found)
+
+
+def least_of(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> int:
+    """Return the least budget that the error names."""
+    with counted_memory(), pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        run(hidden, weight, targets, memory_budget=1, **options)
+    found = re.search(r"at least (\d+) bytes", str(error.value))
+    assert found is not None
+    return int(found[1])
+
+
+ALL = [(N, call) for call in CALLS for N in (1024, 16384)] + [(4096, "mean"), (65536, "mean"), (65536, "four heads")]
+
+
+@pytest.mark.parametrize(("N", "call"), ALL)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_budget_is_kept(model: str, N: int, call: str) -> None:
+    (D, V), options = MODELS[model], dict(CALLS[call])
+    heads, dtype = options.get("heads", 0), options.pop("dtype", BF16)
+    tokens = (heads, N // heads) if heads else (N,)
+    hidden, weight = leaf(*tokens, D, dtype=dtype), leaf(V, D, dtype=dtype)
+    targets = torch.zeros(tokens[-1], dtype=torch.int64)
+    least = least_of(hidden, weight, targets, **options)
+    for budget in (least, *BUDGETS[:: 1 if call == "mean" else 2]):
+        if budget >= least and 4 * N * V / budget < LAUNCHES:
+            hidden.grad = weight.grad = None
+            with counted_memory() as counts:
+                run(hidden, weight, targets, memory_budget=budget, **options)
+            gradients = hidden.nbytes + weight.nbytes
+            assert counts.peak_bytes - gradients <= budget, budget
+
+
+# Where sums are kept.
+
+
+def trained(
+    accumulate_dtype: torch.dtype | None, rows: int, dtype: torch.dtype = BF16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight's gradient, torch's, and the exact one."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(60, 16).to(dtype), (torch.randn(300, 16) / 4).to(dtype)
+    targets = torch.randint(0, 300, (60,))
+
+    def gradient(loss: Any, dtype: torch.dtype, **options: Any) -> Tensor:
+        w = weight.to(dtype).clone().requires_grad_()
+        return torch.autograd.grad(loss(hidden.to(dtype), w, targets, **options), w)[0]
+
+    with forced("chunk", rows=rows):
+        ours = gradient(linear_cross_entropy, dtype, accumulate_dtype=accumulate_dtype)
+    return ours, gradient(reference.linear_cross_entropy, dtype), gradient(reference.linear_cross_entropy, F64)
+
+
+def test_sums_in_the_weights_dtype_round_once_per_chunk(path: str) -> None:
+    in_float32, in_bfloat16 = trained(None, 60)[0], trained(BF16, 60)[0]
+    assert_close_in_norm(in_bfloat16, *trained(None, 60)[1:], factor=1.5)
+    assert in_bfloat16.dtype == in_float32.dtype == BF16
+    ours, theirs, truth = trained(BF16, 6)
+    error = ((ours - truth).norm() / (theirs - truth).norm()).item()
+    assert 1.1 < error < 10**0.5 * 1.5  # ten roundings instead of one
+    assert torch.equal(trained(F32, 6, F32)[0], trained(None, 6, F32)[0])
+
+
+def test_accumulate_dtype_is_checked() -> None:
+    hidden, weight, targets = (
+        torch.randn(4, 8),
+        torch.randn(5, 8, requires_grad=True),
+        torch.zeros(4, dtype=torch.int64),
+    )
+    with pytest.raises((TypeError, ValueError), match=r"accumulate_dtype must be .*got torch\.bfloat16"):
+        linear_cross_entropy(hidden, weight, targets, accumulate_dtype=BF16)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch 2.10")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_float32_gradient_of_a_bfloat16_weight_is_not_rounded(path: str, mode: str) -> None:
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(40, 16).bfloat16(), torch.randint(0, 300, (40,))
+    weight = (torch.randn(300, 16) / 4).bfloat16()
+
+    def gradient(grad_dtype: torch.dtype) -> Tensor:
+        w = weight.clone().requires_grad_()
+        w.grad_dtype = grad_dtype
+        with forced(mode) as plans:
+            linear_cross_entropy(hidden, w, targets).backward()
+        assert w.grad is not None and w.grad.dtype == grad_dtype == plans[0].call.weight_dtype
+        assert grad_dtype == BF16 or mode != "chunk" or not plans[0].call.separate(plans[0].way)  # no pass casts it
+        return w.grad
+
+    w = weight.double().requires_grad_()
+    (truth,) = torch.autograd.grad(reference.linear_cross_entropy(hidden.double(), w, targets), w)
+    in_float32, rounded = gradient(F32), gradient(BF16)
+    assert (in_float32 - truth).norm() <= (rounded - truth).norm()
+    if mode == "chunk":
+        assert torch.equal(in_float32.bfloat16(), rounded)
