@@ -60,12 +60,6 @@ class ModelConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    pretrained: PathText = setting(
-        "",
-        "folder of a Hugging Face model to train instead of a decoder of the shape below; '': none",
-        kept=WEIGHTS,
-        seen=lambda m: bool(m.pretrained),
-    )
     # The upper bounds are far beyond any use. Without them, modules and tables would be made without end.
     width: int = setting(
         DecoderConfig.width, "width of the hidden states", ge=1, le=2**20, kept=WEIGHTS, aka=("hidden_size", "n_embd")
@@ -107,6 +101,12 @@ class ModelConfig:
     )
     mtp_detach: bool = setting(
         DecoderConfig.mtp_detach, "sequential: depths train neither the trunk nor the embeddings"
+    )
+    pretrained: PathText = setting(
+        "",
+        "folder of a Hugging Face model to train instead of a decoder of the settings above; '': none",
+        kept=WEIGHTS,
+        seen=lambda m: bool(m.pretrained),
     )
 
 

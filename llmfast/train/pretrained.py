@@ -103,8 +103,8 @@ def copy_files(folder: Path, run: Path) -> None:
 class OwnLoss(NextToken):
     """The next token's cross-entropy as a model of Hugging Face computes it, without logits.
 
-    Labels are shifted already, and positions begin anew with each document: transformers' masks then keep documents
-    apart. It looks at the positions to know, and waits for the device once per forward.
+    Labels are shifted already. Positions count from 0 in each document, from which transformers knows that its masks must
+    keep documents apart. To know, it waits for the device once per forward.
     """
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:

@@ -1,6 +1,7 @@
 """Models of Hugging Face through the trainer: from a folder, trained, resumed, and back to a folder."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmfast.data import BPETokenizer, load_tokenizer
 from llmfast.train import Config, load_config, load_run, train
 from llmfast.train.metrics import read_metrics
 from llmfast.train.trainer import Hooks, Trainer
+from support.ranks import Ranks
 from support.runs import TEXTS
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
@@ -168,7 +170,7 @@ def test_from_a_folder_to_a_folder(
 
 
 def test_resumes_bit_for_bit(folder_of: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
-    """Also after the folder that it began with is gone, and a model with dropout."""
+    """Also resume after the folder that it began with is gone, and a model with dropout."""
     fit = Trainer.fit
     for name in ("gpt2", "tied"):
         folder = folder_of(name, **({"resid_pdrop": 0.3} if name == "gpt2" else {}))
@@ -203,7 +205,7 @@ def test_resumes_bit_for_bit(folder_of: Callable[..., Path], corpus: Path, tmp_p
 def test_goes_on_with_new_text(
     finished: bool, folder_of: Callable[..., Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From a run, finished or not, and from a folder that no run has written."""
+    """Begin from a run, finished or not, and from a folder that no run has written."""
     (tmp_path / "new").mkdir()
     for i in range(12):
         (tmp_path / "new" / f"{i}.txt").write_text(f"{i}|{i * i}|x\n" * 30)
@@ -225,6 +227,40 @@ def test_goes_on_with_new_text(
         assert "--general must name the old text" in capsys.readouterr().err
         assert main(["continue", str(tmp_path / "llama"), *further, *more, f"--general={tmp_path / 'texts'}"]) == 0
         assert load_config(after / "config.toml").model.pretrained == str(tmp_path / "llama")
+
+
+def trained_by(rank: int, world: int, *overrides: str) -> None:
+    """Train on the ranks of one group, which ends with the run."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    train(load_config(None, overrides))
+
+
+@pytest.mark.parametrize("name", ["tied", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_do_what_one_does(
+    parallel: str, name: str, folder_of: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Compare losses and weights; then resume on one rank what two have begun."""
+    folder = folder_of(name)
+    alone = train(config_of(tmp_path, folder, "name=alone", "optimizer.name=sgd", "optimizer.lr=0.1"))
+    ranks = Ranks(2, tmp_path)
+    try:
+        more = ["name=both", "optimizer.name=sgd", "optimizer.lr=0.1", f"train.parallel={parallel}"]
+        ranks.run(trained_by, *settings_of(tmp_path, folder, *more))
+    finally:
+        ranks.close()
+    both = alone.with_name("both")
+    first, second = (
+        [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] for run in (alone, both)
+    )
+    assert first == pytest.approx(second, abs=1e-5)
+    one, two = (transformers.AutoModelForCausalLM.from_pretrained(run).state_dict() for run in (alone, both))
+    assert one.keys() == two.keys()
+    for key, t in one.items():
+        torch.testing.assert_close(two[key], t, rtol=1e-4, atol=1e-5, msg=key)
+    arguments = ["train", "--resume", "--name=both", f"--set=runs={both.parent}", "--set=train.steps=6"]
+    assert main(arguments) == 0
+    assert read_metrics(both / "metrics.jsonl")[-1]["step"] == 6
 
 
 def test_the_text_is_what_the_tokenizer_makes_of_it(folder_of: Callable[..., Path], tmp_path: Path) -> None:
@@ -340,6 +376,9 @@ def test_export_and_plan_say_that_they_cannot(
         (["plan", "memory", "--config", str(run / "config.toml")], "model.pretrained must be '' for a decoder"),
         (["train", f"--set=model.pretrained={run}", f"--set=runs={run.parent}", "--name=one", "--overwrite"],
          "model.pretrained must be another folder than the run's own"),
+        (["train", f"--set=train.init_from={run}", f"--set=data.tokenizer={run / 'tokenizer.json'}", "--name=two",
+          *(f"--set={s}" for s in settings_of(tmp_path, run) if not s.startswith("model."))],
+         f"model.pretrained must be that of the weights in train.init_from={run}, '{tmp_path / 'llama'}'; got ''"),
     ):  # fmt: skip
         capsys.readouterr()
         assert main(arguments) == 2
