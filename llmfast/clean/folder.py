@@ -80,13 +80,17 @@ def clean(
     # These modules import packages of the extra.
     from llmfast.clean.pipelines import TOKENIZER_FILE, Pipelines
     from llmfast.clean.recipe import DATATROVE, check_language
-    from llmfast.data.tokenizer import BPETokenizer, load_tokenizer
+    from llmfast.data.tokenizer import END_OF_TEXT, BPETokenizer, load_tokenizer
 
     check_language(language, py3langid=language_model is None)
     encoder = None if tokenizer is None else load_tokenizer(tokenizer)
     expect(
         encoder is None or isinstance(encoder, BPETokenizer),
         f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
+    )
+    expect(
+        encoder is None or END_OF_TEXT in encoder.special_ids,
+        f"tokenizer must have {END_OF_TEXT}, which ends documents in token files; {tokenizer} has none",
     )
     say = say or (lambda text: None)
     if ignored:

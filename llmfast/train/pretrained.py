@@ -51,6 +51,12 @@ def open_pretrained(config: Config, folder: Path, *, weights: bool) -> nn.Module
     require("transformers", extra="hf")
     dtype: torch.dtype = getattr(torch, config.train.param_dtype)
     try:
+        _kind(folder)
+        expect(
+            (folder / TOKENIZER).exists(),
+            f"{folder} must have a {TOKENIZER}; there is none. AutoTokenizer.from_pretrained(...).save_pretrained(...) "
+            "writes it",
+        )
         tokenizer = load_tokenizer(folder / TOKENIZER)
         _expect_same_tokenizer(config, tokenizer, folder)
         model = read_model(folder, dtype) if weights else new_model(folder, dtype)
@@ -103,8 +109,8 @@ def copy_files(folder: Path, run: Path) -> None:
 class OwnLoss(NextToken):
     """The next token's cross-entropy as a model of Hugging Face computes it, without logits.
 
-    Labels are shifted already. Positions count from 0 in each document, from which transformers knows that its masks must
-    keep documents apart. To know, it waits for the device once per forward.
+    Labels are shifted already. Positions count from 0 in each document, from which transformers knows that its masks
+    must keep documents apart. To know, it waits for the device once per forward.
     """
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
@@ -190,7 +196,10 @@ def _expect_fitting(model: Any, config: Config, tokenizer: Tokenizer) -> None:
 
 def _kind(folder: Path) -> Any:
     """Return the class of a folder's causal language model."""
-    expect((folder / CONFIG).exists(), f"{folder} must be the folder of a model, with {CONFIG}; there is none")
+    expect(
+        (folder / CONFIG).exists(),
+        f"{folder} must be the folder of a model, with {CONFIG}; there is none, and nothing is downloaded",
+    )
     transformers: Any = require("transformers", extra="hf")
     settings = _called(folder, transformers.AutoConfig.from_pretrained, folder)
     known = transformers.AutoModelForCausalLM._model_mapping

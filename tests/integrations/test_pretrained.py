@@ -320,10 +320,14 @@ def fewer_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "more", "message"),
     [
-        (shutil.rmtree, [], "tokenizer.json"),
+        (
+            shutil.rmtree,
+            [],
+            "must be the folder of a model, with config.json; there is none, and nothing is downloaded",
+        ),
         (no_config, [], "must be the folder of a model, with config.json; there is none"),
         (no_weights, [], "must hold the weights, in *.safetensors; there are none"),
-        (no_tokenizer, [], "No such file or directory"),
+        (no_tokenizer, [], "must have a tokenizer.json; there is none"),
         (damaged, [], "transformers cannot read"),
         (fewer_weights, [], "must be all of a LlamaForCausalLM; missing ['model.layers.1.mlp.up_proj.weight']"),
         (no_head, [], "must hold a causal language model with its head; its config.json has LlamaModel"),
