@@ -58,7 +58,8 @@ def open_pretrained(config: Config, folder: Path, *, weights: bool) -> nn.Module
             "writes it",
         )
         tokenizer = load_tokenizer(folder / TOKENIZER)
-        _expect_same_tokenizer(config, tokenizer, folder)
+        if weights:  # a run that is resumed has its own
+            _expect_same_tokenizer(config, tokenizer, folder)
         model = read_model(folder, dtype) if weights else new_model(folder, dtype)
         _expect_fitting(model, config, tokenizer)
         return _with_own_loss(model)

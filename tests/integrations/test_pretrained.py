@@ -221,6 +221,8 @@ def test_goes_on_with_new_text(
     assert first["validation"]["texts"] == pytest.approx(old, rel=1e-5)
     assert "... of new" in capsys.readouterr().out
     assert transformers.AutoModelForCausalLM.from_pretrained(after) is not None
+    shutil.rmtree(run)
+    assert main(["train", "--resume", "--name=after", f"--set=runs={after.parent}", "--set=train.steps=5"]) == 0
     if finished:
         more = ["--set=data.seq_len=32", "--set=data.held_out=0.3", "--overwrite"]
         assert main(["continue", str(tmp_path / "llama"), *further, *more]) == 2
