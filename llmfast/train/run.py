@@ -53,7 +53,8 @@ def train(
 
     The folder holds config.toml (resolved), tokenizer.json, metrics.jsonl, checkpoints, and at the end
     model.safetensors, loss.png and sample.txt; with `model.pretrained` also all else that transformers needs. With
-    `dry_run` the plan is printed and nothing else is done. With `profile` a few steps are traced, into trace.json for chrome://tracing or perfetto.dev.
+    `dry_run` the plan is printed and nothing else is done. With `profile` a few steps are traced, into trace.json for
+    chrome://tracing or perfetto.dev.
 
     Raises:
         ConfigError: the settings cannot be met (device, data, shape of the model), or differ from those of the run
