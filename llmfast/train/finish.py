@@ -17,7 +17,7 @@ from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.parts import evaluation_batches, make_model
-from llmfast.train.pretrained import new_model, stream_of
+from llmfast.train.pretrained import new_model, save_pretrained, stream_of
 from llmfast.train.trainer import Trainer
 
 ACCEPTANCE_PROMPTS = 2  # of each source
@@ -73,13 +73,13 @@ def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_b
 
 
 def _save(model: Any, run: Path) -> None:
-    """Write the weights; next to a tokenizer and config.json, transformers opens its own."""
+    """Write the weights under the names of the model's own library."""
     from safetensors.torch import save_model
 
     if isinstance(model, Decoder):
         save_model(model, str(run / "model.safetensors"))
     else:
-        model.save_pretrained(run)
+        save_pretrained(model, run)
 
 
 def whole_model(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> Any:

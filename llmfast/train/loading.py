@@ -13,7 +13,7 @@ from llmfast.models.llama import CONFIG, WEIGHTS, decoder_config_of, read_config
 from llmfast.train.checkpoint import load_weights, newest_step
 from llmfast.train.config import Config, decoder_config
 from llmfast.train.earlier import saved_settings
-from llmfast.train.pretrained import read_model
+from llmfast.train.pretrained import positions_of, read_model
 
 
 class Loaded(NamedTuple):
@@ -32,6 +32,7 @@ def load_run(run: str | Path) -> Loaded:
     Raises:
         ValueError: The folder is neither, or its files do not fit together.
         OSError: A file is missing or damaged.
+        ImportError: The run has trained a model of transformers, which is not installed.
     """
     opened = open_run(run)
     return Loaded(opened.model(), opened.tokenizer)
@@ -43,7 +44,7 @@ class Opened:
 
     folder: Path
     tokenizer: Tokenizer
-    context: int  # tokens that the model was trained to read at once
+    context: int  # tokens that the model was trained to read at once, by whoever trained it first
     settings: Config | None  # None for a folder that was exported
     shape: DecoderConfig | None  # None for a model of transformers
 
@@ -84,7 +85,7 @@ def open_run(run: str | Path) -> Opened:
         return Opened(folder, tokenizer, context, None, decoder_config_of(values, folder / CONFIG))
     settings = saved_settings(folder)
     if settings.model.pretrained:
-        return Opened(folder, tokenizer, settings.data.seq_len, settings, None)
+        return Opened(folder, tokenizer, positions_of(folder) or settings.data.seq_len, settings, None)
     try:
         shape = decoder_config(settings, tokenizer.vocab_size)
     except ValueError as e:

@@ -100,11 +100,29 @@ def new_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     return transformers.AutoModelForCausalLM.from_config(settings, **({} if dtype == "auto" else {"dtype": dtype}))
 
 
+def positions_of(folder: Path) -> int | None:
+    """Return how many positions a model can tell apart, None if any; errors are those of `read_model`."""
+    transformers: Any = require("transformers", extra="hf")
+    return _most_positions(_called(folder, transformers.AutoConfig.from_pretrained, folder))
+
+
 def copy_files(folder: Path, run: Path) -> None:
     """Copy config.json and all of the tokenizer but tokenizer.json, for a run to be complete without that folder."""
     for name in COPIED:
         if (folder / name).exists():
             shutil.copyfile(folder / name, run / name)
+
+
+def save_pretrained(model: Any, run: Path) -> None:
+    """Write the weights and config.json into the run's folder, each whole, next to the tokenizer."""
+    partial = run / ".pretrained.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    mode = (partial / CONFIG).stat().st_mode
+    for file in sorted(partial.iterdir()):
+        file.chmod(mode)  # safetensors lets only the owner read its files
+        file.replace(run / file.name)
+    partial.rmdir()
 
 
 class OwnLoss(NextToken):
@@ -184,7 +202,7 @@ def _expect_fitting(model: Any, config: Config, tokenizer: Tokenizer) -> None:
         tokenizer.vocab_size <= rows,
         f"its tokenizer must be the model's own, with at most its {rows} ids; got one of {tokenizer.vocab_size}",
     )
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = _most_positions(model.config)
     expect(
         most is None or d.seq_len <= most,
         f"data.seq_len must be at most the {most} positions of this {name}; got {d.seq_len}",
@@ -193,6 +211,11 @@ def _expect_fitting(model: Any, config: Config, tokenizer: Tokenizer) -> None:
         d.fim_rate == 0 or not tokenizer.start_ids,
         f"data.fim_rate must be 0: this model's texts begin with a token that must stay in front; got {d.fim_rate}",
     )
+
+
+def _most_positions(settings: Any) -> int | None:
+    most: int | None = getattr(settings, "max_position_embeddings", None)
+    return most
 
 
 def _kind(folder: Path) -> Any:

@@ -91,10 +91,11 @@ def train(
     torch.manual_seed(t.seed + world.rank)  # what is random in training must differ between ranks
     _print_plan(config, data, order, model, f"{world.device} in {dtype}", world, console)
     if dry_run:
+        estimated = ""
         if isinstance(model, Decoder):
             peak = in_bytes(estimate_run(config, model.config).peak)
-            say(console, f"about {peak} on a GPU, by `llmfast plan memory`")
-        say(console, "nothing was trained")
+            estimated = f"about {peak} on a GPU, by `llmfast plan memory`; "
+        say(console, f"{estimated}nothing was trained")
         world.leave()
         return run
     trainer = Trainer(

@@ -159,14 +159,33 @@ def test_from_a_folder_to_a_folder(
     prompt = read("def f1(x", return_tensors="pt").input_ids
     beyond = list(range(len(read), theirs.config.vocab_size))
     assert beyond
-    wanted = theirs.generate(prompt, max_new_tokens=12, do_sample=False, suppress_tokens=beyond)[0, prompt.shape[1] :]
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": read.eos_token_id, "suppress_tokens": beyond}
+    wanted = theirs.generate(prompt, **options)[0, prompt.shape[1] :]
     capsys.readouterr()
-    assert main(["generate", str(run), "--prompt=def f1(x", "--max-tokens=12", "--device=cpu"]) == 0
+    assert main(["generate", str(run), "--prompt=def f1(x", "--max-tokens=40", "--device=cpu"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == read.decode(wanted, skip_special_tokens=True).rstrip("\n")
     model, tokenizer = load_run(run)
     assert type(model) is type(theirs) and not model.training
     assert [*tokenizer.start_ids, *tokenizer.encode("a b")] == read("a b").input_ids
     assert tokenizer.eot_id == read.eos_token_id
+
+
+def test_recomputed_activations_are_the_same(folder_of: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
+    """Compare bit for bit, with dropout, and the files that are left."""
+    folder = folder_of("gpt2", resid_pdrop=0.3)
+    kept, again = (
+        train(config_of(tmp_path, folder, f"name={name}", f"train.checkpoint_activations={name}"))
+        for name in ("false", "true")
+    )
+    first, second = weights(kept), weights(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert {path.name for path in again.iterdir()} == {
+        *("checkpoint-00000004", "config.json", "config.toml", "generation_config.json", "loss.png", "metrics.jsonl"),
+        *("model.safetensors", "sample.txt", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert {path.stat().st_mode for path in again.glob("*.*") if path.is_file()} == {
+        (again / "config.toml").stat().st_mode
+    }
 
 
 def test_resumes_bit_for_bit(folder_of: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
