@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from llmfast.cli import main
 from llmfast.data import BPETokenizer, load_tokenizer
@@ -174,7 +175,7 @@ def test_recomputed_activations_are_the_same(folder_of: Callable[..., Path], cor
     """Compare bit for bit, with dropout, and the files that are left."""
     folder = folder_of("gpt2", resid_pdrop=0.3)
     kept, again = (
-        train(config_of(tmp_path, folder, f"name={name}", f"train.checkpoint_activations={name}"))
+        train(config_of(tmp_path, folder, f"name=is-{name}", f"train.checkpoint_activations={name}"))
         for name in ("false", "true")
     )
     first, second = weights(kept), weights(again)
@@ -250,10 +251,13 @@ def test_goes_on_with_new_text(
         assert load_config(after / "config.toml").model.pretrained == str(tmp_path / "llama")
 
 
-def trained_by(rank: int, world: int, *overrides: str) -> None:
-    """Train on the ranks of one group, which ends with the run."""
+def trained_by(rank: int, world: int, *overrides: str) -> int:
+    """Train on the ranks of one group, which ends with the run; return how many modules FSDP2 has sharded."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    train(load_config(None, overrides))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Seen(patch)
+        train(load_config(None, overrides))
+    return sum(isinstance(module, FSDPModule) for module in seen.trainer.module.modules())
 
 
 @pytest.mark.parametrize("name", ["tied", "qwen3", "gemma2", "gpt2"])
@@ -267,9 +271,10 @@ def test_two_ranks_do_what_one_does(
     ranks = Ranks(2, tmp_path)
     try:
         more = ["name=both", "optimizer.name=sgd", "optimizer.lr=0.1", f"train.parallel={parallel}"]
-        ranks.run(trained_by, *settings_of(tmp_path, folder, *more))
+        sharded = ranks.run(trained_by, *settings_of(tmp_path, folder, *more))
     finally:
         ranks.close()
+    assert sharded == [0 if parallel == "ddp" else 3] * 2  # both blocks, and the rest
     both = alone.with_name("both")
     first, second = (
         [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] for run in (alone, both)
@@ -410,12 +415,3 @@ def test_export_and_plan_say_that_they_cannot(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert (run / "model.safetensors").exists()
-
-
-def test_without_transformers_the_error_names_the_extra(
-    folder_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = folder_of()
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)  # type: ignore[arg-type]
-    assert main(["train", *(f"--set={s}" for s in settings_of(tmp_path, folder))]) == 2
-    assert "transformers could not be imported; pip install 'llmfast-torch[hf]'" in capsys.readouterr().err
