@@ -44,7 +44,7 @@ class Opened:
 
     folder: Path
     tokenizer: Tokenizer
-    context: int  # tokens that the model was trained to read at once, by whoever trained it first
+    context: int  # tokens that the model was trained to read at once
     settings: Config | None  # None for a folder that was exported
     shape: DecoderConfig | None  # None for a model of transformers
 

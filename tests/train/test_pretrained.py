@@ -1,4 +1,4 @@
-"""What `model.pretrained` refuses without transformers; tests/integrations/test_pretrained.py has the rest."""
+"""Refusals of `model.pretrained` that need no transformers; tests/integrations/test_pretrained.py has the rest."""
 
 import sys
 from pathlib import Path
