@@ -51,18 +51,17 @@ def open_pretrained(config: Config, folder: Path, *, weights: bool) -> nn.Module
     require("transformers", extra="hf")
     dtype: torch.dtype = getattr(torch, config.train.param_dtype)
     try:
-        _kind(folder)
+        kind, settings = _described(folder)
         expect(
             (folder / TOKENIZER).exists(),
             f"{folder} must have a {TOKENIZER}; there is none. AutoTokenizer.from_pretrained(...).save_pretrained(...) "
             "writes it",
         )
         tokenizer = load_tokenizer(folder / TOKENIZER)
+        _expect_fitting(kind.__name__, settings, config, tokenizer)
         if weights:  # a run that is resumed has its own
             _expect_same_tokenizer(config, tokenizer, folder)
-        model = read_model(folder, dtype) if weights else new_model(folder, dtype)
-        _expect_fitting(model, config, tokenizer)
-        return _with_own_loss(model)
+        return _with_own_loss(read_model(folder, dtype) if weights else new_model(folder, dtype))
     except ConfigError:
         raise
     except (ValueError, OSError) as e:
@@ -82,7 +81,7 @@ def read_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
             load_weights(folder, model, lambda about: None)
             model.tie_weights()
             return model
-    kind = _kind(folder)
+    kind, _ = _described(folder)
     expect(any(folder.glob("*.safetensors")), f"{folder} must hold the weights, in *.safetensors; there are none")
     model, found = _called(
         folder, kind.from_pretrained, folder, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -94,16 +93,14 @@ def read_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
 
 def new_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """Make a model like that of the folder, with random weights; errors are those of `read_model`."""
-    _kind(folder)
+    _, settings = _described(folder)
     transformers: Any = require("transformers", extra="hf")
-    settings = _called(folder, transformers.AutoConfig.from_pretrained, folder)
     return transformers.AutoModelForCausalLM.from_config(settings, **({} if dtype == "auto" else {"dtype": dtype}))
 
 
 def positions_of(folder: Path) -> int | None:
     """Return how many positions a model can tell apart, None if any; errors are those of `read_model`."""
-    transformers: Any = require("transformers", extra="hf")
-    return _most_positions(_called(folder, transformers.AutoConfig.from_pretrained, folder))
+    return _most_positions(_described(folder)[1])
 
 
 def copy_files(folder: Path, run: Path) -> None:
@@ -194,15 +191,14 @@ def _expect_same_tokenizer(config: Config, tokenizer: Tokenizer, folder: Path) -
     expect(same, f"data.tokenizer must be left out, or be that of the model, {folder / TOKENIZER}; got {named!r}")
 
 
-def _expect_fitting(model: Any, config: Config, tokenizer: Tokenizer) -> None:
-    """Check what of the model depends on the text."""
-    name, d = type(model).__name__, config.data
-    rows = model.get_input_embeddings().weight.shape[0]
+def _expect_fitting(name: str, settings: Any, config: Config, tokenizer: Tokenizer) -> None:
+    """Check what the text and the model, which is named and described, need of each other."""
+    rows, d = settings.get_text_config().vocab_size, config.data
     expect(
         tokenizer.vocab_size <= rows,
         f"its tokenizer must be the model's own, with at most its {rows} ids; got one of {tokenizer.vocab_size}",
     )
-    most = _most_positions(model.config)
+    most = _most_positions(settings)
     expect(
         most is None or d.seq_len <= most,
         f"data.seq_len must be at most the {most} positions of this {name}; got {d.seq_len}",
@@ -214,12 +210,12 @@ def _expect_fitting(model: Any, config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _most_positions(settings: Any) -> int | None:
-    most: int | None = getattr(settings, "max_position_embeddings", None)
+    most: int | None = getattr(settings.get_text_config(), "max_position_embeddings", None)
     return most
 
 
-def _kind(folder: Path) -> Any:
-    """Return the class of a folder's causal language model."""
+def _described(folder: Path) -> tuple[Any, Any]:
+    """Return the class of a folder's causal language model and transformers' description of it."""
     expect(
         (folder / CONFIG).exists(),
         f"{folder} must be the folder of a model, with {CONFIG}; there is none, and nothing is downloaded",
@@ -234,7 +230,7 @@ def _kind(folder: Path) -> Any:
         f"{folder} must hold a causal language model with its head; its {CONFIG} has "
         f"{', '.join(named) or type(settings).__name__}",
     )
-    return kind
+    return kind, settings
 
 
 def _called(folder: Path, function: Any, *args: Any, **kwargs: Any) -> Any:
