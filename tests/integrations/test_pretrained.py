@@ -181,8 +181,8 @@ def test_recomputed_activations_are_the_same(folder_of: Callable[..., Path], cor
     first, second = weights(kept), weights(again)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert {path.name for path in again.iterdir()} == {
-        *("checkpoint-00000004", "config.json", "config.toml", "generation_config.json", "loss.png", "metrics.jsonl"),
-        *("model.safetensors", "sample.txt", "tokenizer.json", "tokenizer_config.json"),
+        *(path.name for path in folder.iterdir()),
+        *("checkpoint-00000004", "config.toml", "loss.png", "metrics.jsonl", "sample.txt"),
     }
     assert {path.stat().st_mode for path in again.glob("*.*") if path.is_file()} == {
         (again / "config.toml").stat().st_mode
