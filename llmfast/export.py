@@ -57,6 +57,11 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise FileExistsError(f"{to} exists and is not an empty folder: remove it first, or choose another DIR")
     opened = open_run(run)
+    expect(
+        opened.shape is not None,
+        f"RUN must be of a model of llmfast's own; that of {run} is Hugging Face's, and once the run has finished, "
+        "transformers opens the run's folder itself",
+    )
     tokenizer, context = opened.tokenizer, opened.context
     model = opened.model()
     mtp = model.config.mtp

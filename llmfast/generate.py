@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         _generate(args)
     except ImportError as e:
-        return fail(f"{e}; generating needs the extra: pip install 'llmfast-torch[train]'")
+        advice = "" if "pip install" in str(e) else "; generating needs the extra: pip install 'llmfast-torch[train]'"
+        return fail(f"{e}{advice}")
     except BrokenPipeError:  # the reader has seen enough
         raise
     except (ValueError, OSError) as e:
@@ -89,7 +90,7 @@ def _generate(args: argparse.Namespace) -> None:
     device = _device(args.device)
     opened = open_run(args.run_folder)
     prompt = torch.as_tensor(_prompt_ids(args, opened), dtype=torch.int64, device=device)
-    drafts = opened.shape.mtp in ("parallel", "sequential") and opened.shape.targets > 1
+    drafts = opened.shape is not None and opened.shape.mtp in ("parallel", "sequential") and opened.shape.targets > 1
     expect(drafts or not args.speculative, f"--speculative needs a model with further heads; {opened.folder} has none")
 
     generator = torch.Generator(device)
@@ -102,7 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
     if drafts and args.speculative is not False:
         tokens = _speculative(model, prompt, count, sampler, made)
     else:
-        tokens = _plain(model, prompt, count, sampler, opened.context)
+        tokens = _plain(model, opened, prompt, count, sampler)
     begun, ended = time.perf_counter(), False
     text = TextStream(opened.tokenizer, prompt.tolist())
     for token in tokens:
@@ -147,7 +148,7 @@ def _prompt_ids(args: argparse.Namespace, opened: "Opened") -> Any:
         )
     else:
         expect(args.prompt != "", "--prompt must not be empty: a text begins with its own first token")
-        ids = opened.tokenizer.encode(args.prompt)
+        ids = [*opened.tokenizer.start_ids, *opened.tokenizer.encode(args.prompt).tolist()]
     expect(
         len(ids) < opened.context,
         f"the prompt must be shorter than the model's context of {opened.context} tokens; got {len(ids)}",
@@ -171,8 +172,11 @@ class _Made:
         return f"{line}; {self.tokens / self.passes:.2f} per pass, drafts accepted by head: {accepted}"
 
 
-def _plain(model: "Decoder", prompt: "Tensor", count: int, sampler: "Sampler", context: int) -> Iterator[int]:
-    for _, token in zip(range(count), model.stream(prompt, context=context, sampler=sampler)):
+def _plain(model: Any, opened: "Opened", prompt: "Tensor", count: int, sampler: "Sampler") -> Iterator[int]:
+    from llmfast.train.pretrained import stream_of
+
+    tokens = stream_of(model, opened.tokenizer, prompt, context=opened.context, sampler=sampler)
+    for _, token in zip(range(count), tokens):
         yield int(token)
 
 

@@ -518,7 +518,13 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     ByteTokenizer().save(tmp_path / "bytes.json")
     with pytest.raises(ValueError, match=r"that `tokenizers` reads; .*bytes.json holds llmfast's own bytes"):
         clean(corpus, output, tokenizer=tmp_path / "bytes.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.json", "bytes.json", "empty"]
+    (tmp_path / "model").mkdir()
+    other = bare.read_text().replace('"a": 0', '"</s>": 0')
+    (tmp_path / "model" / "tokenizer.json").write_text(other)
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(ValueError, match=r"must have <\|endoftext\|>, which ends documents in token files"):
+        clean(corpus, output, tokenizer=tmp_path / "model" / "tokenizer.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.json", "bytes.json", "empty", "model"]
 
 
 def test_without_the_extra(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from llmfast._checks import expect
 from llmfast.clean.report import Report
@@ -80,14 +81,9 @@ def clean(
     # These modules import packages of the extra.
     from llmfast.clean.pipelines import TOKENIZER_FILE, Pipelines
     from llmfast.clean.recipe import DATATROVE, check_language
-    from llmfast.data.tokenizer import BPETokenizer, load_tokenizer
 
     check_language(language, py3langid=language_model is None)
-    encoder = None if tokenizer is None else load_tokenizer(tokenizer)
-    expect(
-        encoder is None or isinstance(encoder, BPETokenizer),
-        f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
-    )
+    encoder = None if tokenizer is None else _encoder(tokenizer)
     say = say or (lambda text: None)
     if ignored:
         say(others_left_out(ignored))
@@ -112,6 +108,22 @@ def clean(
             output.rename(Path(temporary, "old"))
         new.rename(output)
     return report
+
+
+def _encoder(tokenizer: str | os.PathLike[str]) -> Any:
+    """Load a tokenizer for files of tokens; ValueError if datatrove cannot use it."""
+    from llmfast.data.tokenizer import END_OF_TEXT, BPETokenizer, load_tokenizer
+
+    encoder = load_tokenizer(tokenizer)
+    expect(
+        isinstance(encoder, BPETokenizer),
+        f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
+    )
+    expect(
+        END_OF_TEXT in encoder.special_ids,
+        f"tokenizer must have {END_OF_TEXT}, which ends documents in token files; {tokenizer} has none",
+    )
+    return encoder
 
 
 def _check_packages() -> None:

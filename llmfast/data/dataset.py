@@ -221,7 +221,7 @@ def _rows_of_texts(
     texts: tuple[list[str], list[str]], tokenizer: Tokenizer, seq_len: int, packing: str, rearranged: FIM | None
 ) -> tuple[Rows, Rows | None]:
     """Pack the texts for training, and those for validation if there are any."""
-    kept, held = (tokenizer.encode_batch(part) for part in texts)
+    kept, held = (_encoded(part, tokenizer) for part in texts)
     if packing == "concat":
         _expect_rows({"training": kept, **({"validation": held} if texts[1] else {})}, seq_len)
     pack_texts = pack if packing == "concat" else pack_best_fit
@@ -231,6 +231,13 @@ def _rows_of_texts(
         else FIMDocumentRows.pack(kept, seq_len, rearranged)
     )
     return train, pack_texts(held, seq_len, tokenizer.eot_id) if texts[1] else None
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer) -> list[TokenIds]:
+    """Encode texts, each with the ids that it begins with."""
+    start = np.array(tokenizer.start_ids, dtype=np.int32)
+    encoded = tokenizer.encode_batch(texts)
+    return [np.concatenate([start, ids]) if len(ids) else ids for ids in encoded] if len(start) else encoded
 
 
 def _expect_rows(parts: Mapping[str, Sequence[TokenIds]], seq_len: int) -> None:

@@ -46,6 +46,9 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> Mapping[str, int]: ...  # "<|fim_prefix|>" and so on
 
+    @property
+    def start_ids(self) -> Sequence[int]: ...  # what every text begins with, where it is not cut
+
     def encode(self, text: str) -> TokenIds: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]: ...
@@ -61,6 +64,7 @@ class ByteTokenizer:
     vocab_size = 264
     special_ids: Mapping[str, int] = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
     eot_id = special_ids[END_OF_TEXT]
+    start_ids: Sequence[int] = ()
 
     def encode(self, text: str) -> TokenIds:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -83,22 +87,25 @@ class BPETokenizer:
     """Byte-level BPE by Hugging Face `tokenizers`, saved as one `tokenizer.json`, which that library can read too.
 
     Args:
-        backend: A `tokenizers.Tokenizer` that knows "<|endoftext|>". The other special tokens are optional.
+        backend: A `tokenizers.Tokenizer`.
+        end_of_text: The token that ends a text, which `backend` must know. The other special tokens are optional.
+        start_ids: Ids that every text begins with.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, end_of_text: str = END_OF_TEXT, start_ids: Sequence[int] = ()) -> None:
         vocabulary: dict[str, int] = backend.get_vocab()
-        expect(END_OF_TEXT in vocabulary, f"the tokenizer has no {END_OF_TEXT} token")
+        expect(end_of_text in vocabulary, f"the tokenizer has no {end_of_text} token")
         self._backend = backend
         self._backend.encode_special_tokens = True  # encode special tokens in a text as ordinary text
         self._backend.no_truncation()  # files saved elsewhere may truncate and pad
         self._backend.no_padding()
         self.vocab_size = max(vocabulary.values()) + 1  # ids can have gaps
         self.special_ids: Mapping[str, int] = {t: vocabulary[t] for t in SPECIAL_TOKENS if t in vocabulary}
-        self.eot_id = self.special_ids[END_OF_TEXT]
+        self.eot_id, self._end_of_text = vocabulary[end_of_text], end_of_text
+        self.start_ids: Sequence[int] = tuple(start_ids)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BPETokenizer, (self._backend,)  # the pickled backend loses encode_special_tokens
+    def __reduce__(self) -> tuple[Any, ...]:  # the pickled backend loses encode_special_tokens
+        return BPETokenizer, (self._backend, self._end_of_text, self.start_ids)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> "BPETokenizer":
@@ -142,7 +149,11 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BPETokenizer":
-        """Read a `tokenizer.json`; ValueError if it is invalid."""
+        """Read a `tokenizer.json`; ValueError if it is invalid.
+
+        A `tokenizer_config.json` next to it, as transformers writes it, says which token ends a text. Then a text also
+        begins with what the tokenizer itself puts before it.
+        """
         tokenizers = _tokenizers()
         try:
             backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
@@ -150,7 +161,14 @@ class BPETokenizer:
             raise
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path} is not a tokenizer file: {error}") from error
-        return cls(backend)
+        end_of_text = _end_of_text(Path(path).with_name("tokenizer_config.json"))
+        if end_of_text is None:
+            return cls(backend)
+        found = cls(backend, end_of_text)
+        whole, bare = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        found.start_ids = tuple(whole[: next(starts, 0)])  # what comes after the text is the end that `pack` puts there
+        return found
 
     def encode(self, text: str) -> TokenIds:
         return self.encode_batch([text])[0]
@@ -170,7 +188,7 @@ class BPETokenizer:
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Load a tokenizer written by `save`, of either kind, or any `tokenizer.json` that has "<|endoftext|>".
+    """Load a tokenizer written by `save`, of either kind, or a model's `tokenizer.json`; see `BPETokenizer.load`.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -185,6 +203,19 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         expect(content == json.loads(json.dumps(_BYTES_FILE)), f"{path} has other byte tokens than this version's")
         return ByteTokenizer()
     return BPETokenizer.load(path)
+
+
+def _end_of_text(settings: Path) -> str | None:
+    """Read the token that ends a text from a `tokenizer_config.json`; None if there is none."""
+    try:
+        token = json.loads(settings.read_text(encoding="utf-8-sig"))["eos_token"]
+    except (FileNotFoundError, KeyError):
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{settings} is not a tokenizer's settings: {error}") from error
+    found: Any = token.get("content") if isinstance(token, dict) else token
+    expect(found is None or isinstance(found, str), f"{settings} must name its eos_token; got {found!r:.80}")
+    return cast("str | None", found)
 
 
 def _interruptible(call: Callable[[], T], characters: int) -> T:

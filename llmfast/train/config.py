@@ -56,7 +56,7 @@ def _own_heads(m: "ModelConfig") -> tuple[str, int]:
 
 @dataclass
 class ModelConfig:
-    """The shape of the decoder; its defaults and choices are those of `DecoderConfig`."""
+    """The model: one that is there already, or a decoder, with the defaults and choices of `DecoderConfig`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -102,6 +102,12 @@ class ModelConfig:
     mtp_detach: bool = setting(
         DecoderConfig.mtp_detach, "sequential: depths train neither the trunk nor the embeddings"
     )
+    pretrained: PathText = setting(
+        "",
+        "folder of a Hugging Face model to train instead of a decoder of the settings above; '': none",
+        kept=WEIGHTS,
+        seen=lambda m: bool(m.pretrained),
+    )
 
 
 @dataclass
@@ -121,7 +127,7 @@ class DataConfig:
     )
     tokenizer: str = setting(  # two tokenizers are compared by their content, when training begins
         "bpe",
-        "'bpe' (trained on the text), 'bytes', or the path of a tokenizer.json",
+        "'bpe' (trained on the text), 'bytes', or the path of a tokenizer.json; model.pretrained has its own",
         kept=WEIGHTS,
         seen=lambda d: None,
     )
@@ -253,7 +259,12 @@ def decoder_config(config: Config, vocab_size: int) -> DecoderConfig:
     Raises:
         ValueError: they make none.
     """
-    return DecoderConfig(vocab_size, **dataclasses.asdict(config.model))
+    shape = dataclasses.asdict(config.model)
+    folder = shape.pop("pretrained")
+    expect(
+        not folder, f"model.pretrained must be '' for a decoder, which has the shape in the settings; got {folder!r}"
+    )
+    return DecoderConfig(vocab_size, **shape)
 
 
 def expect_resumable(before: Config, after: Config, run: Path, found: str) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from llmfast.data.dataset import source_name
 from llmfast.data.mixture import continued_weights
 from llmfast.data.split import Split
-from llmfast.train.config import Config, load_config
+from llmfast.models.llama import CONFIG
+from llmfast.train.config import Config, ModelConfig, load_config
 from llmfast.train.settings import ConfigError
 
 
@@ -27,7 +28,7 @@ def continued_config(
     first step and after the last; the closing table shows what was forgotten.
 
     Args:
-        run: the folder of a run.
+        run: the folder of a run, or of a Hugging Face model.
         target: sources of new text, as in `data.sources`.
         general: sources to replay; by default those that the run was trained on.
         start, end, floor, replay: as in `continued_weights`.
@@ -36,15 +37,20 @@ def continued_config(
     Raises:
         ConfigError: the run has no settings, or an argument or override is wrong.
     """
-    config = load_config(run / "config.toml")
+    config = _settings(run)
+    if not general and not config.data.sources:
+        raise ConfigError(f"--general must name the old text: {run} is a model that does not say what it has read")
     # Runs that do not say how they were split held out whole documents.
     split: dict[str, Split] = dict.fromkeys((source_name(source)[0] for source in config.data.sources), "documents")
     split |= config.data.split
     general = list(general) or [source for source in config.data.sources if source not in target]
-    config.name, config.runs = "", str(run.parent)
+    config.name = ""
     config.data.sources = [*target, *general]
     config.data.tokenizer = str(run / "tokenizer.json")
-    config.train.init_from = str(run)
+    if config.model.pretrained:
+        config.model.pretrained = str(run)
+    else:
+        config.train.init_from = str(run)
     names = [[source_name(source)[0] for source in sources] for sources in (target, general)]
     config.data.split = {name: how for name, how in split.items() if name in names[1]}
     try:
@@ -52,3 +58,14 @@ def continued_config(
     except ValueError as e:
         raise ConfigError(str(e)) from e
     return load_config(None, overrides, base=config)
+
+
+def _settings(run: Path) -> Config:
+    """Read a run's settings; those for a folder of Hugging Face are defaults, without text."""
+    if (run / "config.toml").exists() or not (run / CONFIG).exists():
+        config = load_config(run / "config.toml")
+        config.runs = str(run.parent)
+        return config
+    config = Config(model=ModelConfig(pretrained=str(run)))
+    config.data.sources = []
+    return config

@@ -60,7 +60,7 @@ def expect_weights_usable(
         raise
     except (OSError, ValueError) as e:
         raise ConfigError(f"train.init_from={run} needs the tokenizer of its weights: {e}") from e
-    if _content(theirs) != _content(tokenizer):
+    if content(theirs) != content(tokenizer):
         raise ConfigError(
             f"data.tokenizer must be that of the weights in train.init_from={run}, of {theirs.vocab_size} ids; got "
             f"{config.data.tokenizer!r}, of {tokenizer.vocab_size} others. Give data.tokenizer={file}"
@@ -80,7 +80,7 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _content(tokenizer: Tokenizer) -> bytes:
+def content(tokenizer: Tokenizer) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(file := Path(folder) / "tokenizer.json")
         return file.read_bytes()

@@ -1,5 +1,7 @@
 """Results of a finished run: weights, a sample, a picture of its loss, and the closing table."""
 
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,27 +11,25 @@ from rich.console import Console
 from llmfast._units import in_bytes
 from llmfast.data import Dataset, Tokenizer, unigram_entropy
 from llmfast.models import Decoder
+from llmfast.models.sampling import Sampler
 from llmfast.mtp import speculative_generate
 from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.parts import evaluation_batches, make_model
+from llmfast.train.pretrained import new_model, save_pretrained, stream_of
 from llmfast.train.trainer import Trainer
 
 ACCEPTANCE_PROMPTS = 2  # of each source
 
 
-def finish(
-    config: Config, trainer: Trainer, model: Decoder, data: Dataset, tokens_before: int, console: Console
-) -> None:
+def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_before: int, console: Console) -> None:
     """Write what a finished run leaves in its folder, and print the closing table."""
-    from safetensors.torch import save_model
-
     t, run = config.train, trainer.run
     assert run is not None and trainer.metrics is not None
-    save_model(model, str(run / "model.safetensors"))
+    _save(model, run)
     guesses: list[tuple[str, str]] = []
-    if model.mtp is not None and model.config.targets > 1:
+    if isinstance(model, Decoder) and model.mtp is not None and model.config.targets > 1:
         acceptance, per_pass = _acceptance(config, model, data, trainer.device)
         written = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "acceptance" in line]
         if trainer.step not in written:  # by this run, before it was started again
@@ -59,7 +59,7 @@ def finish(
             ("validation loss, first", f"{validation[0]:.3f} nats per token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
             ("unigram entropy of the same text", f"{entropy:.3f}"),
-            *(_changes(lines) if t.init_from else []),
+            *(_changes(lines) if t.init_from or config.model.pretrained else []),
             *guesses,
             ("tokens per second", f"{speed:,.0f}" if trainer.seconds else "-"),
             ("peak memory", in_bytes(peak_memory_bytes(trainer.device))),
@@ -72,14 +72,29 @@ def finish(
         say(console, text)
 
 
-def whole_model(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> Decoder | None:
+def _save(model: Any, run: Path) -> None:
+    """Write the weights under the names of the model's own library."""
+    from safetensors.torch import save_model
+
+    if isinstance(model, Decoder):
+        save_model(model, str(run / "model.safetensors"))
+    else:
+        save_pretrained(model, run)
+
+
+def whole_model(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> Any:
     """Gather the model on the first rank, None on others; all ranks must call."""
     if trainer.world.size == 1:
-        return trainer.model  # type: ignore[return-value]
+        return trainer.model
     weights = whole_weights(trainer.module)
     if not trainer.world.main:
         return None
-    model = make_model(config, tokenizer).to(trainer.device, getattr(torch, config.train.param_dtype))
+    dtype: torch.dtype = getattr(torch, config.train.param_dtype)
+    if config.model.pretrained:
+        assert trainer.run is not None
+        model = new_model(trainer.run, dtype).to(trainer.device)
+    else:
+        model = make_model(config, tokenizer).to(trainer.device, dtype)
     model.load_state_dict(weights)
     return model
 
@@ -128,13 +143,12 @@ def _acceptance(config: Config, model: Decoder, data: Dataset, device: torch.dev
     return [a / max(1, g) for a, g in zip(accepted, guessed)], made / passes
 
 
-def _sample(config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> str:
+def _sample(config: Config, model: Any, tokenizer: Tokenizer, device: torch.device) -> str:
     """Continue the sample prompt."""
     t = config.train
-    prompt = tokenizer.encode(t.sample_prompt)
-    ids = torch.as_tensor(prompt if len(prompt) else [tokenizer.eot_id], dtype=torch.int64, device=device)
-    generator = torch.Generator(device).manual_seed(t.seed)
+    prompt = [*tokenizer.start_ids, *tokenizer.encode(t.sample_prompt).tolist()]
+    ids = torch.as_tensor(prompt or [tokenizer.eot_id], dtype=torch.int64, device=device)
+    sampler = Sampler(0.8, generator=torch.Generator(device).manual_seed(t.seed))
     model.eval()
-    return tokenizer.decode(
-        model.generate(ids, t.sample_tokens, context=config.data.seq_len, generator=generator).cpu().numpy()
-    )
+    tokens = stream_of(model, tokenizer, ids, context=config.data.seq_len, sampler=sampler)
+    return tokenizer.decode(torch.cat([ids, *islice(tokens, t.sample_tokens)]).cpu().numpy())

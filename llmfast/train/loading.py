@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,12 +13,13 @@ from llmfast.models.llama import CONFIG, WEIGHTS, decoder_config_of, read_config
 from llmfast.train.checkpoint import load_weights, newest_step
 from llmfast.train.config import Config, decoder_config
 from llmfast.train.earlier import saved_settings
+from llmfast.train.pretrained import positions_of, read_model
 
 
 class Loaded(NamedTuple):
     """A model, in evaluation mode, and its tokenizer."""
 
-    model: Decoder
+    model: Any  # a `Decoder`; of a run with `model.pretrained` transformers' own
     tokenizer: Tokenizer
 
 
@@ -31,6 +32,7 @@ def load_run(run: str | Path) -> Loaded:
     Raises:
         ValueError: The folder is neither, or its files do not fit together.
         OSError: A file is missing or damaged.
+        ImportError: The run has trained a model of transformers, which is not installed.
     """
     opened = open_run(run)
     return Loaded(opened.model(), opened.tokenizer)
@@ -44,10 +46,12 @@ class Opened:
     tokenizer: Tokenizer
     context: int  # tokens that the model was trained to read at once
     settings: Config | None  # None for a folder that was exported
-    shape: DecoderConfig
+    shape: DecoderConfig | None  # None for a model of transformers
 
-    def model(self) -> Decoder:
+    def model(self) -> Any:
         """Read the weights; see `load_run`."""
+        if self.shape is None:
+            return read_model(self.folder).eval()
         if self.settings is None:
             return load_llama(self.folder).eval()
         with torch.device("meta"):  # which draws no random numbers
@@ -80,6 +84,8 @@ def open_run(run: str | Path) -> Opened:
         expect(ok, f"{folder / CONFIG} must say max_position_embeddings, the context's length; got {context!r}")
         return Opened(folder, tokenizer, context, None, decoder_config_of(values, folder / CONFIG))
     settings = saved_settings(folder)
+    if settings.model.pretrained:
+        return Opened(folder, tokenizer, positions_of(folder) or settings.data.seq_len, settings, None)
     try:
         shape = decoder_config(settings, tokenizer.vocab_size)
     except ValueError as e:

@@ -12,6 +12,7 @@ from llmfast.models import Decoder
 from llmfast.optim import FusedOptimizer, optimizer_in_backward
 from llmfast.train.config import Config, decoder_config
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
+from llmfast.train.pretrained import OwnLoss
 from llmfast.train.schedule import head_weights_at, highest_lr
 from llmfast.train.settings import ConfigError
 
@@ -77,8 +78,10 @@ def make_optimizer(config: Config, model: torch.nn.Module) -> FusedOptimizer:
     return optimizer
 
 
-def make_objective(config: Config, model: Decoder, sources: list[str]) -> Objective:
+def make_objective(config: Config, model: Any, sources: list[str]) -> Objective:
     """Make the objective that the model's heads are trained by."""
+    if not isinstance(model, Decoder):
+        return OwnLoss()
     m, K = config.model, model.config.targets
     if m.mtp == "none":
         return NextToken(sources)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from llmfast._gpus import named
 from llmfast._units import in_bytes
@@ -34,6 +35,7 @@ from llmfast.train.parts import (
     make_validation,
     prepare_data,
 )
+from llmfast.train.pretrained import copy_files, open_pretrained
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer, micro_batch_size
 
@@ -50,8 +52,9 @@ def train(
     """Train as `config` says and report; return the run's folder. Under torchrun, every rank calls it.
 
     The folder holds config.toml (resolved), tokenizer.json, metrics.jsonl, checkpoints, and at the end
-    model.safetensors, loss.png and sample.txt. With `dry_run` the plan is printed and nothing else is done. With
-    `profile` a few steps are traced, into trace.json for chrome://tracing or perfetto.dev.
+    model.safetensors, loss.png and sample.txt; with `model.pretrained` also all else that transformers needs. With
+    `dry_run` the plan is printed and nothing else is done. With `profile` a few steps are traced, into trace.json for
+    chrome://tracing or perfetto.dev.
 
     Raises:
         ConfigError: the settings cannot be met (device, data, shape of the model), or differ from those of the run
@@ -76,17 +79,23 @@ def train(
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
     torch.manual_seed(t.seed)
 
+    source = run if resume else Path(config.model.pretrained)
+    pretrained = open_pretrained(config, source, weights=not resume) if config.model.pretrained else None
     say(console, f"reading {', '.join(config.data.sources)} ...")
-    tokenizer = str(run / "tokenizer.json") if resume else config.data.tokenizer
+    tokenizer = str(source / "tokenizer.json") if resume or pretrained is not None else config.data.tokenizer
     data = prepare_data(config, tokenizer, partial(say, console))
     config.data.split = dict(data.split)
     order = Mixed(data, make_mixture(config, data))
-    model = _model_to_train(config, data, world, None if resume else partial(say, console))
+    model = pretrained or _model_to_train(config, data, world, None if resume else partial(say, console))
+    model.to(world.device)
     torch.manual_seed(t.seed + world.rank)  # what is random in training must differ between ranks
     _print_plan(config, data, order, model, f"{world.device} in {dtype}", world, console)
     if dry_run:
-        peak = in_bytes(estimate_run(config, model.config).peak)
-        say(console, f"about {peak} on a GPU, by `llmfast plan memory`; nothing was trained")
+        estimated = ""
+        if isinstance(model, Decoder):
+            peak = in_bytes(estimate_run(config, model.config).peak)
+            estimated = f"about {peak} on a GPU, by `llmfast plan memory`; "
+        say(console, f"{estimated}nothing was trained")
         world.leave()
         return run
     trainer = Trainer(
@@ -100,7 +109,7 @@ def train(
         world=world,
         dtype=dtype,
         console=console,
-        hooks=[Shares(order), Utilisation(config, model, world, console), *([Profile(run)] if profile else [])],
+        hooks=_hooks(config, model, order, world, console, run if profile else None),
         about={"settings": asdict(config)},
     )
     if resume:
@@ -115,6 +124,15 @@ def train(
     return run
 
 
+def _hooks(
+    config: Config, model: nn.Module, order: Mixed, world: World, console: Console, trace: Path | None
+) -> list[Hooks]:
+    hooks: list[Hooks] = [Shares(order)]
+    if isinstance(model, Decoder):
+        hooks.append(Utilisation(config, model, world, console))
+    return [*hooks, Profile(trace)] if trace is not None else hooks
+
+
 def _model_to_train(config: Config, data: Dataset, world: World, say: Any) -> Decoder:
     """Make the model, with the weights of `train.init_from` in a run that begins: then `say` is given."""
     t = config.train
@@ -126,7 +144,7 @@ def _model_to_train(config: Config, data: Dataset, world: World, say: Any) -> De
 
 
 def _print_plan(
-    config: Config, data: Dataset, order: Mixed, model: Decoder, where: str, world: World, console: Console
+    config: Config, data: Dataset, order: Mixed, model: nn.Module, where: str, world: World, console: Console
 ) -> None:
     t, row = config.train, config.data.seq_len
     say(
@@ -171,6 +189,8 @@ def _write_settings(trainer: Trainer, data: Dataset, run: Path, *, resume: bool)
     run.mkdir(parents=True, exist_ok=True)
     if not resume:  # a resumed run has read its tokenizer from there
         write_whole(run / "tokenizer.json", data.tokenizer.save)
+        if trainer.config.model.pretrained:
+            copy_files(Path(trainer.config.model.pretrained), run)
     trainer.about["tokenizer"] = digest(run / "tokenizer.json")
     write_whole(run / "config.toml", lambda path: path.write_text(dump_config(trainer.config), encoding="utf-8"))
 

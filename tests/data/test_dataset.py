@@ -101,6 +101,27 @@ def test_files_of_tokens_are_sources_too(folders: list[str], tmp_path: Path) -> 
         prepare(sources, tokenizer="bytes", seq_len=16)
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_texts_begin_as_their_tokenizer_says(packing: Any, folders: list[str], tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    BPETokenizer.train(["lorem ipsum dolor sit amet"], 300).save(path)
+    plain = prepare(folders, tokenizer=str(path), seq_len=32, packing=packing)
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<s>"])
+    begin = backend.token_to_id("<s>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    backend.save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    data = prepare(folders, tokenizer=str(path), seq_len=512, packing=packing)
+    for rows in (*data.train.values(), *data.validation.values()):
+        batch = rows.batch(range(len(rows)))
+        starts = (batch.positions == 0) & (batch.labels != -100)
+        assert (batch.tokens[starts] == begin).sum() >= starts.sum() - len(rows)  # rows may begin within a text
+        assert (batch.tokens == begin).sum() > 2
+    assert not any((rows.batch(range(len(rows))).tokens == begin).any() for rows in plain.train.values())
+
+
 @pytest.mark.parametrize("unit", ["context", "document"])
 def test_training_rows_are_rearranged_and_validation_is_not(folders: list[str], unit: Any) -> None:
     fim = partial(FIM, rate=1.0)

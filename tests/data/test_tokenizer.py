@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,49 @@ def test_a_file_by_others(bpe: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "no_eot.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(ValueError, match=r"no <\|endoftext\|> token"):
         load_tokenizer(tmp_path / "no_eot.json")
+
+
+@pytest.mark.parametrize("eos", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_a_file_of_a_model(eos: Any, bpe: BPETokenizer, tmp_path: Path) -> None:
+    """Another token ends texts, and what the tokenizer puts around a text counts only in front of it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    bpe.save(path)
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<s>", "</s>"])
+    begin, end = (backend.token_to_id(token) for token in ("<s>", "</s>"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", begin), ("</s>", end)]
+    )
+    backend.enable_padding(length=100)
+    backend.save(str(path))
+    settings = tmp_path / "tokenizer_config.json"
+    for content in ({"eos_token": None}, {}):
+        settings.write_text(json.dumps(content))
+        assert (load_tokenizer(path).eot_id, load_tokenizer(path).start_ids) == (bpe.eot_id, ())
+    settings.write_text(json.dumps({"eos_token": eos}))
+    found = load_tokenizer(path)
+    for tokenizer in (found, pickle.loads(pickle.dumps(found))):
+        assert (tokenizer.eot_id, tokenizer.start_ids) == (end, (begin,))
+        for text in TEXTS[:2]:
+            np.testing.assert_array_equal(tokenizer.encode(text), bpe.encode(text))
+        assert tokenizer.decode([begin, *bpe.encode("é </s>"), end]) == "é </s>"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a tokenizer's settings"),
+        ("[]", "is not a tokenizer's settings"),
+        ('{"eos_token": 3}', "must name its eos_token; got 3"),
+        ('{"eos_token": "</s>"}', "the tokenizer has no </s> token"),
+    ],
+)
+def test_settings_next_to_a_file_that_do_not_fit(content: str, message: str, bpe: BPETokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_ids_may_have_gaps(bpe: BPETokenizer, tmp_path: Path) -> None:

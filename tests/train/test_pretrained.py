@@ -1,0 +1,39 @@
+"""Refusals of `model.pretrained` that need no transformers; tests/integrations/test_pretrained.py has the rest."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmfast.cli import main
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "transformers could not be imported; pip install 'llmfast-torch[hf]'"),
+        (
+            ["model.heads=3"],
+            "model.heads must be left out with model.pretrained=there, whose config.json says it; got 3",
+        ),
+        (["model.mtp_detach=true"], "model.mtp_detach must be left out with model.pretrained=there, whose config.json"),
+        (["train.init_from=x"], "train.init_from must be left out with model.pretrained=there, which has weights"),
+        (["runs=.", "name=there"], "model.pretrained must be another folder than the run's own; got there"),
+    ],
+)
+def test_refused_before_any_work(
+    more: list[str],
+    message: str,
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # type: ignore[arg-type]
+    monkeypatch.setattr("llmfast.train.run.prepare_data", lambda *_: pytest.fail("data was read"))
+    rest = [setting for setting in settings if not setting.startswith(("model.", "data.tokenizer"))]
+    assert main(["train", *(f"--set={s}" for s in [*rest, "model.pretrained=there", *more])]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"llmfast: error: {message}") and err.count("\n") == 1 and out == ""
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "there").exists()
