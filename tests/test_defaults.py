@@ -207,7 +207,7 @@ PROGRAMS: dict[str, Callable[[], Later]] = {
     "cross_entropy": loss_of_logits,
     "cross_entropy with statistics": lambda: loss_of_logits(return_stats=True, label_smoothing=0.1, z_loss=1e-3),
     "linear_cross_entropy": linear_loss,
-    "linear_cross_entropy in chunks": lambda: linear_loss(memory_budget=900),
+    "linear_cross_entropy in chunks": lambda: linear_loss(memory_budget=3000),
     "linear_cross_entropy of few tokens": lambda: linear_loss(num_valid=9),
     "linear_cross_entropy, filtered": lambda: linear_loss(grad_filter=1e-4),
     "reference": reference_loss,
