@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
@@ -38,6 +39,8 @@ def pretending_cuda() -> Iterator[None]:
     """Pretend to be on an H100. Not for concurrent use by two threads."""
     from triton.runtime import driver
 
+    # torch remembers which functions a default device concerns: the real ones, not those that stand in for them here.
+    _device_constructors()
     with ExitStack() as stack:
         for owner, names in ((torch, _FACTORIES), (Tensor, _METHODS)):
             for name in names:
