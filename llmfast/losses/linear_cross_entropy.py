@@ -22,8 +22,6 @@ from llmfast.losses.valid_rows import valid_rows
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Found = tuple[Tensor | None, ...]  # a loss and its statistics, of flat rows
-
 _DEFAULTS: LinearOptions = defaults(LinearOptions)
 
 
@@ -99,25 +97,22 @@ def linear_cross_entropy(
             little as `memory_budget`; the message says how much the least takes.
     """
     ready = made_ready(0, hidden, weight, targets, return_stats, options)
-    return ready if isinstance(ready, Tensor) else ready.finished(ready.function(*ready.arguments))
+    return ready.finished(ready.function(*ready.arguments))
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A call that is checked and planned for, up to its launches."""
+    """A call that is checked, up to its launches, which callers make so that few functions lead to a kernel."""
 
-    function: Callable[..., Found]
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    finished: Callable[[Found], Tensor | tuple[Tensor, LossStats]]
+    finished: Callable[[Any], Tensor | tuple[Tensor, LossStats]]
 
 
 def made_ready(
     held: int, hidden: Tensor, weight: Tensor, targets: Tensor, return_stats: bool, options: LinearOptions
-) -> Ready | Tensor:
-    """Prepare `linear_cross_entropy` for a caller that has taken so many bytes of the budget.
-
-    A loss that torch itself computes is returned at once.
-    """
+) -> Ready:
+    """Prepare `linear_cross_entropy` for a caller that has taken so many bytes of the budget."""
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
     options = complete("linear_cross_entropy", _DEFAULTS, given)
@@ -136,7 +131,7 @@ def made_ready(
     single = targets.dim() == len(shape)
     torchs = single and not return_stats and only(("ignore_index", "reduction", "bias"), given)
     if torchs and dtype == torch.float32 and takes_plain_torch(hidden) and targets.numel() * V <= SMALL["hidden"]:
-        return torch_cross_entropy(F.linear(hidden, weight, bias), targets, options)
+        return Ready(torch_cross_entropy, (F.linear(hidden, weight, bias), targets, options), lambda loss: loss)
     fields = prepare(options, inputs, columns, dtype, stats=return_stats)
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
     budget = None if options["memory_budget"] == "auto" else options["memory_budget"]
@@ -160,7 +155,7 @@ def made_ready(
         accumulate_into=options["accumulate_into"],
     )
 
-    def finished(found: Found) -> Tensor | tuple[Tensor, LossStats]:
+    def finished(found: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, LossStats]:
         found = found if valid is None else valid.spread(found)
         return finish(found, rows, options["ignore_index"], shape, squeeze=single)
 

@@ -8,7 +8,7 @@ that share a hidden state are several targets of a row, and cost no more than on
 # pyright: reportTypedDictNotRequiredAccess=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -131,8 +131,9 @@ def mtp_cross_entropy(
     wide = torch.promote_types(hiddens.dtype, torch.float32)
     targets = head_targets(labels, K, document_ids, rest["ignore_index"])
     heads, divisors = _heads(targets, weights, divisors, rest, wide)
+    heads = replace(heads, copied=copied)
     compute = _shared if shared else _separate
-    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, rest, copied)
+    loss, head_loss, hits = compute(hiddens, weight, heads, detached, return_stats, rest)
     if not return_stats:
         return loss
     counts = heads.valid.flatten(1).sum(1)
@@ -198,6 +199,7 @@ class _Heads:
     factors: Tensor  # (K,) factor of each head's sum, times `common`
     common: Tensor  # () what all heads are divided by in the end
     token_weights: Tensor | None  # (K, ..., T)
+    copied: int = 0  # bytes of a copy of their hidden states
 
     def chosen(self, heads: list[int]) -> "_Heads":
         """Return some of the heads."""
@@ -207,9 +209,9 @@ class _Heads:
 
     @property
     def held(self) -> int:
-        """Bytes that the heads take beyond the labels."""
+        """Bytes that the heads take beyond what the caller gave."""
         weights = 0 if self.token_weights is None else self.token_weights.nbytes
-        return self.targets.nbytes + self.valid.nbytes + weights
+        return self.copied + self.targets.nbytes + self.valid.nbytes + weights
 
     def hits(self, stats: LossStats) -> Tensor:
         """Return how many valid targets of each head are the argmax, (K,)."""
@@ -256,18 +258,11 @@ Result = tuple[Tensor, Tensor, Tensor]  # loss (), sums of each head's losses (K
 
 
 def _separate(
-    hiddens: Tensor,
-    weight: Tensor,
-    heads: _Heads,
-    detached: list[bool],
-    stats: bool,
-    options: LinearOptions,
-    copied: int,  # bytes of the budget that are taken
+    hiddens: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
 ) -> Result:
     """Compute heads with hidden states of their own, as rows of one call."""
     factors = heads.factors
     if any(detached) and not all(detached):  # each kind in a call of its own, with half of the budget
-        copied //= 2
         if options["memory_budget"] != "auto":
             options = {**options, "memory_budget": options["memory_budget"] // 2}
         losses: list[Tensor] = []
@@ -276,8 +271,8 @@ def _separate(
             these = [k for k, is_detached in enumerate(detached) if is_detached == kind]
             part, kinds = heads.chosen(these), [kind] * len(these)
             own = _chosen(hiddens, these)
-            gathered = 0 if _follow_each_other(these) else own.nbytes
-            loss, *sums = _separate(own, weight, part, kinds, stats, options, copied + gathered)
+            taken = heads.copied // 2 + (0 if _follow_each_other(these) else own.nbytes)
+            loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, options)
             losses.append(loss)
             for k, one_loss, one_hits in zip(these, *sums):
                 head_loss[k], head_hits[k] = one_loss, one_hits
@@ -286,8 +281,8 @@ def _separate(
     rows = factors.view(-1, *[1] * (heads.targets.dim() - 1)).expand(heads.targets.shape)
     rows = rows if heads.token_weights is None else rows * heads.token_weights.to(rows.dtype)
     given: Any = {**options, "token_weights": rows, "num_valid": heads.common}
-    ready = made_ready(copied + heads.held, hiddens, weight, heads.targets, stats, given)
-    found: Any = ready if isinstance(ready, Tensor) else ready.finished(ready.function(*ready.arguments))
+    ready = made_ready(heads.held, hiddens, weight, heads.targets, stats, given)
+    found: Any = ready.finished(ready.function(*ready.arguments))
     if not stats:
         return found, factors, factors
     loss, found = found
@@ -296,13 +291,7 @@ def _separate(
 
 
 def _shared(
-    hidden: Tensor,
-    weight: Tensor,
-    heads: _Heads,
-    detached: list[bool],
-    stats: bool,
-    options: LinearOptions,
-    copied: int,  # bytes of the budget that are taken
+    hidden: Tensor, weight: Tensor, heads: _Heads, detached: list[bool], stats: bool, options: LinearOptions
 ) -> Result:
     """Compute heads that share their logits, as K targets of each row."""
     expect(all(detached) or not any(detached), "detach_unembedding must be the same for heads that share their logits")
@@ -315,8 +304,8 @@ def _shared(
     factors, moved = heads.factors, heads.token_weights
     rows = factors if moved is None else factors * moved.movedim(0, -1).to(factors.dtype)
     given: Any = {**options, "token_weights": None, "target_weights": rows, "num_valid": heads.common}
-    ready = made_ready(copied + heads.held + by_row.nbytes, hidden, weight, by_row, stats, given)
-    result: Any = ready if isinstance(ready, Tensor) else ready.finished(ready.function(*ready.arguments))
+    ready = made_ready(heads.held + by_row.nbytes, hidden, weight, by_row, stats, given)
+    result: Any = ready.finished(ready.function(*ready.arguments))
     if not stats:
         return result, factors, factors
     loss, found = result
