@@ -199,8 +199,8 @@ def _trained(run: Callable[[], None]) -> int:
         if not _out_of_memory(e):
             raise
         return fail(f"out of memory; try a smaller train.micro_batch_size, data.seq_len or model: {e}")
-    except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
-        print("llmfast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:  # also after a checkpoint: what follows `&&` must not take the run for finished
+        print("; ".join(filter(None, ("llmfast: interrupted", str(e)))), file=sys.stderr)
         return 130
     return 0
 

@@ -122,7 +122,7 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
 
     Trainer._train_step = step  # type: ignore[method-assign]
     try:
-        assert cli(settings, "--set=train.steps=50", "--name=stopped") == 0
+        assert cli(settings, "--set=train.steps=50", "--name=stopped") == 130
     finally:
         Trainer._train_step = original  # type: ignore[method-assign]
         timer.cancel()
@@ -134,6 +134,52 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
     )
     assert cli(settings[:1], "--resume", "--name=stopped", "--set=train.steps=6") == 0
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-00000004", "checkpoint-00000006"]
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupt the first evaluation, which no signal handler guards; then start the same run."""
+    original = Trainer.evaluate
+
+    def interrupted(self: Trainer) -> Any:
+        assert (folder / "config.toml").exists()
+        raise KeyboardInterrupt
+
+    folder = Path(settings[0].removeprefix("runs=")) / "first"
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    assert cli(settings, "--name=first") == 130
+    assert capsys.readouterr().err == f"llmfast: interrupted; no step was taken, and {folder} was removed\n"
+    assert list(folder.parent.iterdir()) == []
+    monkeypatch.setattr(Trainer, "evaluate", original)
+    assert cli(settings, "--name=first") == 0
+
+
+@pytest.mark.parametrize(
+    ("at", "advice"),
+    [
+        (1, "{folder} has no checkpoint yet: start it again with --overwrite"),
+        (5, "go on from the last checkpoint with: llmfast train --resume --name x --set runs={runs}"),
+    ],
+)
+def test_an_interrupt_within_a_step_says_how_to_go_on(
+    at: int, advice: str, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Trainer._train_step
+
+    def step(self: Trainer) -> Any:
+        if self.step == at:
+            assert self.checkpoints is not None
+            self.checkpoints.wait()
+            raise KeyboardInterrupt  # as a second signal does
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    runs = Path(settings[0].removeprefix("runs="))
+    assert cli(settings, "--name=x") == 130
+    assert capsys.readouterr().err == f"llmfast: interrupted; {advice.format(folder=runs / 'x', runs=runs)}\n"
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    assert cli(settings[:1] if at == 5 else settings, "--name=x", "--resume" if at == 5 else "--overwrite") == 0
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_reported(
