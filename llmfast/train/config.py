@@ -162,6 +162,13 @@ class TrainConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     steps: int = setting(1000, "steps of the run", ge=1, aka=("max_steps", "max_iters", "train_iters"))
+    epochs: float = setting(
+        0.0,
+        "length of the run in passes over all training rows, instead of steps; 0: steps",
+        ge=0,
+        le=2**20,
+        aka=("num_train_epochs", "num_epochs", "max_epochs"),
+    )
     batch_size: int = setting(4, "rows of seq_len tokens per step, on all ranks together", ge=1)
     micro_batch_size: int = setting(
         0, "rows that a rank processes at once; 0: its part of a step", ge=0, aka=("per_device_train_batch_size",)

@@ -30,12 +30,14 @@ from llmfast.train.metrics import plot_loss, print_table, read_metrics, say
 from llmfast.train.parallel import World
 from llmfast.train.parts import (
     choose_device,
+    doubts,
     make_mixture,
     make_model,
     make_objective,
     make_optimizer,
     make_validation,
     prepare_data,
+    settle,
 )
 from llmfast.train.pretrained import copy_files, open_pretrained
 from llmfast.train.settings import ConfigError
@@ -88,7 +90,7 @@ def train(
     say(console, f"reading {', '.join(config.data.sources)} ...")
     tokenizer = str(source / "tokenizer.json") if resume or pretrained is not None else config.data.tokenizer
     data = prepare_data(config, tokenizer, partial(say, console))
-    config.data.split = dict(data.split)
+    settle(config, data)
     order = Mixed(data, make_mixture(config, data))
     model = pretrained or _model_to_train(config, data, world, None if resume else partial(say, console))
     model.to(world.device)
@@ -162,6 +164,8 @@ def _print_plan(
         f"vocabulary of {data.tokenizer.vocab_size}; {t.steps} steps of {t.batch_size * row} tokens",
     )
     print_table(console, order.mixture.table())
+    for doubt in doubts(config, order.mixture):
+        say(console, f"warning: {doubt}")
     for name, rows in data.train.items():
         packed = getattr(rows, "rows", rows)
         if isinstance(packed, BestFitRows):

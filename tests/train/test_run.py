@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import train
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.checkpoints import signed
 from support.disk import Disk
@@ -409,6 +411,45 @@ def test_a_dry_run_only_says_what_it_would_do(
     assert "8 steps of 64 tokens" in output and "source rows share sequences epochs" in output
     assert re.search(r"about [\d.]+ [KM]iB on a GPU, .*; nothing was trained", output)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_as_long_as_passes_over_its_text(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Note the steps in config.toml, so that the run resumes with as many, or with as many as other epochs take."""
+    folder = run(settings, "name=x", "train.epochs=0.1", "train.batch_size=5")
+    done = load_config(folder / "config.toml").train
+    assert cli(settings, "--train.epochs=1", "--train.batch_size=1", "--dry-run") == 0
+    found = re.search(r"; (\d+) steps of 32 tokens", " ".join(capsys.readouterr().out.split()))
+    assert found is not None
+    rows = int(found[1])
+    assert (done.steps, done.epochs) == (math.ceil(rows / 50), 0.0) and done.steps > 1
+    assert cli(settings[:1], "--resume", "--name=x", "--train.epochs=0.2") == 0
+    assert load_config(folder / "config.toml").train.steps == math.ceil(rows / 25)
+    with pytest.raises(ConfigError, match=r"train.epochs must be 0 here, .*; got 2.0"):
+        Trainer(
+            torch.nn.Linear(1, 1),
+            lambda model, batch: batch,
+            lambda m: None,
+            [],
+            load_config(None, ["train.epochs=2.0"]),
+        )  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(
+    ("changed", "warnings"),
+    [
+        ("train.epochs=4.0", []),
+        ("train.epochs=4.2", ["the run reads corpus 4.2 times. After 4 passes, repeated text teaches less and less"]),
+        ("optimizer.warmup_steps=7", []),
+        ("optimizer.warmup_steps=8", ["optimizer.warmup_steps=8 must be below train.steps=8 for it to fall again"]),
+    ],
+)
+def test_doubtful_lengths_are_told_of(
+    changed: str, warnings: list[str], settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = f"data.sources=['corpus={corpus}']"
+    assert cli(settings, f"--set={named}", f"--set={changed}", "--set=train.batch_size=1", "--dry-run") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("warning: ") == len(warnings) and all(warning in output for warning in warnings)
 
 
 def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
