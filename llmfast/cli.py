@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "old text. Says at the end what was learned and what was forgotten.",
     )
     further.add_argument("from_run", type=Path, metavar="RUN", help="the folder of a run, or of a Hugging Face model")
-    further.add_argument("--target", nargs="+", required=True, metavar="SOURCE", help="the new text")
+    further.add_argument(
+        "--target", nargs="+", required=True, metavar="SOURCE", help="the new text, as in data.sources"
+    )
     further.add_argument(
         "--general", nargs="+", default=[], metavar="SOURCE", help="the text to replay (default: the run's)"
     )

@@ -12,7 +12,9 @@ from pydantic import AfterValidator, ConfigDict, PlainValidator
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
 from llmfast.data.mixture import Weight as AnyWeight
+from llmfast.data.reader import SUFFIXES as TEXTS
 from llmfast.data.split import Split
+from llmfast.data.token_files import SUFFIXES as TOKENS
 from llmfast.models.decoder import MTP, DecoderConfig
 from llmfast.models.depths import ConcatOrder, HiddenKind
 from llmfast.train.optimizers import OptimizerConfig
@@ -118,7 +120,7 @@ class DataConfig:
 
     sources: list[str] = setting(
         ["code", "prose"],
-        "built-in sources, paths, or name=path; files and folders of text or tokens",
+        f"built-in sources, paths, or name=path; a file of text, or files and folders of {', '.join((*TEXTS, *TOKENS))}",
         min_length=1,
         kept=RUN,
     )
