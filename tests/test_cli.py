@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from llmfast.cli import main
+from llmfast.data.reader import SUFFIXES as TEXTS
+from llmfast.data.token_files import SUFFIXES as TOKENS
 from llmfast.train.config import SCHEMA, Config, dump_config, load_config
 
 
@@ -68,6 +70,11 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(
             f"--{name} " in text and s.meaning.split()[0] in text for name, s in SCHEMA.settings.items() if "." in name
         )
+
+
+def test_help_lists_the_suffixes_that_are_read() -> None:
+    meaning = SCHEMA.settings["data.sources"].meaning
+    assert all(suffix in meaning for suffix in (*TEXTS, *TOKENS))
 
 
 def test_settings_of_train(calls: dict[str, Any], tmp_path: Path) -> None:

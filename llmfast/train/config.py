@@ -120,7 +120,8 @@ class DataConfig:
 
     sources: list[str] = setting(
         ["code", "prose"],
-        f"built-in sources, paths, or name=path; a file of text, or files and folders of {', '.join((*TEXTS, *TOKENS))}",
+        "built-in sources, paths, or name=path: a file of text or of tokens "
+        f"({', '.join(TOKENS)}), or a folder of {', '.join(TEXTS)}",
         min_length=1,
         kept=RUN,
     )
