@@ -1,4 +1,4 @@
-"""The command line: `llmfast train`, `continue`, `generate`, `export`, `clean`, `plan`, `report` and `doctor`."""
+"""The command line: `llmfast train`, `continue`, `generate`, `export`, `clean`, `plan`, `report` and others."""
 
 import argparse
 import io
@@ -90,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_report_arguments(report)
     report.set_defaults(run=run_report)
 
+    settings = commands.add_parser("settings", help="list the trainer's settings, with meaning and default")
+    settings.add_argument("word", nargs="?", default="", help="only those that have this in a name or the meaning")
+    settings.set_defaults(run=_settings)
+
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, which path each operation takes here, and whether results are right",
@@ -173,6 +177,18 @@ def _continue(args: argparse.Namespace) -> int:
             overrides=_overrides(args),
         )
         train(config, overwrite=args.overwrite)
+
+    return _trained(run)
+
+
+def _settings(args: argparse.Namespace) -> int:
+    def run() -> None:
+        from llmfast.train.settings import ConfigError
+
+        lines = _schema().listing(args.word)
+        if not lines:
+            raise ConfigError(f"WORD must be part of a setting's name or meaning; got {args.word!r}")
+        print("\n".join(lines))
 
     return _trained(run)
 
