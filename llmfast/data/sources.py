@@ -8,6 +8,7 @@ import ast
 import difflib
 import hashlib
 import re
+import sys
 import sysconfig
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 
 from llmfast._checks import expect
+from llmfast.data.cache import cached_texts
 from llmfast.data.reader import TEXT_COLUMN, Found, LeftOut, expect_packages, find, in_utf8, read, read_text, suffixes
 
 # Folders of the standard library that are not hand-written code: tests, third-party packages, the manual.
@@ -58,8 +60,10 @@ def python_prose() -> Iterator[Document]:
     characters of docstrings are skipped.
     """
     yield from _topics()
-    for code in python_code():
-        text = _docstrings(code.text)
+    sources = list(python_code())
+    codes = [code.text for code in sources]
+    texts = cached_texts(codes, f"docstrings {sys.version}", lambda: [*map(_docstrings, codes)])
+    for code, text in zip(sources, texts):
         if len(text) >= _MIN_DOCSTRING_CHARACTERS:
             yield Document(f"docstrings/{code.name}", text)
 
