@@ -63,8 +63,10 @@ class CommandParser(argparse.ArgumentParser):
         known = dict(zip(self._option_string_actions, self._option_string_actions))
         if self._settings is not None:
             known |= {f"--{alias}": f"--{name}" for alias, name in self._settings.aliases.items()}
-        near = difflib.get_close_matches(option, known, n=1)
-        self.error(f"unrecognized option {option}" + (f"; did you mean {known[near[0]]}?" if near else ""))
+        exact = "--" + option.rpartition(".")[2].removeprefix("--").replace("-", "_")
+        near = [exact] if exact in known else difflib.get_close_matches(option, known, n=1)
+        said = "" if self._settings is None else self._settings.said(option.removeprefix("--"))
+        self.error(f"unrecognized option {option}" + (f"; did you mean {known[near[0]]}?{said}" if near else ""))
 
 
 def fail(message: str) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `llmfast train`, `continue`, `generate`, `export`, `clean`, `plan`, `report` and `doctor`."""
+"""The command line: `llmfast train`, `continue`, `generate`, `export`, `clean`, `plan`, `report` and others."""
 
 import argparse
 import io
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "old text. Says at the end what was learned and what was forgotten.",
     )
     further.add_argument("from_run", type=Path, metavar="RUN", help="the folder of a run, or of a Hugging Face model")
-    further.add_argument("--target", nargs="+", required=True, metavar="SOURCE", help="the new text")
+    further.add_argument(
+        "--target", nargs="+", required=True, metavar="SOURCE", help="the new text, as in data.sources"
+    )
     further.add_argument(
         "--general", nargs="+", default=[], metavar="SOURCE", help="the text to replay (default: the run's)"
     )
@@ -87,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="one page of a run's curves, or of several runs'")
     add_report_arguments(report)
     report.set_defaults(run=run_report)
+
+    settings = commands.add_parser("settings", help="list the trainer's settings, with meaning and default")
+    settings.add_argument("word", nargs="?", default="", help="only those that have this in a name or the meaning")
+    settings.set_defaults(run=_settings)
 
     doctor = commands.add_parser(
         "doctor",
@@ -175,6 +181,18 @@ def _continue(args: argparse.Namespace) -> int:
     return _trained(run)
 
 
+def _settings(args: argparse.Namespace) -> int:
+    def run() -> None:
+        from llmfast.train.settings import ConfigError
+
+        lines = _schema().listing(args.word)
+        if not lines:
+            raise ConfigError(f"WORD must be part of a setting's name or meaning; got {args.word!r}")
+        print("\n".join(lines))
+
+    return _trained(run)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     if args.full or args.compare:
         return run_checkup(args)
@@ -199,8 +217,8 @@ def _trained(run: Callable[[], None]) -> int:
         if not _out_of_memory(e):
             raise
         return fail(f"out of memory; try a smaller train.micro_batch_size, data.seq_len or model: {e}")
-    except KeyboardInterrupt:  # while training it is a signal to stop after the step; see Trainer.fit
-        print("llmfast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:  # also after a checkpoint: what follows `&&` must not take the run for finished
+        print("; ".join(filter(None, ("llmfast: interrupted", str(e)))), file=sys.stderr)
         return 130
     return 0
 

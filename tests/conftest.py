@@ -8,7 +8,7 @@ import os
 
 from support import gpus
 
-os.environ |= {"TRITON_INTERPRET": "1", **gpus.hiding()}
+os.environ |= {"TRITON_INTERPRET": "1", "LLMFAST_CACHE": "", **gpus.hiding()}
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

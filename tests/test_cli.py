@@ -1,11 +1,14 @@
 """Each option of the command line reaches what it is for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmfast.cli import main
+from llmfast.data.reader import SUFFIXES as TEXTS
+from llmfast.data.token_files import SUFFIXES as TOKENS
 from llmfast.train.config import SCHEMA, Config, dump_config, load_config
 
 
@@ -53,10 +56,15 @@ def test_settings_are_flags_too(calls: dict[str, Any], capsys: pytest.CaptureFix
         ("--train.stpes", "--train.steps"),
         ("--learning_rate", "--optimizer.lr"),
         ("--dryrun", "--dry-run"),
+        ("--warmup", "--optimizer.warmup_steps? That is: steps in which the rate rises from 0"),
+        ("--learning-rate", "--optimizer.lr"),
+        ("--bf16", "--train.dtype"),
+        ("--training.global_batch_size", "--train.batch_size? That is: rows of seq_len tokens per step"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["train", f"{wrong}=3"])
-        assert left.value.code == 2 and f"unrecognized option {wrong}; did you mean {meant}?" in capsys.readouterr().err
+        message = f"unrecognized option {wrong}; did you mean {meant}{'' if '?' in meant else '?'}"
+        assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +76,28 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(
             f"--{name} " in text and s.meaning.split()[0] in text for name, s in SCHEMA.settings.items() if "." in name
         )
+
+
+def test_help_lists_the_suffixes_that_are_read() -> None:
+    meaning = SCHEMA.settings["data.sources"].meaning
+    assert all(suffix in meaning for suffix in (*TEXTS, *TOKENS))
+
+
+def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """List all of them, or those with a word in their name, their meaning or their name in another trainer."""
+    assert main(["settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" = ")[0] for line in lines[::2]] == list(SCHEMA.settings)
+    for line, below, s in zip(lines[::2], lines[1::2], SCHEMA.settings.values()):
+        assert json.loads(line.partition(" = ")[2]) == s.default
+        assert below.startswith(f"    {s.meaning}") and s.values in below
+    for word in ("grad_clip", "clipped to THIS", "max_grad_norm"):
+        assert main(["settings", word]) == 0
+        assert capsys.readouterr().out.startswith(
+            "optimizer.max_grad_norm = 1.0\n    gradients are clipped to this norm;"
+        )
+    assert main(["settings", "nowhere"]) == 2
+    assert "WORD must be part of a setting's name or meaning; got 'nowhere'" in capsys.readouterr().err
 
 
 def test_settings_of_train(calls: dict[str, Any], tmp_path: Path) -> None:

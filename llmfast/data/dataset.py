@@ -12,6 +12,7 @@ import torch
 
 from llmfast._checks import expect
 from llmfast.data.best_fit import pack_best_fit
+from llmfast.data.cache import cached_ids, cached_texts
 from llmfast.data.fim import FIM, FIMDocumentRows, FIMRows
 from llmfast.data.mixture import Mixture
 from llmfast.data.packing import Batch, PackedRows, Rows, joined, pack
@@ -203,7 +204,9 @@ def _tokenizer(name: str, texts: list[str], vocab_size: int) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     if name == "bpe":
-        return BPETokenizer.train(texts, vocab_size)
+        how = f"{BPETokenizer.recipe()} {vocab_size}"
+        (saved,) = cached_texts(texts, how, lambda: [BPETokenizer.train(texts, vocab_size).text()])
+        return BPETokenizer.of(saved)
     try:
         return load_tokenizer(name)
     except FileNotFoundError:
@@ -236,7 +239,11 @@ def _rows_of_texts(
 def _encoded(texts: list[str], tokenizer: Tokenizer) -> list[TokenIds]:
     """Encode texts, each with the ids that it begins with."""
     start = np.array(tokenizer.start_ids, dtype=np.int32)
-    encoded = tokenizer.encode_batch(texts)
+    encoded = (
+        cached_ids(texts, f"{tokenizer.recipe()} {tokenizer.text()}", lambda: tokenizer.encode_batch(texts))
+        if isinstance(tokenizer, BPETokenizer)
+        else tokenizer.encode_batch(texts)
+    )
     return [np.concatenate([start, ids]) if len(ids) else ids for ids in encoded] if len(start) else encoded
 
 

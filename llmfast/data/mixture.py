@@ -158,15 +158,20 @@ class Mixture:
             raise ValueError(f"this is not the state of a mixture: {state!r:.200}") from e
         return past.from_here_on(consumed, self.phases[-1].weights, total=self.phases[-1].total)
 
+    def epochs(self) -> dict[str, float]:
+        """Return how many times the whole run reads each source that has rows."""
+        given = self._given()
+        return {name: given[name] / rows for name, rows in self.rows.items() if rows}
+
     def table(self) -> list[tuple[str, ...]]:
         """Return a line per source: rows, share at the start and at the end, sequences and epochs of the whole run."""
         first, last = self._of(self.rows, self.phases[:1], self.seed).shares(0.0), self.shares(1.0)
-        given = self._given()
+        given, epochs = self._given(), self.epochs()
         lines: list[tuple[str, ...]] = [("source", "rows", "share", "sequences", "epochs")]
         for name, rows in self.rows.items():
             ends = list(dict.fromkeys(f"{share[name]:.0%}" for share in (first, last)))
-            epochs = f"{given[name] / rows:.2f}" if rows else "-"
-            lines.append((name, f"{rows:,}", " -> ".join(ends), f"{given[name]:,}", epochs))
+            times = f"{epochs[name]:.2f}" if rows else "-"
+            lines.append((name, f"{rows:,}", " -> ".join(ends), f"{given[name]:,}", times))
         return lines
 
     def _given(self) -> dict[str, int]:

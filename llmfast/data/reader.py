@@ -12,13 +12,15 @@ Records that cannot be read are yielded too, with the reason, so that the caller
 # mypy: disable-error-code="import-not-found,import-untyped"
 # pyright: reportMissingImports=false
 
+import contextlib
 import gzip
 import io
 import json
 import os
+import shlex
 import tokenize
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -36,6 +38,7 @@ NO_TEXT = "no text"  # fault of a line or row whose text column is missing or no
 _NEEDED = {".parquet": "pyarrow", ".zst": "zstandard"}  # packages of the extra `formats`
 _CLEANED = {"report.json", "report.md", "logs", "text"}  # always written by `llmfast clean`
 _CHUNK = 1 << 17  # compressed bytes read at a time
+_MANY_NULLS = 8  # a file has many null characters, as text has not, if one in so many is null
 _NAMED_COLUMNS = 20  # maximum number in a message
 
 
@@ -184,7 +187,27 @@ def _file(path: Path, name: str) -> Record:
     except (UnicodeDecodeError, SyntaxError, LookupError) as error:
         place = f"{name}, byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"{name}: {error}"
         return Record(name, place, path.read_bytes().decode("utf-8", "replace"), fault="not UTF-8", damaged=True)
+    if text.count("\0") > len(text) // _MANY_NULLS:  # UTF-16 without a byte order mark is often also UTF-8
+        return Record(name, f"{name}, byte {path.read_bytes().index(0)}", text, fault="not UTF-8", damaged=True)
     return Record(name, name, text, fault=None if text.strip() else "blank")
+
+
+def in_utf8(path: Path) -> str:
+    """Say how to convert a file that is not UTF-8, by the encoding that its content suggests."""
+    content = path.read_bytes()
+    if content.startswith((BOM_UTF32_LE, BOM_UTF32_BE)):
+        encoding, name = "UTF-32", "UTF-32"
+    elif content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        encoding, name = "UTF-16", "UTF-16"
+    elif content.count(0) > len(content) // _MANY_NULLS:
+        encoding, name = ("UTF-16BE" if content[::2].count(0) > content[1::2].count(0) else "UTF-16LE"), "UTF-16"
+    else:
+        with contextlib.suppress(UnicodeDecodeError):
+            content.decode("utf-8")
+            return "correct the encoding that it declares, or leave it out"
+        encoding, name = "WINDOWS-1252", "Latin-1"  # the former has all printable characters of the latter
+    old = shlex.quote(str(path))
+    return f"if it is {name}, convert it: iconv -f {encoding} -t UTF-8 {old} > NEW; or leave it out"
 
 
 def _lines(path: Path, name: str, text_column: str) -> Iterator[Record]:

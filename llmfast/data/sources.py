@@ -8,6 +8,7 @@ import ast
 import difflib
 import hashlib
 import re
+import sys
 import sysconfig
 import warnings
 from collections import Counter
@@ -17,7 +18,8 @@ from os import PathLike
 from pathlib import Path
 
 from llmfast._checks import expect
-from llmfast.data.reader import TEXT_COLUMN, Found, LeftOut, expect_packages, find, read, read_text, suffixes
+from llmfast.data.cache import cached_texts
+from llmfast.data.reader import TEXT_COLUMN, Found, LeftOut, expect_packages, find, in_utf8, read, read_text, suffixes
 
 # Folders of the standard library that are not hand-written code: tests, third-party packages, the manual.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
@@ -58,8 +60,10 @@ def python_prose() -> Iterator[Document]:
     characters of docstrings are skipped.
     """
     yield from _topics()
-    for code in python_code():
-        text = _docstrings(code.text)
+    sources = list(python_code())
+    codes = [code.text for code in sources]
+    texts = cached_texts(codes, f"docstrings {sys.version}", lambda: [*map(_docstrings, codes)])
+    for code, text in zip(sources, texts):
         if len(text) >= _MIN_DOCSTRING_CHARACTERS:
             yield Document(f"docstrings/{code.name}", text)
 
@@ -101,8 +105,9 @@ def text_files(
                 some = True
                 yield Document(record.name, record.text)
             elif record.damaged:
-                what = "is not UTF-8 text" if record.fault == "not UTF-8" else f"is damaged, {record.fault}"
-                raise ValueError(f"{file} {what}: {record.place}")
+                if record.fault == "not UTF-8":
+                    raise ValueError(f"{file} is not UTF-8 text: {record.place}; {in_utf8(file)}")
+                raise ValueError(f"{file} is damaged, {record.fault}: {record.place}")
             else:
                 left.add(record)
     if not some:
@@ -133,8 +138,11 @@ def load(name: str, *, text_column: str = TEXT_COLUMN, say: Callable[[str], None
         return list(text_files(name, text_column=text_column, say=say))
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    choices = ", ".join(map(repr, BUILT_IN))
-    raise ValueError(f"unknown source {name!r}: expected {choices}, or a file or folder that exists{hint}")
+    choices, kinds = ", ".join(map(repr, BUILT_IN)), ", ".join(suffixes(text_column))
+    raise ValueError(
+        f"unknown source {name!r}: expected {choices}, or a file or folder that exists (of a folder, {kinds} are read)"
+        f"{hint}"
+    )
 
 
 def is_held_out(document: Document, fraction: float) -> bool:

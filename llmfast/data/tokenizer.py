@@ -184,7 +184,22 @@ class BPETokenizer:
         return text
 
     def save(self, path: str | PathLike[str]) -> None:
-        Path(path).write_text(self._backend.to_str(), encoding="utf-8")
+        Path(path).write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """Return the content of the file that `save` writes."""
+        text: str = self._backend.to_str()
+        return text
+
+    @classmethod
+    def of(cls, text: str) -> "BPETokenizer":
+        """Make the tokenizer that has this `text()`."""
+        return cls(_tokenizers().Tokenizer.from_str(text))
+
+    @classmethod
+    def recipe(cls) -> str:
+        """Describe what `train` and `encode_batch` depend on besides their arguments and the vocabulary."""
+        return f"bpe tokenizers={_tokenizers().__version__} {_WORDS} {SPECIAL_TOKENS}"
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:

@@ -285,6 +285,8 @@ def _memory(args: argparse.Namespace) -> list[str]:
     from llmfast.train.settings import ConfigError
 
     config = load_config(args.config, args.set)
+    epochs = config.train.epochs
+    expect(not epochs, f"train.epochs must be 0: a plan reads no text, so it needs train.steps; got {epochs}")
     try:
         model = model_config(config)
     except ValueError as error:

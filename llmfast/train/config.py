@@ -12,7 +12,9 @@ from pydantic import AfterValidator, ConfigDict, PlainValidator
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
 from llmfast.data.mixture import Weight as AnyWeight
+from llmfast.data.reader import SUFFIXES as TEXTS
 from llmfast.data.split import Split
+from llmfast.data.token_files import SUFFIXES as TOKENS
 from llmfast.models.decoder import MTP, DecoderConfig
 from llmfast.models.depths import ConcatOrder, HiddenKind
 from llmfast.train.optimizers import OptimizerConfig
@@ -62,7 +64,12 @@ class ModelConfig:
 
     # The upper bounds are far beyond any use. Without them, modules and tables would be made without end.
     width: int = setting(
-        DecoderConfig.width, "width of the hidden states", ge=1, le=2**20, kept=WEIGHTS, aka=("hidden_size", "n_embd")
+        DecoderConfig.width,
+        "width of the hidden states",
+        ge=1,
+        le=2**20,
+        kept=WEIGHTS,
+        aka=("hidden_size", "n_embd", "d_model", "dim", "embed_dim"),
     )
     layers: int = setting(
         DecoderConfig.layers,
@@ -70,15 +77,29 @@ class ModelConfig:
         ge=1,
         le=2**12,
         kept=WEIGHTS,
-        aka=("n_layer", "num_layers", "num_hidden_layers"),
+        aka=("n_layer", "n_layers", "num_layers", "num_hidden_layers"),
     )
     heads: int = setting(
-        DecoderConfig.heads, "attention heads per block", ge=1, kept=WEIGHTS, aka=("n_head", "num_attention_heads")
+        DecoderConfig.heads,
+        "attention heads per block",
+        ge=1,
+        kept=WEIGHTS,
+        aka=("n_head", "n_heads", "num_heads", "num_attention_heads"),
     )
     ffn_width: int = setting(
-        DecoderConfig.ffn_width, "width of the SwiGLU; 0: 8/3 of width", ge=0, le=2**22, kept=WEIGHTS
+        DecoderConfig.ffn_width,
+        "width of the SwiGLU; 0: 8/3 of width",
+        ge=0,
+        le=2**22,
+        kept=WEIGHTS,
+        aka=("intermediate_size", "ffn_dim", "hidden_dim"),
     )
-    tie_embeddings: bool = setting(DecoderConfig.tie_embeddings, "use the embedding as the output layer", kept=WEIGHTS)
+    tie_embeddings: bool = setting(
+        DecoderConfig.tie_embeddings,
+        "use the embedding as the output layer",
+        kept=WEIGHTS,
+        aka=("tie_word_embeddings", "weight_tying"),
+    )
     mtp: MTP = setting(
         DecoderConfig.mtp, "how further tokens are predicted", kept=WEIGHTS, seen=lambda m: _own_heads(m)[0]
     )
@@ -107,6 +128,7 @@ class ModelConfig:
         "folder of a Hugging Face model to train instead of a decoder of the settings above; '': none",
         kept=WEIGHTS,
         seen=lambda m: bool(m.pretrained),
+        aka=("model_name_or_path", "initial_checkpoint_dir", "checkpoint_dir"),
     )
 
 
@@ -118,9 +140,11 @@ class DataConfig:
 
     sources: list[str] = setting(
         ["code", "prose"],
-        "built-in sources, paths, or name=path; files and folders of text or tokens",
+        "built-in sources, paths, or name=path: a file of text or of tokens "
+        f"({', '.join(TOKENS)}), or a folder of {', '.join(TEXTS)}",
         min_length=1,
         kept=RUN,
+        aka=("dataset", "dataset_name", "dataset_path", "data_dir"),
     )
     weights: dict[str, Weight] = setting(
         {}, "each source's share over the run: 0.3, '0.9->0.3', '0:0.9, 0.5:0.9, 1:0.3' or 'rest'; {}: by size"
@@ -130,13 +154,29 @@ class DataConfig:
         "'bpe' (trained on the text), 'bytes', or the path of a tokenizer.json; model.pretrained has its own",
         kept=WEIGHTS,
         seen=lambda d: None,
+        aka=("tokenizer_dir", "tokenizer_path", "tokenizer_name"),
     )
-    vocab_size: int = setting(8192, "vocabulary of a trained 'bpe'", ge=1, le=2**24, kept=RUN)
-    seq_len: int = setting(256, "tokens per row", ge=2, kept=RUN, aka=("block_size", "seq_length"))
+    vocab_size: int = setting(
+        8192, "vocabulary of a trained 'bpe'", ge=1, le=2**24, kept=RUN, aka=("padded_vocab_size",)
+    )
+    seq_len: int = setting(
+        256,
+        "tokens per row",
+        ge=2,
+        kept=RUN,
+        aka=("block_size", "seq_length", "max_seq_length", "max_seq_len", "max_length", "context_length"),
+    )
     text_column: str = setting(
         "text", "the text's column in .jsonl and .parquet; '': leave out files with columns", kept=RUN
     )
-    held_out: float = setting(0.05, "share of each source that is only used for validation", gt=0, lt=1, kept=RUN)
+    held_out: float = setting(
+        0.05,
+        "share of each source that is only used for validation",
+        gt=0,
+        lt=1,
+        kept=RUN,
+        aka=("val_split_fraction", "validation_split_percentage"),
+    )
     split: dict[str, Split] = setting(
         {},
         "by source, which text that is: whole 'documents' or the 'end'; {}: chosen, and noted in config.toml",
@@ -161,33 +201,68 @@ class TrainConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    steps: int = setting(1000, "steps of the run", ge=1, aka=("max_steps", "max_iters", "train_iters"))
-    batch_size: int = setting(4, "rows of seq_len tokens per step, on all ranks together", ge=1)
-    micro_batch_size: int = setting(
-        0, "rows that a rank processes at once; 0: its part of a step", ge=0, aka=("per_device_train_batch_size",)
+    steps: int = setting(
+        1000,
+        "steps of the run",
+        ge=1,
+        aka=("max_steps", "max_iters", "train_iters", "train_steps", "num_steps", "total_steps", "lr_decay_iters"),
     )
-    eval_every: int = setting(250, "steps between evaluations", ge=1, aka=("eval_steps",))
-    eval_rows: int = setting(64, "rows of each source per evaluation, at most", ge=1)
-    log_every: int = setting(10, "steps between lines of the log", ge=1, aka=("logging_steps",))
-    save_every: int = setting(250, "steps between checkpoints", ge=1)
-    keep_last: int = setting(2, "checkpoints to keep", ge=1)
+    epochs: float = setting(
+        0.0,
+        "length of the run in passes over all training rows, instead of steps; 0: steps",
+        ge=0,
+        le=2**20,
+        aka=("num_train_epochs", "num_epochs", "max_epochs"),
+    )
+    batch_size: int = setting(
+        4, "rows of seq_len tokens per step, on all ranks together", ge=1, aka=("global_batch_size", "train_batch_size")
+    )
+    micro_batch_size: int = setting(
+        0,
+        "rows that a rank processes at once; 0: its part of a step",
+        ge=0,
+        aka=("per_device_train_batch_size", "local_batch_size", "gradient_accumulation_steps"),
+    )
+    eval_every: int = setting(250, "steps between evaluations", ge=1, aka=("eval_steps", "eval_interval", "eval_freq"))
+    eval_rows: int = setting(
+        64, "rows of each source per evaluation, at most", ge=1, aka=("eval_iters", "max_eval_samples")
+    )
+    log_every: int = setting(
+        10, "steps between lines of the log", ge=1, aka=("logging_steps", "log_interval", "log_freq")
+    )
+    save_every: int = setting(
+        250, "steps between checkpoints", ge=1, aka=("save_steps", "save_interval", "checkpoint_interval")
+    )
+    keep_last: int = setting(2, "checkpoints to keep", ge=1, aka=("save_total_limit", "keep_latest_k"))
     keep_every: int = setting(0, "also keep the checkpoints of every so many steps; 0: none", ge=0)
     max_skipped: int = setting(100, "stop after so many steps with a gradient that is not finite; 0: never", ge=0)
-    seed: int = setting(0, "seed of weights, order and everything else that is random", ge=0, kept=RUN)
+    seed: int = setting(
+        0, "seed of weights, order and everything else that is random", ge=0, kept=RUN, aka=("random_seed",)
+    )
     init_from: PathText = setting("", "folder of a run whose last weights this one begins with", kept=RUN)
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "dtype of matrix products; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto",
+        "dtype of matrix products; auto: bfloat16 on a GPU, float32 on a CPU",
+        aka=("bf16", "fp16", "precision", "mixed_precision", "mixed_precision_param", "torch_dtype"),
     )
     param_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the parameters; see optimizer.master_weights for bfloat16", kept=RUN
     )
-    parallel: Literal["ddp", "fsdp", "hsdp"] = setting("ddp", "how the model is spread over ranks, under torchrun")
-    shard_size: int = setting(0, "hsdp: ranks that share one set of parameters", ge=0)
+    parallel: Literal["ddp", "fsdp", "hsdp"] = setting(
+        "ddp", "how the model is spread over ranks, under torchrun", aka=("strategy", "fsdp")
+    )
+    shard_size: int = setting(
+        0, "hsdp: ranks that share one set of parameters", ge=0, aka=("data_parallel_shard_degree",)
+    )
     vocab_parallel: bool = setting(False, "each rank holds some classes of the untied output layer, for all tokens")
-    checkpoint_activations: bool = setting(False, "compute activations again in backward, to save memory")
-    compile: bool = setting(False, "compile the blocks with torch.compile")
-    tensorboard: bool = setting(False, "also write events for TensorBoard")
+    checkpoint_activations: bool = setting(
+        False,
+        "compute activations again in backward, to save memory",
+        aka=("gradient_checkpointing", "activation_checkpointing", "activation_checkpoint"),
+    )
+    compile: bool = setting(False, "compile the blocks with torch.compile", aka=("torch_compile",))
+    tensorboard: bool = setting(False, "also write events for TensorBoard", aka=("enable_tensorboard", "report_to"))
     mtp_schedule: Literal["auto", "constant", "linear", "staged"] = setting(
         "auto", "weights of the further tokens' losses over the run; auto: staged for shared, else constant"
     )
@@ -208,8 +283,10 @@ class Config:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: Name = setting("", "name of the run's folder; '': the first free one of demo, demo-2, ...")
-    runs: PathText = setting("runs", "folder of all runs")
+    name: Name = setting(
+        "", "name of the run's folder; '': the first free one of demo, demo-2, ...", aka=("run_name", "exp_name")
+    )
+    runs: PathText = setting("runs", "folder of all runs", aka=("out_dir", "output_dir", "dump_folder"))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -56,15 +56,19 @@ class OptimizerConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: OptimizerName = setting("adamw", "the update rule", kept=RUN, aka=("optim", "optimizer_name"))
-    lr: float = setting(_own("lr"), "highest learning rate", ge=0, aka=("learning_rate",))
+    name: OptimizerName = setting(
+        "adamw", "the update rule", kept=RUN, aka=("optim", "optimizer_name", "optimizer_type")
+    )
+    lr: float = setting(_own("lr"), "highest learning rate", ge=0, aka=("learning_rate", "max_lr"))
     beta1: float | None = setting(
         _own("beta1"), "decay of the first moment; lion: its share in a step", ge=0, lt=1, aka=("adam_beta1",)
     )
     beta2: float | None = setting(
         _own("beta2"), "decay of the second moment; lion: of the first", ge=0, lt=1, aka=("adam_beta2",)
     )
-    eps: float | None = setting(_own("eps"), "added to the root of the squares", ge=0, aka=("adam_epsilon",))
+    eps: float | None = setting(
+        _own("eps"), "added to the root of the squares", ge=0, aka=("adam_epsilon", "adam_eps", "epsilon")
+    )
     amsgrad: bool | None = setting(_own("amsgrad"), "divide by the largest second moment so far")
     momentum: float | None = setting(_own("momentum"), "share of the last step that is repeated", ge=0, lt=1)
     nesterov: bool | None = setting(_own("nesterov"), "look ahead along the momentum")
@@ -76,18 +80,41 @@ class OptimizerConfig:
         _own("initial_accumulator_value"), "what the sum of squares begins with", ge=0, kept=RUN
     )
     weight_decay: float = setting(
-        _own("weight_decay"), "decay of matrices, an L2 penalty but for adamw and lion; gains are not decayed", ge=0
+        _own("weight_decay"),
+        "decay of matrices, an L2 penalty but for adamw and lion; gains are not decayed",
+        ge=0,
+        aka=("wd",),
     )
     decay: DecayMode | None = setting(
         _own("decay"), "a step's decay: weight_decay times lr; times lr / highest lr (relative); itself (independent)"
     )
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: no clipping", ge=0, aka=("grad_clip",))
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
-        "cosine", "how the rate falls after warm-up; wsd stays, then decays"
+    max_grad_norm: float = setting(
+        1.0,
+        "gradients are clipped to this norm; 0: no clipping",
+        ge=0,
+        aka=("grad_clip", "max_norm", "clip_grad", "gradient_clip_val", "clip_grad_norm"),
     )
-    warmup_steps: int = setting(50, "steps in which the rate rises from 0", ge=0)
-    decay_share: float = setting(0.2, "wsd: share of the steps after warm-up in which the rate falls", gt=0, le=1)
-    final_lr: float = setting(0.1, "learning rate at the last step, as a share of lr", ge=0, le=1)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
+        "cosine",
+        "how the rate falls after warm-up; wsd stays, then decays",
+        aka=("lr_scheduler", "lr_scheduler_type", "lr_schedule", "scheduler", "decay_type", "lr_decay_style"),
+    )
+    warmup_steps: int = setting(
+        50,
+        "steps in which the rate rises from 0",
+        ge=0,
+        aka=("warmup", "warmup_iters", "warmup_ratio", "lr_warmup_steps", "lr_warmup_iters", "num_warmup_steps"),
+    )
+    decay_share: float = setting(
+        0.2, "wsd: share of the steps after warm-up in which the rate falls", gt=0, le=1, aka=("decay_ratio",)
+    )
+    final_lr: float = setting(
+        0.1,
+        "learning rate at the last step, as a share of lr",
+        ge=0,
+        le=1,
+        aka=("min_lr", "min_lr_factor", "min_lr_ratio"),
+    )
     lr_scaling: Literal["none", "sqrt", "linear"] = setting(
         "none", "how lr, which is for base_batch_size, follows train.batch_size"
     )

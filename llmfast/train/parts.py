@@ -16,6 +16,8 @@ from llmfast.train.pretrained import OwnLoss
 from llmfast.train.schedule import head_weights_at, highest_lr
 from llmfast.train.settings import ConfigError
 
+MOST_EPOCHS = 4  # passes that teach about as much as fresh text
+
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     """Choose the device to train on, and autocast's dtype there."""
@@ -45,6 +47,31 @@ def prepare_data(config: Config, tokenizer: str, say: Callable[[str], None]) -> 
         )
     except (ValueError, FileNotFoundError) as e:
         raise ConfigError(f"data: {e}") from e
+
+
+def settle(config: Config, data: Dataset) -> None:
+    """Note in the settings what depends on the text: how it was split, and the steps that `train.epochs` takes."""
+    t = config.train
+    config.data.split = dict(data.split)
+    if t.epochs:
+        t.steps = max(1, math.ceil(t.epochs * sum(map(len, data.train.values())) / t.batch_size))
+        t.epochs = 0.0  # a resumed run has the steps
+
+
+def doubts(config: Config, mixture: Mixture) -> Iterator[str]:
+    """Say what about the run's length is likely a mistake."""
+    o, t = config.optimizer, config.train
+    for name, epochs in mixture.epochs().items():
+        if epochs > MOST_EPOCHS:
+            yield (
+                f"the run reads {name} {epochs:.1f} times. After {MOST_EPOCHS} passes, repeated text teaches less "
+                "and less (Muennighoff et al. 2023, arXiv:2305.16264): take more text or fewer steps"
+            )
+    if t.steps <= o.warmup_steps:
+        yield (
+            f"the learning rate rises to the last step: optimizer.warmup_steps={o.warmup_steps} must be below "
+            f"train.steps={t.steps} for it to fall again"
+        )
 
 
 def make_mixture(config: Config, data: Dataset) -> Mixture:

@@ -3,6 +3,8 @@
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -28,12 +30,14 @@ from llmfast.train.metrics import plot_loss, print_table, read_metrics, say
 from llmfast.train.parallel import World
 from llmfast.train.parts import (
     choose_device,
+    doubts,
     make_mixture,
     make_model,
     make_objective,
     make_optimizer,
     make_validation,
     prepare_data,
+    settle,
 )
 from llmfast.train.pretrained import copy_files, open_pretrained
 from llmfast.train.settings import ConfigError
@@ -61,6 +65,8 @@ def train(
             that is resumed in what cannot change.
         FileExistsError: the named run exists, and neither `resume` nor `overwrite` was given.
         FileNotFoundError: there is nothing to resume.
+        KeyboardInterrupt: SIGINT or SIGTERM ended the run before its last step. It can be resumed, unless that was
+            before the first step: then no folder is left.
         NonFinite, OSError: see `Trainer.fit`.
     """
     started, t = time.perf_counter(), config.train
@@ -84,7 +90,7 @@ def train(
     say(console, f"reading {', '.join(config.data.sources)} ...")
     tokenizer = str(source / "tokenizer.json") if resume or pretrained is not None else config.data.tokenizer
     data = prepare_data(config, tokenizer, partial(say, console))
-    config.data.split = dict(data.split)
+    settle(config, data)
     order = Mixed(data, make_mixture(config, data))
     model = pretrained or _model_to_train(config, data, world, None if resume else partial(say, console))
     model.to(world.device)
@@ -114,13 +120,16 @@ def train(
     )
     if resume:
         _resume(trainer, config, run)
-    if world.main:
-        if overwrite and run.exists():  # only now that everything else has been seen to work
-            _remove(run, console)
-        _write_settings(trainer, data, run, resume=resume)
-    say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
-    _fit(trainer, config, data, console)
+    if world.main and overwrite and run.exists():  # only now that everything else has been seen to work
+        _remove(run, console)
+    with _interruptible(trainer, config, run, console, resume=resume):
+        if world.main:
+            _write_settings(trainer, data, run, resume=resume)
+        say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
+        finished = _fit(trainer, config, data, console)
     world.leave()
+    if not finished:
+        raise KeyboardInterrupt
     return run
 
 
@@ -155,6 +164,8 @@ def _print_plan(
         f"vocabulary of {data.tokenizer.vocab_size}; {t.steps} steps of {t.batch_size * row} tokens",
     )
     print_table(console, order.mixture.table())
+    for doubt in doubts(config, order.mixture):
+        say(console, f"warning: {doubt}")
     for name, rows in data.train.items():
         packed = getattr(rows, "rows", rows)
         if isinstance(packed, BestFitRows):
@@ -195,21 +206,43 @@ def _write_settings(trainer: Trainer, data: Dataset, run: Path, *, resume: bool)
     write_whole(run / "config.toml", lambda path: path.write_text(dump_config(trainer.config), encoding="utf-8"))
 
 
-def _fit(trainer: Trainer, config: Config, data: Dataset, console: Console) -> None:
-    """Train to the last step and report, or say how to go on after a signal."""
+@contextmanager
+def _interruptible(trainer: Trainer, config: Config, run: Path, console: Console, *, resume: bool) -> Iterator[None]:
+    """Let an interrupt before a new run's first step leave nothing behind, and a later one say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        if not trainer.world.main:
+            raise
+        if trainer.step == 0 and not resume:
+            if run.exists():
+                _remove(run, console)
+            raise KeyboardInterrupt(f"no step was taken, and {run} was removed") from e
+        if any(run.glob("checkpoint-*")):
+            raise KeyboardInterrupt(f"go on from the last checkpoint with: {_again(config)}") from e
+        raise KeyboardInterrupt(f"{run} has no checkpoint yet: start it again with --overwrite") from e
+
+
+def _again(config: Config) -> str:
+    """Return the command that resumes a run."""
+    elsewhere = [] if config.runs == Config().runs else ["--set", f"runs={config.runs}"]
+    return shlex.join(["llmfast", "train", "--resume", "--name", config.name, *elsewhere])
+
+
+def _fit(trainer: Trainer, config: Config, data: Dataset, console: Console) -> bool:
+    """Train to the last step and report, or say how to go on after a signal; return True if it was the last step."""
     before, run = trainer.tokens, trainer.run
     assert run is not None
     finished = trainer.fit()
     whole = whole_model(config, trainer, data.tokenizer) if finished else None
     if not trainer.world.main:
-        return
+        return finished
     if whole is not None:
         finish(config, trainer, whole, data, before, console)
-        return
-    elsewhere = [] if config.runs == Config().runs else ["--set", f"runs={config.runs}"]
-    again = shlex.join(["llmfast", "train", "--resume", "--name", run.name, *elsewhere])
-    say(console, f"stopped after step {trainer.step} of {config.train.steps}; go on with: {again}")
+        return True
+    say(console, f"stopped after step {trainer.step} of {config.train.steps}; go on with: {_again(config)}")
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=held_out_entropy(config, data))
+    return False
 
 
 def _choose_run(config: Config, *, resume: bool, overwrite: bool) -> Path:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from pydantic_core import ErrorDetails
 LARGEST = 2**63 - 1  # what an int64 holds
 RUN, WEIGHTS = "run", "weights"
 Tree = dict[str, Any]
+_FULL = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32", "32": "float32"}
+_SPELLINGS = re.compile(r"^(bf16|fp32|f32|32)")
 
 
 class ConfigError(ValueError):
@@ -221,7 +224,7 @@ class Schema:
         got = error["input"]
         if error["type"] == "unexpected_keyword_argument":
             near = self.near(name)
-            hint = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(self.settings)}"
+            hint = f"did you mean {near[0]}?{self.said(name)}" if near else f"valid keys are {', '.join(self.settings)}"
             return f"unknown key {name} = {shown(got)}; {hint}"
         if known is None:
             keys = ", ".join(n for n in self.settings if n.startswith(f"{name}."))
@@ -231,7 +234,7 @@ class Schema:
                 reason = str(error.get("ctx", {})["error"])
                 return f"{name}{' ' if reason.startswith('must ') else ': '}{reason}"
             case "literal_error":
-                return f"{name} must be one of {_listed(known.kind)}; got {shown(got)}"
+                return f"{name} must be one of {_listed(known.kind)}; got {shown(got)}{_meant(got, known.kind)}"
             case "too_short":
                 return f"{known.name} must have at least {known.declared['min_length']} item(s); got {shown(got)}"
             case "finite_number":
@@ -245,13 +248,41 @@ class Schema:
             whole = whole[key]
         return f"{known.name} must be {known.type_name}; got {shown(whole)} ({type(whole).__name__})"
 
+    def said(self, name: str) -> str:
+        """Say what the setting means that other trainers call `name`: their value may be in other units."""
+        found = self.settings.get(self.aliases.get(_leaf(name), ""))
+        return f" That is: {found.meaning}" if found is not None and _leaf(name) in found.declared["aka"] else ""
+
+    def listing(self, word: str = "") -> list[str]:
+        """List the settings whose name, meaning or name elsewhere has `word`, with values and defaults."""
+        lines = []
+        for name, s in self.settings.items():
+            if word.lower() in " ".join((name, s.meaning, *s.declared["aka"])).lower():
+                notes = "; ".join(filter(None, (s.values, str(s.by))))
+                lines += [f"{name} = {json.dumps(s.default)}", f"    {s.meaning}{f' ({notes})' if notes else ''}"]
+        return lines
+
     def near(self, name: str) -> list[str]:
         """Find the setting or section that is meant by a name that does not exist, if one is near."""
-        leaf = name.rpartition(".")[2]  # `steps` and `data.steps` should find `train.steps`
+        leaf = _leaf(name)  # `steps` and `data.steps` should find `train.steps`
         near = (
             [leaf] if leaf in self.aliases else difflib.get_close_matches(name, [*self.settings, *self.sections], n=1)
         )
         return [self.aliases.get(x, x) for x in near or difflib.get_close_matches(leaf, self.aliases, n=1)]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2].replace("-", "_")
+
+
+def _meant(got: Any, kind: Any) -> str:
+    """Suggest the choice of a Literal that is meant: "bf16-mixed" is bfloat16, "adamw_torch" is adamw."""
+    values = get_args(kind) if get_origin(kind) is Literal else get_args(get_args(kind)[-1])
+    choices = [value for value in values if value and isinstance(value, str)]
+    text = _SPELLINGS.sub(lambda found: _FULL[found[0]], str(got).lower())
+    begun = [choice for choice in choices if text.startswith(choice)]
+    near = [max(begun, key=len)] if begun else difflib.get_close_matches(text, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _of_a_value(kind: Any) -> Any:

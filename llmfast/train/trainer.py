@@ -123,6 +123,8 @@ class Trainer:
         self.config = config = config or Config()
         self.about = dict(about or {})
         t = config.train
+        if t.epochs:
+            raise ConfigError(f"train.epochs must be 0 here, where the length of the data is unknown; got {t.epochs}")
         self.world = world or World(next(model.parameters()).device)
         self.device, self.dtype, self.run, self.hooks = self.world.device, dtype, run, list(hooks)
         self.console = console or Console(quiet=not self.world.main)

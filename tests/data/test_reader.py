@@ -4,6 +4,8 @@ import builtins
 import gzip
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,10 +192,47 @@ def test_other_columns_are_read_only_where_they_are_wanted(tmp_path: Path) -> No
     assert [r.columns for r in read(tmp_path / "a.parquet", "a.parquet", whole=True)] == [{"n": i} for i in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "name", "by"),
+    [
+        ("latin-1", "Latin-1", "WINDOWS-1252"),
+        ("cp1252", "Latin-1", "WINDOWS-1252"),
+        ("utf-16", "UTF-16", "UTF-16"),
+        ("utf-16-le", "UTF-16", "UTF-16LE"),  # without a byte order mark, this text is also UTF-8
+        ("utf-16-be", "UTF-16", "UTF-16BE"),
+        ("utf-32", "UTF-32", "UTF-32"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".py"])
+def test_files_in_other_encodings_are_told_with_the_command_that_converts_them(
+    suffix: str, encoding: str, name: str, by: str, tmp_path: Path
+) -> None:
+    text = "plain text in lines\n" * 20 if encoding.startswith("utf-16-") else "café au lait, déjà vu\n"
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (old := folder / f"a{suffix}").write_bytes(text.encode(encoding))
+    for where in (folder, old):
+        with pytest.raises(ValueError, match=r"is not UTF-8 text: a\.") as caught:
+            load(str(where))
+        command = f"iconv -f {by} -t UTF-8 '{old}' > NEW"
+        assert str(caught.value).endswith(f"; if it is {name}, convert it: {command}; or leave it out")
+    if shutil.which("iconv"):
+        converted = subprocess.run(command.removesuffix(" > NEW"), shell=True, capture_output=True, check=True).stdout
+        old.write_bytes(converted)
+        assert [document.text for document in load(str(folder))] == [text]
+
+
+def test_few_null_characters_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a null, \0, and more text")
+    assert [document.text for document in load(str(tmp_path))] == ["a null, \0, and more text"]
+
+
 def test_unknown_encodings_are_told(tmp_path: Path) -> None:
     for declared in ("nonsense", "rot13"):  # the second is one, but not of text
         (tmp_path / "a.py").write_text(f"# -*- coding: {declared} -*-\n")
-        with pytest.raises(ValueError, match=r"a\.py is not UTF-8 text: a\.py"):
+        with pytest.raises(
+            ValueError, match=r"a\.py is not UTF-8 text: a\.py.*; correct the encoding that it declares"
+        ):
             load(str(tmp_path))
 
 

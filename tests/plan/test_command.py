@@ -179,6 +179,10 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
         (["--gpu", "H1000", "memory"], "gpu must be one of"),
         (["fit", "/nowhere"], "cannot read /nowhere/config.toml"),
         (["memory", "--set", "train.stpes=7"], "did you mean train.steps?"),
+        (
+            ["memory", "--train.epochs=2"],
+            "train.epochs must be 0: a plan reads no text, so it needs train.steps; got 2.0",
+        ),
         (["memory", "--set", "model.heads=5"], "model: width must divide by 2 * heads"),
         (["memory", "--set", "data.tokenizer=nothing.json"], "nothing.json"),
         (["memory", "--set", "train.micro_batch_size=3"], "does not divide into micro-batches of 3 rows"),

@@ -19,6 +19,7 @@ SHELL = ("", "sh", "bash")
 COMMANDS = (
     "_train",
     "_continue",
+    "_settings",
     "_doctor",
     "run_clean",
     "run_export",

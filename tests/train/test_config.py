@@ -77,8 +77,33 @@ def test_names_of_other_trainers_lead_to_settings() -> None:
     assert len(theirs) == len(dict(theirs)) > 15
     for other, name in theirs:
         assert other not in ours
-        with pytest.raises(ConfigError, match=rf"did you mean {re.escape(name)}\?"):
-            load_config(None, [f"train.{other}=1"])
+        meaning = SCHEMA.settings[name].meaning
+        for spelled in (f"train.{other}", other.replace("_", "-")):
+            with pytest.raises(ConfigError, match=re.escape(f"did you mean {name}? That is: {meaning}")):
+                load_config(None, [f"{spelled}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.dtype=bf16", "bfloat16"),
+        ("train.dtype=bf16-mixed", "bfloat16"),
+        ("train.dtype=32-true", "float32"),
+        ("train.dtype=fp32", "float32"),
+        ("train.param_dtype=BFloat16", "bfloat16"),
+        ("optimizer.name=AdamW", "adamw"),
+        ("optimizer.name=adamw_torch_fused", "adamw"),
+        ("optimizer.schedule=cosine_with_min_lr", "cosine"),
+        ("train.parallel=fsdp2", "fsdp"),
+        ("train.dtype=int8", None),
+        ("train.dtype=3", None),
+    ],
+)
+def test_values_as_others_spell_them_lead_to_ours(override: str, meant: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    got, _, hint = str(caught.value).partition("; got ")[2].partition("; ")
+    assert got and hint == (f"did you mean {meant!r}?" if meant else "")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

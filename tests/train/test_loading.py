@@ -54,7 +54,8 @@ def test_a_run_of_the_trainer_and_one_that_did_not_finish(settings: list[str], m
 
     (run / "kept").rename(run / "model.safetensors")
     monkeypatch.setattr("llmfast.train.run.Shares", lambda order: Stop())
-    train(resumed_config(run, ["train.steps=20"]), resume=True, console=Console(quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed_config(run, ["train.steps=20"]), resume=True, console=Console(quiet=True))
     newest = load_run(run).model
     assert (run / "checkpoint-00000009").exists() and not same(newest, finished)
     (run / "model.safetensors").unlink()

@@ -1,5 +1,6 @@
 """Each optimizer that settings can name: as torch's own in the same loop, and bit for bit after a stop."""
 
+import contextlib
 import copy
 import inspect
 import signal
@@ -113,7 +114,8 @@ def trained(config: Config, *hooks: Hooks, **options: bool) -> tuple[Trainer, nn
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "fit", fit)
-        train(config, console=QUIET, **options)
+        with contextlib.suppress(KeyboardInterrupt):  # after `Stop`
+            train(config, console=QUIET, **options)
     return seen[0], seen[1]
 
 

@@ -223,7 +223,10 @@ def test_every_setting_takes_effect_or_is_refused_by_name(
     reads = Reads(monkeypatch)
     resumed = trained(settings(f"runs={copied.parent}", "name=copied"), resume=True)
     assert value_of(load_config(copied / "config.toml"), name) == value_of(resumed.config, name)
-    assert value_of(resumed.config, name) != value_of(saved, name)
+    if name == "train.epochs":  # settled as the steps that it takes
+        assert resumed.config.train.epochs == 0 and resumed.config.train.steps not in (saved.train.steps, 3)
+    else:
+        assert value_of(resumed.config, name) != value_of(saved, name)
     assert described(resumed) == described(new)
     assert resumed.step == new.step > 2
     assert name in reads.names | OF_RANKS, f"{name} does nothing in a run that goes on: declare it as `kept`"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.run import train
+from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.checkpoints import signed
 from support.disk import Disk
@@ -122,7 +124,7 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
 
     Trainer._train_step = step  # type: ignore[method-assign]
     try:
-        assert cli(settings, "--set=train.steps=50", "--name=stopped") == 0
+        assert cli(settings, "--set=train.steps=50", "--name=stopped") == 130
     finally:
         Trainer._train_step = original  # type: ignore[method-assign]
         timer.cancel()
@@ -134,6 +136,52 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
     )
     assert cli(settings[:1], "--resume", "--name=stopped", "--set=train.steps=6") == 0
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-00000004", "checkpoint-00000006"]
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupt the first evaluation, which no signal handler guards; then start the same run."""
+    original = Trainer.evaluate
+
+    def interrupted(self: Trainer) -> Any:
+        assert (folder / "config.toml").exists()
+        raise KeyboardInterrupt
+
+    folder = Path(settings[0].removeprefix("runs=")) / "first"
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    assert cli(settings, "--name=first") == 130
+    assert capsys.readouterr().err == f"llmfast: interrupted; no step was taken, and {folder} was removed\n"
+    assert list(folder.parent.iterdir()) == []
+    monkeypatch.setattr(Trainer, "evaluate", original)
+    assert cli(settings, "--name=first") == 0
+
+
+@pytest.mark.parametrize(
+    ("at", "advice"),
+    [
+        (1, "{folder} has no checkpoint yet: start it again with --overwrite"),
+        (5, "go on from the last checkpoint with: llmfast train --resume --name x --set runs={runs}"),
+    ],
+)
+def test_an_interrupt_within_a_step_says_how_to_go_on(
+    at: int, advice: str, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Trainer._train_step
+
+    def step(self: Trainer) -> Any:
+        if self.step == at:
+            assert self.checkpoints is not None
+            self.checkpoints.wait()
+            raise KeyboardInterrupt  # as a second signal does
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    runs = Path(settings[0].removeprefix("runs="))
+    assert cli(settings, "--name=x") == 130
+    assert capsys.readouterr().err == f"llmfast: interrupted; {advice.format(folder=runs / 'x', runs=runs)}\n"
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    assert cli(settings[:1] if at == 5 else settings, "--name=x", "--resume" if at == 5 else "--overwrite") == 0
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_reported(
@@ -363,6 +411,45 @@ def test_a_dry_run_only_says_what_it_would_do(
     assert "8 steps of 64 tokens" in output and "source rows share sequences epochs" in output
     assert re.search(r"about [\d.]+ [KM]iB on a GPU, .*; nothing was trained", output)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_as_long_as_passes_over_its_text(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Note the steps in config.toml, so that the run resumes with as many, or with as many as other epochs take."""
+    folder = run(settings, "name=x", "train.epochs=0.1", "train.batch_size=5")
+    done = load_config(folder / "config.toml").train
+    assert cli(settings, "--train.epochs=1", "--train.batch_size=1", "--dry-run") == 0
+    found = re.search(r"; (\d+) steps of 32 tokens", " ".join(capsys.readouterr().out.split()))
+    assert found is not None
+    rows = int(found[1])
+    assert (done.steps, done.epochs) == (math.ceil(rows / 50), 0.0) and done.steps > 1
+    assert cli(settings[:1], "--resume", "--name=x", "--train.epochs=0.2") == 0
+    assert load_config(folder / "config.toml").train.steps == math.ceil(rows / 25)
+    with pytest.raises(ConfigError, match=r"train.epochs must be 0 here, .*; got 2.0"):
+        Trainer(
+            torch.nn.Linear(1, 1),
+            lambda model, batch: torch.zeros(()),
+            lambda model: torch.optim.SGD(model.parameters()),
+            [],
+            load_config(None, ["train.epochs=2.0"]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "warnings"),
+    [
+        ("train.epochs=4.0", []),
+        ("train.epochs=4.2", ["the run reads corpus 4.2 times. After 4 passes, repeated text teaches less and less"]),
+        ("optimizer.warmup_steps=7", []),
+        ("optimizer.warmup_steps=8", ["optimizer.warmup_steps=8 must be below train.steps=8 for it to fall again"]),
+    ],
+)
+def test_doubtful_lengths_are_told_of(
+    changed: str, warnings: list[str], settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = f"data.sources=['corpus={corpus}']"
+    assert cli(settings, f"--set={named}", f"--set={changed}", "--set=train.batch_size=1", "--dry-run") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("warning: ") == len(warnings) and all(warning in output for warning in warnings)
 
 
 def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:

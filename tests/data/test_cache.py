@@ -1,0 +1,105 @@
+"""A cache by content: what is kept, for how long, and that damage does no harm."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmfast.data import BPETokenizer, prepare
+from llmfast.data import cache as module
+from llmfast.data.cache import cached_ids, cached_texts
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(module, "LEAST_CHARACTERS", 5)
+    return tmp_path / "kept"
+
+
+def lengths(texts: list[str], how: str = "a") -> tuple[list[list[int]], bool]:
+    """Return each text's code points by way of the cache, and whether they were computed."""
+    made: list[int] = []
+
+    def make() -> list[Any]:
+        made.append(1)
+        return [np.array([ord(c) for c in text], dtype=np.int32) for text in texts]
+
+    return [part.tolist() for part in cached_ids(texts, how, make)], bool(made)
+
+
+def test_the_same_content_is_computed_once(kept: Path) -> None:
+    texts = ["abc", "", "déjà vu"]
+    expected = [[ord(c) for c in text] for text in texts]
+    assert lengths(texts) == (expected, True) and lengths(texts) == (expected, False)
+    for other in (["abc", "déjà vu", ""], ["abcd", "", "éjà vu"], ["abc", "déjà vu"]):
+        assert lengths(other) == ([[ord(c) for c in text] for text in other], True)
+    assert lengths(texts, "b") == (expected, True)
+    made = ["x", "", "é\ud800"]
+    assert cached_texts(texts, "c", lambda: made) == made == cached_texts(texts, "c", lambda: [])
+
+
+def test_damaged_entries_are_computed_again(kept: Path) -> None:
+    expected, _ = lengths(["abcdef"])
+    (entry,) = kept.iterdir()
+    content = bytearray(entry.read_bytes())
+    content[content.index(b"f\0\0\0")] += 1
+    for damaged in (bytes(content), b"", b"PK", bytes(content[:100])):
+        entry.write_bytes(damaged)
+        assert lengths(["abcdef"]) == (expected, True)
+        assert lengths(["abcdef"]) == (expected, False)
+
+
+def test_nothing_is_kept_of_short_texts_or_without_a_folder(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lengths(["abcd"])[1] and lengths(["abcd"])[1] and not kept.exists()
+    monkeypatch.setenv("LLMFAST_CACHE", "")
+    assert lengths(["abcdef"])[1] and lengths(["abcdef"])[1] and not kept.exists()
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(kept: Path) -> None:
+    kept.write_text("a file")
+    assert lengths(["abcdef"])[1] and lengths(["abcdef"])[1] and kept.read_text() == "a file"
+
+
+def test_the_least_recently_used_entries_go(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, text in enumerate(("first one", "second one", "third one")):
+        lengths([text])
+        (newest,) = (path for path in kept.iterdir() if path.stat().st_mtime > 1000)
+        os.utime(newest, (i, i))
+    lengths(["first one"])  # used again
+    size = max(path.stat().st_size for path in kept.iterdir())
+    monkeypatch.setattr(module, "MOST_BYTES", 2 * size + size // 2)
+    lengths(["fourth one"])
+    assert [path.suffix for path in kept.iterdir()] == [".npz"] * 2
+    assert not lengths(["fourth one"])[1] and not lengths(["first one"])[1] and lengths(["second one"])[1]
+
+
+def test_data_are_the_same_from_the_cache(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"Document {i} is about the number {i}. " * 5)
+
+    def rows() -> list[Any]:
+        data = prepare([f"mine={tmp_path / 'texts'}"], vocab_size=300, seq_len=16, held_out=0.1)
+        parts = [part["mine"] for part in (data.train, data.validation)]
+        return [part.batch(np.arange(len(part))).tokens.tolist() for part in parts] + [
+            data.tokenizer.encode("about it")
+        ]
+
+    monkeypatch.setenv("LLMFAST_CACHE", "")
+    *expected, ids = rows()
+    monkeypatch.setenv("LLMFAST_CACHE", str(kept))
+    assert rows()[:2] == expected and len(list(kept.iterdir())) == 3
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(BPETokenizer, "train", never)
+    encode = BPETokenizer.encode_batch
+    monkeypatch.setattr(
+        BPETokenizer, "encode_batch", lambda self, texts: encode(self, texts) if len(texts) == 1 else never()
+    )
+    *again, same = rows()
+    assert again == expected and same.tolist() == ids.tolist()
