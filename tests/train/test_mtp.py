@@ -140,7 +140,9 @@ def test_resuming_goes_on_where_it_was(mtp: str, settings: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", step)
-        folder = train(half, console=Console(quiet=True))
+        with pytest.raises(KeyboardInterrupt):
+            train(half, console=Console(quiet=True))
+    folder = whole.with_name("half")
     train(load_config(folder / "config.toml"), resume=True, console=Console(quiet=True))
     a, b = weights(whole), weights(folder)
     assert all(torch.equal(a[k], b[k]) for k in a)
