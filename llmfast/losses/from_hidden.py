@@ -1,9 +1,9 @@
 """Cross-entropy of `hidden @ weight.T`, a slab of logits at a time.
 
 The plan (`plan.py`) says how rows and columns are cut, and `stages.py` does the work. In the row stage, one slab is
-reused for chunks of rows: the row kernel turns logits, in place, into their gradients (not yet divided by any count),
-and two matrix products turn those into the gradients of `hidden` and of the first columns of `weight`. A last pass
-multiplies by upstream / count while casting. In backward, the column stage finishes the other columns of `weight`.
+reused for chunks of rows: the row kernel turns logits, in place, into their gradients, and two matrix products turn
+those into the gradients of `hidden` and of the first columns of `weight`. In backward, the upstream gradient is
+multiplied in, while casting where that is needed, and the column stage finishes the other columns of `weight`.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,6 @@ from llmfast.losses.parallel import group_size, sum_over_ranks
 from llmfast.losses.plan import LinearCrossEntropyPlan, may_hold, planned, row_width
 from llmfast.losses.products import Products
 from llmfast.losses.stages import Gradients, Matrices, Stages, put_scaled
-from llmfast.losses.targets import divided
 from llmfast.losses.ways import Call
 from llmfast_kernels.terms import Rows, Softmax, Upstream
 
@@ -29,7 +28,7 @@ class Kept:
     """State between forward and backward. Gradients are scaled and logits written over by the first backward pass."""
 
     plan: LinearCrossEntropyPlan
-    made: Gradients | None  # gradients of sum(loss), as far as they are made in the forward pass
+    made: Gradients | None  # as far as they are made in the forward pass; `late_factor` is still to be multiplied in
     logits: Tensor | None  # (N, kept), or (N, padded V) if all are kept
     cast: Matrices | None  # spares casting the inputs again
 
@@ -51,6 +50,10 @@ class LinearCrossEntropy(Loss):
     grad_filter: float | None
     accumulate_into: Tensor | None = None
     functional: bool = False  # return all that backward needs, as an operator must: keep no logits
+
+    @property
+    def divides_early(self) -> bool:
+        return super().divides_early and self.grad_filter is None  # its threshold is for gradients of the sum
 
     @property
     def traceable(self) -> bool:
@@ -77,7 +80,7 @@ class LinearCrossEntropy(Loss):
         slab = slab[:, : plan.padded(call.V)]
         logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
         copied = None if plan.keeps_all else logits
-        parts = list(stages.forward(made, copied, slab, stats=self.stats))
+        parts = list(stages.forward(made, copied, slab, stats=self.stats, grad_scale=self.early_factor))
         del slab  # before the chunks' numbers are joined
         found = _joined(parts, self._no_rows(stages.matrices))
         if made is not None and made.hidden is not None and self.group is not None:
@@ -153,11 +156,11 @@ class LinearCrossEntropy(Loss):
         )
 
     def _rest(self, stages: Stages, softmax: Softmax, returned: Returned, kept: Kept) -> Gradients:
-        """Multiply gradients of sum(loss) by upstream / count, and make those of the columns that are left."""
+        """Multiply gradients that were made by what is upstream, and make those of the columns that are left."""
         assert returned.loss is not None and kept.made is not None  # or backward would not run
         call, way, scale = stages.plan.call, stages.plan.way, stages.ops.scale
         made, kept.made, logits, kept.logits = kept.made, None, kept.logits, None
-        factor, into, bias = divided(returned.loss, self.count), self.accumulate_into, stages.terms.bias
+        factor, into, bias = self.late_factor(returned.loss), self.accumulate_into, stages.terms.bias
         d_hidden, sums, d_bias = made
         if d_hidden is not None:
             as_made = d_hidden.dtype == call.hidden_dtype
@@ -173,14 +176,16 @@ class LinearCrossEntropy(Loss):
             elif call.separate(way):
                 d_weight = sums.new_empty(call.V, call.D, dtype=self.weight_dtype)
             if way.summed > 0:
-                put_scaled(stages.ops, sums[: way.summed], factor, d_weight[: way.summed], add=into is not None)
+                part = sums[: way.summed]
+                out = part if d_weight is sums else d_weight[: way.summed]
+                put_scaled(stages.ops, part, factor, out, add=into is not None)
         del made, sums
         if call.column_share(way) > 0:
             # float16 gradients must not be divided by a count before they are summed.
             like, later = softmax.peak, factor if call.is_half else None
-            upstream = torch.ones_like(like) if call.is_half else factor.to(like.dtype).expand_as(like).contiguous()
+            upstream = Upstream(torch.ones_like(like)) if call.is_half else returned.per_row(self.count, like)
             left = Gradients(None, d_weight, None)
-            stages.finish_columns(softmax, Upstream(upstream), logits, left, add=into is not None, factor=later)
+            stages.finish_columns(softmax, upstream, logits, left, add=into is not None, factor=later)
         return Gradients(d_hidden, d_weight if into is None else None, d_bias)
 
     def _plan(

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from llmfast.losses.loss import Found, Loss, Returned, Tensors
-from llmfast.losses.targets import divided, reciprocal
 from llmfast_kernels.terms import Softmax
 
 
@@ -16,7 +15,6 @@ from llmfast_kernels.terms import Softmax
 class HeldGradient:
     """States that logits hold their own gradient. It can be used once."""
 
-    divided: bool  # by the count
     used: bool = False
 
 
@@ -30,13 +28,10 @@ class CrossEntropy(Loss):
         logits = cast(Tensor, inputs[0])
         ops, stats = self.ops(logits), self.stats
         if self.inplace and wants[0] and self.reduction != "none" and not stats and self.group is None:
-            # 1 / count goes into the gradient as it is written, so that an upstream gradient of 1 leaves nothing to
-            # do; but float16 would underflow, and waits for the loss scale to come down from upstream.
-            held = HeldGradient(divided=self.dtype != torch.float16)
-            scale = None if self.count is None or not held.divided else reciprocal(self.count)
+            scale = self.early_factor
             rows = ops.cross_entropy(logits, self.targets, self.terms, d_logits=logits, grad_scale=scale)
             increment_version(logits)
-            return Found(rows, None, held)
+            return Found(rows, None, HeldGradient())
         rows = ops.cross_entropy(logits, self.targets, self.terms, V=logits.shape[1], entropy=stats, argmax=stats)
         return Found(rows, ops.lse(rows) if stats else None)
 
@@ -55,7 +50,7 @@ class CrossEntropy(Loss):
                 raise RuntimeError("cross_entropy(inplace=True): backward ran already and its gradient is used up")
             kept.used = True
             assert returned.loss is not None  # or backward would not run
-            return (ops.scale(logits.detach(), divided(returned.loss, None if kept.divided else self.count)),)
+            return (ops.scale(logits.detach(), self.late_factor(returned.loss)),)
         if logits.numel() == 0:
             return (torch.zeros_like(logits),)
         d_logits = logits.detach() if self.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmfast.losses.options import Reduction
 from llmfast.losses.parallel import ProcessGroup, over_ranks
 from llmfast.losses.rows import RowOps, row_ops
-from llmfast.losses.targets import divided
+from llmfast.losses.targets import divided, reciprocal
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
 Tensors = tuple[Tensor | None, ...]
@@ -55,6 +55,24 @@ class Loss(ABC):
     stats: bool
     dtype: torch.dtype  # of logits and their gradients
     group: "ProcessGroup | None" = None
+
+    @property
+    def divides_early(self) -> bool:
+        """True if gradients made in the forward pass are divided by `count` as they are written.
+
+        An upstream gradient of 1 then leaves nothing to do. float16 would underflow, and waits for the loss scale to
+        come down from upstream.
+        """
+        return self.dtype != torch.float16
+
+    @property
+    def early_factor(self) -> Tensor | None:
+        """Factor for gradients as they are written in the forward pass, (); None for 1."""
+        return reciprocal(self.count) if self.count is not None and self.divides_early else None
+
+    def late_factor(self, d_loss: Tensor) -> Tensor:
+        """Return what is left to multiply those gradients by once their upstream gradient, (), is known."""
+        return divided(d_loss, None if self.divides_early else self.count)
 
     @property
     def traceable(self) -> bool:

@@ -6,20 +6,37 @@ schema that the fields' types spell out. What a call does not have comes back em
 alias nothing, so the compiler may plan memory around them; `inplace=True` therefore means nothing here.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmfast import __version__
 from llmfast.losses.from_hidden import LinearCrossEntropy
 from llmfast.losses.from_logits import CrossEntropy
 from llmfast.losses.loss import Loss, Returned
 from llmfast.losses.options import Reduction
 from llmfast.losses.plain import times
-from llmfast.losses.targets import NO_STATS, divided, reduced
+from llmfast.losses.targets import NO_STATS, reduced
 from llmfast_kernels.terms import Softmax
+
+
+def _revision(folder: Path) -> str:
+    """Return a name for the code of the losses.
+
+    torch keeps compiled graphs on disk, and finds them by the graph of the forward pass. What `_differentiate` adds is
+    not part of that: a graph that an earlier llmfast compiled would be taken for the present one. Hence every operator
+    has this name among its arguments.
+    """
+    code = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(__version__.encode() + code).hexdigest()[:12]
+
+
+REVISION = _revision(Path(__file__).parent)
 
 # What the schema calls a type. Integers may be symbols while tracing.
 _KINDS: dict[Any, str] = {
@@ -75,7 +92,8 @@ class Operators:
         self._loss, self._count, self._changes = loss, len(inputs), changes
         layout = list(_layout(loss))
         self._paths = [path for path, _ in layout]
-        arguments = [*inputs.items(), *(("_".join(path), kind) for path, kind in layout), ("wants", "bool[]")]
+        arguments = [*inputs.items(), *(("_".join(path), kind) for path, kind in layout)]
+        arguments += [("revision", "str"), ("wants", "bool[]")]
         self._tensors = [kind.startswith("Tensor") for _, kind in arguments]
         taken = ", ".join(f"{kind} {name}" for name, kind in arguments)
         rows = "Tensor peak, Tensor total, Tensor entropy"
@@ -97,14 +115,14 @@ class Operators:
         self.forward.register_autograd(self._differentiate, setup_context=self._save)
 
     def flatten(self, loss: Loss) -> list[Any]:
-        """Return the fields of a loss in the order of the operators' arguments."""
+        """Return the fields of a loss, and the revision, in the order of the operators' arguments."""
         values = []
         for path in self._paths:
             value: Any = loss
             for name in path:
                 value = getattr(value, name)
             values.append(value)
-        return values
+        return [*values, REVISION]
 
     def _split(self, arguments: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], Loss, tuple[bool, ...]]:
         """Return inputs, loss and wanted gradients."""
@@ -187,7 +205,7 @@ class Operators:
             d_lse = d_entropy = None
         found: Any
         if loss.makes_gradients(inputs, wants) and d_loss is not None and d_lse is d_entropy is None:
-            factor = divided(d_loss, loss.count)
+            factor = loss.late_factor(d_loss)
             wide = torch.promote_types(factor.dtype, torch.float32)
             found = [times(g.to(wide), factor).to(t.dtype) if t is not None else None for g, t in zip(made, inputs)]
         else:

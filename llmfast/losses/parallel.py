@@ -51,6 +51,7 @@ def _cross_entropy(
     entropy: bool = False,
     argmax: bool = False,
     d_logits: Tensor | None = None,
+    grad_scale: Tensor | None = None,  # ()
 ) -> Rows:
     """Compute rows with two all-reduces of a few numbers per row; the gradient takes a launch of its own."""
     if V == 0:  # fewer classes than ranks
@@ -84,7 +85,8 @@ def _cross_entropy(
     rows = Rows(loss, peak, total, H, best)
     plain.empty_where(ignored, rows)
     if d_logits is not None and V > 0:
-        upstream = Upstream(torch.ones_like(loss))
+        ones = torch.ones_like(loss)
+        upstream = Upstream(ones if grad_scale is None else ones * grad_scale)
         ops.cross_entropy_backward(logits, targets, terms, rows.softmax, upstream, V=V, d_logits=d_logits)
     return rows
 

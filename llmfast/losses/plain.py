@@ -246,7 +246,7 @@ def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = F
     """Put factor * x into `out` (or add it there), or over `x`. Zeros stay zeros: see `times`."""
     if x.is_cpu and factor.isfinite():  # on a CPU looking is cheaper than two more passes
         if out is None:
-            return x.mul_(factor)
+            return x if factor == 1 else x.mul_(factor)
         return out.add_(x * factor) if add else torch.mul(x, factor, out=out)
     product = times(x, factor)
     if out is None:

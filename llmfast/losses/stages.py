@@ -43,14 +43,23 @@ class Stages:
     ops: RowOps
     grad_filter: float | None
 
-    def forward(self, made: Gradients | None, kept: Tensor | None, slab: Tensor, *, stats: bool) -> Iterator[Rows]:
+    def forward(
+        self,
+        made: Gradients | None,
+        kept: Tensor | None,
+        slab: Tensor,
+        *,
+        stats: bool,
+        grad_scale: Tensor | None = None,
+    ) -> Iterator[Rows]:
         """Yield the results of each chunk of rows.
 
         Args:
-            made: Filled with the gradients of sum(loss), of the weight as many rows as there are.
+            made: Filled with the gradients of grad_scale * sum(loss), of the weight as many rows as there are.
             kept: (N, columns) that logits are copied to, from column `summed` on; None to copy nothing.
             slab: (rows, padded V) for the logits.
             stats: Whether to compute entropy and argmax.
+            grad_scale: () float32, or None for 1.
         """
         V, first = self.plan.call.V, self.plan.way.summed
         low = self._low(slab) if made is not None else slab
@@ -72,6 +81,7 @@ class Stages:
                 entropy=stats,
                 argmax=stats,
                 d_logits=d_logits,
+                grad_scale=grad_scale,
                 **filtering,
             )
             if d_logits is not None and made is not None:

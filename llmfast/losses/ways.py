@@ -165,6 +165,14 @@ class Call:
     def is_half(self) -> bool:
         return self.dtype == torch.float16
 
+    @property
+    def divides_late(self) -> bool:
+        """True if gradients of the forward pass are divided by the count, and so passed over, once they are complete.
+
+        For others this launch returns at once, as long as the upstream gradient is 1.
+        """
+        return self.is_half or self.filtered
+
     def _rows(self) -> Any:
         """Return the numbers of rows per slab: nearly equal chunks, in multiples of 16 where possible."""
         N = max(self.N, 1)
@@ -219,13 +227,16 @@ class Call:
         if self.wants[0]:
             moved = (L * e + chunks * W * e + H * h) * done
             yield Step("d_hidden of rows", moved, product * done, chunks * done)
-            yield Step("scale d_hidden", 2 * H * h * now, 0, now)
+            wider = self.ranks and h < wide
+            moved = H * (h + wide) if wider else 2 * H * h * self.divides_late
+            yield Step("scale d_hidden", moved * now, 0, now)
         if self.wants[1]:
             some = summed > 0
             moved = L * e * summed + H * e * some + (2 * chunks - 1) * W * g * summed
             yield Step("sum d_weight", moved, product * summed, chunks * some)
-            cast = some * np.where(way.in_forward, 1.0, self.separate(way))
-            yield Step("scale d_weight", W * (g + w) * summed * cast, 0, cast)
+            separate = self.separate(way) * 1.0
+            moved = W * (g + w) * summed * np.where(way.in_forward & self.divides_late, 1.0, separate)
+            yield Step("scale d_weight", moved, 0, some * np.where(way.in_forward, 1.0, separate))
 
         share = self.column_share(way)
         new, slabs = share - kept, self.column_slabs(way)

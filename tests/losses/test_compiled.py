@@ -1,5 +1,6 @@
 """Both losses inside torch.compile, and what no loss may do on a GPU: wait for it."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -202,6 +203,25 @@ def test_operators_take_every_field_by_its_name() -> None:
     logits = torch.rand(3, 30)
     inputs, built, wants = operators._split([logits, *operators.flatten(loss), [True]])
     assert inputs == (logits,) and built == loss and wants == (True,)
+
+
+def test_a_graph_that_was_kept_is_of_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch compiled of an operator's backward pass is kept on disk; another revision is compiled anew."""
+    from llmfast.losses import operators
+
+    hidden, weight, targets = tensors()
+
+    def found() -> list[Tensor]:
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda h, w: linear_cross_entropy(h, w, targets), fullgraph=True)
+        return outcome(compiled, hidden, weight)
+
+    before = found()
+    times = operators.times
+    monkeypatch.setattr(operators, "times", lambda x, factor: 2 * times(x, factor))
+    monkeypatch.setattr(operators, "REVISION", secrets.token_hex())
+    _, d_hidden, _ = found()
+    torch.testing.assert_close(d_hidden, 2 * before[1])
 
 
 class NoSyncs(TorchDispatchMode):

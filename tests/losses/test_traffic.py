@@ -43,6 +43,19 @@ def test_linear_loss_with_a_slab_of_a_quarter() -> None:
     assert total.syncs == 0
 
 
+@pytest.mark.parametrize(("dtype", "bytes_per_element"), [(torch.bfloat16, 0), (torch.float16, 4)])
+def test_a_mean_is_divided_without_a_pass(dtype: torch.dtype, bytes_per_element: int) -> None:
+    """Test sums in the weight's dtype, which no pass casts. float16 would underflow, and is divided in the end."""
+    N, D, V = 256, 64, 4096
+    with pretending_cuda():
+        hidden, weight = (torch.randn(n, D, dtype=dtype).requires_grad_() for n in (N, V))
+        with forced("chunk", rows=N // 4), counting(dry=True) as counts:
+            loss = linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), accumulate_dtype=dtype)
+            loss.backward()
+    moved = sum(t.dram for t in counts.traffic if "scale" in t.name)
+    assert moved == pytest.approx(bytes_per_element * (N * D + V * D), rel=0.01, abs=64)
+
+
 def test_frozen_inputs_cost_nothing() -> None:
     N, D, V = 256, 64, 4096
     with pretending_cuda():
