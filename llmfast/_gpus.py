@@ -32,9 +32,9 @@ A100 = Gpu("A100 80 GB SXM", bandwidth=2.039e12, tensor_cores=312e12, float32=19
 H100 = Gpu("H100 SXM", bandwidth=3.35e12, tensor_cores=989e12, float32=66.9e12, special=132 * 16 * 1.98e9)
 B200 = Gpu("B200", bandwidth=8.0e12, tensor_cores=2250e12, float32=74.5e12, special=148 * 16 * 1.965e9)
 MI300X = Gpu("MI300X", bandwidth=5.3e12, tensor_cores=1307e12, float32=163.4e12, special=304 * 16 * 2.1e9)
-GPUS = (A100, H100, B200, MI300X)  # GPUs used for modelled times
-
 H200 = replace(H100, name="H200", bandwidth=4.8e12)
+GPUS = (A100, H100, H200, B200, MI300X)  # GPUs used for modelled times
+
 B300 = Gpu("B300", bandwidth=8.0e12, tensor_cores=2250e12, float32=75e12, special=148 * 16 * 1.92e9)
 GB200 = Gpu("GB200", bandwidth=8.0e12, tensor_cores=2500e12, float32=80e12, special=148 * 16 * 1.965e9)
 MI325X = replace(MI300X, name="MI325X", bandwidth=6.0e12)
@@ -43,7 +43,7 @@ RTX5090 = Gpu("RTX 5090", bandwidth=1.792e12, tensor_cores=209.5e12, float32=104
 RTX5080 = Gpu("RTX 5080", bandwidth=0.96e12, tensor_cores=112.6e12, float32=56.3e12, special=84 * 16 * 2.62e9)
 RTX5070_TI = Gpu("RTX 5070 Ti", bandwidth=0.896e12, tensor_cores=87.9e12, float32=43.9e12, special=70 * 16 * 2.45e9)
 RTX5070 = Gpu("RTX 5070", bandwidth=0.672e12, tensor_cores=61.7e12, float32=30.9e12, special=48 * 16 * 2.51e9)
-KNOWN = (*GPUS, H200, B300, GB200, MI325X, RTX5090, RTX5080, RTX5070_TI, RTX5070)
+KNOWN = (*GPUS, B300, GB200, MI325X, RTX5090, RTX5080, RTX5070_TI, RTX5070)
 
 
 def named(name: str) -> Gpu | None:
