@@ -176,9 +176,8 @@ class LinearCrossEntropy(Loss):
             elif call.separate(way):
                 d_weight = sums.new_empty(call.V, call.D, dtype=self.weight_dtype)
             if way.summed > 0:
-                part = sums[: way.summed]
-                out = part if d_weight is sums else d_weight[: way.summed]
-                put_scaled(stages.ops, part, factor, out, add=into is not None)
+                out = None if d_weight is sums else d_weight[: way.summed]
+                put_scaled(stages.ops, sums[: way.summed], factor, out, add=into is not None)
         del made, sums
         if call.column_share(way) > 0:
             # float16 gradients must not be divided by a count before they are summed.
