@@ -228,7 +228,7 @@ class Trainer:
             self._evaluate()
         clock = time.perf_counter()
         with self._stop_signals():
-            with ProgressDisplay(self.console, t.steps, self.step) as self._display:
+            with ProgressDisplay(self.console, t.steps, self.step, t.log_every) as self._display:
                 while self.step < t.steps and not self._must_stop():
                     for hook in self.hooks:
                         hook.before_step(self)
