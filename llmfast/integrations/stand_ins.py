@@ -296,7 +296,7 @@ class LazyLogits:
         self.shape, self.dtype, self.device = logits.shape, logits.dtype, logits.device
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Tensor
 
     def computed(self) -> Tensor:
@@ -322,8 +322,9 @@ class LazyLogits:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.computed, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        args = tree_map_only(LazyLogits, LazyLogits.computed, args)
+        named: dict[str, Any] = tree_map_only(LazyLogits, LazyLogits.computed, kwargs or {})
+        return function(*args, **named)
 
 
 def _computed_first(operator: str) -> Any:
