@@ -397,11 +397,19 @@ def _parse_override(override: str) -> Tree:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # more digits or brackets than Python takes, too
         value = text.strip()
-    *sections, leaf = key.strip().split(".")
+    *sections, leaf = _parts(key.strip())
     tree: Tree = {leaf: value}
     for section in reversed(sections):
         tree = {section: tree}
     return tree
+
+
+def _parts(key: str) -> list[str]:
+    """Split a dotted key; what follows the name of a table is one key of it, such as the path of a source."""
+    for name, s in SCHEMA.settings.items():
+        if isinstance(s.default, dict) and key.startswith(f"{name}."):
+            return [*name.split("."), key.removeprefix(f"{name}.").strip("\"'")]
+    return key.split(".")
 
 
 def _expect_consistent(config: Config) -> None:

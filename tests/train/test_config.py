@@ -215,3 +215,11 @@ def test_messages_stay_short_whatever_a_file_holds(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(file)
         assert len(str(caught.value)) < 2500
+
+
+def test_keys_of_tables_may_hold_dots() -> None:
+    """Sources without a name of their own have that of their path."""
+    given = ["data.weights.texts/a.b.txt=0.5", 'data.weights."c.txt"=rest', "data.weights.code=0.1->0.7"]
+    config = load_config(None, [*given, "data.split.texts/a.b.txt=end"])
+    assert config.data.weights == {"texts/a.b.txt": 0.5, "c.txt": "rest", "code": "0.1->0.7"}
+    assert config.data.split == {"texts/a.b.txt": "end"}
