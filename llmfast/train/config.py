@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator
 
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
@@ -46,8 +46,13 @@ def _weight(value: Any) -> AnyWeight:
     return found
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 PathText = Annotated[str, AfterValidator(_without_null)]
 Name = Annotated[PathText, AfterValidator(_folder_name)]
+Texts = Annotated[list[str], BeforeValidator(_listed)]  # one of them may be given by itself
 Weight = Annotated[AnyWeight, PlainValidator(_weight)]
 
 
@@ -138,7 +143,7 @@ class DataConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    sources: list[str] = setting(
+    sources: Texts = setting(
         ["code", "prose"],
         "built-in sources, paths, or name=path: a file of text or of tokens "
         f"({', '.join(TOKENS)}), or a folder of {', '.join(TEXTS)}",
