@@ -154,7 +154,7 @@ def _stream(model: Any, vocab_size: int, tokens: Tensor, context: int, sampler: 
     while True:
         if len(tokens) <= context:
             outputs = model(input_ids=new[None], use_cache=True, **{name: cache})
-            cache = outputs.past_key_values
+            cache = getattr(outputs, name)
         else:
             outputs = model(input_ids=tokens[None, -context:], use_cache=False)
         new = sampler(outputs.logits[0, -1, :vocab_size])  # some models have rows beyond their tokenizer's ids

@@ -1,11 +1,15 @@
 """Decoding with the heads of `add_mtp`: the text of `generate`, in fewer passes where the heads are right."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from llmfast.cli import main
+from llmfast.data import ByteTokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
@@ -53,7 +57,7 @@ def test_kinds_of_depths(make: Make, depths: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_that_have_learned_save_passes(make: Make, kind: Any, tmp_path: Any) -> None:
+def test_heads_that_have_learned_save_passes(make: Make, kind: Any, tmp_path: Path) -> None:
     """Train on numbers that count up, save and load, and draft nearly always right."""
     model = add_mtp(make("llama"), 2, kind).train()
     optimizer = FusedAdamW(model.parameters(), lr=1e-2)
@@ -69,6 +73,16 @@ def test_heads_that_have_learned_save_passes(make: Make, kind: Any, tmp_path: An
     assert found.passes <= 8 and min(found.acceptance) > 0.7
 
 
+def test_the_command_says_who_decodes_them(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_mtp(make("llama"), 1).save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path / "tokenizer.json")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path), "--prompt=a"]) == 2
+    error = capsys.readouterr().err
+    assert "holds a model with heads of add_mtp" in error and "speculative_generate(load_mtp(" in error
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_pass_reads_what_is_new(make: Make) -> None:
     model, rows = add_mtp(make("llama"), 2, "sequential"), []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
