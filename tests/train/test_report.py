@@ -302,6 +302,8 @@ def test_charts_without_data_are_left_out(tmp_path: Path) -> None:
 
 def test_evaluations_are_dots_until_there_are_many(tmp_path: Path) -> None:
     """A line would pass over steps that were not evaluated, also where evaluations are missing among many."""
+    ends = page(folder(tmp_path / "ends", [*(logged(s) for s in range(2, 41, 2)), evaluated(0), evaluated(40)]))
+    assert ends.figures[0].dots == 2 and "gaps" not in ends.figures[0].note
     few = page(folder(tmp_path / "few", [logged(40), *(evaluated(s) for s in range(0, 41, 2))])).figures[0]
     assert [len(stretch) for name, stretch in few.lines if name == "few, validation"] == [1] * 21
     many = [evaluated(s) for s in range(0, 400, 10) if s not in (150, 320, 330)]

@@ -201,7 +201,7 @@ class Chart:
             gaps.append("values that are not finite")
         elif any(np.isnan(y) for _, y in logged):
             gaps.append("values that are not above 0")
-        if not all(p.logged for s, _ in lines for p in s.points):
+        if not all(p.logged for s, _ in lines for p in s.points if not (few and s.style == "validation")):
             gaps.append("steps without a value")
         return "; ".join([*notes, f"gaps: {' or '.join(gaps)}"] if gaps else notes)
 
