@@ -56,7 +56,8 @@ def add_mtp(
 
     In training mode, `model(..., labels=labels).loss` becomes the weighted sum over all heads, computed without logits;
     the model itself is the head of the next token. In eval mode it is the loss of the next token only. Without labels
-    nothing changes: `generate` does not use the heads. The documentation of `fuse_loss` applies here too.
+    nothing changes: `generate` does not use the heads; `decoding.speculative_generate` does. The documentation of
+    `fuse_loss` applies here too.
 
     The losses of all heads are divided by the same number, the number of next tokens: `num_items_in_batch` if the
     Trainer passes it. A step's gradient therefore does not depend on its division into micro-batches and ranks. Heads
@@ -196,7 +197,7 @@ class Block(nn.Module):
                 hooks.clear()
 
     def forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return _tensor(self.layer(x, *args, **kwargs))
+        return hidden_of(self.layer(x, *args, **kwargs))
 
 
 def keep_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ def keep_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def keep_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     call = getattr(layer, CALL, None)
     if isinstance(call, AllHeads) and call.keeps():
-        call.output = _tensor(output)
+        call.output = hidden_of(output)
 
 
 def keep_embeddings(embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -379,7 +380,7 @@ def _norm(lm: Any, layers: str, batch: dict[str, Tensor]) -> str:
         return hook
 
     handles = [
-        last.register_forward_hook(lambda module, args, output: made.append(_tensor(output))),
+        last.register_forward_hook(lambda module, args, output: made.append(hidden_of(output))),
         head.register_forward_pre_hook(
             lambda module, args, kwargs: given.append(split_input(args, kwargs, module)[0]), with_kwargs=True
         ),
@@ -410,7 +411,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _tensor(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """Return a layer's hidden states: its output, or the first of several outputs."""
     made = output[0] if isinstance(output, tuple | list) else output
     expect(isinstance(made, Tensor), f"the last layer must return hidden states, alone or first; got {type(output)}")

@@ -10,7 +10,7 @@ import torch
 from llmfast.data import FIM, Batch, Dataset, Mixture, Rows, Tokenizer, prepare
 from llmfast.models import Decoder
 from llmfast.optim import FusedOptimizer, optimizer_in_backward
-from llmfast.train.config import Config, decoder_config
+from llmfast.train.config import SCHEMA, Config, decoder_config
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.pretrained import OwnLoss
 from llmfast.train.schedule import head_weights_at, highest_lr
@@ -67,6 +67,12 @@ def doubts(config: Config, mixture: Mixture) -> Iterator[str]:
                 f"the run reads {name} {epochs:.1f} times. After {MOST_EPOCHS} passes, repeated text teaches less "
                 "and less (Muennighoff et al. 2023, arXiv:2305.16264): take more text or fewer steps"
             )
+    if config.model.pretrained and o.lr >= SCHEMA.settings["optimizer.lr"].by[o.name]:
+        yield (
+            f"optimizer.lr={o.lr:g} is for small models that begin with random weights, and can undo what "
+            f"{config.model.pretrained} has learned. Continued pretraining usually takes 1e-5 to 1e-4 with adamw: try "
+            "optimizer.lr=2e-5"
+        )
     if t.steps <= o.warmup_steps:
         yield (
             f"the learning rate rises to the last step: optimizer.warmup_steps={o.warmup_steps} must be below "

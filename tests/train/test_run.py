@@ -19,9 +19,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmfast.cli import main
+from llmfast.data import Mixture
 from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
+from llmfast.train.parts import doubts
 from llmfast.train.run import train
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
@@ -440,6 +442,7 @@ def test_a_run_as_long_as_passes_over_its_text(settings: list[str], capsys: pyte
         ("train.epochs=4.0", []),
         ("train.epochs=4.2", ["the run reads corpus 4.2 times. After 4 passes, repeated text teaches less and less"]),
         ("optimizer.warmup_steps=7", []),
+        ("optimizer.lr=1.0", []),  # which may be meant for a model that begins from nothing
         ("optimizer.warmup_steps=8", ["optimizer.warmup_steps=8 must be below train.steps=8 for it to fall again"]),
     ],
 )
@@ -450,6 +453,23 @@ def test_doubtful_lengths_are_told_of(
     assert cli(settings, f"--set={named}", f"--set={changed}", "--set=train.batch_size=1", "--dry-run") == 0
     output = " ".join(capsys.readouterr().out.split())
     assert output.count("warning: ") == len(warnings) and all(warning in output for warning in warnings)
+
+
+def test_a_rate_for_models_that_begin_from_nothing_is_told_of() -> None:
+    """Warn if the model is pretrained: each optimizer's default is such a rate."""
+
+    def told(*changed: str) -> list[str]:
+        config = load_config(None, ["optimizer.warmup_steps=0", *changed])
+        return list(doubts(config, Mixture({"a": 10_000}, {}, total=4000, seed=0)))
+
+    (warning,) = told("model.pretrained=models/qwen")
+    assert (
+        "optimizer.lr=0.0015 is for small models that begin with random weights, and can undo what models/qwen"
+        in warning
+    )
+    assert warning.endswith("usually takes 1e-5 to 1e-4 with adamw: try optimizer.lr=2e-5")
+    assert told() == told("model.pretrained=x", "optimizer.lr=2e-5") == []
+    assert len(told("model.pretrained=x", "optimizer.name=lion")) == 1
 
 
 def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
