@@ -330,10 +330,7 @@ def _memory(args: argparse.Namespace) -> list[str]:
     ]
     kept = [(p.name, partial(estimate_run, config, model, precision=p, **how)) for p in memory.PRECISIONS]
     lines += _estimates(kept, ConfigError, have)
-    lines += [
-        "",
-        f"{'spread, and ' if gpus > 1 else ''}activations kept, in other ways; recomputing takes 4 / 3 of the time:",
-    ]
+    lines += ["", "other ways to train; recomputing activations takes 4 / 3 of the time:"]
     lines += _estimates(
         [(way.name, partial(estimate_run, way.of(config), model, **how)) for way in ways(gpus)], ConfigError, have
     )
