@@ -60,8 +60,10 @@ def settings_lines(advice: Advice, machine: Machine, out: Path | None) -> list[s
     """
     if not advice.fits:
         need = advice.tried[-1].memory
-        why = "each GPU holds the whole model in float32 before it is sharded; " if need.begin == need.peak else ""
-        return ["", f"no way fits: {why}give more --gpus, a --gpu with more memory, or fewer --params"]
+        larger = "a --gpu with more memory, fewer --params or a shorter --seq-len"
+        if need.begin == need.peak:
+            return ["", f"no way fits: each GPU holds the whole model in float32 before it is sharded; give {larger}"]
+        return ["", f"no way fits: give more --gpus, {larger}"]
     command = _launcher(machine.gpus)
     if out is not None:
         _write(advice, out)
