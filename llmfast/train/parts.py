@@ -16,6 +16,7 @@ from llmfast.train.pretrained import OwnLoss
 from llmfast.train.schedule import head_weights_at, highest_lr
 from llmfast.train.settings import ConfigError
 
+LARGE = 200_000_000  # parameters for which the default learning rate, of the demo, is too high
 MOST_EPOCHS = 4  # passes that teach about as much as fresh text
 
 
@@ -58,9 +59,17 @@ def settle(config: Config, data: Dataset) -> None:
         t.epochs = 0.0  # a resumed run has the steps
 
 
-def doubts(config: Config, mixture: Mixture) -> Iterator[str]:
-    """Say what about the run's length is likely a mistake."""
+def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
+    """Say what about the run's length, and a large model's learning rate, is likely a mistake."""
     o, t = config.optimizer, config.train
+    if parameters >= LARGE and o.lr == type(o)(o.name).lr:
+        hint = (
+            "" if config.model.pretrained else f"; `llmfast plan --gpu NAME --params {parameters / 1e6:.0f}M` has one"
+        )
+        yield (
+            f"optimizer.lr={o.lr} is the default, for small models that begin from nothing: "
+            f"{parameters / 1e6:.0f} M parameters need a lower one{hint}"
+        )
     for name, epochs in mixture.epochs().items():
         if epochs > MOST_EPOCHS:
             yield (

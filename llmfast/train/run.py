@@ -99,8 +99,8 @@ def train(
     if dry_run:
         estimated = ""
         if isinstance(model, Decoder):
-            peak = in_bytes(estimate_run(config, model.config).peak)
-            estimated = f"about {peak} on a GPU, by `llmfast plan memory`; "
+            peak = in_bytes(estimate_run(config, model.config, gpus=world.size).peak)
+            estimated = f"about {peak} on {'each' if world.size > 1 else 'a'} GPU, by `llmfast plan memory`; "
         say(console, f"{estimated}nothing was trained")
         world.leave()
         return run
@@ -164,7 +164,7 @@ def _print_plan(
         f"vocabulary of {data.tokenizer.vocab_size}; {t.steps} steps of {t.batch_size * row} tokens",
     )
     print_table(console, order.mixture.table())
-    for doubt in doubts(config, order.mixture):
+    for doubt in doubts(config, order.mixture, sum(p.numel() for p in model.parameters())):
         say(console, f"warning: {doubt}")
     for name, rows in data.train.items():
         packed = getattr(rows, "rows", rows)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from llmfast.cli import main
 from llmfast.data import Mixture
+from llmfast.train import parts
 from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
@@ -470,6 +471,18 @@ def test_a_rate_for_models_that_begin_from_nothing_is_told_of() -> None:
     assert warning.endswith("usually takes 1e-5 to 1e-4 with adamw: try optimizer.lr=2e-5")
     assert told() == told("model.pretrained=x", "optimizer.lr=2e-5") == []
     assert len(told("model.pretrained=x", "optimizer.name=lion")) == 1
+
+
+@pytest.mark.parametrize("lr", ["0.0015", "0.001"])
+def test_a_large_model_with_the_rate_of_the_demo_is_told_of(
+    lr: str, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for large, told in ((10**9, False), (10**3, lr == "0.0015")):
+        monkeypatch.setattr(parts, "LARGE", large)
+        assert cli(settings, f"--optimizer.lr={lr}", "--dry-run") == 0
+        output = " ".join(capsys.readouterr().out.split())
+        assert ("optimizer.lr=0.0015 is the default, for small models" in output) == told
+        assert ("`llmfast plan --gpu NAME --params 0M` has one" in output) == told
 
 
 def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
