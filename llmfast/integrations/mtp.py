@@ -95,10 +95,10 @@ def add_mtp(
     expect(kind in get_args(Kind), f"kind must be one of {get_args(Kind)}; got {kind!r}")
     weights = [1.0] * (heads + 1) if head_weights is None else [float(w) for w in head_weights]
     _expect_weights(weights, heads)
-    expect(not depths or kind == "sequential", f"depths are of kind 'sequential'; got {kind!r}")
+    expect(not depths or kind == "sequential", f"depths needs kind='sequential'; got {kind!r}")
     expect_options(options or {})
     expect_fusable(lm)
-    expect(not hasattr(lm, "mtp"), f"{name} has an attribute mtp already")
+    expect(not hasattr(lm, "mtp"), f"model must not have an attribute mtp; this {name} has one")
     layers = _layers(lm)
     with unchanged(lm):
         batches = probes(lm)
@@ -167,7 +167,9 @@ def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, *
     """
     expect_options(options or {})
     config = transformers.AutoConfig.from_pretrained(folder)
-    expect(hasattr(config, "llmfast_mtp"), f"{folder} must hold a model saved after add_mtp; its config says nothing")
+    expect(
+        hasattr(config, "llmfast_mtp"), f"{folder} must hold a model saved after add_mtp; its config has no llmfast_mtp"
+    )
     name = (config.architectures or ["?"])[0]
     expect(hasattr(transformers, name), f"{folder} holds a {name}, which transformers does not have")
     lm = fused_class(getattr(transformers, name), WithHeads).from_pretrained(folder, **kwargs)
@@ -264,7 +266,7 @@ class AllHeads(Call):
         if self._with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(
                 "checkpointing with use_reentrant=True hides the layers from further heads; "
-                "say gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return True
 
@@ -278,13 +280,15 @@ class AllHeads(Call):
             read = hidden if told["depths"].get("hidden") == "post_norm" else self.output
             further = lm.mtp(read, self.embeddings, args, kwargs, document_ids=self.document_ids)
         if further.shape[1:] != hidden.shape:
-            raise TypeError(f"its output embedding is given {describe(hidden)} of {tuple(further.shape[1:])}")
+            raise TypeError(
+                f"its output embedding must be given {tuple(further.shape[1:])} states; got {describe(hidden)}"
+            )
         return HeadInput(torch.cat([hidden[None], further]), self)
 
     def loss(self, logits: Logits, targets: Tensor, given: dict[str, Any]) -> Tensor:
         reduction, class_weights = given.pop("reduction"), given.pop("class_weights")
         if reduction == "none" or class_weights is not None:
-            raise TypeError("the loss of several heads is a mean or a sum, without class weights")
+            raise TypeError("several heads need a loss with reduction 'mean' or 'sum' and without class weights")
         hidden, weight = logits.joined()  # (K * B * T, D): the model has processed and flattened the extra rows
         weights = self.lm.mtp_weights
         K, labels = len(weights), targets.view(self.batch, -1)

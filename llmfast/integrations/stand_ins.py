@@ -267,7 +267,10 @@ class Logits(StandIn):
     ) -> Tensor:
         """Replace `torch.nn.functional.cross_entropy`."""
         if len(self.shape) != 2 or target.dim() != 1 or size_average is not None or reduce is not None:
-            raise TypeError(f"the model's cross_entropy is of {tuple(self.shape)} with targets {describe(target)}")
+            raise TypeError(
+                "the model must call cross_entropy with (N, V) logits and (N,) targets, not size_average or reduce; "
+                f"it passes {tuple(self.shape)} and {describe(target)}"
+            )
         given = {
             **self.call.options,
             "softcap": self.cap,

@@ -63,7 +63,7 @@ def linear_cross_entropy(
             a plain `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
         bias: (V,), any floating point dtype.
-        num_valid: as in `cross_entropy`. An int below the number of tokens says besides that no more of them than that
+        num_valid: as in `cross_entropy`. An int below the number of tokens also says that no more of them than that
             are valid, and so many rows are gathered before the matrix products, without waiting for the device.
             If more are valid the loss is NaN (ValueError on a CPU): to divide by something else, divide a sum.
         process_group: `weight` and `bias` hold only this rank's classes, in rank order, split as by `torch.chunk`.

@@ -97,7 +97,8 @@ def mtp_cross_entropy(
     """
     for name in _NOT_HERE:
         expect(
-            name not in options, f"{name} is not an option here: heads have a mean, a shift and weights of their own"
+            name not in options,
+            f"{name} must be left out: each head has a mean, its own shift and one target per token",
         )
     rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options)
     document_ids, head_weights, num_valid, detach_unembedding = (rest.pop(name) for name in _OWN)

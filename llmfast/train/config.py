@@ -343,9 +343,7 @@ def decoder_config(config: Config, vocab_size: int) -> DecoderConfig:
     """
     shape = dataclasses.asdict(config.model)
     folder = shape.pop("pretrained")
-    expect(
-        not folder, f"model.pretrained must be '' for a decoder, which has the shape in the settings; got {folder!r}"
-    )
+    expect(not folder, f"model.pretrained must be '' for a decoder of the settings' shape; got {folder!r}")
     return DecoderConfig(vocab_size, **shape)
 
 

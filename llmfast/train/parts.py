@@ -62,13 +62,10 @@ def settle(config: Config, data: Dataset) -> None:
 def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
     """Say what about the run's length, and a large model's learning rate, is likely a mistake."""
     o, t = config.optimizer, config.train
-    if parameters >= LARGE and o.lr == type(o)(o.name).lr:
-        hint = (
-            "" if config.model.pretrained else f"; `llmfast plan --gpu NAME --params {parameters / 1e6:.0f}M` has one"
-        )
+    if parameters >= LARGE and o.lr == type(o)(o.name).lr and not config.model.pretrained:
         yield (
-            f"optimizer.lr={o.lr} is the default, for small models that begin from nothing: "
-            f"{parameters / 1e6:.0f} M parameters need a lower one{hint}"
+            f"optimizer.lr={o.lr} is the default, for small models: {parameters / 1e6:.0f} M parameters need a lower "
+            f"one; `llmfast plan --gpu NAME --params {parameters / 1e6:.0f}M` has one"
         )
     for name, epochs in mixture.epochs().items():
         if epochs > MOST_EPOCHS:
@@ -78,7 +75,7 @@ def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
             )
     if config.model.pretrained and o.lr >= SCHEMA.settings["optimizer.lr"].by[o.name]:
         yield (
-            f"optimizer.lr={o.lr:g} is for small models that begin with random weights, and can undo what "
+            f"optimizer.lr={o.lr:g} is for small models that are trained from scratch, and can undo what "
             f"{config.model.pretrained} has learned. Continued pretraining usually takes 1e-5 to 1e-4 with adamw: try "
             "optimizer.lr=2e-5"
         )

@@ -187,7 +187,7 @@ def text_of(rows: Rows, tokenizer: Tokenizer) -> str:
 def test_few_documents_are_a_source(
     files: int, characters: int, line_breaks: bool, tokenizer: str, tmp_path: Path
 ) -> None:
-    """And no text is on both sides; each word here is there once."""
+    """No text is in both parts: every word occurs once here."""
     folder, texts = small(tmp_path, files, characters, line_breaks)
     said: list[str] = []
     data = prepare([folder], tokenizer=tokenizer, seq_len=64, say=said.append)

@@ -145,7 +145,7 @@ def test_clipping_by_the_trainer_or_by_the_optimizer(make: Make, tmp_path: Path)
 
 
 def test_bfloat16(make: Make, tmp_path: Path) -> None:
-    """Under autocast rounding differs, and the curves stay as close as that."""
+    """Under autocast, rounding differs; the curves must agree up to that."""
     theirs = curve(make("llama"), tmp_path, bf16=True)
     ours = curve(fuse_loss(make("llama")), tmp_path, FusedAdamW, bf16=True)
     assert_follows(ours, theirs, rtol=5e-2)

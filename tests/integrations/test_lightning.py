@@ -134,7 +134,7 @@ MIXED: list[Callable[[], dict[str, Any]]] = [lambda: {"precision": "bf16-mixed"}
 
 @pytest.mark.parametrize("mixed", MIXED, ids=["bf16", "fp16"])
 def test_mixed_precision(tmp_path: Path, mixed: Callable[[], dict[str, Any]]) -> None:
-    """Rounding differs, and the curves stay as close as that."""
+    """Rounding differs; the curves must agree up to that."""
     theirs = curve(Module(ours=False), tmp_path, **mixed())
     assert_follows(curve(Module(ours=True), tmp_path, **mixed()), theirs, rtol=2e-2)
 

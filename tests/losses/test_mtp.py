@@ -252,7 +252,7 @@ def test_counts_of_valid_tokens() -> None:
         ({"num_valid": torch.ones(3)}, r"num_valid must be \(2,\)"),
         ({"detach_unembedding": [True]}, "detach_unembedding must be a bool or 2"),
         ({"document_ids": torch.zeros(B, T)}, r"document_ids must be \(2, 11\) integers"),
-        ({"reduction": "sum"}, "reduction is not an option here"),
+        ({"reduction": "sum"}, "reduction must be left out"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:

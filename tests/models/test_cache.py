@@ -43,8 +43,8 @@ def test_what_is_returned_is_what_was_added() -> None:
         assert torch.equal(k, torch.cat(parts[: i + 1], 2)) and torch.equal(v, -k)
 
 
-def test_a_token_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the context; beyond it the positions of all tokens change."""
+def test_each_new_token_computes_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds within the context; beyond it, the positions of all tokens change."""
     model, rows = small(), []
     block = model.blocks[0].forward
     monkeypatch.setattr(model.blocks[0], "forward", lambda x, *args: (rows.append(x.shape[1]), block(x, *args))[1])

@@ -60,7 +60,7 @@ def test_states_are_as_large_as_the_optimizers(
     assert planned.state_bytes() == optimizer.state_bytes() == sum(t.numel() * t.element_size() for t in kept)
 
 
-def test_bytes_a_parameter_of_the_ways_to_keep_them() -> None:
+def test_bytes_per_parameter_of_each_precision() -> None:
     """Count parameter, gradient and states, as in the table of the optimizers' traffic."""
     numel = 128 * 10_000
     a_parameter = {}

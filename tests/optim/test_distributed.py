@@ -334,7 +334,7 @@ def check_uneven_gradients(rank: int, world: int, path: str) -> None:
         torch.testing.assert_close(optimizer.grad_norm, torch.tensor(24.0).sqrt())
 
 
-def test_ranks_with_other_kinds_of_gradients_wait_for_nobody(ranks: Ranks, path: str) -> None:
+def test_ranks_with_other_kinds_of_gradients_do_not_wait(ranks: Ranks, path: str) -> None:
     ranks.run(check_uneven_gradients, path)
 
 

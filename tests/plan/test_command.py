@@ -1,4 +1,4 @@
-"""`llmfast plan`, by what it prints."""
+"""The output of `llmfast plan`."""
 
 import argparse
 import subprocess
@@ -62,7 +62,7 @@ def test_the_budget_for_a_size_or_a_length(plan: Callable[..., str]) -> None:
         assert line(text, "tokens per parameter") == "21.6"
 
 
-def test_two_say_the_third(plan: Callable[..., str]) -> None:
+def test_two_numbers_determine_the_third(plan: Callable[..., str]) -> None:
     text = plan("--params", "8B", "--tokens", "15T")
     assert line(text, "FLOPs").startswith("7.2e+23")
     assert line(text, "loss  ").startswith(f"{BESIROGLU.loss(8e9, 15e12):.3f}")
@@ -247,7 +247,7 @@ def test_too_few_runs(plan: Callable[..., str], make_run: MakeRun) -> None:
     assert "N must take at least 3 values" in plan("fit", *folders, code=2)
 
 
-def test_imports_without_what_the_trainer_needs() -> None:
+def test_imports_without_the_packages_of_the_trainer() -> None:
     code = """if True:
         import sys
         for name in ("matplotlib", "rich", "tomli", "tomli_w", "tomllib", "tokenizers", "safetensors"):
@@ -262,7 +262,7 @@ def test_imports_without_what_the_trainer_needs() -> None:
     assert float(done.stdout) == pytest.approx(2.778e9, rel=1e-3)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_pipe_prints_no_error() -> None:
     command = [sys.executable, "-m", "llmfast.cli", "plan", "--flops", "1e21"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -300,7 +300,7 @@ def test_a_picture_has_a_suffix_of_a_format(
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("fit")} == {"fit.png"}
 
 
-def test_columns_of_words_begin_and_columns_of_numbers_end_together() -> None:
+def test_words_are_left_aligned_and_numbers_right_aligned() -> None:
     rows = [("name", "size", "what"), ("a", "9", "it fits"), ("longer", "1,234", "")]
     assert columns(rows) == [
         "name      size   what",

@@ -67,7 +67,7 @@ def test_besiroglus_refit_at_1e21_flops() -> None:
     assert best.loss == pytest.approx(2.30553, abs=1e-5)
 
 
-def test_hoffmanns_printed_constants_give_50_tokens_a_parameter() -> None:
+def test_hoffmanns_printed_constants_give_50_tokens_per_parameter() -> None:
     assert HOFFMANN.optimal(1e21).tokens_per_param == pytest.approx(50.08, abs=0.01)
 
 

@@ -31,7 +31,7 @@ def before(settings: list[str], tmp_path: Path) -> Path:
 
 
 def test_a_run_goes_on_with_new_text(before: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And forgets less with a replay than without."""
+    """It forgets less with a replay than without."""
     old = load_config(before / "config.toml").data.sources
     ends = {}
     for name, more in (("replayed", []), ("not", ["--no-replay"])):
@@ -102,7 +102,10 @@ def test_what_makes_no_sense_is_one_line(
 ) -> None:
     for arguments, message in (
         ([str(before), "--target", "nowhere"], "unknown source 'nowhere'"),
-        ([str(before), "--target", str(other), "--end=0.95"], "end must leave the floor of 0.1 to replay; got 0.95"),
+        (
+            [str(before), "--target", str(other), "--end=0.95"],
+            "end must be at most 0.9, to leave floor=0.1 for replay; got 0.95",
+        ),
         ([str(tmp_path), "--target", str(other)], "cannot read"),
         ([str(before), "--target", str(other), "--set=model.width=64"], "Give model.width=32, or begin without"),
         ([str(before), "--target", str(other), "--set=train.stpes=64"], "did you mean train.steps"),

@@ -364,7 +364,7 @@ def test_one_file_is_a_source_and_keeps_its_split(
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_a_run_of_before_goes_on_with_the_files_it_read(
+def test_a_run_of_an_earlier_version_continues_with_the_files_it_read(
     suffix: str, settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its settings name neither a split nor a column: files with other columns were not read."""
@@ -456,16 +456,16 @@ def test_doubtful_lengths_are_told_of(
     assert output.count("warning: ") == len(warnings) and all(warning in output for warning in warnings)
 
 
-def test_a_rate_for_models_that_begin_from_nothing_is_told_of() -> None:
+def test_a_rate_for_models_trained_from_scratch_is_told_of() -> None:
     """Warn if the model is pretrained: each optimizer's default is such a rate."""
 
     def told(*changed: str) -> list[str]:
         config = load_config(None, ["optimizer.warmup_steps=0", *changed])
-        return list(doubts(config, Mixture({"a": 10_000}, {}, total=4000, seed=0)))
+        return list(doubts(config, Mixture({"a": 10_000}, {}, total=4000, seed=0), parameters=10**9))
 
     (warning,) = told("model.pretrained=models/qwen")
     assert (
-        "optimizer.lr=0.0015 is for small models that begin with random weights, and can undo what models/qwen"
+        "optimizer.lr=0.0015 is for small models that are trained from scratch, and can undo what models/qwen"
         in warning
     )
     assert warning.endswith("usually takes 1e-5 to 1e-4 with adamw: try optimizer.lr=2e-5")
@@ -549,10 +549,10 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert [json.loads(line)["loss"] for line in file.read_text().splitlines()] == [2.0, 1.0]
 
 
-def test_files_of_a_run_have_their_names_when_they_are_on_disk(
+def test_files_of_a_run_are_on_disk_before_they_get_their_names(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a run goes on, and the log of before is at stake."""
+    """A resumed run also writes its log in this way, so that the earlier log cannot be lost."""
     disk = Disk(monkeypatch)
     folder = run(settings, "name=safe")
     disk.expect_names(*(folder / name for name in ("config.toml", "tokenizer.json", "metrics.jsonl")))
