@@ -197,7 +197,7 @@ def kept(output: Path) -> dict[str, str]:
 
 
 def went(output: Path) -> dict[str, tuple[str, str | None]]:
-    """Stage and reason of each document that went."""
+    """Return stage and reason of each document that was removed."""
     return {
         record["id"]: (stage.name, record.get("metadata", {}).get("filter_reason"))
         for stage in (output / "removed").iterdir()

@@ -32,7 +32,10 @@ FRAGMENTS = set(
 # A function's docstring opens with an imperative verb, which is neither of these nor a plural such as "Bytes". A test's
 # may be a sentence.
 NOT_VERBS = FRAGMENTS | set(
-    re.split(r"\W+", "a all an any each every like one same that the these this those three two")
+    re.split(
+        r"\W+",
+        "a after all an any each every inside into like no one only other same that the these this those three two",
+    )
 )
 
 UNITS = "bytes?|nats?|tokens?|seconds?|instructions?|FLOPs?|registers?|launches|loads?|rows?|steps?|values?|losses"

@@ -101,7 +101,7 @@ class StateKeeper(GroupedOptions, ABC):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, parameters have the values of their averages; those without an average yet stay as they are.
+        """Give parameters the values of their averages inside the context; those without an average stay as they are.
 
         Raises:
             ValueError: the optimizer keeps no averages.

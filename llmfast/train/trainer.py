@@ -69,7 +69,7 @@ class Hooks:
     def after_step(self, trainer: "Trainer") -> None: ...
 
     def on_log(self, trainer: "Trainer", values: dict[str, Any]) -> None:
-        """See, and perhaps add to, the values of a line before it is written."""
+        """Read the values of a log line before it is written; values may be added."""
 
     def on_evaluate(self, trainer: "Trainer", losses: dict[str, float]) -> None: ...
 

@@ -256,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_or_says_why_not(make: Make, kind:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     if reentrant and transformers.__version__ < "5":  # whose hooks run inside of what is checkpointed
-        with pytest.raises(RuntimeError, match=r"say gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
+        with pytest.raises(RuntimeError, match=r"pass gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
             model(**batch())
     else:
         assert_same(gradients(model, batch()), wanted)

@@ -125,7 +125,7 @@ def test_resumes_from_a_checkpoint_of_either(tmp_path: Path, saved_by_ours: bool
 
 
 def fp16() -> Any:
-    """Lightning itself would take bfloat16 on a CPU; a scale so large that the first steps have to be left out."""
+    """Choose float16, which Lightning does not use on a CPU, with a scale so large that the first steps overflow."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**22))
 
 

@@ -225,7 +225,7 @@ def test_a_cached_graph_is_used_for_the_same_code_only(monkeypatch: pytest.Monke
 
 
 class NoSyncs(TorchDispatchMode):
-    """Fails on whatever would make the host wait for a GPU, or make a shape of data."""
+    """A mode that rejects operators for which the host waits for a GPU, or whose shapes depend on data."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -105,7 +105,7 @@ def test_ignored_tokens_beside_others(path: str, way: str, upstream: float) -> N
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sum_over_some_ignored_tokens(path: str, way: str, upstream: float) -> None:
-    """If a sum's upstream gradient is not finite, tokens that count get no finite gradient, and the others get 0."""
+    """An upstream gradient of the sum that is not finite reaches the tokens that count; the others get 0."""
     labels = torch.randint(0, V, (B, T))
     labels[0] = -100
     hidden, weight = leaves()

@@ -187,7 +187,7 @@ def test_nothing_is_sampled_from_logits_that_are_not_finite() -> None:
 
 
 def by_hand(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Hidden states (T, D) of one sequence (T,), in float64, from the weights and the settings alone."""
+    """Compute hidden states (T, D) of one sequence (T,) in float64 from only the weights and the settings."""
     c, weights = model.config, {name: t.double() for name, t in model.state_dict().items()}
     T, half = len(tokens), c.width // c.heads // 2
 

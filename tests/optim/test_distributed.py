@@ -235,7 +235,7 @@ def check_noise(rank: int, world: int, path: str) -> None:
                 for p, q in zip(params, expected):
                     assert torch.equal(whole(p), q), layout
 
-        # FSDP over tensor parallelism cuts rows in an order of its own.
+        # FSDP over tensor parallelism cuts rows in another order.
         mesh = mesh_of(2, 2)
         model, alone = network().to(BF16), network().to(BF16)
         parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})

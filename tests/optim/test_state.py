@@ -66,7 +66,7 @@ def train(optimizer: torch.optim.Optimizer, steps: int = 2, first: int = 0) -> N
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """Bit for bit, dtypes included."""
+    """Assert that two states are equal bit for bit, with equal dtypes."""
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         other = theirs[key]
@@ -217,7 +217,7 @@ KEPT = {"fp32": 0.0, "split16": 0.0, "split8": 2.0**-16, "kahan": 2.0**-16}  # r
 
 
 def loaded_at_lr_0(source: FusedOptimizer, master: str | None, params: list[Tensor] | None = None) -> FusedAdamW:
-    """After a step that changes nothing but formats."""
+    """Load the state into another format, and take a step that changes nothing else."""
     optimizer = FusedAdamW(params or copies(of(source)), master_weights=master)  # type: ignore[arg-type]
     optimizer.load_state_dict(through_a_file(source.state_dict()))
     for group in optimizer.param_groups:

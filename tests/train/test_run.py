@@ -345,7 +345,7 @@ def test_an_empty_source_is_an_error(settings: list[str], tmp_path: Path, capsys
 def test_one_file_is_a_source_and_keeps_its_split(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On resume and where the run is continued, whatever the rows' length is there."""
+    """The split stays on resume, and where the run is continued with rows of another length."""
     (tmp_path / "input.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(2000)))
     one = [*settings, f"data.sources=['one={tmp_path / 'input.txt'}']", "data.held_out=0.1"]
     assert cli(one, "--name=one") == 0
