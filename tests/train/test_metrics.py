@@ -69,7 +69,7 @@ def test_tables_show_long_names_whole() -> None:
 def test_the_picture_joins_evaluations_if_they_are_many(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its legend hides none of them."""
+    """Test also that its legend hides none of them."""
     drawn: list[Any] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (save(self, *args, **how), drawn.append(self))[0])

@@ -469,7 +469,7 @@ def test_a_rate_for_models_trained_from_scratch_is_told_of() -> None:
         in warning
     )
     assert warning.endswith("usually takes 1e-5 to 1e-4 with adamw: try optimizer.lr=2e-5")
-    assert told() == told("model.pretrained=x", "optimizer.lr=2e-5") == []
+    assert told("model.pretrained=x", "optimizer.lr=2e-5") == []
     assert len(told("model.pretrained=x", "optimizer.name=lion")) == 1
 
 

@@ -125,7 +125,7 @@ def test_each_group_keeps_its_own_learning_rate() -> None:
 
 
 def test_a_schedule_over_an_optimizers_own_rate_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """But not where the rate is that of the settings, nor where they leave it alone."""
+    """Say nothing if the rate is that of the settings, or if they leave it alone."""
 
     def sgd(model: nn.Module, lr: float = 0.02) -> Optimizer:
         return torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=lr)
