@@ -8,7 +8,7 @@ from evidence.roofline import GPUS, H100, Gpu, seconds
 from evidence.traffic import Traffic
 from llmfast._gpus import LAUNCH
 
-UNIT = Gpu("unit", bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
+UNIT = Gpu("unit", memory=1, bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
 
 
 def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0, dtype: str = "bfloat16") -> Traffic:
