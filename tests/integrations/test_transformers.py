@@ -94,22 +94,26 @@ def test_16_bits_are_no_further_from_the_truth_than_its_own(make: Make, name: st
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.bfloat16())
-    truth = result(model, padded())
+    batches = [padded() for _ in range(4)]  # the rounding of a single one may favour either
+    for i, batch in enumerate(batches):
+        batch["input_ids"] = batch["input_ids"].roll(i, 1)
+    truths = [result(model, batch) for batch in batches]
     if not autocast:
         model.bfloat16()
 
-    def distance() -> tuple[float, float]:
+    def distance(batch: Batch, truth: Result) -> tuple[float, float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss, gradients = result(model, padded())
+            loss, gradients = result(model, batch)
         return abs(loss - truth[0]), sum(
             float((g - truth[1][k]).norm() / truth[1][k].norm()) for k, g in gradients.items()
         )
 
-    theirs = distance()
+    theirs = list(map(distance, batches, truths))
     fuse_loss(model)
-    ours = distance()
-    assert ours[0] <= theirs[0] + 4e-3 * truth[0]
-    assert ours[1] <= 1.1 * theirs[1]
+    ours = list(map(distance, batches, truths))
+    for (loss, _), (their_loss, _), (true_loss, _) in zip(ours, theirs, truths):
+        assert loss <= their_loss + 4e-3 * true_loss
+    assert sum(distance for _, distance in ours) <= 1.05 * sum(distance for _, distance in theirs)
 
 
 @pytest.mark.parametrize("name", CLASSES)
