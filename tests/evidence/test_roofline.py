@@ -41,4 +41,4 @@ def test_known_orders_of_magnitude() -> None:
     gemm = launch(dot=2 * 8192 * 4096 * 128256, dram=2 * (8192 * 4096 + 4096 * 128256 + 8192 * 128256))
     assert 0.010 < seconds(H100, [gemm]) < 0.014
     assert 0.008 < seconds(H100, [launch(dram=28e9)]) < 0.010
-    assert [gpu.name.split()[0] for gpu in GPUS] == ["A100", "H100", "B200", "MI300X"]
+    assert [gpu.name.split()[0] for gpu in GPUS] == ["A100", "H100", "H200", "B200", "MI300X"]
