@@ -176,7 +176,8 @@ class Call:
     def _rows(self) -> Any:
         """Return the numbers of rows per slab: nearly equal chunks, in multiples of 8 where possible."""
         N = max(self.N, 1)
-        chunks = np.unique(np.minimum(N, np.round(np.geomspace(1, N, 1 + 8 * N.bit_length())))).astype(int)
+        # 32 numbers of chunks per octave, powers of two among them: those are what other libraries take.
+        chunks = np.unique(np.minimum(N, np.round(np.exp2(np.arange(1 + 32 * N.bit_length()) / 32)))).astype(int)
         rows = -(-N // chunks)
         return np.unique(np.minimum(N, np.where(rows > 8, -(-rows // 8) * 8, rows)))
 
