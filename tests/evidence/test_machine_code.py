@@ -112,7 +112,8 @@ def test_amd_widths(suffix, bits):
     [
         (80, 4, 32, 0, 16),  # 2048 threads
         (80, 1, 32, 0, 32),  # no more programs than that
-        (90, 8, 65, 0, 3),  # 72 registers of each thread, by 8
+        (90, 1, 65, 0, 28),  # 72 registers of each thread, by 8; of 65 there would be room for 31
+        (90, 8, 65, 0, 3),
         (90, 2, 32, 7 << 10, 28),  # and 1 KiB of each program is the system's: 28 of 8 KiB
         (90, 4, 32, 75 << 10, 3),
         (90, 4, 32, 76 << 10, 2),
