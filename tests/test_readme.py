@@ -1,6 +1,5 @@
 """Tests that the README's Python runs, its commands exist and its figures match the results."""
 
-import json
 import re
 from pathlib import Path
 from statistics import mean
@@ -13,6 +12,7 @@ from benchmarks.report import headline
 from llmfast._gpus import H100, H200
 from llmfast.losses import LinearCrossEntropyPlan
 from support.code_blocks import ROOT, commands, expect_command, run_python
+from support.results import kernel, results, row_kernel
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -75,7 +75,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
         for row in [one("clock", way=way, **clock)]
     }
     code = [row for row in rows if row["section"] == "machine code" and "llmfast" in row["ways"]]
-    row_kernel = kernel(code, "cross_entropy_kernel", "d_logits_ptr=*bfloat16:16", "logits_ptr=*bfloat16:16")
+    of_rows = row_kernel(rows)
     update = kernel(code, "update_kernel", "RULE=adam,", "PARAM_TYPE={'triton_type': 'fp32'}", "MASTER=,")
     (hot, *_) = update["loops"]
     elements = 1024 // (32 * update["warps"])  # of a thread: "BLOCK=1024"
@@ -89,7 +89,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
             f"{took['torch linear_cross_entropy']}",
         ],
         "row kernel for sm_90 (loss, lse and gradient, bfloat16): registers, spills, width of accesses": [
-            f"{row_kernel['registers']}, {row_kernel['spill_bytes']}, all 16 bytes", ""
+            f"{of_rows['registers']}, {of_rows['spill_bytes']}, all 16 bytes", ""
         ],
         "AdamW, float32, for sm_90": [
             f"{update['registers']}, {update['spill_bytes']}, all 16 bytes, "
@@ -100,7 +100,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
             f"without further heads {mean(mtp['next token only']['validation']):.3f}",
         ],
     }  # fmt: skip
-    assert {loop["access_bits"] == [128] for loop in [*row_kernel["loops"], hot]} == {True}
+    assert {loop["access_bits"] == [128] for loop in [*of_rows["loops"], hot]} == {True}
     found = {what: cells[:2] for what, cells in measured().items()}
     by_tests = {what for what in found if what.startswith(("AdamW, float32, 1 M", "... bfloat16 with stochastic"))}
     assert len(by_tests) == 2 and found.keys() - by_tests == wanted.keys()
@@ -124,18 +124,3 @@ def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
         assert plan.seconds <= row["seconds"][H100.name], (row["way"], row["size"])
         compared += 1
     assert compared > 50
-
-
-def results(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
-    return rows
-
-
-def kernel(rows: list[dict[str, Any]], name: str, *arguments: str) -> dict[str, Any]:
-    """Return the facts about the single sm_90 machine code of a kernel with these arguments."""
-    found = [
-        r for r in rows if r["kernel"] == name and r["target"] == "sm_90" and all(a in r["launch"] for a in arguments)
-    ]
-    figures = {(r["registers"], r["spill_bytes"], json.dumps(r["loops"])) for r in found}
-    assert len(figures) == 1, f"{len(figures)} kinds of {name}"
-    return found[0]

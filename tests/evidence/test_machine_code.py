@@ -8,8 +8,11 @@ from evidence.machine_code import (
     ORDERS,
     Instruction,
     _amd_bits,
+    _amd_resources,
+    _count_amd,
     _count_nvidia,
     _nvidia_occupancy,
+    _parse_amd,
     _parse_sass,
     innermost_loops,
     takes,
@@ -112,7 +115,8 @@ def test_amd_widths(suffix, bits):
     [
         (80, 4, 32, 0, 16),  # 2048 threads
         (80, 1, 32, 0, 32),  # no more programs than that
-        (90, 8, 65, 0, 3),  # 72 registers of each thread, by 8
+        (90, 1, 65, 0, 28),  # 72 registers of each thread, by 8; of 65 there would be room for 31
+        (90, 8, 65, 0, 3),
         (90, 2, 32, 7 << 10, 28),  # and 1 KiB of each program is the system's: 28 of 8 KiB
         (90, 4, 32, 75 << 10, 3),
         (90, 4, 32, 76 << 10, 2),
@@ -122,3 +126,39 @@ def test_amd_widths(suffix, bits):
 def test_occupancy_is_what_fits_together(arch, num_warps, registers, shared, programs):
     metadata = SimpleNamespace(target=SimpleNamespace(arch=arch), num_warps=num_warps, shared=shared)
     assert _nvidia_occupancy(metadata, registers) == programs * num_warps * 32 / 2048
+
+
+AMD = """
+copy_kernel:
+	s_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1: ; a loop
+	global_load_dwordx4 v[0:3], v4, s[0:1]
+	global_load_ushort v5, v4, s[0:1] offset:2
+	v_exp_f32_e32 v0, v0
+	v_mfma_f32_16x16x16_bf16 v[0:3], v[0:1], v[2:3], 0
+	ds_bpermute_b32 v0, v1, v0
+	s_barrier
+	buffer_store_dwordx2 v[0:1], v4, s[0:3], 0 offen
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.Lfunc_end0:
+; Occupancy: 3
+    .private_segment_fixed_size: 24
+    .sgpr_spill_count: 2
+    .vgpr_count: 72
+    .vgpr_spill_count: 5
+"""
+
+
+def test_amds_assembly_is_read():
+    kernel = SimpleNamespace(asm={"amdgcn": AMD}, metadata=SimpleNamespace(name="copy_kernel"))
+    resources = dict(registers=72, spill_bytes=20, stack_bytes=24, scalar_spills=2, occupancy=3 / 8)
+    assert _amd_resources(kernel, []) == resources
+    instructions = _parse_amd(kernel)
+    assert [i.opcode for i in instructions][-2:] == ["s_cbranch_scc1", "s_endpgm"]
+    (loop,) = innermost_loops(instructions)
+    assert len(instructions) == 10 and len(loop) == 8
+    code = _count_amd(loop)
+    assert (code.load_bits, code.store_bits) == ({128: 1, 16: 1}, {64: 1})
+    assert (code.transcendentals, code.tensor_cores, code.shuffles, code.barriers) == (1, 1, 1, 1)
+    assert not _count_amd(instructions[:1]).access_bits  # a scalar load is no thread's

@@ -42,9 +42,16 @@ def test_staged_has_no_jumps() -> None:
 
 
 def test_by_name() -> None:
-    assert head_weights(0.5, 2, schedule="constant", weight=0.3, mean=True) == [1.0, 0.3]
-    assert head_weights(0.5, 2, schedule="linear", weight=0.3, final=0.1) == pytest.approx([1.0, 0.2])
-    assert head_weights(0.25, 2, schedule="staged", weight=0.5) == [1.0, 0.25]
+    """Every argument has another value than its default, and reaches the schedule."""
+    assert head_weights(0.5, 3, schedule="constant", weight=0.3) == [1.0, 0.3, 0.3]
+    assert head_weights(0.5, 3, schedule="constant", weight=0.3, mean=True) == [1.0, 0.15, 0.15]
+    assert head_weights(0.25, 3, schedule="linear", weight=0.3, final=0.1) == pytest.approx([1.0, 0.25, 0.25])
+    assert head_weights(0.25, 3, schedule="linear", weight=0.3, final=0.1, mean=True) == pytest.approx(
+        [1.0, 0.125, 0.125]
+    )
+    assert head_weights(0.5, 3, schedule="linear", weight=0.3) == pytest.approx([1.0, 0.15, 0.15])
+    assert head_weights(0.25, 2, schedule="staged", weight=0.3) == pytest.approx([1.0, 0.15])
+    assert head_weights(0.0, 3, schedule="staged", weight=0.3) == pytest.approx([1.0, 0.3, 0.09])
 
 
 @pytest.mark.parametrize(

@@ -121,3 +121,15 @@ def test_the_readme_has_these_figures() -> None:
     )
     assert f"\n| {begin} | {plain}; {launches} | torch's `foreach` more than 2.5 times as many bytes |" in text
     assert f"\n| ... bfloat16 with stochastic rounding and bfloat16 moments; 8-bit moments | {low}; {coded} |" in text
+
+
+def test_the_page_on_optimizers_has_lions_figures() -> None:
+    coded = {"master_weights": "split8", "state_dtype": "8bit"}
+    steps = [(FusedLion, F32, {}), (FusedAdamW, F32, {}), (FusedLion, BF16, coded)]
+    lion, adam, low = (step_of(make, dtype, options).total().dram / NUMEL for make, dtype, options in steps)
+    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    wanted = (
+        f"a step moves {lion:.0f} instead of {adam:.0f} bytes per parameter in float32, and {low:.1f} in bfloat16 with "
+        '`master_weights="split8"` and `state_dtype="8bit"`'
+    )
+    assert wanted in " ".join(page.split())

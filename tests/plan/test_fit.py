@@ -42,8 +42,13 @@ def curve(law: PowerLaw, seed: int, noise: float = NOISE) -> tuple[Array, Array]
 
 
 def huber(law: ChinchillaLaw, N: Array, D: Array, loss: Array, delta: float = 1e-3) -> float:
-    r = np.abs(np.log([law.loss(n, d) for n, d in zip(N, D)]) - np.log(loss))
-    return float(np.where(r <= delta, 0.5 * r**2, delta * (r - 0.5 * delta)).sum())
+    return float(huber_of(np.log([law.loss(n, d) for n, d in zip(N, D)]) - np.log(loss), delta))
+
+
+def huber_of(residuals: Array, delta: float) -> Any:
+    """Sum over the last axis."""
+    r = np.abs(residuals)
+    return np.where(r <= delta, 0.5 * r**2, delta * (r - 0.5 * delta)).sum(-1)
 
 
 @pytest.mark.parametrize("outlier", [False, True])
@@ -104,6 +109,25 @@ def test_no_law_nearby_has_a_smaller_huber_loss() -> None:
             A *= float(np.exp(np.log(N).mean() * (alpha - law.alpha)))
             B *= float(np.exp(np.log(D).mean() * (beta - law.beta)))
             assert huber(ChinchillaLaw(E, A, B, alpha, beta), N, D, loss) > least * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("delta", [0.3 * NOISE, NOISE, 3 * NOISE])
+def test_a_law_without_a_floor_has_the_least_huber_loss_of_all(delta: float) -> None:
+    """Its logarithm is a straight line, so that the loss is convex and a grid that shrinks finds its minimum."""
+    for seed in range(6):
+        x, loss = curve(PowerLaw(8.8e13, 0.076), seed)
+        loss[seed] *= 1.2
+        along, wanted = np.log(x) - np.log(x).mean(), np.log(loss)
+        low, high = np.array([-1.0, wanted.min()]), np.array([0.0, wanted.max()])
+        while (high - low).max() > 1e-10:
+            slopes, heights = (np.linspace(*ends, 33) for ends in zip(low, high))
+            found = huber_of(slopes[:, None, None] * along + heights[None, :, None] - wanted, delta)
+            i, j = np.unravel_index(found.argmin(), found.shape)
+            width = 0.15 * (high - low)
+            low, high = np.array([slopes[i], heights[j]]) - width, np.array([slopes[i], heights[j]]) + width
+        law = fit_power(x, loss, floor=False, delta=delta).law
+        fitted = huber_of(np.log([law.loss(v) for v in x]) - wanted, delta)
+        assert fitted == pytest.approx(found.min(), rel=1e-5), seed
 
 
 def test_intervals_hold_the_truth_and_are_wider_for_fewer_runs() -> None:

@@ -362,15 +362,48 @@ def test_groups_keep_what_was_counted_and_take_what_was_changed(tmp_path: Path) 
         resumed.fit()
 
 
+def rewrite(file: Path, meta: dict[str, Any]) -> None:
+    """Replace a checkpoint's meta.json, and its checksum."""
+    file.write_text(json.dumps(meta))
+    sums = json.loads((file.parent / "checksums.json").read_text())
+    sums["meta.json"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    (file.parent / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_a_meta_that_no_trainer_wrote_is_an_error(tmp_path: Path) -> None:
+    """Spoil one value at a time, in a file whose checksum is right."""
+    trainer_of(settings(steps=4), fused, run=tmp_path)[0].fit()
+    (file,) = tmp_path.glob("checkpoint-*/meta.json")
+    meta = json.loads(file.read_text())
+    counts = {name: (None, "4", 4.0, True, -1, 1 << 63) for name in ("step", "sequences", "tokens", "skipped")}
+    wrong = {
+        **counts,
+        "logged_step": (None, -1),
+        "step": (*counts["step"], 3, 5),  # of another folder
+        "recent": (None, 1.5, [1], ["1.5"]),
+        "about": (None, []),
+        "groups": ({}, [1]),
+    }
+    resumed, _ = trainer_of(settings(), fused, run=tmp_path, model=model_of(seed=5))
+    before = weights(resumed)
+    for key, values in wrong.items():
+        for value in values:
+            rewrite(file, meta | {key: value})
+            with pytest.raises(OSError, match=r"meta\.json must have the counts step, sequences, tokens"):
+                resumed.resume()
+            assert resumed.step == 0
+    assert_same(weights(resumed), before)
+    rewrite(file, meta)
+    resumed.resume()
+    assert resumed.step == 4
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_groups_of_earlier_checkpoints(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
     """Earlier checkpoints do not record the settings with which groups were made; our groups hold nothing else."""
     trainer_of(settings(steps=4), make, run=tmp_path)[0].fit()
     for file in tmp_path.glob("checkpoint-*/meta.json"):
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "groups"}))
-        sums = json.loads((file.parent / "checksums.json").read_text())
-        sums["meta.json"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-        (file.parent / "checksums.json").write_text(json.dumps(sums))
+        rewrite(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "groups"})
 
     def other(model: nn.Module) -> Optimizer:
         made = make(model)

@@ -471,6 +471,23 @@ def test_labels(values: list[float], log: bool, labels: list[str]) -> None:
     assert [label for _, label in axis(values, log_y=log).y_ticks] == labels
 
 
+def test_the_legend_shows_each_line_as_it_is_drawn() -> None:
+    """Draw more lines than there are colours with dashes, in another order than that of the legend."""
+    every = [Series(f"run {n}", n, [Point(0, 0, n), Point(9, 9, n + 1)]) for n in reversed(range(17))]
+    drawn = Chart("Loss", "", "steps").draw(every)
+    assert isinstance(drawn, Drawn)
+    names, shown = json.loads(drawn.names), dict(drawn.legend)
+    assert list(shown) == [f"run {n}" for n in range(17)]
+    assert len(set(list(shown.values())[:15])) == 15
+    dashes: dict[str, set[str]] = {}
+    for number, style in re.findall(r'data-line="(\d+)">.*?style="(.*?)"', drawn.svg):
+        colour, dash = shown[names[int(number)]].split()
+        assert f"stroke: var(--{colour});" in style
+        dashes.setdefault(dash, set()).update(re.findall(r"stroke-dasharray: ([\d.,]+)", style) or ["none"])
+    solid, *others = (dashes[f"d{n}"] for n in range(3))
+    assert solid == {"none"} and len(set.union(*others)) == len(others)
+
+
 # What a page is made of.
 
 

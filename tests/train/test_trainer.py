@@ -21,7 +21,7 @@ from llmfast.data import ByteTokenizer, Dataset, Mixed, Mixture, pack
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import FusedAdamW, optimizer_in_backward
 from llmfast.train.config import Config
-from llmfast.train.objective import NextToken
+from llmfast.train.objective import NextToken, Summed
 from llmfast.train.parts import make_optimizer
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
@@ -256,6 +256,20 @@ def test_hooks_are_called_in_order_and_validation_is_measured() -> None:
         *("before 2", "after 3", "log 3", "evaluate 3"),
     ]
     assert found == pytest.approx(wanted, rel=1e-6) and len(found) == 3
+
+
+def test_details_are_asked_for_in_the_steps_that_end_in_a_line() -> None:
+    asked: list[tuple[int, bool]] = []
+
+    class Looking(Summed):
+        def __call__(self, model: nn.Module, batch: Any, num_valid: Tensor, step: int, detail: bool) -> Any:
+            asked.append((step, detail))
+            return super().__call__(model, batch, num_valid, step, detail)
+
+    trainer, written = trainer_of(settings(steps=7, log_every=3), fused, loss=Looking(loss_of))
+    trainer.fit()
+    assert len(written.lines) == 3
+    assert asked == [(step, step + 1 in (3, 6, 7)) for step in range(7)]
 
 
 def test_what_is_logged_does_not_change_what_is_trained() -> None:

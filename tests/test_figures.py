@@ -1,0 +1,225 @@
+"""Tests that the figures on the documentation's pages are those of the results and of the code."""
+
+import math
+import re
+from collections.abc import Iterator
+from statistics import mean
+
+import pytest
+import torch
+
+from benchmarks.report import SHOWN, bytes_per_parameter, gib
+from evidence.roofline import H100
+from llmfast.checkup import record
+from llmfast.data import cache, split, tokenizer
+from llmfast.losses import LinearCrossEntropyPlan, plan
+from llmfast.losses.plan import row_width
+from llmfast.models import cost
+from llmfast.plan import advice, screen
+from llmfast.train import estimate, metrics
+from llmfast_kernels.sizes import PER_SCALE
+from support.code_blocks import ROOT
+from support.results import Row, one, results, row_kernel
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = results("results.json")
+GIB, MIB = 1 << 30, 1 << 20
+
+
+def words_of(page: str) -> str:
+    return " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+
+
+def linear(way: str, *, small: bool = False) -> Row:
+    """Return a way's linear loss at the size of the pictures, or at that of the errors."""
+    size = {"N": 1024, "D": 256, "V": 16384} if small else SHOWN
+    section = "compared" if small else "real sizes"
+    return one(ROWS, section=section, operation="linear_cross_entropy", way=way, size=size, dtype="bfloat16")
+
+
+def held(way: str) -> float:
+    """Return the bytes that a way holds beyond inputs and gradients."""
+    N, D, V = SHOWN.values()
+    return float(linear(way)["peak_bytes"] - 2 * (N * D + V * D))
+
+
+def error(way: str, of: str) -> str:
+    return f"{linear(way, small=True)['errors'][of]:.1e}".replace("e-0", "e-")
+
+
+def counted(operation: str, way: str, dtype: str = "float32") -> Row:
+    """Return a way's step on GPT-2's parameters."""
+    return one(ROWS, section="optimizers", operation=operation, way=way, size={"parameters": "124M"}, dtype=dtype)
+
+
+def step_bytes(operation: str, way: str, dtype: str = "float32") -> str:
+    return f"{bytes_per_parameter(counted(operation, way, dtype)):.1f}".removesuffix(".0").removesuffix(".1")
+
+
+# Each yields sentences, or parts of them, that a page must have.
+
+
+def multi_token() -> Iterator[str]:
+    names = {"sequential depths, D = 1": "sequential depth, D = 1"}
+    rows = results("mtp.json")
+    for row in rows:
+        accepted = ", ".join(f"{100 * share:.0f} %" for share in row.get("acceptance", []))
+        cells = f"{mean(row['validation']):.3f} | {row['tokens_per_s']:,.0f} | {accepted}".rstrip()
+        yield f"| {names.get(row['way'], row['way'])} | {cells} |"
+    (tokens,) = {row["tokens"] for row in rows}
+    yield f"trained on {tokens / 1e6:.2f} M tokens with one seed"
+
+
+def the_optimizer() -> Iterator[str]:
+    launches = {way: counted("adamw", way)["calls"] for way in ("llmfast", "torch foreach", "torch fused")}
+    yield f"| AdamW, float32 | {launches['llmfast']} | {step_bytes('adamw', 'llmfast')} |"
+    clipped = step_bytes("adamw, clipped", "llmfast")
+    yield f"| the same, clipped to a norm | {counted('adamw, clipped', 'llmfast')['calls']} | {clipped} |"
+    (same,) = {step_bytes(rule, "llmfast") for rule in ("rmsprop", "adagrad", "sgd, momentum")}
+    yield f"| RMSprop, Adagrad, Lion, SGD with momentum, float32 | {launches['llmfast']} | {same} |"
+    foreach = step_bytes("adamw", "torch foreach")
+    yield f"| torch's `foreach` AdamW, on GPT-2's tensors | {launches['torch foreach']} | {foreach} |"
+    fused = step_bytes("adamw", "torch fused")
+    yield f"| torch's fused AdamW, on GPT-2's tensors | {launches['torch fused']} calls | {fused} |"
+    yield f"({clipped} bytes instead of {step_bytes('adamw, clipped', 'torch fused')})"
+    yield f"torch has not fused ({same} instead of {step_bytes('rmsprop', 'torch foreach')})"
+    more = "adamw, bfloat16 with more bits"
+    for mode, kept in {
+        "fp32 master": '`"fp32"` | a float32 copy; float32 moments',
+        "split16, fp32 states": '`"split16"`, float32 moments | 16 bits that extend the parameter to a float32',
+        "split16": '`"split16"` | the same 16 bits; bfloat16 moments',
+        "kahan": '`"kahan"` | the rounding error',
+        "split8": '`"split8"` | 8 bits that extend the parameter',
+        "stochastic": '`"stochastic"` | nothing; the parameter is rounded up or down at random',
+    }.items():
+        yield f"| {kept} | {math.floor(bytes_per_parameter(counted(more, f'llmfast, {mode}', 'bfloat16')))} |"
+    # tests/optim/test_traffic.py compares the README with counts.
+    _, coded = re.findall(r"bfloat16 moments; 8-bit moments \| ([\d.]+); ([\d.]+) \|", README)[0]
+    yield f'| `"stochastic"`, 8-bit moments | nothing | {coded} |'
+    yield f"one float32 scale per {PER_SCALE} elements"
+
+
+def bytes_moved() -> Iterator[str]:
+    yield f"N = {SHOWN['N']:,} tokens, D = {SHOWN['D']:,}, V = {SHOWN['V']:,}"
+    yield f"{held('torch') / GIB:.1f} GiB beyond inputs and gradients, compared with"
+    yield f"compared with llmfast's {held('llmfast') / GIB:.1f} GiB."
+    four = {4: "four"}[len(list(LinearCrossEntropyPlan.make(**SHOWN)))]
+    yield f"for each of its {four} chunks it reads the weight twice"
+    again, others = (
+        linear(way)["dot_flops"] / (2 * math.prod(SHOWN.values())) for way in ("cut-cross-entropy", "torch")
+    )
+    yield f"computes the logits twice: {again:.0f} matrix products where the others need {others:.0f}"
+    rows = {
+        way: one(ROWS, section="compared", operation="cross_entropy", way=way)
+        for way in ("llmfast", "llmfast in place", "torch", "Liger")
+    }
+    moved = {way: f"{row['dram'] / (row['size']['N'] * row['size']['V']):.0f}" for way, row in rows.items()}
+    waits = {4: "four"}[rows["Liger"]["syncs"]]
+    yield f"moves {moved['llmfast']} bytes per logit, or {moved['llmfast in place']} in place."
+    yield f"torch moves {moved['torch']}. Liger moves {moved['Liger']}, also in place, with"
+    yield f"also in place, with {waits} host synchronisations."
+
+
+def chunk_plan() -> Iterator[str]:
+    _, D, V = SHOWN.values()
+    # 12 bytes per element of the weight for each chunk, against 6 FLOPs per element and row.
+    traffic, products = 12 / (0.9 * H100.bandwidth), 6 / H100.product_rate(torch.bfloat16)
+    ratio = traffic / products
+    yield f"this traffic takes {ratio:.0f} / n of the time"
+    yield f"a {dict(zip(range(8, 11), ('eighth', 'ninth', 'tenth')))[round(4096 / ratio)]} at 4,096 rows"
+    yield f"{4 * V * D / GIB:.0f} GiB above"
+
+
+def rows_of_logits() -> Iterator[str]:
+    code = row_kernel(ROWS)
+    _, first, second = (loop["instructions"] / 16 for loop in code["loops"])
+    yield f"the kernel uses {code['registers']} registers, no spills, 16 bytes per access in the loops"
+    assert code["spill_bytes"] == 0
+    yield f"{first + 1e-9:.1f} instructions per logit in the first pass and {second + 1e-9:.1f} in the second"
+    yield f"{row_width(50257, torch.bfloat16, kernels=True, filtered=False):,} columns for 50,257"
+
+
+def losses() -> Iterator[str]:
+    cpu, elsewhere = plan.DEFAULT_SLAB["cpu"], plan.DEFAULT_SLAB_ELSEWHERE
+    yield f"is {cpu // MIB} MiB on a CPU. On a GPU it is {elsewhere // GIB} GiB, or the weight's gradient in float32"
+    low, wide = (
+        LinearCrossEntropyPlan.make(64, 64, 4096, slab_dtype=dtype).call.logit_bytes for dtype in (None, torch.float32)
+    )
+    yield f"It takes {wide} bytes per logit of the slab instead of {low}."
+
+
+def data() -> Iterator[str]:
+    share = {0.2: "fifth"}[split.LEAST_SHARE]
+    yield f"at least {split.LEAST_CHARACTERS:,} characters or a {share} of the text, whichever is smaller"
+    yield f"runs of digits, punctuation or spaces, at {tokenizer.LONGEST_WORD} characters"
+    yield {1_000_000: "What takes long with more than a million characters"}[cache.LEAST_CHARACTERS]
+    yield f"Above {cache.MOST_BYTES // GIB} GiB, the least recently used go."
+
+
+def planning() -> Iterator[str]:
+    yield f"The decoder's width is about {advice.ASPECT} times its layers."
+    yield f"HSDP within machines of {estimate.NODE} and FSDP2"
+    low, high = screen.USUAL
+    yield f"within {screen.SLACK} of the best by the law"
+    yield f"the time of a step at utilisations of {low} and {high}"
+    assert cost.AGAIN == 4 / 3
+    yield "With activations computed again it is 4 / 3 of that"
+    yield f"The default utilisation of {cost.UTILISATION} is a guess"
+
+
+def limits() -> Iterator[str]:
+    worse = (
+        linear("cut-cross-entropy", small=True)["errors"]["hidden"] / linear("llmfast", small=True)["errors"]["hidden"]
+    )
+    yield f"Its gradient of `hidden` has {worse:.0f} times the error."
+
+
+def migration() -> Iterator[str]:
+    yield f"bfloat16, with an error of {error('torch', 'loss')}; llmfast's error is {error('llmfast', 'loss')}."
+    yield f"in bfloat16 its error is {error('torch linear_cross_entropy', 'loss')}."
+    ours = error("llmfast", "weight")
+    yield f"with an error of {error('torch linear_cross_entropy', 'weight')}; llmfast's error is {ours}."
+    yield f"In bfloat16 its error is {error('Liger', 'weight')}, compared with {ours} for float32 sums."
+    worse, better = (error(way, "hidden") for way in ("cut-cross-entropy", "llmfast"))
+    yield f"hidden's gradient is {worse}, compared with llmfast's {better}."
+    liger = one(ROWS, section="compared", operation="cross_entropy", way="Liger")["errors"]["loss"]
+    yield f"bfloat16 logits is bfloat16 (error {liger:.1e}".replace("e-0", "e-")
+    yield f"By default llmfast holds {held('llmfast') / GIB:.1f} GiB beyond the gradients"
+    yield f"Liger holds {gib(held('Liger'))} GiB, or {held('Liger, float32 sums') / GIB:.1f} GiB with float32 sums."
+    few = linear("llmfast, 200 MiB")
+    products = few["dot_flops"] / (2 * math.prod(SHOWN.values()))
+    yield f"holds {gib(held('llmfast, 200 MiB'))} GiB and sums in float32, with"
+    yield f"sums in float32, with {products:.1f} matrix products instead of 3"
+    yield f"fourth powers with groups of {PER_SCALE}, rounded stochastically"
+
+
+def trainer() -> Iterator[str]:
+    yield f"Up to {metrics.FEW} evaluations are drawn as dots"
+
+
+def gpu() -> Iterator[str]:
+    yield f'`"llmfast-checkup"` and {record.VERSION}'
+
+
+PAGES = {
+    "mtp.md": multi_token,
+    "how-it-works/optimizer.md": the_optimizer,
+    "how-it-works/bytes.md": bytes_moved,
+    "how-it-works/chunk-plan.md": chunk_plan,
+    "how-it-works/row-kernel.md": rows_of_logits,
+    "losses.md": losses,
+    "data.md": data,
+    "planning.md": planning,
+    "limits.md": limits,
+    "migration.md": migration,
+    "trainer.md": trainer,
+    "gpu.md": gpu,
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_of_a_page(page: str) -> None:
+    text, found = words_of(page), list(PAGES[page]())
+    assert found
+    for sentence in found:
+        assert " ".join(sentence.split()) in text, f"docs/{page} does not say: {sentence}"
