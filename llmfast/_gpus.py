@@ -41,6 +41,7 @@ A100 = _gpu("A100 80 GB SXM", 80, 2.039, 312, 19.5, 108 * 1.41)
 H100 = _gpu("H100 SXM", 80, 3.35, 989, 66.9, 132 * 1.98)
 B200 = _gpu("B200", 180, 8.0, 2250, 74.5, 148 * 1.965)
 MI300X = _gpu("MI300X", 192, 5.3, 1307, 163.4, 304 * 2.1)
+H100_NVL = _gpu("H100 NVL", 94, 3.9, 835, 60, 132 * 1.785)
 H200 = replace(H100, name="H200", memory=141 * GB, bandwidth=4.8e12)
 GPUS = (A100, H100, H200, B200, MI300X)  # GPUs used for modelled times
 
@@ -49,7 +50,10 @@ KNOWN = {
     "A100": A100,
     "A100-40": replace(A100, name="A100 40 GB SXM", memory=40 * GB, bandwidth=1.555e12),
     "H100": H100,
+    "H100-PCIe": _gpu("H100 PCIe", 80, 2.0, 756, 51, 114 * 1.755),
+    "H100-NVL": H100_NVL,
     "H200": H200,
+    "H200-NVL": replace(H100_NVL, name="H200 NVL", memory=141 * GB, bandwidth=4.8e12),
     "B200": B200,
     "B300": _gpu("B300", 288, 8.0, 2250, 75, 148 * 1.92),
     "GB200": _gpu("GB200", 186, 8.0, 2500, 80, 148 * 1.965),
@@ -70,20 +74,28 @@ def named(name: str) -> Gpu | None:
     if "laptop" in name.lower():  # laptop chips have the same names but other rates
         return None
     found = [gpu for gpu in KNOWN.values() if re.search(rf"\b{_model(gpu)}\b(?! (Ti|D|Super)\b)", name, re.IGNORECASE)]
-    return max(found, key=lambda gpu: (len(_model(gpu)), f"{gpu.memory // GB}GB" in name), default=None)
+    return max(found, key=lambda gpu: (len(_model(gpu)), gpu.memory // GB == _gigabytes(name)), default=None)
 
 
 def chosen(name: str) -> Gpu:
-    """Look up a GPU by the name that a user gives it: one of `KNOWN`, regardless of case, or a driver's.
+    """Look up a GPU by the name that a user gives it: one of `KNOWN` with or without spaces and hyphens, or a driver's.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or says a size of memory that this GPU does not have.
     """
-    short = {known.lower(): gpu for known, gpu in KNOWN.items()}
-    gpu = short.get(name.replace(" ", "").lower()) or named(name)
+    short = {known.lower().replace("-", ""): gpu for known, gpu in KNOWN.items()}
+    gpu = short.get(re.sub("[ -]", "", name).lower()) or named(name)
     if gpu is None:
         raise ValueError(f"--gpu must be one of {', '.join(KNOWN)}; got {name!r}")
+    if _gigabytes(name) not in (None, gpu.memory // GB):
+        raise ValueError(f"--gpu must be one of {', '.join(KNOWN)}: {gpu.name} has {gpu.memory // GB} GB; got {name!r}")
     return gpu
+
+
+def _gigabytes(name: str) -> int | None:
+    """Return the memory that a name contains, such as "40GB" or "40 gb"."""
+    found = re.search(r"(\d+) ?GB\b", name, re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 def _model(gpu: Gpu) -> str:

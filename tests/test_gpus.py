@@ -19,7 +19,10 @@ from llmfast.train.config import Config
         ("NVIDIA A100-SXM4-80GB", "A100 80 GB SXM"),
         ("NVIDIA A100-SXM4-40GB", "A100 40 GB SXM"),
         ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
         ("NVIDIA B200", "B200"),
         ("NVIDIA B300 SXM6 AC", "B300"),
         ("NVIDIA GB200", "GB200"),
@@ -75,6 +78,12 @@ def test_users_name_gpus_in_short_or_as_drivers_do() -> None:
         assert _gpus.chosen(short) is _gpus.chosen(short.lower()) is gpu
     assert _gpus.chosen("h100") is _gpus.H100 and _gpus.chosen("RTX 5070 Ti").memory == 16 * _gpus.GB
     assert _gpus.chosen("NVIDIA H100 80GB HBM3") is _gpus.H100 and _gpus.chosen("a100 80GB") is _gpus.A100
+    for name in ("a100 40gb", "A100 40 GB", "A100-40GB", "a100 40", "NVIDIA A100-SXM4-40GB"):
+        assert _gpus.chosen(name).memory == 40 * _gpus.GB
+    for name in ("h100 pcie", "H100PCIe", "NVIDIA H100 PCIe"):
+        assert _gpus.chosen(name).tensor_cores < 0.8 * _gpus.H100.tensor_cores
+    with pytest.raises(ValueError, match=r"A100-40, .*: RTX 4090 has 24 GB; got 'rtx 4090 48 gb'"):
+        _gpus.chosen("rtx 4090 48 gb")
     for unknown in ("H1000", "cpu", ""):
         with pytest.raises(ValueError, match=f"--gpu must be one of A100, A100-40, H100, .*; got '{unknown}'"):
             _gpus.chosen(unknown)

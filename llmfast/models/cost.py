@@ -33,11 +33,14 @@ class ParameterCount:
         return self.next_token - self.embedding
 
 
-def formula(*, again: bool) -> list[str]:
-    """Write in words how the seconds of a step are modelled, in two lines."""
+def formula(*, again: bool, gpus: int = 1) -> list[str]:
+    """Write in words how the seconds of a step are modelled, in three lines."""
+    several = gpus > 1
     return [
         "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)",
-        f"  / (utilisation * FLOPs per second of the data sheet){' * 4 / 3' if again else ''}",
+        f"  / ({f'{gpus} GPUs * ' if several else ''}utilisation * FLOPs per second of the data sheet)"
+        f"{' * 4 / 3' if again else ''}",
+        f"  launches{' and communication' if several else ''} are not in it",
     ]
 
 

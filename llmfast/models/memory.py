@@ -23,7 +23,6 @@ from llmfast.optim import Extras, FusedAdamW, FusedOptimizer
 from llmfast.optim.formats import MasterWeights, StateDtype
 
 Device = Literal["cuda", "cpu"]
-FITS = "fits"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class MemoryEstimate:
     gathered: int = 0  # FSDP2: parameters outside the blocks, whole from forward to backward
     buffers: int = 0  # FSDP2: whole parameters and gradients of the blocks at work, as they are and as they are sent
     unreduced: int = 0  # FSDP2: whole gradients of earlier micro-batches
-    begin: int = 0  # FSDP2: the whole model, in float32, before each device takes its shard
+    begin: int = 0  # the whole model, in float32, before it is sharded or takes another dtype
 
     @property
     def peak(self) -> int:
@@ -158,7 +157,8 @@ def estimate_memory(
         config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations
     )
     outside, block = _groups(model)
-    tied = (3 if accumulate > 1 or ranks > shards == 1 else 2) * V * D * bool(config.tie_embeddings)
+    buckets = ranks > 1 and shards == 1  # DDP's, which hold the gradients from step to step
+    tied = (3 if accumulate > 1 or buckets else 2) * V * D * bool(config.tie_embeddings)
     return MemoryEstimate(
         parameters=local * stored.itemsize,
         gradients=(max(p.numel() for p in own) if in_backward else local) * stored.itemsize,
@@ -170,11 +170,11 @@ def estimate_memory(
         loss_unfused=unfused + cast,
         loss_gradients=(rows + V) * D * stored.itemsize,
         tied_gradients=(max(tied, 2 * outside) if shards > 1 else tied) * stored.itemsize,
-        accumulate=accumulate > 1 or ranks > shards == 1,
+        accumulate=accumulate > 1 or buckets,
         gathered=outside * stored.itemsize if shards > 1 else 0,
         buffers=5 * block * stored.itemsize if shards > 1 else 0,
         unreduced=size * stored.itemsize if shards > 1 and accumulate > 1 else 0,
-        begin=4 * size if shards > 1 else 0,
+        begin=4 * size,
     )
 
 
@@ -248,11 +248,16 @@ def activation_bytes(
     return batch_size * T * token, batch_size * T * again
 
 
+def fits(need: int, have: int) -> bool:
+    """Return True if `need` bytes fit into `have` and leave a tenth of it free."""
+    return need <= 0.9 * have
+
+
 def verdict(need: int, have: int) -> str:
     """Say in words whether `need` bytes fit into `have`."""
     if need > have:
         return "too large"
-    return FITS if need <= 0.9 * have else "just fits"
+    return "fits" if fits(need, have) else "just fits"
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:

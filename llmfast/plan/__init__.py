@@ -11,7 +11,7 @@ is counted from shapes.
 
 from llmfast.models.cost import ParameterCount, StepCost, count_parameters, step_flops
 from llmfast.models.memory import PRECISIONS, MemoryEstimate, Precision, activation_bytes, estimate_memory
-from llmfast.optim.scaling import scale_lr
+from llmfast.optim.scaling import optimal_batch, optimal_lr, scale_lr
 from llmfast.plan.fit import Fit, fit_chinchilla, fit_power
 from llmfast.plan.laws import (
     BESIROGLU,
@@ -31,8 +31,6 @@ from llmfast.plan.laws import (
     PowerLaw,
     critical_batch,
     kaplan_optimal,
-    optimal_batch,
-    optimal_lr,
     training_flops,
 )
 from llmfast.plan.picture import plot_chinchilla, plot_power

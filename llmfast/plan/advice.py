@@ -11,7 +11,8 @@ from llmfast._checks import expect
 from llmfast._gpus import Gpu
 from llmfast._units import short
 from llmfast.models import DecoderConfig, cost
-from llmfast.models.memory import FITS, MemoryEstimate, verdict
+from llmfast.models.memory import MemoryEstimate, fits
+from llmfast.optim.scaling import optimal_batch, optimal_lr
 from llmfast.plan import laws
 from llmfast.plan.laws import Allocation, ChinchillaLaw
 
@@ -26,7 +27,8 @@ LEAST, MOST = 1e6, 1e13  # parameters that a plan is made for
 LEAST_TOKENS, MOST_TOKENS = 4096, 32768  # of a micro-batch: fewer keep no GPU busy, more gain nothing
 WARMUP = 2000  # steps, or a twentieth of a shorter run
 PAUSE = 1800  # seconds between checkpoints, or a tenth of a shorter run
-TEXT = "path/to/text"
+TEXT, TOKENS, TOKENIZER = "path/to/text", "path/to/tokens.ds", "path/to/tokenizer.json"
+READ_WHOLE = 1e9  # tokens: a source of text is read into the memory of every process
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,18 @@ class Shape:
     params: int
     batch: int  # rows per step
     steps: int
-    best_batch: float  # tokens, by `laws.optimal_batch`
+    best_batch: float  # tokens, by `optimal_batch`
     lr: float
     seconds: float  # modelled, of a step
 
     @property
     def tokens(self) -> int:
         return self.steps * self.batch * self.seq_len
+
+    @property
+    def mapped(self) -> bool:
+        """Its tokens have to be in files, which are memory-mapped: as text they would be too many."""
+        return self.tokens > READ_WHOLE
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,14 @@ def advise(machine: Machine, wish: Wish, law: ChinchillaLaw) -> Advice:
     To compute activations again takes a third more time per token, so a run of given length gets a smaller model.
 
     Raises:
-        ValueError: The wish is for a model so small or large that no plan is made for it.
+        ValueError: The wish is for a model so small or large that no plan is made for it, or the GPUs fill no machines.
     """
-    from llmfast.train.estimate import ways
+    from llmfast.train.estimate import NODE, ways
 
+    expect(
+        machine.gpus <= NODE or machine.gpus % NODE == 0,
+        f"--gpus must be at most {NODE}, those of a machine, or a multiple of {NODE}; got {machine.gpus}",
+    )
     shapes = {again: _shape(machine, wish, law, again=again) for again in (False, True)}
     tried: list[Tried] = []
     for way in ways(machine.gpus, small=True):
@@ -130,10 +141,6 @@ def advise(machine: Machine, wish: Wish, law: ChinchillaLaw) -> Advice:
 
 def decoder_for(params: float, vocab_size: int) -> DecoderConfig:
     """Choose the decoder that is nearest to `params` parameters and to `ASPECT`."""
-
-    def size(model: DecoderConfig) -> float:
-        D, F = model.width, model.hidden_ffn
-        return model.layers * (4 * D * D + 3 * D * F + 2 * D) + D + vocab_size * D * (2 - model.tie_embeddings)
 
     def decoders() -> Iterator[DecoderConfig]:
         for width in (*range(64, 1024, 64), *range(1024, 8192, 128), *range(8192, 2**17, 1024)):
@@ -152,21 +159,27 @@ def decoder_for(params: float, vocab_size: int) -> DecoderConfig:
     return found
 
 
+def size(model: DecoderConfig) -> int:
+    """Count the parameters of a decoder without further heads, as `cost.count_parameters` does but without modules."""
+    D, F = model.width, model.hidden_ffn
+    return model.layers * (4 * D * D + 3 * D * F + 2 * D) + D + model.vocab_size * D * (2 - model.tie_embeddings)
+
+
 def _shape(machine: Machine, wish: Wish, law: ChinchillaLaw, *, again: bool) -> Shape:
     """Choose the model, and the steps that it takes or that there is time for."""
     from llmfast.train.config import Config
 
     again_costs = cost.AGAIN if again else 1
-    counted = 1.0  # share of the run's FLOPs that 6 N D is
-    for _ in range(3):
-        _, model, seq_len = _sized(machine, wish, law, counted)
-        counted = 6 * cost.count_parameters(model).total / (cost.step_flops(model, 1, seq_len).flops * again_costs)
-    a, model, seq_len = _sized(machine, wish, law, counted)
-    params = cost.count_parameters(model).total
+    a, model, seq_len = _sized(machine, wish, law, counted=1.0)
+    # Time is for all FLOPs, of which the law counts only 6 N D: a share that the model decides.
+    for _ in range(0 if wish.seconds is None else 3):
+        counted = 6 * size(model) / (cost.step_flops(model, 1, seq_len).flops * again_costs)
+        a, model, seq_len = _sized(machine, wish, law, counted)
+    params = size(model)
     token = cost.step_flops(model, 1, seq_len).flops * again_costs
     tokens = (wish.tokens or a.tokens) if wish.seconds is None else wish.seconds * machine.rate / token
     flops = laws.training_flops(params, tokens)
-    best = laws.optimal_batch(flops)
+    best = optimal_batch(flops)
     batch = machine.gpus * 2 ** max(0, round(math.log2(best / (seq_len * machine.gpus))))
     step = cost.step_flops(model, batch * seq_len, seq_len)
     return Shape(
@@ -176,7 +189,7 @@ def _shape(machine: Machine, wish: Wish, law: ChinchillaLaw, *, again: bool) -> 
         batch=batch,
         steps=max(1, round(tokens / (batch * seq_len))),
         best_batch=best,
-        lr=float(f"{min(laws.optimal_lr(flops), Config().optimizer.lr):.2g}"),
+        lr=float(f"{min(optimal_lr(flops), Config().optimizer.lr):.2g}"),
         seconds=step.seconds(machine.gpu, torch.bfloat16, utilisation=machine.utilisation, again=again) / machine.gpus,
     )
 
@@ -197,9 +210,11 @@ def _settings(shape: Shape) -> dict[str, Any]:
     """Return the settings of the run, without those of the way to train it."""
     model = shape.model
     often = max(1, min(shape.steps // 10, int(float(f"{PAUSE / shape.seconds:.2g}"))))
+    text: dict[str, Any] = {"data.sources": TEXT, "data.vocab_size": model.vocab_size}
+    if shape.mapped:
+        text = {"data.sources": TOKENS, "data.tokenizer": TOKENIZER}
     return {
-        "data.sources": [TEXT],
-        "data.vocab_size": model.vocab_size,
+        **text,
         "data.seq_len": shape.seq_len,
         "model.width": model.width,
         "model.layers": model.layers,
@@ -217,10 +232,11 @@ def _settings(shape: Shape) -> dict[str, Any]:
 def _try(shape: Shape, machine: Machine, way: "Way") -> Tried:
     """Find the most rows at once that fit, or show the least that keep a GPU busy."""
     from llmfast.train.config import load_config
-    from llmfast.train.estimate import most_rows, overrides
+    from llmfast.train.estimate import most_rows
+    from llmfast.train.settings import overrides
 
     gpus, have, rows = machine.gpus, machine.gpu.memory, shape.batch // machine.gpus
     least, most = (min(rows, 2 ** int(math.log2(max(1, n // shape.seq_len)))) for n in (LEAST_TOKENS, MOST_TOKENS))
     config = load_config(None, overrides(_settings(shape) | way.settings))
     config, memory = most_rows(config, shape.model, gpus=gpus, gpu_memory=have, least=least, most=most)
-    return Tried(way, config.train.micro_batch_size, memory, verdict(memory.peak, have) == FITS)
+    return Tried(way, config.train.micro_batch_size, memory, fits(memory.peak, have))

@@ -1,6 +1,7 @@
 """`llmfast plan`: what to train for a budget, a law of your own runs, what a run takes, and learning rates."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
 from llmfast.plan.laws import Allocation, ChinchillaLaw, PowerLaw
 from llmfast.plan.picture import expect_format, plot_chinchilla, plot_power
 from llmfast.plan.runs import Run, model_config, read_run
-from llmfast.plan.screen import advice_lines, settings_lines
+from llmfast.plan.screen import advice_lines, remedies, settings_lines, smaller_model
 
 if TYPE_CHECKING:
     from llmfast.train.config import Config
@@ -31,6 +32,9 @@ SOURCES = {
     "besiroglu": ("Besiroglu et al. 2024", laws.BESIROGLU),
     "hoffmann": ("Hoffmann et al. 2022", laws.HOFFMANN),
 }
+# Options without a topic, by the names of what they are parsed to: those of any budget, and those of a planned run.
+BUDGET = {"flops": "--flops", "params": "--params", "tokens": "--tokens"}
+PLANNED = {"days": "--days", "seq_len": "--seq-len", "vocab_size": "--vocab-size", "settings": "--out"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,9 +124,8 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         if args.topic is not None:
-            for name in ("flops", "params", "tokens", "days", "seq_len", "vocab_size", "settings"):
-                option = "out" if name == "settings" else name.replace("_", "-")
-                expect(getattr(args, name) is None, f"--{option} before {args.topic} has no meaning")
+            for name, option in (BUDGET | PLANNED).items():
+                expect(getattr(args, name) is None, f"{option} before {args.topic} has no meaning")
         expect(args.gpus > 0, f"--gpus must be above 0; got {args.gpus}")
         expect(0 < args.utilisation <= 1, f"--utilisation must be above 0 and at most 1; got {args.utilisation}")
         lines = topics[args.topic](args)
@@ -146,10 +149,15 @@ def _budget(args: argparse.Namespace) -> list[str]:
         machine = Machine(_gpus.chosen(args.gpu), args.gpus, args.utilisation)
         advice = advise(machine, wish, law)
         lines = advice_lines(advice, machine, wish, source, law)
-        return [*lines, *settings_lines(advice, machine, args.settings)]
-    for name in ("days", "seq_len", "vocab_size", "settings"):
-        option = "out" if name == "settings" else name.replace("_", "-")
-        expect(getattr(args, name) is None, f"--{option} needs --gpu, for which a run is planned")
+        if advice.fits:
+            return [*lines, *settings_lines(advice, machine, args.settings)]
+        print("\n".join(lines))  # what is wrong with it can be seen there
+        need, smaller = advice.tried[-1].memory, smaller_model(advice, wish)
+        raise ValueError(
+            f"no way fits: {remedies(need, machine.gpu.memory, model=smaller, rows='a shorter --seq-len')}"
+        )
+    for name, option in PLANNED.items():
+        expect(getattr(args, name) is None, f"{option} needs --gpu, for which a run is planned")
     expect(args.gpus == 1, f"--gpus needs --gpu, one of {', '.join(_gpus.KNOWN)}")
     given = sum(x is not None for x in (wish.flops, wish.params, wish.tokens))
     chosen = wish.allocated(law, wish.flops)
@@ -190,17 +198,18 @@ def _cells(a: Allocation) -> tuple[str, str, str, str]:
 
 
 def _wish(args: argparse.Namespace) -> Wish:
-    flops, days, params, tokens = (number(f"--{n}", getattr(args, n)) for n in ("flops", "days", "params", "tokens"))
+    options = BUDGET | PLANNED
+    flops, days, params, tokens = (number(options[n], getattr(args, n)) for n in ("flops", "days", "params", "tokens"))
     expect(flops is None or days is None, "--flops and --days are both a budget; leave one out")
     given = sum(x is not None for x in (flops, days, params, tokens))
     also = "" if args.gpu is None else "--days, "
     expect(
         given > 0, f"plan needs {also}--flops, --params or --tokens, or one of fit, memory, lr; see llmfast plan --help"
     )
-    expect(given < 3, "a budget (--flops or --days), --params and --tokens: two of them say the third; leave one out")
+    expect(given < 3, "of a budget (--flops or --days), --params and --tokens, two determine the third; leave one out")
     sizes = []
     for name in ("seq_len", "vocab_size"):
-        size = number(option := f"--{name.replace('_', '-')}", getattr(args, name))
+        size = number(option := options[name], getattr(args, name))
         expect(
             size is None or (size == int(size) and 2 <= size <= 2**24),
             f"{option} must be a whole number in [2, 2^24]; got {size}",
@@ -301,8 +310,7 @@ def _written(args: argparse.Namespace) -> list[str]:
 
 def _memory(args: argparse.Namespace) -> list[str]:
     from llmfast.train.config import load_config
-    from llmfast.train.estimate import estimate_run, micro_batches, ways
-    from llmfast.train.settings import ConfigError
+    from llmfast.train.estimate import Way, estimate_run, micro_batches, ways
 
     config = load_config(args.config, args.set)
     epochs = config.train.epochs
@@ -315,6 +323,10 @@ def _memory(args: argparse.Namespace) -> list[str]:
     rows, parts = micro_batches(config, gpus)
     count = cost.count_parameters(model)
     how: dict[str, Any] = {"gpus": gpus, "gpu_memory": have}
+
+    def in_another(way: Way) -> MemoryEstimate:
+        return estimate_run(way.of(config), model, **how)
+
     estimate = estimate_run(config, model, **how)
     lines = [
         f"{short(count.total)} parameters, {short(count.embedding)} of them embeddings"
@@ -329,12 +341,10 @@ def _memory(args: argparse.Namespace) -> list[str]:
         "parameters and states kept in other ways, with the fused loss:",
     ]
     kept = [(p.name, partial(estimate_run, config, model, precision=p, **how)) for p in memory.PRECISIONS]
-    lines += _estimates(kept, ConfigError, have)
+    lines += _estimates(kept, have)
     lines += ["", "other ways to train; recomputing activations takes 4 / 3 of the time:"]
-    lines += _estimates(
-        [(way.name, partial(estimate_run, way.of(config), model, **how)) for way in ways(gpus)], ConfigError, have
-    )
-    if have is not None and memory.verdict(estimate.peak, have) != memory.FITS:
+    lines += _estimates([(way.name, partial(in_another, way)) for way in ways(gpus)], have)
+    if have is not None and not memory.fits(estimate.peak, have):
         lines.append(_what_fits(config, model, gpus, have))
     return [*lines, "", *_step_lines(config, model, args)]
 
@@ -350,7 +360,7 @@ def _sizes(config: "Config", e: MemoryEstimate, have: int | None) -> list[str]:
         ("copies of the matrices in bfloat16", e.weight_copies),
         ("parameters outside blocks, whole", e.gathered),
         ("... of blocks, and what is sent", e.buffers),
-        ("whole model before it is sharded", e.begin),
+        ("whole model in float32, to begin with", e.begin if e.begin > e.parameters else 0),
         ("loss, fused", e.loss),
         ("loss, all logits in memory", e.loss_unfused),
     ]
@@ -360,14 +370,14 @@ def _sizes(config: "Config", e: MemoryEstimate, have: int | None) -> list[str]:
     return [*lines, "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments"]
 
 
-def _estimates(
-    rows: Sequence[tuple[str, Callable[[], MemoryEstimate]]], refused: type[Exception], have: int | None
-) -> list[str]:
+def _estimates(rows: Sequence[tuple[str, Callable[[], MemoryEstimate]]], have: int | None) -> list[str]:
+    from llmfast.train.settings import ConfigError
+
     table: list[Sequence[str]] = [("", "parameters", "gradients", "states", "activations", "at most", "")]
     for name, estimate in rows:
         try:
             e = estimate()
-        except refused:  # the optimizer does not take these formats
+        except ConfigError:  # the optimizer does not take these formats
             continue
         kinds = (e.parameters, max(e.gradients, e.unreduced), e.optimizer, e.activations + e.weight_copies, e.peak)
         table.append((name, *map(in_bytes, kinds), _judged(e.peak, have)))
@@ -375,21 +385,22 @@ def _estimates(
 
 
 def _what_fits(config: "Config", model: DecoderConfig, gpus: int, have: int) -> str:
-    """Say which settings make it fit."""
+    """Say which settings make it fit, or what else would."""
     from llmfast.train.config import SCHEMA
-    from llmfast.train.estimate import most_rows, overrides, ways
-    from llmfast.train.settings import ConfigError
+    from llmfast.train.estimate import estimate_run, most_rows, ways
+    from llmfast.train.settings import ConfigError, overrides
 
+    e = estimate_run(config, model, gpus=gpus, gpu_memory=have)
     for way in ways(gpus, small=True):
         try:
             most = config.train.batch_size // gpus
             changed, e = most_rows(way.of(config), model, gpus=gpus, gpu_memory=have, least=1, most=most)
         except ConfigError:  # the optimizer does not take these formats
             continue
-        if memory.verdict(e.peak, have) == memory.FITS:
-            others = [(name, s.of(changed)) for name, s in SCHEMA.settings.items() if s.of(changed) != s.of(config)]
-            return "it fits with " + " ".join(f"--set {text}" for text in overrides(dict(others))).replace('"', "")
-    return "nothing of this fits: take a smaller model, shorter rows, or more GPUs"
+        if memory.fits(e.peak, have):
+            others = {name: s.of(changed) for name, s in SCHEMA.settings.items() if s.of(changed) != s.of(config)}
+            return "it fits with " + shlex.join(word for text in overrides(others) for word in ("--set", text))
+    return f"nothing of this fits: {remedies(e, have, model='a smaller model', rows='shorter rows')}"
 
 
 def _memory_there(args: argparse.Namespace) -> int | None:
@@ -422,8 +433,8 @@ def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace
         lines += [
             f"modelled on {f'{args.gpus} ' if args.gpus > 1 else ''}{gpu.name}: {duration(seconds)} per step, "
             f"{short(tokens / seconds)} tokens per second, {duration(seconds * t.steps)} in all",
-            *(f"  {line}" for line in cost.formula(again=again)),
-            f"  utilisation {args.utilisation:g} assumed; launches and communication are not in it",
+            *(f"  {line}" for line in cost.formula(again=again, gpus=args.gpus)),
+            f"  utilisation {args.utilisation:g} assumed",
         ]
     return lines
 

@@ -79,7 +79,8 @@ def fit_chinchilla(
             and D that only vary together, numbers that are not above 0, or a loss that falls with one of them alone.
     """
     n, d, losses = (_column(name, x) for name, x in (("N", N), ("D", D), ("loss", loss)))
-    expect(len(n) == len(d) == len(losses), f"N, D and loss must be as many; got {len(n)}, {len(d)}, {len(losses)}")
+    same = len(n) == len(d) == len(losses)
+    expect(same, f"N, D and loss must have the same length; got {len(n)}, {len(d)}, {len(losses)}")
     expect(len(n) >= 6, f"five constants need at least 6 runs; got {len(n)}")
     for name, x in (("N", n), ("D", d)):
         _expect_distinct(name, x)
@@ -119,7 +120,7 @@ def fit_power(
         ValueError: fewer than 4 runs or 3 different x, numbers that are not above 0, or a loss that does not fall.
     """
     points, losses = _column("x", x), _column("loss", loss)
-    expect(len(points) == len(losses), f"x and loss must be as many; got {len(points)} and {len(losses)}")
+    expect(len(points) == len(losses), f"x and loss must have the same length; got {len(points)} and {len(losses)}")
     expect(len(points) >= 4, f"three constants need at least 4 runs; got {len(points)}")
     _expect_distinct("x", points)
     found = _search(_Runs(np.log(points)[None], losses, delta, constant=floor), resamples, seed)

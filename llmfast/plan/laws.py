@@ -42,29 +42,6 @@ def critical_batch(loss: float, *, scale: float = 2e8, exponent: float = 0.21) -
     return float(scale / loss ** (1 / exponent))
 
 
-def optimal_batch(flops: float) -> float:
-    """Compute the best batch, in tokens, for a training of so many FLOPs: 0.2920 C^0.3271.
-
-    By DeepSeek LLM (Bi et al. 2024, arXiv:2401.02954, eq. 1), for AdamW. Values in a wide range around it are nearly as
-    good.
-
-    Raises:
-        ValueError: `flops` is not above 0.
-    """
-    _positive(flops=flops)
-    return float(0.2920 * flops**0.3271)
-
-
-def optimal_lr(flops: float) -> float:
-    """Compute the best highest learning rate at `optimal_batch`: 0.3118 C^-0.1250, by the same equation.
-
-    Raises:
-        ValueError: `flops` is not above 0.
-    """
-    _positive(flops=flops)
-    return float(0.3118 * flops**-0.1250)
-
-
 @dataclass(frozen=True)
 class Allocation:
     """A model size, the tokens to train it on, and the loss that a law predicts."""

@@ -1,21 +1,20 @@
 """A planned run in one screen, and the command that starts it."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmfast._commands import WRITTEN, columns, expect_replaceable
-from llmfast._units import duration, short
+from llmfast._units import duration, in_bytes, short
 from llmfast.models import cost
-from llmfast.models.memory import verdict
+from llmfast.models.memory import MemoryEstimate, fits, verdict
 from llmfast.plan import laws
-from llmfast.plan.advice import TEXT, Advice, Machine, Wish
+from llmfast.plan.advice import TEXT, TOKENIZER, TOKENS, Advice, Machine, Wish
 from llmfast.plan.laws import ChinchillaLaw
 
 USUAL = (0.3, 0.5)  # utilisations between which most runs of this size are
 SLACK = 0.01  # nats per token that hardly matter
-BYTES = 4.2  # of English text per token of a vocabulary of 32768
+BYTES = 4  # of English text per token, about: fewer with a small vocabulary
 WIDTH = 110  # columns
 
 
@@ -32,17 +31,18 @@ def advice_lines(advice: Advice, machine: Machine, wish: Wish, source: str, law:
         "second each, which is assumed:",
         f"  model    {short(N)} parameters: {model.layers} layers of width {model.width}, {model.heads} heads, "
         f"vocabulary of {model.vocab_size}{'' if model.tie_embeddings else ', untied'}",
-        f"  tokens   {short(D)}, {short(D / N)} per parameter; about {_bytes_of(BYTES * D)} of English text",
+        f"  tokens   {short(D)}, {short(D / N)} per parameter; {_bytes_of(BYTES * D)} of English text at about {BYTES} "
+        "bytes per token",
         f"  loss     {law.loss(N, D):.3f} nats per token by {source}, for the text and tokenizer of the law",
         f"  batch    {short(batch)} tokens: {shape.batch} rows of {shape.seq_len}; {shape.steps} steps. DeepSeek LLM "
         f"2024: 0.292 C^0.3271 = {short(shape.best_batch)}",
         f"  rate     {shape.lr:g} at its highest: 0.3118 C^-0.125 by the same, and at most the trainer's default",
         f"  time     {duration(whole)}, {duration(shape.seconds)} per step ({per_step[0]} at {USUAL[0]}, {per_step[1]} "
         f"at {USUAL[1]} of the peak), modelled:",
-        *(f"           {line}" for line in cost.formula(again=again)),
+        *(f"           {line}" for line in cost.formula(again=again, gpus=machine.gpus)),
         f"  sure?    for C = 6 N D = {flops:.3g}, {short(low)} to {short(high)} parameters come within {SLACK} nats of "
         "the best by this law;",
-        f"           {_other_laws(law, flops)}",
+        *(f"           {line}" for line in _other_laws(law, flops)),
         *_doubts(shape.best_batch, batch, machine.gpus),
         "",
         f"GiB on each GPU, modelled, for the rows that it takes at once; it has {gpu.memory / 2**30:.2f}, a tenth of "
@@ -53,23 +53,56 @@ def advice_lines(advice: Advice, machine: Machine, wish: Wish, source: str, law:
 
 
 def settings_lines(advice: Advice, machine: Machine, out: Path | None) -> list[str]:
-    """Say how to start the run, and write its settings to `out`; or say what would make it fit.
+    """Say how to start a run that fits, and write its settings to `out`.
 
     Raises:
         FileExistsError: `out` is a file that no command wrote.
     """
-    if not advice.fits:
-        need = advice.tried[-1].memory
-        larger = "a --gpu with more memory, fewer --params or a shorter --seq-len"
-        if need.begin == need.peak:
-            return ["", f"no way fits: each GPU holds the whole model in float32 before it is sharded; give {larger}"]
-        return ["", f"no way fits: give more --gpus, {larger}"]
-    command = _launcher(machine.gpus)
+    from llmfast.train.settings import write_value
+
+    command, machines = _launcher(machine.gpus)
+    within, then = ("", ":") if out is None else (f" in {out}", "; then:")
+    lines = [f"put your text in place of {TEXT}{within}{then}"]
+    if advice.shape.mapped:
+        ids = advice.shape.model.vocab_size
+        lines = [
+            "so much text cannot be read into memory: write its tokens once, with `llmfast clean --tokenizer` or",
+            f"llmfast.data.write_ds (docs/data.md). Put them in place of {TOKENS}, and their tokenizer, of about",
+            f"{ids} ids, in place of {TOKENIZER}{within}{then}",
+        ]
+    if machines > 1:
+        lines.append(f"run this on each of {machines} machines, with the first one's name in place of HOST:")
     if out is not None:
         _write(advice, out)
-        return ["", f"put your text in place of {TEXT} in {out}; then:", *_wrapped([*command, "--config", str(out)])]
-    flags = [part for name, value in advice.settings.items() for part in (f"--{name}", _flag(value))]
-    return ["", f"put your text in place of {TEXT}:", *_wrapped([*command, *flags])]
+        return ["", *lines, *_wrapped([*command, "--config", str(out)])]
+    flags = [part for name, value in advice.settings.items() for part in (f"--{name}", write_value(value))]
+    return ["", *lines, *_wrapped([*command, *flags])]
+
+
+def remedies(need: MemoryEstimate, have: int, *, model: str, rows: str) -> str:
+    """Say what would make a training fit that does not in its smallest way, for `have` bytes on each GPU.
+
+    Args:
+        need: What that way takes.
+        have: What there is.
+        model: How to ask for a smaller model.
+        rows: How to ask for shorter rows.
+    """
+    if not fits(need.begin, have):
+        whole = f"each GPU first holds the whole model in float32, {in_bytes(need.begin)}"
+        return f"{whole}: take a --gpu with more memory, or {model}"
+    kept = need.parameters + need.optimizer + need.gathered
+    found = ["more --gpus", "a --gpu with more memory", model, *([rows] if fits(kept, have) else [])]
+    return f"take {', '.join(found[:-1])} or {found[-1]}"
+
+
+def smaller_model(advice: Advice, wish: Wish) -> str:
+    """Say how to ask for a smaller model than that of a plan."""
+    if wish.params is not None:
+        return "fewer --params"
+    if wish.tokens is None or (wish.flops is None and wish.seconds is None):
+        return f"--params below {short(advice.shape.params)}"
+    return "a smaller --flops" if wish.seconds is None else "fewer --days"
 
 
 def _asked(wish: Wish) -> str:
@@ -80,19 +113,23 @@ def _bytes_of(n: float) -> str:
     return f"{n / 1e9:.3g} GB" if n < 1e12 else f"{n / 1e12:.3g} TB"
 
 
-def _other_laws(law: ChinchillaLaw, flops: float) -> str:
+def _other_laws(law: ChinchillaLaw, flops: float) -> list[str]:
     name, other = ("Besiroglu", laws.BESIROGLU) if law is laws.HOFFMANN else ("Hoffmann", laws.HOFFMANN)
     low, high = (short(N) for N in laws.FITTED)
-    return (
-        f"others' best: {short(other.optimal(flops).params)} ({name}), {short(laws.kaplan_optimal(flops).params)} "
-        f"(Kaplan, without embeddings); {low} to {high} were tried"
-    )
+    return [
+        f"best by other laws: {short(other.optimal(flops).params)} ({name}), "
+        f"{short(laws.kaplan_optimal(flops).params)} (Kaplan, without embeddings);",
+        f"Besiroglu's and Hoffmann's were fitted to models of {low} to {high} parameters",
+    ]
 
 
 def _doubts(best: float, batch: int, gpus: int) -> list[str]:
     if batch <= 2 * best:
         return []
-    return [f"           {gpus} GPUs need a batch of {batch / best:.1f} times the best: fewer lose less"]
+    return [
+        f"           With {gpus} GPUs the batch is {batch / best:.1f} times the best one, so tokens teach less; fewer "
+        "GPUs waste less"
+    ]
 
 
 def _memory_table(advice: Advice, have: int) -> list[str]:
@@ -109,18 +146,16 @@ def _memory_table(advice: Advice, have: int) -> list[str]:
     return [f"  {line}" for line in columns(rows)]
 
 
-def _launcher(gpus: int) -> list[str]:
+def _launcher(gpus: int) -> tuple[list[str], int]:
+    """Return the command without settings, and the number of machines that it has to run on."""
     from llmfast.train.estimate import NODE
 
     if gpus == 1:
-        return ["llmfast", "train"]
-    nodes, each = (gpus // NODE, NODE) if gpus > NODE and gpus % NODE == 0 else (1, gpus)
-    several = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"] if nodes > 1 else []
-    return ["torchrun", *several, "--nproc-per-node", str(each), "-m", "llmfast.cli", "train"]
-
-
-def _flag(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+        return ["llmfast", "train"], 1
+    machines = max(1, gpus // NODE)
+    several = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
+    start = ["torchrun", *(several if machines > 1 else []), "--nproc-per-node", str(gpus // machines)]
+    return [*start, "-m", "llmfast.cli", "train"], machines
 
 
 def _wrapped(words: Sequence[str]) -> list[str]:

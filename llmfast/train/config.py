@@ -18,7 +18,7 @@ from llmfast.data.token_files import SUFFIXES as TOKENS
 from llmfast.models.decoder import MTP, DecoderConfig
 from llmfast.models.depths import ConcatOrder, HiddenKind
 from llmfast.train.optimizers import OptimizerConfig
-from llmfast.train.settings import RUN, WEIGHTS, ConfigError, Schema, Tree, setting, shown
+from llmfast.train.settings import RUN, WEIGHTS, ConfigError, Schema, Tree, read_value, setting, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -396,12 +396,8 @@ def _parse_override(override: str) -> Tree:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override}: expected section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # more digits or brackets than Python takes, too
-        value = text.strip()
     *sections, leaf = _parts(key.strip())
-    tree: Tree = {leaf: value}
+    tree: Tree = {leaf: read_value(text)}
     for section in reversed(sections):
         tree = {section: tree}
     return tree

@@ -9,6 +9,7 @@ from llmfast.data.mixture import continued_weights
 from llmfast.data.split import Split
 from llmfast.models.llama import CONFIG
 from llmfast.train.config import Config, ModelConfig, load_config
+from llmfast.train.earlier import resume_command
 from llmfast.train.settings import ConfigError
 
 
@@ -52,7 +53,7 @@ def continued_config(
         if not general and replay:
             raise ConfigError(
                 f"--target is all that {run} was trained on, so nothing is left to replay: give --no-replay, or more "
-                f"steps to that run, llmfast train --resume --name {run.name} --set train.steps=..."
+                f"steps to that run, {resume_command(run.name, config.runs, 'train.steps=...')}"
             )
     _expect_apart(target, general)
     config.name = ""
@@ -79,16 +80,19 @@ def _place(source: str) -> str:
 
 
 def _expect_apart(target: Sequence[str], general: Sequence[str]) -> None:
-    known = {source_name(source)[0]: source for source in general}
+    """Raise ConfigError if new text is replayed as well, under whatever name, or if two sources have one name."""
+    replayed = {_place(source) for source in general}
+    names = {source_name(source)[0]: source for source in general}
+    for source in target:
+        if _place(source) in replayed:
+            raise ConfigError(f"--target {source} must not be replayed as well: leave it out of --general")
     for source in target:
         name, where = source_name(source)
-        if name not in known:
-            continue
-        if _place(source) == _place(known[name]):
-            raise ConfigError(f"--target {source} must not be replayed as well: leave it out of --general")
-        raise ConfigError(
-            f"--target must have another name than {known[name]}, which is replayed: give --target new-{name}={where}"
-        )
+        if name in names:
+            raise ConfigError(
+                f"--target must have another name than {names[name]}, which is replayed: give --target "
+                f"new-{name}={where}"
+            )
 
 
 def _settings(run: Path) -> Config:

@@ -1,6 +1,7 @@
 """Settings and tokenizer that a run takes over from an earlier one, and that must agree with its weights."""
 
 import hashlib
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,13 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     config.name, config.runs = run.name, str(run.parent)
     expect_resumable(saved_settings(run), config, run, str(run))
     return config
+
+
+def resume_command(name: str, runs: str, *changes: str) -> str:
+    """Return the command that resumes a run with such changes, `section.key=value`."""
+    settings = [*([] if runs == Config().runs else [f"runs={runs}"]), *changes]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    return shlex.join(["llmfast", "train", "--resume", "--name", name, *flags])
 
 
 def saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:

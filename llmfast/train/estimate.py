@@ -1,19 +1,18 @@
 """Memory that a run with given settings takes, estimated before it begins, and ways to take less."""
 
-import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from llmfast._gpus import GB
 from llmfast.models import DecoderConfig
-from llmfast.models.memory import FITS, MemoryEstimate, Precision, estimate_memory, verdict
+from llmfast.models.memory import MemoryEstimate, Precision, estimate_memory, fits
 from llmfast.train.config import Config, load_config
-from llmfast.train.parallel import World
-from llmfast.train.settings import ConfigError
-from llmfast.train.trainer import micro_batch_size
+from llmfast.train.parallel import World, micro_batch_size, shard_count
+from llmfast.train.settings import ConfigError, overrides
 
 NODE = 8  # GPUs in a machine, which share parameters faster than machines do
 
@@ -32,7 +31,7 @@ def estimate_run(
         ConfigError: The settings do not go together with so many GPUs.
     """
     t = config.train
-    if gpus > 1 and t.vocab_parallel:
+    if not is_modelled(config, gpus):
         raise ConfigError("train.vocab_parallel must be false: what it takes on several GPUs is not modelled; got True")
     rows, parts = micro_batches(config, gpus)
     precision = precision or Precision("as set", getattr(torch, t.param_dtype), **config.optimizer.formats)
@@ -48,8 +47,13 @@ def estimate_run(
         optimizer=config.optimizer.make,
         gpu_memory=gpu_memory or 80 * GB,
         ranks=gpus,
-        shards={"ddp": 1, "fsdp": gpus, "hsdp": t.shard_size}[t.parallel] if gpus > 1 else 1,
+        shards=shard_count(config, gpus),
     )
+
+
+def is_modelled(config: Config, gpus: int) -> bool:
+    """Return True if `estimate_run` knows what a run holds on each of so many GPUs."""
+    return gpus == 1 or not config.train.vocab_parallel
 
 
 def most_rows(
@@ -60,14 +64,33 @@ def most_rows(
     Raises:
         ConfigError: The settings do not go together, or not with so many GPUs.
     """
-    rows = most
-    while True:
-        config = load_config(None, [f"train.micro_batch_size={rows}"], base=config)
-        memory = estimate_run(config, model, gpus=gpus, gpu_memory=gpu_memory)
-        fewer = [n for n in range(least, rows) if most % n == 0]
-        if not fewer or verdict(memory.peak, gpu_memory) == FITS:
-            return config, memory
-        rows = fewer[-1]
+
+    def of(rows: int) -> tuple[Config, MemoryEstimate]:
+        changed = load_config(None, [f"train.micro_batch_size={rows}"], base=config)
+        return changed, estimate_run(changed, model, gpus=gpus, gpu_memory=gpu_memory)
+
+    found = of(most)
+    fewer = [rows for rows in _divisors(most) if least <= rows < most]
+    # All of a step's rows at once take no gradients of earlier ones, so they are not part of the search.
+    if fits(found[1].peak, gpu_memory) or not fewer:
+        return found
+    found, low, high = of(fewer[0]), 0, len(fewer)
+    if not fits(found[1].peak, gpu_memory):
+        return found
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = of(fewer[middle])
+        if fits(tried[1].peak, gpu_memory):
+            found, low = tried, middle
+        else:
+            high = middle
+    return found
+
+
+def _divisors(n: int) -> list[int]:
+    """List the divisors of `n`, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def micro_batches(config: Config, gpus: int = 1) -> tuple[int, int]:
@@ -124,8 +147,3 @@ def ways(gpus: int, *, small: bool = False) -> Iterator[Way]:
     for formats in (False, True)[: 1 + small]:
         for again in (False, True):
             yield from (replace(way, again=again, small=formats) for way in spread)
-
-
-def overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Write settings as `load_config` and the command line take them."""
-    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]

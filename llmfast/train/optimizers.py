@@ -11,6 +11,7 @@ from torch import nn
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
 from llmfast.optim.decay import DecayMode
 from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype
+from llmfast.optim.scaling import ScalingRule
 from llmfast.train.settings import RUN, By, ConfigError, fill, had, setting
 
 # Each optimizer, and where its defaults for training a language model are not those of its constructor. What other
@@ -115,7 +116,7 @@ class OptimizerConfig:
         le=1,
         aka=("min_lr", "min_lr_factor", "min_lr_ratio"),
     )
-    lr_scaling: Literal["none", "sqrt", "linear"] = setting(
+    lr_scaling: Literal["none", ScalingRule] = setting(
         "none", "how lr, which is for base_batch_size, follows train.batch_size"
     )
     base_batch_size: int = setting(0, "the batch size that lr is for, with lr_scaling", ge=0)

@@ -80,6 +80,41 @@ class World:
             dist.destroy_process_group()
 
 
+def micro_batch_size(config: Config, world: World) -> int:
+    """Return the rows that a rank processes at once.
+
+    Raises:
+        ConfigError: the batch does not divide into the ranks' micro-batches.
+    """
+    t = config.train
+    if t.batch_size % world.size:
+        raise ConfigError(f"train.batch_size={t.batch_size} does not divide by {world.size} ranks")
+    rows = t.micro_batch_size or t.batch_size // world.size
+    if t.batch_size % (rows * world.size):
+        raise ConfigError(
+            f"train.batch_size={t.batch_size} does not divide into micro-batches of {rows} rows on {world.size} ranks"
+        )
+    return rows
+
+
+def shard_count(config: Config, ranks: int) -> int:
+    """Return how many ranks share one set of parameters: 1 alone or with DDP.
+
+    Raises:
+        ConfigError: the ranks do not divide into sets of `train.shard_size`.
+    """
+    t = config.train
+    if ranks == 1 or t.parallel == "ddp":
+        return 1
+    if t.parallel == "fsdp":
+        return ranks
+    if ranks % t.shard_size:
+        raise ConfigError(
+            f"train.shard_size must divide the number of ranks, {ranks}, for train.parallel='hsdp'; got {t.shard_size}"
+        )
+    return t.shard_size
+
+
 def prepare_blocks(model: nn.Module, config: Config) -> None:
     """Compile the blocks and let them recompute activations, as the settings say; names of parameters do not change."""
     for block in blocks_of(model):
@@ -103,13 +138,13 @@ def spread(module: nn.Module, config: Config, world: World, own: Sequence[str] =
     if t.parallel == "ddp":
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(own))
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
+    shards = shard_count(config, world.size)
     if t.parallel == "fsdp":
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        mesh = init_device_mesh(world.device.type, (shards,))
     else:
-        if world.size % t.shard_size:
-            raise ConfigError(f"{world.size} ranks do not divide into sets of train.shard_size={t.shard_size}")
-        shape = world.size // t.shard_size, t.shard_size
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard")
+        )
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params={module.get_parameter(name) for name in own})

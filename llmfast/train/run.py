@@ -1,6 +1,5 @@
 """A run from its settings to its report: `llmfast train` is this."""
 
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,11 +22,17 @@ from llmfast.models.cost import step_flops
 from llmfast.train.checkpoint import load_weights
 from llmfast.train.config import Config, dump_config, expect_resumable
 from llmfast.train.durable import write_whole
-from llmfast.train.earlier import digest, expect_checkpoint_resumable, expect_weights_usable, saved_settings
-from llmfast.train.estimate import estimate_run
+from llmfast.train.earlier import (
+    digest,
+    expect_checkpoint_resumable,
+    expect_weights_usable,
+    resume_command,
+    saved_settings,
+)
+from llmfast.train.estimate import estimate_run, is_modelled
 from llmfast.train.finish import finish, held_out_entropy, whole_model
 from llmfast.train.metrics import plot_loss, print_table, read_metrics, say
-from llmfast.train.parallel import World
+from llmfast.train.parallel import World, micro_batch_size, shard_count
 from llmfast.train.parts import (
     choose_device,
     doubts,
@@ -41,7 +46,7 @@ from llmfast.train.parts import (
 )
 from llmfast.train.pretrained import copy_files, open_pretrained
 from llmfast.train.settings import ConfigError
-from llmfast.train.trainer import Hooks, Trainer, micro_batch_size
+from llmfast.train.trainer import Hooks, Trainer
 
 
 def train(
@@ -79,8 +84,9 @@ def train(
         saved = saved_settings(run)
         config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
         expect_resumable(saved, config, run, str(run))
-    micro_batch_size(config, world)
-    config.optimizer.make([torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))])  # or raise
+    micro_batch_size(config, world)  # or raise, as the next two
+    shard_count(config, world.size)
+    config.optimizer.make([torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))])
     if t.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")
     torch.manual_seed(t.seed)
@@ -97,11 +103,7 @@ def train(
     torch.manual_seed(t.seed + world.rank)  # what is random in training must differ between ranks
     _print_plan(config, data, order, model, f"{world.device} in {dtype}", world, console)
     if dry_run:
-        estimated = ""
-        if isinstance(model, Decoder):
-            peak = in_bytes(estimate_run(config, model.config, gpus=world.size).peak)
-            estimated = f"about {peak} on {'each' if world.size > 1 else 'a'} GPU, by `llmfast plan memory`; "
-        say(console, f"{estimated}nothing was trained")
+        say(console, f"{_memory_in_words(config, model, world.size)}nothing was trained")
         world.leave()
         return run
     trainer = Trainer(
@@ -172,6 +174,15 @@ def _print_plan(
             say(console, f"{name}: {packed}")
 
 
+def _memory_in_words(config: Config, model: nn.Module, gpus: int) -> str:
+    if not isinstance(model, Decoder):
+        return ""
+    if not is_modelled(config, gpus):
+        return "what train.vocab_parallel takes on several GPUs is not modelled; "
+    peak = in_bytes(estimate_run(config, model.config, gpus=gpus).peak)
+    return f"about {peak} on {'each' if gpus > 1 else 'a'} GPU, by `llmfast plan memory`; "
+
+
 def _resume(trainer: Trainer, config: Config, run: Path) -> None:
     """Go on from the newest checkpoint; errors are found before anything changes."""
     try:
@@ -219,14 +230,10 @@ def _interruptible(trainer: Trainer, config: Config, run: Path, console: Console
                 _remove(run, console)
             raise KeyboardInterrupt(f"no step was taken, and {run} was removed") from e
         if any(run.glob("checkpoint-*")):
-            raise KeyboardInterrupt(f"go on from the last checkpoint with: {_again(config)}") from e
+            raise KeyboardInterrupt(
+                f"go on from the last checkpoint with: {resume_command(config.name, config.runs)}"
+            ) from e
         raise KeyboardInterrupt(f"{run} has no checkpoint yet: start it again with --overwrite") from e
-
-
-def _again(config: Config) -> str:
-    """Return the command that resumes a run."""
-    elsewhere = [] if config.runs == Config().runs else ["--set", f"runs={config.runs}"]
-    return shlex.join(["llmfast", "train", "--resume", "--name", config.name, *elsewhere])
 
 
 def _fit(trainer: Trainer, config: Config, data: Dataset, console: Console) -> bool:
@@ -240,7 +247,8 @@ def _fit(trainer: Trainer, config: Config, data: Dataset, console: Console) -> b
     if whole is not None:
         finish(config, trainer, whole, data, before, console)
         return True
-    say(console, f"stopped after step {trainer.step} of {config.train.steps}; go on with: {_again(config)}")
+    again = resume_command(config.name, config.runs)
+    say(console, f"stopped after step {trainer.step} of {config.train.steps}; go on with: {again}")
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=held_out_entropy(config, data))
     return False
 

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,11 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LARGEST = 2**63 - 1  # what an int64 holds
 RUN, WEIGHTS = "run", "weights"
@@ -68,6 +74,26 @@ def had(section: Any, place: str) -> dict[str, Any]:
                 f"{', '.join(own)}; got {shown(value)}"
             )
     return own
+
+
+def read_value(text: str) -> Any:
+    """Read a setting's value as it is given on the command line: TOML, or text where it is not."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):  # more digits or brackets than Python takes, too
+        return text.strip()
+
+
+def write_value(value: str | float | list[str]) -> str:
+    """Write a setting's value as `read_value` reads it: text as it is, where that works."""
+    if isinstance(value, str) and read_value(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Write settings as `--set` takes them."""
+    return [f"{name}={write_value(value)}" for name, value in settings.items()]
 
 
 def setting(default: Any, meaning: str, *, kept: str = "", aka: Sequence[str] = (), **more: Any) -> Any:

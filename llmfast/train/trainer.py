@@ -22,7 +22,7 @@ from llmfast.train.checkpoint import Checkpoints, settings_of
 from llmfast.train.config import Config
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
-from llmfast.train.parallel import World, clip_grad_norm_, prepare_blocks, spread, syncing
+from llmfast.train.parallel import World, clip_grad_norm_, micro_batch_size, prepare_blocks, spread, syncing
 from llmfast.train.schedule import described, lr_of_step
 from llmfast.train.settings import ConfigError
 from llmfast.train.vocab_parallel import OfAllRanks, split_unembedding
@@ -459,20 +459,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def micro_batch_size(config: Config, world: World) -> int:
-    """Return the rows that a rank processes at once.
-
-    Raises:
-        ConfigError: the batch does not divide into the ranks' micro-batches.
-    """
-    t = config.train
-    if t.batch_size % world.size:
-        raise ConfigError(f"train.batch_size={t.batch_size} does not divide by {world.size} ranks")
-    rows = t.micro_batch_size or t.batch_size // world.size
-    if t.batch_size % (rows * world.size):
-        raise ConfigError(
-            f"train.batch_size={t.batch_size} does not divide into micro-batches of {rows} rows on {world.size} ranks"
-        )
-    return rows

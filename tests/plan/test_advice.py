@@ -11,10 +11,11 @@ import pytest
 
 from llmfast._gpus import chosen
 from llmfast.models.cost import AGAIN, count_parameters, step_flops
-from llmfast.plan import BESIROGLU, laws
-from llmfast.plan.advice import Advice, Machine, Wish, advise, decoder_for
+from llmfast.models.memory import MemoryEstimate
+from llmfast.plan import BESIROGLU, laws, optimal_batch, optimal_lr
+from llmfast.plan.advice import READ_WHOLE, Advice, Machine, Wish, advise, decoder_for, size
 from llmfast.plan.command import add_arguments, run
-from llmfast.plan.screen import WIDTH
+from llmfast.plan.screen import WIDTH, remedies
 from llmfast.train.config import decoder_config, load_config
 from llmfast.train.estimate import estimate_run
 
@@ -28,15 +29,15 @@ def advice(gpu: str, gpus: int, **wish: Any) -> tuple[Advice, Machine]:
 
 @pytest.fixture
 def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
-    """Run the command and return the lines that it prints."""
+    """Run the command and return the lines that it prints; where it refuses, the last one is the error."""
 
-    def call(*arguments: str) -> list[str]:
+    def call(*arguments: str, code: int = 0) -> list[str]:
         parser = argparse.ArgumentParser(prog="llmfast plan")
         add_arguments(parser)
-        assert run(parser.parse_args(arguments)) == 0
+        assert run(parser.parse_args(arguments)) == code
         out, err = capsys.readouterr()
-        assert err == ""
-        return out.splitlines()
+        assert err.count("\n") == (code > 0)
+        return [*out.splitlines(), *err.splitlines()]
 
     return call
 
@@ -44,6 +45,7 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
 @pytest.mark.parametrize("params", [1e6, 7e6, 124e6, 1.1e9, 2.9e9, 7e9, 70e9, 1e12])
 def test_a_decoder_has_about_the_parameters_that_it_should(params: float) -> None:
     model = decoder_for(params, 8192 if params < 1e8 else 32768)
+    assert size(model) == count_parameters(model).total
     close = 0.15 if params < 1e8 else 0.05 if params < 1e9 else 0.02
     assert count_parameters(model).total == pytest.approx(params, rel=close)
     if params > 1e8:
@@ -64,8 +66,8 @@ def test_the_run_takes_the_time_there_is_on_the_best_model(gpu: str, gpus: int, 
     spent = laws.training_flops(shape.params, shape.tokens)
     best = BESIROGLU.optimal(spent)
     assert BESIROGLU.loss(shape.params, shape.tokens) == pytest.approx(best.loss, abs=0.001)
-    assert 0.7 < shape.batch * shape.seq_len / laws.optimal_batch(spent) < 1.5
-    assert shape.lr == pytest.approx(min(laws.optimal_lr(spent), 1.5e-3), rel=0.05)
+    assert 0.7 < shape.batch * shape.seq_len / optimal_batch(spent) < 1.5
+    assert shape.lr == pytest.approx(min(optimal_lr(spent), 1.5e-3), rel=0.05)
 
 
 def test_the_first_way_that_fits_is_taken() -> None:
@@ -89,8 +91,10 @@ def test_what_is_given_is_kept() -> None:
     assert found.shape.tokens == pytest.approx(1e10, rel=0.02)
     assert found.shape.steps * found.shape.seconds == pytest.approx(DAY, rel=0.03)
     found, _ = advice("H100", 8, seconds=DAY, params=1e9, seq_len=1024, vocab_size=50304)
-    assert found.settings["data.seq_len"] == 1024 and found.settings["data.vocab_size"] == 50304
+    assert found.settings["data.seq_len"] == 1024 and found.shape.model.vocab_size == 50304
     assert found.shape.params == pytest.approx(1e9, rel=0.02)
+    found, _ = advice("H100", 8, params=3e7, tokens=6e8, vocab_size=50304)
+    assert found.settings["data.vocab_size"] == found.shape.model.vocab_size == 50304
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,9 @@ def test_the_command_starts_the_run_that_was_planned(
     options = ("--gpu", gpu, "--gpus", str(gpus), "--days", str(days))
     lines = plan(*options)
     assert len(lines) <= 35 and max(map(len, lines)) <= 120
-    start = lines.index("put your text in place of path/to/text:") + 1
+    start = next(i for i, line in enumerate(lines) if line.startswith(("  llmfast train", "  torchrun")))
+    machines = f"run this on each of {gpus // 8} machines, with the first one's name in place of HOST:"
+    assert (machines in lines) == (gpus > 8)
     assert max(map(len, lines[start:])) <= WIDTH + 2
     words = shlex.split(" ".join(line.removesuffix("\\") for line in lines[start:]))
     assert words[0] == ("torchrun" if gpus > 1 else "llmfast")
@@ -112,7 +118,17 @@ def test_the_command_starts_the_run_that_was_planned(
     config = load_config(None, [f"{name.removeprefix('--')}={value}" for name, value in zip(flags[::2], flags[1::2])])
 
     found, machine = advice(gpu, gpus, seconds=days * DAY)
-    assert decoder_config(config, config.data.vocab_size) == found.shape.model
+    assert decoder_config(config, found.shape.model.vocab_size) == found.shape.model
+    text = "\n".join(lines)
+    if found.shape.tokens < READ_WHOLE:
+        assert config.data.sources == ["path/to/text"] and "put your text in place of path/to/text:" in lines
+        assert config.data.vocab_size == found.shape.model.vocab_size and config.data.tokenizer == "bpe"
+    else:
+        assert config.data.sources == ["path/to/tokens.ds"] and config.data.tokenizer == "path/to/tokenizer.json"
+        assert (
+            "write its tokens once, with `llmfast clean --tokenizer` or\nllmfast.data.write_ds (docs/data.md)" in text
+        )
+        assert f"about\n{found.shape.model.vocab_size} ids, in place of path/to/tokenizer.json:" in text
     tokens = config.train.steps * config.train.batch_size * config.data.seq_len
     assert tokens == found.shape.tokens and config.optimizer.lr == found.shape.lr
     assert config.optimizer.warmup_steps < config.train.steps / 10
@@ -124,7 +140,8 @@ def test_the_command_starts_the_run_that_was_planned(
     written = plan(*options, "--out", str(tmp_path / "run.toml"))
     assert load_config(tmp_path / "run.toml") == config
     assert written[-1].endswith(f" --config {tmp_path}/run.toml")
-    assert written[: start - 1] == lines[: start - 1]
+    intro = next(i for i, line in enumerate(lines) if line.startswith(("put ", "so much text")))
+    assert written[:intro] == lines[:intro]
 
 
 def test_only_a_file_of_its_own_is_replaced(plan: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
@@ -141,14 +158,45 @@ def test_only_a_file_of_its_own_is_replaced(plan: Callable[..., list[str]], tmp_
 
 
 def test_what_fits_nowhere_says_so_and_starts_nothing(plan: Callable[..., list[str]], tmp_path: Path) -> None:
-    lines = plan(*["--gpu", "RTX4090", "--params", "13B", "--days", "1", "--out"], str(tmp_path / "run.toml"))
-    larger = "a --gpu with more memory, fewer --params or a shorter --seq-len"
-    assert lines[-1] == f"no way fits: give more --gpus, {larger}"
+    """The exit code tells a script not to start what an earlier plan has left in that file."""
+    out = ("--out", str(tmp_path / "run.toml"))
+    lines = plan("--gpu", "RTX4090", "--params", "13B", "--days", "1", *out, code=2)
+    error, whole = "llmfast: error: no way fits: ", "each GPU first holds the whole model in float32, "
+    assert lines[-1].startswith(f"{error}{whole}48.")
+    assert lines[-1].endswith(": take a --gpu with more memory, or fewer --params")
     assert sum("too large" in line for line in lines) == 4 and not (tmp_path / "run.toml").exists()
     assert not any("llmfast train" in line for line in lines)
-    lines = plan("--gpu", "H100", "--gpus", "64", "--days", "30")
-    whole = "each GPU holds the whole model in float32 before it is sharded"
-    assert lines[-1] == f"no way fits: {whole}; give {larger}"
+    lines = plan("--gpu", "RTX4090", "--params", "3B", "--days", "1", code=2)
+    assert lines[-1] == f"{error}take more --gpus, a --gpu with more memory or fewer --params"
+    lines = plan("--gpu", "H100", "--gpus", "64", "--days", "30", code=2)
+    N = advice("H100", 64, seconds=30 * DAY)[0].shape.params
+    assert whole in lines[-1] and lines[-1].endswith(
+        f": take a --gpu with more memory, or --params below {N / 1e9:.1f} B"
+    )
+    lines = plan("--gpu", "RTX4090", "--days", "4000", "--tokens", "10B", code=2)
+    assert lines[-1].endswith("take a --gpu with more memory, or fewer --days")
+
+
+def test_remedies_are_those_that_help() -> None:
+    """More GPUs do not help against what each of them holds whole, nor shorter rows against what rows do not take."""
+    nothing = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "recomputed", "weight_copies"), 0)
+    nothing |= dict.fromkeys(("loss", "loss_unfused", "loss_gradients", "tied_gradients"), 0)
+
+    def told(**held: int) -> str:
+        need = MemoryEstimate(**nothing | {"accumulate": False} | held)
+        return remedies(need, 1 << 30, model="M", rows="R")
+
+    assert told(begin=1 << 30, activations=1 << 40) == (
+        "each GPU first holds the whole model in float32, 1.00 GiB: take a --gpu with more memory, or M"
+    )
+    assert told(begin=1 << 29, activations=1 << 40) == "take more --gpus, a --gpu with more memory, M or R"
+    assert told(begin=1 << 29, optimizer=1 << 30) == "take more --gpus, a --gpu with more memory or M"
+
+
+def test_gpus_of_several_machines_fill_them(plan: Callable[..., list[str]]) -> None:
+    (line,) = plan("--gpu", "H100", "--gpus", "12", "--days", "1", code=2)
+    assert line.endswith("--gpus must be at most 8, those of a machine, or a multiple of 8; got 12")
+    assert any("--nproc-per-node 6 " in line for line in plan("--gpu", "H100", "--gpus", "6", "--days", "1"))
 
 
 def test_the_screen_says_how_sure_it_is(plan: Callable[..., list[str]]) -> None:
@@ -162,6 +210,8 @@ def test_the_screen_says_how_sure_it_is(plan: Callable[..., list[str]]) -> None:
     assert f"DeepSeek LLM 2024: 0.292 C^0.3271 = {shape.best_batch / 1e6:.2f} M" in text
     assert "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)" in text
     others = laws.HOFFMANN.optimal(spent).params, laws.kaplan_optimal(spent).params
-    assert f"others' best: {others[0] / 1e9:.2f} B (Hoffmann), {others[1] / 1e9:.2f} B (Kaplan, without emb" in text
+    best = f"{others[0] / 1e9:.2f} B (Hoffmann), {others[1] / 1e9:.2f} B (Kaplan, without embeddings)"
+    assert f"best by other laws: {best};" in text
+    assert "/ (8 GPUs * utilisation * FLOPs" in text and "launches and communication are not in it" in text
     crowd = plan("--gpu", "H100", "--gpus", "512", "--flops", "1e19")
-    assert any("512 GPUs need a batch of " in line and "times the best" in line for line in crowd)
+    assert any("With 512 GPUs the batch is 2.2 times the best one" in line for line in crowd)

@@ -141,13 +141,18 @@ def test_what_each_of_several_gpus_holds(plan: Callable[..., str]) -> None:
         )
     assert "it fits with" not in text
     fewer = plan("memory", *flags, "--gpus", "8", "--set=train.parallel=fsdp", "--gpu-memory", "8GiB")
-    assert "parameters outside blocks, whole" in fewer and "whole model before it is sharded" in fewer
+    assert "parameters outside blocks, whole" in fewer and "whole model in float32, to begin with" in fewer
     assert "at most at a time" in fewer and "too large (8.00 GiB)" in fewer
     changes = line(fewer, "it fits with ").replace("--set ", "--set=").split()
     assert any("checkpoint_activations=true" in change for change in changes)
     again = plan("memory", *flags, "--gpus", "8", "--gpu-memory", "8GiB", "--set=train.parallel=fsdp", *changes)
     assert line(again, "at most at a time").endswith("fits (8.00 GiB)") and "it fits with" not in again
-    assert "nothing of this fits" in plan("memory", *flags, "--gpus", "8", "--gpu-memory", "1GiB")
+    whole = "nothing of this fits: each GPU first holds the whole model in float32, 3.0"
+    assert whole in plan("memory", *flags, "--gpus", "8", "--gpu-memory", "1GiB")
+    rows = "nothing of this fits: take more --gpus, a --gpu with more memory, a smaller model or shorter rows"
+    assert rows in plan("memory", *flags, "--gpus", "8", "--gpu-memory", "3.5GiB", "--data.seq_len=65536")
+    assert "/ (8 GPUs * utilisation * FLOPs per second of the data sheet)" in text and " GPUs * util" not in alone
+    assert "launches and communication are not in it" in text and "launches are not in it" in alone
     seconds = [float(t.partition("modelled on ")[2].split(": ")[1].split()[0]) for t in (fewer, again)]
     assert seconds[1] == pytest.approx(seconds[0] * 4 / 3, rel=0.01)
     assert "* 4 / 3" in again and "* 4 / 3" not in fewer
@@ -211,6 +216,11 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
         (["--gpu", "cpu", "--days", "3"], "--gpu must be one of A100, A100-40, H100, "),
         (["--gpu", "H100", "--days", "1", "memory"], "--days before memory has no meaning"),
         (["--gpus", "3", "memory"], "train.batch_size=4 does not divide by 3 ranks"),
+        (
+            ["--gpus=12", "memory", "--train.parallel=hsdp", "--train.shard_size=8", "--train.batch_size=12"],
+            "train.shard_size must divide the number of ranks, 12, for train.parallel='hsdp'; got 8",
+        ),
+        (["--gpu", "H100", "--days", "1", "--params", "1B", "--tokens", "1B"], "two determine the third; leave one"),
         (["memory", "--gpus", "0"], "--gpus must be above 0; got 0"),
         (["--flops", "1", "--params", "1", "--tokens", "1"], "leave one out"),
         (["--flops", "much"], "--flops must be a number, such as 2.8e9 or 2.8B; got 'much'"),

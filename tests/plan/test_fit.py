@@ -198,7 +198,7 @@ def test_refuses_runs_that_do_not_determine_a_law() -> None:
     one = np.full_like(N, 1e9)
     for arguments, message in (
         ((N[:5], D[:5], loss[:5]), "five constants need at least 6 runs; got 5"),
-        ((N, D, loss[:-1]), "N, D and loss must be as many; got 16, 16, 15"),
+        ((N, D, loss[:-1]), "N, D and loss must have the same length; got 16, 16, 15"),
         ((one, D, loss), "N must take at least 3 values, more than 2 % apart, for an exponent; got 1"),
         ((N, one * np.linspace(1, 1.01, 16), loss), "D must take at least 3 values"),
         ((N, 20 * N, loss), "vary only together"),
@@ -212,7 +212,7 @@ def test_refuses_runs_that_do_not_determine_a_law() -> None:
     x, losses = curve(PowerLaw(1e9, 0.3, 1.5), 0)
     for points, given_losses, message in (
         (x[:3], losses[:3], "three constants need at least 4 runs; got 3"),
-        (x, losses[:4], "x and loss must be as many; got 30 and 4"),
+        (x, losses[:4], "x and loss must have the same length; got 30 and 4"),
         (x * 0 + 1, losses, "x must take at least 3 values"),
         (x, losses[::-1], "the loss of these runs does not fall with x"),
     ):

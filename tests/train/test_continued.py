@@ -1,7 +1,6 @@
 """Continued pretraining: from a run's weights, with the mixture, and what it says at the end."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -83,12 +82,16 @@ def test_a_source_that_the_run_has_read(settings: list[str], other: Path, corpus
     train(config)
 
 
-def test_sources_that_cannot_be_told_apart(before: Path, other: Path, corpus: Path, capsys: Any) -> None:
+def test_sources_that_cannot_be_told_apart(
+    before: Path, other: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on = f"llmfast train --resume --name before --set runs={before.parent} --set train.steps=..."
     named = ["continue", str(before), f"--general=mine={corpus}", "--set=train.steps=2", "--target"]
     for arguments, message in (
-        ([*named[:2], "--target", str(corpus)], "give --no-replay, or more steps to that run, llmfast train --resume"),
+        ([*named[:2], "--target", str(corpus)], f"give --no-replay, or more steps to that run, {on}"),
         ([*named, f"mine={other}"], f"which is replayed: give --target new-mine={other}"),
         ([*named, f"mine={corpus}/."], "must not be replayed as well: leave it out of --general"),
+        ([*named, f"new={corpus}/."], "must not be replayed as well: leave it out of --general"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

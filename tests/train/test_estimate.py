@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 from llmfast.data.packing import batch_of
 from llmfast.models import Decoder
 from llmfast.models.memory import MemoryEstimate
+from llmfast.train import estimate as estimates
 from llmfast.train.config import Config, decoder_config, load_config
-from llmfast.train.estimate import Way, estimate_run, micro_batches, most_rows, overrides, ways
+from llmfast.train.estimate import Way, estimate_run, micro_batches, most_rows, ways
 from llmfast.train.objective import FurtherTokens, NextToken
 from llmfast.train.parallel import World
 from llmfast.train.parts import make_optimizer
-from llmfast.train.settings import ConfigError
+from llmfast.train.settings import ConfigError, overrides
 from llmfast.train.trainer import Trainer
 from support.ranks import Ranks
 
@@ -115,6 +116,8 @@ def test_rows_of_a_step_are_divided_over_gpus() -> None:
         micro_batches(config, 3)
     whole = ["train.batch_size=16", "train.parallel=fsdp"]
     assert estimate(whole, 4).unreduced == 0 < estimate([*whole, "train.micro_batch_size=2"], 4).unreduced
+    with pytest.raises(ConfigError, match=r"train.shard_size must divide the number of ranks, 12, .*; got 8"):
+        estimate(["train.batch_size=12", "train.parallel=hsdp", "train.shard_size=8"], 12)
     with pytest.raises(ConfigError, match=r"train.vocab_parallel must be false: .*not modelled"):
         estimate(["train.vocab_parallel=true", "model.tie_embeddings=false"], 2)
 
@@ -151,3 +154,22 @@ def test_the_largest_micro_batch_that_fits() -> None:
         assert changed.train.micro_batch_size == rows and found.peak <= peak
     changed, _ = most_rows(config, model, gpus=1, gpu_memory=1 << 20, least=4, most=36)
     assert changed.train.micro_batch_size == 4
+
+
+def test_a_batch_of_any_size_is_searched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of rows has few divisors, and of those some ten are tried."""
+    most, tried = 1_000_000_000, list[int]()
+    config = load_config(None, [f"train.batch_size={most}", "train.steps=1", "data.tokenizer=bytes"])
+    model, counted = decoder_config(config, VOCABULARY), estimate_run
+
+    def counting(config: Config, *args: Any, **how: Any) -> MemoryEstimate:
+        tried.append(config.train.micro_batch_size)
+        return counted(config, *args, **how)
+
+    monkeypatch.setattr(estimates, "estimate_run", counting)
+    changed, found = most_rows(config, model, gpus=1, gpu_memory=80 * 10**9, least=1, most=most)
+    rows = changed.train.micro_batch_size
+    assert len(tried) <= 10 and most % rows == 0 and found.peak <= 0.9 * 80e9
+    larger = min(n for n in range(rows + 1, 2 * rows + 1) if most % n == 0)
+    changed.train.micro_batch_size = larger
+    assert counted(changed, model, gpu_memory=80 * 10**9).peak > 0.9 * 80e9

@@ -387,7 +387,7 @@ def check_refusals(rank: int, size: int) -> None:
     refused: list[tuple[dict[str, Any], bool, str]] = [
         ({"batch_size": 3}, False, "train.batch_size=3 does not divide by 2 ranks"),
         ({"micro_batch_size": 3}, False, "does not divide into micro-batches of 3 rows on 2 ranks"),
-        ({"parallel": "hsdp", "shard_size": 3}, False, "2 ranks do not divide into sets of train.shard_size=3"),
+        ({"parallel": "hsdp", "shard_size": 3}, False, "train.shard_size must divide the number of ranks, 2, "),
         ({"parallel": "ddp"}, True, "steps in backward needs train.parallel='fsdp'"),
         ({"parallel": "fsdp", "micro_batch_size": 4}, True, "needs all of a step's rows in one micro-batch"),
     ]
