@@ -1,5 +1,6 @@
 """A cache by content: what is kept, for how long, and that damage does no harm."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ def test_nothing_is_kept_of_short_texts_or_without_a_folder(kept: Path, monkeypa
     assert lengths(["abcd"])[1] and lengths(["abcd"])[1] and not kept.exists()
     monkeypatch.setenv("LLMFAST_CACHE", "")
     assert lengths(["abcdef"])[1] and lengths(["abcdef"])[1] and not kept.exists()
+
+
+def test_a_disk_that_is_full_keeps_nothing_of_an_entry(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert lengths(["abcdef"])[1] and lengths(["abcdef"])[1]
+    assert list(kept.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(kept: Path) -> None:

@@ -186,6 +186,16 @@ def test_wrong_weights_are_named(weights: dict[str, Any], message: str) -> None:
         mixture(weights=weights)
 
 
+def test_a_run_has_sequences_and_sources() -> None:
+    assert sum(mixture(total=1).counts(1).values()) == 1
+    with pytest.raises(ValueError, match="total must be positive; got 0"):
+        mixture(total=0)
+    with pytest.raises(ValueError, match="seed must not be negative; got -1"):
+        mixture(seed=-1)
+    with pytest.raises(ValueError, match="a mixture needs at least one source"):
+        Mixture({}, {}, total=1)
+
+
 def test_a_source_that_is_drawn_needs_rows() -> None:
     with pytest.raises(ValueError, match="source 'empty' has a weight but no rows"):
         Mixture({"seen": 10, "empty": 0}, {"seen": 1, "empty": "0->1"}, total=50)

@@ -141,6 +141,9 @@ def test_pack_errors() -> None:
     for low, high in ((-100, 99), (0, 2**31)):
         with pytest.raises(ValueError, match=r"token ids must be in \[0, 2\*\*31\)"):
             pack([ok, np.array([low, high])], 2, EOT)
+    for eot in (-1, 2**31):
+        with pytest.raises(ValueError, match=rf"eot_id must be in \[0, 2\*\*31\); got {eot}"):
+            pack([ok], 2, eot)
 
 
 def test_unigram_entropy() -> None:

@@ -493,6 +493,16 @@ def test_split_at_the_end_loses_no_document_and_adds_none(length: int, tmp_path:
         assert len(train) == 20 and len(validation[0]) == 1000
 
 
+def test_the_smallest_file_that_has_an_end(tmp_path: Path) -> None:
+    for n in (1, 2):
+        np.zeros(n, np.uint16).tofile(tmp_path / f"{n}.ds")
+        np.array([n], np.uint64).tofile(tmp_path / f"{n}.ds.index")
+    with pytest.raises(ValueError, match=r"held_out=0\.5 of 1 tokens leaves a part without any"):
+        read_ds(tmp_path / "1.ds", vocab_size=VOCAB).split(0.5, "end")
+    parts = read_ds(tmp_path / "2.ds", vocab_size=VOCAB).split(0.5, "end")
+    assert [part.num_tokens for part in parts] == [1, 1]
+
+
 @pytest.mark.parametrize("held_out", [0, 1, -0.5, 1.5])
 def test_split_shares(ds: Path, held_out: float) -> None:
     with pytest.raises(ValueError, match="held_out must be between 0 and 1"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD, scale_lr
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD
 
 PAIRS: list[tuple[Any, Any, dict[str, Any]]] = [
     (FusedAdamW, torch.optim.AdamW, {"amsgrad": True}),
@@ -162,13 +162,3 @@ def test_refuses_other_decay(cls: Any) -> None:
         cls([torch.ones(2)], decay="none")
     with pytest.raises(ValueError, match="above 0"):
         cls([torch.ones(2)], lr=0.0, decay="relative")
-
-
-def test_scaling_a_learning_rate() -> None:
-    assert scale_lr(0.1, 1024, 256) == pytest.approx(0.4)
-    assert scale_lr(1e-3, 1024, 256, rule="sqrt") == pytest.approx(2e-3)
-    for bad, message in (((0.0, 1, 1), "lr must"), ((1.0, 0, 1), "batch must"), ((1.0, 1, -1), "base_batch must")):
-        with pytest.raises(ValueError, match=message):
-            scale_lr(*bad)
-    with pytest.raises(ValueError, match="rule must"):
-        scale_lr(1.0, 1, 1, rule="cubic")  # type: ignore[arg-type]

@@ -203,6 +203,7 @@ def test_refuses_runs_that_do_not_determine_a_law() -> None:
         ((N, one * np.linspace(1, 1.01, 16), loss), "D must take at least 3 values"),
         ((N, 20 * N, loss), "vary only together"),
         ((N, D, -loss), r"loss must be finite and above 0; got \["),
+        ((N, np.where(D.max() == D, 0, D), loss), r"D must be finite and above 0; got \[0.0"),
         ((N, D, loss * np.nan), "loss must be finite"),
         ((N[None], D, loss), r"N must be one-dimensional; got shape \(1, 16\)"),
         ((N, D, 1 + N / N.max()), "the loss of these runs does not fall with"),

@@ -1,5 +1,6 @@
 """Files that survive a power failure."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ def test_a_file_and_its_name_are_on_disk_when_it_is_written(tmp_path: Path, monk
         disk.expect_names(tmp_path / "x.txt")
         assert [file.name for file in tmp_path.iterdir()] == ["x.txt"]
         assert (tmp_path / "x.txt").read_text() == text
+
+
+def test_no_handle_stays_open(tmp_path: Path) -> None:
+    write_whole(tmp_path / "x.txt", lambda path: path.write_text("a"))
+    before = os.dup(0)
+    os.close(before)
+    write_whole(tmp_path / "x.txt", lambda path: path.write_text("b"))
+    after = os.dup(0)  # the lowest number that is free
+    os.close(after)
+    assert after == before
 
 
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:

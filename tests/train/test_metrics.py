@@ -10,7 +10,15 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from llmfast.train.metrics import FEW, PLAIN_SECONDS, ProgressDisplay, plot_loss, print_table
+from llmfast.train.metrics import (
+    FEW,
+    PLAIN_SECONDS,
+    MetricsFile,
+    ProgressDisplay,
+    plot_loss,
+    print_table,
+    read_metrics,
+)
 
 
 @pytest.mark.parametrize("done", [0, 900])
@@ -27,6 +35,33 @@ def test_the_time_left_is_by_the_steps_of_this_start(done: int, monkeypatch: pyt
         f"step {done + steps}/1000  loss 2.500  12,345 tok/s  lr 1.0e-03  {left:.0f} s left"
         for steps, left in ((0, 0), (50, (950 - done) * 30 / 50), (100, (900 - done) * 60 / 100))
     ]
+
+
+def test_a_resumed_run_keeps_its_lines_up_to_where_it_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for resume_at, kept in ((0, []), (2, [1, 2]), (0, [])):
+        file = MetricsFile(path, resume_at=resume_at)
+        assert [line["step"] for line in read_metrics(path)] == kept
+        for step in range(resume_at + 1, 5):
+            file.write(step=step, tokens=10 * step)
+            assert read_metrics(path)[-1] == {"step": step, "tokens": 10 * step}  # at once
+        file.close()
+
+
+@pytest.mark.parametrize(
+    "line", ["1", "[]", "{}", '{"step": 1}', '{"step": 1, "tokens": NaN}', '{"step": "1", "tokens": 1}']
+)
+def test_lines_that_are_no_metrics(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="a line must be an object with the numbers step and tokens; got"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_terminal_shows_a_bar() -> None:
+    out = io.StringIO()
+    with ProgressDisplay(Console(file=out, width=200, force_terminal=True), 10, 0) as display:
+        display.show(4, 2.5, 1e-3, 12345.0)
+    assert "4/10" in out.getvalue() and "loss 2.500" in out.getvalue() and "\r" in out.getvalue()
 
 
 @pytest.mark.parametrize(
