@@ -71,7 +71,7 @@ def test_several_prompts(settings: list[str], tmp_path: Path, capsys: pytest.Cap
     assert out == "\n".join(wanted) and err.count("per second") == 3
     assert main(["generate", str(run), "--prompt=a", f"--prompt={'b' * 80}"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "the prompt must be shorter than the model's context of 64 tokens; got 80" in err
+    assert out == "" and "--prompt 2 of 2 must be shorter than the model's context of 64 tokens; got 80" in err
 
 
 def test_stops_at_the_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
