@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="the text to continue; what follows it is printed. Of several, one --prompt each, also the prompts",
+        help="the text to continue; repeat it for several, each of which is printed above its text",
     )
     parser.add_argument("--prefix", metavar="TEXT", help="fill in the middle: the text before the gap")
     parser.add_argument("--suffix", metavar="TEXT", help="fill in the middle: the text after the gap")
@@ -104,7 +104,7 @@ def _generate(args: argparse.Namespace) -> None:
     model = opened.model().to(device)
     for i, prompt in enumerate(prompts):
         if len(prompts) > 1:
-            _print(f"{chr(10) if i else ''}--- {args.prompt[i]}\n")
+            _print(("\n" if i else "") + f"--- {args.prompt[i]}\n")
         made, count = _Made(), min(args.max_tokens, opened.context - len(prompt))
         if drafts and args.speculative is not False:
             tokens = _speculative(model, prompt, count, sampler, made)
@@ -164,11 +164,12 @@ def _prompt_ids(args: argparse.Namespace, opened: "Opened") -> list[Any]:
         expect("" not in args.prompt, "--prompt must not be empty: a text begins with its own first token")
         start, encode = opened.tokenizer.start_ids, opened.tokenizer.encode
         prompts = [[*start, *encode(prompt).tolist()] for prompt in args.prompt]
-    longest = max(map(len, prompts))
-    expect(
-        longest < opened.context,
-        f"the prompt must be shorter than the model's context of {opened.context} tokens; got {longest}",
-    )
+    for i, ids in enumerate(prompts, 1):
+        which = f"--prompt {i} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        expect(
+            len(ids) < opened.context,
+            f"{which} must be shorter than the model's context of {opened.context} tokens; got {len(ids)}",
+        )
     return prompts
 
 

@@ -71,7 +71,7 @@ def test_several_prompts(settings: list[str], tmp_path: Path, capsys: pytest.Cap
     assert out == "\n".join(wanted) and err.count("per second") == 3
     assert main(["generate", str(run), "--prompt=a", f"--prompt={'b' * 80}"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "the prompt must be shorter than the model's context of 64 tokens; got 80" in err
+    assert out == "" and "--prompt 2 of 2 must be shorter than the model's context of 64 tokens; got 80" in err
 
 
 def test_stops_at_the_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +174,8 @@ def test_folders_without_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFi
         assert err.count("\n") == 1 and "RUN must be the folder of a run" in err and told in err
     run = tmp_path / "run"
     write_run(run, "data.fim_rate=0.5", tokenizer="bpe")
+    assert main(["generate", str(tmp_path), "--prompt=a"]) == 2
+    assert capsys.readouterr().err.endswith(f"got {tmp_path}; it holds runs: run\n")
     file = run / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8").replace("<|fim_", "<|mif_"), encoding="utf-8")
     assert main(["generate", str(run), "--prefix=a", "--suffix=b"]) == 2

@@ -220,9 +220,11 @@ class Decoder(nn.Module):
     ) -> list[Tensor]:
         """Return each prompt followed by `count` tokens, or by fewer where the token `stop` comes: it is then the last.
 
-        All prompts share the passes of the model. They begin with the tokens of the shortest; a longer one's next token
-        is its own as long as it has one. So nothing is padded, and without a temperature the tokens are those that
-        `generate` returns for each prompt alone.
+        All prompts share the passes of the model. The first one reads as many tokens of each as the shortest has; later
+        ones add a token each, which a longer prompt has itself. So prompts need no padding, but should be of similar
+        length: prompts of 1 and of 2000 tokens take 1999 passes before both are read. A text that has ended repeats its
+        last token until all have. Without a temperature, the tokens are those that `generate` returns for each prompt
+        alone, except where two logits are so close that the rounding of products of several rows decides.
 
         Raises:
             ValueError: As `generate`; or a prompt is not (T,) with T > 0, or `count` is negative.
@@ -231,6 +233,8 @@ class Decoder(nn.Module):
             ok = prompt.dim() == 1 and len(prompt) > 0
             expect(ok, f"prompts must be (T,) with T > 0; got {describe(prompt)} at {i}")
         expect(count >= 0, f"count must not be negative; got {count}")
+        if count == 0:
+            return list(prompts)
         choose, cache, rows = Sampler(temperature, top_p, generator), self.new_cache(), list(prompts)
         ends = [len(prompt) + count for prompt in prompts]
         length = min(map(len, prompts), default=0)  # of what the model reads

@@ -115,7 +115,9 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, steps: int, done: int, log_every: int = 1) -> None:
         self._console, self._steps = console, steps
-        self._least = self._every = log_every
+        magnitudes = [10**k for k in range(len(str(steps)) + 1)]
+        self._spaces = [log_every * times * size for size in magnitudes for times in (1, 2)]  # of lines, in steps
+        self._every = log_every
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -129,7 +131,7 @@ class ProgressDisplay:
         )
         self._task = self._bar.add_task("", total=steps, completed=done, loss="-", speed="-", lr="-")
         self._start, self._start_step = time.monotonic(), done
-        self._line, self._line_step = self._start, done
+        self._line_step, self._since_line = done, 0.0
 
     def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
@@ -141,30 +143,27 @@ class ProgressDisplay:
     def advance(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
 
-    def show(self, step: int, loss: float, lr: float, speed: float) -> None:
+    def show(self, step: int, loss: float, lr: float, speed: float, seconds: float) -> None:
+        """Show what was logged about the steps since the last call, in which so many seconds were spent on them."""
         self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", lr=f"{lr:.1e}", speed=f"{speed:,.0f}")
+        self._since_line += seconds
         first = self._line_step == self._start_step
         if self._console.is_terminal or not (first or step % self._every == 0 or step == self._steps):
             return
-        now = time.monotonic()
-        left = (now - self._start) / max(1, step - self._start_step) * (self._steps - step)
+        left = (time.monotonic() - self._start) / max(1, step - self._start_step) * (self._steps - step)
         say(
             self._console,
             f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tok/s  lr {lr:.1e}  {left:.0f} s left",
         )
         if step > self._line_step:
-            self._space_lines((now - self._line) / (step - self._line_step))
-        self._line, self._line_step = now, step
+            self._space_lines(self._since_line / (step - self._line_step))
+        self._line_step, self._since_line = step, 0.0
 
     def _space_lines(self, seconds: float) -> None:
-        """Choose the steps between lines for a step of so many seconds; each choice divides the longer ones."""
-        if seconds * self._every > 4 * PLAIN_SECONDS:  # the run has become slow
-            self._every = self._least
-        while self._every < self._steps:
-            longer = self._every * (5 if str(self._every // self._least).startswith("2") else 2)
-            if seconds * longer > PLAIN_SECONDS:
-                break
-            self._every = longer
+        """Choose the steps between lines for a step of so many seconds; they become fewer only if the run is slow."""
+        if seconds * self._every > 4 * PLAIN_SECONDS:
+            self._every = self._spaces[0]
+        self._every = max(n for n in self._spaces if n <= self._every or seconds * n <= PLAIN_SECONDS)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -196,7 +195,7 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     train = [(line["tokens"] / 1e6, line["loss"]) for line in lines if "loss" in line]
@@ -209,7 +208,11 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
     axes.axhline(unigram_entropy, linestyle=":", color="black", linewidth=1, label="unigram entropy of held-out text")
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.2)
-    figure.legend(frameon=False, loc="outside lower center")  # where it hides nothing
+    labels = axes.get_legend_handles_labels()[1]
+    columns = max(1, min(len(labels) // 4, 96 // (max(map(len, labels)) + 6)))  # 8 inches are about 96 characters wide
+    rows = -(-len(labels) // columns)
+    figure.set_size_inches(8, 3.9 + 0.21 * rows)  # the axes are as high with many sources as with few
+    figure.legend(frameon=False, loc="outside lower center", ncols=columns)  # where it hides nothing
     figure.savefig(picture, dpi=120)
 
 

@@ -170,7 +170,7 @@ class Trainer:
         self._lr_is_given = optimizer is self.optimizer or any(share != 1.0 for share in self._lr_shares)
         self.step = 0  # steps done
         self.sequences = 0  # read by all ranks: the next one's number
-        self.seconds = 0.0  # spent on steps, without evaluation
+        self.seconds = 0.0  # spent on steps, without evaluations and checkpoints
         self.tokens = 0  # valid labels of all ranks, up to the last line of the log
         self.skipped = 0  # steps whose gradient was not finite, up to then
         self.sums: Sums = self._nothing()  # since then
@@ -240,12 +240,12 @@ class Trainer:
                         hook.after_step(self)
                     if self.step % t.log_every == 0 or self.step == t.steps:
                         clock = self._log(lr, norm, clock)
+                    paused = time.perf_counter()
                     if self.step % t.eval_every == 0 or self.step == t.steps:
-                        paused = time.perf_counter()
                         self._evaluate()
-                        clock += time.perf_counter() - paused
                     if self.step % t.save_every == 0:
                         self.save()
+                    clock += time.perf_counter() - paused
             self.save()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
@@ -301,8 +301,8 @@ class Trainer:
             own = ", ".join(dict.fromkeys(f"{share * self.config.optimizer.lr:g}" for share in self._lr_shares))
             other = any("initial_lr" in group for group in self.optimizer.param_groups)
             self.say(
-                f"the settings' schedule is laid over the optimizer's own learning rate, {own}: {schedule}. It stays "
-                "as it is with optimizer.schedule='constant', warmup_steps=0 and lr_scaling='none'"
+                f"config.optimizer.schedule is laid over the optimizer's own learning rate, {own}: {schedule}. With "
+                "schedule='constant', warmup_steps=0 and lr_scaling='none' in config.optimizer the rate stays as it is"
                 + ("; what another scheduler sets is replaced in each step" if other else "")
             )
 
@@ -406,7 +406,7 @@ class Trainer:
         for hook in self.hooks:
             hook.on_log(self, values)
         self._write(self.tokens, **values)
-        self._display.show(self.step, loss, lr, speed)
+        self._display.show(self.step, loss, lr, speed, now - clock)
         self.sums, self.logged_step = self._nothing(), self.step
         most = self.config.train.max_skipped
         if most and self.skipped > most:

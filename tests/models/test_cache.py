@@ -123,7 +123,8 @@ def test_a_batch_shares_passes_and_its_random_numbers_repeat(monkeypatch: pytest
     assert read[: len(read) // 2] == [(2, 4), (2, 1), (2, 1), (2, 1), (2, 1)]
     assert [row.tolist() for row in one] == [row.tolist() for row in two] and [len(row) for row in one] == [7, 9]
     assert model.generate_batch([], 3, context=20) == []
-    assert torch.equal(model.generate_batch(prompts, 0, context=20)[1], prompts[1])
+    read.clear()
+    assert torch.equal(model.generate_batch(prompts, 0, context=20)[1], prompts[1]) and read == []
     with pytest.raises(ValueError, match=r"prompts must be \(T,\) with T > 0; got \(0,\) torch.int64 on cpu at 1"):
         model.generate_batch([prompts[0], prompts[0][:0]], 3, context=20)
     with pytest.raises(ValueError, match="count must not be negative; got -1"):

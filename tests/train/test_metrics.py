@@ -29,7 +29,7 @@ def test_the_time_left_is_by_the_steps_of_this_start(done: int, monkeypatch: pyt
     out = io.StringIO()
     with ProgressDisplay(Console(file=out, width=200), 1000, done) as display:
         for steps in (0, 50, 100):
-            display.show(done + steps, 2.5, 1e-3, 12345.0)
+            display.show(done + steps, 2.5, 1e-3, 12345.0, 2 * PLAIN_SECONDS)
             now += 2 * PLAIN_SECONDS
     assert out.getvalue().splitlines() == [
         f"step {done + steps}/1000  loss 2.500  12,345 tok/s  lr 1.0e-03  {left:.0f} s left"
@@ -65,23 +65,30 @@ def test_a_terminal_shows_a_bar() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"),
+    ("seconds", "evaluations", "shown"),
     [
-        ([0.5] * 100, [3, 30, 60, 90, 100]),  # lines 15 s apart
-        ([90.0, *[0.5] * 99], [3, 6, 30, 60, 90, 100]),  # the first step compiles
-        ([0.5] * 20 + [9.0] * 40, [3, 30, 33, 36, 39, 42, 45, 48, 51, 54, 57, 60]),  # a run that becomes slow
-        ([60.0] * 11, [3, 6, 9, 11]),
+        ([0.5] * 100, {}, [3, 30, 60, 90, 100]),  # lines 15 s apart
+        ([0.5] * 100, {40: 600.0}, [3, 30, 60, 90, 100]),  # an evaluation does not make steps slow
+        ([0.04] * 1000, {}, [3, 300, 600, 900, 1000]),
+        ([90.0, *[0.5] * 99], {}, [3, 6, 30, 60, 90, 100]),  # the first step compiles
+        ([0.5] * 20 + [9.0] * 40, {}, [3, 30, 33, 36, 39, 42, 45, 48, 51, 54, 57, 60]),  # a run that becomes slow
+        ([60.0] * 11, {}, [3, 6, 9, 11]),
     ],
 )
-def test_lines_are_at_even_steps(seconds: list[float], shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_at_even_steps(
+    seconds: list[float], evaluations: dict[int, float], shown: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     out = io.StringIO()
     with ProgressDisplay(Console(file=out, width=200), len(seconds), 0, log_every=3) as display:
+        since = 0.0
         for step, took in enumerate(seconds, 1):
-            now += took
+            now += took + evaluations.get(step, 0.0)
+            since += took
             if step % 3 == 0 or step == len(seconds):
-                display.show(step, 2.5, 1e-3, 12345.0)
+                display.show(step, 2.5, 1e-3, 12345.0, since)
+                since = 0.0
     assert [int(line.split("/")[0].removeprefix("step ")) for line in out.getvalue().splitlines()] == shown
 
 
@@ -90,7 +97,7 @@ def test_the_last_step_is_shown_however_soon_it_comes(monkeypatch: pytest.Monkey
     out = io.StringIO()
     with ProgressDisplay(Console(file=out, width=200), 3, 0) as display:
         for step in (1, 2, 3):
-            display.show(step, 2.5, 1e-3, 12345.0)
+            display.show(step, 2.5, 1e-3, 12345.0, 0.0)
     assert [line.partition("  ")[0] for line in out.getvalue().splitlines()] == ["step 1/3", "step 3/3"]
 
 
@@ -100,21 +107,44 @@ def test_tables_show_long_names_whole() -> None:
     assert "".join(line.split()[0] for line in out.getvalue().splitlines()[1:]) == name
 
 
+def picture(lines: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the figure that the loss of a run is drawn in."""
+    drawn: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (save(self, *args, **how), drawn.append(self))[0])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_loss(folder / "metrics.jsonl", folder / "loss.png", unigram_entropy=2.0)
+    return drawn[0]
+
+
 @pytest.mark.parametrize("count", [FEW, FEW + 1])
 def test_the_picture_joins_evaluations_if_they_are_many(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Test also that its legend hides none of them."""
-    drawn: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (save(self, *args, **how), drawn.append(self))[0])
     lines = [{"step": i, "tokens": 1000 * i, "validation": {"code": 4 - i / 9, "prose": 3.0}} for i in range(count)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", unigram_entropy=2.0)
-    (axes,) = drawn[0].axes
+    figure = picture(lines, tmp_path, monkeypatch)
+    (axes,) = figure.axes
     assert {line.get_linestyle() for line in axes.lines if "validation" in line.get_label()} == {
         "None" if count == FEW else "-"
     }
-    (legend,) = drawn[0].legends
-    renderer = drawn[0].canvas.get_renderer()
+    (legend,) = figure.legends
+    renderer = figure.canvas.get_renderer()
     assert not legend.get_window_extent(renderer).overlaps(axes.get_window_extent(renderer))
+
+
+@pytest.mark.parametrize("name", ["source{}", "a/rather/long/path/to/the/folder/of/texts/number{}"])
+def test_a_legend_of_many_sources_leaves_the_picture_its_size(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heights, tops = [], []
+    for sources in (1, 40):
+        losses = {name.format(i): 3 + i / 50 for i in range(sources)}
+        lines = [{"step": i, "tokens": 1000 * i, "validation": losses} for i in range(3)]
+        figure = picture(lines, tmp_path, monkeypatch)
+        renderer = figure.canvas.get_renderer()
+        heights.append(figure.axes[0].get_window_extent(renderer).height / figure.dpi)
+        legend = figure.legends[0].get_window_extent(renderer)
+        tops.append((legend.x0, figure.bbox.width - legend.x1, legend.y0))
+    assert heights[1] > 0.9 * heights[0] > 2
+    assert min(min(room) for room in tops) >= 0, "the legend is cut off"

@@ -26,6 +26,7 @@ from llmfast.cli import main
 from llmfast.train.config import Config, dump_config, load_config
 from llmfast.train.report import add_arguments, run, write_report
 from llmfast.train.report.charts import BUCKETS, HEIGHT, WIDTH, Chart, Drawn, Point, Series, thinned
+from llmfast.train.report.logs import read_log
 from llmfast.train.run import train
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -332,6 +333,19 @@ def test_lines_go_on_where_values_are_as_far_apart_as_usual(spaces: list[int], t
     assert len(figure.lines) == 1 and "gaps" not in figure.note
 
 
+@pytest.mark.parametrize("missing", [[(100, 150)], [(100, 150), (150, 200)], [(10, 60), (250, 300)]])
+def test_gaps_next_to_each_other_are_found(missing: list[tuple[int, int]], tmp_path: Path) -> None:
+    steps = [s for s in range(10, 311, 10) if not any(a < s < b for a, b in missing)]
+    figure = page(folder(tmp_path / "a", [logged(s) for s in steps])).figure("Learning rate")
+    assert len(figure.lines) == 1 + len(missing)
+
+
+def test_the_curve_of_two_evaluations_has_no_gap(tmp_path: Path) -> None:
+    lines = [*(logged(s) for s in range(2, 41, 2)), evaluated(0), evaluated(40)]
+    points = read_log(folder(tmp_path / "a", lines), "a").curve("validation_mean")
+    assert [p.step for p in points] == [0, 40]
+
+
 def test_what_never_changes_is_said(tmp_path: Path) -> None:
     constant = dict(
         lr=0.003, memory_bytes=300 * 2**20, tokens_per_s=12_345.6, shares={"code": 0.3, "prose": 0.7},
@@ -581,6 +595,14 @@ def test_what_is_no_run_is_refused(
     assert error.startswith("llmfast: error: ") and error.count("\n") == 1
     assert message in error and str(bad) in error
     assert not out.exists()
+
+
+def test_the_folder_of_runs_is_told_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(12):
+        folder(tmp_path / "runs" / f"run{i:02}", usual())
+    assert report(tmp_path / "runs") == 2
+    error = capsys.readouterr().err
+    assert "nor metrics.jsonl; it holds runs: run00, run01, " in error and error.endswith("run09 and 2 more\n")
 
 
 def test_only_a_page_of_its_own_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,10 +140,9 @@ def test_a_schedule_over_an_optimizers_own_rate_is_said(capsys: pytest.CaptureFi
         trainer.fit()
         return capsys.readouterr().out
 
-    usual = (
-        "the settings' schedule is laid over the optimizer's own learning rate, 0.02: 2 steps of warm-up, then cosine"
-    )
-    assert f"{usual} to 10 % at step 6. It stays as it is with" in said(0.02)
+    over = "config.optimizer.schedule is laid over the optimizer's own learning rate, "
+    usual = f"{over}0.02: 2 steps of warm-up, then cosine"
+    assert f"{usual} to 10 % at step 6. With schedule='constant', warmup_steps=0 and lr_sc" in said(0.02)
     assert usual in said(0.02, made=False)
     assert "; what another scheduler sets is replaced in each step" in said(0.02, other=True)
     linear: dict[str, Any] = {"warmup_steps": 0, "schedule": "linear", "final_lr": 0.5}

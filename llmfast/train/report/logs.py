@@ -5,14 +5,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import numpy as np
 
 from llmfast._checks import expect
 from llmfast.train.config import SCHEMA, Config, load_config
+from llmfast.train.earlier import runs_in
 from llmfast.train.metrics import number, read_metrics
 from llmfast.train.report.charts import Point
+
+EVALUATED = ("validation", "validation_mean")  # values of an evaluation's line; others are in lines of the log
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def read_log(folder: Path, name: str) -> Log:
     config, metrics, sample = folder / "config.toml", folder / "metrics.jsonl", folder / "sample.txt"
     expect(
         config.is_file() or metrics.is_file(),
-        f"{folder} is not the folder of a run: it has neither config.toml nor metrics.jsonl",
+        f"{folder} is not the folder of a run: it has neither config.toml nor metrics.jsonl{runs_in(folder)}",
     )
     settings = flat(load_config(config)) if config.is_file() else {}
     lines = read_metrics(metrics, losses=False) if metrics.is_file() else []
@@ -81,20 +85,33 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
         for name, value in line.items():
             for part, logged in _numbers(value).items():
                 curves.setdefault(name, {}).setdefault(part, []).append(Point(step, at, logged))
-    usual = float(np.median(np.diff(steps))) if len(steps) > 1 else 0.0
-    return {name: {part: _with_gaps(p, usual) for part, p in parts.items()} for name, parts in curves.items()}
+    usual = _usual([line["step"] for line in lines if "loss" in line])
+    rarer = max(usual, _usual([line["step"] for line in lines if "validation" in line]))
+    return {
+        name: {part: _with_gaps(points, rarer if name in EVALUATED else usual) for part, points in parts.items()}
+        for name, parts in curves.items()
+    }
+
+
+def _usual(steps: Iterable[float]) -> float:
+    """Return the steps that usually lie between two lines, counted from the beginning."""
+    apart = [b - a for a, b in pairwise(sorted({0, *steps}))]
+    return float(median_high(apart)) if apart else 0.0
 
 
 def _with_gaps(points: list[Point], usual: float) -> list[Point]:
     """Put a point without a number wherever values are missing.
 
-    That is between two points that are further apart than 1.5 times `usual`, the steps between two lines of the log,
-    and than 1.5 times the distances to their neighbours on both sides: evaluations are rarer, but as regular.
+    That is between two points that are further apart than 1.5 times `usual`, the steps between two lines of their kind,
+    unless three such distances follow each other: then values are rarer, but as regular.
     """
-    apart = [0.0, *(b.step - a.step for a, b in pairwise(points)), 0.0]
+    apart = [b.step - a.step for a, b in pairwise(points)]
+    # For each distance, the smallest of three in a row that it belongs to, where that is largest.
+    threes = [0.0, 0.0, *map(min, zip(apart, apart[1:], apart[2:])), 0.0, 0.0]
+    regular = map(max, zip(threes, threes[1:], threes[2:]))
     found = points[:1]
-    for i, (a, b) in enumerate(pairwise(points), 1):
-        if apart[i] > 1.5 * max(usual, apart[i - 1], apart[i + 1]):
+    for (a, b), distance, one in zip(pairwise(points), apart, regular):
+        if distance > 1.5 * max(usual, one):
             found.append(Point((a.step + b.step) / 2, (a.tokens + b.tokens) / 2, math.nan, logged=False))
         found.append(b)
     return found
