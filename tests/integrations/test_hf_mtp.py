@@ -49,8 +49,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
 # What they compute.
 
 
-def by_hand(model: Any, inputs: dict[str, Tensor], weights: list[float], documents: Tensor) -> Tensor:
-    """Compute the loss of a Llama with heads by calling its modules one by one, with logits."""
+def by_hand(model: Any, inputs: dict[str, Tensor], weights: list[float], documents: Tensor, **depths: Any) -> Tensor:
+    """Compute the loss of a Llama with heads by calling its modules one by one, with logits; `depths` of `add_mtp`."""
     ids, labels = inputs["input_ids"], inputs["labels"]
     T = ids.shape[1]
     trunk, last = model.model, model.model.layers[-1]
@@ -67,13 +67,19 @@ def by_hand(model: Any, inputs: dict[str, Tensor], weights: list[float], documen
     if hasattr(model.mtp, "blocks"):
         hiddens += [trunk.norm(block.layer(x, **asked)) for block in model.mtp.blocks]
     else:
-        h = out
-        for k, depth in enumerate(model.mtp.layers, 1):
+        post_norm = depths.get("hidden") == "post_norm"
+        h = hiddens[0] if post_norm else out
+        if depths.get("detach"):
+            h, embedded = h.detach(), embedded.detach()
+        for k in range(1, len(weights)):
+            depth = model.mtp.layers[0 if depths.get("repeated_layer") else k - 1]
             ahead = F.pad(embedded[:, k:], (0, 0, 0, k))
             inside = F.pad(documents[:, k:] == documents[:, :-k], (0, k))
-            joined = torch.cat([depth.enorm(ahead * inside[..., None]), depth.hnorm(h)], -1)
-            h = depth.block.layer(depth.eh_proj(joined), **asked)
-            hiddens.append(depth.norm(h))
+            parts = [depth.enorm(ahead * inside[..., None]), depth.hnorm(h)]
+            joined = torch.cat(parts[::-1] if depths.get("concat_order") == "hidden_first" else parts, -1)
+            x = depth.block.layer(depth.eh_proj(joined), **asked)
+            hiddens.append(depth.norm(x))
+            h = hiddens[-1] if post_norm else x
     total = torch.zeros(())
     for k, (hidden, weight) in enumerate(zip(hiddens, weights)):
         targets = F.pad(labels[:, k + 1 :], (0, k + 1), value=-100)
@@ -102,6 +108,33 @@ def test_loss_and_gradients_are_those_of_modules_called_by_hand(make: Make, kind
     wanted.backward()
     theirs = wanted.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
     assert_same(gradients(model, inputs), theirs)
+
+
+@pytest.mark.parametrize(
+    "depths",
+    [{"hidden": "post_norm"}, {"concat_order": "hidden_first"}, {"repeated_layer": True}, {"detach": True}],
+    ids=lambda depths: next(iter(depths)),
+)
+def test_depths_of_every_kind_are_modules_called_by_hand(make: Make, depths: dict[str, Any]) -> None:
+    weights = [1.0, 0.5, 0.25]
+    model = add_mtp(make("llama"), 2, "sequential", head_weights=weights, depths=depths)
+    for norm in (m for m in model.modules() if type(m).__name__.endswith("RMSNorm")):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)  # so that a state before its norm differs from one after it
+    model.zero_grad()
+    wanted = by_hand(model, batch(), weights, torch.zeros(2, 12, dtype=torch.long), **depths)
+    wanted.backward()
+    theirs = wanted.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert_same(gradients(model, batch()), theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_new_heads_are_in_the_models_mode(make: Make, kind: Any, training: bool) -> None:
+    model = make("gpt2", resid_pdrop=0.5).train(training)
+    modes = {name: m.training for name, m in model.named_modules()}
+    add_mtp(model, 2, kind)
+    assert {m.training for m in model.mtp.modules()} == {training}
+    assert all(dict(model.named_modules())[name].training == mode for name, mode in modes.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import llmfast_kernels.cross_entropy
+import llmfast_kernels.filtered_matmul
 import llmfast_kernels.scale
 from evidence.dry_run import reserve
 from evidence.pretend_cuda import pretending_cuda
@@ -37,7 +38,8 @@ def counted_memory() -> Iterator[Counts]:
         llmfast_kernels.cross_entropy, cross_entropy_kernel=Nothing(), cross_entropy_backward_kernel=Nothing()
     )
     scale = mock.patch.object(llmfast_kernels.scale, "scale_kernel", Nothing())
-    with cross_entropy, scale, pretending_cuda(), counting(dry=True) as counts:
+    product = mock.patch.object(llmfast_kernels.filtered_matmul, "filtered_matmul_kernel", Nothing())
+    with cross_entropy, scale, product, pretending_cuda(), counting(dry=True) as counts:
         yield counts
 
 
@@ -105,7 +107,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": F16},
     "softcap, smoothing and statistics": {"softcap": 30.0, "label_smoothing": 0.1, "return_stats": True},
     "targets to shift": {"shift": 1},
+    "weights that are cast": {"token_weights": "N", "class_weights": "V"},
+    "weights of targets": {"target_weights": "NK"},
 }
+
+
+def made(options: dict[str, Any], N: int, V: int) -> dict[str, Any]:
+    """Return options with arguments of these sizes in place of their names; weights are copied to float32."""
+    sizes = {"N": (N,), "V": (V,), "NK": (N, 2)}
+    return {name: reserve(*sizes[x], dtype=BF16) if x in sizes else x for name, x in options.items()}
 
 
 LAUNCHES = 400  # about as many are counted in a second
@@ -136,7 +146,8 @@ def test_a_budget_is_kept(model: str, N: int, call: str) -> None:
     heads, dtype = options.get("heads", 0), options.pop("dtype", BF16)
     tokens = (heads, N // heads) if heads else (N,)
     hidden, weight = leaf(*tokens, D, dtype=dtype), leaf(V, D, dtype=dtype)
-    targets = torch.zeros(tokens[-1], dtype=torch.int64)
+    targets = torch.zeros(tokens[-1], *([2] if "target_weights" in options else []), dtype=torch.int64)
+    options = made(options, N, V)
     least = least_of(hidden, weight, targets, **options)
     for budget in (least, *BUDGETS[:: 1 if call == "mean" else 2]):
         if budget >= least and 4 * N * V / budget < LAUNCHES:
@@ -145,6 +156,54 @@ def test_a_budget_is_kept(model: str, N: int, call: str) -> None:
                 run(hidden, weight, targets, memory_budget=budget, **options)
             gradients = hidden.nbytes + weight.nbytes
             assert counts.peak_bytes - gradients <= budget, budget
+
+
+@pytest.mark.parametrize("budget", [40 << 20, 64 << 20, 200 << 20])
+def test_two_kinds_of_heads_keep_to_one_budget(budget: int) -> None:
+    D, V = MODELS["Llama-3"]
+    hidden, weight = leaf(4, 256, D, dtype=BF16), leaf(V, D, dtype=BF16)
+    with counted_memory() as counts:
+        detached = [True, False, False, False]
+        run(hidden, weight, torch.zeros(256, dtype=torch.int64), 4, memory_budget=budget, detach_unembedding=detached)
+    assert budget / 3 < counts.peak_bytes - hidden.nbytes - weight.nbytes <= budget
+
+
+n, d, v = 1024, 64, 2048
+# What a call of these sizes copies of its arguments, and the bytes that this takes.
+COPIED: list[tuple[dict[str, Any], int]] = [
+    ({}, 0),
+    ({"shift": 1}, 8 * n),
+    ({"num_valid": 256}, 2 * 256 * 2 * d + 256 * 8),  # the rows and their gradient
+    ({"num_valid": 256, "token_weights": BF16}, 2 * 256 * 2 * d + 256 * (8 + 4)),
+    ({"num_valid": n}, 0),
+    ({"token_weights": BF16}, 4 * n),
+    ({"token_weights": F32}, 0),
+    ({"target_weights": BF16}, 4 * n),
+    ({"class_weights": BF16}, 4 * v),
+    ({"hidden": F32, "autocast": BF16}, 2 * n * d),
+    ({"hidden": F32, "weight": F32, "autocast": BF16}, 2 * (n + v) * d),
+    ({"hidden": "transposed"}, 0),
+    ({"hidden": "transposed", "weight": "transposed", "grad_filter": 1e-3}, 2 * (n + v) * d),
+]
+
+
+@pytest.mark.parametrize(("options", "bytes_"), COPIED, ids=str)
+def test_copies_of_arguments_count(options: dict[str, Any], bytes_: int) -> None:
+    sizes = {"hidden": (n, d), "weight": (v, d), "token_weights": (n,), "class_weights": (v,), "target_weights": (n, 1)}
+
+    def made(name: str, kind: Any) -> Tensor:
+        if kind == "transposed":
+            return torch.zeros(sizes[name][::-1], dtype=BF16).T
+        return torch.zeros(sizes[name], dtype=kind)
+
+    given = {"hidden": BF16, "weight": BF16} | options
+    autocast = given.pop("autocast", None)
+    tensors: Any = {name: made(name, given.pop(name)) for name in sizes if name in given}
+    targets = torch.zeros(n, *([1] if "target_weights" in tensors else []), dtype=torch.int64)
+    hidden, weight = tensors.pop("hidden").requires_grad_(), tensors.pop("weight").requires_grad_()
+    with counted_memory(), forced(None) as plans, torch.autocast("cuda", autocast, enabled=autocast is not None):
+        linear_cross_entropy(hidden, weight, targets, **tensors, **given)
+    assert [plan.call.held for plan in plans] == [bytes_]
 
 
 # Where sums are kept.
@@ -213,11 +272,13 @@ def test_a_float32_gradient_of_a_bfloat16_weight_is_not_rounded(path: str, mode:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("ignored", [0, 100])
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "label_smoothing": 0.1}, {"return_stats": True}], ids=str)
-def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, reduction: str, options: dict[str, Any]) -> None:
+def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, reduction: str, ignored: int, options: dict[str, Any]) -> None:
     N, D, V = 128, 32, 4096
     hidden, weight = (torch.randn(n, D).to(dtype).requires_grad_() for n in (N, V))
     targets = torch.randint(0, V, (N,))
+    targets[:ignored] = -100
 
     def held(budget: int) -> int:
         hidden.grad = weight.grad = None

@@ -333,6 +333,18 @@ def test_a_shift_does_not_cross_documents(path: str) -> None:
     assert losses.ne(0).tolist() == [True, False, False, False, False, False]
 
 
+def test_several_targets_of_a_token_move_together_within_its_document(path: str) -> None:
+    logits, targets = torch.randn(2, 6, 30), torch.randint(0, 30, (2, 6, 3))
+    ids = torch.tensor([[4, 4, 4, 9, 9, 4], [1, 1, 2, 2, 2, 2]])
+    for shift in (1, 2, 3, 6):  # as many tokens are left as there are targets, too
+        given: dict[str, Any] = {"shift": shift, "document_ids": ids, "reduction": "none"}
+        each = [cross_entropy(logits, targets[..., k], **given) for k in range(3)]
+        torch.testing.assert_close(cross_entropy(logits, targets, **given), torch.stack(each).sum(0))
+        for t, other in itertools.product(range(2), range(6)):
+            same = other + shift < 6 and ids[t, other] == ids[t, other + shift]
+            assert bool(each[0][t, other] != 0) == same
+
+
 def test_softcap_below_one_with_padding(path: str) -> None:
     # cut-cross-entropy and Liger-Kernel count padded columns as logits of -softcap.
     hidden, weight = torch.randn(4, 8), torch.randn(130, 8)

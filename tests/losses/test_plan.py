@@ -291,6 +291,20 @@ def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) ->
     assert found[128].eq(-0.75).all() and found[:128].eq(0).all()
 
 
+@pytest.mark.parametrize("rows", [200, 150])
+def test_a_gradient_filter_that_keeps_nothing_leaves_the_bias_alone(path: str, rows: int) -> None:
+    hidden, weight, bias = (torch.randn(*shape).mul(0.1).requires_grad_() for shape in ((200, 8), (300, 8), (300,)))
+    targets = torch.randint(0, 300, (200,))
+    with forced("chunk", rows=rows):
+        loss = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="sum", grad_filter=2.0)
+        d_hidden, d_weight, d_bias = gradients(loss, hidden, weight, bias)
+        whole = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="sum")
+        (wanted,) = gradients(whole, bias)
+    assert d_hidden.eq(0).all() and d_weight.eq(0).all()
+    assert wanted.abs().min() > 1e-3
+    torch.testing.assert_close(d_bias, wanted)
+
+
 def test_gradient_filter_is_refused_where_it_cannot_work() -> None:
     hidden, weight, targets = tensors()
     with pytest.raises(ValueError, match="grad_filter needs reduction"):

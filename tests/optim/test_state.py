@@ -256,6 +256,28 @@ def test_a_weight_that_was_set_to_something_else_has_no_old_bits(path: str) -> N
     assert torch.equal(other.master_value(of(other)[0]), torch.full((3,), 5.0))
 
 
+@pytest.mark.parametrize("later", ["step", "plan", "load"])
+def test_a_weight_that_is_set_alone_follows_its_float32_copy_until_a_state_is_loaded(path: str, later: str) -> None:
+    found = []
+    for set_alone in (False, True):
+        optimizer = FusedAdamW([torch.ones(3, dtype=BF16, requires_grad=True)], lr=0.01, master_weights="fp32")
+        train(optimizer, 2)
+        (p,) = of(optimizer)
+        if set_alone:
+            p.detach().fill_(5.0)
+        if later == "plan":
+            optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+        elif later == "load":
+            optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, 1)
+        found.append(optimizer.master_value(p))
+    untouched, touched = found
+    if later == "load":
+        assert (touched - 5.0).abs().max() < 0.02 and (untouched - 1.0).abs().max() < 0.04
+    else:
+        assert torch.equal(touched, untouched)
+
+
 @pytest.mark.parametrize("source", MASTERS)
 def test_lost_bits_are_told_of(path: str, source: Any) -> None:
     optimizer = FusedAdamW([torch.ones(3, dtype=BF16, requires_grad=True)], lr=0.01, master_weights=source)
