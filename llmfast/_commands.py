@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 MISTAKE = 2
 """Exit code for a user error."""
@@ -33,6 +33,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._load_settings is not None and self._settings is None:
             self._add_settings(self._load_settings)
+        self._expect_known(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(args, namespace)
         if wrong := [text for text in unknown if text.startswith("--")]:
             self._refuse(wrong[0].partition("=")[0])
@@ -40,6 +41,16 @@ class CommandParser(argparse.ArgumentParser):
             option = next(name for name in ("--target", "--data.sources") if name in self._option_string_actions)
             self.error(f"unrecognized argument {unknown[0]}; did you mean {option} {unknown[0]}?")
         return found, unknown
+
+    def _expect_known(self, args: Sequence[str]) -> None:
+        """Refuse an unknown option before a command: argparse would take its value for the command."""
+        commands = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        for text in args if commands else ():
+            if text in commands[0]:
+                return
+            option = text.partition("=")[0]
+            if option.startswith("--") and not any(known.startswith(option) for known in self._option_string_actions):
+                self._refuse(option)
 
     def _add_settings(self, load: Callable[[], Any]) -> None:
         try:
@@ -64,12 +75,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def _refuse(self, option: str) -> NoReturn:
         known = dict(zip(self._option_string_actions, self._option_string_actions))
+        # What an option takes may be in its name elsewhere: --gpu-count is --gpus COUNT.
+        known |= {f"{o}-{a.metavar.lower()}": o for o, a in self._option_string_actions.items() if _is_word(a.metavar)}
         if self._settings is not None:
             known |= {f"--{alias}": f"--{name}" for alias, name in self._settings.aliases.items()}
         exact = "--" + option.rpartition(".")[2].removeprefix("--").replace("-", "_")
         near = [exact] if exact in known else difflib.get_close_matches(option, known, n=1)
         said = "" if self._settings is None else self._settings.said(option.removeprefix("--"))
         self.error(f"unrecognized option {option}" + (f"; did you mean {known[near[0]]}?{said}" if near else ""))
+
+
+def _is_word(metavar: Any) -> TypeGuard[str]:
+    return isinstance(metavar, str) and metavar.isalpha()
 
 
 def fail(message: str) -> int:

@@ -67,6 +67,19 @@ def test_settings_are_flags_too(calls: dict[str, Any], capsys: pytest.CaptureFix
         assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_not_taken_for_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["plan", "--gpu", "H100", "--gpu-count", "8"], "unrecognized option --gpu-count; did you mean --gpus?"),
+        (["plan", "--vocabulary-size", "8"], "unrecognized option --vocabulary-size; did you mean --vocab-size?"),
+        (["--vresion", "train"], "unrecognized option --vresion; did you mean --version?"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2 and message in capsys.readouterr().err
+    assert main(["plan", "--flo", "1e20"]) == 0  # argparse completes what is unique
+    assert main(["plan", "lr", "--lr=1", "--base-batch=1", "--batch=4"]) == 0
+
+
 @pytest.mark.parametrize(("command", "option"), [(["train"], "--data.sources"), (["continue", "run"], "--target")])
 def test_text_without_an_option_is_told_where_it_goes(
     command: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

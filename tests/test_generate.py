@@ -174,6 +174,8 @@ def test_folders_without_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFi
         assert err.count("\n") == 1 and "RUN must be the folder of a run" in err and told in err
     run = tmp_path / "run"
     write_run(run, "data.fim_rate=0.5", tokenizer="bpe")
+    assert main(["generate", str(tmp_path), "--prompt=a"]) == 2
+    assert capsys.readouterr().err.endswith(f"got {tmp_path}; it holds runs: run\n")
     file = run / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8").replace("<|fim_", "<|mif_"), encoding="utf-8")
     assert main(["generate", str(run), "--prefix=a", "--suffix=b"]) == 2

@@ -75,14 +75,15 @@ def text_files(
 
     Folders are searched recursively; names that start with a dot are skipped. A .md, .py, .rst or .txt file is a
     document, and so is a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet. A single file may have any
-    suffix. In a folder written by `llmfast clean`, only `text/` is read. Text is UTF-8 (a .py file may declare another
-    encoding). Line ends become line feeds, and a byte order mark is removed.
+    suffix: another one is read as plain text. In a folder written by `llmfast clean`, only `text/` is read. Text is
+    UTF-8 (a .py file may declare another encoding). Line ends become line feeds, and a byte order mark is removed.
 
     Args:
         path: The folder or file.
         text_column: The column that holds the text; "" skips files with columns.
         say: Receives one line for each kind of skipped input (files of other kinds, blank files, invalid lines), with
-            the number and the first position. By default, these lines are warnings.
+            the number and the first position, and one if a file is read as plain text for want of a known suffix. By
+            default, these lines are warnings.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -96,6 +97,8 @@ def text_files(
     if root.is_file():
         expect_packages([root.name])
         found = Found([(root.name, root)], Counter(), [])
+        if not root.name.lower().endswith(kinds):
+            (say or warn)(f"{root} is read as plain text: its suffix is none of {', '.join(kinds)}")
     else:
         found = find(root, kinds)
     left, some = LeftOut(text_column), False

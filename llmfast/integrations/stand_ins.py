@@ -7,6 +7,7 @@ become `linear_cross_entropy` when they reach `torch.nn.functional.cross_entropy
 import copy
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
@@ -337,9 +338,11 @@ def _computed_first(operator: str) -> Any:
     return method
 
 
-_OF_TENSORS = ("getitem", "len", "iter", "array", "repr", "eq", "ne")
-for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "abs", "lt", "le", "gt", "ge", *_OF_TENSORS):
-    setattr(LazyLogits, f"__{_operator}__", _computed_first(f"__{_operator}__"))
+# Python looks operators up on the class: all that a tensor has, such as bool(x), `in` and x[0] = 1.
+_OBJECTS = {*object.__dict__} - {f"__{name}__" for name in ("repr", "format", "eq", "ne", "lt", "le", "gt", "ge")}
+for _operator in {x for x in dir(Tensor) if re.fullmatch("__[a-z]+__", x) and callable(getattr(Tensor, x))}:
+    if _operator not in {*LazyLogits.__dict__, *_OBJECTS, "__setstate__"}:
+        setattr(LazyLogits, _operator, _computed_first(_operator))
 
 
 def _name(function: Any) -> str:

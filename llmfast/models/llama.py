@@ -182,6 +182,8 @@ def _config(model: Decoder, depths: bool) -> dict[str, Any]:
 def decoder_config_of(values: dict[str, Any], file: Path) -> DecoderConfig:
     """Describe the decoder of a config.json; ValueError if there is none."""
     ours, depths = values.get("llmfast", {}), values.get("num_nextn_predict_layers", 0)
+    wrote = f"{file} must be of a model that llmfast wrote"
+    other = f"another one can be trained further: `llmfast train --model.pretrained {file.parent}`"
     try:
         c = DecoderConfig(
             vocab_size=values["vocab_size"],
@@ -195,17 +197,19 @@ def decoder_config_of(values: dict[str, Any], file: Path) -> DecoderConfig:
             mtp="sequential" if depths else "none",
             **{"mtp_heads": depths} | {name: ours[name] for name in _OWN if name in ours and depths},
         )
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{file} must be of a model that llmfast wrote: {type(e).__name__} {e}") from e
+    except KeyError as e:
+        raise ValueError(f"{wrote}; it is of a {values.get('model_type')!r} model and has no {e}; {other}") from e
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"{wrote}: {type(e).__name__} {e}") from e
     must = {"model_type": "llama", "num_key_value_heads": c.heads, "hidden_act": "silu", "rope_scaling": None}
     for field in fields(c):
         got, kind = getattr(c, field.name), int if field.default is MISSING else type(field.default)
         right = type(got) is kind or (kind is float and type(got) is int)
         right = right and (kind not in (int, float) or 0 <= got < _BEYOND)
-        expect(right, f"{file} must be of a model that llmfast wrote; its value for {field.name} is {got!r:.50}")
+        expect(right, f"{wrote}; its value for {field.name} is {got!r:.50}")
     for name, value in must.items():
         got = values.get(name, value)
-        expect(got == value, f"{file} must be of a model that llmfast wrote, with {name}={value!r}; got {got!r}")
+        expect(got == value, f"{wrote}, with {name}={value!r}; got {got!r}; {other}")
     return c
 
 

@@ -31,6 +31,13 @@ def resume_command(name: str, runs: str, *changes: str) -> str:
     return shlex.join(["llmfast", "train", "--resume", "--name", name, *flags])
 
 
+def runs_in(folder: Path) -> str:
+    """Say which runs a folder holds, at the end of a message that it is none itself; say nothing if it holds none."""
+    names = sorted(file.parent.name for file in folder.glob("*/config.toml"))
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"; it holds runs: {', '.join(names[:10])}{more}" if names else ""
+
+
 def saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:
     """Read the settings of a run, with overrides."""
     # A run that does not say which column is the text has read no files with columns.

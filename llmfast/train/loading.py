@@ -12,7 +12,7 @@ from llmfast.models import Decoder, DecoderConfig, load_llama
 from llmfast.models.llama import CONFIG, WEIGHTS, decoder_config_of, read_config
 from llmfast.train.checkpoint import load_weights, newest_step
 from llmfast.train.config import Config, decoder_config
-from llmfast.train.earlier import saved_settings
+from llmfast.train.earlier import runs_in, saved_settings
 from llmfast.train.pretrained import positions_of, read_model
 
 
@@ -74,7 +74,7 @@ def open_run(run: str | Path) -> Opened:
     expect(
         ours or exported,
         f"RUN must be the folder of a run, with config.toml, or one that `llmfast export` wrote; got {folder}"
-        + ("" if folder.exists() else ", which does not exist"),
+        + (runs_in(folder) if folder.exists() else ", which does not exist"),
     )
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if not ours:

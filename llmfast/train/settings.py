@@ -221,6 +221,7 @@ class Schema:
                 raise ConfigError(f"{place}: settings must be a table; got {shown(table)}")
             _lay(table, tree, places, place)
         self._forget(tree, base, places)
+        self._round(tree)
         try:
             config = self._adapter.validate_python(tree)
         except ValidationError as e:
@@ -237,6 +238,14 @@ class Schema:
             now = tree.get(section)
             if s.by and name not in places and isinstance(now, dict) and now["name"] != getattr(base, section).name:
                 del now[key]
+
+    def _round(self, tree: Tree) -> None:
+        """Make integers of whole numbers that are written as floats, such as 1e3, where an integer is wanted."""
+        for name, s in self.settings.items():
+            section, _, key = name.rpartition(".")
+            table = tree.get(section) if section else tree
+            if s.kind is int and isinstance(table, dict) and isinstance(x := table.get(key), float) and x.is_integer():
+                table[key] = int(x)
 
     def _refuse(self, error: ErrorDetails, tree: Tree, places: dict[str, str]) -> NoReturn:
         path = [str(part) for part in error["loc"]]

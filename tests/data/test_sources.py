@@ -96,8 +96,13 @@ def test_text_files_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_text_files_takes_one_file_of_any_suffix(tmp_path: Path) -> None:
-    (tmp_path / "notes.log").write_text("hello")
-    assert load(str(tmp_path / "notes.log")) == [Document("notes.log", "hello")]
+    """Say that one is read as plain text whose suffix may promise something else."""
+    said: list[str] = []
+    for name, told in (("notes.log", 1), ("rows.csv", 2), ("notes.TXT", 2)):
+        (tmp_path / name).write_text("hello")
+        assert load(str(tmp_path / name), say=said.append) == [Document(name, "hello")]
+        assert len(said) == told
+    assert said[1].startswith(f"{tmp_path}/rows.csv is read as plain text: its suffix is none of .md, ")
 
 
 def test_text_files_errors_name_what_is_wrong(tmp_path: Path) -> None:

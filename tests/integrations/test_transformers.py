@@ -241,7 +241,17 @@ def test_what_is_done_with_logits_in_eval_mode(make: Make) -> None:
     assert torch.equal(torch.softmax(ours, -1), theirs.softmax(-1)) and torch.equal(torch.cat([ours, ours])[:2], theirs)
     assert (np.asarray(ours.detach().cpu()) == theirs.detach().numpy()).all() and len(ours) == 2
     assert torch.equal(pickle.loads(pickle.dumps(ours.detach())), theirs) and repr(ours) == repr(theirs)
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor with more than one value is ambiguous"):
+        bool(ours)
+    assert theirs.max() in ours and theirs.max() + 1 not in ours and hash(ours) == hash(ours)
     with torch.no_grad():
+        last = model(**plain()).logits
+        last[:, -1] = 0
+        last[0, 0, 0] += 1
+        assert not last[:, -1].any() and last[0, 0, 0] == theirs[0, 0, 0] + 1
+        one = model(**plain()).logits
+        one -= one
+        assert not one.any() and torch.equal(+ours // 2, theirs // 2)
         again = model(**plain())
         assert torch.equal(copy.deepcopy(again).logits.detach(), theirs)
         assert torch.equal(pickle.loads(pickle.dumps(again.logits)), theirs)

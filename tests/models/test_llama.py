@@ -60,8 +60,10 @@ def test_refuses_other_models(change: dict[str, Any], message: str, tmp_path: Pa
         load_llama(tmp_path)
     del values["hidden_size"]
     for content, told in (
-        (json.dumps(values), "wrote: KeyError 'hidden_size'"), ("[1]", "must hold a table; got list"), ("{", "not JSON")
-    ):  # fmt: skip
+        (json.dumps(values), "of a 'llama' model and has no 'hidden_size'"),
+        ("[1]", "must hold a table; got list"),
+        ("{", "not JSON"),
+    ):
         file.write_text(content)
         with pytest.raises(ValueError, match=told):
             load_llama(tmp_path)
@@ -72,3 +74,14 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         load_llama(tmp_path)
+
+
+def test_a_model_of_others_is_told_where_it_goes(tmp_path: Path) -> None:
+    save_llama(decoder(), tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text()) | {"model_type": "gemma"}
+    del values["rope_theta"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="it is of a 'gemma' model and has no 'rope_theta'; another one can be") as e:
+        load_llama(tmp_path)
+    assert str(e.value).endswith(f"trained further: `llmfast train --model.pretrained {tmp_path}`")

@@ -31,6 +31,15 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
     assert load_config(file) == config
 
 
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nbatch_size = 2.0\n")
+    config = load_config(file, ["train.steps=1e3", "optimizer.lr=1"])
+    assert (config.train.steps, config.train.batch_size) == (1000, 2) and type(config.train.steps) is int
+    with pytest.raises(ConfigError, match=r"train.steps must be at most \d+; got 1000"):
+        load_config(None, ["train.steps=1e300"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

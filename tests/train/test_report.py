@@ -580,6 +580,14 @@ def test_what_is_no_run_is_refused(
     assert not out.exists()
 
 
+def test_the_folder_of_runs_is_told_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(12):
+        folder(tmp_path / "runs" / f"run{i:02}", usual())
+    assert report(tmp_path / "runs") == 2
+    error = capsys.readouterr().err
+    assert "nor metrics.jsonl; it holds runs: run00, run01, " in error and error.endswith("run09 and 2 more\n")
+
+
 def test_only_a_page_of_its_own_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = folder(tmp_path / "a", usual()), tmp_path / "notes.txt"
     out.write_text("weeks of work")

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmfast._checks import expect
 from llmfast.train.config import SCHEMA, Config, load_config
+from llmfast.train.earlier import runs_in
 from llmfast.train.metrics import number, read_metrics
 from llmfast.train.report.charts import Point
 
@@ -48,7 +49,7 @@ def read_log(folder: Path, name: str) -> Log:
     config, metrics, sample = folder / "config.toml", folder / "metrics.jsonl", folder / "sample.txt"
     expect(
         config.is_file() or metrics.is_file(),
-        f"{folder} is not the folder of a run: it has neither config.toml nor metrics.jsonl",
+        f"{folder} is not the folder of a run: it has neither config.toml nor metrics.jsonl{runs_in(folder)}",
     )
     settings = flat(load_config(config)) if config.is_file() else {}
     lines = read_metrics(metrics, losses=False) if metrics.is_file() else []
