@@ -6,9 +6,10 @@
     >>> source.shape, row.shape
     ((32,), (32,))
 
-The source and row of sequence i are a pure function of (seed, i). The order therefore does not depend on ranks, workers
-or micro-batches, and a checkpoint stores one integer, the number of consumed sequences. Every row of a source is used
-once before any is used twice. Future sequences can be changed: `from_here_on` leaves past ones unchanged.
+The source and row of sequence i are a pure function of (seed, i) and of the sources' rows and weights, not of their
+names. The order therefore does not depend on ranks, workers or micro-batches, nor on where the text is, and a
+checkpoint stores one integer, the number of consumed sequences. Every row of a source is used once before any is used
+twice. Future sequences can be changed: `from_here_on` leaves past ones unchanged.
 """
 
 import difflib
@@ -87,24 +88,27 @@ class Mixture:
     """
 
     def __init__(self, rows: Mapping[str, int], weights: Mapping[str, Weight], *, total: int, seed: int = 0) -> None:
-        self._set(rows, [Phase(0, total, dict(weights))], seed)
+        self._set(rows, [Phase(0, total, dict(weights))], seed, by_name=False)
 
-    def _set(self, rows: Mapping[str, int], phases: list[Phase], seed: int) -> None:
+    def _set(self, rows: Mapping[str, int], phases: list[Phase], seed: int, *, by_name: bool) -> None:
         expect(len(rows) > 0, "a mixture needs at least one source")
         expect(phases[-1].total > 0, f"total must be positive; got {phases[-1].total}")
         expect(seed >= 0, f"seed must not be negative; got {seed}")
         self.rows, self.phases, self.seed = dict(rows), phases, seed
-        self.sources = list(rows)
+        self.sources, self._by_name = list(rows), by_name
         self._shares = [_Shares(rows, phase) for phase in phases]
         self._known = 0, np.zeros(len(rows), np.int64)  # sequences each source had given before some sequence
         self._offset = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
         self._order = lru_cache(maxsize=2 * len(rows))(self._new_order)  # two epochs per source: a batch may span both
 
     @classmethod
-    def _of(cls, rows: Mapping[str, int], phases: list[Phase], seed: int) -> "Mixture":
+    def _of(cls, rows: Mapping[str, int], phases: list[Phase], seed: int, *, by_name: bool) -> "Mixture":
         made = cls.__new__(cls)
-        made._set(rows, phases, seed)
+        made._set(rows, phases, seed, by_name=by_name)
         return made
+
+    def _with(self, phases: list[Phase]) -> "Mixture":
+        return self._of(self.rows, phases, self.seed, by_name=self._by_name)
 
     def sequences(self, start: int, stop: int) -> tuple[Ints, Ints]:
         """Return source (an index into `sources`) and row of sequences `start` to `stop`, each (stop - start,)."""
@@ -135,12 +139,13 @@ class Mixture:
         """Return a copy that uses these weights from sequence `start` on; their points are fractions of `total`."""
         past = [phase for phase in self.phases if phase.start < start]
         if past and (past[-1].weights, past[-1].total) == (weights, total):
-            return self._of(self.rows, past, self.seed)
-        return self._of(self.rows, [*past, Phase(start if past else 0, total, dict(weights))], self.seed)
+            return self._with(past)
+        return self._with([*past, Phase(start if past else 0, total, dict(weights))])
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores with the number of consumed sequences, so that the past stays unchanged."""
-        return {"rows": self.rows, "seed": self.seed, "phases": [phase._asdict() for phase in self.phases]}
+        phases = [phase._asdict() for phase in self.phases]
+        return {"rows": self.rows, "seed": self.seed, "by_name": self._by_name, "phases": phases}
 
     def resumed(self, state: Mapping[str, Any], consumed: int) -> "Mixture":
         """Return this mixture's weights from sequence `consumed` on, after the past in `state` and with its seed.
@@ -153,7 +158,8 @@ class Mixture:
             # The order must match too: a batch refers to sources by number.
             same = [*then.items()] == [*self.rows.items()]
             expect(same, f"the sources' rows have changed: they were {then}, and are {self.rows}")
-            past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"])
+            by_name = state.get("by_name", True)  # earlier versions did not say it
+            past = self._of(then, [Phase(**phase) for phase in state["phases"]], state["seed"], by_name=by_name)
         except (LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"this is not the state of a mixture: {state!r:.200}") from e
         return past.from_here_on(consumed, self.phases[-1].weights, total=self.phases[-1].total)
@@ -165,7 +171,7 @@ class Mixture:
 
     def table(self) -> list[tuple[str, ...]]:
         """Return a line per source: rows, share at the start and at the end, sequences and epochs of the whole run."""
-        first, last = self._of(self.rows, self.phases[:1], self.seed).shares(0.0), self.shares(1.0)
+        first, last = self._with(self.phases[:1]).shares(0.0), self.shares(1.0)
         given, epochs = self._given(), self.epochs()
         lines: list[tuple[str, ...]] = [("source", "rows", "share", "sequences", "epochs")]
         for name, rows in self.rows.items():
@@ -186,8 +192,10 @@ class Mixture:
         }
 
     def _new_order(self, source: int, epoch: int) -> Ints:
+        """Order a source's rows by its number: by name, which may be a path, moved text would be read otherwise."""
         name = self.sources[source]
-        return permutation(self.rows[name], self.seed, epoch, *name.encode("utf-8", "surrogateescape"))
+        key = name.encode("utf-8", "surrogateescape") if self._by_name else (source,)
+        return permutation(self.rows[name], self.seed, epoch, *key)
 
     def _counts_before(self, stop: int) -> Ints:
         at, counts = self._known if self._known[0] <= stop else (0, np.zeros(len(self.rows), np.int64))

@@ -209,6 +209,22 @@ def test_seeds_and_sources_have_orders_of_their_own() -> None:
     assert not np.array_equal(row[source == 0][:50], row[source == 1][:50])
 
 
+def test_names_have_no_part_in_the_order() -> None:
+    """Text that is moved is read in the same order: a source without a name is called by its path."""
+    here, there = (Mixture({f"{place}/a": 50, f"{place}/b": 50}, {}, total=300, seed=1) for place in ("x", "y/z"))
+    assert np.array_equal(np.stack(here.sequences(0, 300)), np.stack(there.sequences(0, 300)))
+
+
+def test_checkpoints_of_earlier_versions_keep_their_order_by_name() -> None:
+    state = mixture().state()
+    assert not state.pop("by_name")
+    resumed = mixture().resumed(state, 5000)
+    assert resumed.state()["by_name"] and resumed.resumed(resumed.state(), 6000).state()["by_name"]
+    source, row = resumed.sequences(0, 20_000)
+    first = row[source == list(ROWS).index("code")][:90]
+    assert np.array_equal(first, permutation(90, 3, 0, *b"code"))
+
+
 def test_permutations_are_even() -> None:
     """Check that each row is equally frequent at each place, and that the stream never changes."""
     counts = np.zeros((10, 10))

@@ -60,8 +60,10 @@ def test_refuses_other_models(change: dict[str, Any], message: str, tmp_path: Pa
         load_llama(tmp_path)
     del values["hidden_size"]
     for content, told in (
-        (json.dumps(values), "of a 'llama' model and has no 'hidden_size'"), ("[1]", "must hold a table; got list"), ("{", "not JSON")
-    ):  # fmt: skip
+        (json.dumps(values), "of a 'llama' model and has no 'hidden_size'"),
+        ("[1]", "must hold a table; got list"),
+        ("{", "not JSON"),
+    ):
         file.write_text(content)
         with pytest.raises(ValueError, match=told):
             load_llama(tmp_path)
