@@ -60,7 +60,7 @@ def test_lines_that_are_no_metrics(line: str, tmp_path: Path) -> None:
 def test_a_terminal_shows_a_bar() -> None:
     out = io.StringIO()
     with ProgressDisplay(Console(file=out, width=200, force_terminal=True), 10, 0) as display:
-        display.show(4, 2.5, 1e-3, 12345.0)
+        display.show(4, 2.5, 1e-3, 12345.0, 1.0)
     assert "4/10" in out.getvalue() and "loss 2.500" in out.getvalue() and "\r" in out.getvalue()
 
 
