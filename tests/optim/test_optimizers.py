@@ -365,6 +365,19 @@ def test_gradients_of_every_kind_are_left_divided(path: str, maximize: bool) -> 
         torch.testing.assert_close(p.detach(), torch.ones_like(g) + (0.1 if maximize else -0.1) * g)
 
 
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_one_element_for_all_is_divided_where_the_host_does_not_wait(path: str, found_inf: float) -> None:
+    """On a GPU, whether the step is skipped is known only there, and what must not change is written back."""
+    with pretending_cuda():
+        p = torch.ones(4, 2, requires_grad=True)
+        p.grad = torch.tensor(8.0).expand(4, 2)
+        optimizer = FusedSGD([p], lr=0.1)
+        scaled(optimizer, 4.0, found_inf)
+        optimizer.step()
+        assert torch.equal(p.grad, torch.full((4, 2), 8.0 if found_inf else 2.0))
+        torch.testing.assert_close(p.detach(), torch.full((4, 2), 1.0 if found_inf else 0.8))
+
+
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_nan_and_infinity_survive(path: str, case: Case) -> None:
     p = torch.ones(3, requires_grad=True)
