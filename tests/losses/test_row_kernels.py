@@ -87,6 +87,7 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: 
         assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.cpu("a failed assertion leaves a GPU unusable to the process")
 def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
     logits, out = torch.randn(1, 70), torch.empty(1)
     arguments = rows.arguments(logits, one_each(torch.tensor([70])), Terms(70), 70, None)

@@ -12,6 +12,7 @@ from torch import Tensor
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.optim import FusedAdamW, FusedLion, FusedRMSprop, FusedSGD, reference
 from llmfast.optim.row import is_dense
+from support.devices import DEVICE
 from support.training import FULL, PLAIN, SCALAR, Case, gradients, parameters, scaled, values
 
 
@@ -186,7 +187,7 @@ def test_a_state_left_on_another_device_is_named(path: str) -> None:
     optimizer.step()
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to("meta")
     with pytest.raises(
-        ValueError, match=r"state exp_avg must .* its parameter, .* on cpu; got \(3,\) torch.float32 on meta"
+        ValueError, match=rf"state exp_avg must .* its parameter, .* on {p.device}; got \(3,\) torch.float32 on meta"
     ):
         optimizer.step()
 
@@ -269,7 +270,7 @@ def test_grad_scaler_protocol(path: str, case: Case, loss_scale: float | None) -
 def test_torchs_own_grad_scaler(path: str, case: Case) -> None:
     def run(make: Callable[..., Any]) -> Tensor:
         params = parameters()[SCALAR:]
-        optimizer, scaler = make(params), torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        optimizer, scaler = make(params), torch.amp.GradScaler(DEVICE, init_scale=256.0, growth_interval=2)
         for step in range(4):
             optimizer.zero_grad()
             factor = torch.inf if step == 1 else 1.0
@@ -310,7 +311,7 @@ def gradients_after_a_scaled_step(
         torch.ones(6, 4).requires_grad_(),
         torch.ones(3, dtype=torch.float64).requires_grad_(),
     ]
-    optimizer, scaler = make(params), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer, scaler = make(params), torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     scaler.scale(torch.zeros(()))
     gradients(4, params)
     params[-2].grad = torch.ones(4, 6).T
