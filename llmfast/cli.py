@@ -194,7 +194,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.full or args.compare:
+    if args.full or args.tune or args.compare:
         return run_checkup(args)
     from llmfast.doctor import report
 
