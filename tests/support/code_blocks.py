@@ -22,6 +22,7 @@ COMMANDS = (
     "_settings",
     "_doctor",
     "run_clean",
+    "run_compile",
     "run_export",
     "run_generate",
     "run_plan",
