@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train continued test test-integrations lint format docs fuzz bench bench-mtp clean help
+.PHONY: train continued test test-gpu test-integrations lint format docs fuzz bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or another with ARGS: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
@@ -27,6 +27,9 @@ continued: $(STAMP)-train ## train on prose, then on code with and without a rep
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
 	$(PY) -m pytest --machine-code -rs $(PYTEST_FLAGS) $(ARGS)
+
+test-gpu: $(STAMP)-train,test ## run the tests of losses and optimizers on a GPU, with compiled kernels
+	$(PY) -m pytest --device cuda tests/losses tests/optim -rs $(PYTEST_FLAGS) $(ARGS)
 
 test-integrations: $(STAMP)-train,test,hf,lightning,trl ## run the tests with Hugging Face, Lightning and TRL
 	$(PY) -m pytest tests/integrations 'tests/test_docs.py::test_python_of_a_page_runs[docs/integrations.md]' -rs $(PYTEST_FLAGS) $(ARGS)

@@ -12,16 +12,15 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from evidence.launches import Fields, Specialization
 from evidence.machine_code import KernelFacts
+from llmfast_kernels.ahead import compiling_for
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -114,7 +113,7 @@ def _facts(kernels: Sequence[Any]) -> list[Fields]:
 def _compile(kind: Specialization, target: str) -> Any:
     """Return the binary that Triton builds for this launch, without launching it."""
     kernel = _resolve(kind.kernel)
-    with _compiling_for(target):
+    with compiling_for(target):
         arguments = {name: _decode(value) for name, value in kind.arguments.items()}
         options = dict(kind.options)
         if kind.kernel.startswith("llmfast_kernels."):
@@ -161,7 +160,7 @@ def _decode(value: Any) -> Any:
     if "dtype" in value:
         return _Pointer(**value)
     if "record" in value:
-        return namedtuple("Record", value["record"])(*map(_decode, value["record"].values()))
+        return namedtuple(value["name"], value["record"])(*map(_decode, value["record"].values()))
     if "triton_type" in value:
         return tl.dtype(value["triton_type"])
     if "function" in value:
@@ -169,44 +168,6 @@ def _decode(value: Any) -> Any:
     if "tuple" in value:
         return tuple(map(_decode, value["tuple"]))
     return _decode(value["constant"])
-
-
-class _CompileOnlyDriver:
-    """Driver that answers Triton's queries during compilation."""
-
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        nvidia = target.startswith("sm_")
-        self.target = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-        self.device = f"compile only: {target}"  # Triton caches kernels per device: one cache per target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.device
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-
-_driver = cache(_CompileOnlyDriver)
-
-
-@contextmanager
-def _compiling_for(target: str) -> Iterator[None]:
-    from triton import knobs
-    from triton.runtime import driver
-
-    if knobs.runtime.interpret:
-        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile; use compile_launches")
-    before = driver._active
-    driver.set_active(cast(Any, _driver(target)))
-    try:
-        yield
-    finally:
-        driver._active = before
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def _encode(value: Any, unspecialized: bool = False, unaligned: bool = False) ->
         return 0.5
     if isinstance(value, tuple):  # Triton looks at all members, whatever the kernel says of the argument
         members, fields = [_encode(member) for member in value], getattr(value, "_fields", None)
-        return members if fields is None else {"record": dict(zip(fields, members))}
+        if fields is None:
+            return members
+        return {"record": dict(zip(fields, members)), "name": type(value).__name__}  # by which Triton names its file
     if hasattr(value, "data_ptr"):
         return {
             "dtype": str(value.dtype).removeprefix("torch."),

@@ -68,6 +68,18 @@ KNOWN = {
     "RTX5090": _gpu("RTX 5090", 32, 1.792, 209.5, 104.8, 170 * 2.41),
 }
 
+# What compilers call them.
+ARCHITECTURES = {
+    **dict.fromkeys(("A100", "A100-40"), "sm_80"),
+    **dict.fromkeys(("H100", "H200"), "sm_90"),
+    **dict.fromkeys(("B200", "GB200"), "sm_100"),
+    "B300": "sm_103",
+    "RTX3090": "sm_86",
+    **dict.fromkeys(("L40S", "RTX4090"), "sm_89"),
+    **dict.fromkeys(("RTX5070", "RTX5070Ti", "RTX5080", "RTX5090"), "sm_120"),
+    **dict.fromkeys(("MI300X", "MI325X"), "gfx942"),
+}
+
 
 def named(name: str) -> Gpu | None:
     """Look up a GPU by the name its driver reports, such as "NVIDIA A100-SXM4-80GB"; None if it is unknown."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import llmfast
 from llmfast._commands import CommandParser, fail
+from llmfast.ahead import add_arguments as add_compile_arguments
+from llmfast.ahead import run as run_compile
 from llmfast.checkup.command import add_arguments as add_checkup_arguments
 from llmfast.checkup.command import run as run_checkup
 from llmfast.clean import add_arguments as add_clean_arguments
@@ -82,13 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_clean_arguments(clean)
     clean.set_defaults(run=run_clean)
 
-    plan = commands.add_parser("plan", help="scaling laws; memory, time and learning rates of a configuration")
-    add_plan_arguments(plan)
-    plan.set_defaults(run=run_plan)
-
-    report = commands.add_parser("report", help="one page of a run's curves, or of several runs'")
-    add_report_arguments(report)
-    report.set_defaults(run=run_report)
+    for name, text, add_arguments, command in (
+        ("plan", "scaling laws; memory, time and learning rates of a configuration", add_plan_arguments, run_plan),
+        ("report", "one page of a run's curves, or of several runs'", add_report_arguments, run_report),
+        ("compile", "compile kernels for a GPU that need not be here", add_compile_arguments, run_compile),
+    ):
+        add_arguments(added := commands.add_parser(name, help=text))
+        added.set_defaults(run=command)
 
     settings = commands.add_parser("settings", help="list the trainer's settings, with meaning and default")
     settings.add_argument("word", nargs="?", default="", help="only those that have this in a name or the meaning")
@@ -194,7 +196,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.full or args.compare:
+    if args.full or args.tune or args.compare:
         return run_checkup(args)
     from llmfast.doctor import report
 

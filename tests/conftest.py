@@ -1,14 +1,16 @@
 """Fixtures for one pytest process in which kernels run in Triton's interpreter, on CPU tensors.
 
+With `--device cuda` they run on a GPU instead: see support/devices.py.
+
 The environment variable must be set before Triton is imported, and GPUs must be hidden before torch is imported. The
 interpreter yields no machine code; worker processes check it after the tests: see support/launched.py.
 """
 
 import os
 
-from support import gpus
+from support import devices
 
-os.environ |= {"TRITON_INTERPRET": "1", "LLMFAST_CACHE": "", **gpus.hiding()}
+os.environ |= devices.environment()
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from evidence import interpreter
-from evidence.sanitizer import sanitizing
-from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import targets
+from support.devices import pytest_configure, pytest_runtest_setup  # noqa: F401
 from support.launched import (  # noqa: F401  pytest finds its hooks here
     pytest_addoption,
     pytest_runtestloop,
@@ -30,7 +30,7 @@ from support.launched import (  # noqa: F401  pytest finds its hooks here
     unrecorded,
 )
 
-interpreter.install()
+devices.install()
 torch.set_num_threads(1)  # there is one worker per core, and most tensors here are small
 # Shapes are drawn but times are not measured: a busy machine must not fail a test.
 settings.register_profile("llmfast", deadline=None, max_examples=20, derandomize=True)
@@ -40,7 +40,7 @@ settings.load_profile("llmfast")
 @pytest.fixture(params=["plain", "kernels"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test twice: on the plain torch path and on the kernels."""
-    with kernels_on_cpu() if request.param == "kernels" else nullcontext(), sanitizing(), ours_however_small():
+    with devices.kernels() if request.param == "kernels" else devices.plain(), ours_however_small():
         yield request.param
 
 
@@ -51,8 +51,8 @@ def ours_however_small() -> AbstractContextManager[object]:
 
 @pytest.fixture
 def kernels() -> Iterator[None]:
-    """Send CPU tensors to the kernels, and check their accesses."""
-    with kernels_on_cpu(), sanitizing():
+    """Send tensors to the kernels, and check their accesses in the interpreter."""
+    with devices.kernels():
         yield
 
 

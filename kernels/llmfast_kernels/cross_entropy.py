@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from llmfast_kernels import row as parts
-from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, next_power_of_2, warps
+from llmfast_kernels.launch import FP_FUSION, Choice, Tile, cdiv, expect_contiguous, next_power_of_2, warps
 from llmfast_kernels.terms import Partials, Rows, Softmax, Targets, Terms, Upstream
 
 # Before Triton 3.7 a kernel cannot ask whether a tuple is None, only whether its members are.
@@ -28,6 +28,9 @@ NO_ROWS, NO_PARTIALS, NO_GRADIENT = (
 )
 row_terms = attrgetter(*parts.RowTerms._fields[1:])
 LEAST_BLOCK = 1024  # columns of the smallest tile
+FEW_TERMS = Choice(Tile(16, 1024), Tile(16, 512), Tile(8, 512), Tile(16, 256), Tile(8, 256))
+MANY_TERMS = Choice(Tile(8, 1024), Tile(8, 512), Tile(8, 256))
+BACKWARD = Choice(Tile(8, 256), Tile(16, 256), Tile(8, 512), Tile(8, 128))
 PEAK_UNIT: float = parts.LN2.value  # a peak that the launchers return or take, times this, is the largest logit
 
 # Triton would compile a separate binary for each of these that is 1 or a multiple of 16. That would gain nothing,
@@ -274,15 +277,16 @@ def tile(V: int, *, many_terms: bool = False) -> dict[str, int]:
     in the L2 cache. With 16 elements per thread, two 16-byte loads of bfloat16 are in flight without spilling.
     Softcap, bias, class weights and smoothing take registers, so that only 8 elements per thread fit.
     """
-    elements = 8 if many_terms else 16
-    block = min(max(next_power_of_2(V), LEAST_BLOCK), 1024 * elements)
+    elements, threads = (MANY_TERMS if many_terms else FEW_TERMS).chosen
+    block = min(max(next_power_of_2(V), LEAST_BLOCK), threads * elements)
     return {"BLOCK_V": block, "THREADS": block // elements, "num_warps": warps(block // elements)}
 
 
 def backward_tile(V: int) -> dict[str, int]:
     """Choose block and warps for the backward kernel. It is elementwise, so that 8 elements per thread suffice."""
-    block = min(max(next_power_of_2(V), LEAST_BLOCK), 2048)
-    return {"BLOCK_V": block, "num_warps": warps(block // 8)}
+    elements, threads = BACKWARD.chosen
+    block = min(max(next_power_of_2(V), LEAST_BLOCK), threads * elements)
+    return {"BLOCK_V": block, "num_warps": warps(block // elements)}
 
 
 def vectors(row_width: int, logits: Tensor, d_logits: Tensor | None) -> dict[str, int | bool]:

@@ -1,4 +1,8 @@
-"""Properties of the target that every launch needs."""
+"""Properties of the target that every launch needs, and the choice of tiles."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -8,6 +12,34 @@ from triton.runtime import driver
 # Written at every launch: Triton 3.10 turns contraction of a*b + c into one rounding off by default,
 # and numerics must not change with the compiler's version.
 FP_FUSION = {"enable_fp_fusion": True}
+
+
+class Tile(NamedTuple):
+    """Division of a program's work among threads."""
+
+    elements: int  # per thread
+    threads: int  # per program, at most
+
+
+class Choice:
+    """A tile that nothing but a clock can choose: the default, and others with which the kernel works as well.
+
+    `llmfast doctor --full --tune` times them all. There is no tuning at run time: the default is
+    changed where the choice is made.
+    """
+
+    def __init__(self, default: Tile, *others: Tile) -> None:
+        self.tiles = default, *others
+        self.chosen = default
+
+    @contextmanager
+    def trying(self, tile: Tile) -> Iterator[None]:
+        """Use another tile inside the context. For measurements and tests."""
+        before, self.chosen = self.chosen, tile
+        try:
+            yield
+        finally:
+            self.chosen = before
 
 
 def warps(threads: int) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, cdiv, expect_contiguous, warps
+from llmfast_kernels.launch import FP_FUSION, Choice, Tile, cdiv, expect_contiguous, warps
 
 
 @triton.jit
@@ -49,9 +49,14 @@ def scale_kernel(
         scale_tile(x_ptr, factor, out_ptr, i, i < numel, ADD)
 
 
+# 16 elements per thread keep two 16-byte loads of bfloat16 in flight.
+TILE = Choice(Tile(16, 256), Tile(8, 256), Tile(16, 512), Tile(16, 128))
+
+
 def tile() -> dict[str, int]:
-    """Return block and warps: 16 elements per thread keep two 16-byte loads of bfloat16 in flight."""
-    return {"BLOCK": 4096, "num_warps": warps(256)}
+    """Return block and warps."""
+    elements, threads = TILE.chosen
+    return {"BLOCK": elements * threads, "num_warps": warps(threads)}
 
 
 def scale(

@@ -11,7 +11,7 @@ import torch
 from llmfast._commands import fail
 from llmfast.checkup.page import check, comparison, page, verdict
 from llmfast.checkup.runner import CheckUp, write_json
-from llmfast.checkup.sections import SECTIONS, named
+from llmfast.checkup.sections import SECTIONS, TUNING, named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="check everything on a GPU, within a few minutes")
     parser.add_argument("--minutes", type=float, default=8.0, help="what --full may take (default: %(default)s)")
     parser.add_argument("--sections", nargs="+", metavar="SECTION", help=f"only these parts of --full: {names}")
+    parser.add_argument(
+        "--tune", action="store_true", help="with --full: also time every kernel with each of its tiles"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where --full writes its results, after each section")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where --full writes them as a page")
     parser.add_argument(
@@ -36,12 +39,16 @@ def run(args: argparse.Namespace) -> int:
             return fail(f"--compare: {e}")
         print(comparison(first, second), end="")
         return 0
+    if args.tune and not args.full:
+        return fail("--tune needs --full, of which it is a part")
     if not args.minutes > 0:
         return fail(f"--minutes must be above 0; got {args.minutes}")
     try:
         sections = SECTIONS if args.sections is None else tuple(named(name) for name in args.sections)
     except ValueError as e:
         return fail(f"--sections: {e}")
+    if args.tune:
+        sections = (*sections, TUNING)
     if not torch.cuda.is_available():
         return fail("doctor --full needs a GPU that torch can use, and finds none; `llmfast doctor` checks the CPU")
     for path in (args.json, args.markdown):

@@ -30,6 +30,7 @@ SECTIONS = (
     Section("speed", "Speed", 0.24),
     Section("training", "A short training run", 0.10),
 )
+TUNING = Section("tuning", "Every tile of every kernel", 0.25)  # with --tune
 
 
 def named(name: str) -> Section:
@@ -38,7 +39,7 @@ def named(name: str) -> Section:
     Raises:
         ValueError: there is none.
     """
-    for section in SECTIONS:
+    for section in (*SECTIONS, TUNING):
         if section.name == name:
             return section
     raise ValueError(f"section must be one of {[section.name for section in SECTIONS]}; got {name!r}")

@@ -72,6 +72,14 @@ class Amount:
         return g if self.factor is None else g * self.factor.to(g.dtype)
 
 
+def leave(t: Tensor, x: Tensor) -> None:
+    """Write a tensor where another is, such as a gradient that was scaled and clipped, as torch's `unscale_` does."""
+    if t.layout == torch.strided:  # an expanded gradient is written once per element of its memory
+        once = tuple(slice(None) if stride else slice(1) for stride in t.stride())
+        t, x = t[once], x[once]
+    t.copy_(x)
+
+
 @contextmanager
 def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
     """Undo all changes in the context if `skip`, a scalar on the device, is set, without waiting for the device."""
@@ -81,15 +89,7 @@ def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
     before = [t.clone() for t in tensors]
     yield
     for t, old in zip(tensors, before):
-        t.copy_(torch.where(skip, old, t))
-
-
-def leave(g: Tensor, used: Tensor) -> None:
-    """Write the scaled and clipped gradient back, as torch's `unscale_` and `clip_grad_norm_` do."""
-    if g.layout == torch.strided:  # an expanded gradient is written once per element of its memory
-        once = tuple(slice(None) if stride else slice(1) for stride in g.stride())
-        g, used = g[once], used[once]
-    g.copy_(used)
+        leave(t, torch.where(skip, old, t))
 
 
 def update_plainly(

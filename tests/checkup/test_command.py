@@ -11,6 +11,7 @@ import torch
 
 from llmfast.checkup import command, runner
 from llmfast.checkup.page import check, comparison, page
+from llmfast.checkup.sections import Section
 from llmfast.cli import main
 
 
@@ -84,6 +85,11 @@ def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys
     assert says in capsys.readouterr().err
 
 
+def test_tune_is_part_of_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--tune"]) == 2
+    assert "--tune needs --full" in capsys.readouterr().err
+
+
 def test_from_the_command_line_to_the_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,9 +101,11 @@ def test_from_the_command_line_to_the_files(
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     files = tmp_path / "results.json", tmp_path / "results.md"
-    arguments = ["--sections", "here", "--json", str(files[0]), "--markdown", str(files[1])]
+    monkeypatch.setattr(command, "TUNING", Section("training", "A short training run", 0.1))  # tuning takes a minute
+    arguments = ["--sections", "here", "--tune", "--json", str(files[0]), "--markdown", str(files[1])]
     assert main(["doctor", "--full", *arguments]) == 0
     written = json.loads(files[0].read_text())
+    assert [section["name"] for section in written["sections"]] == ["here", "training"]
     assert set(written["sections"][0]["cases"]) >= {"versions", "device", "copy bandwidth"}
-    assert "pretended H100: 0 right, 0 wrong, 0 not reached." in files[1].read_text()
+    assert "pretended H100: 2 right, 0 wrong, 0 not reached." in files[1].read_text()
     assert f"written to {files[0]}" in capsys.readouterr().out

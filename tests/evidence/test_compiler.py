@@ -13,8 +13,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from evidence.compiler import Compiled, _compiling_for, compile_launches
+from evidence.compiler import Compiled, compile_launches
 from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels.ahead import compiling_for
 from llmfast_kernels.terms import Targets, Terms
 from support import sample_kernels as samples
 from support.budgets import violations
@@ -181,7 +182,7 @@ def test_a_failure_names_the_launch_and_has_the_compilers_words():
 
 
 def test_an_interpreting_process_cannot_compile():
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), _compiling_for("sm_90"):
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), compiling_for("sm_90"):
         pass
 
 

@@ -47,7 +47,8 @@ def test_named_tuples_keep_their_fields():
     code = _encode(Outer(Inner(None, 8), torch.zeros(1)), unspecialized=True, unaligned=True)
     pointer = {"dtype": "float32", "aligned": True, "below_2_gib": True}
     # Triton specialises on members of tuples even where the kernel asks it not to.
-    assert code == {"record": {"inner": {"record": {"factor": None, "count": 3}}, "x": pointer}}
+    inner = {"record": {"factor": None, "count": 3}, "name": "Inner"}
+    assert code == {"record": {"inner": inner, "x": pointer}, "name": "Outer"}
     kind = Specialization("module:kernel", {"outer": code, "absent": None}, {})
     assert kind.argument("outer.inner.count") == 3 and kind.argument("outer.x") == pointer
     assert kind.argument("absent.x") is None

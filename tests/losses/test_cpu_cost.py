@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmfast.losses import linear_cross_entropy
 from support import gpus
 
+pytestmark = pytest.mark.cpu("measures what a loss costs a CPU")
+
 N, V, D = 1024, 32000, 256
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

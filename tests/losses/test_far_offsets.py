@@ -15,6 +15,7 @@ V = 70
 NORESERVE = 0x4000  # Linux; the module has a name for it since Python 3.13
 
 
+@pytest.mark.cpu("lets kernels read memory that exists only as a promise")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not reserved")
 def test_offsets_past_two_to_the_31() -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE

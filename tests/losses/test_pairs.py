@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, mtp_cross_entropy, reference, targets
 from llmfast.losses.options import TABLE, CrossEntropyOptions, LinearOptions, LossOptions, MTPOptions, declared
+from support.devices import DEVICE
 from support.layouts import offset, sliced, strided, transposed
 from support.pairs import Case, covering
 from support.plans import forced
@@ -168,7 +169,7 @@ def unchanged(*values: Any) -> Iterator[None]:
     def seen() -> list[Any]:
         tensors = [t for t in values if isinstance(t, Tensor)]
         flags = [(t._version, t.requires_grad, t.stride(), t.dtype, t.grad) for t in tensors]
-        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(DEVICE), torch.get_default_dtype()
         return [flags, modes, [t.detach().clone() for t in tensors]]
 
     before = seen()
@@ -346,7 +347,7 @@ def test_linear_cross_entropy(path: str, case: Case) -> None:
 
     inputs, main = leaves(case["layout"]), options.get("accumulate_into")
     fixed = [t for n, t in options.items() if n != "accumulate_into"]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"])
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=case["autocast"])
     with unchanged(*inputs, draw.targets, *fixed), torchs_where_small(case), autocast, planned_as(case):
         found = run(ours, inputs, case, upstream)
     if main is not None and found.gradients:

@@ -17,6 +17,7 @@ from llmfast.losses import (
     linear_cross_entropy,
     reference,
 )
+from support.devices import DEVICE
 from support.numerics import assert_close_in_norm
 from support.plans import SIZES, forced, least_budget
 
@@ -239,7 +240,7 @@ class Casts(TorchDispatchMode):
 def test_autocast_casts_the_weight_once(path: str, mode: str) -> None:
     hidden, weight, targets = tensors()
     with forced(mode), Casts(weight.shape) as casts:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = linear_cross_entropy(hidden, weight, targets)
         loss.backward()
     assert casts.count == 1

@@ -8,6 +8,8 @@ import triton
 from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels import scale as scaling
+from llmfast_kernels.launch import Tile
 from llmfast_kernels.scale import scale
 from llmfast_kernels.terms import Rows, Targets, Terms, Upstream
 from support.numerics import assert_no_worse
@@ -87,6 +89,7 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: 
         assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.cpu("a failed assertion leaves a GPU unusable to the process")
 def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
     logits, out = torch.randn(1, 70), torch.empty(1)
     arguments = rows.arguments(logits, one_each(torch.tensor([70])), Terms(70), 70, None)
@@ -117,6 +120,42 @@ def test_tiles_are_powers_of_two_that_the_threads_divide(V: int) -> None:
         assert triton.next_power_of_2(meta["BLOCK_V"]) == meta["BLOCK_V"]
         assert 1 <= meta["num_warps"] <= 32
     assert rows.tile(V)["THREADS"] == 32 * rows.tile(V)["num_warps"]
+
+
+TERMS = {"FEW_TERMS": Terms(40000), "MANY_TERMS": Terms(40000, softcap=20.0, label_smoothing=0.1, z_loss=1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("choice", "tile"), [(name, tile) for name in TERMS for tile in getattr(rows, name).tiles[1:]], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tile_gives_the_same_loss(choice: str, tile: Tile, dtype: torch.dtype) -> None:
+    logits, targets = torch.randn(2, 40000).to(dtype), one_each(torch.tensor([39999, 7]))
+    gradients = [torch.empty_like(logits) for _ in range(2)]
+    want = rows.cross_entropy(logits, targets, TERMS[choice], entropy=True, argmax=True, d_logits=gradients[0])
+    with getattr(rows, choice).trying(tile):
+        got = rows.cross_entropy(logits, targets, TERMS[choice], entropy=True, argmax=True, d_logits=gradients[1])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("tile", rows.BACKWARD.tiles[1:], ids=str)
+def test_every_tile_gives_the_same_gradient_later(tile: Tile) -> None:
+    logits, targets = torch.randn(2, 5000).bfloat16(), torch.tensor([4999, 7])
+    made = forward(logits, targets, 5000)
+    want, got = torch.empty_like(logits), torch.empty_like(logits)
+    backward(logits, targets, made, torch.ones(2), 5000, d_logits=want)
+    with rows.BACKWARD.trying(tile):
+        backward(logits, targets, made, torch.ones(2), 5000, d_logits=got)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tile", scaling.TILE.tiles[1:], ids=str)
+def test_every_tile_scales_alike(tile: Tile) -> None:
+    x, factor = torch.randn(9000), torch.tensor(0.3)
+    with scaling.TILE.trying(tile):
+        assert torch.equal(scale(x, factor, out=torch.empty(9000)), x * 0.3)
 
 
 @pytest.mark.parametrize("numel", [0, 1, 4096, 5000])

@@ -14,6 +14,7 @@ from llmfast import _dispatch
 from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy
 from llmfast.losses.targets import on_device
 from llmfast.train.objective import FurtherTokens
+from support.devices import DEVICE
 from support.launched import unrecorded
 
 N, D, V = 12, 16, 200
@@ -23,7 +24,7 @@ Loss = Callable[..., Any]
 def outcome(loss: Loss, *leaves: Tensor, within: Any = None) -> list[Tensor]:
     """Return the loss, other results and the gradients; backward runs inside `within` too."""
     leaves = tuple(t.detach().requires_grad_() for t in leaves)
-    with within or torch.autocast("cpu", enabled=False):
+    with within or torch.autocast(DEVICE, enabled=False):
         found = loss(*leaves)
         value, *stats = (found[0], *found[1][:3]) if isinstance(found, tuple) else [found]
         total = value.sum() + sum(t.sum() for t in stats[1:])
@@ -52,16 +53,16 @@ def test_autocast_rounds_the_inputs_and_nothing_else(path: str, options: str, bu
     def linear(h: Tensor, w: Tensor) -> Any:
         return linear_cross_entropy(h, w, targets, **given)
 
-    for got, want in zip(outcome(linear, *low, within=torch.autocast("cpu", torch.bfloat16)), outcome(linear, *low)):
+    for got, want in zip(outcome(linear, *low, within=torch.autocast(DEVICE, torch.bfloat16)), outcome(linear, *low)):
         assert torch.equal(got, want)
     # Gradients of float32 parameters are as exact as their dtype allows; the values are the same.
-    found = outcome(linear, hidden, weight, within=torch.autocast("cpu", torch.bfloat16))
+    found = outcome(linear, hidden, weight, within=torch.autocast(DEVICE, torch.bfloat16))
     assert torch.equal(found[0], outcome(linear, *low)[0])
     # Backward in another autocast than forward.
     h, w = (t.clone().requires_grad_() for t in low)
     result = linear(h, w)
     value = result[0] if isinstance(result, tuple) else result
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         gradients = torch.autograd.grad(value.sum(), (h, w))
     h2, w2 = (t.clone().requires_grad_() for t in low)
     again = linear(h2, w2)
@@ -78,7 +79,7 @@ def test_autocast_leaves_logits_alone(path: str, options: str) -> None:
     def loss(x: Tensor) -> Any:
         return cross_entropy(x, targets, **OPTIONS[options])
 
-    for got, want in zip(outcome(loss, logits, within=torch.autocast("cpu", torch.bfloat16)), outcome(loss, logits)):
+    for got, want in zip(outcome(loss, logits, within=torch.autocast(DEVICE, torch.bfloat16)), outcome(loss, logits)):
         assert torch.equal(got, want)
 
 
@@ -87,7 +88,7 @@ def test_unrounded_logits_inside_autocast(path: str) -> None:
     hidden, weight = torch.randn(N, 256).bfloat16(), torch.randn(V, 256).bfloat16()
     targets = torch.randint(0, V, (N,))
     want = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got = linear_cross_entropy(hidden, weight, targets, slab_dtype=torch.float32)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
@@ -207,7 +208,7 @@ def test_heads_without_data_give_shapes(shared: bool) -> None:
     shape = (2, N, D) if shared else (3, 2, N, D)
     with FakeTensorMode():
         got = shapes(loss, torch.zeros(shape), torch.zeros(V, D))
-    assert got == [(torch.Size(s), torch.float32, "cpu") for s in ((), shape, (V, D))]
+    assert got == [(torch.Size(s), torch.float32, DEVICE) for s in ((), shape, (V, D))]
     got = shapes(loss, torch.zeros(shape, device="meta"), torch.zeros(V, D, device="meta"))
     assert got == [(torch.Size(s), torch.float32, "meta") for s in ((), shape, (V, D))]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.optim import FusedAdagrad, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast_kernels.optimizer.norm import TILE
 
 SHAPES = [(70, 80), (5,), (), (0, 4), (33, 7)]
 
@@ -187,6 +188,20 @@ def _refuse(name: str, was: Any) -> Any:
         raise AssertionError(f"a step waits for the device in {name}")
 
     return refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tile_measures_the_same_norm(kernels: None, dtype: torch.dtype) -> None:
+    p = torch.ones(9001, dtype=dtype, requires_grad=True)
+    p.grad = torch.randn(9001).to(dtype)
+    optimizer = FusedAdamW([p], max_grad_norm=1.0)
+    with torch.no_grad():
+        plan, gradients = optimizer.make_plan()
+        optimizer.follow(plan, gradients)
+    (table,) = plan.tables
+    for tile in TILE.tiles:
+        with TILE.trying(tile):
+            torch.testing.assert_close(table.sum_squares(), p.grad.double().square().sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2048, 5000, 8192, 8193, 40_001])

@@ -11,6 +11,8 @@ from llmfast._dispatch import kernels_on_cpu
 from llmfast.optim import FusedAdamW
 from llmfast_kernels import optimizer as kernels
 
+pytestmark = pytest.mark.cpu("compares steps on CPU tensors, without their launches")
+
 
 def optimizer(cls: Any, **options: Any) -> torch.optim.Optimizer:
     params = [torch.zeros(8, 8, requires_grad=True) for _ in range(300)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmfast.optim import FusedAdagrad, FusedAdamW, FusedSGD
+from support.devices import DEVICE
 from support.training import FULL, PLAIN, Case, gradients, parameters, scaled, values
 
 NESTEROV = Case(FusedSGD, {"momentum": 0.9, "nesterov": True, "lr": 0.1})
@@ -245,7 +246,7 @@ def test_gradients_that_are_already_unscaled_are_not_again(path: str, case: Case
     def run(make: Any, scale: float | None) -> Tensor:
         p = torch.full((40,), 2.0, requires_grad=True)
         optimizer = make([p])
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=100, enabled=scale is not None)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=scale or 1.0, growth_interval=100, enabled=scale is not None)
         for step in range(3):
             optimizer.zero_grad()
             scaler.scale((p**2).sum() * (step + 1)).backward()

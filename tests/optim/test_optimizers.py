@@ -12,6 +12,7 @@ from torch import Tensor
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.optim import FusedAdamW, FusedLion, FusedRMSprop, FusedSGD, reference
 from llmfast.optim.row import is_dense
+from support.devices import DEVICE
 from support.training import FULL, PLAIN, SCALAR, Case, gradients, parameters, scaled, values
 
 
@@ -186,7 +187,7 @@ def test_a_state_left_on_another_device_is_named(path: str) -> None:
     optimizer.step()
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to("meta")
     with pytest.raises(
-        ValueError, match=r"state exp_avg must .* its parameter, .* on cpu; got \(3,\) torch.float32 on meta"
+        ValueError, match=rf"state exp_avg must .* its parameter, .* on {p.device}; got \(3,\) torch.float32 on meta"
     ):
         optimizer.step()
 
@@ -269,7 +270,7 @@ def test_grad_scaler_protocol(path: str, case: Case, loss_scale: float | None) -
 def test_torchs_own_grad_scaler(path: str, case: Case) -> None:
     def run(make: Callable[..., Any]) -> Tensor:
         params = parameters()[SCALAR:]
-        optimizer, scaler = make(params), torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        optimizer, scaler = make(params), torch.amp.GradScaler(DEVICE, init_scale=256.0, growth_interval=2)
         for step in range(4):
             optimizer.zero_grad()
             factor = torch.inf if step == 1 else 1.0
@@ -310,7 +311,7 @@ def gradients_after_a_scaled_step(
         torch.ones(6, 4).requires_grad_(),
         torch.ones(3, dtype=torch.float64).requires_grad_(),
     ]
-    optimizer, scaler = make(params), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer, scaler = make(params), torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     scaler.scale(torch.zeros(()))
     gradients(4, params)
     params[-2].grad = torch.ones(4, 6).T
@@ -363,6 +364,19 @@ def test_gradients_of_every_kind_are_left_divided(path: str, maximize: bool) -> 
         assert p.grad is not None
         torch.testing.assert_close(p.grad.to_dense() if p.grad.is_sparse else p.grad, g)
         torch.testing.assert_close(p.detach(), torch.ones_like(g) + (0.1 if maximize else -0.1) * g)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_one_element_for_all_is_divided_where_the_host_does_not_wait(path: str, found_inf: float) -> None:
+    """On a GPU, whether the step is skipped is known only there, and what must not change is written back."""
+    with pretending_cuda():
+        p = torch.ones(4, 2, requires_grad=True)
+        p.grad = torch.tensor(8.0).expand(4, 2)
+        optimizer = FusedSGD([p], lr=0.1)
+        scaled(optimizer, 4.0, found_inf)
+        optimizer.step()
+        assert torch.equal(p.grad, torch.full((4, 2), 8.0 if found_inf else 2.0))
+        torch.testing.assert_close(p.detach(), torch.full((4, 2), 1.0 if found_inf else 0.8))
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.optim import FusedAdam, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast_kernels.launch import Choice
+from llmfast_kernels.optimizer.step import PAIRED_TILE, TILE
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(20, 33), (5,), (), (0, 3), (2, 300)]
@@ -50,6 +52,26 @@ def test_a_float32_master_trains_as_float32(path: str, lr: float) -> None:
     torch.testing.assert_close(exact(optimizer, params), truth, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(flat(params), truth, rtol=2**-7, atol=1e-6)
     assert torch.equal(exact(*train(master_weights="split16", state_dtype=F32, lr=lr)), exact(optimizer, params))
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype", "options"),
+    [
+        (TILE, F32, {}),
+        (TILE, BF16, {}),
+        (PAIRED_TILE, BF16, {"master_weights": "split8", "state_dtype": "8bit"}),
+    ],
+)
+def test_every_tile_takes_the_same_step(kernels: None, choice: Choice, dtype: torch.dtype, options: Any) -> None:
+    """Each element is updated by itself, so the result has the same bits."""
+
+    def result() -> Tensor:
+        return exact(*train(dtype, 2, shapes=[(9000,), (5,)], **options))
+
+    default = result()
+    for tile in choice.tiles[1:]:
+        with choice.trying(tile):
+            assert torch.equal(result(), default)
 
 
 def test_24_bits_are_as_good_as_they_say(path: str) -> None:

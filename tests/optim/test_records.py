@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from llmfast.optim import formats, reference
 from llmfast_kernels import optimizer as kernels
 from llmfast_kernels.optimizer import formats as kernel_formats
@@ -101,6 +103,7 @@ def results(root: Path) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.cpu("runs copies of the library in the interpreter")
 def test_the_order_of_fields_does_not_matter(tmp_path: Path) -> None:
     for name in ("straight", "reversed"):
         for folder in ("kernels", "llmfast"):

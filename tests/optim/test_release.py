@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfast.optim import FusedAdamW, FusedSGD, optimizer_in_backward
 from llmfast.optim.kept import Kept
+from support.devices import DEVICE
 
 
 def model() -> nn.Module:
@@ -339,7 +340,7 @@ def test_a_grad_scaler_is_refused() -> None:
     net = model()
     optimizer = FusedSGD(net.parameters(), lr=0.1)
     optimizer_in_backward(net, optimizer)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(DEVICE)
     scaler.scale(loss(net, 0)).backward()
     with pytest.raises(RuntimeError, match="GradScaler does not work with optimizer_in_backward"):
         scaler.step(optimizer)

@@ -19,6 +19,7 @@ from llmfast.optim import (
     FusedRMSprop,
     FusedSGD,
 )
+from support.devices import DEVICE
 from support.launched import unrecorded
 from support.training import (
     CASES,
@@ -470,7 +471,7 @@ def test_float16_is_refused_by_name_where_bits_are_those_of_bfloat16(master: Any
 @pytest.mark.parametrize("extras", [{"master_weights": "fp32"}, {"state_dtype": "8bit"}, {"ema_decay": 0.9}])
 def test_complex_parameters_are_refused_what_is_for_real_ones(extras: Options) -> None:
     with pytest.raises(
-        ValueError, match=r"complex parameters; got parameter 0 of group 0, \(2,\) torch.complex64 on cpu"
+        ValueError, match=rf"complex parameters; got parameter 0 of group 0, \(2,\) torch.complex64 on {DEVICE}"
     ):
         FusedAdamW([torch.ones(2, dtype=torch.complex64)], **extras)
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "_settings",
     "_doctor",
     "run_clean",
+    "run_compile",
     "run_export",
     "run_generate",
     "run_plan",
@@ -89,6 +90,9 @@ def expect_command(words: list[str]) -> None:
                 expect_llmfast(["train", *shlex.split(arguments.removeprefix("ARGS="))])
     elif program.startswith("python") and rest[:2] == ["-m", "llmfast.cli"]:
         expect_llmfast(rest[2:])
+    elif program.startswith("python") and rest[:2] == ["-m", "pytest"]:
+        for path in (word for word in rest if word.startswith("tests/")):
+            assert (ROOT / path).exists(), f"{path} is not there"
     elif program.startswith("python"):
         script = next(word for word in rest if word.endswith(".py"))
         assert (ROOT / script).exists(), f"{script} is not there"

@@ -19,6 +19,7 @@ from evidence.compiler import TARGETS, Compiled, compile_launches
 from evidence.launches import Recorder, Specialization
 from evidence.observers import Launch, Run, observing
 from support.budgets import violations
+from support.devices import CHOICES
 
 
 class PausingRecorder(Recorder):
@@ -50,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--machine-code", action="store_true", help="compile what the tests launched for five GPUs, and check that"
     )
+    parser.addoption("--device", default="cpu", choices=CHOICES, help="where tests make their tensors (default: cpu)")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

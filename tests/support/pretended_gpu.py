@@ -47,14 +47,23 @@ def kernel_seconds(run: Callable[[], object]) -> float:
 @contextmanager
 def pretending_a_gpu() -> Iterator[None]:
     """Pretend CUDA tensors and all that a check-up does with the device."""
-    autocast = torch.autocast
+    autocast, is_autocast_enabled, get_autocast_dtype = (
+        getattr(torch, name) for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype")
+    )
     stream = mock.Mock(spec_set=["wait_stream"])
     with ExitStack() as stack:
         for owner, replaced in (
             (behaviour, {"Graph": Graph}),
             (clock, {"gpu_peak_bytes": peak_bytes, "kernel_seconds": kernel_seconds}),
             (speed, {"ROUNDS": 1}),
-            (torch, {"autocast": lambda kind, dtype: autocast("cpu", dtype)}),
+            (
+                torch,
+                {
+                    "autocast": lambda kind, *args, **options: autocast("cpu", *args, **options),
+                    "is_autocast_enabled": lambda *kind: is_autocast_enabled("cpu"),
+                    "get_autocast_dtype": lambda *kind: get_autocast_dtype("cpu"),
+                },
+            ),
             (
                 torch.cuda,
                 {

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, cdiv, warps
+from llmfast_kernels.launch import FP_FUSION, Choice, Tile, cdiv, warps
 from llmfast_kernels.optimizer.table import CHUNK, FIRST_CHUNK, NUMEL, ROW_WIDTH, TRITON_TYPES, elements, pointer
 
 
@@ -79,9 +79,14 @@ def sum_kernel(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
 
 
+# 16 elements per thread keep four 16-byte loads of float32 in flight.
+TILE = Choice(Tile(16, 128), Tile(16, 256))
+
+
 def tile() -> dict[str, int]:
-    """Return 16 elements per thread: four 16-byte loads of float32 in flight."""
-    return {"BLOCK": 2048, "num_warps": warps(128)}
+    """Return block and warps."""
+    elements, threads = TILE.chosen
+    return {"BLOCK": elements * threads, "num_warps": warps(threads)}
 
 
 def sum_tile() -> dict[str, int]:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from llmfast_kernels.launch import FP_FUSION, warps
+from llmfast_kernels.launch import FP_FUSION, Choice, Tile, warps
 from llmfast_kernels.optimizer.formats import (
     LARGEST,
     PARAM_FORMATS,
@@ -401,14 +401,20 @@ def update_kernel(
     )
 
 
-def tile() -> dict[str, int]:
-    """Return 8 elements per thread: two 16-byte loads of each float32 tensor in flight, for all tensors at once.
+# 8 elements per thread keep two 16-byte loads of each float32 tensor in flight, for all tensors at once. With 16, for
+# the sake of bytes, registers spill: so two tiles share the accesses to bytes and are updated one after the other.
+# Tensors of different widths are loaded by different threads, which exchange values inside the loop and wait for each
+# other there: so few threads.
+TILE = Choice(Tile(8, 128), Tile(8, 64), Tile(8, 256))
+PAIRED_TILE = Choice(Tile(8, 128), Tile(8, 64), Tile(8, 256))
 
-    With 16, for the sake of bytes, registers spill: so two tiles share the accesses to bytes and are updated one after
-    the other. Tensors of different widths are loaded by different threads, which exchange values inside the loop and
-    wait for each other there: so few threads.
-    """
-    return {"BLOCK": 1024, "num_warps": warps(128)}
+
+def tile(chosen: Tile) -> dict[str, int]:
+    """Return block and warps."""
+    return {"BLOCK": chosen.elements * chosen.threads, "num_warps": warps(chosen.threads)}
+
+
+BYTES = torch.int8, torch.uint8
 
 
 class Kind(NamedTuple):
@@ -422,13 +428,21 @@ class Kind(NamedTuple):
     averaged: bool
     strided: bool
 
+    @property
+    def coded(self) -> bool:
+        """Return True if some states are 8-bit codes."""
+        return any(dtype in BYTES for dtype in self.state_dtypes)
+
+    @property
+    def paired(self) -> bool:
+        """Return True if some elements are bytes, for which two tiles are updated together."""
+        return self.coded or self.low_dtype in BYTES
+
 
 @cache
-def _constants(rule: Rule, kind: Kind) -> dict[str, Any]:
+def _constants(rule: Rule, kind: Kind, chosen: Tile) -> dict[str, Any]:
     param = PARAM_FORMATS[kind.master]
     state0, state1, state2 = (TRITON_TYPES[dtype] for dtype in kind.state_dtypes)
-    bytes_ = torch.int8, torch.uint8
-    coded = any(dtype in bytes_ for dtype in kind.state_dtypes)
     return {
         "RULE": rule.update,
         "OWN_COEFFICIENTS": len(rule.coefficients),
@@ -440,11 +454,11 @@ def _constants(rule: Rule, kind: Kind) -> dict[str, Any]:
         "STATE1_TYPE": state1,
         "STATE2_TYPE": state2,
         "LOW_TYPE": TRITON_TYPES[kind.low_dtype],
-        "NOISE": coded or param.noisy,
+        "NOISE": kind.coded or param.noisy,
         "STRIDED": kind.strided,
         "AVERAGED": kind.averaged,
-        "PAIRED": coded or kind.low_dtype in bytes_,
-        **tile(),
+        "PAIRED": kind.paired,
+        **tile(chosen),
         **FP_FUSION,
     }
 
@@ -463,7 +477,6 @@ def update(
     """Take one step with every tensor of the table, in one launch whatever T is."""
     if chunk_tensor.shape[0] > 0:
         flags = {"ZERO": zero, "UNSCALE": unscale and not zero}
+        constants = _constants(rule, kind, (PAIRED_TILE if kind.paired else TILE).chosen)
         with device_of(table):
-            update_kernel[(chunk_tensor.shape[0],)](
-                table, grads, coefficients, chunk_tensor, **flags, **_constants(rule, kind)
-            )
+            update_kernel[(chunk_tensor.shape[0],)](table, grads, coefficients, chunk_tensor, **flags, **constants)
