@@ -245,9 +245,9 @@ class LinearCrossEntropy(Loss):
         # Each is a tensor of its own: autograd marks some of them as not differentiable.
         wide = torch.promote_types(self.dtype, torch.float32)
         loss, peak, total, entropy = (matrices.hidden.new_empty(0, dtype=wide) for _ in range(4))
-        more = (entropy, loss.long()) if self.stats else (None, None)
+        best = loss.long() if self.stats else None
         each = loss.new_empty((0, self.targets.classes.shape[1])) if self.logprobs else None
-        return Rows(loss, peak, total, *more, logprobs=each)
+        return Rows(loss, peak, total, entropy if self.stats else None, best, each)
 
     def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
         """Make what the row stage fills in the forward pass: zeros where there is no product."""
