@@ -48,7 +48,17 @@ BY_ROW = [
 
 
 @triton.jit
-def store_ignored(n, rows, partials):
+def store_partials(n, partials, peak, total, moment, pull, mass):
+    """Write a row's contributions, except those that take a look at its columns or targets."""
+    tl.store(partials.peak + n, peak)
+    tl.store(partials.total + n, total)
+    tl.store(partials.pull + n, pull)
+    tl.store(partials.mass + n, mass)
+    parts.put(partials.moment, n, moment)
+
+
+@triton.jit
+def store_ignored(n, y, rows, partials, K: tl.constexpr):
     """Write the results of an ignored row: an argmax of -1, a total of 1 in `rows` (0 in `partials`), all else 0."""
     if rows.loss is not None:
         tl.store(rows.loss + n, 0.0)
@@ -56,13 +66,11 @@ def store_ignored(n, rows, partials):
         tl.store(rows.total + n, 1.0)
         parts.put(rows.entropy, n, 0.0)
         parts.put(rows.argmax, n, -1)
+        parts.put_targets(rows.logprobs, n, y, y * 0.0, K)
     else:
-        tl.store(partials.peak + n, 0.0)
-        tl.store(partials.total + n, 0.0)
-        tl.store(partials.pull + n, 0.0)
-        tl.store(partials.mass + n, 0.0)
-        parts.put(partials.moment, n, 0.0)
+        store_partials(n, partials, 0.0, 0.0, 0.0, 0.0, 0.0)
         parts.put(partials.argmax, n, -1)
+        parts.put_targets(partials.below, n, y, y * 0.0, K)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=BY_ROW)
@@ -110,7 +118,7 @@ def cross_entropy_kernel(
 
     y = parts.read_targets(n, targets_ptr, V_total, ignore_index, K)
     if tl.max(y, axis=0) == parts.IGNORED:
-        store_ignored(n, rows, partials)
+        store_ignored(n, y, rows, partials, K)
         if gradient.d_logits is not None:
             d_logits = gradient.d_logits + n * parts.known_multiple(d_logits_stride_n, VECTOR)
             out = parts.Gradient(d_logits, alive, gradient.threshold)
@@ -150,7 +158,8 @@ def cross_entropy_kernel(
         tl.store(argmax_ptr + n, (parts.find_peak(row, running, peak, full, BLOCK_V) + v_start).to(tl.int64))
 
     # Only differences from the peak are used. A confident row thus keeps its small loss to float32's last bits.
-    pull = tl.sum(tl.where(here, a * tl.fma(targets.x, parts.LOG2E, -peak), 0.0), axis=0) * parts.LN2
+    below = tl.fma(targets.x, parts.LOG2E, -peak)
+    pull = tl.sum(tl.where(here, a * below, 0.0), axis=0) * parts.LN2
     mass = tl.sum(tl.where(here, a, 0.0), axis=0)
     if terms.label_smoothing is not None:
         class_weight = parts.sum_of_class_weights(terms, V, 0)
@@ -158,11 +167,8 @@ def cross_entropy_kernel(
         mass += b * class_weight
 
     if rows.loss is None:
-        tl.store(partials.peak + n, peak)
-        tl.store(partials.total + n, total)
-        tl.store(partials.pull + n, pull * t)
-        tl.store(partials.mass + n, mass)
-        parts.put(partials.moment, n, moment)
+        store_partials(n, partials, peak, total, moment, pull * t, mass)
+        parts.put_targets(partials.below, n, y, tl.where(here, below * parts.LN2, 0.0), K)
     else:  # not a `return` above: the compiler would still compile this part, where members of `rows` are None
         log_total = tl.log(total)
         if token_weights_ptr is not None:
@@ -172,6 +178,7 @@ def cross_entropy_kernel(
         tl.store(rows.peak + n, peak)
         tl.store(rows.total + n, total)
         parts.put(rows.entropy, n, log_total - moment / total)
+        parts.put_targets(rows.logprobs, n, y, tl.where(here, below * parts.LN2 - log_total, 0.0), K)
 
         if gradient.d_logits is not None:
             d_logits = gradient.d_logits + n * parts.known_multiple(d_logits_stride_n, VECTOR)
@@ -335,22 +342,23 @@ def cross_entropy(
     terms: Terms,
     *,
     V: int | None = None,
-    entropy: bool = False,
-    argmax: bool = False,
+    stats: bool = False,
+    logprobs: bool = False,
     d_logits: Tensor | None = None,  # (N, row_width), filled; may be `logits`
     grad_scale: Tensor | None = None,  # () f32
     alive: Tensor | None = None,  # (N, row_width // GROUP) int8, filled
     threshold: float | None = None,
 ) -> Rows:
-    """Return the loss, peak and total of every row, and more on request.
+    """Return the loss, peak and total of every row, and on request entropy and argmax, or targets' log-probabilities.
 
     Fills `d_logits` with the gradient of grad_scale * sum(loss). The padding is read and ignored, and is zero in
     `d_logits`. If it rounds rows up to multiples of 16 bytes, they can be accessed 16 bytes at a time for any V.
     `row_width` must not exceed the first multiple of LEAST_BLOCK above V: one masked tile follows the whole ones.
     `alive` says which groups of GROUP columns of `d_logits` hold a gradient of `threshold` or more.
     """
-    new, best = _empty(logits), _empty(logits, torch.int64)
-    rows = Rows(new(), new(), new(), new() if entropy else None, best() if argmax else None)
+    new, best, each = _allocators(logits, targets)
+    more = new() if stats else None, best() if stats else None, each() if logprobs else None
+    rows = Rows(new(), new(), new(), *more)
     gradient = parts.Gradient(d_logits, alive, threshold)
     results = {"rows": rows, "partials": NO_PARTIALS, "gradient": gradient, "grad_scale_ptr": grad_scale}
     if len(logits) > 0:
@@ -366,12 +374,13 @@ def cross_entropy_partials(
     terms: Terms,
     *,
     V: int | None = None,
-    entropy: bool = False,
-    argmax: bool = False,
+    stats: bool = False,
+    logprobs: bool = False,
 ) -> Partials:
     """Return the contributions of this device's columns to each row's loss, for classes that are split over devices."""
-    new, best = _empty(logits), _empty(logits, torch.int64)
-    partials = Partials(new(), new(), new() if entropy else None, new(), new(), best() if argmax else None)
+    new, best, each = _allocators(logits, targets)
+    more = new(), new(), best() if stats else None, each() if logprobs else None
+    partials = Partials(new(), new(), new() if stats else None, *more)
     results = {"rows": NO_ROWS, "partials": partials, "gradient": NO_GRADIENT, "grad_scale_ptr": None}
     if len(logits) > 0:
         with device_of(logits):
@@ -379,9 +388,10 @@ def cross_entropy_partials(
     return partials
 
 
-def _empty(logits: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """Return a function that allocates an uninitialised tensor, (N,)."""
-    return partial(logits.new_empty, logits.shape[0], dtype=dtype)
+def _allocators(logits: Tensor, targets: Targets) -> tuple[Callable[[], Tensor], ...]:
+    """Return functions that allocate results: (N,) float32, (N,) int64 and (N, K) float32."""
+    shapes = (logits.shape[:1], torch.float32), (logits.shape[:1], torch.int64), (targets.classes.shape, torch.float32)
+    return tuple(partial(logits.new_empty, shape, dtype=dtype) for shape, dtype in shapes)
 
 
 def _forward_arguments(

@@ -111,6 +111,14 @@ def put(ptr, n, value):
 
 
 @triton.jit
+def put_targets(ptr, n, y, values, K: tl.constexpr):
+    """Store a number for each target of row n, NaN for an unknown one, if there is a place for them."""
+    if ptr is not None:
+        k = tl.arange(0, y.shape[0])
+        tl.store(ptr + n * K + k, tl.where(y == UNKNOWN, float("nan"), values), mask=k < K)
+
+
+@triton.jit
 def tanh(x):
     """Return tanh to two or three units in the last place, in half of the instructions of the C library's."""
     square = x * x

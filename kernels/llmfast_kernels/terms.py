@@ -47,7 +47,7 @@ class Terms:
 
 
 class Rows(NamedTuple):
-    """Results of N rows, all (N,). Ignored rows have loss, lse and entropy 0, and an argmax of -1.
+    """Results of N rows, all (N,) but the last. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
     logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
     peak is the largest logit in the unit of the row operations that made it.
@@ -58,6 +58,7 @@ class Rows(NamedTuple):
     total: Tensor  # f32: sum(exp(x - largest x))
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
+    logprobs: Tensor | None = None  # (N, K) f32, unweighted: of each target; 0 for ignored ones
 
     @property
     def softmax(self) -> "Softmax":
@@ -81,7 +82,7 @@ class Upstream(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Contributions of some columns to the results of N rows, all (N,); the columns' ranks combine them.
+    """Contributions of some columns to the results of N rows, all (N,) but the last; the columns' ranks combine them.
 
     t is x - peak, peaks being the largest of these columns. Ignored rows have 0 everywhere, and an argmax of -1.
     """
@@ -92,3 +93,4 @@ class Partials(NamedTuple):
     pull: Tensor  # f32: what pulls the loss down, less mass * peak
     mass: Tensor  # f32: the weight of lse in the loss that these columns account for
     argmax: Tensor | None  # int64
+    below: Tensor | None = None  # (N, K) f32: t of each target; 0 for those that are ignored or lie elsewhere

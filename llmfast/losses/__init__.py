@@ -3,19 +3,23 @@
 from llmfast.losses import reference
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
+from llmfast.losses.logprobs import linear_logprobs, logprobs
 from llmfast.losses.modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmfast.losses.mtp import MTPStats, mtp_cross_entropy, mtp_valid_counts
 from llmfast.losses.plan import LinearCrossEntropyPlan
-from llmfast.losses.targets import LossStats
+from llmfast.losses.targets import LogprobStats, LossStats
 
 __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "LinearCrossEntropyPlan",
+    "LogprobStats",
     "LossStats",
     "MTPStats",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_logprobs",
+    "logprobs",
     "mtp_cross_entropy",
     "mtp_valid_counts",
     "reference",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmfast._dispatch import has_no_data
 from llmfast.losses.loss import Loss, Returned
-from llmfast.losses.targets import NO_STATS, RowStats, reduced
+from llmfast.losses.targets import NO_STATS, RowStats
 from llmfast_kernels.terms import Softmax
 
 Adapter = Callable[..., tuple[Tensor | None, ...]]
@@ -18,7 +18,7 @@ Adapter = Callable[..., tuple[Tensor | None, ...]]
 class EagerLoss(torch.autograd.Function):
     """A loss outside `torch.compile`. Arguments: the loss, whether gradients are enabled, and the loss's inputs.
 
-    It returns the reduced loss and its `RowStats`, or `NO_STATS`.
+    It returns the loss's value and its `RowStats`, or `NO_STATS`.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class EagerLoss(torch.autograd.Function):
             # anything overwrites them in the meantime.
             ctx.save_for_backward(*inputs, *rows.softmax, loss.count, *_tensors(loss.targets), *_tensors(loss.terms))
             ctx.loss, ctx.wants, ctx.kept = loss, wants, kept
-        value = reduced(rows.loss, loss.reduction, loss.count)
+        value = loss.value(rows)
         if lse is None:
             return value, *NO_STATS
         stats = RowStats.of(rows, lse, value)
@@ -48,7 +48,8 @@ class EagerLoss(torch.autograd.Function):
         d_loss, _, d_lse, d_entropy, _ = upstream
         saved, n = ctx.saved_tensors, len(ctx.wants)
         inputs, softmax = saved[:n], Softmax(*saved[n : n + 3])
-        return None, None, *ctx.loss.backward(inputs, ctx.wants, softmax, Returned(d_loss, d_lse, d_entropy), ctx.kept)
+        loss, returned = ctx.loss.weighted(Returned(d_loss, d_lse, d_entropy))
+        return None, None, *loss.backward(inputs, ctx.wants, softmax, returned, ctx.kept)
 
 
 def adapter(loss: Loss, t: Tensor) -> Adapter:

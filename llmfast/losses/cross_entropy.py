@@ -2,7 +2,7 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from llmfast.losses.autograd import adapter
 from llmfast.losses.from_logits import CrossEntropy
 from llmfast.losses.options import CrossEntropyOptions, Inputs, check, complete, defaults, only, takes
 from llmfast.losses.parallel import own_columns
-from llmfast.losses.targets import SMALL, LossStats, finish, prepare, torch_cross_entropy
+from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,7 +86,16 @@ def cross_entropy(
             GPU looking at targets would stall the device: an out-of-range target makes that token's loss and
             gradient NaN, and with `TRITON_DEBUG=1` in the environment it is a device-side assert.
     """
-    given, options = options, complete("cross_entropy", _DEFAULTS, options)
+    ready = made_ready(logits, targets, return_stats, options)
+    found: Tensor | tuple[Tensor, LossStats] = ready.finished(ready.function(*ready.arguments))
+    return found
+
+
+def made_ready(
+    logits: Tensor, targets: Tensor, return_stats: bool, given: CrossEntropyOptions, *, logprobs: bool = False
+) -> Ready:
+    """Prepare `cross_entropy`, or `logprobs`."""
+    options = complete("cross_entropy", _DEFAULTS, given)
     group, shape = options["process_group"], logits.shape[:-1]
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise ValueError(f"logits must be (..., V) with V > 0; got {describe(logits)}")
@@ -96,16 +105,21 @@ def cross_entropy(
     if group is not None:
         expect_data(logits, "process_group")
         V, columns = own_columns(group, V, options["vocab_size"])
-    inputs = Inputs(logits, targets, V)
+    inputs = Inputs(logits, targets, V, name="ids" if logprobs else "targets")
     check(given, options, inputs)
 
     single = targets.dim() == len(shape)
-    torchs = single and not return_stats and only(("ignore_index", "reduction"), given)
+    torchs = single and not (return_stats or logprobs) and only(("ignore_index", "reduction"), given)
     if torchs and logits.dtype == torch.float32 and takes_plain_torch(logits) and logits.numel() <= SMALL["logits"]:
-        return torch_cross_entropy(logits, targets, options)
+        return Ready(torch_cross_entropy, (logits, targets, options), lambda loss: loss)
     fields = prepare(options, inputs, columns, logits.dtype, stats=return_stats)
-    loss = CrossEntropy(**fields, inplace=options["inplace"])
+    loss = CrossEntropy(**fields, logprobs=logprobs, inplace=options["inplace"])
     flat = logits.reshape(shape.numel(), logits.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    found = adapter(loss, flat)(loss, torch.is_grad_enabled(), flat)
-    return finish(found, loss.targets, options["ignore_index"], shape, squeeze=single)
+
+    def finished(found: tuple[Tensor | None, ...]) -> Any:
+        if logprobs:
+            return finish_logprobs(found, targets, shape)
+        return finish(found, loss.targets, options["ignore_index"], shape, squeeze=single)
+
+    return Ready(adapter(loss, flat), (loss, torch.is_grad_enabled(), flat), finished)

@@ -84,7 +84,8 @@ class LinearCrossEntropy(Loss):
         slab = slab[:, : plan.padded(call.V)]
         logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
         copied = None if plan.keeps_all else logits
-        parts = list(stages.forward(made, copied, slab, stats=self.stats, grad_scale=self.early_factor))
+        more = {"stats": self.stats, "logprobs": self.logprobs}
+        parts = list(stages.forward(made, copied, slab, **more, grad_scale=self.early_factor))
         del slab  # before the chunks' numbers are joined
         found = _joined(parts, self._no_rows(stages.matrices))
         if made is not None and made.hidden is not None and self.group is not None:
@@ -222,7 +223,8 @@ class LinearCrossEntropy(Loss):
             float32_sums=adds_into_float32(device, self.dtype),
             held=self.held + sum(t.shape[0] * D * self.dtype.itemsize for t in copies),
             keeps=keeps and not self.functional,
-            **({} if kernels else plain.space(self.terms, self.stats)),
+            ids=self.targets.classes.shape[1] if self.logprobs else 0,
+            **({} if kernels else plain.space(self.terms, self.stats, self.targets.classes.shape[1])),
         )
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)
 
@@ -243,7 +245,9 @@ class LinearCrossEntropy(Loss):
         # Each is a tensor of its own: autograd marks some of them as not differentiable.
         wide = torch.promote_types(self.dtype, torch.float32)
         loss, peak, total, entropy = (matrices.hidden.new_empty(0, dtype=wide) for _ in range(4))
-        return Rows(loss, peak, total, *((entropy, loss.long()) if self.stats else (None, None)))
+        best = loss.long() if self.stats else None
+        each = loss.new_empty((0, self.targets.classes.shape[1])) if self.logprobs else None
+        return Rows(loss, peak, total, entropy if self.stats else None, best, each)
 
     def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
         """Make what the row stage fills in the forward pass: zeros where there is no product."""

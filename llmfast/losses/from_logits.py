@@ -32,7 +32,8 @@ class CrossEntropy(Loss):
             rows = ops.cross_entropy(logits, self.targets, self.terms, d_logits=logits, grad_scale=scale)
             increment_version(logits)
             return Found(rows, None, HeldGradient())
-        rows = ops.cross_entropy(logits, self.targets, self.terms, V=logits.shape[1], entropy=stats, argmax=stats)
+        more = {"stats": stats, "logprobs": self.logprobs}
+        rows = ops.cross_entropy(logits, self.targets, self.terms, V=logits.shape[1], **more)
         return Found(rows, ops.lse(rows) if stats else None)
 
     def backward(

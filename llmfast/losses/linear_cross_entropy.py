@@ -2,8 +2,6 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -16,7 +14,7 @@ from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
 from llmfast.losses.options import Inputs, LinearOptions, check, complete, defaults, only, takes
 from llmfast.losses.parallel import local_weight, own_columns
-from llmfast.losses.targets import SMALL, LossStats, finish, prepare, torch_cross_entropy
+from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 from llmfast.losses.valid_rows import valid_rows
 
 if TYPE_CHECKING:
@@ -97,22 +95,21 @@ def linear_cross_entropy(
             little as `memory_budget`; the message says how much the least takes.
     """
     ready = made_ready(0, hidden, weight, targets, return_stats, options)
-    return ready.finished(ready.function(*ready.arguments))
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A call that is checked, up to its launches, which callers make so that few functions lead to a kernel."""
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    finished: Callable[[Any], Tensor | tuple[Tensor, LossStats]]
+    found: Tensor | tuple[Tensor, LossStats] = ready.finished(ready.function(*ready.arguments))
+    return found
 
 
 def made_ready(
-    held: int, hidden: Tensor, weight: Tensor, targets: Tensor, return_stats: bool, options: LinearOptions
+    held: int,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    return_stats: bool,
+    options: LinearOptions,
+    *,
+    logprobs: bool = False,
 ) -> Ready:
-    """Prepare `linear_cross_entropy` for a caller that has taken so many bytes of the budget."""
+    """Prepare `linear_cross_entropy`, or `linear_logprobs`, for a caller that has taken so many bytes of the budget."""
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
     options = complete("linear_cross_entropy", _DEFAULTS, given)
@@ -123,13 +120,13 @@ def made_ready(
         V, columns = own_columns(group, own, options["vocab_size"])
     dtype = _compute_dtype(hidden, weight)
     wide = torch.promote_types(dtype, torch.float32)
-    inputs = Inputs(hidden, targets, V, weight, dtype)
+    inputs = Inputs(hidden, targets, V, weight, dtype, "ids" if logprobs else "targets")
     check(given, options, inputs)
     if options["accumulate_into"] is not None:
         expect_data(hidden, "accumulate_into")
 
     single = targets.dim() == len(shape)
-    torchs = single and not return_stats and only(("ignore_index", "reduction", "bias"), given)
+    torchs = single and not (return_stats or logprobs) and only(("ignore_index", "reduction", "bias"), given)
     if torchs and dtype == torch.float32 and takes_plain_torch(hidden) and targets.numel() * V <= SMALL["hidden"]:
         return Ready(torch_cross_entropy, (F.linear(hidden, weight, bias), targets, options), lambda loss: loss)
     fields = prepare(options, inputs, columns, dtype, stats=return_stats)
@@ -146,6 +143,7 @@ def made_ready(
     held += _copied(options["class_weights"], terms.class_weights)
     loss = LinearCrossEntropy(
         **fields,
+        logprobs=logprobs,
         budget=budget,
         held=held,
         slab_dtype=options["slab_dtype"] or dtype,
@@ -155,8 +153,10 @@ def made_ready(
         accumulate_into=options["accumulate_into"],
     )
 
-    def finished(found: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, LossStats]:
+    def finished(found: tuple[Tensor | None, ...]) -> Any:
         found = found if valid is None else valid.spread(found)
+        if logprobs:
+            return finish_logprobs(found, targets, shape)
         return finish(found, rows, options["ignore_index"], shape, squeeze=single)
 
     return Ready(adapter(loss, flat), (loss, torch.is_grad_enabled(), flat, weight, bias), finished)

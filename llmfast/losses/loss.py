@@ -1,7 +1,7 @@
 """A loss between its public function and its kernels: a record that knows how to run forward and backward."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from llmfast.losses.options import Reduction
 from llmfast.losses.parallel import ProcessGroup, over_ranks
 from llmfast.losses.rows import RowOps, row_ops
-from llmfast.losses.targets import divided, reciprocal
+from llmfast.losses.targets import divided, reciprocal, reduced
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
 Tensors = tuple[Tensor | None, ...]
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 class Returned(NamedTuple):
     """Gradients of what the caller got; None where nothing came back."""
 
-    loss: Tensor | None  # () or (N,)
+    loss: Tensor | None  # () or (N,); (N, K) for log-probabilities
     lse: Tensor | None  # (N,)
     entropy: Tensor | None  # (N,)
 
@@ -45,7 +45,7 @@ class Returned(NamedTuple):
 class Loss(ABC):
     """A loss whose arguments are checked. Its inputs, the tensors that get gradients, come with each call.
 
-    `group` and other fields with a default exist outside `torch.compile` only.
+    `group`, and what subclasses give a default, exist outside `torch.compile` only.
     """
 
     targets: Targets
@@ -54,7 +54,22 @@ class Loss(ABC):
     count: Tensor | None  # () that a mean divides by
     stats: bool
     dtype: torch.dtype  # of logits and their gradients
+    logprobs: bool = False  # return those of the targets, (N, K), in the place of losses
     group: "ProcessGroup | None" = None
+
+    def value(self, rows: Rows) -> Tensor:
+        """Return what the caller gets of the rows: their reduced loss, or log-probabilities."""
+        return reduced(rows.loss, self.reduction, self.count) if rows.logprobs is None else rows.logprobs
+
+    def weighted(self, returned: Returned) -> "tuple[Loss, Returned]":
+        """Return a loss with one number for each row, and a gradient of that, which lead to the same gradients.
+
+        The gradient of log-probabilities is that of a cross-entropy whose targets weigh what is upstream, negated.
+        """
+        if not self.logprobs or returned.loss is None:
+            return self, returned
+        targets = replace(self.targets, weights=returned.loss.neg().contiguous())
+        return replace(self, targets=targets), returned._replace(loss=returned.loss.new_ones(()))
 
     @property
     def divides_early(self) -> bool:

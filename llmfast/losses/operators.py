@@ -20,7 +20,7 @@ from llmfast.losses.from_logits import CrossEntropy
 from llmfast.losses.loss import Loss, Returned
 from llmfast.losses.options import Reduction
 from llmfast.losses.plain import times
-from llmfast.losses.targets import NO_STATS, reduced
+from llmfast.losses.targets import NO_STATS
 from llmfast_kernels.terms import Softmax
 
 
@@ -75,7 +75,7 @@ def _built(record: Any, values: Iterator[Any]) -> Any:
 class Operators:
     """The forward and backward operator of a loss, `llmfast::<name>` and `llmfast::<name>_backward`.
 
-    Both take the inputs, the loss laid out flat, and which gradients are wanted. Forward returns the reduced loss, what
+    Both take the inputs, the loss laid out flat, and which gradients are wanted. Forward returns the loss's value, what
     the rows have, and the gradients of the inputs as far as they are made there.
     """
 
@@ -133,7 +133,7 @@ class Operators:
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         inputs, loss, wants = self._split(arguments)
         rows, lse, kept = loss.forward(inputs, wants)
-        value = reduced(rows.loss, loss.reduction, loss.count)
+        value = loss.value(rows)
         made = None if kept is None else kept.made
         gradients = (None,) * self._count if made is None else made
         return (
@@ -151,12 +151,13 @@ class Operators:
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         inputs, loss, wants = self._split(arguments)
         N = loss.targets.classes.shape[0]
+        value = loss.targets.classes.shape if loss.logprobs else (N,) if loss.reduction == "none" else ()
         some = N if loss.stats else 0
         empty = loss.targets.classes.new_empty
         wide = torch.promote_types(loss.dtype, torch.float32)
         makes = loss.makes_gradients(inputs, wants)
         return (
-            empty(N if loss.reduction == "none" else (), dtype=wide),
+            empty(value, dtype=wide),
             *(empty(size, dtype=wide) for size in (N, N, N, some)),
             empty(some, dtype=torch.int64),
             empty(some, dtype=wide),
@@ -174,8 +175,8 @@ class Operators:
     def _backward(self, *arguments: Any) -> Any:
         *flat, peak, total, entropy, d_loss, d_lse, d_entropy = arguments
         inputs, loss, wants = self._split(flat)
-        softmax, returned = Softmax(peak, total, entropy), Returned(d_loss, d_lse, d_entropy)
-        found = loss.backward(inputs, wants, softmax, returned, None)
+        loss, returned = loss.weighted(Returned(d_loss, d_lse, d_entropy))
+        found = loss.backward(inputs, wants, Softmax(peak, total, entropy), returned, None)
         return _returned([peak.new_empty(0) if g is None else g for g in found])
 
     def _fake_backward(self, *arguments: Any) -> Any:

@@ -33,6 +33,7 @@ class Inputs(NamedTuple):
     V: int  # classes of all ranks
     weight: Tensor | None = None  # (V of this rank, D)
     dtype: torch.dtype | None = None  # of matrix products
+    name: str = "targets"  # what the caller calls the targets
 
 
 # Raises an error unless the value of an option, which is not None, fits the inputs and the other options.
@@ -153,14 +154,19 @@ def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions"
     expect(options.get("process_group") is None, f"{name} does not work with process_group")
 
 
-class RowOptions(TypedDict, total=False):
-    """Options of every loss that say what the loss of a row is."""
+class LogitOptions(TypedDict, total=False):
+    """Options of everything that is computed of rows: what their logits are, and which tokens count."""
 
     ignore_index: Annotated[int, Option(-100)]
-    label_smoothing: Annotated[float, Option(0.0, must("be in [0, 1]", lambda x: 0 <= x <= 1), idle=0.0)]
-    z_loss: Annotated[float, Option(0.0, idle=0.0)]
     softcap: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0))]
     logit_scale: Annotated[float | None, Option(None, idle=1.0)]
+
+
+class RowOptions(LogitOptions, total=False):
+    """Options of every loss that say what the loss of a row is."""
+
+    label_smoothing: Annotated[float, Option(0.0, must("be in [0, 1]", lambda x: 0 <= x <= 1), idle=0.0)]
+    z_loss: Annotated[float, Option(0.0, idle=0.0)]
     class_weights: Annotated[Tensor | None, Option(None, tensor("V"))]  # (V,)
     token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
 
@@ -194,6 +200,11 @@ class ProductOptions(TypedDict, total=False):
     slab_dtype: Annotated[torch.dtype | None, Option(None, _slab_dtype)]
     accumulate_into: Annotated[Tensor | None, Option(None, _accumulate_into)]  # (V, D) float32
     accumulate_dtype: Annotated[torch.dtype | None, Option(None, _accumulate_dtype)]
+
+
+class FilterOptions(TypedDict, total=False):
+    """Options of losses whose gradients can be made in the forward pass."""
+
     grad_filter: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0), _grad_filter)]
 
 
@@ -203,11 +214,27 @@ class CrossEntropyOptions(LossOptions, RankOptions, total=False):
     inplace: Annotated[bool, Option(False, _inplace)]
 
 
-class LinearOptions(LossOptions, RankOptions, ProductOptions, total=False):
+class LinearOptions(LossOptions, RankOptions, ProductOptions, FilterOptions, total=False):
     """Keyword arguments of `linear_cross_entropy`."""
 
 
-class MTPOptions(RowOptions, RankOptions, ProductOptions, total=False):
+class LogprobOptions(LogitOptions, total=False):
+    """Options of log-probabilities, and of their definitions in `reference`."""
+
+    temperature: Annotated[
+        float, Option(1.0, must("be a positive number", lambda x: not isinstance(x, Tensor) and x > 0), idle=1.0)
+    ]
+
+
+class RankedLogprobOptions(LogprobOptions, RankOptions, total=False):
+    """Keyword arguments of `logprobs`."""
+
+
+class LinearLogprobOptions(RankedLogprobOptions, ProductOptions, total=False):
+    """Keyword arguments of `linear_logprobs`."""
+
+
+class MTPOptions(RowOptions, RankOptions, ProductOptions, FilterOptions, total=False):
     """Keyword arguments of `mtp_cross_entropy`. The last four are its own."""
 
     document_ids: Annotated[Tensor | None, Option(None)]  # (..., T)
@@ -226,8 +253,8 @@ def defaults(kind: type) -> Any:
     return {name: option.default for name, option in declared(kind).items()}
 
 
-TABLE = declared(CrossEntropyOptions) | declared(LinearOptions)
-AnyOptions = TypeVar("AnyOptions", bound=RowOptions)
+TABLE = declared(CrossEntropyOptions) | declared(LinearOptions) | declared(LogprobOptions)
+AnyOptions = TypeVar("AnyOptions", bound=LogitOptions)
 
 
 def takes(kind: type) -> Callable[[Function], Function]:
@@ -275,21 +302,21 @@ def check(given: Mapping[str, Any], options: LossOptions, inputs: Inputs) -> Non
 
 
 def _check_targets(inputs: Inputs, ignore_index: int) -> None:
-    rows, targets, V = inputs[:3]
+    rows, targets, V, *_, name = inputs
     shape = rows.shape[:-1]
     if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets must be int64 or int32 class indices; got {describe(targets)}")
+        raise TypeError(f"{name} must be int64 or int32 class indices; got {describe(targets)}")
     if targets.shape != shape and not (targets.shape[:-1] == shape and targets.dim() > 0 and targets.shape[-1] > 0):
         raise ValueError(
-            f"targets must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}"
+            f"{name} must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}"
         )
     if targets.device != rows.device:
-        raise ValueError(f"targets must be on {rows.device}; got {describe(targets)}")
+        raise ValueError(f"{name} must be on {rows.device}; got {describe(targets)}")
     if targets.device.type == "cpu" and not has_no_data(targets):  # on a GPU, looking would be a host sync
         wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
         if wrong.any():
             value = targets[wrong][0].item()
-            raise ValueError(f"targets must be in [0, {V}) or ignore_index={ignore_index}; found {value}")
+            raise ValueError(f"{name} must be in [0, {V}) or ignore_index={ignore_index}; found {value}")
 
 
 def only(names: tuple[str, ...], given: Mapping[str, Any]) -> bool:

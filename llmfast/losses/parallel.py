@@ -48,8 +48,8 @@ def _cross_entropy(
     terms: Terms,
     *,
     V: int,
-    entropy: bool = False,
-    argmax: bool = False,
+    stats: bool = False,
+    logprobs: bool = False,
     d_logits: Tensor | None = None,
     grad_scale: Tensor | None = None,  # ()
 ) -> Rows:
@@ -57,10 +57,11 @@ def _cross_entropy(
     if V == 0:  # fewer classes than ranks
         none = logits.new_zeros(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
         lowest = torch.full_like(none, torch.finfo(none.dtype).min)
-        best = torch.zeros_like(none, dtype=torch.int64) if argmax else None
-        own = Partials(lowest, none, none if entropy else None, none, none, best)
+        best = torch.zeros_like(none, dtype=torch.int64) if stats else None
+        each = none.new_zeros(targets.classes.shape) if logprobs else None
+        own = Partials(lowest, none, none if stats else None, none, none, best, each)
     else:
-        own = ops.cross_entropy_partials(logits, targets, terms, V=V, entropy=entropy, argmax=argmax)
+        own = ops.cross_entropy_partials(logits, targets, terms, V=V, stats=stats, logprobs=logprobs)
     peak, best = own.peak.clone(), own.argmax
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
     # Finite, also for a rank without classes.
@@ -70,20 +71,24 @@ def _cross_entropy(
     if own.moment is not None:
         # exp(-1000) is 0 too, but 0 * -inf would be NaN.
         parts.append((own.moment + own.total * shift.clamp(min=-1000)) * rescale)
+    if own.below is not None:
+        here = (targets.classes >= terms.v_start) & (targets.classes < terms.v_start + V)
+        parts += torch.where(here, own.below + shift[:, None], own.below).unbind(1)
     sums = torch.stack(parts)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    total, pull, mass, *moments = sums
+    total, pull, mass, *more = sums
     log_total = total.log()
-    H = log_total - moments[0] / total if moments else None
+    H = log_total - more.pop(0) / total if stats else None
     loss = plain.add_terms(mass * log_total - pull, peak * ops.peak_unit + log_total, terms)
     if targets.token_weights is not None:
         loss *= targets.token_weights
     if best is not None:
         best = torch.where(own.peak < peak, terms.V, best)
         dist.all_reduce(best, dist.ReduceOp.MIN, group)
-    ignored = (targets.classes == terms.ignore_index).all(1)
-    rows = Rows(loss, peak, total, H, best)
-    plain.empty_where(ignored, rows)
+    ignored = targets.classes == terms.ignore_index
+    each = torch.where(ignored, 0, torch.stack(more, 1) - log_total[:, None]) if more else None
+    rows = Rows(loss, peak, total, H, best, each)
+    plain.empty_where(ignored.all(1), rows)
     if d_logits is not None and V > 0:
         ones = torch.ones_like(loss)
         upstream = Upstream(ones if grad_scale is None else ones * grad_scale)

@@ -16,11 +16,11 @@ from llmfast_kernels.terms import GROUP, Partials, Rows, Softmax, Targets, Terms
 BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in its cache
 
 
-def space(terms: Terms, stats: bool) -> dict[str, int]:
+def space(terms: Terms, stats: bool, K: int = 1) -> dict[str, int]:
     """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
     given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
     buffers = 1 if not stats and all(t is None for t in given) else 5
-    per_row = 40  # places and masks of the targets, and numbers of backward
+    per_row = 40 * K  # places and masks of the targets, and numbers of backward
     return {
         "blocks": buffers,
         "block_bytes": BLOCK_BYTES,
@@ -95,8 +95,8 @@ def cross_entropy(
     terms: Terms,
     *,
     V: int | None = None,  # columns from V on are padding
-    entropy: bool = False,
-    argmax: bool = False,
+    stats: bool = False,
+    logprobs: bool = False,
     d_logits: Tensor | None = None,  # like `logits`, filled; may be `logits`
     grad_scale: Tensor | None = None,  # ()
     alive: Tensor | None = None,  # (N, columns // GROUP) int8, filled
@@ -106,8 +106,9 @@ def cross_entropy(
     N, width = logits.shape
     loss = logits.new_empty(N, dtype=torch.promote_types(logits.dtype, torch.float32))
     peaks, totals = torch.empty_like(loss), torch.empty_like(loss)
-    H = torch.empty_like(loss) if entropy else None
-    best = torch.empty_like(loss, dtype=torch.int64) if argmax else None
+    H = torch.empty_like(loss) if stats else None
+    best = torch.empty_like(loss, dtype=torch.int64) if stats else None
+    each = loss.new_empty(targets.classes.shape) if logprobs else None
     weights = _Weights(targets, terms, width, loss.dtype)
     mass = weights.mass(everywhere=True)
     scaled = [t for t in (weights.t, grad_scale) if t is not None]
@@ -115,14 +116,17 @@ def cross_entropy(
         given = logits[rows]
         x = _logits(given, terms, space)
         peak = x.amax(1)
-        pull = weights.pull(x, x.gather(1, weights.columns[rows]), peak, rows)
+        y_x = x.gather(1, weights.columns[rows])
+        pull = weights.pull(x, y_x, peak, rows)
         if best is not None:
             best[rows] = x.argmax(1)
-        needs_x = entropy or (d_logits is not None and terms.softcap is not None)
+        needs_x = stats or (d_logits is not None and terms.softcap is not None)
         p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows], space)
         largest = p.amax(1)  # 1 / sum(exp(x - peak))
         log_total = -largest.log()
         lse = peak + log_total
+        if each is not None:  # not y_x - lse, which rounds at the size of the logits
+            each[rows] = torch.where(weights.here[rows], y_x - peak[:, None] - log_total[:, None], 0)
         peaks[rows], totals[rows] = peak, largest.reciprocal()
         loss[rows] = add_terms((log_total if mass is None else mass[rows] * log_total) - pull, lse, terms)
         if H is not None:
@@ -141,7 +145,7 @@ def cross_entropy(
                 alive[rows] = F.pad(groups, (0, alive.shape[1] - groups.shape[1]))
     if weights.t is not None:
         loss *= weights.t
-    return empty_where(weights.ignored, Rows(loss, peaks, totals, H, best))
+    return empty_where(weights.ignored, Rows(loss, peaks, totals, H, best, each))
 
 
 def cross_entropy_partials(
@@ -150,16 +154,17 @@ def cross_entropy_partials(
     terms: Terms,
     *,
     V: int | None = None,
-    entropy: bool = False,
-    argmax: bool = False,
+    stats: bool = False,
+    logprobs: bool = False,
 ) -> Partials:
     logits = logits[:, :V]
     N, width = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     peaks = logits.new_zeros(N, dtype=dtype)
     totals, pulls = torch.zeros_like(peaks), torch.zeros_like(peaks)
-    moments = torch.zeros_like(peaks) if entropy else None
-    best = torch.zeros_like(peaks, dtype=torch.int64) if argmax else None
+    moments = torch.zeros_like(peaks) if stats else None
+    best = torch.zeros_like(peaks, dtype=torch.int64) if stats else None
+    each = peaks.new_zeros(targets.classes.shape) if logprobs else None
     weights = _Weights(targets, terms, width, dtype)
     for rows, space in _blocks(logits, dtype):
         x = _logits(logits[rows], terms, space)
@@ -171,7 +176,10 @@ def cross_entropy_partials(
         totals[rows] = exponentials.sum(1)
         if moments is not None:
             moments[rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
-        pulls[rows] = weights.pull(x, x.gather(1, weights.columns[rows]), finite, rows)
+        y_x = x.gather(1, weights.columns[rows])
+        pulls[rows] = weights.pull(x, y_x, finite, rows)
+        if each is not None:
+            each[rows] = torch.where(weights.here[rows], y_x - finite[:, None], 0)
         if best is not None:
             best[rows] = where + terms.v_start
     mass = weights.mass(everywhere=False)
@@ -179,7 +187,7 @@ def cross_entropy_partials(
     for t in (peaks, totals, moments, pulls, mass):
         if t is not None:
             t.masked_fill_(weights.ignored, 0.0)
-    return Partials(peaks, totals, moments, pulls, mass, best)
+    return Partials(peaks, totals, moments, pulls, mass, best, each)
 
 
 def cross_entropy_backward(

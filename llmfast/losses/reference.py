@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmfast.losses.options import LossOptions, complete, defaults, takes
-from llmfast.losses.targets import LossStats
+from llmfast.losses.options import LogprobOptions, LossOptions, complete, defaults, takes
+from llmfast.losses.targets import LogprobStats, LossStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULTS: LossOptions = defaults(LossOptions)
+_LOGPROBS: LogprobOptions = defaults(LogprobOptions)
 
 
 @takes(LossOptions)
@@ -28,15 +29,11 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Compute what `llmfast.losses.cross_entropy` means."""
     o: dict[str, Any] = {**complete("cross_entropy", _DEFAULTS, options)}
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = _final(logits, o)
     V, shape = x.shape[-1], x.shape[:-1]
     y = targets if targets.dim() > len(shape) else targets[..., None]
     if o["shift"]:
         y = _shifted(y, o["shift"], o["document_ids"], o["ignore_index"])
-    if o["logit_scale"] is not None:
-        x = x * o["logit_scale"]
-    if o["softcap"] is not None:
-        x = o["softcap"] * torch.tanh(x / o["softcap"])
     c = torch.ones(V, dtype=x.dtype, device=x.device) if o["class_weights"] is None else o["class_weights"].to(x.dtype)
     keep = y != o["ignore_index"]
     y = y.masked_fill(~keep, 0).long()
@@ -61,16 +58,12 @@ def cross_entropy(
     result = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[o["reduction"]]
     if not return_stats:
         return result
-    p = x.softmax(-1)
-    entropy = lse - (p * torch.where(p > 0, x, 0.0)).sum(-1)
-    argmax = torch.where(valid, x.argmax(-1), -1)
+    stats = _statistics(x, valid)
+    argmax = stats.argmax
     by_token, right = (known.reshape(-1, y.shape[-1]) for known in (keep, keep & (y == argmax[..., None])))
     hits = right.sum(0).float() / by_token.sum(0)
     accuracy = hits if targets.dim() > len(shape) else hits[0]
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return result, LossStats(
-        loss.detach(), torch.where(valid, lse, zero), torch.where(valid, entropy, zero), argmax, accuracy
-    )
+    return result, LossStats(loss.detach(), *stats, accuracy)
 
 
 @takes(LossOptions)
@@ -86,6 +79,55 @@ def linear_cross_entropy(
     """Compute what `llmfast.losses.linear_cross_entropy` means."""
     logits = hidden @ weight.T
     return cross_entropy(logits if bias is None else logits + bias, targets, return_stats=return_stats, **options)
+
+
+@takes(LogprobOptions)
+def logprobs(
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (...) or (..., K)
+    *,
+    return_stats: bool = False,
+    **options: "Unpack[LogprobOptions]",
+) -> Tensor | tuple[Tensor, LogprobStats]:
+    """Compute what `llmfast.losses.logprobs` means."""
+    o: dict[str, Any] = {**complete("logprobs", _LOGPROBS, options)}
+    x = _final(logits, o) / o["temperature"]
+    y = ids if ids.dim() == x.dim() else ids[..., None]
+    keep = y != o["ignore_index"]
+    each = x.log_softmax(-1).gather(-1, y.masked_fill(~keep, 0).long())
+    each = torch.where(keep, each, 0.0).view(ids.shape)
+    return (each, _statistics(x, keep.any(-1))) if return_stats else each
+
+
+@takes(LogprobOptions)
+def linear_logprobs(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    ids: Tensor,  # (...) or (..., K)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    return_stats: bool = False,
+    **options: "Unpack[LogprobOptions]",
+) -> Tensor | tuple[Tensor, LogprobStats]:
+    """Compute what `llmfast.losses.linear_logprobs` means."""
+    logits = hidden @ weight.T
+    return logprobs(logits if bias is None else logits + bias, ids, return_stats=return_stats, **options)
+
+
+def _final(logits: Tensor, o: dict[str, Any]) -> Tensor:
+    """Return the logits that are normalised, in float32 or float64."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if o["logit_scale"] is not None:
+        x = x * o["logit_scale"]
+    return x if o["softcap"] is None else o["softcap"] * torch.tanh(x / o["softcap"])
+
+
+def _statistics(x: Tensor, valid: Tensor) -> LogprobStats:
+    """Return the statistics of rows, of which some are not `valid`."""
+    p, lse = x.softmax(-1), x.logsumexp(-1)
+    entropy = lse - (p * torch.where(p > 0, x, 0.0)).sum(-1)
+    lse, entropy = (torch.where(valid, t, 0.0) for t in (lse, entropy))
+    return LogprobStats(lse, entropy, torch.where(valid, x.argmax(-1), -1))
 
 
 def _shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_index: int) -> Tensor:

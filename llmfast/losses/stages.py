@@ -50,6 +50,7 @@ class Stages:
         slab: Tensor,
         *,
         stats: bool,
+        logprobs: bool = False,
         grad_scale: Tensor | None = None,
     ) -> Iterator[Rows]:
         """Yield the results of each chunk of rows.
@@ -59,6 +60,7 @@ class Stages:
             kept: (N, columns) that logits are copied to, from column `summed` on; None to copy nothing.
             slab: (rows, padded V) for the logits.
             stats: Whether to compute entropy and argmax.
+            logprobs: Whether to compute the targets' log-probabilities.
             grad_scale: () float32, or None for 1.
         """
         V, first = self.plan.call.V, self.plan.way.summed
@@ -78,8 +80,8 @@ class Stages:
                 self.targets[rows],
                 self.terms,
                 V=V,
-                entropy=stats,
-                argmax=stats,
+                stats=stats,
+                logprobs=logprobs,
                 d_logits=d_logits,
                 grad_scale=grad_scale,
                 **filtering,

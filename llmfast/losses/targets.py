@@ -2,8 +2,8 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,23 @@ class LossStats(NamedTuple):
     entropy: Tensor  # (...) float32 entropy of the softmax, in nats, differentiable
     argmax: Tensor  # (...) int64: the most probable class; the first one if several are equal
     accuracy: Tensor  # () float32, or (K,) with K targets: share of valid targets that equal the argmax
+
+
+class LogprobStats(NamedTuple):
+    """Statistics that `return_stats=True` adds to log-probabilities. For a token without a valid id, argmax is -1."""
+
+    lse: Tensor  # (...) float32 logsumexp of the logits, differentiable; 0 for a token without a valid id
+    entropy: Tensor  # (...) float32 entropy of the softmax, in nats, differentiable; 0 likewise
+    argmax: Tensor  # (...) int64: the most probable class; the first one if several are equal
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A call that is checked, up to its launches, which callers make so that few functions lead to a kernel."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    finished: Callable[[Any], Any]
 
 
 class RowStats(NamedTuple):
@@ -203,6 +220,16 @@ def finish(
     token_loss, lse, entropy, argmax = (t.view(shape) for t in stats if t is not None)
     hits = accuracy(argmax.reshape(-1), targets, ignore_index)
     return loss, LossStats(token_loss, lse, entropy, argmax, hits[0] if squeeze else hits)
+
+
+def finish_logprobs(
+    found: Sequence[Tensor | None], ids: Tensor, shape: torch.Size
+) -> Tensor | tuple[Tensor, LogprobStats]:
+    """Give results the caller's shape. `found` is (N, K) log-probabilities, followed as in `finish`."""
+    value, _, *stats = found
+    assert value is not None
+    each = value.view(ids.shape)
+    return each if stats[0] is None else (each, LogprobStats(*(t.view(shape) for t in stats if t is not None)))
 
 
 def accuracy(argmax: Tensor, targets: Targets, ignore_index: int) -> Tensor:

@@ -31,7 +31,9 @@ class ValidRows:
         home = torch.where(self.surplus, self.N, self.index)  # surplus rows end beyond the last row
 
         def over_all(t: Tensor | None, empty: float) -> Tensor | None:
-            return None if t is None else t.new_full((self.N + 1,), empty).index_copy(0, home, t)[: self.N]
+            if t is None:
+                return None
+            return t.new_full((self.N + 1, *t.shape[1:]), empty).index_copy(0, home, t)[: self.N]
 
         loss, *stats, argmax = found
         assert loss is not None

@@ -79,6 +79,7 @@ class Call:
     into: bool = False  # the weight's gradient is added to a buffer of the caller's
     functional: bool = False  # an operator of torch: only what it returns lives on until backward
     stats: bool = False  # statistics are returned
+    ids: int = 0  # per row, whose log-probabilities are returned
     float32_products: bool = True  # low precision can be multiplied into float32
     float32_sums: bool = True  # and added there
     blocks: int = 0  # buffers of plain torch for each block of rows, in float32
@@ -102,8 +103,13 @@ class Call:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of numbers per row: loss, peak and total, and an upstream gradient; and what statistics take."""
-        return (10 if self.stats else 4) * self.wide.itemsize + (24 if self.stats else 0) + self.plain_row_bytes
+        """Bytes of numbers per row: loss, peak and total, and an upstream gradient; and what is returned besides.
+
+        Log-probabilities have upstream gradients of their own, which become weights. Ranks add them up.
+        """
+        each = (7 if self.ranks else 3) * self.ids
+        numbers = ((10 if self.stats else 4) + each) * self.wide.itemsize
+        return numbers + (24 if self.stats else 0) + self.plain_row_bytes
 
     @property
     def joined_bytes(self) -> int:

@@ -16,7 +16,7 @@ import llmfast_kernels.scale
 from evidence.dry_run import reserve
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
-from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, reference
+from llmfast.losses import linear_cross_entropy, linear_logprobs, mtp_cross_entropy, reference
 from support.numerics import assert_close_in_norm
 from support.plans import forced
 
@@ -100,6 +100,8 @@ MODELS = {"GPT-2": (768, 50257), "Llama-3": (4096, 128256), "Gemma-2": (2304, 25
 CALLS: dict[str, dict[str, Any]] = {
     "mean": {},
     "losses per token": {"reduction": "none"},
+    "log-probabilities": {"K": 8, "temperature": 0.7, "return_stats": True},
+    "64 log-probabilities": {"K": 64, "slab_dtype": F32},
     "four heads": {"heads": 4},
     "float32": {"dtype": F32},
     "float32 logits": {"slab_dtype": F32},
@@ -122,8 +124,9 @@ LAUNCHES = 400  # about as many are counted in a second
 BUDGETS = (8 << 20, 64 << 20, 200 << 20, 1 << 30, 3 << 30, 8 << 30)
 
 
-def run(hidden: Tensor, weight: Tensor, targets: Tensor, heads: int = 0, **options: Any) -> None:
-    found: Any = (mtp_cross_entropy if heads else linear_cross_entropy)(hidden, weight, targets, **options)
+def run(hidden: Tensor, weight: Tensor, targets: Tensor, heads: int = 0, K: int = 0, **options: Any) -> None:
+    function: Any = mtp_cross_entropy if heads else linear_logprobs if K else linear_cross_entropy
+    found = function(hidden, weight, targets, **options)
     backward(found[0] if isinstance(found, tuple) else found)
 
 
@@ -144,9 +147,10 @@ ALL = [(N, call) for call in CALLS for N in (1024, 16384)] + [(4096, "mean"), (6
 def test_a_budget_is_kept(model: str, N: int, call: str) -> None:
     (D, V), options = MODELS[model], dict(CALLS[call])
     heads, dtype = options.get("heads", 0), options.pop("dtype", BF16)
-    tokens = (heads, N // heads) if heads else (N,)
+    tokens, K = (heads, N // heads) if heads else (N,), options.get("K", 0)
     hidden, weight = leaf(*tokens, D, dtype=dtype), leaf(V, D, dtype=dtype)
-    targets = torch.zeros(tokens[-1], *([2] if "target_weights" in options else []), dtype=torch.int64)
+    several = [2] if "target_weights" in options else [K] if K else []
+    targets = torch.zeros(tokens[-1], *several, dtype=torch.int64)
     options = made(options, N, V)
     least = least_of(hidden, weight, targets, **options)
     for budget in (least, *BUDGETS[:: 1 if call == "mean" else 2]):
@@ -270,25 +274,34 @@ def test_a_float32_gradient_of_a_bfloat16_weight_is_not_rounded(path: str, mode:
         assert torch.equal(in_float32.bfloat16(), rounded)
 
 
+ON_A_CPU: list[dict[str, Any]] = [{}, {"softcap": 30.0, "label_smoothing": 0.1}, {"return_stats": True}]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("ignored", [0, 100])
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "label_smoothing": 0.1}, {"return_stats": True}], ids=str)
-def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, reduction: str, ignored: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"reduction": reduction, **options} for reduction in ("mean", "none") for options in ON_A_CPU),
+        *({"K": K, "return_stats": K == 8, "softcap": 30.0 if K == 8 else None} for K in (1, 8, 64)),
+    ],
+    ids=str,
+)
+def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, ignored: int, options: dict[str, Any]) -> None:
     N, D, V = 128, 32, 4096
     hidden, weight = (torch.randn(n, D).to(dtype).requires_grad_() for n in (N, V))
-    targets = torch.randint(0, V, (N,))
+    targets = torch.randint(0, V, (N, options["K"]) if "K" in options else (N,))
     targets[:ignored] = -100
 
     def held(budget: int) -> int:
         hidden.grad = weight.grad = None
         with counting() as counts:
-            run(hidden, weight, targets, memory_budget=budget, reduction=reduction, **options)
+            run(hidden, weight, targets, memory_budget=budget, **options)
         return counts.peak_bytes - hidden.nbytes - weight.nbytes
 
     with pytest.raises(ValueError, match="memory_budget must be at least") as error:
         held(1)
     least = int(str(error.value).split("at least ")[1].split()[0])
-    assert least < 1 << 18
+    assert least < (1 << 18) + 60 * N * options.get("K", 0)  # bytes per id: the results, and their places and masks
     for budget in (least, 2 * least, 1 << 19, 1 << 20, 2 << 20, 4 << 20):
         assert held(budget) <= budget

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
-from llmfast.losses import cross_entropy, linear_cross_entropy
+from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs
 from llmfast.losses.from_hidden import LinearCrossEntropy
 from llmfast.losses.from_logits import CrossEntropy
 from llmfast_kernels.terms import Targets, Terms
@@ -179,7 +179,9 @@ def test_operators_keep_their_promises(path: str, reduction: str) -> None:
         ),
         (LinearCrossEntropy(**given, **more), [hidden.detach(), weight, None], [False, True, False]),
     ]
+    calls += [(replace(loss, logprobs=True), *rest) for loss, *rest in calls if reduction == "none"]
     for loss, inputs, wants in calls:
+        upstream[0] = upstream[0].reshape(12, 1) if loss.logprobs else upstream[0]
         operators = OPERATORS[type(loss)]
         flat = [*operators.flatten(loss), wants]
         torch.library.opcheck(operators.forward, (*inputs, *flat))
@@ -243,6 +245,8 @@ def test_nothing_waits_for_the_device(kernels: None, name: str, budget: Any) -> 
     with pretending_cuda(), counting() as counts, NoSyncs():
         outcome(lambda x: cross_entropy(x, targets, **OPTIONS[name]), logits)
         outcome(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=budget, **OPTIONS[name]), hidden, weight)
+        outcome(lambda x: logprobs(x, targets, return_stats="stats" in name), logits)
+        outcome(lambda h, w: linear_logprobs(h, w, targets[:, None], memory_budget=budget), hidden, weight)
         if "none" not in name:
             outcome(lambda h, w: linear_cross_entropy(h, w, targets, grad_filter=1e-3, **OPTIONS[name]), hidden, weight)
     assert counts.total().syncs == 0, "copies to the host, besides"

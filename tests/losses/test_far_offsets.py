@@ -24,12 +24,12 @@ def test_offsets_past_two_to_the_31() -> None:
     near = torch.randn(4, V).bfloat16()
     targets, terms = Targets(torch.tensor([[0], [V - 1], [-100], [7]])), Terms(V, softcap=3.0)
     with kernels_on_cpu():
-        want = rows.cross_entropy(near, targets, terms, entropy=True, argmax=True)
+        want = rows.cross_entropy(near, targets, terms, stats=True)
         d_near = torch.empty_like(near)
         rows.cross_entropy_backward(near, targets, terms, want.softmax, Upstream(torch.ones(4)), d_logits=d_near)
 
         far.copy_(near)
-        got = rows.cross_entropy(far, targets, terms, entropy=True, argmax=True)
+        got = rows.cross_entropy(far, targets, terms, stats=True)
         rows.cross_entropy_backward(far, targets, terms, got.softmax, Upstream(torch.ones(4)), d_logits=far)
         torch.testing.assert_close(far, d_near, rtol=2e-2, atol=1e-5)
         far.copy_(near)

@@ -36,6 +36,7 @@ VALUES: dict[str, Callable[[], Tensor]] = {
     "bias": lambda: torch.randn(V),
     "targets": lambda: labels(2, T),
     "labels": lambda: labels(2, T),
+    "ids": lambda: labels(2, T, K),
     "class_weights": lambda: torch.rand(V),
     "token_weights": lambda: torch.rand(2, T),
     "target_weights": lambda: torch.rand(2, T, K),
@@ -75,7 +76,8 @@ def call(function: Callable[..., Any], tensors: dict[str, Tensor], **options: An
     result = function(**{**tensors, **leaves}, **options)
     if not leaves:
         return [result]
-    found = torch.autograd.grad(result, list(leaves.values()), allow_unused=True)
+    upstream = torch.linspace(-1, 1, result.numel()).view(result.shape) if result.dim() else None
+    found = torch.autograd.grad(result, list(leaves.values()), upstream, allow_unused=True)
     return [result.detach(), *(g for g in found if g is not None), *([] if main is None else [main])]
 
 
@@ -127,7 +129,7 @@ def test_every_tensor_argument_has_a_value() -> None:
     names = {name for _, name in cases}
     assert names == set(VALUES), "VALUES must say what a new argument may hold"
     assert {f.__name__ for f in FUNCTIONS} == {
-        "cross_entropy", "linear_cross_entropy", "mtp_cross_entropy", "mtp_valid_counts"
+        "cross_entropy", "linear_cross_entropy", "linear_logprobs", "logprobs", "mtp_cross_entropy", "mtp_valid_counts"
     }  # fmt: skip
 
 
@@ -140,6 +142,7 @@ DTYPES = {
     "num_valid": [torch.int32, torch.float32, torch.float64],
     "targets": [torch.int32],
     "labels": [torch.int32],
+    "ids": [torch.int32],
     "document_ids": [torch.int32, torch.int16, torch.uint8],
 }
 

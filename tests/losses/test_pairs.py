@@ -15,8 +15,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, mtp_cross_entropy, reference, targets
-from llmfast.losses.options import TABLE, CrossEntropyOptions, LinearOptions, LossOptions, MTPOptions, declared
+from llmfast.losses import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_logprobs,
+    mtp_cross_entropy,
+    reference,
+    targets,
+)
+from llmfast.losses.options import (
+    TABLE,
+    CrossEntropyOptions,
+    LinearLogprobOptions,
+    LinearOptions,
+    LogprobOptions,
+    LossOptions,
+    MTPOptions,
+    declared,
+)
 from support.devices import DEVICE
 from support.layouts import offset, sliced, strided, transposed
 from support.pairs import Case, covering
@@ -66,6 +82,7 @@ VALUES: dict[str, list[Any]] = {
     "label_smoothing": [0.0, 0.2, 1.0],
     "softcap": [None, 0.7, 5.0],
     "logit_scale": [None, 1.0, -1.7],
+    "temperature": [1.0, 0.6],
     "class_weights": [None, class_weights, lambda d: class_weights(d).double()],
     "token_weights": [None, token_weights, lambda d: token_weights(d).bfloat16()],
     "target_weights": [None, lambda d: torch.rand(d.K), lambda d: torch.rand(d.targets.shape)],
@@ -184,7 +201,7 @@ class Results(typing.NamedTuple):
     """Results of a loss and all its gradients."""
 
     loss: Tensor
-    stats: LossStats | None
+    stats: Any  # of the loss, or None
     gradients: list[Tensor | None]
 
 
@@ -197,7 +214,7 @@ def run(loss: Callable[..., Any], inputs: list[Tensor], case: Case, upstream: li
     if not case["grad_mode"] or not wanted:
         assert not value.requires_grad
         return Results(value, stats, [])
-    used = [] if case["upstream"] is None else [(value, upstream[0])]
+    used: list[tuple[Tensor, Tensor]] = [] if case["upstream"] is None else [(value, upstream[0])]
     if stats is not None:
         used += [(stats.lse, upstream[1])] * (case["stats"] in ("lse", "both"))
         used += [(stats.entropy, upstream[2])] * (case["stats"] in ("entropy", "both"))
@@ -209,8 +226,10 @@ def run(loss: Callable[..., Any], inputs: list[Tensor], case: Case, upstream: li
 
 
 def upstream_of(case: Case) -> list[Tensor]:
-    tokens = case["tokens"]
-    loss = torch.randn(tokens) if case["reduction"] == "none" else torch.tensor(1.0)
+    tokens, K = case["tokens"], case["K"]
+    loss = torch.randn(tokens) if case.get("reduction") == "none" else torch.tensor(1.0)
+    if "temperature" in case:
+        loss = torch.randn(tokens if K is None else (*tokens, K))
     return [loss * (case["upstream"] or 0.0), torch.randn(tokens), torch.randn(tokens)]
 
 
@@ -227,7 +246,8 @@ def close(name: str, ours: Tensor, plain: Tensor, truth: Tensor, eps: float) -> 
 def final(logits: Tensor, case: Case) -> Tensor:
     """Return the logits that the loss is of, in float64."""
     x = logits.double() * (case["logit_scale"] or 1.0)
-    return x if case["softcap"] is None else case["softcap"] * torch.tanh(x / case["softcap"])
+    x = x if case["softcap"] is None else case["softcap"] * torch.tanh(x / case["softcap"])
+    return x / case.get("temperature", 1.0)
 
 
 def compare(
@@ -243,7 +263,7 @@ def compare(
         close("loss", ours.loss, plain.loss, truth.loss, fine)
     if truth.stats is not None:
         assert ours.stats is not None and plain.stats is not None
-        for name in ("token_loss", "lse", "entropy"):
+        for name in {"token_loss", "lse", "entropy"} & {*truth.stats._fields}:
             t = getattr(ours.stats, name)
             assert t.dtype == wide, name
             close(name, t, getattr(plain.stats, name), getattr(truth.stats, name), fine)
@@ -252,7 +272,7 @@ def compare(
         assert torch.equal(best >= 0, valid)
         found = x.gather(-1, best.clamp(min=0)[..., None])[..., 0]
         assert (found >= x.amax(-1) - 4 * fine * x.abs().amax(-1))[valid].all()  # nearly equal ones are rounded
-        if torch.equal(best, truth.stats.argmax):
+        if "accuracy" in truth.stats._fields and torch.equal(best, truth.stats.argmax):
             torch.testing.assert_close(ours.stats.accuracy, truth.stats.accuracy, equal_nan=True)
     wanted = [t for t in inputs if t.requires_grad]
     for i, (a, b, c, t) in enumerate(zip(ours.gradients, plain.gradients, truth.gradients, wanted)):
@@ -270,11 +290,12 @@ def eps_of(dtype: torch.dtype) -> float:
 
 
 # Several times, in other combinations of three and more.
-CROSS_ENTROPY, LINEAR = (
+CROSS_ENTROPY, LINEAR, LOGPROBS = (
     [case for seed in range(3) for case in covering(factors, possible, seed)]
     for factors in (
         factors_of(CrossEntropyOptions, wants_logits=[True, False]),
         factors_of(LinearOptions, autocast=[False, True], **WANTS),
+        factors_of(LinearLogprobOptions, autocast=[False, True], **WANTS),
     )
 )
 
@@ -323,21 +344,31 @@ def test_cross_entropy(path: str, case: Case) -> None:
 
 @parametrized(LINEAR)
 def test_linear_cross_entropy(path: str, case: Case) -> None:
-    draw = Draw(case)
-    options, upstream, dtype = given_options(case, LinearOptions, draw), upstream_of(case), case["dtype"]
+    check_linear(case, LinearOptions, LossOptions, linear_cross_entropy)
+
+
+@parametrized(LOGPROBS)
+def test_linear_logprobs(path: str, case: Case) -> None:
+    check_linear(case, LinearLogprobOptions, LogprobOptions, linear_logprobs)
+
+
+def check_linear(case: Case, kind: type, meaning: type, function: Callable[..., Any]) -> None:
+    """Check a function of hidden states; `meaning` are those of its options that its definition takes."""
+    draw, definition = Draw(case), getattr(reference, function.__name__)
+    options, upstream, dtype = given_options(case, kind, draw), upstream_of(case), case["dtype"]
     compute = torch.bfloat16 if case["autocast"] else dtype
     tensors = [torch.randn(*case["tokens"], D).to(dtype), torch.randn(case["V"], D).to(dtype)]
     wants = [case["wants_hidden"], case["wants_weight"]]
     if (bias := options.pop("bias", None)) is not None:
         tensors, wants = [*tensors, bias], [*wants, case["wants_bias"]]
-    stats, defined = case["stats"] is not None, {n: v for n, v in options.items() if n in declared(LossOptions)}
+    stats, defined = case["stats"] is not None, {n: v for n, v in options.items() if n in declared(meaning)}
 
     def ours(h: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
         given = options if b is None else {**options, "bias": b}
-        return linear_cross_entropy(h, w, draw.targets, return_stats=stats, **given)
+        return function(h, w, draw.targets, return_stats=stats, **given)
 
     def exact(h: Tensor, w: Tensor, b: Tensor | None = None, **more: Any) -> Any:
-        return reference.linear_cross_entropy(h, w, draw.targets, bias=b, return_stats=stats, **{**defined, **more})
+        return definition(h, w, draw.targets, bias=b, return_stats=stats, **{**defined, **more})
 
     def leaves(layout: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
         return [layout(t).detach().to(dtype or t.dtype).requires_grad_(want) for t, want in zip(tensors, wants)]
@@ -502,7 +533,7 @@ def test_every_option_has_values() -> None:
     for name in TABLE:
         assert len(values_of(name)) > 1 or name == "process_group"
     assert VALUES.keys() <= TABLE.keys()
-    assert 90 < len(CROSS_ENTROPY) < 200 and 90 < len(LINEAR) < 250 and 30 < len(MTP) < 90
+    assert 90 < len(CROSS_ENTROPY) < 200 and 90 < len(LINEAR) < 250 and 30 < len(MTP) < 90 and 90 < len(LOGPROBS) < 200
     for path in SURROUNDINGS["path"]:  # logits made again in backward, in several slabs of columns
         recomputed = [c for c in LINEAR if c["memory_budget"] == "least" and c["reduction"] == "none" and c["V"] > 128]
         assert any(c["grad_mode"] and c["tokens"] != (0,) and c["path"] == path for c in recomputed)

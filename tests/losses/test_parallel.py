@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmfast._dispatch import kernels_on_cpu
-from llmfast.losses import cross_entropy, linear_cross_entropy, reference
+from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, reference
 from support.plans import SIZES, forced
 from support.ranks import Ranks
 
@@ -86,6 +86,45 @@ def compare_values(found: Any, truth: Any) -> None:
         torch.testing.assert_close(found[1].accuracy, truth[1].accuracy)
         found, truth = found[0], truth[0]
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def check_logprobs(rank: int, world: int, V: int) -> None:
+    """Check each id of a token, wherever its class is, with statistics and all gradients."""
+    hidden, weight, bias, one = inputs(V)
+    share = -(-V // world)
+    own = slice(min(rank * share, V), min((rank + 1) * share, V))
+    ids = torch.stack([one, one.roll(1), one], -1)  # equal ones, and ignored ones next to others
+    upstream = torch.linspace(-1, 1, ids.numel()).view(ids.shape)
+    options: dict[str, Any] = {"softcap": 5.0, "temperature": 0.7, "return_stats": True}
+    group: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_size": V}
+
+    def total(result: Any) -> Tensor:
+        return (result[0] * upstream).sum() + result[1].lse.sum() + 0.5 * result[1].entropy.sum()
+
+    def compare(found: Any, truth: Any, got: Any, want: Any) -> None:
+        assert torch.equal(found[1].argmax, truth[1].argmax)
+        values = zip((found[0], *found[1][:2], *got), (truth[0], *truth[1][:2], *want), strict=True)
+        for a, b in values:
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    truth = reference.linear_logprobs(leaves[0], leaves[1], ids, bias=leaves[2], **options)
+    want = torch.autograd.grad(total(truth), leaves)
+    for size in SIZES:
+        h, w, b = (t.clone().requires_grad_() for t in (hidden, weight[own], bias[own]))
+        with forced(None, size):
+            found = linear_logprobs(h, w, ids, bias=b, **group, **options)
+            got = torch.autograd.grad(total(found), (h, w, b))
+        compare(found, truth, got, (want[0], want[1][own], want[2][own]))
+    logits = (hidden @ weight.T + bias).double().requires_grad_()
+    truth = reference.logprobs(logits, ids, **options)
+    (want_logits,) = torch.autograd.grad(total(truth), logits)
+    x = (hidden @ weight.T + bias)[:, own].clone().requires_grad_()
+    found = logprobs(x, ids, **group, **options)
+    compare(found, truth, torch.autograd.grad(total(found), x), (want_logits[:, own],))
+    far = logprobs((x + 1e4).detach(), ids, **group)  # differences alone count
+    torch.testing.assert_close(far.double(), reference.logprobs(logits, ids), rtol=0, atol=4e-3)
+    torch.testing.assert_close(logprobs(x.detach(), torch.full_like(ids, -100), **group), torch.zeros(ids.shape))
 
 
 def check_dtensors(rank: int, world: int, V: int) -> None:
@@ -200,10 +239,12 @@ def check(rank: int, world: int, V: int, kernels: bool) -> None:
     if kernels:
         with kernels_on_cpu():
             check_rank(rank, world, V)
+            check_logprobs(rank, world, V)
             check_ignored(rank, world, V)
             check_far_from_zero(rank, world, V)
     else:
         check_rank(rank, world, V)
+        check_logprobs(rank, world, V)
         check_ignored(rank, world, V)
         check_far_from_zero(rank, world, V)
         check_dtensors(rank, world, V)

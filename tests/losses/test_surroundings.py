@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast import _dispatch
-from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy
+from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, mtp_cross_entropy
 from llmfast.losses.targets import on_device
 from llmfast.train.objective import FurtherTokens
 from support.devices import DEVICE
@@ -197,6 +197,22 @@ def test_tensors_without_data_give_shapes(loss: str, options: dict[str, Any], dt
             h, w, y = given("cuda")
             value = LOSSES[loss](y, **options)(h, w)
             assert (value.shape, value.dtype, value.device.type) == (*want[0][:2], "cuda")
+
+
+@pytest.mark.parametrize("options", [{}, {"return_stats": True}], ids=str)
+@pytest.mark.parametrize("K", [None, 3])
+def test_log_probabilities_without_data_give_shapes(options: dict[str, Any], K: int | None) -> None:
+    for from_logits in (False, True):
+
+        def function(h: Tensor, w: Tensor, from_logits: bool = from_logits) -> Any:
+            y = torch.full((N,) if K is None else (N, K), -100, dtype=torch.int64, device=h.device)
+            return logprobs(h @ w.T, y, **options) if from_logits else linear_logprobs(h, w, y, **options)
+
+        want = shapes(function, torch.zeros(N, D), torch.zeros(V, D))
+        with FakeTensorMode():
+            assert shapes(function, torch.zeros(N, D), torch.zeros(V, D)) == want
+        got = shapes(function, torch.zeros(N, D, device="meta"), torch.zeros(V, D, device="meta"))
+        assert [x[:2] for x in got] == [x[:2] for x in want] and {x[2] for x in got} == {"meta"}
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["heads", "shared"])

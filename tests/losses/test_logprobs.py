@@ -1,0 +1,325 @@
+"""`logprobs` and `linear_logprobs` on both paths, against `log_softmax(...).gather`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import counting
+from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, reference
+from support.launched import unrecorded
+from support.numerics import assert_close_in_norm, assert_no_worse
+from support.plans import SIZES, forced
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+D = 6
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 0.7},
+    {"logit_scale": -1.3, "temperature": 0.6},
+    {"softcap": 5.0, "logit_scale": 1.7, "temperature": 1.6, "ignore_index": 0},
+]
+
+
+def draw_ids(tokens: tuple[int, ...], K: int | None, V: int, ignore_index: int = -100) -> Tensor:
+    """Draw ids, of which some are equal and about a fifth are ignored."""
+    shape = tokens if K is None else (*tokens, K)
+    ids = torch.randint(0, V, shape)
+    if K is not None and K > 1:
+        ids[..., K // 2] = ids[..., 0]
+    ids[torch.rand(shape) < 0.2] = ignore_index
+    return ids
+
+
+def outcome(function: Callable[..., Any], inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    """Return log-probabilities and statistics, if there are some, then the gradients of their weighted sum."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    found = function(*leaves)
+    values, stats = found if isinstance(found, tuple) else (found, None)
+    total = (values * upstream[0].to(values.dtype)).sum()
+    if stats is not None:
+        total = total + (stats.lse * upstream[1]).sum() + (stats.entropy * upstream[2]).sum()
+    gradients = torch.autograd.grad(total, leaves)
+    return [values.detach(), *([] if stats is None else [stats.lse.detach(), stats.entropy.detach()]), *gradients]
+
+
+def upstream_of(ids: Tensor, tokens: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(ids.shape), torch.randn(tokens), torch.randn(tokens)]
+
+
+def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], eps: float) -> None:
+    """Compare, allowing some roundings with which torch can be lucky."""
+    for a, b, c in zip(ours, plain, truth, strict=True):
+        assert a.shape == c.shape and a.dtype == b.dtype
+        error, allowed = (a - c).double().norm(), (b - c).double().norm()
+        slack = 8 * eps * (c.norm() + 1)
+        assert error <= 1.5 * allowed + slack, f"error {error:.3g}, torch's {allowed:.3g}, slack {slack:.3g}"
+
+
+cases = {
+    "K": st.sampled_from([None, 1, 8, 64]),
+    "tokens": st.sampled_from([(1,), (9,), (3, 4), (2, 1, 3), (), (0,)]),
+    "V": st.sampled_from([1, 2, 127, 128, 1000, 1025, 3001]),
+    "dtype": st.sampled_from([F32, BF16, F64]),
+    "options": st.sampled_from(OPTIONS),
+    "stats": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(**cases)
+@unrecorded()
+def test_logits_match_float64(
+    path: str, K: int | None, tokens: tuple[int, ...], V: int, dtype: torch.dtype, options: dict[str, Any],
+    stats: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    ids, logits = draw_ids(tokens, K, V, options.get("ignore_index", -100)), (torch.randn(*tokens, V) * 2).to(dtype)
+    upstream = upstream_of(ids, tokens)
+
+    def run(function: Any, x: Tensor) -> list[Tensor]:
+        return outcome(lambda x: function(x, ids, return_stats=stats, **options), [x], upstream)
+
+    eps = torch.finfo(dtype).eps if dtype == BF16 else torch.finfo(dtype).eps * 4
+    compare(run(logprobs, logits), run(reference.logprobs, logits), run(reference.logprobs, logits.double()), eps)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(**cases, bias=st.booleans(), slab_dtype=st.sampled_from([None, F32]), size=st.sampled_from([*SIZES]))
+@unrecorded()
+def test_hidden_states_match_float64(path: str, **case: Any) -> None:
+    torch.manual_seed(case["seed"])
+    tokens, V, dtype, options = case["tokens"], case["V"], case["dtype"], case["options"]
+    ids = draw_ids(tokens, case["K"], V, options.get("ignore_index", -100))
+    inputs = [torch.randn(*tokens, D).to(dtype), torch.randn(V, D).to(dtype)]
+    inputs += [torch.randn(V).to(dtype)] if case["bias"] else []
+    upstream = upstream_of(ids, tokens)
+
+    def run(function: Any, inputs: list[Tensor], **more: Any) -> list[Tensor]:
+        def call(h: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
+            return function(h, w, ids, bias=b, return_stats=case["stats"], **options, **more)
+
+        return outcome(call, inputs, upstream)
+
+    slab = None if dtype == F64 else case["slab_dtype"]
+    with forced(None, case["size"]):
+        ours = run(linear_logprobs, inputs, slab_dtype=slab)
+    truth = run(reference.linear_logprobs, [t.double() for t in inputs])
+    compare(ours, run(reference.linear_logprobs, inputs), truth, torch.finfo(dtype).eps * (1 if dtype == BF16 else 4))
+
+
+@pytest.mark.parametrize("mode", ["materialise", "recompute"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("K", "stats"), [(1, False), (1, True), (8, False), (64, False)])
+def test_modes_at_a_real_vocabulary(path: str, mode: str, dtype: torch.dtype, K: int, stats: bool) -> None:
+    """Take three whole tiles and a tail; these launches are compiled too."""
+    V = 50257
+    hidden, weight, ids = torch.randn(3, D).to(dtype), torch.randn(V, D).to(dtype), draw_ids((3,), K, V)
+    ids[1, 0] = 16384  # the first column of a tile
+    upstream = upstream_of(ids, (3,))
+
+    def run(function: Any, *inputs: Tensor) -> list[Tensor]:
+        return outcome(lambda h, w: function(h, w, ids, return_stats=stats), [*inputs], upstream)
+
+    with forced(mode, rows=2 if mode == "recompute" else 3):
+        ours = run(linear_logprobs, hidden, weight)
+    theirs, truth = (run(reference.linear_logprobs, hidden.to(t), weight.to(t)) for t in (dtype, F64))
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert_close_in_norm(a, b, c, factor=2.5)
+
+
+def test_one_id_is_the_loss(path: str) -> None:
+    hidden, weight, ids = torch.randn(9, D), torch.randn(300, D), draw_ids((9,), None, 300)
+    one = [torch.ones(9)]
+    ours = outcome(lambda h, w: linear_logprobs(h, w, ids), [hidden, weight], one)
+    losses = outcome(lambda h, w: linear_cross_entropy(h, w, ids, reduction="none"), [hidden, weight], one)
+    for a, b in zip(ours, losses, strict=True):
+        torch.testing.assert_close(a, -b, rtol=1e-6, atol=1e-6)
+    x = hidden @ weight.T
+    torch.testing.assert_close(logprobs(x, ids), -cross_entropy(x, ids, reduction="none"))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e8])
+def test_no_digits_are_lost_to_an_offset(path: str, offset: float) -> None:
+    logits, ids = torch.randn(24, 1100) * 2 + offset, draw_ids((24,), 3, 1100)
+    upstream = [torch.randn(ids.shape)]
+    ours, theirs, truth = (
+        outcome(lambda x, of=of: of(x, ids), [logits.to(dtype)], upstream)  # type: ignore[misc]
+        for of, dtype in ((logprobs, F32), (reference.logprobs, F32), (reference.logprobs, F64))
+    )
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert_no_worse(a, b, c, scale=10.0)
+
+
+def test_confident_tokens_keep_their_digits(path: str) -> None:
+    """Lose no more than the rounding of a sum near 1, however far apart the logits are."""
+    logits = torch.zeros(3, 300)
+    logits[:, 7] = torch.tensor([10.0, 18.0, 25.0])
+    found = logprobs(logits, torch.tensor([[7, 0]] * 3))
+    truth = logits.double().log_softmax(1)[:, [7, 0]]
+    assert ((found - truth).abs() <= 4e-7 + 6e-8 * truth.abs()).all()
+
+
+def test_ids_without_a_chance(path: str) -> None:
+    """Give an id whose logit is -inf a log-probability of -inf, and leave the others as they are."""
+    logits = torch.randn(2, 1500)
+    logits[:, 1000:] = -torch.inf
+    ids = torch.tensor([[3, 1200], [1499, 0]])
+    found = logprobs(logits, ids)
+    torch.testing.assert_close(found, logits.log_softmax(1).gather(1, ids))
+    assert found.isinf().tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("K", [None, 3])
+def test_ignored_ids_have_no_gradient(path: str, K: int | None) -> None:
+    hidden, weight = torch.randn(5, D), torch.randn(200, D)
+    ids = torch.full((5,) if K is None else (5, K), -100)
+    for some in (False, True):
+        upstream = torch.full(ids.shape, torch.inf)
+        if some:
+            ids.view(-1)[0], upstream.view(-1)[0] = 7, 1.0
+        for size in SIZES:
+            h, w = (t.clone().requires_grad_() for t in (hidden, weight))
+            with forced(None, size):
+                found = linear_logprobs(h, w, ids)
+                found.backward(upstream)
+            assert found.view(-1)[1:].eq(0).all()
+            assert h.grad is not None and w.grad is not None
+            assert h.grad[1:].eq(0).all() and h.grad.isfinite().all() and w.grad.isfinite().all()
+            assert bool(w.grad.any()) == some
+        x = (hidden @ weight.T).requires_grad_()
+        (d_logits,) = torch.autograd.grad(logprobs(x, ids), x, upstream)
+        assert d_logits[1:].eq(0).all() and bool(d_logits.any()) == some
+
+
+def test_an_id_out_of_range_is_nan(kernels: None) -> None:
+    """On a GPU nobody looks; the other ids of its token keep their values."""
+    x, ids = torch.randn(3, 70).requires_grad_(), torch.tensor([[1, 2], [70, 5], [-100, 3]])
+    with pretending_cuda():
+        found = logprobs(x, ids)
+        assert found.isnan().tolist() == [[False, False], [True, False], [False, False]]
+        (d_logits,) = torch.autograd.grad(found.nansum(), x)
+    assert d_logits.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_upstream_of_any_layout(path: str) -> None:
+    x, ids = torch.randn(4, 60), draw_ids((4,), 3, 60)
+    upstream = torch.randn(4, 3)
+    want = outcome(lambda x: logprobs(x, ids), [x], [upstream])
+    got = outcome(lambda x: logprobs(x.T.contiguous().T, ids.T.contiguous().T), [x], [upstream.T.contiguous().T])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    one = outcome(lambda x: logprobs(x, ids), [x], [torch.ones(()).expand(4, 3)])
+    torch.testing.assert_close(one[1], outcome(lambda x: reference.logprobs(x, ids), [x], [torch.ones(4, 3)])[1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_backward_works_twice(path: str, size: str) -> None:
+    h, w = torch.randn(7, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
+    with forced(None, size):
+        total = linear_logprobs(h, w, draw_ids((7,), 2, 300)).square().sum()
+        first = torch.autograd.grad(total, (h, w), retain_graph=True)
+        second = torch.autograd.grad(2 * total, (h, w))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_statistics_alone(path: str) -> None:
+    """Log-probabilities that nobody uses leave the gradient to the others."""
+    h, w, ids = torch.randn(5, D, requires_grad=True), torch.randn(90, D, requires_grad=True), draw_ids((5,), 2, 90)
+    found = []
+    for function in (linear_logprobs, reference.linear_logprobs):
+        values, stats = function(h, w, ids, return_stats=True)  # type: ignore[operator]
+        assert values.requires_grad and not stats.argmax.requires_grad
+        found.append((stats.argmax, *torch.autograd.grad(stats.entropy.sum() + stats.lse.sum(), (h, w))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_temperature_is_a_samplers(path: str) -> None:
+    """It divides what softcap has made, as in vLLM and transformers."""
+    x, ids = torch.randn(5, 40) * 9, torch.randint(0, 40, (5,))
+    found = logprobs(x, ids, softcap=7.0, temperature=0.5)
+    want = (7 * torch.tanh(x / 7) / 0.5).log_softmax(1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("budget", "K"), [(None, 3), ("auto", None), (60_000, 3)])
+@unrecorded()
+def test_whole_graphs(path: str, budget: Any, K: int | None) -> None:
+    hidden, weight, ids = torch.randn(40, 8), torch.randn(300, 8), draw_ids((40,), K, 300)
+    options: dict[str, Any] = {"return_stats": True, "temperature": 1.5, "softcap": 9.0}
+
+    def of(h: Tensor, w: Tensor) -> Any:
+        if budget is None:
+            return logprobs((h * 1.0) @ w.T, ids, **options)
+        return linear_logprobs(h * 1.0, w, ids, memory_budget=budget, **options)
+
+    torch._dynamo.reset()
+    upstream = upstream_of(ids, (40,))
+    compiled = torch.compile(of, backend="aot_eager", fullgraph=True)
+    for a, b in zip(outcome(compiled, [hidden, weight], upstream), outcome(of, [hidden, weight], upstream)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_logits_are_read_once_in_forward_and_once_in_backward() -> None:
+    N, V, K = 64, 16384, 8
+    with pretending_cuda():
+        logits = torch.randn(N, V, dtype=BF16).requires_grad_()
+        ids = torch.randint(0, V, (N, K))
+        with counting(dry=True) as counts:
+            logprobs(logits, ids, return_stats=True)[0].sum().backward()
+    moved = sum(t.dram for t in counts.traffic if "cross_entropy" in t.name)
+    assert moved <= 1.05 * 3 * logits.nbytes
+    assert counts.total().syncs == 0
+
+
+def test_a_gradient_is_added_to_the_callers(path: str) -> None:
+    h, w, ids = torch.randn(7, D), torch.randn(300, D).requires_grad_(), draw_ids((7,), 2, 300)
+    upstream = torch.randn(ids.shape)
+    (want,) = torch.autograd.grad(linear_logprobs(h, w, ids), w, upstream)
+    for size in SIZES:
+        main = torch.ones(300, D)
+        with forced(None, size):
+            linear_logprobs(h, w, ids, accumulate_into=main).backward(upstream)
+        assert w.grad is None
+        torch.testing.assert_close(main, want + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_is_what_torch_means() -> None:
+    x, ids = torch.randn(9, 40, dtype=F64), torch.randint(0, 40, (9,))
+    torch.testing.assert_close(reference.logprobs(x, ids), -F.cross_entropy(x, ids, reduction="none"))
+    _, stats = reference.logprobs(x, ids, return_stats=True)
+    torch.testing.assert_close(stats.entropy, torch.distributions.Categorical(logits=x).entropy())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"ids must have shape \(4,\), .*; got \(3,\)"),
+        ({"ids": torch.zeros(4)}, TypeError, "ids must be int64 or int32"),
+        ({"ids": torch.tensor([0, 1, 2, 9])}, ValueError, r"ids must be in \[0, 9\).*found 9"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a positive number; got 0.0"),
+        ({"temperature": torch.ones(4)}, ValueError, "temperature must be a positive number; got tensor"),
+        ({"softcap": -3.0, "temperature": 2.0}, ValueError, "softcap must be positive; got -3.0"),
+        ({"label_smoothing": 0.1}, TypeError, r"logprobs\(\) got an unexpected keyword argument 'label_smoothing'"),
+        ({"reduction": "sum"}, TypeError, "unexpected keyword argument 'reduction'"),
+        ({"z_loss": 0.1}, TypeError, "unexpected keyword argument 'z_loss'"),
+        ({"grad_filter": 0.1}, TypeError, "unexpected keyword argument 'grad_filter'"),
+        ({"temprature": 2.0}, TypeError, "Did you mean 'temperature'"),
+    ],
+)
+def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"ids": torch.zeros(4, dtype=torch.int64)} | change
+    with pytest.raises(error, match=message):
+        logprobs(torch.zeros(4, 9), **given)
+    with pytest.raises(error, match=message):
+        linear_logprobs(torch.zeros(4, 5), torch.zeros(9, 5), **given)
