@@ -6,7 +6,7 @@ from benchmarks.report import table
 from examples.chapter.drawing import COLORS
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
-from examples.chapter.told import Found, Row, compared
+from examples.chapter.told import Found, Row, compared, listed
 
 SHARES = ("data.weights.prose=1", "data.weights.code=0")
 BEFORE = Run({"way": "prose"}, SHARES)
@@ -35,12 +35,12 @@ def told(rows: list[Row]) -> list[str]:
     only, replay, curriculum = WAYS
     pairs = [(only, replay), (only, curriculum), (replay, curriculum)]
     sentences = {
-        source: " ".join(compared(risen(rows, a, source), risen(rows, b, source)) for a, b in pairs)
+        source: [compared(risen(rows, a, source), risen(rows, b, source)) for a, b in pairs]
         for source in ("prose", "code")
     }
     return [
-        f"The change of the loss on the old text, prose: {sentences['prose']}",
-        f"On the new text, code: {sentences['code']}",
+        listed("The change of the loss on the old text, prose", sentences["prose"]),
+        listed("The change of the loss on the new text, code", sentences["code"]),
         table(["changes of the loss while reading", "of prose", "of code"], body),
     ]
 

@@ -7,7 +7,7 @@ from docs.figures import BLUE, GREEN, ORANGE
 from examples.chapter.measures import GAP, middles
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
-from examples.chapter.told import Row, compared, found
+from examples.chapter.told import Row, compared, found, listed
 
 WAYS = {
     "no rearranging": (),
@@ -24,19 +24,22 @@ def runs() -> list[Run]:
 
 
 def told(rows: list[Row]) -> list[str]:
-    plain = found(rows, "without rearranging, training", way="no rearranging")
+    plain = found(rows, "no rearranging", way="no rearranging")
     body = [[way, *(str(found(rows, way, key, way=way)) for key in KEYS)] for way in WAYS]
     psm = found(rows, "PSM alone, asked as PSM,", "middle, PSM", way="rate 0.5, PSM")
     spm = found(rows, "SPM alone, asked as SPM,", "middle, SPM", way="rate 0.5, SPM")
-    sentences = [compared(found(rows, way, way=way), plain) for way in list(WAYS)[1:]]
+    sentences = [compared(found(rows, way.replace(", ", " with "), way=way), plain) for way in list(WAYS)[1:]]
+    both, unseen = (
+        found(rows, f"{name}, asked as PSM,", "middle, PSM", way=way)
+        for name, way in (("rate 0.5 with both", "rate 0.5, both"), (plain.name, "no rearranging"))
+    )
     filled = next(row["filled"] for row in rows if row["way"] == "rate 0.5, both")
-    filled = " ".join(filled.replace("`", "'").split()) or "(nothing)"
+    filled = f"`{' '.join(filled.split())}`" if filled.strip() else "nothing"
     return [
-        "From left to right: " + " ".join(sentences),
+        listed("The loss from left to right", sentences),
         table(["", *KEYS.values()], body),
-        f"The loss of the middle: {compared(psm, spm)}",
-        f"In `{GAP[0]}...{GAP[1]}`, the model of rate 0.5 with both ways fills in, greedily and at most 24 bytes, "
-        f"`{filled}`.",
+        listed("The loss of the middle, with both sides given", [compared(both, unseen), compared(psm, spm)]),
+        f"In `{GAP[0]}...{GAP[1]}`, the model of rate 0.5 with both fills in, greedily and at most 24 bytes, {filled}.",
     ]
 
 
@@ -59,7 +62,7 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
 PART = Part(
     name="fim",
     title="Fill-in-the-middle",
-    claim="Rearranging up to 90 % of the documents for filling in costs nothing from left to right; prompts with the "
+    claim="Rearranging up to 90 % of the documents for filling in costs nothing from left to right. Prompts with the "
     "suffix first do a little better than those with the prefix first.",
     source="Bavarian et al. 2022 ([arXiv:2207.14255](https://arxiv.org/abs/2207.14255)), on models of 50 M to 6.9 B "
     "parameters.",

@@ -7,7 +7,7 @@ from docs.figures import BLUE, ORANGE
 from examples.chapter.drawing import band
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
-from examples.chapter.told import Found, Row, compared
+from examples.chapter.told import Found, Row, compared, listed
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 ORDERS = {"code last": "0->1", "code first": "1->0"}
@@ -34,9 +34,9 @@ def told(rows: list[Row]) -> list[str]:
     sentences = [compared(of(rows, high, source), of(rows, low, source)) for source in COLORS]
     orders = [compared(of(rows, way, source), of(rows, EVEN, source)) for way in ORDERS for source in COLORS]
     return [
-        "By share: " + " ".join(sentences),
+        listed("By share", sentences),
         table(["share of code", *(f"loss on {source}" for source in COLORS)], body),
-        "By order, with half of the text from each source: " + " ".join(orders),
+        listed("By order, with half of the text from each source", orders),
     ]
 
 

@@ -6,7 +6,7 @@ from benchmarks.report import table
 from docs.figures import BLUE, GREY
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
-from examples.chapter.told import Found, Row, compared, found
+from examples.chapter.told import Found, Row, compared, found, listed
 
 PLAIN = "next token only"
 WAYS = {
@@ -42,7 +42,7 @@ def told(rows: list[Row]) -> list[str]:
         )
     sentences = [compared(each(rows, way), each(rows, PLAIN)) for way in WAYS if way != PLAIN]
     return [
-        "The loss of the next token at equal tokens: " + " ".join(sentences),
+        listed("The loss of the next token at equal tokens", sentences),
         table(["", "loss of the next token", "accepted guesses by head", "tokens per pass"], body),
         "Guesses are of greedy decoding after held-out text, averaged over seeds. Speed is not compared here: see "
         "`make bench-mtp`.",

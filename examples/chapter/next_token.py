@@ -31,7 +31,7 @@ def told(rows: list[Row]) -> list[str]:
         at = [next((tokens for tokens, loss in row["held out"] if loss < row[key]), inf) for row in rows]
         passed[key] = "not with every seed" if inf in at else f"within {max(at):,} tokens"
     text.append(f"It passes the model of single bytes {passed['unigram']}, and that of pairs {passed['bigram']}.")
-    return [sentence[0].upper() + sentence[1:] for sentence in text]
+    return text
 
 
 def draw(figure: Any, rows: list[Row], ink: str) -> None:

@@ -6,7 +6,7 @@ from benchmarks.report import table
 from examples.chapter.drawing import STYLES, band, legend
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run, grid
-from examples.chapter.told import Found, Row, best, compared, found
+from examples.chapter.told import Found, Row, best, compared, found, listed
 
 GOOD = 0.1  # nats above the best loss, within which a learning rate counts as good
 WAYS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
@@ -57,7 +57,7 @@ def told(rows: list[Row]) -> list[str]:
     return [
         f"The worst of the methods that scale each parameter's step, against the best without: {compared(worst, sgd)}",
         table(columns, body),
-        *(compared(least[a], least[b]) for a, b in PAIRS),
+        listed("Pairs", [compared(least[a], least[b]) for a, b in PAIRS]),
         "The sweep has one seed, and its rates are about three times apart; the best one was repeated with the others.",
     ]
 

@@ -6,7 +6,7 @@ from docs.figures import BLUE, GREEN, ORANGE
 from examples.chapter.drawing import band
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
-from examples.chapter.told import Found, Row, compared, found
+from examples.chapter.told import Found, Row, compared, found, listed
 from llmfast.plan import ChinchillaLaw, Fit, fit_chinchilla
 
 SMALL = ((16, 240), (16, 480), (16, 960), (32, 240), (32, 480), (64, 240))  # width and steps
@@ -63,7 +63,7 @@ def told(rows: list[Row]) -> list[str]:
     small, between, large = (of(rows, size, names[name]) for name, size in SAME_FLOPS.items())
     return [
         predicted(rows),
-        f"With the same FLOPs, 6 per parameter and token: {compared(between, small)} {compared(between, large)}",
+        listed("With the same FLOPs, 6 per parameter and token", [compared(between, small), compared(between, large)]),
     ]
 
 

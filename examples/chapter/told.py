@@ -57,7 +57,12 @@ def verdict(a: Found, b: Found) -> str:
 
 def compared(a: Found, b: Found) -> str:
     """Compare two kinds of run in a sentence."""
-    return f"{a.name} ends at {a}, {b.name} at {b}: {verdict(a, b)}."
+    return f"{a.name[:1].upper()}{a.name[1:]} ends at {a}, {b.name} at {b}: {verdict(a, b)}."
+
+
+def listed(about: str, sentences: Iterable[str]) -> str:
+    """Write sentences as a list."""
+    return "\n".join([f"{about}:\n", *(f"- {sentence}" for sentence in sentences)])
 
 
 def best(candidates: Sequence[Found]) -> Found:
