@@ -31,6 +31,9 @@ def told(rows: list[Row]) -> list[str]:
     without = best([at(rows, "adamw", lr, 0.0) for lr in RATES])
     sentences = [compared(decoupled, l2), compared(decoupled, without)]
     for name, decays in DECAYS.items():
+        if best(tried[name]) in [at(rows, name, lr, decays[-1]) for lr in RATES]:
+            sentences.append(f"{NAMES[name]} is best with the largest decay that was tried, so more might be better.")
+    for name, decays in DECAYS.items():
         ways = []
         for lr in RATES:
             by_decay = {d: at(rows, name, lr, d) for d in (0.0, *decays)}
@@ -46,7 +49,7 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
         for lr, color in zip(RATES, COLORS):
             each = [at(rows, name, lr, d) for d in (0.0, *decays)]
             band(axes, range(len(each)), each, color, label=f"lr {lr:g}")
-        axes.set_xticks(range(len(decays) + 1), ["0", *(f"{d:g}" for d in decays)])
+        axes.set_xticks(range(len(decays) + 1), ["0", *(f"{d:g}".replace("e-0", "e-") for d in decays)])
         axes.set(title=NAMES[name], xlabel="weight decay")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("held-out loss, nats per byte")

@@ -58,7 +58,7 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
     axes.set_yticks(range(len(WAYS)), list(WAYS))
     axes.invert_yaxis()
     axes.margins(y=0.2)
-    axes.set_xlabel("held-out loss of the next token, nats per byte")
+    axes.set_xlabel("held-out loss, nats per byte")
     axes.grid(alpha=0.25)
 
 
