@@ -75,10 +75,10 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
         tokens = [tokens / 1e3 for tokens, _ in curves[0]]
         right.plot(tokens, [sum(x) / len(x) for x in zip(*([y for _, y in c] for c in curves))], line, color=color)
     left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats per byte")
-    right.set(xlabel="thousand tokens, at the best rate", ylabel="training loss")
+    right.set(xlabel="thousand tokens", ylabel="training loss at the best rate")
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    legend(figure, left, 4)
+    legend(figure, left, 3)
 
 
 PART = Part(
@@ -94,5 +94,5 @@ PART = Part(
     draw=draw,
     picture="held-out loss over the learning rate for eight optimizers, and training loss over tokens at the best rate",
     command="llmfast train --config examples/chapter/optimizers.toml --optimizer.name lion --optimizer.lr 0.001",
-    height=3.6,
+    height=4.0,
 )
