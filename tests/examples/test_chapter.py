@@ -25,7 +25,7 @@ FINISHED = finished()
 NUMBER = r"-?\d+\.\d{3}"
 TRIPLE = rf"({NUMBER}) \(({NUMBER}) to ({NUMBER})\)"
 CLAIM = re.compile(
-    rf"{TRIPLE}[^()\n]*?{TRIPLE}(?: \||:) (no difference was seen|.*? is (?:lower|higher) by ({NUMBER}))"
+    rf"{TRIPLE}[^()\n]*?{TRIPLE}(?: \||:) (no difference was seen|[^|()\n]*? is (?:lower|higher) by ({NUMBER}))"
 )
 
 
