@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import report
+from benchmarks import store
 from benchmarks.counted import Job, Result, count
 from llmfast.checkup.clock import Run, Timing, compare, timed
 
@@ -20,7 +20,11 @@ RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="folder to write results to, also of a part of the suite")
+    parser.addoption(
+        "--results",
+        type=Path,
+        help="folder for results; those of a part replace its own there",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,10 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     folder: Path | None = config.option.results
-    if folder is None and _is_whole_suite(session) and exitstatus == pytest.ExitCode.OK:
-        folder = report.default_folder()
+    whole = _is_whole_suite(session)
+    if folder is None and whole and exitstatus == pytest.ExitCode.OK:
+        folder = store.default_folder()
     if folder is not None and config.stash[RESULTS]:
-        report.write(folder, config.stash[RESULTS])
+        store.write(folder, config.stash[RESULTS], part=not whole)
         terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
         terminal.ensure_newline()
         terminal.write_line(f"results: {folder / 'README.md'}")

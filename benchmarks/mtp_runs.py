@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import about
+from benchmarks.store import about
 from llmfast.train.metrics import read_metrics
 
 RESULTS = Path(__file__).resolve().parent / "results" / "mtp.json"

@@ -140,10 +140,10 @@ def test_heads_multiply_no_more_than_they_must(counted: dict[Job, Result], job: 
 
 
 @pytest.mark.parametrize("job", ours(MTP), ids=name)
-def test_heads_in_one_call_move_and_hold_less_than_head_by_head(counted: dict[Job, Result], job: Job) -> None:
+def test_heads_in_one_call_take_less_time_and_memory_than_head_by_head(counted: dict[Job, Result], job: Job) -> None:
     apart = counted[Job(job.operation, "llmfast, head by head", job.size)]
-    assert counted[job].dram < 0.95 * apart.dram
-    assert counted[job].peak_bytes < 1.03 * apart.peak_bytes
+    assert counted[job].peak_bytes < 0.6 * apart.peak_bytes
+    assert all(counted[job].seconds[gpu] < apart.seconds[gpu] for gpu in apart.seconds)
 
 
 @pytest.mark.parametrize("job", [job for job in ours(LINEAR) if job.size["N"] >= 16384], ids=name)

@@ -18,8 +18,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from evidence.replaced import replaced
 
 DEVICE = torch.device("cuda", 0)
 # The properties an H100 reports.
@@ -39,12 +40,8 @@ def pretending_cuda() -> Iterator[None]:
     """Pretend to be on an H100. Not for concurrent use by two threads."""
     from triton.runtime import driver
 
-    # torch remembers which functions a default device concerns: the real ones, not those that stand in for them here.
-    _device_constructors()
     with ExitStack() as stack:
-        for owner, names in ((torch, _FACTORIES), (Tensor, _METHODS)):
-            for name in names:
-                stack.enter_context(mock.patch.object(owner, name, _on_the_cpu(getattr(owner, name))))
+        stack.enter_context(replaced(_FACTORIES, _METHODS, _on_the_cpu))
         stack.enter_context(_property("device", DEVICE))
         stack.enter_context(_property("is_cuda", True))
         for name, answer in {

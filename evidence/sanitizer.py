@@ -21,10 +21,9 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
-from unittest import mock
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from evidence.launches import specialization
 from evidence.observers import Access, Array, Launch, Objection, Observer, Run, observing, unobserved
+from evidence.replaced import replaced
 
 # Repeated through new memory. A NaN in every floating-point type; as an integer, an out-of-bounds index.
 PATTERN = 0x7FF5
@@ -408,11 +408,5 @@ def _filled_allocations() -> Iterator[None]:
 
         return run
 
-    with ExitStack() as patches:
-        for owner, names in (
-            (torch, ("empty", "empty_like", "empty_strided")),
-            (Tensor, ("new_empty", "new_empty_strided")),
-        ):
-            for name in names:
-                patches.enter_context(mock.patch.object(owner, name, filling(getattr(owner, name))))
+    with replaced(("empty", "empty_like", "empty_strided"), ("new_empty", "new_empty_strided"), filling):
         yield

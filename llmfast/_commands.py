@@ -36,6 +36,9 @@ class CommandParser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if wrong := [text for text in unknown if text.startswith("--")]:
             self._refuse(wrong[0].partition("=")[0])
+        if unknown and self._settings is not None and Path(unknown[0]).exists():  # text, by all appearances
+            option = next(name for name in ("--target", "--data.sources") if name in self._option_string_actions)
+            self.error(f"unrecognized argument {unknown[0]}; did you mean {option} {unknown[0]}?")
         return found, unknown
 
     def _add_settings(self, load: Callable[[], Any]) -> None:

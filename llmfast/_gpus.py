@@ -1,10 +1,11 @@
-"""Peak rates of GPUs from their data sheets, for modelled times."""
+"""Memory and peak rates of GPUs from their data sheets, for plans and modelled times."""
 
 import re
 from dataclasses import dataclass, replace
 
 import torch
 
+GB = 10**9  # in data sheets also 2^30 bytes; the smaller is used, and the driver needs the rest
 # The share of the peak rates that good code is known to reach.
 BANDWIDTH_SHARE = 0.9
 TENSOR_CORE_SHARE = 0.7
@@ -13,9 +14,10 @@ LAUNCH = 2e-6  # seconds between one kernel's end and the next one's start; assu
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates per second, dense."""
+    """Memory, and peak rates per second, dense."""
 
     name: str
+    memory: int  # bytes
     bandwidth: float  # bytes
     tensor_cores: float  # FLOPs of bfloat16 and float16 matrix products
     float32: float  # FLOPs of the ordinary units, and of float32 matrix products without TF32
@@ -27,31 +29,61 @@ class Gpu:
         return TENSOR_CORE_SHARE * self.tensor_cores if low else self.float32
 
 
-# Special functions: 16 per clock on each of NVIDIA's multiprocessors and AMD's compute units.
-A100 = Gpu("A100 80 GB SXM", bandwidth=2.039e12, tensor_cores=312e12, float32=19.5e12, special=108 * 16 * 1.41e9)
-H100 = Gpu("H100 SXM", bandwidth=3.35e12, tensor_cores=989e12, float32=66.9e12, special=132 * 16 * 1.98e9)
-B200 = Gpu("B200", bandwidth=8.0e12, tensor_cores=2250e12, float32=74.5e12, special=148 * 16 * 1.965e9)
-MI300X = Gpu("MI300X", bandwidth=5.3e12, tensor_cores=1307e12, float32=163.4e12, special=304 * 16 * 2.1e9)
-GPUS = (A100, H100, B200, MI300X)  # GPUs used for modelled times
+def _gpu(name: str, gb: int, bandwidth: float, tensor_cores: float, float32: float, special: float) -> Gpu:
+    """Make a GPU of terabytes and TFLOPs per second, and of multiprocessors times GHz.
 
-H200 = replace(H100, name="H200", bandwidth=4.8e12)
-B300 = Gpu("B300", bandwidth=8.0e12, tensor_cores=2250e12, float32=75e12, special=148 * 16 * 1.92e9)
-GB200 = Gpu("GB200", bandwidth=8.0e12, tensor_cores=2500e12, float32=80e12, special=148 * 16 * 1.965e9)
-MI325X = replace(MI300X, name="MI325X", bandwidth=6.0e12)
-# For GeForce cards, matrix products with float32 accumulation.
-RTX5090 = Gpu("RTX 5090", bandwidth=1.792e12, tensor_cores=209.5e12, float32=104.8e12, special=170 * 16 * 2.41e9)
-RTX5080 = Gpu("RTX 5080", bandwidth=0.96e12, tensor_cores=112.6e12, float32=56.3e12, special=84 * 16 * 2.62e9)
-RTX5070_TI = Gpu("RTX 5070 Ti", bandwidth=0.896e12, tensor_cores=87.9e12, float32=43.9e12, special=70 * 16 * 2.45e9)
-RTX5070 = Gpu("RTX 5070", bandwidth=0.672e12, tensor_cores=61.7e12, float32=30.9e12, special=48 * 16 * 2.51e9)
-KNOWN = (*GPUS, H200, B300, GB200, MI325X, RTX5090, RTX5080, RTX5070_TI, RTX5070)
+    Special functions take 16 lanes on each of NVIDIA's multiprocessors and AMD's compute units.
+    """
+    return Gpu(name, gb * GB, bandwidth * 1e12, tensor_cores * 1e12, float32 * 1e12, special * 16e9)
+
+
+A100 = _gpu("A100 80 GB SXM", 80, 2.039, 312, 19.5, 108 * 1.41)
+H100 = _gpu("H100 SXM", 80, 3.35, 989, 66.9, 132 * 1.98)
+B200 = _gpu("B200", 180, 8.0, 2250, 74.5, 148 * 1.965)
+MI300X = _gpu("MI300X", 192, 5.3, 1307, 163.4, 304 * 2.1)
+H200 = replace(H100, name="H200", memory=141 * GB, bandwidth=4.8e12)
+GPUS = (A100, H100, H200, B200, MI300X)  # GPUs used for modelled times
+
+# By the names that users give them. For GeForce cards and the L40S, matrix products with float32 accumulation.
+KNOWN = {
+    "A100": A100,
+    "A100-40": replace(A100, name="A100 40 GB SXM", memory=40 * GB, bandwidth=1.555e12),
+    "H100": H100,
+    "H200": H200,
+    "B200": B200,
+    "B300": _gpu("B300", 288, 8.0, 2250, 75, 148 * 1.92),
+    "GB200": _gpu("GB200", 186, 8.0, 2500, 80, 148 * 1.965),
+    "MI300X": MI300X,
+    "MI325X": replace(MI300X, name="MI325X", memory=256 * GB, bandwidth=6.0e12),
+    "L40S": _gpu("L40S", 48, 0.864, 362, 91.6, 142 * 2.52),
+    "RTX3090": _gpu("RTX 3090", 24, 0.936, 71, 35.6, 82 * 1.695),
+    "RTX4090": _gpu("RTX 4090", 24, 1.008, 165.2, 82.6, 128 * 2.52),
+    "RTX5070": _gpu("RTX 5070", 12, 0.672, 61.7, 30.9, 48 * 2.51),
+    "RTX5070Ti": _gpu("RTX 5070 Ti", 16, 0.896, 87.9, 43.9, 70 * 2.45),
+    "RTX5080": _gpu("RTX 5080", 16, 0.96, 112.6, 56.3, 84 * 2.62),
+    "RTX5090": _gpu("RTX 5090", 32, 1.792, 209.5, 104.8, 170 * 2.41),
+}
 
 
 def named(name: str) -> Gpu | None:
     """Look up a GPU by the name its driver reports, such as "NVIDIA A100-SXM4-80GB"; None if it is unknown."""
-    if "Laptop" in name:  # laptop chips have the same names but other rates
+    if "laptop" in name.lower():  # laptop chips have the same names but other rates
         return None
-    found = [gpu for gpu in KNOWN if re.search(rf"\b{_model(gpu)}\b", name)]
-    return max(found, key=lambda gpu: len(_model(gpu)), default=None)
+    found = [gpu for gpu in KNOWN.values() if re.search(rf"\b{_model(gpu)}\b(?! (Ti|D|Super)\b)", name, re.IGNORECASE)]
+    return max(found, key=lambda gpu: (len(_model(gpu)), f"{gpu.memory // GB}GB" in name), default=None)
+
+
+def chosen(name: str) -> Gpu:
+    """Look up a GPU by the name that a user gives it: one of `KNOWN`, regardless of case, or a driver's.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    short = {known.lower(): gpu for known, gpu in KNOWN.items()}
+    gpu = short.get(name.replace(" ", "").lower()) or named(name)
+    if gpu is None:
+        raise ValueError(f"--gpu must be one of {', '.join(KNOWN)}; got {name!r}")
+    return gpu
 
 
 def _model(gpu: Gpu) -> str:

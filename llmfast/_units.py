@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
         size = int(float(found[1]) * _BYTES[found[2]])
     except (AssertionError, ValueError, KeyError):
         raise ValueError(f"expected an amount of memory such as 24GiB or 80GB; got {text!r}") from None
-    expect(size > 0, f"an amount of memory must be above 0; got {text!r}")
+    expect(size > 0, f"expected an amount of memory above 0; got {text!r}")
     return size
 
 

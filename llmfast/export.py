@@ -59,8 +59,8 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
     opened = open_run(run)
     expect(
         opened.shape is not None,
-        f"RUN must be of a model of llmfast's own; that of {run} is Hugging Face's, and once the run has finished, "
-        "transformers opens the run's folder itself",
+        f"RUN must have trained llmfast's own decoder; {run} trains a Hugging Face model, and transformers opens its "
+        "folder as it is once the run has finished",
     )
     tokenizer, context = opened.tokenizer, opened.context
     model = opened.model()

@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments to the parser of `llmfast generate`; `run` takes the parsed result."""
     parser.description = "Print what a trained model writes after a prompt, or into a gap, up to the end of text."
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of a run, or one that was exported")
-    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue; what follows it is printed")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the text to continue; what follows it is printed. Of several, one --prompt each, also the prompts",
+    )
     parser.add_argument("--prefix", metavar="TEXT", help="fill in the middle: the text before the gap")
     parser.add_argument("--suffix", metavar="TEXT", help="fill in the middle: the text after the gap")
     parser.add_argument(
@@ -89,7 +94,7 @@ def _generate(args: argparse.Namespace) -> None:
     Sampler(args.temperature, args.top_p)
     device = _device(args.device)
     opened = open_run(args.run_folder)
-    prompt = torch.as_tensor(_prompt_ids(args, opened), dtype=torch.int64, device=device)
+    prompts = [torch.as_tensor(ids, dtype=torch.int64, device=device) for ids in _prompt_ids(args, opened)]
     drafts = opened.shape is not None and opened.shape.mtp in ("parallel", "sequential") and opened.shape.targets > 1
     expect(drafts or not args.speculative, f"--speculative needs a model with further heads; {opened.folder} has none")
 
@@ -97,13 +102,21 @@ def _generate(args: argparse.Namespace) -> None:
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
     sampler = Sampler(args.temperature, args.top_p, generator)
     model = opened.model().to(device)
-    room = opened.context - len(prompt)
-    made = _Made()
-    count = min(args.max_tokens, room)
-    if drafts and args.speculative is not False:
-        tokens = _speculative(model, prompt, count, sampler, made)
-    else:
-        tokens = _plain(model, opened, prompt, count, sampler)
+    for i, prompt in enumerate(prompts):
+        if len(prompts) > 1:
+            _print(f"{chr(10) if i else ''}--- {args.prompt[i]}\n")
+        made, count = _Made(), min(args.max_tokens, opened.context - len(prompt))
+        if drafts and args.speculative is not False:
+            tokens = _speculative(model, prompt, count, sampler, made)
+        else:
+            tokens = _plain(model, opened, prompt, count, sampler)
+        ended = _write(tokens, opened, prompt, made)
+        end = "" if ended or count == args.max_tokens else f"; stopped at the end of the context of {opened.context}"
+        print(f"llmfast: {made}{end}", file=sys.stderr)
+
+
+def _write(tokens: Iterator[int], opened: "Opened", prompt: "Tensor", made: "_Made") -> bool:
+    """Print the text of tokens as they come; return True if the end of text came."""
     begun, ended = time.perf_counter(), False
     text = TextStream(opened.tokenizer, prompt.tolist())
     for token in tokens:
@@ -115,8 +128,7 @@ def _generate(args: argparse.Namespace) -> None:
     if not text.ends_line:
         _print("\n")
     made.seconds = time.perf_counter() - begun
-    end = "" if ended or count == args.max_tokens else f"; stopped at the end of the context of {opened.context}"
-    print(f"llmfast: {made}{end}", file=sys.stderr)
+    return ended
 
 
 def _device(name: str) -> Any:
@@ -130,8 +142,8 @@ def _device(name: str) -> Any:
         raise ValueError(f"--device must be usable here; got {name!r}: {str(e).splitlines()[0]}") from e
 
 
-def _prompt_ids(args: argparse.Namespace, opened: "Opened") -> Any:
-    """Encode the prompt or the two sides of the gap; ValueError if the model cannot continue that."""
+def _prompt_ids(args: argparse.Namespace, opened: "Opened") -> list[Any]:
+    """Encode the prompts, or the two sides of the gap; ValueError if the model cannot continue that."""
     from llmfast.data import fim_prompt
 
     fills = args.prefix is not None or args.suffix is not None
@@ -140,20 +152,24 @@ def _prompt_ids(args: argparse.Namespace, opened: "Opened") -> Any:
         settings, variant = opened.settings, 0
         if settings is not None and settings.data.fim_spm_rate == 1:
             variant = settings.data.fim_spm_variant
-        ids: Any = fim_prompt(opened.tokenizer, args.prefix or "", args.suffix or "", spm_variant=variant)  # type: ignore[arg-type]
+        prompts: list[Any] = [
+            fim_prompt(opened.tokenizer, args.prefix or "", args.suffix or "", spm_variant=variant)  # type: ignore[arg-type]
+        ]
         expect(
             settings is None or settings.data.fim_rate > 0,
             f"--prefix and --suffix need a model that was trained to fill in the middle; {opened.folder} has "
             "data.fim_rate=0",
         )
     else:
-        expect(args.prompt != "", "--prompt must not be empty: a text begins with its own first token")
-        ids = [*opened.tokenizer.start_ids, *opened.tokenizer.encode(args.prompt).tolist()]
+        expect("" not in args.prompt, "--prompt must not be empty: a text begins with its own first token")
+        start, encode = opened.tokenizer.start_ids, opened.tokenizer.encode
+        prompts = [[*start, *encode(prompt).tolist()] for prompt in args.prompt]
+    longest = max(map(len, prompts))
     expect(
-        len(ids) < opened.context,
-        f"the prompt must be shorter than the model's context of {opened.context} tokens; got {len(ids)}",
+        longest < opened.context,
+        f"the prompt must be shorter than the model's context of {opened.context} tokens; got {longest}",
     )
-    return ids
+    return prompts
 
 
 class _Made:

@@ -197,7 +197,7 @@ def kept(output: Path) -> dict[str, str]:
 
 
 def went(output: Path) -> dict[str, tuple[str, str | None]]:
-    """Stage and reason of each document that went."""
+    """Return stage and reason of each document that was removed."""
     return {
         record["id"]: (stage.name, record.get("metadata", {}).get("filter_reason"))
         for stage in (output / "removed").iterdir()
@@ -516,7 +516,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no <\|endoftext\|> token"):
         clean(corpus, output, tokenizer=bare)
     ByteTokenizer().save(tmp_path / "bytes.json")
-    with pytest.raises(ValueError, match=r"that `tokenizers` reads; .*bytes.json holds llmfast's own bytes"):
+    with pytest.raises(ValueError, match=r"that `tokenizers` reads; .*bytes.json is llmfast's byte tokenizer"):
         clean(corpus, output, tokenizer=tmp_path / "bytes.json")
     (tmp_path / "model").mkdir()
     other = bare.read_text().replace('"a": 0', '"</s>": 0')
@@ -535,7 +535,7 @@ def test_without_the_extra(
         clean(corpus, tmp_path / "out")
     assert run(arguments(corpus, tmp_path / "out")) == 2
     message = capsys.readouterr().err
-    assert message.startswith("llmfast: error: no datatrove, ") and message.count("\n") == 1
+    assert message.startswith("llmfast: error: cleaning needs datatrove, ") and message.count("\n") == 1
 
 
 def test_links_in_a_circle_are_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

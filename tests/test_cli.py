@@ -67,6 +67,21 @@ def test_settings_are_flags_too(calls: dict[str, Any], capsys: pytest.CaptureFix
         assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "option"), [(["train"], "--data.sources"), (["continue", "run"], "--target")])
+def test_text_without_an_option_is_told_where_it_goes(
+    command: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("hello")
+    with pytest.raises(SystemExit) as left:
+        main([*command, str(text), "--target=x"][: len(command) + 1 + (option == "--target")])
+    assert left.value.code == 2
+    assert f"unrecognized argument {text}; did you mean {option} {text}?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "nothing-of-that-name"])
+    assert "unrecognized arguments: nothing-of-that-name" in capsys.readouterr().err
+
+
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["train"], ["continue"], ["plan", "memory"]):
         with pytest.raises(SystemExit) as left:

@@ -1,4 +1,4 @@
-"""A copy from an accelerator that nobody waits for may be read before it is there: only copies to one are so."""
+"""Only copies to an accelerator may be asynchronous: the host could read one from it before it is complete."""
 
 import ast
 import sys

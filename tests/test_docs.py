@@ -112,7 +112,7 @@ def documented(module: str, name: str) -> bool:
 
 
 def names_in(text: str) -> Iterator[str]:
-    """Dotted names of ours in the text, and what reference pages are made of."""
+    """Yield the dotted names of llmfast in the text and in the directives of reference pages."""
     yield from re.findall(r"^::: (llmfast[\w.]+)", text, re.MULTILINE)
     yield from re.findall(r"`(llmfast\.[\w.]+?)(?:\(.*?\))?`", text)
 

@@ -58,6 +58,22 @@ def test_the_text_is_the_models(
             assert re.fullmatch(pattern + "\n", err), err
 
 
+@pytest.mark.parametrize("settings", KINDS[:3], ids=str)
+def test_several_prompts(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each goes on as it does alone, under a line that repeats it."""
+    run = tmp_path / "run"
+    model = write_run(run, *settings)
+    prompts = ["def f", "x = ", "a longer beginning"]
+    assert main(["generate", str(run), *(f"--prompt={prompt}" for prompt in prompts), "--max-tokens=12"]) == 0
+    out, err = capsys.readouterr()
+    texts = [text_after(model, run, encoded(run, prompt), 12) for prompt in prompts]
+    wanted = [f"--- {p}\n{text}" + "\n" * (not text.endswith("\n")) for p, text in zip(prompts, texts)]
+    assert out == "\n".join(wanted) and err.count("per second") == 3
+    assert main(["generate", str(run), "--prompt=a", f"--prompt={'b' * 80}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "the prompt must be shorter than the model's context of 64 tokens; got 80" in err
+
+
 def test_stops_at_the_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_model
 

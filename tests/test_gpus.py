@@ -17,6 +17,7 @@ from llmfast.train.config import Config
     ("driver", "name"),
     [
         ("NVIDIA A100-SXM4-80GB", "A100 80 GB SXM"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40 GB SXM"),
         ("NVIDIA H100 80GB HBM3", "H100 SXM"),
         ("NVIDIA H200", "H200"),
         ("NVIDIA B200", "B200"),
@@ -28,6 +29,11 @@ from llmfast.train.config import Config
         ("NVIDIA GeForce RTX 5070", "RTX 5070"),
         ("AMD Instinct MI300X", "MI300X"),
         ("AMD Instinct MI325X", "MI325X"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
         ("NVIDIA GH200 480GB", None),
         ("Tesla T4", None),
@@ -40,10 +46,11 @@ def test_names_of_drivers(driver: str, name: str | None) -> None:
 
 
 def test_each_has_its_own_name_and_rates_in_order() -> None:
-    assert len({gpu.name for gpu in _gpus.KNOWN}) == len(_gpus.KNOWN)
-    for gpu in _gpus.KNOWN:
+    assert len({gpu.name for gpu in _gpus.KNOWN.values()}) == len(_gpus.KNOWN)
+    for gpu in _gpus.KNOWN.values():
         assert gpu.special < gpu.float32 < gpu.tensor_cores
-        assert 50 < gpu.product_rate(torch.bfloat16) / gpu.bandwidth < 250, "FLOPs per byte, which makers balance"
+        assert 50 < gpu.product_rate(torch.bfloat16) / gpu.bandwidth < 300, "FLOPs per byte, which makers balance"
+        assert 0.01 < gpu.memory / gpu.bandwidth < 0.06, "seconds to read all of it"
     assert _gpus.H200.bandwidth > 1.4 * _gpus.H100.bandwidth
     assert _gpus.H200.tensor_cores == _gpus.H100.tensor_cores
 
@@ -61,3 +68,13 @@ def test_the_trainer_logs_mfu_or_says_why_not(
     assert ("no MFU is logged: the peak rate of Quadro 1 is not known" in capsys.readouterr().out) == (not known)
     if known:
         assert 0 < values["mfu"] == pytest.approx(1000 * hooks._flops / (2 * 989e12))
+
+
+def test_users_name_gpus_in_short_or_as_drivers_do() -> None:
+    for short, gpu in _gpus.KNOWN.items():
+        assert _gpus.chosen(short) is _gpus.chosen(short.lower()) is gpu
+    assert _gpus.chosen("h100") is _gpus.H100 and _gpus.chosen("RTX 5070 Ti").memory == 16 * _gpus.GB
+    assert _gpus.chosen("NVIDIA H100 80GB HBM3") is _gpus.H100 and _gpus.chosen("a100 80GB") is _gpus.A100
+    for unknown in ("H1000", "cpu", ""):
+        with pytest.raises(ValueError, match=f"--gpu must be one of A100, A100-40, H100, .*; got '{unknown}'"):
+            _gpus.chosen(unknown)

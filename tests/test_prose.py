@@ -23,12 +23,19 @@ SOURCES, PAGES = files(".py"), files(".md")
 
 # Openings of fragments, such as "Of N rows.", "Whether it fits." or "What is kept."
 FRAGMENTS = set(
-    re.split(r"\W+", "as at beside by for from how if in of to what when where whether which who whose with without")
+    re.split(
+        r"\W+",
+        "and as at beside but by else for from how if in nor of or so though to what whatever when where whether which "
+        "who whose with within without",
+    )
 )
 # A function's docstring opens with an imperative verb, which is neither of these nor a plural such as "Bytes". A test's
 # may be a sentence.
 NOT_VERBS = FRAGMENTS | set(
-    re.split(r"\W+", "a all an any each every like one same that the these this those three two")
+    re.split(
+        r"\W+",
+        "a after all an any each every inside into like no one only other same that the these this those three two",
+    )
 )
 
 UNITS = "bytes?|nats?|tokens?|seconds?|instructions?|FLOPs?|registers?|launches|loads?|rows?|steps?|values?|losses"
@@ -37,7 +44,7 @@ THINGS = (
 )
 # Each pattern, and what to write instead.
 DISCOURAGED = {
-    rf"\b(?:{UNITS}) an? (?:{THINGS})\b": "per",
+    rf"(?i)(?<![a-z])(?:{UNITS})[ _]an?[ _](?:{THINGS})(?![a-z])": "per",
     r"\banew\b": "again",
     r"\bsomebody\b": "someone, or name who",
     r"\bwhoever\b": "name who",

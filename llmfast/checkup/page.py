@@ -25,7 +25,7 @@ def check(results: Any) -> Results:
         ValueError: they are no results of a check-up, or those of a newer version.
     """
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise ValueError(f"results must be a JSON object with schema {SCHEMA!r}")
+        raise ValueError(f"results must be a JSON object with schema {SCHEMA!r}; got {results!r:.80}")
     if results.get("version", 0) > VERSION:
         raise ValueError(f"results must be of version {VERSION} or older; got version {results['version']}")
     return results

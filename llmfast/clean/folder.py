@@ -117,7 +117,7 @@ def _encoder(tokenizer: str | os.PathLike[str]) -> Any:
     encoder = load_tokenizer(tokenizer)
     expect(
         isinstance(encoder, BPETokenizer),
-        f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} holds llmfast's own bytes",
+        f"tokenizer must be a tokenizer.json that `tokenizers` reads; {tokenizer} is llmfast's byte tokenizer",
     )
     expect(
         END_OF_TEXT in encoder.special_ids,
@@ -129,7 +129,7 @@ def _encoder(tokenizer: str | os.PathLike[str]) -> Any:
 def _check_packages() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ImportError(f"no {', '.join(missing)}: cleaning needs the extra, pip install 'llmfast-torch[clean]'")
+        raise ImportError(f"cleaning needs {', '.join(missing)}: pip install 'llmfast-torch[clean]'")
 
 
 def _check_folders(inputs: Path, output: Path, overwrite: bool) -> None:

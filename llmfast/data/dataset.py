@@ -110,7 +110,7 @@ def prepare(
     expect(packing in ("concat", "best_fit"), f"packing must be 'concat' or 'best_fit'; got {packing!r}")
     expect(fim_unit in ("context", "document"), f"fim_unit must be 'context' or 'document'; got {fim_unit!r}")
     whole = fim is not None and fim_unit == "document"
-    expect(not (whole and packing == "best_fit"), "fim_unit='document' needs packing='concat'")
+    expect(not (whole and packing == "best_fit"), "fim_unit='document' needs packing='concat'; got packing='best_fit'")
     if tokenizer == "bpe":  # before any file is read
         expect(vocab_size >= MIN_BPE_VOCAB_SIZE, f"vocab_size must be at least {MIN_BPE_VOCAB_SIZE}; got {vocab_size}")
     given: dict[str, Split] = dict(split or {})
@@ -161,7 +161,7 @@ def prepare(
 def _places(sources: Sequence[str], split: Mapping[str, Split]) -> dict[str, str]:
     """Check names and splits, and return the place of each source by its name."""
     expect(not isinstance(sources, str), f"sources must be a list of names; got the string {sources!r}")
-    expect(len(sources) > 0, "sources must name at least one source")
+    expect(len(sources) > 0, "sources must name at least one source; got none")
     expect(len(set(sources)) == len(sources), f"sources must not repeat; got {list(sources)}")
     named = [source_name(source) for source in sources]
     places = dict(named)

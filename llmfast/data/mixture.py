@@ -108,7 +108,7 @@ class Mixture:
 
     def sequences(self, start: int, stop: int) -> tuple[Ints, Ints]:
         """Return source (an index into `sources`) and row of sequences `start` to `stop`, each (stop - start,)."""
-        expect(0 <= start <= stop, f"sequences must be asked for as 0 <= start <= stop; got {start}, {stop}")
+        expect(0 <= start <= stop, f"start and stop must satisfy 0 <= start <= stop; got {start} and {stop}")
         before = self._counts_before(start)
         source = np.concatenate([np.empty(0, np.int64), *self._drawn(start, stop)])
         row = np.empty_like(source)
@@ -288,12 +288,15 @@ def continued_weights(
     Raises:
         ValueError: A share is not between 0 and 1, or `end` or `start` leaves less than the floor.
     """
-    expect(len(target) > 0, "target must name at least one source")
+    expect(len(target) > 0, "target must name at least one source; got none")
     if not replay:
         return {**{name: 1.0 for name in target}, **{name: 0.0 for name in general}}
-    expect(len(general) > 0, "general must name at least one source to replay")
+    expect(len(general) > 0, "general must name at least one source to replay; got none")
     for name, part in (("start", start), ("end", end)):
-        expect(0 <= part <= 1, f"{name} must be within 0 and 1; got {part}")
-        expect(part <= 1 - floor + 1e-9, f"{name} must leave the floor of {floor:g} to replay; got {part:g}")
+        expect(0 <= part <= 1, f"{name} must be in [0, 1]; got {part}")
+        expect(
+            part <= 1 - floor + 1e-9,
+            f"{name} must be at most {1 - floor:g}, to leave floor={floor:g} for replay; got {part:g}",
+        )
     each = f"{start / len(target):g}->{end / len(target):g}"
     return {**{name: each for name in target}, **{name: REST for name in general}}

@@ -138,6 +138,8 @@ def load(name: str, *, text_column: str = TEXT_COLUMN, say: Callable[[str], None
         return list(text_files(name, text_column=text_column, say=say))
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    if len(several := [part.strip() for part in name.split(",")]) > 1:
+        hint = f"; several sources are a list, {several}"
     choices, kinds = ", ".join(map(repr, BUILT_IN)), ", ".join(suffixes(text_column))
     raise ValueError(
         f"unknown source {name!r}: expected {choices}, or a file or folder that exists (of a folder, {kinds} are read)"

@@ -222,12 +222,10 @@ def write_ds(
     _expect_vocab_size(vocab_size)
     path, index, metadata, loss = _ds_files(path)
     expect(path.suffix == ".ds", f"path must end in .ds; got {str(path)!r}")
-    expect(not loss.exists(), f"{loss} is of other tokens; remove it first")
+    expect(not loss.exists(), f"{loss} must not exist: it masks the tokens of an earlier file; remove it first")
     expect(0 <= eot_id < vocab_size, f"eot_id must be in [0, vocab_size={vocab_size}); got {eot_id}")
     # datatrove splits the line at every bar.
-    expect(
-        not set(tokenizer_name) & set("|\r\n"), f"tokenizer_name must have no | and one line; got {tokenizer_name!r}"
-    )
+    expect(not set(tokenizer_name) & set("|\r\n"), f"tokenizer_name must be one line without |; got {tokenizer_name!r}")
 
     dtype = _ds_dtype(vocab_size)
     eot = np.array([eot_id], dtype)

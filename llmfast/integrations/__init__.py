@@ -7,6 +7,7 @@ clip in the update, without an extra pass over the gradients, set both `Training
 `(FusedAdamW, {"lr": 1e-3, "max_grad_norm": 1.0})`.
 """
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -17,3 +18,8 @@ def require(name: str, extra: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ImportError(f"{name} could not be imported; pip install 'llmfast-torch[{extra}]'") from error
+
+
+def cache_argument(model: Any) -> str:
+    """Return what a model's forward calls its cache of keys and values: transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

@@ -56,7 +56,8 @@ def add_mtp(
 
     In training mode, `model(..., labels=labels).loss` becomes the weighted sum over all heads, computed without logits;
     the model itself is the head of the next token. In eval mode it is the loss of the next token only. Without labels
-    nothing changes: `generate` does not use the heads. The documentation of `fuse_loss` applies here too.
+    nothing changes: `generate` does not use the heads; `decoding.speculative_generate` does. The documentation of
+    `fuse_loss` applies here too.
 
     The losses of all heads are divided by the same number, the number of next tokens: `num_items_in_batch` if the
     Trainer passes it. A step's gradient therefore does not depend on its division into micro-batches and ranks. Heads
@@ -94,10 +95,10 @@ def add_mtp(
     expect(kind in get_args(Kind), f"kind must be one of {get_args(Kind)}; got {kind!r}")
     weights = [1.0] * (heads + 1) if head_weights is None else [float(w) for w in head_weights]
     _expect_weights(weights, heads)
-    expect(not depths or kind == "sequential", f"depths are of kind 'sequential'; got {kind!r}")
+    expect(not depths or kind == "sequential", f"depths needs kind='sequential'; got {kind!r}")
     expect_options(options or {})
     expect_fusable(lm)
-    expect(not hasattr(lm, "mtp"), f"{name} has an attribute mtp already")
+    expect(not hasattr(lm, "mtp"), f"model must not have an attribute mtp; this {name} has one")
     layers = _layers(lm)
     with unchanged(lm):
         batches = probes(lm)
@@ -166,7 +167,9 @@ def load_mtp(folder: str | PathLike[str], options: FusedOptions | None = None, *
     """
     expect_options(options or {})
     config = transformers.AutoConfig.from_pretrained(folder)
-    expect(hasattr(config, "llmfast_mtp"), f"{folder} must hold a model saved after add_mtp; its config says nothing")
+    expect(
+        hasattr(config, "llmfast_mtp"), f"{folder} must hold a model saved after add_mtp; its config has no llmfast_mtp"
+    )
     name = (config.architectures or ["?"])[0]
     expect(hasattr(transformers, name), f"{folder} holds a {name}, which transformers does not have")
     lm = fused_class(getattr(transformers, name), WithHeads).from_pretrained(folder, **kwargs)
@@ -196,7 +199,7 @@ class Block(nn.Module):
                 hooks.clear()
 
     def forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return _tensor(self.layer(x, *args, **kwargs))
+        return hidden_of(self.layer(x, *args, **kwargs))
 
 
 def keep_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,7 +212,7 @@ def keep_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def keep_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     call = getattr(layer, CALL, None)
     if isinstance(call, AllHeads) and call.keeps():
-        call.output = _tensor(output)
+        call.output = hidden_of(output)
 
 
 def keep_embeddings(embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -263,7 +266,7 @@ class AllHeads(Call):
         if self._with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(
                 "checkpointing with use_reentrant=True hides the layers from further heads; "
-                "say gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return True
 
@@ -277,13 +280,15 @@ class AllHeads(Call):
             read = hidden if told["depths"].get("hidden") == "post_norm" else self.output
             further = lm.mtp(read, self.embeddings, args, kwargs, document_ids=self.document_ids)
         if further.shape[1:] != hidden.shape:
-            raise TypeError(f"its output embedding is given {describe(hidden)} of {tuple(further.shape[1:])}")
+            raise TypeError(
+                f"its output embedding must be given {tuple(further.shape[1:])} states; got {describe(hidden)}"
+            )
         return HeadInput(torch.cat([hidden[None], further]), self)
 
     def loss(self, logits: Logits, targets: Tensor, given: dict[str, Any]) -> Tensor:
         reduction, class_weights = given.pop("reduction"), given.pop("class_weights")
         if reduction == "none" or class_weights is not None:
-            raise TypeError("the loss of several heads is a mean or a sum, without class weights")
+            raise TypeError("several heads need a loss with reduction 'mean' or 'sum' and without class weights")
         hidden, weight = logits.joined()  # (K * B * T, D): the model has processed and flattened the extra rows
         weights = self.lm.mtp_weights
         K, labels = len(weights), targets.view(self.batch, -1)
@@ -379,7 +384,7 @@ def _norm(lm: Any, layers: str, batch: dict[str, Tensor]) -> str:
         return hook
 
     handles = [
-        last.register_forward_hook(lambda module, args, output: made.append(_tensor(output))),
+        last.register_forward_hook(lambda module, args, output: made.append(hidden_of(output))),
         head.register_forward_pre_hook(
             lambda module, args, kwargs: given.append(split_input(args, kwargs, module)[0]), with_kwargs=True
         ),
@@ -410,7 +415,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _tensor(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """Return a layer's hidden states: its output, or the first of several outputs."""
     made = output[0] if isinstance(output, tuple | list) else output
     expect(isinstance(made, Tensor), f"the last layer must return hidden states, alone or first; got {type(output)}")

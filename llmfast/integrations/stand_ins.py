@@ -4,6 +4,7 @@ The output embedding receives a `HeadInput` and makes `Logits` from it. These re
 become `linear_cross_entropy` when they reach `torch.nn.functional.cross_entropy`.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from llmfast._checks import describe
 from llmfast._dtensor import is_dtensor
@@ -109,7 +111,7 @@ class HeadInput(StandIn):
 def linear(hidden: Tensor, call: Call, weight: Tensor, bias: Tensor | None = None) -> "Logits":
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return Logits(((hidden, weight),), bias, dtype, call)
+    return Logits(((hidden, weight),), bias, dtype, dtype, call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +127,7 @@ class Logits(StandIn):
     parts: tuple[tuple[Tensor, Tensor], ...]  # hidden states (..., D) and weight (V, D); D may differ between parts
     bias: Tensor | None  # (V,)
     dtype: torch.dtype  # that computed logits would have
+    product: torch.dtype  # of the product's operands and result
     call: Call
     scale: float = 1.0
     cap: float | None = None
@@ -153,6 +156,15 @@ class Logits(StandIn):
         if len(self.parts) == 1:
             return self.parts[0]
         return torch.cat([hidden for hidden, _ in self.parts], -1), torch.cat([weight for _, weight in self.parts], -1)
+
+    def computed(self) -> Tensor:
+        """Compute them, as the model would have."""
+        hidden, weight = self.joined()
+        bias = None if self.bias is None else self.bias.to(self.product)
+        with torch.autocast(self.device.type, enabled=False):
+            logits = F.linear(hidden.to(self.product), weight.to(self.product), bias).to(self.dtype)
+            logits = logits if self.scale == 1.0 else logits * self.scale
+            return logits if self.cap is None else torch.tanh(logits) * self.cap
 
     # Operations whose result is again such logits.
 
@@ -255,7 +267,10 @@ class Logits(StandIn):
     ) -> Tensor:
         """Replace `torch.nn.functional.cross_entropy`."""
         if len(self.shape) != 2 or target.dim() != 1 or size_average is not None or reduce is not None:
-            raise TypeError(f"the model's cross_entropy is of {tuple(self.shape)} with targets {describe(target)}")
+            raise TypeError(
+                "the model must call cross_entropy with (N, V) logits and (N,) targets, not size_average or reduce; "
+                f"it passes {tuple(self.shape)} and {describe(target)}"
+            )
         given = {
             **self.call.options,
             "softcap": self.cap,
@@ -269,6 +284,62 @@ class Logits(StandIn):
         self.call.losses += 1
         loss = self.call.loss(self, target, given)
         return loss if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
+
+
+class LazyLogits:
+    """Logits that a model in eval mode returns next to its loss: a tensor, computed when it is first used.
+
+    Shape, dtype and device are known before, and a change of dtype waits too: accelerate makes one of every output.
+    `isinstance` takes them for a tensor, as the Trainer requires of what it keeps.
+    """
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+        self._computed: Tensor | None = None
+        self.shape, self.dtype, self.device = logits.shape, logits.dtype, logits.device
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Tensor
+
+    def computed(self) -> Tensor:
+        if self._computed is None:
+            self._computed = self._logits.computed()
+        return self._computed
+
+    def float(self) -> "LazyLogits":
+        return LazyLogits(self._logits.float())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copies and pickles look for before there is anything to compute
+            raise AttributeError(name)
+        return getattr(self.computed(), name)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(self.computed(), memo)
+
+    def __reduce__(self) -> Any:
+        return self.computed().__reduce_ex__(2)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args = tree_map_only(LazyLogits, LazyLogits.computed, args)
+        named: dict[str, Any] = tree_map_only(LazyLogits, LazyLogits.computed, kwargs or {})
+        return function(*args, **named)
+
+
+def _computed_first(operator: str) -> Any:
+    def method(self: LazyLogits, *others: Any) -> Any:
+        return getattr(self.computed(), operator)(*others)
+
+    return method
+
+
+_OF_TENSORS = ("getitem", "len", "iter", "array", "repr", "eq", "ne")
+for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), "neg", "abs", "lt", "le", "gt", "ge", *_OF_TENSORS):
+    setattr(LazyLogits, f"__{_operator}__", _computed_first(f"__{_operator}__"))
 
 
 def _name(function: Any) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmfast._checks import describe, expect
 from llmfast._dtensor import is_dtensor
 from llmfast.integrations import require
-from llmfast.integrations.stand_ins import Call, Logits, split_input
+from llmfast.integrations.stand_ins import Call, LazyLogits, Logits, split_input
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,8 +44,9 @@ class FusedOptions(TypedDict, total=False):
 def fuse_loss(model: M, **options: "Unpack[FusedOptions]") -> M:
     """Let a causal language model compute its loss without logits, in place.
 
-    This changes the memory use of `model(..., labels=labels)`, where `outputs.logits` becomes None. The Trainer can
-    therefore evaluate the loss but has no logits for `compute_metrics`. Without labels nothing changes.
+    This changes the memory use of `model(..., labels=labels)`. In training mode `outputs.logits` becomes None. In eval
+    mode it is computed when it is first used, so the Trainer's `compute_metrics` and `preprocess_logits_for_metrics`
+    work, and an evaluation of the loss alone needs no logits. Without labels nothing changes.
 
     The model's own code still determines how labels are shifted, the meaning of `num_items_in_batch`, `shift_labels`
     and padding, scales and softcaps of the logits, and router losses of experts. The output embedding may be tied, have
@@ -163,7 +164,9 @@ def fused_class(base: Any, mixin: type) -> Any:
                 setattr(module, CALL, None)
         if call.losses == 0:
             raise RuntimeError(f"{base.__name__} does not compute its loss by cross_entropy of its output embedding")
-        return _without_logits(outputs)
+        # Compiled code and DataParallel can only return tensors.
+        lazy = not (self.training or torch.compiler.is_compiling() or getattr(self, "_is_replica", False))
+        return _with_lazy_logits(outputs) if lazy else _without_logits(outputs)
 
     # Trainer and generate() read the signature. No __wrapped__: accelerate would unwrap this forward to the bare one.
     forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -206,6 +209,13 @@ def _without_logits(outputs: Any) -> Any:
     if isinstance(outputs, tuple):
         return tuple(value for value in outputs if not isinstance(value, Logits))
     return type(outputs)(**{name: value for name, value in outputs.items() if not isinstance(value, Logits)})
+
+
+def _with_lazy_logits(outputs: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return tuple(LazyLogits(value) if isinstance(value, Logits) else value for value in outputs)
+    named = {name: LazyLogits(value) if isinstance(value, Logits) else value for name, value in outputs.items()}
+    return type(outputs)(**named)
 
 
 # Which models can be fused.

@@ -37,7 +37,7 @@ def cross_entropy(
     return_stats: bool = False,
     **options: "Unpack[CrossEntropyOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Cross-entropy of `logits` against class indices `targets`.
+    """Compute the cross-entropy of `logits` against class indices `targets`.
 
     The loss of a token with logits z is, with x = softcap * tanh(logit_scale * z / softcap),
 
@@ -67,8 +67,8 @@ def cross_entropy(
         document_ids: (...), integers; with `shift`, tokens whose target lies in another document are ignored.
         return_stats: also return `LossStats`: per-token loss, lse, entropy, argmax and accuracy.
         process_group: logits hold only this rank's classes, in rank order, split as by `torch.chunk` (vocab-parallel);
-            everything else is the same on all ranks, and so is what comes back. Two all-reduces of a few numbers a
-            token; `class_weights` are those of all classes.
+            everything else is the same on all ranks, and so is what comes back. It takes two all-reduces of a few
+            numbers per token; `class_weights` are those of all classes.
         vocab_size: with `process_group`, the number of all classes, if it does not divide evenly.
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
             second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their

@@ -53,7 +53,11 @@ class LinearCrossEntropy(Loss):
 
     @property
     def divides_early(self) -> bool:
-        return super().divides_early and self.grad_filter is None  # its threshold is for gradients of the sum
+        if self.grad_filter is not None:  # its threshold is for gradients of the sum
+            return False
+        # Plain torch takes a pass over the logits for it, which saves a rounding in bfloat16 and nothing in float32.
+        worth = self.dtype == torch.bfloat16 or use_kernels(self.targets.classes)
+        return super().divides_early and worth
 
     @property
     def traceable(self) -> bool:
@@ -176,9 +180,8 @@ class LinearCrossEntropy(Loss):
             elif call.separate(way):
                 d_weight = sums.new_empty(call.V, call.D, dtype=self.weight_dtype)
             if way.summed > 0:
-                part = sums[: way.summed]
-                out = part if d_weight is sums else d_weight[: way.summed]
-                put_scaled(stages.ops, part, factor, out, add=into is not None)
+                out = None if d_weight is sums else d_weight[: way.summed]
+                put_scaled(stages.ops, sums[: way.summed], factor, out, add=into is not None)
         del made, sums
         if call.column_share(way) > 0:
             # float16 gradients must not be divided by a count before they are summed.

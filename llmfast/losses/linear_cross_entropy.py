@@ -63,9 +63,9 @@ def linear_cross_entropy(
             a plain `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
         bias: (V,), any floating point dtype.
-        num_valid: as in `cross_entropy`. An int below the number of tokens says besides that no more of them than that
-            are valid, and so many rows are gathered before the matrix products, without waiting for the device.
-            If more are valid the loss is NaN (ValueError on a CPU): to divide by something else, divide a sum.
+        num_valid: as in `cross_entropy`. An int below the number of tokens also promises that at most that many
+            tokens are valid: only that many rows enter the matrix products, without waiting for the device. If more
+            are valid, the loss is NaN (ValueError on a CPU). For another divisor, use reduction="sum" and divide.
         process_group: `weight` and `bias` hold only this rank's classes, in rank order, split as by `torch.chunk`.
             `hidden` is the same on all ranks and so is its gradient, which takes one more all-reduce, of (N, D).
         memory_budget: bytes that the call may hold at any time beyond its inputs and the gradients that it returns or

@@ -37,7 +37,7 @@ class CrossEntropyLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        expect(size_average is None and reduce is None, "size_average and reduce are gone; say reduction")
+        expect(size_average is None and reduce is None, "size_average and reduce must be None; pass reduction")
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
         self.options = options
@@ -84,8 +84,10 @@ class LinearCrossEntropyLoss(nn.Module):
         **more: Any,
     ) -> None:
         super().__init__()
-        expect(out_features == (), f"out_features must be (): one class a token; got {out_features}")
-        expect(options is None, "options are torch's; pass memory_budget, slab_dtype or grad_filter")
+        expect(out_features == (), f"out_features must be (), for one class per token; got {out_features}")
+        expect(
+            options is None, "options must be None: those of torch's module do not apply; pass memory_budget instead"
+        )
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.ignore_index = -100 if ignore_index is None else ignore_index

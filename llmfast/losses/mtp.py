@@ -68,7 +68,7 @@ def mtp_cross_entropy(
     return_stats: bool = False,
     **options: "Unpack[MTPOptions]",
 ) -> Tensor | tuple[Tensor, MTPStats]:
-    """Multi-token prediction: head k at row t predicts `labels[t + k]`; the sum of the heads' weighted mean losses.
+    """Sum the weighted mean losses of multi-token prediction, in which head k at row t predicts `labels[t + k]`.
 
     This is the loss of parallel heads (Gloeckle et al. 2024, arXiv:2404.19737), of DeepSeek-V3's sequential depths
     (arXiv:2412.19437), and, with one hidden state for all heads, of several targets on the same logits.
@@ -78,7 +78,7 @@ def mtp_cross_entropy(
             (..., T, D) for logits that all heads share, where `head_weights` says how many heads there are.
         weight: (V, D), the unembedding of all heads.
         labels: (..., T): the next token of each row, or `ignore_index`. Head k's target at row t is `labels[t + k]`,
-            ignored past the end of its sequence or document: so what is masked as a label is nobody's target.
+            ignored past the end of its sequence or document. A masked label is thus masked for all heads.
         document_ids: (..., T) integers: a head predicts within its row's document alone.
         head_weights: (K,), default 1 each. A tensor may change from step to step, without a wait or a recompilation.
         num_valid: (K,), what each head's sum is divided by: over several ranks or micro-batches, the number of its
@@ -97,7 +97,8 @@ def mtp_cross_entropy(
     """
     for name in _NOT_HERE:
         expect(
-            name not in options, f"{name} is not an option here: heads have a mean, a shift and weights of their own"
+            name not in options,
+            f"{name} must be left out: each head has a mean, its own shift and one target per token",
         )
     rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options)
     document_ids, head_weights, num_valid, detach_unembedding = (rest.pop(name) for name in _OWN)

@@ -85,7 +85,7 @@ def tensor(*shapes: str, floating: bool = True, differentiable: bool = False) ->
 
 def _num_valid(name: str, value: int | Tensor, inputs: Inputs, options: "LossOptions") -> None:
     reduction = options["reduction"]
-    expect(reduction == "mean", f"{name} divides a mean; reduction is {reduction!r}")
+    expect(reduction == "mean", f"{name} needs reduction='mean', which it divides; got reduction={reduction!r}")
     if isinstance(value, Tensor):
         expect(value.numel() == 1, f"{name} must hold one number; got {describe(value)}")
     elif not value >= 0:
@@ -131,7 +131,7 @@ def _accumulate_into(name: str, value: Tensor, inputs: Inputs, options: "LossOpt
     expect(fits, f"{name} must be {describe(weight)}, in float32; got {describe(value)}")
     expect(not overlaps(value), f"{name} must have memory for each element; got strides {value.stride()}")
     wanted = weight.requires_grad or not torch.is_grad_enabled()
-    expect(wanted, f"{name} is for the gradient of a weight that requires one")
+    expect(wanted, f"{name} needs a weight that requires a gradient")
     if value.dtype != torch.promote_types(dtype, torch.float32):
         raise TypeError(f"{name} must be float32; got {describe(value)}")
 

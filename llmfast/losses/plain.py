@@ -243,11 +243,16 @@ def empty_where(ignored: Tensor, rows: Rows) -> Rows:
 
 
 def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Put factor * x into `out` (or add it there), or over `x`. Zeros stay zeros: see `times`."""
+    """Put factor * x into `out` (or add it there), or over `x`. Zeros stay zeros: see `times`.
+
+    `x` may be written over in any case.
+    """
     if x.is_cpu and factor.isfinite():  # on a CPU looking is cheaper than two more passes
+        if factor != 1:
+            x.mul_(factor)
         if out is None:
-            return x if factor == 1 else x.mul_(factor)
-        return out.add_(x * factor) if add else torch.mul(x, factor, out=out)
+            return x
+        return out.add_(x) if add else out.copy_(x)  # faster than a product into another dtype
     product = times(x, factor)
     if out is None:
         return x.copy_(product)

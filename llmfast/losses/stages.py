@@ -197,10 +197,10 @@ def _of_rows(record: Record, rows: slice) -> Record:
     return cast(Record, cast(Any, record)._make([None if t is None else t[rows] for t in record]))
 
 
-def put_scaled(ops: RowOps, t: Tensor, factor: Tensor, out: Tensor, *, add: bool) -> None:
-    """Put factor * t into `out`, or add it there."""
-    if not add:
-        ops.scale(t, factor, out=None if t is out else out)
+def put_scaled(ops: RowOps, t: Tensor, factor: Tensor, out: Tensor | None, *, add: bool) -> None:
+    """Put factor * t into `out` (None: over t), or add it there."""
+    if out is None or not add:
+        ops.scale(t, factor, out=out)
     elif out.is_contiguous():
         ops.scale(t, factor, out=out, add=True)
         increment_version(out)  # a kernel does not

@@ -61,7 +61,11 @@ def valid_rows(
     n = most
     if on_cpu:
         n = int(count)
-        expect(n <= most, f"num_valid={num_valid}, but {n} tokens are valid; to divide otherwise, divide a sum")
+        expect(
+            n <= most,
+            f"num_valid must be at least {n}, the number of valid tokens; got {num_valid}. To divide by "
+            "another number, use reduction='sum'",
+        )
         if n == N or (budget is not None and 8 * n * hidden.shape[1] * hidden.element_size() > budget):
             return None
     index = torch.nonzero_static(valid, size=n, fill_value=0)[:, 0]

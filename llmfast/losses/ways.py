@@ -171,7 +171,7 @@ class Call:
 
         For others this launch returns at once, as long as the upstream gradient is 1.
         """
-        return self.is_half or self.filtered
+        return self.is_half or self.filtered or not (self.kernels or self.dtype == torch.bfloat16)
 
     def _rows(self) -> Any:
         """Return the numbers of rows per slab: nearly equal chunks, in multiples of 16 where possible."""

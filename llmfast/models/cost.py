@@ -16,10 +16,7 @@ from llmfast.models.heads import ParallelHeads
 # al. 2024, arXiv:2407.21783, table 4), PaLM's 46 % on TPUs (Chowdhery et al. 2022, arXiv:2204.02311). Small models and
 # short rows reach less. This value is a guess; replace it with a measurement.
 UTILISATION = 0.4
-FORMULA = (
-    "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)"
-    " / (utilisation * FLOPs per second of the data sheet)"
-)
+AGAIN = 4 / 3  # times the FLOPs where activations are computed again: forward is a third of a step
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,14 @@ class ParameterCount:
     def non_embedding(self) -> int:
         """Kaplan's N: parameters that predict the next token, without embedding and unembedding."""
         return self.next_token - self.embedding
+
+
+def formula(*, again: bool) -> list[str]:
+    """Write in words how the seconds of a step are modelled, in two lines."""
+    return [
+        "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)",
+        f"  / (utilisation * FLOPs per second of the data sheet){' * 4 / 3' if again else ''}",
+    ]
 
 
 @lru_cache(maxsize=8)
@@ -68,20 +73,21 @@ class StepCost:
     def flops(self) -> float:
         return self.matrices + self.attention
 
-    def seconds(self, gpu: Gpu, dtype: torch.dtype, *, utilisation: float = UTILISATION) -> float:
-        """Compute the step's time from a model, not a measurement; see `FORMULA`.
+    def seconds(self, gpu: Gpu, dtype: torch.dtype, *, utilisation: float = UTILISATION, again: bool = False) -> float:
+        """Compute the step's time from a model, not a measurement; see `formula`.
 
         Args:
             gpu: The GPU whose data sheet gives the rates.
             dtype: The dtype of the matrix products; float32 products run on the ordinary units, not on tensor cores.
             utilisation: The share of that rate that the step is assumed to reach.
+            again: Activations are computed again in backward, so FLOPs are taken times `AGAIN`.
 
         Raises:
             ValueError: `utilisation` is not in (0, 1].
         """
         expect(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1; got {utilisation}")
         rate = gpu.tensor_cores if dtype in (torch.bfloat16, torch.float16) else gpu.float32
-        return self.flops / (utilisation * rate)
+        return self.flops * (AGAIN if again else 1) / (utilisation * rate)
 
 
 def step_flops(config: DecoderConfig, tokens: int, seq_len: int) -> StepCost:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from llmfast._checks import expect
+from llmfast._checks import describe, expect
 from llmfast.models.cache import KeyValues
 from llmfast.models.depths import ConcatOrder, HiddenKind, SequentialDepths
 from llmfast.models.heads import ParallelHeads
@@ -205,6 +205,48 @@ class Decoder(nn.Module):
         """
         sampler = Sampler(temperature, top_p, generator)
         return torch.cat([tokens, *islice(self.stream(tokens, context=context, sampler=sampler), count)])
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        prompts: Sequence[Tensor],  # each (T,) int64, not empty; T may differ
+        count: int,
+        *,
+        context: int,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        stop: int | None = None,
+    ) -> list[Tensor]:
+        """Return each prompt followed by `count` tokens, or by fewer where the token `stop` comes: it is then the last.
+
+        All prompts share the passes of the model. They begin with the tokens of the shortest; a longer one's next token
+        is its own as long as it has one. So nothing is padded, and without a temperature the tokens are those that
+        `generate` returns for each prompt alone.
+
+        Raises:
+            ValueError: As `generate`; or a prompt is not (T,) with T > 0, or `count` is negative.
+        """
+        for i, prompt in enumerate(prompts):
+            ok = prompt.dim() == 1 and len(prompt) > 0
+            expect(ok, f"prompts must be (T,) with T > 0; got {describe(prompt)} at {i}")
+        expect(count >= 0, f"count must not be negative; got {count}")
+        choose, cache, rows = Sampler(temperature, top_p, generator), self.new_cache(), list(prompts)
+        ends = [len(prompt) + count for prompt in prompts]
+        length = min(map(len, prompts), default=0)  # of what the model reads
+        while any(length < end for end in ends):
+            tokens = torch.stack([row[:length] for row in rows])
+            read = tokens[:, cache[0].rows :] if length <= context else tokens[:, -context:]
+            hidden = self(read, cache=cache if length <= context else None)[:, -1]
+            for i, logits in enumerate(hidden @ self.unembedding.T):
+                if len(rows[i]) == length:
+                    done = length >= ends[i]
+                    token = rows[i][-1:] if done else choose(logits)
+                    rows[i] = torch.cat([rows[i], token])
+                    if not done and stop is not None and int(token) == stop:
+                        ends[i] = length + 1
+            length += 1
+        return [row[:end] for row, end in zip(rows, ends)]
 
 
 class Block(nn.Module):

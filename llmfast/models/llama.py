@@ -91,7 +91,8 @@ def load_llama(folder: Path) -> Decoder:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {e}") from e
     most = max(c.layers, 0 if c.mtp_repeated_layer else c.mtp_heads)
     expect(
-        most <= len(tensors), f"{folder / WEIGHTS} must hold the tensors of its config.json's {most} layers or depths"
+        most <= len(tensors),
+        f"{folder / WEIGHTS} must hold the tensors of its config.json's {most} layers or depths; it has {len(tensors)}",
     )
     with torch.device("meta"):  # sizes are only known to be right when the tensors fit
         model = Decoder(c)

@@ -1,8 +1,8 @@
 """Estimate the memory of a training run, and check whether it fits on a GPU.
 
 The estimate includes parameters, gradients, the optimizer's states, what autograd keeps of the small decoder from
-forward to backward, and the buffers of the loss. It omits the CUDA context and library workspaces (about 1 GiB
-together), allocator fragmentation, and temporary buffers of operators.
+forward to backward, the buffers of the loss, and on several GPUs those of communication. It omits the CUDA context and
+library workspaces (about 1 GiB together), allocator fragmentation, and temporary buffers of operators.
 """
 
 from collections.abc import Callable
@@ -10,41 +10,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmfast._checks import expect
-from llmfast._gpus import A100, B200, B300, GB200, H100, H200, MI300X, MI325X, RTX5080, RTX5090, Gpu
+from llmfast._gpus import GB
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.targets import SMALL
 from llmfast.models import DecoderConfig
+from llmfast.models.blocks import blocks_of
 from llmfast.models.cost import meta_decoder, own_hidden_states
 from llmfast.optim import Extras, FusedAdamW, FusedOptimizer
 from llmfast.optim.formats import MasterWeights, StateDtype
 
 Device = Literal["cuda", "cpu"]
-
-GB = 10**9
-# Memory in GB, and the rates where they are known. In data sheets GB means 10^9 or 2^30 bytes; the smaller is used, and
-# the driver needs the rest.
-_KNOWN: dict[str, tuple[int, Gpu | None]] = {
-    "T4": (16, None),
-    "RTX3090": (24, None),
-    "RTX4090": (24, None),
-    "RTX5080": (16, RTX5080),
-    "RTX5090": (32, RTX5090),
-    "L40S": (48, None),
-    "A100-40": (40, A100),
-    "A100": (80, A100),
-    "H100": (80, H100),
-    "H200": (141, H200),
-    "B200": (180, B200),
-    "GB200": (186, GB200),
-    "B300": (288, B300),
-    "MI300X": (192, MI300X),
-    "MI325X": (256, MI325X),
-}
-GPU_MEMORY = {name: size * GB for name, (size, _) in _KNOWN.items()}
-GPU_RATES = {name: gpu for name, (_, gpu) in _KNOWN.items() if gpu is not None}
+FITS = "fits"
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,7 @@ FP32 = PRECISIONS[0]  # the format that `llmfast train` uses by default
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each kind, on one device that holds the whole model."""
+    """Bytes of each kind, on one of the devices that train together."""
 
     parameters: int
     gradients: int
@@ -89,7 +68,11 @@ class MemoryEstimate:
     loss_unfused: int  # the same for torch's cross-entropy of F.linear
     loss_gradients: int  # the part of either that remains when backward reaches the blocks
     tied_gradients: int  # of a tied embedding: as unembedding, as embedding, and possibly their sum
-    accumulate: bool  # gradients of an earlier micro-batch exist throughout
+    accumulate: bool  # gradients of an earlier micro-batch, or the buckets of DDP, exist throughout
+    gathered: int = 0  # FSDP2: parameters outside the blocks, whole from forward to backward
+    buffers: int = 0  # FSDP2: whole parameters and gradients of the blocks at work, as they are and as they are sent
+    unreduced: int = 0  # FSDP2: whole gradients of earlier micro-batches
+    begin: int = 0  # FSDP2: the whole model, in float32, before each device takes its shard
 
     @property
     def peak(self) -> int:
@@ -101,10 +84,13 @@ class MemoryEstimate:
         return self._peak(self.loss_unfused)
 
     def _peak(self, loss: int) -> int:
-        waiting = self.gradients if self.accumulate else 0
-        middle = waiting + self.activations + max(self.weight_copies + loss, self.loss_gradients + self.recomputed)
-        end = self.gradients + max(self.recomputed, self.tied_gradients)
-        return self.parameters + self.optimizer + max(middle, end)
+        waiting = self.unreduced or (self.gradients if self.accumulate else 0)
+        backward = self.loss_gradients + self.recomputed + self.buffers
+        if self.buffers and not self.recomputed:  # gradients of shards are smaller than the copies that go meanwhile
+            backward += self.weight_copies
+        middle = waiting + self.activations + max(self.weight_copies + loss, backward)
+        end = self.gradients + self.buffers + max(self.recomputed, self.tied_gradients)
+        return max(self.begin, self.parameters + self.optimizer + self.gathered + max(middle, end))
 
 
 def estimate_memory(
@@ -120,12 +106,18 @@ def estimate_memory(
     optimizer: Callable[..., FusedOptimizer] = FusedAdamW,
     device: Device = "cuda",
     gpu_memory: int = 80 * GB,
+    ranks: int = 1,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory for training `config`'s decoder as `llmfast train` does: packed rows, the fused loss.
 
+    With `shards`, FSDP2 keeps an equal part of each parameter, gradient and state on each device. The parameters of a
+    block are whole while it works: at most those of two blocks at a time, one of which arrives, with the gradients of
+    one and what is sent of two. Gradients of micro-batches before a step's last one stay whole.
+
     Args:
         config: The decoder.
-        batch_size: Rows per micro-batch.
+        batch_size: Rows per micro-batch, on one device.
         seq_len: Tokens per row.
         accumulate: Micro-batches per step.
         autocast: Use autocast to bfloat16 for float32 parameters; others are bfloat16 anyway.
@@ -134,19 +126,24 @@ def estimate_memory(
         optimizer: Its class, or a function that makes it of the parameters and the precision's two options.
         device: An NVIDIA GPU, or a CPU.
         gpu_memory: In bytes; the fused loss holds at most a tenth of it beyond its gradients.
+        ranks: Devices that train together. DDP keeps gradients throughout, in the buckets that it reduces.
+        shards: Devices that share one set of parameters, as with FSDP2 and HSDP.
 
     Raises:
         ValueError: A count is not above 0.
     """
-    for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("accumulate", accumulate)):
+    counts = {"batch_size": batch_size, "seq_len": seq_len, "accumulate": accumulate, "ranks": ranks, "shards": shards}
+    for name, value in counts.items():
         expect(value > 0, f"{name} must be above 0; got {value}")
+    expect(ranks % shards == 0, f"ranks must divide into sets of shards={shards}; got {ranks}")
     stored = precision.parameters
     model = meta_decoder(config)
     tensors = dict(model.named_parameters())
     formats: Extras = {"master_weights": precision.master_weights, "state_dtype": precision.state_dtype}
-    stepping = optimizer([torch.empty_like(p, dtype=stored) for p in tensors.values()], **formats)
+    own = [torch.empty_like(shard_of(p, shards), dtype=stored) for p in tensors.values()]
+    stepping = optimizer(own, **formats)
     compute = torch.bfloat16 if autocast else stored
-    size = sum(p.numel() for p in tensors.values())
+    size, local = (sum(p.numel() for p in those) for those in (tensors.values(), own))
     D, V, rows = config.width, config.vocab_size, batch_size * seq_len * own_hidden_states(config)
 
     copies = sum(p.numel() for name, p in tensors.items() if _is_matrix(name, p)) if compute != stored else 0
@@ -160,9 +157,11 @@ def estimate_memory(
     kept, recomputed = activation_bytes(
         config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations
     )
+    outside, block = _groups(model)
+    tied = (3 if accumulate > 1 or ranks > shards == 1 else 2) * V * D * bool(config.tie_embeddings)
     return MemoryEstimate(
-        parameters=size * stored.itemsize,
-        gradients=(max(p.numel() for p in tensors.values()) if in_backward else size) * stored.itemsize,
+        parameters=local * stored.itemsize,
+        gradients=(max(p.numel() for p in own) if in_backward else local) * stored.itemsize,
         optimizer=stepping.state_bytes(),
         activations=kept,
         recomputed=recomputed + (copies * compute.itemsize // len(model.blocks) if recomputed else 0),
@@ -170,9 +169,24 @@ def estimate_memory(
         loss=(unfused if torchs else plan.peak_bytes) + cast,
         loss_unfused=unfused + cast,
         loss_gradients=(rows + V) * D * stored.itemsize,
-        tied_gradients=(3 if accumulate > 1 else 2) * V * D * stored.itemsize if config.tie_embeddings else 0,
-        accumulate=accumulate > 1,
+        tied_gradients=(max(tied, 2 * outside) if shards > 1 else tied) * stored.itemsize,
+        accumulate=accumulate > 1 or ranks > shards == 1,
+        gathered=outside * stored.itemsize if shards > 1 else 0,
+        buffers=5 * block * stored.itemsize if shards > 1 else 0,
+        unreduced=size * stored.itemsize if shards > 1 and accumulate > 1 else 0,
+        begin=4 * size if shards > 1 else 0,
     )
+
+
+def shard_of(p: Tensor, shards: int) -> Tensor:
+    """Return the part of a parameter that the first of `shards` devices has with FSDP2, which no other's exceeds."""
+    return p.detach()[: -(-len(p) // shards)]
+
+
+def _groups(model: nn.Module) -> tuple[int, int]:
+    """Count the parameters outside of the blocks, and those of the largest block: FSDP2 gathers them together."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    return sum(p.numel() for p in model.parameters()) - sum(blocks), max(blocks, default=0)
 
 
 def unfused_loss_bytes(rows: int, D: int, V: int, stored: torch.dtype) -> int:
@@ -234,23 +248,11 @@ def activation_bytes(
     return batch_size * T * token, batch_size * T * again
 
 
-def memory_of(gpu: str) -> int:
-    """Return the bytes of a GPU by its name in `GPU_MEMORY`, regardless of case.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    for name, size in GPU_MEMORY.items():
-        if name.lower() == gpu.replace(" ", "").lower():
-            return size
-    raise ValueError(f"gpu must be one of {', '.join(GPU_MEMORY)}; got {gpu!r}; or say how much memory there is")
-
-
 def verdict(need: int, have: int) -> str:
     """Say in words whether `need` bytes fit into `have`."""
     if need > have:
         return "too large"
-    return "fits" if need <= 0.9 * have else "just fits"
+    return FITS if need <= 0.9 * have else "just fits"
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:

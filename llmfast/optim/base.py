@@ -100,7 +100,9 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
                 loss = closure()
         if self.steps_in_backward:
             if getattr(self, "grad_scale", None) is not None:
-                raise RuntimeError("optimizer_in_backward has stepped with scaled gradients: GradScaler comes too late")
+                raise RuntimeError(
+                    "GradScaler does not work with optimizer_in_backward, which has stepped with scaled gradients"
+                )
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return loss
         gradients = None if self._plan is None else self.gradients_of(self._plan)

@@ -117,7 +117,9 @@ class Kept:
         if t is None:
             return
         if t.shape != p.shape or t.device != p.device:  # it is another model's, or the parameter has moved
-            raise ValueError(f"state {name} is {describe(t)}, its parameter {describe(p)}")
+            raise ValueError(
+                f"state {name} must have the shape and device of its parameter, {describe(p)}; got {describe(t)}"
+            )
         if _spread(t) != _spread(p):
             raise ValueError(
                 f"state {name} of {describe(p)} must be sharded as its parameter, {_spread(p)}; got {_spread(t)}; "

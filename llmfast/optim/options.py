@@ -143,4 +143,7 @@ class Options:
             )
         plain = self.master_weights is None and self.state_dtype is None and self.ema_decay is None
         if p.is_complex() and not plain:
-            raise ValueError(f"{name}, {describe(p)}, is complex: master_weights, state_dtype and ema_decay are not")
+            raise ValueError(
+                "master_weights, state_dtype and ema_decay must be None for complex parameters; got "
+                f"{name}, {describe(p)}"
+            )

@@ -83,10 +83,10 @@ class ReleaseHandle:
 def _expect_settings(group: dict[str, Any], max_grad_norm: float | None) -> None:
     expect(
         max_grad_norm is None,
-        f"max_grad_norm={max_grad_norm} needs all gradients at once, which stepping in backward never has; clip by "
-        "value in a hook, or step after backward",
+        "max_grad_norm must be None for an optimizer that steps in backward, which never has all gradients at once; "
+        f"got {max_grad_norm}. Clip by value in a hook, or step after backward",
     )
-    expect(not group["differentiable"], "differentiable groups cannot be stepped in backward")
+    expect(not group["differentiable"], "differentiable must be False in groups that are stepped in backward; got True")
 
 
 def _arrives_late(p: Tensor) -> bool:
@@ -118,7 +118,9 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
             differentiable groups or steps in backward already, or the model contains DistributedDataParallel, FSDP1 or,
             before torch 2.13, parameters that FSDP2 keeps on the CPU.
     """
-    expect(not optimizer.steps_in_backward, "optimizer steps in backward already; its handle's remove() ends that")
+    expect(
+        not optimizer.steps_in_backward, "optimizer must not step in backward already; call its handle's remove() first"
+    )
     for index, group in enumerate(optimizer.param_groups):
         ReleaseHandle.expect_possible(group, optimizer.option(index, "max_grad_norm"))
     for module in model.modules():
@@ -126,5 +128,8 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
             raise ValueError(f"{wrapper} reduces gradients after the hooks that would step; use fully_shard")
     known = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        expect(not p.requires_grad or p in known, f"parameter {name} of the model is not the optimizer's")
+        expect(
+            not p.requires_grad or p in known,
+            f"optimizer must have every parameter of the model that requires gradients; {name} is not in it",
+        )
     return ReleaseHandle(optimizer)

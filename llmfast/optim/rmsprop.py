@@ -92,7 +92,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
         super()._complete_group(group, options)
         expect(
             not (options.state_format.coded and group["centered"]),
-            'centered=True takes a difference for which state_dtype="8bit" is too coarse',
+            'state_dtype must not be "8bit" with centered=True, which takes a difference of two states',
         )
 
     def _state_names(self, group: dict[str, Any]) -> Names:

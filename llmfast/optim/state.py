@@ -101,13 +101,13 @@ class StateKeeper(GroupedOptions, ABC):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, parameters have the values of their averages; those without an average yet stay as they are.
+        """Give parameters the values of their averages inside the context; those without an average stay as they are.
 
         Raises:
             ValueError: the optimizer keeps no averages.
         """
         if all(self.option(index, "ema_decay") is None for index in range(len(self.param_groups))):
-            raise ValueError("ema_weights is for optimizers with ema_decay; this one has None")
+            raise ValueError("ema_weights needs an optimizer with ema_decay; got ema_decay=None")
         averages = [(p, state["ema_param"]) for p, state in self.state.items() if "ema_param" in state]
         before = [p.detach().clone() for p, _ in averages]
         with torch.no_grad():

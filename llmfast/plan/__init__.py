@@ -31,6 +31,8 @@ from llmfast.plan.laws import (
     PowerLaw,
     critical_batch,
     kaplan_optimal,
+    optimal_batch,
+    optimal_lr,
     training_flops,
 )
 from llmfast.plan.picture import plot_chinchilla, plot_power
@@ -67,6 +69,8 @@ __all__ = [
     "fit_power",
     "kaplan_optimal",
     "model_config",
+    "optimal_batch",
+    "optimal_lr",
     "plot_chinchilla",
     "plot_power",
     "read_run",

@@ -2,22 +2,26 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmfast import _gpus
 from llmfast._checks import expect
 from llmfast._commands import CommandParser, columns, expect_replaceable, fail
-from llmfast._gpus import Gpu
 from llmfast._units import duration, in_bytes, number, parse_bytes, short
 from llmfast.models import DecoderConfig, cost, memory
+from llmfast.models.memory import MemoryEstimate
 from llmfast.optim.scaling import scale_lr
 from llmfast.plan import laws
+from llmfast.plan.advice import Machine, Wish, advise
 from llmfast.plan.fit import DISTINCT, Fit, distinct, fit_chinchilla, fit_power
 from llmfast.plan.laws import Allocation, ChinchillaLaw, PowerLaw
 from llmfast.plan.picture import expect_format, plot_chinchilla, plot_power
 from llmfast.plan.runs import Run, model_config, read_run
+from llmfast.plan.screen import advice_lines, settings_lines
 
 if TYPE_CHECKING:
     from llmfast.train.config import Config
@@ -33,14 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `llmfast plan` to its parser; `run` takes what it parses."""
     parser.description = (
         "Parameters and tokens for a budget of FLOPs, by published scaling laws. One of --flops, --params and --tokens "
-        "gives the best for it; two say what they come to. Numbers may end in k, M, B or T."
+        "gives the best for it; two say what they come to. With --gpu and --days or one of these: a run for such GPUs, "
+        "with its memory and time, and the command that starts it. Numbers may end in k, M, B or T."
     )
     parser.add_argument("--flops", metavar="C", help="FLOPs of the whole training, e.g. 1e21")
     parser.add_argument("--params", metavar="N", help="parameters with embeddings, e.g. 2.8B")
     parser.add_argument("--tokens", metavar="D", help="training tokens, e.g. 60B")
     parser.add_argument("--law", choices=SOURCES, default="besiroglu", help="scaling law (default: %(default)s)")
-    _add_gpu(parser, "also say how long the FLOPs take there")
-    parser.add_argument("--gpus", type=int, default=1, metavar="COUNT", help="number of GPUs (default: 1)")
+    _add_gpu(parser, "plan a run for it")
+    parser.add_argument("--days", metavar="DAYS", help="how long the run may take, in place of --flops")
+    parser.add_argument("--seq-len", metavar="TOKENS", help="tokens per row (default: by the model's size)")
+    parser.add_argument("--vocab-size", metavar="IDS", help="vocabulary (default: by the model's size)")
+    parser.add_argument(
+        "--out", dest="settings", type=Path, metavar="FILE", help="write the run's settings there, in TOML"
+    )
 
     topics = parser.add_subparsers(dest="topic", metavar="", parser_class=CommandParser)
     fit = topics.add_parser(
@@ -89,9 +99,8 @@ def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = Fal
     def default(value: object) -> object:
         return argparse.SUPPRESS if again else value  # a topic's default would hide what was given before the topic
 
-    parser.add_argument(
-        "--gpu", default=default(None), metavar="NAME", help=f"{purpose}: {', '.join(memory.GPU_MEMORY)}"
-    )
+    parser.add_argument("--gpu", default=default(None), metavar="NAME", help=f"{purpose}: {', '.join(_gpus.KNOWN)}")
+    parser.add_argument("--gpus", type=int, default=default(1), metavar="COUNT", help="number of GPUs (default: 1)")
     parser.add_argument(
         "--utilisation",
         type=float,
@@ -111,8 +120,11 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         if args.topic is not None:
-            for name in ("flops", "params", "tokens"):
-                expect(getattr(args, name) is None, f"--{name} before {args.topic} has no meaning")
+            for name in ("flops", "params", "tokens", "days", "seq_len", "vocab_size", "settings"):
+                option = "out" if name == "settings" else name.replace("_", "-")
+                expect(getattr(args, name) is None, f"--{option} before {args.topic} has no meaning")
+        expect(args.gpus > 0, f"--gpus must be above 0; got {args.gpus}")
+        expect(0 < args.utilisation <= 1, f"--utilisation must be above 0 and at most 1; got {args.utilisation}")
         lines = topics[args.topic](args)
     except ImportError as e:
         return fail(f"{e}; this needs the extra: pip install 'llmfast-torch[train]'")
@@ -128,17 +140,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _budget(args: argparse.Namespace) -> list[str]:
-    C, N, D = (number(f"--{name}", getattr(args, name)) for name in ("flops", "params", "tokens"))
-    given = sum(x is not None for x in (C, N, D))
-    expect(given > 0, "plan needs --flops, --params or --tokens, or one of fit, memory, lr; see llmfast plan --help")
-    expect(given < 3, "--flops, --params and --tokens: two of them say the third, C = 6 N D; leave one out")
-    expect(args.gpus > 0, f"--gpus must be above 0; got {args.gpus}")
+    wish = _wish(args)
     source, law = SOURCES[args.law]
-    if given == 2:
-        C = C or laws.training_flops(N or 0, D or 0)
-        chosen = law.spent(N or C / (6 * (D or 0)), C)
-    else:
-        chosen = law.optimal(C) if C else law.optimal_for_params(N) if N else law.optimal_for_tokens(D or 0)
+    if args.gpu is not None:
+        machine = Machine(_gpus.chosen(args.gpu), args.gpus, args.utilisation)
+        advice = advise(machine, wish, law)
+        lines = advice_lines(advice, machine, wish, source, law)
+        return [*lines, *settings_lines(advice, machine, args.settings)]
+    for name in ("days", "seq_len", "vocab_size", "settings"):
+        option = "out" if name == "settings" else name.replace("_", "-")
+        expect(getattr(args, name) is None, f"--{option} needs --gpu, for which a run is planned")
+    expect(args.gpus == 1, f"--gpus needs --gpu, one of {', '.join(_gpus.KNOWN)}")
+    given = sum(x is not None for x in (wish.flops, wish.params, wish.tokens))
+    chosen = wish.allocated(law, wish.flops)
     budget = chosen.flops
     best = law.optimal(budget)
 
@@ -153,8 +167,6 @@ def _budget(args: argparse.Namespace) -> list[str]:
         f"  critical batch       {short(batch)} tokens at that loss, by Kaplan et al. 2020: "
         f"{short(chosen.tokens / batch)} steps",
     ]
-    if args.gpu is not None:
-        lines.append(f"  time                 {_training_time(args, budget)}")
     lines += ["", f"{budget:.3g} FLOPs on models of other sizes:", *_allocations(law, best, chosen)]
     lines += ["", f"{budget:.3g} FLOPs by other laws:"]
     others = [(name, other.optimal(budget)) for name, other in SOURCES.values() if other is not law]
@@ -177,16 +189,24 @@ def _cells(a: Allocation) -> tuple[str, str, str, str]:
     return short(a.params), short(a.tokens), f"{a.tokens_per_param:.1f}", f"{a.loss:.3f}"
 
 
-def _training_time(args: argparse.Namespace, flops: float) -> str:
-    gpu = _rates(args.gpu)
-    if gpu is None:
-        return _unknown_rates(args.gpu)
-    expect(0 < args.utilisation <= 1, f"--utilisation must be above 0 and at most 1; got {args.utilisation}")
-    seconds = flops / (args.gpus * args.utilisation * gpu.tensor_cores)
-    return (
-        f"{duration(seconds)} on {args.gpus} {gpu.name}, modelled: FLOPs / "
-        f"({args.gpus} * {args.utilisation:g} * {gpu.tensor_cores:.3g} per second)"
+def _wish(args: argparse.Namespace) -> Wish:
+    flops, days, params, tokens = (number(f"--{n}", getattr(args, n)) for n in ("flops", "days", "params", "tokens"))
+    expect(flops is None or days is None, "--flops and --days are both a budget; leave one out")
+    given = sum(x is not None for x in (flops, days, params, tokens))
+    also = "" if args.gpu is None else "--days, "
+    expect(
+        given > 0, f"plan needs {also}--flops, --params or --tokens, or one of fit, memory, lr; see llmfast plan --help"
     )
+    expect(given < 3, "a budget (--flops or --days), --params and --tokens: two of them say the third; leave one out")
+    sizes = []
+    for name in ("seq_len", "vocab_size"):
+        size = number(option := f"--{name.replace('_', '-')}", getattr(args, name))
+        expect(
+            size is None or (size == int(size) and 2 <= size <= 2**24),
+            f"{option} must be a whole number in [2, 2^24]; got {size}",
+        )
+        sizes.append(None if size is None else int(size))
+    return Wish(flops, None if days is None else 86_400 * days, params, tokens, *sizes)
 
 
 # A fit.
@@ -281,7 +301,7 @@ def _written(args: argparse.Namespace) -> list[str]:
 
 def _memory(args: argparse.Namespace) -> list[str]:
     from llmfast.train.config import load_config
-    from llmfast.train.estimate import estimate_run, micro_batches
+    from llmfast.train.estimate import estimate_run, micro_batches, ways
     from llmfast.train.settings import ConfigError
 
     config = load_config(args.config, args.set)
@@ -291,55 +311,100 @@ def _memory(args: argparse.Namespace) -> list[str]:
         model = model_config(config)
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
-    t, seq_len, have = config.train, config.data.seq_len, _memory_there(args)
-    rows, parts = micro_batches(config)
+    t, seq_len, gpus, have = config.train, config.data.seq_len, args.gpus, _memory_there(args)
+    rows, parts = micro_batches(config, gpus)
     count = cost.count_parameters(model)
-    estimate = estimate_run(config, model, gpu_memory=have)
-    matrices = "float32" if t.dtype == "float32" and t.param_dtype == "float32" else "bfloat16"
-    sizes = [
-        (f"parameters, {t.param_dtype}", estimate.parameters),
-        ("gradients", estimate.gradients),
-        (f"states of {config.optimizer.name}", estimate.optimizer),
-        ("activations", estimate.activations),
-        ("... of one block, computed again", estimate.recomputed),
-        ("copies of the matrices in bfloat16", estimate.weight_copies),
-        ("loss, fused", estimate.loss),
-        ("loss, all logits in memory", estimate.loss_unfused),
-    ]
+    how: dict[str, Any] = {"gpus": gpus, "gpu_memory": have}
+    estimate = estimate_run(config, model, **how)
     lines = [
         f"{short(count.total)} parameters, {short(count.embedding)} of them embeddings"
         f"{' (tied)' if model.tie_embeddings else ''}; vocabulary of {model.vocab_size}",
-        f"{rows * parts * seq_len} tokens per step: {parts} micro-batch(es) of {rows} rows of {seq_len}",
+        f"{t.batch_size * seq_len} tokens per step: {parts} micro-batch(es) of {rows} rows of {seq_len}"
+        f"{f' on each of {gpus} GPUs' if gpus > 1 else ''}",
         "",
-        f"`llmfast train` on one GPU, products in {matrices}:",
-        *(f"  {name:<36}{in_bytes(size):>12}" for name, size in sizes if size),
-    ]
-    for name, peak in (("at most at a time", estimate.peak), ("... with all logits", estimate.peak_unfused)):
-        lines.append(f"  {name:<36}{in_bytes(peak):>12}   {_judged(peak, have)}".rstrip())
-    lines += [
-        "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments",
+        f"`llmfast train` on {f'each GPU, train.parallel={t.parallel}' if gpus > 1 else 'one GPU'}, products in "
+        f"{str(_products(config)).removeprefix('torch.')}:",
+        *_sizes(config, estimate, have),
         "",
         "parameters and states kept in other ways, with the fused loss:",
     ]
+    kept = [(p.name, partial(estimate_run, config, model, precision=p, **how)) for p in memory.PRECISIONS]
+    lines += _estimates(kept, ConfigError, have)
+    lines += ["", "other ways to train; recomputing activations takes 4 / 3 of the time:"]
+    lines += _estimates(
+        [(way.name, partial(estimate_run, way.of(config), model, **how)) for way in ways(gpus)], ConfigError, have
+    )
+    if have is not None and memory.verdict(estimate.peak, have) != memory.FITS:
+        lines.append(_what_fits(config, model, gpus, have))
+    return [*lines, "", *_step_lines(config, model, args)]
+
+
+def _sizes(config: "Config", e: MemoryEstimate, have: int | None) -> list[str]:
+    sizes = [
+        (f"parameters, {config.train.param_dtype}", e.parameters),
+        ("gradients", e.gradients),
+        ("... whole, until a step's last part", e.unreduced),
+        (f"states of {config.optimizer.name}", e.optimizer),
+        ("activations", e.activations),
+        ("... of one block, computed again", e.recomputed),
+        ("copies of the matrices in bfloat16", e.weight_copies),
+        ("parameters outside blocks, whole", e.gathered),
+        ("... of blocks, and what is sent", e.buffers),
+        ("whole model before it is sharded", e.begin),
+        ("loss, fused", e.loss),
+        ("loss, all logits in memory", e.loss_unfused),
+    ]
+    lines = [f"  {name:<36}{in_bytes(size):>12}" for name, size in sizes if size]
+    for name, peak in (("at most at a time", e.peak), ("... with all logits", e.peak_unfused)):
+        lines.append(f"  {name:<36}{in_bytes(peak):>12}   {_judged(peak, have)}".rstrip())
+    return [*lines, "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments"]
+
+
+def _estimates(
+    rows: Sequence[tuple[str, Callable[[], MemoryEstimate]]], refused: type[Exception], have: int | None
+) -> list[str]:
     table: list[Sequence[str]] = [("", "parameters", "gradients", "states", "activations", "at most", "")]
-    for p in memory.PRECISIONS:
+    for name, estimate in rows:
         try:
-            e = estimate_run(config, model, precision=p, gpu_memory=have)
+            e = estimate()
+        except refused:  # the optimizer does not take these formats
+            continue
+        kinds = (e.parameters, max(e.gradients, e.unreduced), e.optimizer, e.activations + e.weight_copies, e.peak)
+        table.append((name, *map(in_bytes, kinds), _judged(e.peak, have)))
+    return _table(table)
+
+
+def _what_fits(config: "Config", model: DecoderConfig, gpus: int, have: int) -> str:
+    """Say which settings make it fit."""
+    from llmfast.train.config import SCHEMA
+    from llmfast.train.estimate import most_rows, overrides, ways
+    from llmfast.train.settings import ConfigError
+
+    for way in ways(gpus, small=True):
+        try:
+            most = config.train.batch_size // gpus
+            changed, e = most_rows(way.of(config), model, gpus=gpus, gpu_memory=have, least=1, most=most)
         except ConfigError:  # the optimizer does not take these formats
             continue
-        kinds = (e.parameters, e.gradients, e.optimizer, e.activations + e.weight_copies, e.peak)
-        table.append((p.name, *(in_bytes(size) for size in kinds), _judged(e.peak, have)))
-    return [*lines, *_table(table), "", *_step_lines(config, model, args)]
+        if memory.verdict(e.peak, have) == memory.FITS:
+            others = [(name, s.of(changed)) for name, s in SCHEMA.settings.items() if s.of(changed) != s.of(config)]
+            return "it fits with " + " ".join(f"--set {text}" for text in overrides(dict(others))).replace('"', "")
+    return "nothing of this fits: take a smaller model, shorter rows, or more GPUs"
 
 
 def _memory_there(args: argparse.Namespace) -> int | None:
     if args.gpu_memory is not None:
         return parse_bytes(args.gpu_memory)
-    return None if args.gpu is None else memory.memory_of(args.gpu)
+    return None if args.gpu is None else _gpus.chosen(args.gpu).memory
 
 
 def _judged(need: int, have: int | None) -> str:
     return "" if have is None else f"{memory.verdict(need, have)} ({in_bytes(have)})"
+
+
+def _products(config: "Config") -> torch.dtype:
+    t = config.train
+    return torch.float32 if t.dtype == "float32" and t.param_dtype == "float32" else torch.bfloat16
 
 
 def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace) -> list[str]:
@@ -351,29 +416,16 @@ def _step_lines(config: "Config", model: DecoderConfig, args: argparse.Namespace
         f"a step takes {step.flops:.3g} FLOPs, {100 * step.attention / step.flops:.1f} % of them in attention "
         f"(6 N D would be {simple:.3g}); all {t.steps} steps {step.flops * t.steps:.3g}"
     ]
-    gpu = None if args.gpu is None else _rates(args.gpu)
-    if args.gpu is not None and gpu is None:
-        lines.append(_unknown_rates(args.gpu))
-    if gpu is not None:
-        dtype = torch.float32 if t.dtype == "float32" and t.param_dtype == "float32" else torch.bfloat16
-        seconds = step.seconds(gpu, dtype, utilisation=args.utilisation)
+    if args.gpu is not None:
+        gpu, again = _gpus.chosen(args.gpu), t.checkpoint_activations
+        seconds = step.seconds(gpu, _products(config), utilisation=args.utilisation, again=again) / args.gpus
         lines += [
-            f"modelled on {gpu.name}: {duration(seconds)} per step, {short(tokens / seconds)} tokens per second, "
-            f"{duration(seconds * t.steps)} in all",
-            f"  {cost.FORMULA}, utilisation {args.utilisation:g} assumed;",
-            "  launches and recomputation are not in it; small models mostly wait for launches",
+            f"modelled on {f'{args.gpus} ' if args.gpus > 1 else ''}{gpu.name}: {duration(seconds)} per step, "
+            f"{short(tokens / seconds)} tokens per second, {duration(seconds * t.steps)} in all",
+            *(f"  {line}" for line in cost.formula(again=again)),
+            f"  utilisation {args.utilisation:g} assumed; launches and communication are not in it",
         ]
     return lines
-
-
-def _rates(name: str) -> Gpu | None:
-    memory.memory_of(name)  # an unknown name is that, before it is one without rates
-    same = [gpu for known, gpu in memory.GPU_RATES.items() if known.lower() == name.replace(" ", "").lower()]
-    return same[0] if same else None
-
-
-def _unknown_rates(name: str) -> str:
-    return f"no modelled time: FLOPs per second are known only for {', '.join(memory.GPU_RATES)}; got {name}"
 
 
 # A learning rate.

@@ -42,6 +42,29 @@ def critical_batch(loss: float, *, scale: float = 2e8, exponent: float = 0.21) -
     return float(scale / loss ** (1 / exponent))
 
 
+def optimal_batch(flops: float) -> float:
+    """Compute the best batch, in tokens, for a training of so many FLOPs: 0.2920 C^0.3271.
+
+    By DeepSeek LLM (Bi et al. 2024, arXiv:2401.02954, eq. 1), for AdamW. Values in a wide range around it are nearly as
+    good.
+
+    Raises:
+        ValueError: `flops` is not above 0.
+    """
+    _positive(flops=flops)
+    return float(0.2920 * flops**0.3271)
+
+
+def optimal_lr(flops: float) -> float:
+    """Compute the best highest learning rate at `optimal_batch`: 0.3118 C^-0.1250, by the same equation.
+
+    Raises:
+        ValueError: `flops` is not above 0.
+    """
+    _positive(flops=flops)
+    return float(0.3118 * flops**-0.1250)
+
+
 @dataclass(frozen=True)
 class Allocation:
     """A model size, the tokens to train it on, and the loss that a law predicts."""
@@ -145,6 +168,26 @@ class ChinchillaLaw:
         N = self._balance * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return self.spent(N, flops)
 
+    def sizes_within(self, flops: float, slack: float) -> tuple[float, float]:
+        """Find the smallest and largest N that reach a loss of at most `slack` above the best for `flops`.
+
+        Raises:
+            ValueError: an argument is not above 0.
+        """
+        _positive(slack=slack)
+        best = self.optimal(flops)
+        found = []
+        for factor in (1e-6, 1e6):
+            good, bad = math.log(best.params), math.log(best.params * factor)
+            for _ in range(60):
+                middle = (good + bad) / 2
+                if self.spent(math.exp(middle), flops).loss <= best.loss + slack:
+                    good = middle
+                else:
+                    bad = middle
+            found.append(math.exp(good))
+        return found[0], found[1]
+
     def optimal_for_params(self, N: float) -> Allocation:
         """Find the budget for which N parameters are optimal, and what it buys; ValueError if N is not above 0."""
         _positive(N=N)
@@ -171,6 +214,8 @@ class ChinchillaLaw:
 BESIROGLU = ChinchillaLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 """Besiroglu et al. 2024 (arXiv:2404.10102): Hoffmann's runs, read from their figure and fitted again. It agrees with
 the paper's other two approaches where the paper's own fit does not, so it is the one to use."""
+FITTED = 70e6, 16e9
+"""Parameters of the smallest and the largest of Hoffmann's models, to which both laws are fits."""
 HOFFMANN = ChinchillaLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 """The constants in appendix D.3 of Hoffmann et al. 2022 (arXiv:2203.15556). Two digits of an exponent are few: with
 them the optimum at 1e21 FLOPs has 50 tokens per parameter, while the paper's models have 20."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, PlainValidator
 
 from llmfast._checks import expect
 from llmfast.data.mixture import REST, Curve
@@ -46,8 +46,13 @@ def _weight(value: Any) -> AnyWeight:
     return found
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 PathText = Annotated[str, AfterValidator(_without_null)]
 Name = Annotated[PathText, AfterValidator(_folder_name)]
+Texts = Annotated[list[str], BeforeValidator(_listed)]  # one of them may be given by itself
 Weight = Annotated[AnyWeight, PlainValidator(_weight)]
 
 
@@ -138,7 +143,7 @@ class DataConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    sources: list[str] = setting(
+    sources: Texts = setting(
         ["code", "prose"],
         "built-in sources, paths, or name=path: a file of text or of tokens "
         f"({', '.join(TOKENS)}), or a folder of {', '.join(TEXTS)}",
@@ -338,9 +343,7 @@ def decoder_config(config: Config, vocab_size: int) -> DecoderConfig:
     """
     shape = dataclasses.asdict(config.model)
     folder = shape.pop("pretrained")
-    expect(
-        not folder, f"model.pretrained must be '' for a decoder, which has the shape in the settings; got {folder!r}"
-    )
+    expect(not folder, f"model.pretrained must be '' for a decoder of the settings' shape; got {folder!r}")
     return DecoderConfig(vocab_size, **shape)
 
 
@@ -397,11 +400,19 @@ def _parse_override(override: str) -> Tree:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # more digits or brackets than Python takes, too
         value = text.strip()
-    *sections, leaf = key.strip().split(".")
+    *sections, leaf = _parts(key.strip())
     tree: Tree = {leaf: value}
     for section in reversed(sections):
         tree = {section: tree}
     return tree
+
+
+def _parts(key: str) -> list[str]:
+    """Split a dotted key; what follows the name of a table is one key of it, such as the path of a source."""
+    for name, s in SCHEMA.settings.items():
+        if isinstance(s.default, dict) and key.startswith(f"{name}."):
+            return [*name.split("."), key.removeprefix(f"{name}.").strip("\"'")]
+    return key.split(".")
 
 
 def _expect_consistent(config: Config) -> None:

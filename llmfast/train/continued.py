@@ -1,5 +1,6 @@
 """Continued pretraining: a trained model learns new text, while the old text is replayed and validated."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def continued_config(
 
     Args:
         run: the folder of a run, or of a Hugging Face model.
-        target: sources of new text, as in `data.sources`.
+        target: sources of new text, as in `data.sources`. One that the run was trained on is not replayed as well, and
+            the part of it that was held out stays so.
         general: sources to replay; by default those that the run was trained on.
         start, end, floor, replay: as in `continued_weights`.
         overrides: `section.key=value`, applied last.
@@ -43,7 +45,16 @@ def continued_config(
     # Runs that do not say how they were split held out whole documents.
     split: dict[str, Split] = dict.fromkeys((source_name(source)[0] for source in config.data.sources), "documents")
     split |= config.data.split
-    general = list(general) or [source for source in config.data.sources if source not in target]
+    read = {_place(source): source_name(source)[0] for source in config.data.sources}
+    places = {_place(source) for source in target}
+    if not general:
+        general = [source for source in config.data.sources if _place(source) not in places]
+        if not general and replay:
+            raise ConfigError(
+                f"--target is all that {run} was trained on, so nothing is left to replay: give --no-replay, or more "
+                f"steps to that run, llmfast train --resume --name {run.name} --set train.steps=..."
+            )
+    _expect_apart(target, general)
     config.name = ""
     config.data.sources = [*target, *general]
     config.data.tokenizer = str(run / "tokenizer.json")
@@ -52,12 +63,32 @@ def continued_config(
     else:
         config.train.init_from = str(run)
     names = [[source_name(source)[0] for source in sources] for sources in (target, general)]
-    config.data.split = {name: how for name, how in split.items() if name in names[1]}
+    before = {source_name(source)[0]: read.get(_place(source), "") for source in [*target, *general]}
+    config.data.split = {name: split[was] for name, was in before.items() if was in split}
     try:
         config.data.weights = continued_weights(*names, start=start, end=end, floor=floor, replay=replay)
     except ValueError as e:
         raise ConfigError(str(e)) from e
     return load_config(None, overrides, base=config)
+
+
+def _place(source: str) -> str:
+    """Return where a source's text is, by which two of them are the same."""
+    where = source_name(source)[1]
+    return os.path.realpath(where) if Path(where).exists() else where
+
+
+def _expect_apart(target: Sequence[str], general: Sequence[str]) -> None:
+    known = {source_name(source)[0]: source for source in general}
+    for source in target:
+        name, where = source_name(source)
+        if name not in known:
+            continue
+        if _place(source) == _place(known[name]):
+            raise ConfigError(f"--target {source} must not be replayed as well: leave it out of --general")
+        raise ConfigError(
+            f"--target must have another name than {known[name]}, which is replayed: give --target new-{name}={where}"
+        )
 
 
 def _settings(run: Path) -> Config:

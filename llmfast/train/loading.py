@@ -79,6 +79,11 @@ def open_run(run: str | Path) -> Opened:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if not ours:
         values = read_config(folder)
+        expect(
+            "llmfast_mtp" not in values,
+            f"{folder} holds a model with heads of add_mtp. In Python, speculative_generate(load_mtp(folder), ...) "
+            "decodes it; see llmfast.integrations.decoding",
+        )
         context = values.get("max_position_embeddings", 0)
         ok = isinstance(context, int) and context > 0
         expect(ok, f"{folder / CONFIG} must say max_position_embeddings, the context's length; got {context!r}")

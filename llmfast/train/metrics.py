@@ -19,7 +19,8 @@ from rich.table import Table
 from llmfast._checks import expect
 from llmfast.train.durable import write_whole
 
-PLAIN_SECONDS = 15.0  # between lines where the output is a file and a bar makes no sense
+PLAIN_SECONDS = 15.0  # between lines, at most if steps allow it, where the output is a file and a bar makes no sense
+FEW = 25  # Evaluations are dots, without lines across the steps between them, if there are no more than this.
 
 
 class MetricsFile:
@@ -107,11 +108,14 @@ def _is_number(value: Any) -> bool:
 
 
 class ProgressDisplay:
-    """A live progress bar on a terminal, an occasional line anywhere else."""
+    """A live progress bar on a terminal; anywhere else a line for the first `log_every` steps, then at even steps.
 
-    def __init__(self, console: Console, steps: int, done: int) -> None:
+    How far lines are apart depends on the speed: 1, 2, 10, 20, 100, ... times `log_every`.
+    """
+
+    def __init__(self, console: Console, steps: int, done: int, log_every: int = 1) -> None:
         self._console, self._steps = console, steps
-        self._last_line = 0.0
+        self._least = self._every = log_every
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -125,6 +129,7 @@ class ProgressDisplay:
         )
         self._task = self._bar.add_task("", total=steps, completed=done, loss="-", speed="-", lr="-")
         self._start, self._start_step = time.monotonic(), done
+        self._line, self._line_step = self._start, done
 
     def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
@@ -138,14 +143,28 @@ class ProgressDisplay:
 
     def show(self, step: int, loss: float, lr: float, speed: float) -> None:
         self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", lr=f"{lr:.1e}", speed=f"{speed:,.0f}")
+        first = self._line_step == self._start_step
+        if self._console.is_terminal or not (first or step % self._every == 0 or step == self._steps):
+            return
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last_line > PLAIN_SECONDS or step == self._steps):
-            self._last_line = now
-            left = (now - self._start) / max(1, step - self._start_step) * (self._steps - step)
-            say(
-                self._console,
-                f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tok/s  lr {lr:.1e}  {left:.0f} s left",
-            )
+        left = (now - self._start) / max(1, step - self._start_step) * (self._steps - step)
+        say(
+            self._console,
+            f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tok/s  lr {lr:.1e}  {left:.0f} s left",
+        )
+        if step > self._line_step:
+            self._space_lines((now - self._line) / (step - self._line_step))
+        self._line, self._line_step = now, step
+
+    def _space_lines(self, seconds: float) -> None:
+        """Choose the steps between lines for a step of so many seconds; each choice divides the longer ones."""
+        if seconds * self._every > 4 * PLAIN_SECONDS:  # the run has become slow
+            self._every = self._least
+        while self._every < self._steps:
+            longer = self._every * (5 if str(self._every // self._least).startswith("2") else 2)
+            if seconds * longer > PLAIN_SECONDS:
+                break
+            self._every = longer
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -164,6 +183,8 @@ def say(console: Console, text: str) -> None:
 def print_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows as aligned columns."""
     table = Table(show_header=False, box=None, padding=(0, 2))
+    for _ in rows[0]:
+        table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
@@ -183,11 +204,12 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
         axes.plot(*zip(*train), color="0.65", linewidth=1, label="training")
     for source in sorted({name for line in lines for name in line.get("validation", {})}):
         points = [(x["tokens"] / 1e6, x["validation"][source]) for x in lines if source in x.get("validation", {})]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=f"validation: {source}")
+        form = "o" if len(points) <= FEW else "o-"
+        axes.plot(*zip(*points), form, markersize=4, label=f"validation: {source}")
     axes.axhline(unigram_entropy, linestyle=":", color="black", linewidth=1, label="unigram entropy of held-out text")
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center")  # where it hides nothing
     figure.savefig(picture, dpi=120)
 
 

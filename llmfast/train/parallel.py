@@ -1,7 +1,7 @@
 """Ranks, and how a model is spread over them: torch's DDP and FSDP2, under torchrun."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from llmfast.models.blocks import blocks_of
 from llmfast.train.config import Config
 from llmfast.train.settings import ConfigError
 
@@ -77,26 +78,6 @@ class World:
         """End the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks of a model: the members of its outermost module lists."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            for member in child.children():  # each once, however often it is in the list
-                yield from _called(member)
-        else:
-            yield from blocks_of(child)
-
-
-def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the module, or its larger parts if it only holds them: hooks of modules that are not called never run."""
-    if type(module).forward is not nn.Module.forward:
-        yield module
-        return
-    for part in module.children():
-        if any(True for _ in part.children()):
-            yield from _called(part)
 
 
 def prepare_blocks(model: nn.Module, config: Config) -> None:

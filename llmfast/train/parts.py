@@ -10,12 +10,13 @@ import torch
 from llmfast.data import FIM, Batch, Dataset, Mixture, Rows, Tokenizer, prepare
 from llmfast.models import Decoder
 from llmfast.optim import FusedOptimizer, optimizer_in_backward
-from llmfast.train.config import Config, decoder_config
+from llmfast.train.config import SCHEMA, Config, decoder_config
 from llmfast.train.objective import FurtherTokens, NextToken, Objective
 from llmfast.train.pretrained import OwnLoss
 from llmfast.train.schedule import head_weights_at, highest_lr
 from llmfast.train.settings import ConfigError
 
+LARGE = 200_000_000  # parameters for which the default learning rate, of the demo, is too high
 MOST_EPOCHS = 4  # passes that teach about as much as fresh text
 
 
@@ -58,15 +59,26 @@ def settle(config: Config, data: Dataset) -> None:
         t.epochs = 0.0  # a resumed run has the steps
 
 
-def doubts(config: Config, mixture: Mixture) -> Iterator[str]:
-    """Say what about the run's length is likely a mistake."""
+def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
+    """Say what about the run's length, and a large model's learning rate, is likely a mistake."""
     o, t = config.optimizer, config.train
+    if parameters >= LARGE and o.lr == type(o)(o.name).lr and not config.model.pretrained:
+        yield (
+            f"optimizer.lr={o.lr} is the default, for small models: {parameters / 1e6:.0f} M parameters need a lower "
+            f"one; `llmfast plan --gpu NAME --params {parameters / 1e6:.0f}M` has one"
+        )
     for name, epochs in mixture.epochs().items():
         if epochs > MOST_EPOCHS:
             yield (
                 f"the run reads {name} {epochs:.1f} times. After {MOST_EPOCHS} passes, repeated text teaches less "
                 "and less (Muennighoff et al. 2023, arXiv:2305.16264): take more text or fewer steps"
             )
+    if config.model.pretrained and o.lr >= SCHEMA.settings["optimizer.lr"].by[o.name]:
+        yield (
+            f"optimizer.lr={o.lr:g} is for small models that are trained from scratch, and can undo what "
+            f"{config.model.pretrained} has learned. Continued pretraining usually takes 1e-5 to 1e-4 with adamw: try "
+            "optimizer.lr=2e-5"
+        )
     if t.steps <= o.warmup_steps:
         yield (
             f"the learning rate rises to the last step: optimizer.warmup_steps={o.warmup_steps} must be below "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmfast._checks import expect
 from llmfast.data import Batch, Tokenizer, load_tokenizer
-from llmfast.integrations import require
+from llmfast.integrations import cache_argument, require
 from llmfast.models import Decoder
 from llmfast.models.llama import CONFIG
 from llmfast.models.sampling import Sampler
@@ -150,11 +150,11 @@ def stream_of(model: Any, tokenizer: Tokenizer, tokens: Tensor, *, context: int,
 
 @torch.no_grad()
 def _stream(model: Any, vocab_size: int, tokens: Tensor, context: int, sampler: Sampler) -> Iterator[Tensor]:
-    cache, new = None, tokens
+    name, cache, new = cache_argument(model), None, tokens
     while True:
         if len(tokens) <= context:
-            outputs = model(input_ids=new[None], past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(input_ids=new[None], use_cache=True, **{name: cache})
+            cache = getattr(outputs, name)
         else:
             outputs = model(input_ids=tokens[None, -context:], use_cache=False)
         new = sampler(outputs.logits[0, -1, :vocab_size])  # some models have rows beyond their tokenizer's ids

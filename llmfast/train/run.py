@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from llmfast._gpus import named
-from llmfast._units import in_bytes
+from llmfast._units import in_bytes, short
 from llmfast.data import BestFitRows, Dataset, Mixed
 from llmfast.models import Decoder
 from llmfast.models.cost import step_flops
@@ -99,8 +99,8 @@ def train(
     if dry_run:
         estimated = ""
         if isinstance(model, Decoder):
-            peak = in_bytes(estimate_run(config, model.config).peak)
-            estimated = f"about {peak} on a GPU, by `llmfast plan memory`; "
+            peak = in_bytes(estimate_run(config, model.config, gpus=world.size).peak)
+            estimated = f"about {peak} on {'each' if world.size > 1 else 'a'} GPU, by `llmfast plan memory`; "
         say(console, f"{estimated}nothing was trained")
         world.leave()
         return run
@@ -158,13 +158,13 @@ def _print_plan(
     t, row = config.train, config.data.seq_len
     say(
         console,
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {where}"
+        f"{short(sum(p.numel() for p in model.parameters()))} parameters on {where}"
         f"{f', {world.size} ranks, {t.parallel}' if world.size > 1 else ''}; "
-        f"{sum(map(len, data.train.values())) * row / 1e6:.2f} M training tokens, "
+        f"{short(sum(map(len, data.train.values())) * row)} training tokens, "
         f"vocabulary of {data.tokenizer.vocab_size}; {t.steps} steps of {t.batch_size * row} tokens",
     )
     print_table(console, order.mixture.table())
-    for doubt in doubts(config, order.mixture):
+    for doubt in doubts(config, order.mixture, sum(p.numel() for p in model.parameters())):
         say(console, f"warning: {doubt}")
     for name, rows in data.train.items():
         packed = getattr(rows, "rows", rows)

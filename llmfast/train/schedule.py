@@ -50,6 +50,18 @@ def lr_of_step(step: int, config: Config) -> float:
     return lr_at(step, lr=lr, steps=config.train.steps, warmup_steps=o.warmup_steps, **shape)
 
 
+def described(config: Config) -> str:
+    """Describe what the schedule does to a learning rate, as in "50 steps of warm-up, then ..."; "" if nothing."""
+    o = config.optimizer
+    scale = highest_lr(config) / o.lr if o.lr else 1.0
+    parts = [f"times {scale:g} for the batch size"] if scale != 1.0 else []
+    if o.warmup_steps:
+        parts.append(f"{o.warmup_steps} steps of warm-up")
+    if o.schedule != "constant":
+        parts.append(f"{o.schedule} to {100 * o.final_lr:g} % at step {config.train.steps}")
+    return ", then ".join(parts)
+
+
 def head_weights_at(step: int, K: int, config: Config) -> list[float]:
     """Compute the weights of K heads in update `step`, counted from 0; see `llmfast.mtp.head_weights`."""
     kind, t = config.model.mtp, config.train

@@ -215,7 +215,7 @@ class Schema:
     def _refuse(self, error: ErrorDetails, tree: Tree, places: dict[str, str]) -> NoReturn:
         path = [str(part) for part in error["loc"]]
         name = ".".join(path)
-        # An error within a list or table is told of the whole.
+        # An error within a list or table is reported for the whole setting.
         known = next((s for n, s in self.settings.items() if name == n or name.startswith(f"{n}.")), None)
         place = next((places[key] for i in range(len(path), 0, -1) if (key := ".".join(path[:i])) in places), "")
         raise ConfigError((f"{place}: " if place else "") + self._reason(error, name, known, tree))

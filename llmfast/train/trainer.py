@@ -23,7 +23,7 @@ from llmfast.train.config import Config
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
 from llmfast.train.parallel import World, clip_grad_norm_, prepare_blocks, spread, syncing
-from llmfast.train.schedule import lr_of_step
+from llmfast.train.schedule import described, lr_of_step
 from llmfast.train.settings import ConfigError
 from llmfast.train.vocab_parallel import OfAllRanks, split_unembedding
 
@@ -69,7 +69,7 @@ class Hooks:
     def after_step(self, trainer: "Trainer") -> None: ...
 
     def on_log(self, trainer: "Trainer", values: dict[str, Any]) -> None:
-        """See, and perhaps add to, the values of a line before it is written."""
+        """Read the values of a log line before it is written; values may be added."""
 
     def on_evaluate(self, trainer: "Trainer", losses: dict[str, float]) -> None: ...
 
@@ -167,6 +167,7 @@ class Trainer:
         scheduled = config.optimizer.lr
         self._settings = settings_of(self.optimizer)  # before any step
         self._lr_shares = [float(g["lr"]) / scheduled if scheduled else 1.0 for g in self.optimizer.param_groups]
+        self._lr_is_given = optimizer is self.optimizer or any(share != 1.0 for share in self._lr_shares)
         self.step = 0  # steps done
         self.sequences = 0  # read by all ranks: the next one's number
         self.seconds = 0.0  # spent on steps, without evaluation
@@ -223,12 +224,13 @@ class Trainer:
         if self.run is not None and self.world.main:
             self.run.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(self.run / "metrics.jsonl", resume_at=self.step, tensorboard=t.tensorboard)
+        self._say_schedule()
         self.module.train()
         if self.step == 0:
             self._evaluate()
         clock = time.perf_counter()
         with self._stop_signals():
-            with ProgressDisplay(self.console, t.steps, self.step) as self._display:
+            with ProgressDisplay(self.console, t.steps, self.step, t.log_every) as self._display:
                 while self.step < t.steps and not self._must_stop():
                     for hook in self.hooks:
                         hook.before_step(self)
@@ -292,6 +294,17 @@ class Trainer:
 
     def say(self, text: str) -> None:
         say(self.console, text)
+
+    def _say_schedule(self) -> None:
+        """Say what the settings do to the learning rates of an optimizer that has its own."""
+        if self._lr_is_given and (schedule := described(self.config)):
+            own = ", ".join(dict.fromkeys(f"{share * self.config.optimizer.lr:g}" for share in self._lr_shares))
+            other = any("initial_lr" in group for group in self.optimizer.param_groups)
+            self.say(
+                f"the settings' schedule is laid over the optimizer's own learning rate, {own}: {schedule}. It stays "
+                "as it is with optimizer.schedule='constant', warmup_steps=0 and lr_scaling='none'"
+                + ("; what another scheduler sets is replaced in each step" if other else "")
+            )
 
     # A step.
 

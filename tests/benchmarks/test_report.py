@@ -1,13 +1,14 @@
 """The page of results, from rows that are made up."""
 
 import json
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, store
 from llmfast.checkup.shapes import MODELS, TOKENS
 
 GPU_SECONDS = {gpu.name: 0.01 for gpu in report.GPUS}
@@ -50,13 +51,14 @@ def rows() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    report.write(folder, rows())
+    store.write(folder, rows())
     return folder
 
 
 def test_the_page_says_what_was_found(folder: Path) -> None:
     page = (folder / "README.md").read_text()
     assert "| llmfast | 22.50 |" in page
+    assert re.search(r"\| llmfast \| 0\.3 \| 3 \| 1\.\d\d, 10\.0 \|.* \| 2\.0e-3 \| 3\.0e-3 \|", page)
     assert "| torch | 10M, float32" not in page and "| 10M, float32 | torch | 1 s | 0.50 ± 0.01 |" in page
     assert "| 8B | torch | out of memory |" in page
     assert "| rows | N=1 | 20 µs | 2,000 | 91% |" in page
@@ -83,9 +85,7 @@ def test_every_figure_of_a_comparison(tmp_path: Path) -> None:
 
 def test_its_pictures_are_there_and_reproducible(folder: Path) -> None:
     page = (folder / "README.md").read_text()
-    pictures = {
-        name: (folder / name).read_bytes() for name in ("time.svg", "bytes.svg", "memory.svg", "optimizers.svg")
-    }
+    pictures = {name: (folder / name).read_bytes() for name in ("time.svg", "memory.svg", "optimizers.svg")}
     for name, content in pictures.items():
         assert f"]({name})" in page and content.startswith(b"<?xml")
     report.draw(folder)
@@ -115,6 +115,19 @@ def test_results_are_data_a_line_a_row(folder: Path) -> None:
 
 
 def test_a_page_of_a_part_of_the_suite(tmp_path: Path) -> None:
-    report.write(tmp_path, [row for row in rows() if row["section"] == "clock"])
+    store.write(tmp_path, [row for row in rows() if row["section"] == "clock"])
     page = (tmp_path / "README.md").read_text()
     assert "Measured time" in page and "Machine code" not in page and ".svg" not in page
+
+
+def test_a_part_replaces_its_own_rows(tmp_path: Path) -> None:
+    store.write(tmp_path, rows())
+    clock = [row | {"seconds": 0.25} for row in rows() if row["section"] == "clock" and "seconds" in row]
+    store.write(tmp_path, clock, part=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row for row in results["rows"] if row["section"] == "clock"] == clock
+    assert [row for row in results["rows"] if row["section"] != "clock"] == [
+        r for r in rows() if r["section"] != "clock"
+    ]
+    assert results["about"]["again"][0]["what"] == ["clock: adamw"]
+    assert "clock: adamw: run again on" in (tmp_path / "README.md").read_text()

@@ -87,7 +87,7 @@ def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys
 def test_from_the_command_line_to_the_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A section on the pretended GPU, by a process of its own."""
+    """Run a section on the pretended GPU in its own process."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "CheckUp", lambda minutes, sections: runner.CheckUp(
         minutes, size="small", sections=sections, worker=(sys.executable, "-m", "support.pretended_gpu")

@@ -187,7 +187,7 @@ def text_of(rows: Rows, tokenizer: Tokenizer) -> str:
 def test_few_documents_are_a_source(
     files: int, characters: int, line_breaks: bool, tokenizer: str, tmp_path: Path
 ) -> None:
-    """And no text is on both sides; each word here is there once."""
+    """No text is in both parts: every word occurs once here."""
     folder, texts = small(tmp_path, files, characters, line_breaks)
     said: list[str] = []
     data = prepare([folder], tokenizer=tokenizer, seq_len=64, say=said.append)
@@ -288,7 +288,7 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
         (one, {"seq_len": 10**6}, "training part is too small: .*needs 1000001 tokens"),
         (one, {"seq_len": 6000, "held_out": 0.1}, "validation part is too small"),
         (one, {"held_out": 1 - 1e-9}, "training part is too small"),
-        (one, {"split": {"two": "end"}}, "split must use names of sources \(.*\); got 'two'"),
+        (one, {"split": {"two": "end"}}, r"split must use names of sources \(.*\); got 'two'"),
         (one, {"split": {one[0]: "ends"}}, "must be one of 'documents', 'end'; got 'ends'"),
         (one, {"split": {one[0]: "documents"}, "held_out": 1e-9}, "has no document for validation .* split='end' hold"),
     ]

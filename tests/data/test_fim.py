@@ -205,7 +205,7 @@ def test_undo_of_what_was_not_rearranged() -> None:
 
 
 def test_shares() -> None:
-    """Within three standard deviations of the rates; the cuts are uniform."""
+    """Shares are within three standard deviations of the rates, and cuts are uniform."""
     n, length = 3000, 60
     documents = [np.full(length, ord("x"))] * n
     for rate, spm_rate in ((0.5, 0.5), (0.9, 0.2)):

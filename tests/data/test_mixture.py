@@ -35,8 +35,8 @@ def test_shares_follow_the_weights_in_every_window() -> None:
 
 
 @given(st.lists(st.integers(0, 2000), min_size=1, max_size=12))
-def test_the_order_does_not_depend_on_how_it_is_asked_for(cuts: list[int]) -> None:
-    """So not on ranks, workers, micro-batches, or where a run was resumed."""
+def test_the_order_does_not_depend_on_how_it_is_read(cuts: list[int]) -> None:
+    """Ranks, workers, micro-batches and resuming therefore do not change it."""
     whole = np.stack(mixture().sequences(0, 2000))
     asked = mixture()
     for start, stop in pairwise(cuts):
@@ -121,7 +121,7 @@ def test_editing_the_future_leaves_the_past_alone(consumed: int) -> None:
 
 @pytest.mark.parametrize("consumed", [0, 5000])
 def test_shares_are_those_of_the_weights_in_force(consumed: int) -> None:
-    """Whatever they were before; the table has both."""
+    """Earlier weights do not matter; the table shows both."""
     new = {"general": 0.2, "code": "0.5->0.1", "maths": "rest"}
     made = mixture(30_000, new)
     edited = made.resumed(mixture().state(), consumed)
@@ -141,7 +141,7 @@ def test_resuming_with_the_same_weights_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("consumed", [1, 700, 5000])
-def test_the_seed_of_the_past_stays_whatever_resumes_it(consumed: int) -> None:
+def test_a_resumed_mixture_keeps_its_seed(consumed: int) -> None:
     """Read the rest of an epoch by the seed that began it, for past and future sequences."""
     whole = np.stack(mixture(seed=3).sequences(0, 9000))
     resumed = mixture(seed=4).resumed(mixture(seed=3).state(), consumed)
@@ -236,7 +236,7 @@ def test_continued_pretraining_keeps_a_floor_of_what_was_before() -> None:
     assert continued_weights(["code"], ["general"], start=0.2, end=0.9, floor=0.1)["code"] == "0.2->0.9"
     two = continued_weights(["code", "maths"], ["general"])
     assert two == {"code": "0.05->0.35", "maths": "0.05->0.35", "general": "rest"}
-    with pytest.raises(ValueError, match=r"end must leave the floor of 0.1 to replay; got 0.95"):
+    with pytest.raises(ValueError, match=r"end must be at most 0.9, to leave floor=0.1 for replay; got 0.95"):
         continued_weights(["code"], ["general"], end=0.95)
     assert continued_weights(["code"], ["general"], replay=False) == {"code": 1.0, "general": 0.0}
 

@@ -119,6 +119,10 @@ def test_load_by_name(code: list[Document]) -> None:
     assert load("code") == code
     with pytest.raises(ValueError, match=r"unknown source 'proze': expected 'code', 'prose', .* mean 'prose'\?"):
         load("proze")
+    with pytest.raises(
+        ValueError, match=r"unknown source 'code, prose': .*; several sources are a list, \['code', 'prose'\]"
+    ):
+        load("code, prose")
     with pytest.raises(ValueError, match="unknown source '': expected 'code'"):
         load("")
 

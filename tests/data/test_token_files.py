@@ -49,7 +49,7 @@ def same_batches(ours: Any, theirs: Any) -> None:
 
 
 def datatrove_writes() -> None:
-    """Into the working directory, where `tokenizer.json` is: from `BPETokenizer.train(TEXTS, 300).save(...)`."""
+    """Write files into the working directory, with the `tokenizer.json` of `BPETokenizer.train(TEXTS, 300)` there."""
     from datatrove.data import Document
     from datatrove.pipeline.tokens import DocumentTokenizer, MegatronDocumentTokenizer
     from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
@@ -172,7 +172,7 @@ def test_written_and_read_is_packed(
         ([[], []], {}, "documents must hold at least one"),
         ([[1]], {"eot_id": 1000}, r"eot_id must be in \[0, vocab_size=1000\); got 1000"),
         ([[1]], {"vocab_size": 0}, "vocab_size must be in"),
-        ([[1]], {"tokenizer_name": "a|b"}, r"tokenizer_name must have no \|"),
+        ([[1]], {"tokenizer_name": "a|b"}, r"tokenizer_name must be one line without"),
     ],
 )
 def test_wrong_input_to_write_leaves_what_was_there(
@@ -211,7 +211,7 @@ def change(path: Path, how: Callable[[bytes], bytes]) -> None:
 
 
 def put(at: int, layout: str, *values: int) -> Callable[[bytes], bytes]:
-    """Other values from this byte on."""
+    """Return a function that overwrites bytes from `at` on with `values`."""
     new = struct.pack(layout, *values)
     return lambda b: b[:at] + new + b[at + len(new) :]
 

@@ -283,7 +283,7 @@ def test_a_long_word_is_cut_and_comes_back(kind: str, bpe: BPETokenizer) -> None
 @settings(deadline=None)
 @given(text=any_text)
 def test_ordinary_text_has_the_words_of_gpt2(bpe: BPETokenizer, text: str) -> None:
-    """So earlier files and new ones split it alike."""
+    """Files of earlier versions therefore split it in the same way."""
     tokenizers = pytest.importorskip("tokenizers")
     gpt2 = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     for some in (text, *TEXTS, *ODD):

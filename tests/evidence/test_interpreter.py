@@ -37,7 +37,7 @@ def rounding_cases() -> torch.Tensor:
 
 
 def same_bfloat16(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal bit by bit, signed zeros included; any NaN equals any NaN."""
+    """Assert equality bit by bit, signed zeros included; any NaN equals any NaN."""
     nan = expected.isnan()
     assert torch.equal(actual.isnan(), nan)
     assert torch.equal(actual[~nan].view(torch.int16), expected[~nan].view(torch.int16))

@@ -53,7 +53,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
 
 
 def rows(package: str, V: int = 1500, dtype: torch.dtype = torch.float32) -> None:
-    """Loss and gradient of three rows, one of them ignored."""
+    """Compute loss and gradient of three rows, one of them ignored."""
     logits, targets = torch.randn(3, V).to(dtype), torch.tensor([0, -100, V - 1])
     launcher: Any = import_module(f"{package}.cross_entropy")
     launcher.cross_entropy(logits, Targets(targets[:, None]), Terms(V), d_logits=torch.empty_like(logits))

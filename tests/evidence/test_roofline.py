@@ -8,7 +8,7 @@ from evidence.roofline import GPUS, H100, Gpu, seconds
 from evidence.traffic import Traffic
 from llmfast._gpus import LAUNCH
 
-UNIT = Gpu("unit", bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
+UNIT = Gpu("unit", memory=1, bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
 
 
 def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0, dtype: str = "bfloat16") -> Traffic:
@@ -41,4 +41,4 @@ def test_known_orders_of_magnitude() -> None:
     gemm = launch(dot=2 * 8192 * 4096 * 128256, dram=2 * (8192 * 4096 + 4096 * 128256 + 8192 * 128256))
     assert 0.010 < seconds(H100, [gemm]) < 0.014
     assert 0.008 < seconds(H100, [launch(dram=28e9)]) < 0.010
-    assert [gpu.name.split()[0] for gpu in GPUS] == ["A100", "H100", "B200", "MI300X"]
+    assert [gpu.name.split()[0] for gpu in GPUS] == ["A100", "H100", "H200", "B200", "MI300X"]

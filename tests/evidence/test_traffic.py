@@ -140,9 +140,9 @@ def test_atomics_read_and_write() -> None:
     assert (kernel.unique_loaded, kernel.unique_stored) == (8 * 64 + 16, 16)
 
 
-@pytest.mark.parametrize(("dtype", "bytes_a_parameter"), [(torch.float32, 28), (torch.bfloat16, 14)])
+@pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [(torch.float32, 28), (torch.bfloat16, 14)])
 @pytest.mark.parametrize("dry", [False, True])
-def test_adamw(dtype: torch.dtype, bytes_a_parameter: int, dry: bool) -> None:
+def test_adamw(dtype: torch.dtype, bytes_per_parameter: int, dry: bool) -> None:
     """Count reads of parameter, gradient and two moments, and writes of all but the gradient."""
     p = torch.zeros(1 << 17, dtype=dtype, requires_grad=True)
     p.grad = torch.ones_like(p)
@@ -151,12 +151,12 @@ def test_adamw(dtype: torch.dtype, bytes_a_parameter: int, dry: bool) -> None:
         optimizer.step()
         counts = counted(optimizer.step, dry=dry)
     kernel = counts.by_name()["update_kernel"]
-    assert bytes_a_parameter <= kernel.dram / p.numel() < bytes_a_parameter + 0.01  # and a table
-    assert bytes_a_parameter <= counts.total().dram / p.numel() < bytes_a_parameter + 0.01
+    assert bytes_per_parameter <= kernel.dram / p.numel() < bytes_per_parameter + 0.01  # and a table
+    assert bytes_per_parameter <= counts.total().dram / p.numel() < bytes_per_parameter + 0.01
 
 
-@pytest.mark.parametrize(("scaled", "bytes_a_parameter"), [(False, 28), (True, 32)])
-def test_torchs_fused_adamw(scaled: bool, bytes_a_parameter: int) -> None:
+@pytest.mark.parametrize(("scaled", "bytes_per_parameter"), [(False, 28), (True, 32)])
+def test_torchs_fused_adamw(scaled: bool, bytes_per_parameter: int) -> None:
     p = torch.zeros(1 << 12, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = torch.optim.AdamW([p], fused=True)
@@ -164,7 +164,7 @@ def test_torchs_fused_adamw(scaled: bool, bytes_a_parameter: int) -> None:
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
     optimizer.step()
     total = counted(optimizer.step).total()
-    assert bytes_a_parameter <= total.dram / p.numel() < bytes_a_parameter + 0.01
+    assert bytes_per_parameter <= total.dram / p.numel() < bytes_per_parameter + 0.01
 
 
 # torch.
@@ -232,7 +232,7 @@ def test_products_into_float32() -> None:
 
 
 def test_cross_entropy_picks_its_targets() -> None:
-    """Not the whole matrix is read for one logit a row."""
+    """Picking one logit per row must not count as a read of the whole matrix."""
     x = torch.randn(30, 1000, requires_grad=True)
     y = torch.randint(0, 1000, (30,))
     total = torch_traffic(lambda: F.cross_entropy(x, y).backward())
@@ -343,13 +343,13 @@ def rows(inplace: bool, grad: bool, V: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize("V", [4096, 50257])
 @pytest.mark.parametrize(
-    ("inplace", "grad", "bytes_a_logit"),
+    ("inplace", "grad", "bytes_per_logit"),
     [(False, False, 2), (True, True, 4), (False, True, 6)],
 )
-def test_row_kernels_move_little_more_than_they_must(inplace: bool, grad: bool, bytes_a_logit: int, V: int) -> None:
+def test_row_kernels_move_little_more_than_they_must(inplace: bool, grad: bool, bytes_per_logit: int, V: int) -> None:
     with kernels_on_cpu():
         counts = counted(rows(inplace, grad, V), dry=True)
-    assert bytes_a_logit <= counts.total("triton").dram / (64 * V) < 1.02 * bytes_a_logit
+    assert bytes_per_logit <= counts.total("triton").dram / (64 * V) < 1.02 * bytes_per_logit
 
 
 def test_the_linear_loss_in_four_chunks() -> None:

@@ -140,7 +140,7 @@ def test_heads_alone_learn_on_a_frozen_model(make: Make, kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frozen", ["nothing", "a part of the layer", "the layer", "the model"])
 def test_copies_train_what_the_layer_trains(make: Make, kind: Any, frozen: str) -> None:
-    """And never what no model of the class does, such as the bias of a router."""
+    """They do not train what no model of the class trains, such as the bias of a router."""
     model = make("ernie")
     layer = model.model.layers[-1]
     never = {name for name, p in layer.named_parameters() if not p.requires_grad}
@@ -256,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_or_says_why_not(make: Make, kind:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     if reentrant and transformers.__version__ < "5":  # whose hooks run inside of what is checkpointed
-        with pytest.raises(RuntimeError, match=r"say gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
+        with pytest.raises(RuntimeError, match=r"pass gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
             model(**batch())
     else:
         assert_same(gradients(model, batch()), wanted)
@@ -383,7 +383,7 @@ def test_refuses_what_does_not_fit_and_leaves_it_alone(make: Make) -> None:
         ("heads must be at least 1; got 0", {"heads": 0}),
         ("kind must be one of .*; got 'shared'", {"heads": 1, "kind": "shared"}),
         ("head_weights must be 3 numbers of 0 or more", {"heads": 2, "head_weights": [1, 1]}),
-        ("depths are of kind 'sequential'", {"heads": 1, "depths": {"detach": True}}),
+        ("depths needs kind='sequential'; got 'parallel'", {"heads": 1, "depths": {"detach": True}}),
         ("hidden must be one of", {"heads": 1, "kind": "sequential", "depths": {"hidden": "first"}}),
     ]
     for reason, arguments in refusals:

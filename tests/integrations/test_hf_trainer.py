@@ -13,6 +13,7 @@ from llmfast.optim import FusedAdamW
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is missing: make test-integrations")
 
+from llmfast.integrations.mtp import add_mtp  # noqa: E402
 from llmfast.integrations.transformers import fuse_loss  # noqa: E402
 
 Make = Callable[..., Any]
@@ -60,7 +61,8 @@ def trainer(model: Any, folder: Path, optimizer: Any = AdamW, given: str = "clas
     how: dict[str, Any] = {"optimizer_cls_and_kwargs": (cls, dict(hyper))}
     if given == "instance":
         how = {"optimizers": (cls(model.parameters(), **hyper), None)}
-    made = transformers.Trainer(model, args, train_dataset=Texts(), data_collator=padded, **how)
+    data = {"train_dataset": Texts(), "eval_dataset": Texts(12), "data_collator": padded}
+    made = transformers.Trainer(model, args, **data, **how)
     made.remove_callback(transformers.PrinterCallback)
     return made
 
@@ -143,7 +145,7 @@ def test_clipping_by_the_trainer_or_by_the_optimizer(make: Make, tmp_path: Path)
 
 
 def test_bfloat16(make: Make, tmp_path: Path) -> None:
-    """Under autocast rounding differs, and the curves stay as close as that."""
+    """Under autocast, rounding differs; the curves must agree up to that."""
     theirs = curve(make("llama"), tmp_path, bf16=True)
     ours = curve(fuse_loss(make("llama")), tmp_path, FusedAdamW, bf16=True)
     assert_follows(ours, theirs, rtol=5e-2)
@@ -190,6 +192,33 @@ def test_evaluates_and_smooths_as_the_trainer(make: Make, tmp_path: Path) -> Non
     ours = evaluated(fuse_loss(make("llama"), label_smoothing=0.1), gradient_accumulation_steps=1)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=0)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("heads", [0, 1])
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True, "bf16_full_eval": True}], ids=["float32", "bfloat16"])
+def test_metrics_of_logits(make: Make, tmp_path: Path, heads: int, arguments: dict[str, Any]) -> None:
+    """Evaluate during training, with `compute_metrics` of what `preprocess_logits_for_metrics` keeps of the logits."""
+
+    def evaluated(model: Any, **how: Any) -> list[dict[str, float]]:
+        def measured(seen: Any) -> dict[str, float]:
+            hits = seen.predictions[:, :-1] == seen.label_ids[:, 1:]
+            return {"accuracy": float(hits[seen.label_ids[:, 1:] != -100].mean())}
+
+        made = trainer(model, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, **arguments)
+        made.compute_metrics = measured
+        made.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        made.train()
+        return [row for row in made.state.log_history if "eval_loss" in row]
+
+    def fused() -> Any:
+        return add_mtp(make("llama"), heads, head_weights=[1.0, 0.0]) if heads else fuse_loss(make("llama"))
+
+    theirs, ours = evaluated(make("llama")), evaluated(fused())
+    assert len(ours) == len(theirs) == 2
+    rounding = 0.05 if arguments else 1e-4
+    for row, wanted in zip(ours, theirs):
+        assert row["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=rounding)
+        assert row["eval_accuracy"] == pytest.approx(wanted["eval_accuracy"], abs=rounding)
 
 
 def test_columns_are_chosen_by_the_models_signature(make: Make, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_resumes_from_a_checkpoint_of_either(tmp_path: Path, saved_by_ours: bool
 
 
 def fp16() -> Any:
-    """Lightning itself would take bfloat16 on a CPU; a scale so large that the first steps have to be left out."""
+    """Choose float16, which Lightning does not use on a CPU, with a scale so large that the first steps overflow."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**22))
 
 
@@ -134,7 +134,7 @@ MIXED: list[Callable[[], dict[str, Any]]] = [lambda: {"precision": "bf16-mixed"}
 
 @pytest.mark.parametrize("mixed", MIXED, ids=["bf16", "fp16"])
 def test_mixed_precision(tmp_path: Path, mixed: Callable[[], dict[str, Any]]) -> None:
-    """Rounding differs, and the curves stay as close as that."""
+    """Rounding differs; the curves must agree up to that."""
     theirs = curve(Module(ours=False), tmp_path, **mixed())
     assert_follows(curve(Module(ours=True), tmp_path, **mixed()), theirs, rtol=2e-2)
 

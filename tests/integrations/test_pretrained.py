@@ -404,7 +404,7 @@ def test_export_and_plan_say_that_they_cannot(
 ) -> None:
     run = train(config_of(tmp_path, folder_of(), "name=one", "train.steps=1"))
     for arguments, message in (
-        (["export", str(run), str(tmp_path / "hf")], "RUN must be of a model of llmfast's own; that of"),
+        (["export", str(run), str(tmp_path / "hf")], "RUN must have trained llmfast's own decoder;"),
         (["plan", "memory", "--config", str(run / "config.toml")], "model.pretrained must be '' for a decoder"),
         (["train", f"--set=model.pretrained={run}", f"--set=runs={run.parent}", "--name=one", "--overwrite"],
          "model.pretrained must be another folder than the run's own"),

@@ -83,8 +83,8 @@ def test_a_mode_holds_what_the_plan_says(
     assert counts.total().dot_flops.total() == plan.flops
 
 
-def test_the_shapes_differ_in_what_they_hold_most_of() -> None:
-    """So that each side of every maximum in the plan decides somewhere."""
+def test_each_shape_is_dominated_by_another_tensor() -> None:
+    """Each argument of every `max` in the plan is then the larger one for some shape."""
     for shape in ("hidden states", "weight", "logits"):
         N, D, V = SHAPES[shape]
         parts = {"hidden states": N * D, "weight": V * D, "logits": N * V}

@@ -118,7 +118,7 @@ def test_a_mean_divided_by_nothing_has_gradients_of_zero(path: str, options: dic
 
 @pytest.mark.parametrize("budget", ["auto", 20000])
 def test_a_gradient_is_accumulated_as_it_is_outside(path: str, budget: Any) -> None:
-    """The graph breaks there; nothing else is different."""
+    """The graph breaks at `accumulate_into`; results are the same."""
     hidden, weight, targets = tensors()
     found = []
     for compiled in (False, True):
@@ -205,8 +205,8 @@ def test_operators_take_every_field_by_its_name() -> None:
     assert inputs == (logits,) and built == loss and wants == (True,)
 
 
-def test_a_graph_that_was_kept_is_of_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch compiled of an operator's backward pass is kept on disk; another revision is compiled anew."""
+def test_a_cached_graph_is_used_for_the_same_code_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile caches an operator's backward pass on disk; another revision of the code is compiled again."""
     from llmfast.losses import operators
 
     hidden, weight, targets = tensors()
@@ -225,7 +225,7 @@ def test_a_graph_that_was_kept_is_of_the_same_code(monkeypatch: pytest.MonkeyPat
 
 
 class NoSyncs(TorchDispatchMode):
-    """Fails on whatever would make the host wait for a GPU, or make a shape of data."""
+    """A mode that rejects operators for which the host waits for a GPU, or whose shapes depend on data."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

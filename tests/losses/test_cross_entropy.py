@@ -317,7 +317,7 @@ def test_reference_is_what_torch_means() -> None:
         ({"logits": torch.zeros(4, 0)}, ValueError, "V > 0"),
         ({"logits": torch.tensor(1.0)}, ValueError, r"logits must be \(..., V\)"),
         ({"reduction": "avg"}, ValueError, "reduction must be 'mean', 'sum' or 'none'; got 'avg'"),
-        ({"reduction": "sum", "num_valid": 3}, ValueError, "num_valid divides a mean"),
+        ({"reduction": "sum", "num_valid": 3}, ValueError, "num_valid needs reduction='mean'"),
         ({"num_valid": -1}, ValueError, "num_valid must not be negative"),
         ({"num_valid": torch.ones(2)}, ValueError, "num_valid must hold one number"),
         ({"logits": torch.zeros(9, 4).T, "inplace": True}, ValueError, "inplace=True needs contiguous"),

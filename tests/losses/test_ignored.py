@@ -88,7 +88,7 @@ def test_what_is_accumulated_into_stays_as_it_was(path: str, way: str, upstream:
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_ignored_tokens_beside_others(path: str, way: str, upstream: float) -> None:
-    """Per token: those that count have their own upstream gradient, as if the others were not there."""
+    """Tokens that count get the same gradients as if the ignored ones had an upstream gradient of 0."""
     labels = torch.randint(0, V, (B, T))
     labels[0] = -100
     finite = torch.randn(B, T)
@@ -105,7 +105,7 @@ def test_ignored_tokens_beside_others(path: str, way: str, upstream: float) -> N
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sum_over_some_ignored_tokens(path: str, way: str, upstream: float) -> None:
-    """One number for all: tokens that count have no finite gradient then, the others still have none."""
+    """An upstream gradient of the sum that is not finite reaches the tokens that count; the others get 0."""
     labels = torch.randint(0, V, (B, T))
     labels[0] = -100
     hidden, weight = leaves()

@@ -252,7 +252,7 @@ def test_counts_of_valid_tokens() -> None:
         ({"num_valid": torch.ones(3)}, r"num_valid must be \(2,\)"),
         ({"detach_unembedding": [True]}, "detach_unembedding must be a bool or 2"),
         ({"document_ids": torch.zeros(B, T)}, r"document_ids must be \(2, 11\) integers"),
-        ({"reduction": "sum"}, "reduction is not an option here"),
+        ({"reduction": "sum"}, "reduction must be left out"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
@@ -360,7 +360,7 @@ class Unembedding(TorchDispatchMode):
 
 
 def counted(K: int, shared: bool = False, apart: bool = False, rows: int = n // 4) -> tuple[Counts, float]:
-    """bfloat16 on a pretended GPU, with a slab of a quarter of one head's logits; and bytes of W and dW."""
+    """Count a bfloat16 call on a pretended GPU whose slab is a quarter of one head's logits, and bytes of W and dW."""
     with pretending_cuda():
         hiddens = torch.randn(*(() if shared else (K,)), 1, n, d, dtype=torch.bfloat16).requires_grad_()
         weight = torch.randn(v, d, dtype=torch.bfloat16).requires_grad_()

@@ -212,7 +212,7 @@ def test_argmax_and_accuracy(path: str, K: int) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @unrecorded()
 def test_statistics_without_a_gradient_say_so(path: str, reduction: Any, compiled: bool) -> None:
-    """Else one would be asked for, and silently be zero."""
+    """Otherwise a gradient through them could be requested and would silently be zero."""
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(0, 50, (6,))
     ways: list[Callable[..., Any]] = [
@@ -299,7 +299,7 @@ def test_statistics_of_a_masked_vocabulary(path: str, inplace: bool) -> None:
 
 @pytest.mark.parametrize("masked", [slice(0, 3), slice(97, None), slice(50, 60)], ids=str)
 def test_smoothing_over_masked_classes_is_infinite_as_in_torch(path: str, masked: slice) -> None:
-    """And not NaN, wherever in the row they are; the gradient is finite."""
+    """The loss is not NaN, wherever in the row they are, and the gradient is finite."""
     logits, targets = torch.randn(4, 100), torch.tensor([7, 90, -100, 43])
     logits[:, masked] = -torch.inf
     for weights in (None, torch.rand(100) + 0.1):
@@ -351,7 +351,7 @@ def test_z_loss_sees_neither_class_weights_nor_the_number_of_targets(path: str) 
 
 
 def test_a_mean_divides_all_of_the_loss_by_the_same_number(path: str) -> None:
-    """z-loss too: so that parts of a batch add up to the whole when each is divided by its sum of weights."""
+    """The z-loss too, so that parts of a batch that are divided by the whole's sum of weights add up to the whole."""
     logits, targets, weights = torch.randn(12, 20), torch.randint(0, 20, (12,)), torch.rand(20) + 0.1
     options: Options = {"class_weights": weights, "z_loss": 0.3}
     want = torch.nn.functional.cross_entropy(logits, targets, weights)

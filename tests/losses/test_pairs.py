@@ -45,7 +45,7 @@ class Draw:
 
 
 def class_weights(draw: Draw) -> Tensor:
-    """Return weights that are zero for a class that is nobody's target, if there is one."""
+    """Return weights that are zero for a class that no token has as its target, if there is one."""
     weights = torch.rand(draw.V) + 0.1
     others = sorted({*range(draw.V)} - {*draw.targets.flatten().tolist()})
     weights[others[:1]] = 0.0

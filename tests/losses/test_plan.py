@@ -190,7 +190,7 @@ def test_rows_gathered_in_vain_change_nothing(kernels: None, spare: int) -> None
 def test_more_valid_rows_than_said_are_not_lost_silently(path: str) -> None:
     hidden, weight, targets = tensors()
     if path == "plain":
-        with pytest.raises(ValueError, match="num_valid=5, but 34 tokens are valid"):
+        with pytest.raises(ValueError, match=r"num_valid must be at least 34, .* got 5"):
             linear_cross_entropy(hidden, weight, targets, num_valid=5, memory_budget=1 << 20)
     else:
         assert linear_cross_entropy(hidden, weight, targets, num_valid=5).isnan()
@@ -217,7 +217,7 @@ def test_accumulate_into_is_checked() -> None:
         linear_cross_entropy(hidden, weight, targets, accumulate_into=torch.zeros(300, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"accumulate_into must be \(300, 8\)"):
         linear_cross_entropy(hidden, weight, targets, accumulate_into=torch.zeros(8, 300))
-    with pytest.raises(ValueError, match="a weight that requires one"):
+    with pytest.raises(ValueError, match="accumulate_into needs a weight that requires a gradient"):
         linear_cross_entropy(hidden, weight.detach(), targets, accumulate_into=torch.zeros(300, 8))
 
 

@@ -227,7 +227,7 @@ def test_what_needs_data_says_so() -> None:
 
 
 def test_a_target_out_of_range_is_nan_where_classes_have_weights(kernels: None) -> None:
-    """On a GPU nobody looks at targets first: neither is a weight looked up that there is not."""
+    """On a GPU, targets are not checked; weights must not be read at a target that is out of range."""
     with pretending_cuda():
         logits, targets, weights = torch.randn(4, 9), torch.tensor([1, 9, -100, -1]), torch.rand(9) + 0.1
         loss = cross_entropy(logits, targets, class_weights=weights, reduction="none")

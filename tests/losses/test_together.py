@@ -29,7 +29,7 @@ def peaked(N: int, V: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def filtered(d_logits: Tensor, threshold: float, rows: int) -> Tensor:
-    """Only the blocks of 128 x 128 that hold an element of `threshold` or more, in chunks of so many rows."""
+    """Keep only the 128 x 128 blocks that hold an element of `threshold` or more, in chunks of `rows`."""
 
     def of_chunk(d: Tensor) -> Tensor:
         kept = [[x if x.abs().max() >= threshold else 0 * x for x in row.split(128, 1)] for row in d.split(128)]

@@ -43,8 +43,8 @@ def test_what_is_returned_is_what_was_added() -> None:
         assert torch.equal(k, torch.cat(parts[: i + 1], 2)) and torch.equal(v, -k)
 
 
-def test_a_token_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the context; beyond it the positions of all tokens change."""
+def test_each_new_token_computes_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds within the context; beyond it, the positions of all tokens change."""
     model, rows = small(), []
     block = model.blocks[0].forward
     monkeypatch.setattr(model.blocks[0], "forward", lambda x, *args: (rows.append(x.shape[1]), block(x, *args))[1])
@@ -91,3 +91,40 @@ def test_refuses() -> None:
         model(tokens, all_heads=True, cache=model.new_cache())
     with pytest.raises(ValueError, match="document_ids must be None with a cache"):
         model(tokens, document_ids=torch.zeros_like(tokens), cache=model.new_cache())
+
+
+@pytest.mark.parametrize("context", [6, 12, 40])
+@pytest.mark.parametrize("mtp", [{}, {"mtp": "parallel", "mtp_heads": 2}, {"mtp": "sequential", "mtp_heads": 1}])
+def test_prompts_of_a_batch_go_on_as_each_alone(context: int, mtp: dict[str, Any]) -> None:
+    """Prompts shorter and longer than the context, which ends in the midst of others."""
+    model = small(**mtp)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    prompts = [torch.randint(0, 50, (n,)) for n in (3, 15, 1, 9, 3)]
+    found = model.generate_batch(prompts, 8, context=context, temperature=0)
+    wanted = [model.generate(prompt, 8, context=context, temperature=0) for prompt in prompts]
+    assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
+    stop = int(wanted[0][5])
+    until = model.generate_batch(prompts, 8, context=context, temperature=0, stop=stop)
+    for row, whole, prompt in zip(until, wanted, prompts):
+        new = whole[len(prompt) :].tolist()
+        made = new.index(stop) + 1 if stop in new else 8  # and not where the prompt itself has it
+        assert row.tolist() == whole[: len(prompt) + made].tolist()
+
+
+def test_a_batch_shares_passes_and_its_random_numbers_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = small(), []
+    block = model.blocks[0].forward
+    monkeypatch.setattr(model.blocks[0], "forward", lambda x, *args: (read.append(x.shape[:2]), block(x, *args))[1])
+    prompts = [torch.randint(0, 50, (n,)) for n in (4, 6)]
+    one, two = (
+        model.generate_batch(prompts, 3, context=20, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert read[: len(read) // 2] == [(2, 4), (2, 1), (2, 1), (2, 1), (2, 1)]
+    assert [row.tolist() for row in one] == [row.tolist() for row in two] and [len(row) for row in one] == [7, 9]
+    assert model.generate_batch([], 3, context=20) == []
+    assert torch.equal(model.generate_batch(prompts, 0, context=20)[1], prompts[1])
+    with pytest.raises(ValueError, match=r"prompts must be \(T,\) with T > 0; got \(0,\) torch.int64 on cpu at 1"):
+        model.generate_batch([prompts[0], prompts[0][:0]], 3, context=20)
+    with pytest.raises(ValueError, match="count must not be negative; got -1"):
+        model.generate_batch(prompts, -1, context=20)

@@ -187,7 +187,7 @@ def test_nothing_is_sampled_from_logits_that_are_not_finite() -> None:
 
 
 def by_hand(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Hidden states (T, D) of one sequence (T,), in float64, from the weights and the settings alone."""
+    """Compute hidden states (T, D) of one sequence (T,) in float64 from only the weights and the settings."""
     c, weights = model.config, {name: t.double() for name, t in model.state_dict().items()}
     T, half = len(tokens), c.width // c.heads // 2
 
@@ -239,7 +239,7 @@ def test_every_norm_has_the_eps_of_the_settings(mtp: Any, eps: float) -> None:
 
 @pytest.mark.parametrize("layers", [1, 8])
 def test_weights_start_as_gpt2s(layers: int) -> None:
-    """And the branches' last layers smaller, by the root of how many there are."""
+    """The last layer of each branch starts smaller, by the square root of the number of branches."""
     model = small(layers=layers, width=128, tie_embeddings=False)
     for name, p in model.named_parameters():
         if p.dim() == 2:

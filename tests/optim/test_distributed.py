@@ -235,7 +235,7 @@ def check_noise(rank: int, world: int, path: str) -> None:
                 for p, q in zip(params, expected):
                     assert torch.equal(whole(p), q), layout
 
-        # FSDP over tensor parallelism cuts rows in an order of its own.
+        # FSDP over tensor parallelism cuts rows in another order.
         mesh = mesh_of(2, 2)
         model, alone = network().to(BF16), network().to(BF16)
         parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -334,7 +334,7 @@ def check_uneven_gradients(rank: int, world: int, path: str) -> None:
         torch.testing.assert_close(optimizer.grad_norm, torch.tensor(24.0).sqrt())
 
 
-def test_ranks_with_other_kinds_of_gradients_wait_for_nobody(ranks: Ranks, path: str) -> None:
+def test_ranks_with_other_kinds_of_gradients_do_not_wait(ranks: Ranks, path: str) -> None:
     ranks.run(check_uneven_gradients, path)
 
 

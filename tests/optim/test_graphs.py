@@ -38,7 +38,7 @@ class Graph(TorchDispatchMode):
                 "detach",
                 "alias",
                 "reshape",
-                *("eq", "ne", "bitwise_not", "add", "reciprocal", "clamp"),  # of a factor that nobody asks for
+                *("eq", "ne", "bitwise_not", "add", "reciprocal", "clamp"),  # of a factor that is not used
             ), name
         return made
 

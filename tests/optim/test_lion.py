@@ -21,7 +21,7 @@ FORMATS = [
 
 
 def train(dtype: torch.dtype = F32, steps: int = STEPS, *, reload_at: int = -1, **options: Any) -> Any:
-    """Optimizer and parameters after a run; the values of the gradients are those of bfloat16, whatever the dtype."""
+    """Return optimizer and parameters after a run whose gradients have bfloat16 values in every dtype."""
     params = [p.detach().to(dtype).requires_grad_() for p in parameters(BF16)]
     optimizer = FusedLion(params, **OPTIONS | options)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""torch's own database of its optimizers: every configuration, supported flag, scheduler and error, over ours."""
+"""Our optimizers on every configuration, flag, scheduler and error in torch's own test database of optimizers."""
 
 import copy
 import functools
@@ -42,7 +42,7 @@ def configurations(ours: type[FusedOptimizer]) -> Iterator[tuple[str, Options]]:
 
 
 def torchs(ours: type[FusedOptimizer], params: Any, options: Options, **more: Any) -> torch.optim.Optimizer:
-    """Create torch's optimizer with its plain loop. `capturable` changes no number, and is rejected on a CPU."""
+    """Create torch's optimizer with its plain loop, without `capturable`, which changes no result and needs a GPU."""
     kept = {name: copy.deepcopy(value) for name, value in options.items() if name != "capturable"}
     return info_of(ours).optim_cls(params, foreach=False, **kept, **more)
 
@@ -74,7 +74,7 @@ def test_every_configuration(path: str, ours: type[FusedOptimizer], kind: str) -
             gradients(step, mine), gradients(step, yours)
             a.step(), b.step()
         assert_same(a, b, mine, yours, what)
-        a.load_state_dict(copy.deepcopy(b.state_dict()))  # and goes on from torch's
+        a.load_state_dict(copy.deepcopy(b.state_dict()))  # continue from torch's state
         gradients(1, mine), gradients(1, yours)
         a.step(), b.step()
         assert_same(a, b, mine, yours, what)
@@ -82,8 +82,8 @@ def test_every_configuration(path: str, ours: type[FusedOptimizer], kind: str) -
 
 @pytest.mark.parametrize("ours", OURS)
 @unrecorded()
-def test_every_way_of_asking_for_it(path: str, ours: type[FusedOptimizer]) -> None:
-    """`foreach`, `fused` and `differentiable`, where torch's has them, change no number."""
+def test_every_implementation_that_torch_offers(path: str, ours: type[FusedOptimizer]) -> None:
+    """Flags that choose torch's implementation (`foreach`, `fused`, `differentiable`) change no result of ours."""
     ways = info_of(ours).supported_impls
     assert {"foreach", "differentiable"} <= set(ways)
     for (what, options), way in itertools.product(configurations(ours), ways):
@@ -134,7 +134,7 @@ def test_sparse_gradients_where_torch_takes_them(path: str, ours: type[FusedOpti
             assert_same(a, b, mine, yours, f"sparse {options}")
 
 
-# What torch refuses because of the way that is asked for, and ours, which have one way, do not ask.
+# Errors of torch's implementations `foreach` and `capturable`. Our optimizers accept these arguments.
 NOT_REFUSED = {
     "lr as Tensor doesn't work with foreach & not capturable",
     "betas[0] as a Tensor is not supported for capturable=False and foreach=True",

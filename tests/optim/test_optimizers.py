@@ -88,7 +88,7 @@ def test_a_parameter_that_was_cut_short_in_place_is_noticed(path: str) -> None:
         return whole
 
     assert run(0.0).tolist() == [0.0] * 3 + [0.5] * 61
-    with pytest.raises(ValueError, match=r"state momentum_buffer is \(64,\) .*its parameter \(3,\)"):
+    with pytest.raises(ValueError, match=r"state momentum_buffer must .* its parameter, \(3,\).*got \(64,\)"):
         run(0.9)
 
 
@@ -147,6 +147,7 @@ def test_a_flag_that_adds_a_state_is_noticed(path: str) -> None:
 
 
 def test_a_small_gradient_after_a_large_one(path: str) -> None:
+    """Rounding must not leave anything of the large one in the average, since beta1 is 0."""
     p = torch.ones(3, requires_grad=True)
     optimizer = FusedAdamW([p], betas=(0.0, 0.99))
     for g in (1e6, 1e-3):
@@ -184,7 +185,9 @@ def test_a_state_left_on_another_device_is_named(path: str) -> None:
     p.grad = torch.ones(3)
     optimizer.step()
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to("meta")
-    with pytest.raises(ValueError, match=r"state exp_avg is \(3,\) torch.float32 on meta, its parameter .* on cpu"):
+    with pytest.raises(
+        ValueError, match=r"state exp_avg must .* its parameter, .* on cpu; got \(3,\) torch.float32 on meta"
+    ):
         optimizer.step()
 
 
@@ -211,16 +214,16 @@ def test_parameters_that_lie_oddly_in_memory(path: str, view: str) -> None:
 
 def test_a_gradient_that_changes_its_memory_order(path: str) -> None:
     ours, theirs = (torch.arange(12.0).view(3, 4).requires_grad_() for _ in range(2))
-    beside = torch.ones(5, requires_grad=True)
-    optimizers = FusedAdamW([ours, beside]), torch.optim.AdamW([theirs], foreach=False)
+    other = torch.ones(5, requires_grad=True)
+    optimizers = FusedAdamW([ours, other]), torch.optim.AdamW([theirs], foreach=False)
     for step in range(4):
         g = torch.randn(4, 3)
         for p, optimizer in zip((ours, theirs), optimizers):
             p.grad = g.T if step % 2 else g.T.contiguous()
-            beside.grad = torch.ones(5)
+            other.grad = torch.ones(5)
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert optimizers[0].state[beside]["step"] == 4
+    assert optimizers[0].state[other]["step"] == 4
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -279,8 +282,8 @@ def test_torchs_own_grad_scaler(path: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("make", [FusedAdamW, FusedLion])
-def test_numbers_on_a_device_stay_there(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning rate and betas, which something on the device may set, too: the host does not look at them."""
+def test_hyperparameters_that_are_tensors_stay_on_the_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host does not read learning rate and betas, so that code on the device may change them."""
     with pretending_cuda():
         params = [torch.ones(600, requires_grad=True) for _ in range(2)]
         lr, betas = torch.tensor(0.1), (torch.tensor(0.5), torch.tensor(0.75))
@@ -301,7 +304,7 @@ def test_numbers_on_a_device_stay_there(make: Any, monkeypatch: pytest.MonkeyPat
 def gradients_after_a_scaled_step(
     make: Callable[..., Any], dtype: torch.dtype, max_norm: float | None = None, factor: float = 1.0
 ) -> list[Tensor | None]:
-    """Cover parameters in float32 and float64, and one whose gradient has another layout."""
+    """Return the gradients that a step under GradScaler leaves: in `dtype`, in float64, and in another layout."""
     params = [
         *parameters(dtype),
         torch.ones(6, 4).requires_grad_(),
@@ -324,13 +327,13 @@ def gradients_after_a_scaled_step(
 @pytest.mark.parametrize("case", FULL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scaled_step_leaves_gradients_divided(path: str, case: Case, dtype: torch.dtype) -> None:
-    """Fused or not, torch's do, and what reads gradients after a step must not have to know which way each has gone."""
+    """Code that reads gradients after a step relies on it: torch's optimizers leave them unscaled on every path."""
     ours = gradients_after_a_scaled_step(case.make_ours, dtype)
     theirs = gradients_after_a_scaled_step(case.make_exact, dtype)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     clipped = gradients_after_a_scaled_step(lambda params: case.make_ours(params, max_grad_norm=0.5), dtype)
     theirs = gradients_after_a_scaled_step(case.make_exact, dtype, max_norm=0.5)
-    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-7  # where torch clips, it has rounded before
+    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-7  # torch rounds unscaled gradients before it clips them
     torch.testing.assert_close(clipped, theirs, rtol=tolerance, atol=1e-6)
 
 
@@ -372,7 +375,7 @@ def test_nan_and_infinity_survive(path: str, case: Case) -> None:
 
 
 def test_a_maximum_of_nan_is_nan(kernels: None) -> None:
-    """Torch's own CPU kernel loses some NaNs, in the elements that do not fill a vector."""
+    """The CPU kernel of torch loses some NaNs in the elements that do not fill a vector."""
     p = torch.ones(1030, requires_grad=True)
     optimizer = FusedAdamW([p], amsgrad=True)
     for value in (1.0, torch.nan, 1.0):
@@ -400,7 +403,7 @@ def test_closure_and_hooks(path: str) -> None:
     assert p.max() < 1
 
 
-def test_one_update_launch_a_dtype_signature(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_update_launch_per_dtype_signature(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmfast_kernels.optimizer import coefficients, step
 
     launches: list[tuple[str, int]] = []

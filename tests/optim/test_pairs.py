@@ -1,8 +1,8 @@
-"""Any two values of any two settings of an optimizer together, step by step against torch in float64.
+"""Optimizers whose settings are combined so that any two values of two settings meet, against torch in float64.
 
-Before each step the truth starts from what the optimizer has, so that a step may be wrong by one rounding and no more.
-Settings come from the constructors and from `Options`: one that is added later fails `test_every_setting_has_values`
-until `ARGUMENTS` or `EXTRAS` say what it may be.
+Before each step the truth is reset to the optimizer's own values, so that errors do not add up and a step may be off by
+one rounding only. Settings come from the constructors and from `Options`: a new one fails
+`test_every_setting_has_values` until `ARGUMENTS` or `EXTRAS` list its values.
 """
 
 import copy
@@ -43,7 +43,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "decay": ["lr", "independent", "relative"],
     "maximize": [False, True],
 }
-ELSEWHERE = {"self", "params", "foreach", "capturable", "fused", "differentiable", "extras"}
+# Arguments that are not varied here.
+NOT_VARIED = {"self", "params", "foreach", "capturable", "fused", "differentiable", "extras"}
 EXTRAS: dict[str, list[Any]] = {
     "max_grad_norm": [None, 0.5, math.inf],
     "master_weights": [None, "fp32", "split16", "split8", "kahan", "stochastic"],
@@ -52,6 +53,7 @@ EXTRAS: dict[str, list[Any]] = {
     "zero_grads": [False, True],
     "seed": [0, 2**53 - 1],
 }
+# Options that the second group sets for itself.
 OWN: list[Case] = [
     *({}, {"max_grad_norm": None}, {"max_grad_norm": 0.25}, {"master_weights": None}, {"state_dtype": F32}),
     *({"ema_decay": 0.5}, {"ema_decay": None}, {"state_dtype": None, "master_weights": "kahan"}),
@@ -62,14 +64,14 @@ SURROUNDINGS: dict[str, list[Any]] = {
     "dtype": [F32, BF16, F16, F64],
     "grad_dtype": [None, F32, BF16],
     "groups": [1, 2],
-    "own": OWN,  # of the second group
+    "own": OWN,
     "gradients": ["usual", "expanded", "contiguous"],
     "scale": [None, 1024.0],
     "skip": [None, "found_inf", "norm"],
     "skip_at": [1, 0],
     "copied_by": ["state_dict", "deepcopy", "pickle"],
 }
-# What a format adds: the state's name, its dtype in a state dict, and by which share of itself a weight may be off.
+# What a format of master weights adds: the state's name, its dtype in a state dict, and a weight's relative error.
 LOW: dict[str | None, tuple[str | None, torch.dtype | None, float]] = {
     "fp32": ("master_param", F32, 2.0**-23),
     "split16": ("low_bits", torch.int16, 2.0**-23),
@@ -86,11 +88,11 @@ STATES: dict[type, tuple[str, ...]] = {
     FusedLion: ("exp_avg",),
 }
 SQUARES = {"exp_avg_sq", "square_avg", "sum"}
-LATE, NEVER = 7, 8  # places of a parameter whose gradient comes with the second step, and of one that gets none
+LATE, NEVER = 7, 8  # indices of the parameters whose first gradient comes in the second step, and never
 
 
 def arguments_of(cls: type) -> set[str]:
-    return inspect.signature(cls.__init__).parameters.keys() - ELSEWHERE
+    return inspect.signature(cls.__init__).parameters.keys() - NOT_VARIED
 
 
 def possible(case: Case) -> bool:
@@ -131,7 +133,7 @@ def parameters(case: Case) -> list[Tensor]:
 
 
 def groups(case: Case, params: list[Tensor]) -> list[Case]:
-    """Return one group, or two that differ in all numbers."""
+    """Return one group, or two that differ in every hyperparameter that is a number."""
     if case["groups"] == 1:
         return [{"params": params}]
     second: Case = {"params": params[5:], **case["own"]}
@@ -145,12 +147,12 @@ def groups(case: Case, params: list[Tensor]) -> list[Case]:
 
 
 def settings(case: Case) -> tuple[Case, Case]:
-    """Return the arguments of the constructor, and those that `Extras` add."""
+    """Return the constructor's own arguments, and those of `Extras` that differ from their defaults."""
     arguments = {name: copy.copy(case[name]) for name in arguments_of(case["cls"]) if case[name] is not None}
     return arguments, {name: case[name] for name in EXTRAS if case[name] != getattr(Options(), name)}
 
 
-def of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -179,37 +181,36 @@ def clipped(optimizer: FusedOptimizer, case: Case) -> tuple[list[Tensor | None],
     scale = case["scale"] or 1.0
     grads = [[None if p.grad is None else p.grad.double() / scale for p in g["params"]] for g in optimizer.param_groups]
 
-    def norm(*of: list[Tensor | None]) -> float:
-        return math.sqrt(sum(g.square().sum().item() for grads in of for g in grads if g is not None))
+    def norm(*lists: list[Tensor | None]) -> float:
+        return math.sqrt(sum(g.square().sum().item() for grads in lists for g in grads if g is not None))
 
-    clip = limits(optimizer, case)
     shared = [g for i, g in enumerate(grads) if "max_grad_norm" not in optimizer.group_options[i]]
-    for i, limit in enumerate(clip):
-        if limit is not None:
+    factors = [1.0] * len(grads)
+    for i, limit in enumerate(limits(optimizer, case)):
+        if limit is not None and limit < math.inf:
             alone = "max_grad_norm" in optimizer.group_options[i]
-            factor = min(1.0, limit / (norm(grads[i]) if alone else norm(*shared)) if limit < math.inf else 1.0)
-            clip[i] = factor
+            factors[i] = min(1.0, limit / (norm(grads[i]) if alone else norm(*shared)))
     measured = [g for g, limit in zip(grads, limits(optimizer, case)) if limit is not None]
     whole = norm(*measured) if measured else None
-    used = [None if g is None else g * (1.0 if f is None else f) for f, mine in zip(clip, grads) for g in mine]
+    used = [None if g is None else g * factor for factor, mine in zip(factors, grads) for g in mine]
     return used, whole
 
 
 def truth(cls: type, group: Case, decay: str, q: Tensor, g: Tensor, state: Case) -> None:
-    """Take one step of torch's rule in float64; Lion is of its paper."""
+    """Take one step in float64: of torch's optimizer or, for Lion, which torch does not have, of the paper's."""
     lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-    moves = weight_decay * {"lr": lr, "independent": lr != 0, "relative": lr / group.get("lr_max", 1.0)}[decay]
+    shrink = weight_decay * {"lr": lr, "independent": lr != 0, "relative": lr / group.get("lr_max", 1.0)}[decay]
     if cls is FusedLion:
         (b1, b2), m = group["betas"], state.setdefault("exp_avg", torch.zeros_like(q))
         g = -g if group["maximize"] else g
-        q.mul_(1 - moves).sub_(lr * (b1 * m + (1 - b1) * g).sign())
+        q.mul_(1 - shrink).sub_(lr * (b1 * m + (1 - b1) * g).sign())
         m.mul_(b2).add_((1 - b2) * g)
         return
     torchs = getattr(torch.optim, cls.__name__.removeprefix("Fused"))
     known = inspect.signature(torchs.__init__).parameters.keys() & arguments_of(cls)
     arguments = {name: group[name] for name in known} | {"lr": lr}
     if decay != "lr":
-        q.mul_(1 - moves)
+        q.mul_(1 - shrink)
         arguments["weight_decay"] = 0.0
     leaf = q.requires_grad_()
     leaf.grad = g
@@ -221,7 +222,7 @@ def truth(cls: type, group: Case, decay: str, q: Tensor, g: Tensor, state: Case)
 
 
 def snapshot(optimizer: FusedOptimizer) -> dict[int, Case]:
-    """Return all states as torch has them, in float64."""
+    """Return copies of all states by the names that torch has for them, in float64."""
     saved = optimizer.torch_state_dict()["state"]
     return {
         i: {name: t.double().clone() if name != "step" else t.clone() for name, t in state.items() if t is not None}
@@ -242,7 +243,7 @@ def eps_of(dtype: torch.dtype) -> float:
 
 
 def in_codes(x: Tensor, squares: bool) -> Tensor:
-    """Return what is rounded to 8 bits: the codes that values would have, if codes were real numbers."""
+    """Return the 8-bit codes of `x` before they are rounded to integers."""
     groups = x.flatten().split(128)
     power, largest = (0.25, 255) if squares else (0.5, 127)
     return torch.cat([(g.abs() / max(g.abs().max().item(), 1e-30)) ** power * largest * g.sign() for g in groups])
@@ -269,7 +270,7 @@ def dtype_of(name: str, p: Tensor, chosen: Case) -> Any:
 
 
 def names_of(case: Case, group: Case) -> list[str]:
-    """Return the names of the states of the parameter's shape, as torch has them."""
+    """Return torch's names of the states that have the parameter's shape."""
     names = [*STATES[case["cls"]], *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
     names += ["momentum_buffer"] * bool(group.get("momentum")) + ["grad_avg"] * bool(group.get("centered"))
     return names
@@ -307,7 +308,7 @@ def check_what_is_saved(optimizer: FusedOptimizer, case: Case) -> None:
 
 def check_step(optimizer: FusedOptimizer, case: Case, step: int) -> None:
     """Take a step, and compare everything with the truth."""
-    params, skipped = of(optimizer), case["skip"] is not None and step == case["skip_at"]
+    params, skipped = params_of(optimizer), case["skip"] is not None and step == case["skip_at"]
     give_gradients(case, params, step, odd=skipped)
     if case["scale"] is not None:
         scaled(optimizer, case["scale"], found_inf=float(skipped and case["skip"] == "found_inf"))
@@ -326,9 +327,9 @@ def check_step(optimizer: FusedOptimizer, case: Case, step: int) -> None:
 
     optimizer.step()
 
-    for group, (was, same) in zip(optimizer.param_groups, held):
+    for group, (was, objects) in zip(optimizer.param_groups, held):
         assert {n: v for n, v in group.items() if n != "params"} == was
-        assert all(group[n] is v for n, v in same.items())
+        assert all(group[n] is v for n, v in objects.items())
     assert (optimizer.options, optimizer.group_options) == options
     assert all(a is p.grad for a, p in zip(grads, params)) and all(p.requires_grad for p in params)
     if norm is None:
@@ -342,8 +343,8 @@ def check_step(optimizer: FusedOptimizer, case: Case, step: int) -> None:
         for p in group["params"]:
             i, index = index, index + 1
             what = f"parameter {i}, step {step}"
-            unclear = p.grad is not None and limits(optimizer, case)[number] is not None and case["path"] == "kernels"
-            check_gradient(what, case, p.grad, given[i], None if skipped else used[i], unclear)
+            may_stay = limits(optimizer, case)[number] is not None and case["path"] == "kernels"
+            check_gradient(what, case, p.grad, given[i], None if skipped else used[i], may_stay)
             if used[i] is None or skipped:
                 assert torch.equal(p.detach(), before[i]), what
                 for name, t in states.get(i, {}).items():
@@ -358,7 +359,7 @@ def check_step(optimizer: FusedOptimizer, case: Case, step: int) -> None:
             truth(case["cls"], group, case["decay"], q, g, state)
             check_value(what, optimizer.master_value(p), p.detach(), q, values[i], chosen)
             for name in names_of(case, group):
-                # Norms, and gradients on the way to torch's own CPU kernels, are of float32.
+                # The norm is float32, and so are gradients that are converted for torch's own CPU kernels.
                 single = p.dtype != F64 or optimizer.grad_norm is not None or dtype_of(name, p, chosen) != F64
                 arithmetic = (2e-6 if name != "momentum_buffer" else 2e-5) if single else 1e-12
                 parts = [
@@ -378,13 +379,15 @@ def check_step(optimizer: FusedOptimizer, case: Case, step: int) -> None:
             if (decay := chosen["ema_decay"]) is not None:
                 old = values[i] if averages[i] is None else averages[i]
                 new = optimizer.master_value(p).double()
-                rounded = (1 - decay) * share_of(p, chosen) * new.abs()  # the average is of weights not yet rounded
+                rounded = (
+                    (1 - decay) * relative_error(p, chosen) * new.abs()
+                )  # weights are averaged before they are rounded
                 average = optimizer.state[p]["ema_param"]
                 near(f"average of {what}", average, decay * old + (1 - decay) * new, 1e-6, 1e-7 + rounded)
 
 
-def share_of(p: Tensor, chosen: Case) -> float:
-    """Return by which share of itself a weight may be off, in the format that keeps it."""
+def relative_error(p: Tensor, chosen: Case) -> float:
+    """Return how far a weight may be off relative to itself, in the format that keeps it."""
     low = chosen["master_weights"] if p.dtype in (BF16, F16) else None
     return LOW[low][2] if low is not None else 0.51 * eps_of(p.dtype)
 
@@ -393,25 +396,25 @@ def check_value(what: str, master: Tensor, p: Tensor, wanted: Tensor, before: Te
     arithmetic = 1e-12 if p.dtype == F64 else 1.2e-7
     small = 2.0**-25 if p.dtype == F16 else 0.0
     moved = (wanted - before).abs()
-    moved = 3e-6 * moved + 1e-6 * (moved.max() if moved.numel() else 0.0)  # two parts of it may nearly cancel
-    near(what, master, wanted, share_of(p, chosen) * 1.001, small + moved + arithmetic * before.abs())
+    moved = 3e-6 * moved + 1e-6 * (moved.max() if moved.numel() else 0.0)  # two parts of the move may nearly cancel
+    near(what, master, wanted, relative_error(p, chosen) * 1.001, small + moved + arithmetic * before.abs())
     noisy = chosen["master_weights"] == "stochastic" and p.dtype == BF16
     near(f"rounded {what}", p, master.double(), (1.01 if noisy else 0.51) * eps_of(p.dtype), small)
 
 
 def check_gradient(
-    what: str, case: Case, g: Tensor | None, given: Tensor | None, used: Tensor | None, unclear: bool
+    what: str, case: Case, g: Tensor | None, given: Tensor | None, used: Tensor | None, may_stay: bool
 ) -> None:
-    """Check what a step leaves: zeros, what it was given, or what it has used.
+    """Check the gradient after a step: zero, unchanged, or divided and clipped.
 
-    `unclear`: clipping alone leaves gradients as they are in the kernels only.
+    `may_stay` allows a gradient that is only clipped to be unchanged: the kernels do not write it.
     """
     if g is None or given is None:
         assert g is given
     elif case["zero_grads"]:
         assert not g.any(), what
     elif used is None or (
-        case["scale"] is None and torch.equal(g, given) and (unclear or case["max_grad_norm"] is None)
+        case["scale"] is None and torch.equal(g, given) and (may_stay or case["max_grad_norm"] is None)
     ):
         assert torch.equal(g, given), what
     else:
@@ -424,12 +427,14 @@ def copied(optimizer: FusedOptimizer, case: Case) -> FusedOptimizer:
     if case["copied_by"] == "pickle":
         other: FusedOptimizer = pickle.loads(pickle.dumps(optimizer))
         return other
-    params = [(strided if i == 6 else torch.clone)(p.detach()).requires_grad_() for i, p in enumerate(of(optimizer))]
+    params = [
+        (strided if i == 6 else torch.clone)(p.detach()).requires_grad_() for i, p in enumerate(params_of(optimizer))
+    ]
     places = [{"params": params}] if case["groups"] == 1 else [{"params": params[:5]}, {"params": params[5:]}]
     if case["groups"] == 2:
         places[1] |= case["own"]
     decay = {"decay": case["decay"]} if "decay" in arguments_of(case["cls"]) else {}
-    other = case["cls"](places, **decay, **settings(case)[1])  # the numbers are in the state dict
+    other = case["cls"](places, **decay, **settings(case)[1])  # the state dict has the hyperparameters
     before = copy.deepcopy(optimizer.state_dict())
     other.load_state_dict(through_a_file(before))
     same(optimizer.state_dict(), before)
@@ -464,7 +469,7 @@ def test_steps(path: str, case: Case) -> None:
     check_what_is_saved(optimizer, case)
     optimizer.zero_grad()
     other = copied(optimizer, case)
-    for p in of(other):
+    for p in params_of(other):
         if case["grad_dtype"] is not None:
             p.grad_dtype = case["grad_dtype"]  # copies of tensors do not keep it
     assert type(other) is case["cls"] and (other.options, other.group_options) == (
@@ -473,11 +478,11 @@ def test_steps(path: str, case: Case) -> None:
     )
     same(other.state_dict(), optimizer.state_dict())
     for each in (optimizer, other):
-        give_gradients(case, of(each), 5, odd=False)
+        give_gradients(case, params_of(each), 5, odd=False)
         if case["scale"] is not None:
             scaled(each, case["scale"])
         each.step()
-    for p, q in zip(of(optimizer), of(other), strict=True):
+    for p, q in zip(params_of(optimizer), params_of(other), strict=True):
         assert p is not q and torch.equal(p, q)
         same(p.grad, q.grad)
     same(other.state_dict(), optimizer.state_dict())

@@ -123,7 +123,7 @@ def test_8_bit_states_train_nearly_as_well(path: str, cls: Any, dtype: torch.dty
     assert distance(state_dtype="8bit", **master) < 1.1 * distance(state_dtype=F32, **master)
 
 
-def test_an_8_bit_average_moves_by_less_than_a_code_a_step(path: str) -> None:
+def test_an_8_bit_average_moves_by_less_than_a_code_per_step(path: str) -> None:
     """Rounding to nearest would never move the average."""
     p = torch.zeros(2048, requires_grad=True)
     optimizer = FusedAdam([p], lr=0.0, betas=(0.9, 0.999), state_dtype="8bit")

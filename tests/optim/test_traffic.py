@@ -1,4 +1,4 @@
-"""Bytes a parameter that a step moves, tables and all, counted as a GPU would move them."""
+"""Bytes per parameter that a step moves, including its tables, counted as on a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +52,7 @@ def step_of(
     *,
     scale: float | None = None,
 ) -> Counts:
+    """Count the traffic of a step for which states and tables exist."""
     with pretending_cuda():
         params = [torch.zeros(SHAPE, dtype=dtype, requires_grad=True) for _ in range(TENSORS)]
         for p in params:
@@ -59,7 +60,7 @@ def step_of(
         optimizer = make(params, **options)
         if isinstance(optimizer, FusedOptimizer):
             with torch.no_grad():
-                optimizer._plan, _ = optimizer.make_plan()  # with states and tables
+                optimizer._plan, _ = optimizer.make_plan()
         else:
             with counting(dry=True):
                 optimizer.step()
@@ -71,7 +72,7 @@ def step_of(
 
 
 @pytest.mark.parametrize(("make", "dtype", "options", "budget"), BUDGETS)
-def test_bytes_a_parameter(
+def test_bytes_per_parameter(
     make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, Any], budget: float
 ) -> None:
     counts = step_of(make, dtype, options)
@@ -87,7 +88,7 @@ def test_bytes_a_parameter(
     [
         (F32, {}, 32.3),
         (F32, {"max_grad_norm": 1.0}, 36.4),
-        (F32, {"zero_grads": True}, 32.3),  # zeros are written, and nothing before
+        (F32, {"zero_grads": True}, 32.3),  # zeros are written instead of the divided gradients
         (BF16, {"master_weights": "stochastic"}, 16.3),
     ],
 )
@@ -98,7 +99,7 @@ def test_a_scaler_costs_a_write_of_the_gradients(dtype: torch.dtype, options: di
     assert not counts.total().syncs
 
 
-def test_torchs_own_ways_move_more() -> None:
+def test_torchs_own_optimizers_move_more() -> None:
     ours = step_of(FusedAdamW, F32, {}).total().dram
     assert step_of(torch.optim.AdamW, F32, {"foreach": True}).total().dram > 2.5 * ours
     rmsprop = step_of(torch.optim.RMSprop, F32, {"foreach": True}).total().dram

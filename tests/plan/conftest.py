@@ -1,4 +1,4 @@
-"""Folders as `llmfast train` leaves them, of runs that nobody had to wait for."""
+"""Fixtures that write the folder of a run as `llmfast train` would, without training."""
 
 import json
 from collections.abc import Callable
@@ -21,6 +21,8 @@ def law() -> ChinchillaLaw:
 
 @pytest.fixture
 def make_run(tmp_path: Path, law: ChinchillaLaw) -> MakeRun:
+    """Return a function that writes a run whose last loss is the law's, times `off`."""
+
     def make(width: int, steps: int, *settings: str, off: float = 1.0, stopped_at: int | None = None) -> Path:
         config = load_config(
             None,

@@ -24,6 +24,8 @@ from llmfast.plan import (
     critical_batch,
     kaplan_optimal,
     laws,
+    optimal_batch,
+    optimal_lr,
     training_flops,
 )
 from llmfast.plan.laws import KaplanLaw
@@ -65,7 +67,7 @@ def test_besiroglus_refit_at_1e21_flops() -> None:
     assert best.loss == pytest.approx(2.30553, abs=1e-5)
 
 
-def test_hoffmanns_printed_constants_give_50_tokens_a_parameter() -> None:
+def test_hoffmanns_printed_constants_give_50_tokens_per_parameter() -> None:
     assert HOFFMANN.optimal(1e21).tokens_per_param == pytest.approx(50.08, abs=0.01)
 
 
@@ -165,3 +167,24 @@ def test_refuses() -> None:
             call()
     with pytest.raises(ValueError, match=r"loss must be above the law's floor of 0\.28; got 0\.2"):
         HENIGHAN_MATH_N.needed(0.2)
+
+
+def test_the_best_batch_and_rate_are_those_of_the_published_runs() -> None:
+    """DeepSeek LLM trained 7 and 67 B parameters on 2 T tokens: 2304 and 4608 rows of 4096, at 4.2e-4 and 3.2e-4."""
+    for params, rows, lr in ((7e9, 2304, 4.2e-4), (67e9, 4608, 3.2e-4)):
+        flops = training_flops(params, 2e12)
+        assert optimal_batch(flops) == pytest.approx(rows * 4096, rel=0.05)
+        assert optimal_lr(flops) == pytest.approx(lr, rel=0.02)
+
+
+@pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN])
+def test_sizes_that_hardly_differ(law: ChinchillaLaw) -> None:
+    best = law.optimal(1e21)
+    low, high = law.sizes_within(1e21, 0.02)
+    assert low < best.params < high
+    for N in (low, high):
+        assert law.spent(N, 1e21).loss == pytest.approx(best.loss + 0.02, abs=1e-6)
+    narrow = law.sizes_within(1e21, 0.001)
+    assert low < narrow[0] < best.params < narrow[1] < high
+    with pytest.raises(ValueError, match="slack must be a finite number above 0; got 0"):
+        law.sizes_within(1e21, 0)

@@ -91,7 +91,7 @@ def _rows(compiled: Compiled) -> Iterator[str]:
 
 
 def _rows_backward(compiled: Compiled) -> Iterator[str]:
-    """No loop; logits also in other widths, at the row's end."""
+    """Require accesses of the logits' full width next to those for the row's end; this kernel has no loop."""
     code, bits, out = compiled.facts.code, _row_bits(compiled), _row_bits(compiled, "d_logits_ptr")
     if bits not in code.load_bits or out not in code.store_bits:
         yield f"loads {code.load_bits} and stores {code.store_bits}, none of {bits} and {out} bits"
@@ -139,14 +139,14 @@ def _norm(compiled: Compiled) -> Iterator[str]:
 
 
 def _scale(compiled: Compiled) -> Iterator[str]:
-    """Whole tiles 16 bytes at a time."""
+    """Require loads of 16 bytes for whole tiles."""
     tensors = [a for a in compiled.kind.arguments.values() if isinstance(a, dict) and a.get("dtype") and a["aligned"]]
     if len(tensors) >= 2 and 128 not in compiled.facts.code.load_bits:
         yield f"loads {compiled.facts.code.load_bits}"
 
 
 def _filtered_matmul(compiled: Compiled) -> Iterator[str]:
-    """Tensor cores, and a loop over whole slices as wide as the strides allow, which reads one number more a turn."""
+    """Require tensor cores, and a loop that loads whole slices as wide as the strides allow, plus one number."""
     facts, bits = compiled.facts, _BITS[compiled.kind.arguments["a_ptr"]["dtype"]]
     if bits == 16 and not facts.code.tensor_cores:
         yield "multiplies without tensor cores"

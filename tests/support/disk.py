@@ -8,7 +8,7 @@ import pytest
 
 
 class Disk:
-    """Watches what is told to reach the disk, and by then what has a name for good."""
+    """A watch on renamed files, whose content must be on disk before they get their final names."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.named: list[Path] = []

@@ -1,4 +1,4 @@
-"""Small kernels with known properties, in a module of their own: workers that compile them import it."""
+"""Small kernels with known properties, in their own module because the workers that compile them import it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ def rows_kernel(x, y, rows, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def spill_kernel(x, y, BLOCK: tl.constexpr):
-    """Keep a block in registers across a reduction: too many for a thread if the block is large."""
+    """Keep a block in registers across a reduction, so that a large block spills."""
     offsets = tl.arange(0, BLOCK)
     values = tl.load(x + offsets)
     tl.store(y + offsets, values - tl.max(values, axis=0))
@@ -44,7 +44,7 @@ def spill_kernel(x, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def matmul_kernel(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Multiply c (M, N) = a (M, K) @ b (K, N), all contiguous, with sizes that are multiples of the blocks."""
+    """Compute c (M, N) = a (M, K) @ b (K, N), all contiguous, for sizes that are multiples of the blocks."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -56,7 +56,7 @@ def matmul_kernel(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def apply_kernel(x, y, RULE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Take a function, a type and a tuple of constants."""
+    """Take a function and a type as constants."""
     offsets = tl.arange(0, BLOCK)
     tl.store(y + offsets, RULE(tl.load(x + offsets).to(KIND)))
 
@@ -97,6 +97,7 @@ def never_compiles_kernel(x):
 
 
 def recorded(launch: Callable[[], None]) -> list[Specialization]:
+    """Return the kinds of kernel launch that `launch()` makes."""
     recorder = Recorder()
     with observing(recorder):
         launch()
@@ -104,5 +105,6 @@ def recorded(launch: Callable[[], None]) -> list[Specialization]:
 
 
 def add(count: int, offset: int = 0) -> None:
+    """Launch `add_kernel` on `count` elements that begin `offset` elements after an aligned address."""
     x = torch.zeros(count + 4)[offset : offset + count]
     add_kernel[lambda meta: (triton.cdiv(meta["count"], meta["BLOCK"]),)](x, x, x, count, BLOCK=1024)

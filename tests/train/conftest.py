@@ -18,7 +18,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Twelve short files; at held_out=0.3 some are for validation."""
+    """Write twelve short files, of which held_out=0.3 gives some to validation."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(12):

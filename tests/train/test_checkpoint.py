@@ -79,8 +79,8 @@ def test_a_run_goes_on_to_the_last_bit(how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_what_was_counted_goes_on(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
-    """Skipped steps, and the losses that one which jumps is measured by."""
+def test_counts_survive_a_resume(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
+    """They are the skipped steps, and the losses by which a jump of the loss is recognised."""
     config = settings(steps=24, save_every=20, lr=1e-5, max_skipped=1)
     bad = {"loss": weighted, "run": tmp_path}
     whole, written = trainer_of(config, make, data=batches(bad=(2, 22)), **bad)
@@ -308,7 +308,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_passed_over_and_written_anew(
+def test_a_damaged_checkpoint_is_skipped_and_written_again(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(steps=6, save_every=2, keep_last=2)
@@ -364,7 +364,7 @@ def test_groups_keep_what_was_counted_and_take_what_was_changed(tmp_path: Path) 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_groups_of_earlier_checkpoints(make: Callable[[nn.Module], Optimizer], tmp_path: Path) -> None:
-    """They do not say what the groups were made with: those of ours hold settings alone."""
+    """Earlier checkpoints do not record the settings with which groups were made; our groups hold nothing else."""
     trainer_of(settings(steps=4), make, run=tmp_path)[0].fit()
     for file in tmp_path.glob("checkpoint-*/meta.json"):
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "groups"}))
@@ -400,7 +400,7 @@ def test_an_optimizer_of_another_kind_is_an_error(tmp_path: Path) -> None:
     assert str(e.value).endswith("now: master_weights='split16' must be 'split8'; not both")
 
 
-def test_a_stream_is_not_cut_anew() -> None:
+def test_a_stream_refuses_another_batch_size() -> None:
     stream = Stream(batches())
     stream.batch(0, ROWS)
     with pytest.raises(ValueError, match="a stream has batches of 3 sequences: none begins at sequence 4"):

@@ -44,7 +44,7 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
         ("train.steps=1.5", "train.steps must be int; got 1.5 (float)"),
         ("train.steps=true", "train.steps must be int; got True (bool)"),
         ("optimizer.lr=fast", "optimizer.lr must be float; got 'fast' (str)"),
-        ("data.sources=prose", "data.sources must be list of str; got 'prose' (str)"),
+        ("data.sources=3", "data.sources must be list of str; got 3 (int)"),
         ("data.sources=[1]", "data.sources must be list of str; got [1] (list)"),
         ("train=7", "train = 7 is a section; its keys are train.steps, "),
         ("train.steps", "expected section.key=value"),
@@ -215,3 +215,19 @@ def test_messages_stay_short_whatever_a_file_holds(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(file)
         assert len(str(caught.value)) < 2500
+
+
+def test_one_source_needs_no_list(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[data]\nsources = "mine=texts/a.txt"')
+    for config in (load_config(file), load_config(None, ["data.sources=mine=texts/a.txt"])):
+        assert config.data.sources == ["mine=texts/a.txt"]
+    assert load_config(None, ['data.sources=["code", "prose"]']).data.sources == ["code", "prose"]
+
+
+def test_keys_of_tables_may_hold_dots() -> None:
+    """Sources without a name of their own have that of their path."""
+    given = ["data.weights.texts/a.b.txt=0.5", 'data.weights."c.txt"=rest', "data.weights.code=0.1->0.7"]
+    config = load_config(None, [*given, "data.split.texts/a.b.txt=end"])
+    assert config.data.weights == {"texts/a.b.txt": 0.5, "c.txt": "rest", "code": "0.1->0.7"}
+    assert config.data.split == {"texts/a.b.txt": "end"}

@@ -1,10 +1,12 @@
 """Continued pretraining: from a run's weights, with the mixture, and what it says at the end."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmfast.cli import main
+from llmfast.data.dataset import source_name
 from llmfast.train.config import load_config
 from llmfast.train.continued import continued_config
 from llmfast.train.earlier import resumed_config
@@ -29,7 +31,7 @@ def before(settings: list[str], tmp_path: Path) -> Path:
 
 
 def test_a_run_goes_on_with_new_text(before: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And forgets less with a replay than without."""
+    """It forgets less with a replay than without."""
     old = load_config(before / "config.toml").data.sources
     ends = {}
     for name, more in (("replayed", []), ("not", ["--no-replay"])):
@@ -67,12 +69,43 @@ def test_the_settings_are_those_of_the_run_but_for_the_text(before: Path, other:
     assert continued_config(before, [str(other)]).data.split == config.data.split
 
 
+@pytest.mark.parametrize("spelled", ["{0}", "{0}/", "again={0}/../corpus"])
+def test_a_source_that_the_run_has_read(settings: list[str], other: Path, corpus: Path, spelled: str) -> None:
+    """Its share grows, it is not replayed as well, and what was held out stays out of the text to train on."""
+    sources = f'data.sources=["mine={corpus}", "old={other}"]'
+    before = train(load_config(None, [*settings, sources, "train.steps=2", 'data.split={mine="end", old="documents"}']))
+    target = spelled.format(corpus)
+    config = continued_config(before, [target], overrides=["train.steps=2"])
+    name = source_name(target)[0]
+    assert config.data.sources == [target, f"old={other}"]
+    assert config.data.weights == {name: "0.1->0.7", "old": "rest"}
+    assert config.data.split == {name: "end", "old": "documents"}
+    train(config)
+
+
+def test_sources_that_cannot_be_told_apart(before: Path, other: Path, corpus: Path, capsys: Any) -> None:
+    named = ["continue", str(before), f"--general=mine={corpus}", "--set=train.steps=2", "--target"]
+    for arguments, message in (
+        ([*named[:2], "--target", str(corpus)], "give --no-replay, or more steps to that run, llmfast train --resume"),
+        ([*named, f"mine={other}"], f"which is replayed: give --target new-mine={other}"),
+        ([*named, f"mine={corpus}/."], "must not be replayed as well: leave it out of --general"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert main([*named[:2], "--target", str(corpus), "--no-replay", "--name=on", "--set=train.steps=2"]) == 0
+    assert load_config(before.parent / "on" / "config.toml").data.weights == {str(corpus): 1.0}
+
+
 def test_what_makes_no_sense_is_one_line(
     before: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
         ([str(before), "--target", "nowhere"], "unknown source 'nowhere'"),
-        ([str(before), "--target", str(other), "--end=0.95"], "end must leave the floor of 0.1 to replay; got 0.95"),
+        (
+            [str(before), "--target", str(other), "--end=0.95"],
+            "end must be at most 0.9, to leave floor=0.1 for replay; got 0.95",
+        ),
         ([str(tmp_path), "--target", str(other)], "cannot read"),
         ([str(before), "--target", str(other), "--set=model.width=64"], "Give model.width=32, or begin without"),
         ([str(before), "--target", str(other), "--set=train.stpes=64"], "did you mean train.steps"),

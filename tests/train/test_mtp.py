@@ -91,7 +91,7 @@ def test_a_step_waits_for_nothing(mtp: str, settings: list[str], monkeypatch: py
 
 @pytest.mark.parametrize("mtp", KINDS)
 def test_accumulation_is_the_same_batch_in_parts(mtp: str, settings: list[str]) -> None:
-    """Though the parts have different numbers of valid labels for each head."""
+    """The parts have different numbers of valid labels for each head."""
     more = [*kind(mtp, KINDS[mtp]), "train.steps=3", "train.log_every=1"]
     folders = [
         run(settings, *more, "name=a", "train.batch_size=4"),
@@ -107,7 +107,7 @@ def test_accumulation_is_the_same_batch_in_parts(mtp: str, settings: list[str]) 
 
 
 def test_detached_depths_do_not_change_the_model(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever they weigh, the gradients of the model's own parameters stay the same."""
+    """The gradients of the model's own parameters do not depend on the depths' weights."""
     gradients: list[dict[str, torch.Tensor]] = []
 
     def step(self: Trainer) -> Any:

@@ -38,7 +38,7 @@ def batch_of(sources: list[int], ignored: list[int], seed: int) -> Batch:
 
 @pytest.mark.parametrize("detail", [False, True])
 def test_the_loss_of_each_source_is_the_mean_of_its_labels(detail: bool) -> None:
-    """Whatever rows, labels that do not count, and micro-batches a step has of each."""
+    """Sources differ in rows, in ignored labels, and in the micro-batches that they are in."""
     model, objective = Bigrams(), NextToken(SOURCES)
     batches = [batch_of([0, 1, 0], [1, 3, 0], seed=1), batch_of([1, 1], [T, 0], seed=2)]
     num_valid = torch.stack([objective.num_valid(batch) for batch in batches]).sum(0)

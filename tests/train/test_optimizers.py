@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import shutil
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -148,8 +149,9 @@ def assert_near(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> None:
 @pytest.mark.parametrize("chosen", CHOSEN, ids=" ".join)
 def test_twenty_steps_are_those_of_torchs_optimizer(chosen: list[str], settings: list[str]) -> None:
     more = ["optimizer.schedule=constant", "train.steps=20", "train.eval_every=20", "train.sample_tokens=0"]
-    # A gradient that is next to nothing, and is rounded differently, must not count as much as any.
-    more += ["optimizer.eps=1e-3"] * (chosen[0] in SCHEMA.settings["optimizer.eps"].by)
+    # RMSprop's first steps move by ten times lr whatever a gradient's size: one that is next to nothing, and is rounded
+    # differently, must not count as much as any.
+    more += ["optimizer.eps=1e-3"] * (chosen[0] == "rmsprop")
     config = load_config(None, [*settings, *more, *overrides(chosen)])
     trainer, model = trained(config)
     begun = copy.deepcopy(model)
@@ -162,7 +164,7 @@ def test_twenty_steps_are_those_of_torchs_optimizer(chosen: list[str], settings:
     ours = []
     for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True):
         unsure = plain.state[b].get("unsure", torch.zeros_like(b, dtype=torch.bool))
-        assert unsure.double().mean() < 0.01
+        assert unsure.double().mean() < 0.03
         ours.append(torch.where(unsure, b, a))
     assert_near(ours, model.parameters())
     moved = max(float((a - b).detach().abs().max()) for a, b in zip(begun.parameters(), model.parameters()))
@@ -236,7 +238,10 @@ def test_momentum_may_begin_on_resume(name: str, override: str, settings: list[s
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
 
 
-def test_a_run_keeps_its_optimizer_and_another_may_continue_with_another(settings: list[str], corpus: Path) -> None:
+def test_a_run_keeps_its_optimizer_and_another_may_continue_with_another(
+    settings: list[str], corpus: Path, tmp_path: Path
+) -> None:
+    new = shutil.copytree(corpus, tmp_path / "new")
     first, _ = trained(load_config(None, [*settings, "name=first", "optimizer.name=adagrad", "optimizer.lr=0.5"]))
     assert first.run is not None
     with pytest.raises(
@@ -249,9 +254,9 @@ def test_a_run_keeps_its_optimizer_and_another_may_continue_with_another(setting
     assert logged == {
         n for n, s in SCHEMA.settings.items() if n.startswith("optimizer.") and "adagrad" in (s.by or "adagrad")
     }
-    same = continued_config(first.run, [f"new={corpus}"], overrides=["train.steps=2", "name=same"])
+    same = continued_config(first.run, [f"new={new}"], overrides=["train.steps=2", "name=same"])
     assert (same.optimizer.name, same.optimizer.lr) == ("adagrad", 0.5)
-    other = continued_config(first.run, [f"new={corpus}"], overrides=["train.steps=2", "optimizer.name=lion"])
+    other = continued_config(first.run, [f"new={new}"], overrides=["train.steps=2", "optimizer.name=lion"])
     assert (other.optimizer.name, other.optimizer.lr, other.optimizer.eps) == ("lion", 0.0005, None)
     for config in (same, other):
         trainer, begun = trained(config)
@@ -262,7 +267,10 @@ def test_a_run_keeps_its_optimizer_and_another_may_continue_with_another(setting
 def test_contradictions_are_found_before_any_work(settings: list[str], tmp_path: Path) -> None:
     for chosen, message in (
         (["optimizer.name=sgd", "optimizer.nesterov=true", "optimizer.momentum=0"], "Nesterov momentum requires"),
-        (["optimizer.name=rmsprop", "optimizer.centered=true", "optimizer.state_dtype=8bit"], "centered=True takes"),
+        (
+            ["optimizer.name=rmsprop", "optimizer.centered=true", "optimizer.state_dtype=8bit"],
+            'state_dtype must not be "8bit" with centered=True',
+        ),
         (["optimizer.decay=relative", "optimizer.lr=0"], "decay='relative' needs a group's lr"),
     ):
         config = load_config(None, [*settings, *chosen])

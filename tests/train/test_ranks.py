@@ -302,8 +302,8 @@ def check_syncing(rank: int, size: int, parallel: str) -> dict[str, list[int]]:
     return sent.sizes
 
 
-def test_gradients_are_reduced_once_a_step(ranks: Any) -> None:
-    """Though there are four micro-batches. In addition, a few numbers: labels, the norm, a line of the log."""
+def test_gradients_are_reduced_once_per_step(ranks: Any) -> None:
+    """A step has four micro-batches. Besides gradients, a few numbers are reduced: labels, the norm, a log line."""
     block, rest = 16448, 263 * 32 + 32
     for sent in ranks(2).run(check_syncing, "ddp"):
         assert [n for n in sent["allreduce_"] if n > 10] == [2 * block + rest] * 3
@@ -340,7 +340,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: Any, tmp_path
 
 
 def test_a_signal_that_comes_too_late_stops_none(ranks: Any, tmp_path: Path) -> None:
-    """Or one would go home while others wait for it."""
+    """Otherwise one rank would end while others wait for it."""
     assert ranks(2).run(check_signal, 10, str(tmp_path)) == [(True, 6)] * 2
 
 
@@ -506,7 +506,7 @@ def check_formats(rank: int, size: int, config: Config, folder: str, resume: boo
 def test_a_run_goes_on_with_other_ranks_and_formats(
     ranks: Any, before: tuple[str, str], after: tuple[str, str], sizes: tuple[int, int], tmp_path: Path
 ) -> None:
-    """Codes of 8 bits are one process's way to save them, float32 that of several."""
+    """One process saves 8-bit states as codes, several save them in float32."""
 
     def run(size: int, formats: tuple[str, str], steps: int, resume: bool) -> Any:
         config = settings(parallel="fsdp", steps=steps, save_every=2, param_dtype="bfloat16", micro_batch_size=4)

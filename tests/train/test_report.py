@@ -38,8 +38,9 @@ HOSTILE = '<img src="http://example.com/x.png" onerror=alert(1)>&'
 def logged(step: int, **values: Any) -> dict[str, Any]:
     """Return a line as the trainer writes it."""
     line = dict(
-        step=step, tokens=1000 * step, loss=5 - step / 20, lr=1e-3, tokens_per_s=9000.0 + step, sequences=4 * step,
-        grad_norm=1 + 1 / step, memory_bytes=300 * 2**20, source_loss={"code": 4 - step / 20, "prose": 5 - step / 20},
+        step=step, tokens=1000 * step, loss=5 - step / 20, lr=1e-3 / step, tokens_per_s=9000.0 + 20 * step,
+        sequences=4 * step, grad_norm=1 + 1 / step, memory_bytes=(300 + step) * 2**20,
+        source_loss={"code": 4 - step / 20, "prose": 5 - step / 20},
         shares={"code": step / 40, "prose": 1 - step / 40},
     )  # fmt: skip
     return line | values
@@ -57,7 +58,9 @@ def usual() -> list[dict[str, Any]]:
 
 
 def with_heads() -> list[dict[str, Any]]:
-    lines = [logged(s, head_loss=[3.0, 4.0], head_accuracy=[0.5, s / 100], objective=4.0) for s in range(2, 41, 2)]
+    lines = [
+        logged(s, head_loss=[3.0, 4 - s / 100], head_accuracy=[0.5, s / 100], objective=4.0) for s in range(2, 41, 2)
+    ]
     weights = [line | {"head_weights": [1.0, 1 - line["step"] / 80]} for line in lines]
     return [*weights, dict(step=40, tokens=40_000, acceptance=[0.625], tokens_per_pass=1.625)]
 
@@ -96,7 +99,9 @@ class Figure:
             value = low + (high - low) * place
             return 10**value if log else value
 
-        (line,) = (points for found, points in self.lines if found == name)
+        stretches = [points for found, points in self.lines if found == name]
+        assert len(stretches) == 1 or all(len(points) == 1 for points in stretches), "it has gaps"
+        line = [point for points in stretches for point in points]
         return [(back("data-x", x / WIDTH), back("data-y", 1 - y / HEIGHT)) for x, y in line]
 
 
@@ -122,19 +127,23 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value) for name, value in found.items()]
         if tag != "meta":
             self._open.append(tag)
+        if tag == "svg":
+            self._line = ""
         if tag == "figure":
             self.figures.append(Figure(""))
         elif tag == "svg" and "data-x" in found:
             self.figures[-1].svg = found
         elif tag == "g" and "data-line" in found:
             self._line = json.loads(self.figures[-1].svg["data-names"])[int(found["data-line"])]
-        elif tag == "path" and self._line:
+        elif tag == "path" and self._line and "defs" not in self._open:
             for stretch in filter(None, found["d"].split("M ")):
                 places = [tuple(map(float, place.split())) for place in stretch.split("L ")]
                 self.figures[-1].lines.append((self._line, places))  # type: ignore[arg-type]
             self._line = ""
         elif tag == "use":
             self.figures[-1].dots += 1
+            if self._line:  # of dots alone
+                self.figures[-1].lines.append((self._line, [(float(found["x"]), float(found["y"]))]))
         elif tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -195,7 +204,8 @@ def test_a_run_that_was_trained(settings: list[str], tmp_path: Path) -> None:
     assert found.row("steps") == ["8 of 8"] and found.row("guesses accepted")[0].endswith(" %")
     assert len(found.figure("All sources").values("demo, training")) == 4
     assert len(found.figure("All sources").values("demo, validation")) == 3
-    assert {"Learning rate", "Gradient norm", "Throughput", "Peak memory", "Accuracy"} <= set(found.titles)
+    assert {"Learning rate", "Gradient norm", "Throughput", "Accuracy"} <= set(found.titles)
+    assert "Peak memory" in found.text
     assert found.row("model.mtp") == ["none", "parallel"] and "name" not in [row[0] for row in found.rows]
     assert found.samples[0].startswith("def")
 
@@ -205,7 +215,7 @@ def test_charts_show_the_numbers_that_were_logged(tmp_path: Path) -> None:
     for (x, y), step in zip(figure.values("a, training"), range(2, 41, 2)):
         assert (x, y) == pytest.approx((1000 * step, 5 - step / 20), abs=0.01 * 40, rel=1e-3)
     assert figure.values("a, validation") == [pytest.approx((1000 * s, 4.6 - s / 20), rel=1e-3) for s in (0, 20, 40)]
-    assert figure.dots == 3 and figure.legend == [] and "thick: validation" in figure.note
+    assert figure.dots == 3 and figure.legend == [] and figure.note == "line: training, dots: validation tokens"
 
 
 def test_of_one_run_the_parts_share_a_chart(tmp_path: Path) -> None:
@@ -220,7 +230,9 @@ def test_of_one_run_the_parts_share_a_chart(tmp_path: Path) -> None:
 
 def test_of_several_runs_each_part_has_a_chart(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", usual(), ["optimizer.lr=0.002"])
-    other = [logged(s, source_loss={"poems": 3.0, "prose": 4.0}, shares={"poems": 0.5, "prose": 0.5}) for s in (2, 4)]
+    other = [
+        logged(s, source_loss={"poems": 3.0 / s, "prose": 4.0}, shares={"poems": 0.5, "prose": 0.5}) for s in (2, 4)
+    ]
     found = page(one, folder(tmp_path / "two", other), folder(tmp_path / "heads", with_heads()))
     assert found.figure("Loss: code").legend == ["one", "heads"]
     assert found.figure("Loss: poems").legend == ["two"]
@@ -243,12 +255,12 @@ def test_summary_and_settings_say_what_differs(tmp_path: Path) -> None:
     assert dict(zip(head, rows[0])) == {
         "run": "a", "validation loss (nats per token)": "1.750", "model.mtp": "none", "model.mtp_heads": "0",
         "data.weights.code": "0.2->0.8", "data.tokenizer": "bpe", "optimizer.lr": "0.002",
-        "steps": "40 of 40", "tokens": "40.0 k", "tokens/s, median": "9,022",
+        "steps": "40 of 40", "tokens": "40.0 k", "tokens/s, median": "9,440",
         "peak memory": "12.00 GiB", "steps skipped": "3", "loss spikes": "1",
         "guesses accepted": "-", "tokens per pass": "-",
     }  # fmt: skip
     two = dict(zip(head, rows[1]))
-    assert two["peak memory"] == "300.0 MiB" and two["validation loss (nats per token)"] == "-"
+    assert two["peak memory"] == "340.0 MiB" and two["validation loss (nats per token)"] == "-"
     assert two["guesses accepted"] == "62 %" and two["tokens per pass"] == "1.62"
     assert found.row("optimizer.lr") == ["0.0015", "0.002", "0.0015"]
     assert found.row("data.weights.code") == ["-", "0.2->0.8", "-"]
@@ -277,12 +289,76 @@ def test_settings_that_do_not_differ(tmp_path: Path) -> None:
 
 
 def test_charts_without_data_are_left_out(tmp_path: Path) -> None:
-    lines = [dict(step=s, tokens=9 * s, loss=3.0, tokens_per_s=5.0, source_loss={"only": 3.0}) for s in range(1, 5)]
+    lines = [
+        dict(step=s, tokens=9 * s, loss=3.0 / s, tokens_per_s=5.0 * s, source_loss={"only": 3.0 / s})
+        for s in range(1, 5)
+    ]
     found = page(folder(tmp_path / "a", lines))
     assert found.titles == [
         "All sources", "After the first fifth, training averaged", "All sources, on logarithmic axes", "Throughput"
     ]  # fmt: skip
     assert [h for h in found.headings if h in ("Sources", "Optimizer", "Heads that predict further tokens")] == []
+
+
+def test_evaluations_are_dots_until_there_are_many(tmp_path: Path) -> None:
+    """A line would pass over steps that were not evaluated, also where evaluations are missing among many."""
+    ends = page(folder(tmp_path / "ends", [*(logged(s) for s in range(2, 41, 2)), evaluated(0), evaluated(40)]))
+    assert ends.figures[0].dots == 2 and "gaps" not in ends.figures[0].note
+    few = page(folder(tmp_path / "few", [logged(40), *(evaluated(s) for s in range(0, 41, 2))])).figures[0]
+    assert [len(stretch) for name, stretch in few.lines if name == "few, validation"] == [1] * 21
+    many = [evaluated(s) for s in range(0, 400, 10) if s not in (150, 320, 330)]
+    figure = page(folder(tmp_path / "many", [*(logged(s) for s in range(2, 401, 2)), *many])).figures[0]
+    assert [len(stretch) for name, stretch in figure.lines if name == "many, validation"] == [15, 16, 6]
+    assert figure.note.startswith("thin: training, thick: validation; gaps: steps without a value")
+
+
+def test_lines_do_not_pass_over_steps_that_are_missing(tmp_path: Path) -> None:
+    """Also of a source that was not read for a while, and where losses are averaged."""
+    lines = [logged(s) for s in range(5, 401, 5) if not 100 < s <= 200]
+    for line in lines:
+        if 300 < line["step"] <= 350:
+            del line["source_loss"]["code"]
+    found = page(folder(tmp_path / "a", lines))
+    whole, late = (found.figures[i].lines for i in (0, 1))
+    assert [len(points) for _, points in whole] == [20, 40] and len(late) == 2
+    assert [len(points) for name, points in found.figure("Loss").lines if name == "code, training"] == [20, 20, 10]
+    assert "gaps: steps without a value" in found.figure("Learning rate").note
+
+
+@pytest.mark.parametrize("spaces", [[250, 250, 10], [100, 100, 300, 300, 300], [10] * 5 + [7] * 5])
+def test_lines_go_on_where_values_are_as_far_apart_as_usual(spaces: list[int], tmp_path: Path) -> None:
+    steps = np.cumsum([10, *spaces]).tolist()
+    figure = page(folder(tmp_path / "a", [logged(s) for s in steps])).figure("Learning rate")
+    assert len(figure.lines) == 1 and "gaps" not in figure.note
+
+
+def test_what_never_changes_is_said(tmp_path: Path) -> None:
+    constant = dict(
+        lr=0.003, memory_bytes=300 * 2**20, tokens_per_s=12_345.6, shares={"code": 0.3, "prose": 0.7},
+        head_loss=[3.0, 4.0], head_accuracy=[0.5, 0.25], head_weights=[1.0, 0.5], objective=5.0,
+    )  # fmt: skip
+    lines = [logged(s, **constant) for s in range(2, 41, 2)]
+    lines[3]["memory_bytes"] += 2**20  # which nobody would see
+    found = page(folder(tmp_path / "a", lines))
+    assert found.titles == [
+        "All sources", "After the first fifth, training averaged", "All sources, on logarithmic axes", "Loss",
+        "Gradient norm"
+    ]  # fmt: skip
+    for sentence in (
+        "Learning rate: 0.003 throughout.",
+        "Peak memory, MiB: 300 throughout.",
+        "Throughput, tokens per second: 12,346 throughout.",
+        "Share of the mixture, %: code 30, prose 70 throughout.",
+        "Weight, in the objective: next token 1, 2 tokens ahead 0.5 throughout.",
+        "Accuracy, %: next token 50, 2 tokens ahead 25 throughout.",
+    ):
+        assert sentence in found.text
+    two = page(tmp_path / "a", folder(tmp_path / "b", [logged(2, **constant), logged(4, lr=0.001)]))
+    assert "Learning rate" in two.titles  # of one of them it changes
+    same = page(tmp_path / "a", folder(tmp_path / "c", [logged(2, **constant)]))
+    assert "Learning rate: a 0.003, c 0.003 throughout." in same.text
+    begun = page(folder(tmp_path / "d", [evaluated(0)]))
+    assert begun.figures == [] and "All sources, nats per token: 4.6, logged once." in begun.text
 
 
 def test_evaluations_between_lines_of_the_log_are_in_their_place(tmp_path: Path) -> None:
@@ -340,7 +416,12 @@ NUMBERS = st.floats() | st.floats(0.001, 10) | st.sampled_from([0.0, 1e-3, 1.0, 
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.builds(Point, NUMBERS, NUMBERS, NUMBERS), max_size=8), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.lists(st.builds(Point, NUMBERS, NUMBERS, NUMBERS, st.just(True)), max_size=8),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 @pytest.mark.filterwarnings("error")
 def test_any_numbers_can_be_drawn(points: list[Point], from_zero: bool, log_x: bool, log_y: bool) -> None:
     chart = Chart("t", "u", "steps", from_zero=from_zero, log_x=log_x, log_y=log_y)
@@ -348,15 +429,17 @@ def test_any_numbers_can_be_drawn(points: list[Point], from_zero: bool, log_x: b
     possible = [p for p in points if (1e-100 if log_x else -1e100) <= p.step <= 1e100]
     possible = [p for p in possible if (1e-100 if log_y else -1e100) <= p.value <= 1e100]
     assert (drawn is not None) == bool(possible)
-    if drawn is not None:
+    if isinstance(drawn, Drawn):
         places = [tuple(map(float, place)) for place in re.findall(r'x="(\S+)" y="(\S+)"', drawn.svg)]
         assert len(places) == len(possible) and "nan" not in drawn.svg
         assert all(-0.1 <= x <= WIDTH + 0.1 and -0.1 <= y <= HEIGHT + 0.1 for x, y in places)
 
 
 def axis(values: Sequence[float], **options: bool) -> Drawn:
-    found = Chart("", "", "steps", **options).draw([Series("", 0, [Point(1, 1, value) for value in values])])
-    assert found is not None
+    """Draw values, none of which need change: the last is not a number."""
+    points = [Point(1, 1, value) for value in (*values, math.nan)]
+    found = Chart("", "", "steps", **options).draw([Series("", 0, points)])
+    assert isinstance(found, Drawn)
     return found
 
 
@@ -408,7 +491,7 @@ def test_nothing_on_it_comes_from_elsewhere(tmp_path: Path) -> None:
 
 def test_text_of_files_is_text_on_the_page(tmp_path: Path) -> None:
     sample = HOSTILE + "</pre><script>\n\ttab \x1b[31m\x00 \u2028 é"
-    lines = [logged(i, source_loss={HOSTILE: 3.0, "\udc80": 2.0}) for i in (1, 2)]
+    lines = [logged(i, source_loss={HOSTILE: 3.0 / i, "\udc80": 2.0}) for i in (1, 2)]
     run_folder = folder(
         tmp_path / "<b>a & b",
         lines,
@@ -508,9 +591,13 @@ def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_values_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
-    lines = [logged(1, loss="low", source_loss=3, head_loss={"x": 1.0}, shares=None, lr=10**400, mfu=[[]]), logged(2)]
+    lines = [
+        logged(1, loss="low", source_loss=3, head_loss={"x": 1.0}, shares=None, lr=10**400, mfu=[[]]),
+        logged(2),
+        logged(3),
+    ]
     found = page(folder(tmp_path / "a", lines))
-    assert len(found.figure("Learning rate").values("a")) == 1 and len(found.figures[0].values("a, training")) == 1
+    assert len(found.figure("Learning rate").values("a")) == 2 and len(found.figures[0].values("a, training")) == 2
 
 
 def test_names(tmp_path: Path) -> None:
@@ -537,6 +624,9 @@ parent.postMessage("found " + JSON.stringify({
   lengths: all("figure").map(f => Math.max(...all("[data-line] path", f).map(line => line.getTotalLength()))),
   widths: all(".plot > svg").map(svg => box(svg).width),
   smallest: Math.min(...all("main *").map(element => parseFloat(getComputedStyle(element).fontSize))),
+  cut: all(".wide, .wide td, li, figcaption, h1, h3, .over, pre").filter(e => e.scrollWidth > e.clientWidth)
+    .map(e => e.textContent),
+  ticks: all(".x span, .y span").filter(e => box(e).left < 0 || box(e).right > innerWidth).map(e => e.textContent),
   apart: all(".x").every(axis => apart(all("span", axis))),
   readout: document.querySelector("output").textContent,
   requests: performance.getEntriesByType("resource").map(entry => entry.name),
@@ -560,6 +650,7 @@ def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
     assert len(found["lengths"]) == len(Page(out.read_text()).figures) > 10 and min(found["lengths"]) > 100
     assert min(found["widths"]) > 250
     assert found["smallest"] >= 12 and found["apart"]
+    assert found["cut"] == found["ticks"] == []  # also of tables of many runs
     assert "one, training: 3\n" in found["readout"] and found["readout"].startswith("near 39,")
     assert found["requests"] == []
 

@@ -376,8 +376,8 @@ def hidden(config: Config, state: dict[str, Any]) -> Tensor:
 
 # A run with model.pretrained has no train.init_from; tests/integrations/test_pretrained.py begins from one.
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n.startswith("model.") and n != "model.pretrained"])
-def test_weights_to_begin_with_mean_what_they_meant(name: str, base: Path, copied: Path) -> None:
-    """Whatever is not refused by name computes the same."""
+def test_weights_of_another_run_compute_the_same(name: str, base: Path, copied: Path) -> None:
+    """A setting that would change what they compute is refused by name."""
     saved = load_config(base / "config.toml")
     override = changed(saved, name)
     config = load_config(base / "config.toml", [override])

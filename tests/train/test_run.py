@@ -19,9 +19,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmfast.cli import main
+from llmfast.data import Mixture
+from llmfast.train import parts
 from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
+from llmfast.train.parts import doubts
 from llmfast.train.run import train
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
@@ -342,7 +345,7 @@ def test_an_empty_source_is_an_error(settings: list[str], tmp_path: Path, capsys
 def test_one_file_is_a_source_and_keeps_its_split(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On resume and where the run is continued, whatever the rows' length is there."""
+    """The split stays on resume, and where the run is continued with rows of another length."""
     (tmp_path / "input.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(2000)))
     one = [*settings, f"data.sources=['one={tmp_path / 'input.txt'}']", "data.held_out=0.1"]
     assert cli(one, "--name=one") == 0
@@ -361,7 +364,7 @@ def test_one_file_is_a_source_and_keeps_its_split(
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_a_run_of_before_goes_on_with_the_files_it_read(
+def test_a_run_of_an_earlier_version_continues_with_the_files_it_read(
     suffix: str, settings: list[str], corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its settings name neither a split nor a column: files with other columns were not read."""
@@ -440,6 +443,7 @@ def test_a_run_as_long_as_passes_over_its_text(settings: list[str], capsys: pyte
         ("train.epochs=4.0", []),
         ("train.epochs=4.2", ["the run reads corpus 4.2 times. After 4 passes, repeated text teaches less and less"]),
         ("optimizer.warmup_steps=7", []),
+        ("optimizer.lr=1.0", []),  # which may be meant for a model that begins from nothing
         ("optimizer.warmup_steps=8", ["optimizer.warmup_steps=8 must be below train.steps=8 for it to fall again"]),
     ],
 )
@@ -450,6 +454,35 @@ def test_doubtful_lengths_are_told_of(
     assert cli(settings, f"--set={named}", f"--set={changed}", "--set=train.batch_size=1", "--dry-run") == 0
     output = " ".join(capsys.readouterr().out.split())
     assert output.count("warning: ") == len(warnings) and all(warning in output for warning in warnings)
+
+
+def test_a_rate_for_models_trained_from_scratch_is_told_of() -> None:
+    """Warn if the model is pretrained: each optimizer's default is such a rate."""
+
+    def told(*changed: str) -> list[str]:
+        config = load_config(None, ["optimizer.warmup_steps=0", *changed])
+        return list(doubts(config, Mixture({"a": 10_000}, {}, total=4000, seed=0), parameters=10**9))
+
+    (warning,) = told("model.pretrained=models/qwen")
+    assert (
+        "optimizer.lr=0.0015 is for small models that are trained from scratch, and can undo what models/qwen"
+        in warning
+    )
+    assert warning.endswith("usually takes 1e-5 to 1e-4 with adamw: try optimizer.lr=2e-5")
+    assert told("model.pretrained=x", "optimizer.lr=2e-5") == []
+    assert len(told("model.pretrained=x", "optimizer.name=lion")) == 1
+
+
+@pytest.mark.parametrize("lr", ["0.0015", "0.001"])
+def test_a_large_model_with_the_rate_of_the_demo_is_told_of(
+    lr: str, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for large, told in ((10**9, False), (10**3, lr == "0.0015")):
+        monkeypatch.setattr(parts, "LARGE", large)
+        assert cli(settings, f"--optimizer.lr={lr}", "--dry-run") == 0
+        output = " ".join(capsys.readouterr().out.split())
+        assert ("optimizer.lr=0.0015 is the default, for small models" in output) == told
+        assert ("`llmfast plan --gpu NAME --params 0M` has one" in output) == told
 
 
 def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -516,10 +549,10 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert [json.loads(line)["loss"] for line in file.read_text().splitlines()] == [2.0, 1.0]
 
 
-def test_files_of_a_run_have_their_names_when_they_are_on_disk(
+def test_files_of_a_run_are_on_disk_before_they_get_their_names(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a run goes on, and the log of before is at stake."""
+    """A resumed run also writes its log in this way, so that the earlier log cannot be lost."""
     disk = Disk(monkeypatch)
     folder = run(settings, "name=safe")
     disk.expect_names(*(folder / name for name in ("config.toml", "tokenizer.json", "metrics.jsonl")))

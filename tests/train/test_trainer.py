@@ -124,6 +124,35 @@ def test_each_group_keeps_its_own_learning_rate() -> None:
     assert written["lr"] == pytest.approx([2e-3 * 2] * 6)  # for four times the batch
 
 
+def test_a_schedule_over_an_optimizers_own_rate_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Say nothing if the rate is that of the settings, or if they leave it alone."""
+
+    def sgd(model: nn.Module, lr: float = 0.02) -> Optimizer:
+        return torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=lr)
+
+    def said(lr: float, *, made: bool = True, other: bool = False, **values: Any) -> str:
+        model = model_of()
+        optimizer = sgd(model, lr)
+        if other:
+            torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        given: Any = optimizer if made else lambda model: sgd(model, lr)
+        trainer, _ = trainer_of(settings(**values), given, model=model, console=Console(width=500))
+        trainer.fit()
+        return capsys.readouterr().out
+
+    usual = (
+        "the settings' schedule is laid over the optimizer's own learning rate, 0.02: 2 steps of warm-up, then cosine"
+    )
+    assert f"{usual} to 10 % at step 6. It stays as it is with" in said(0.02)
+    assert usual in said(0.02, made=False)
+    assert "; what another scheduler sets is replaced in each step" in said(0.02, other=True)
+    linear: dict[str, Any] = {"warmup_steps": 0, "schedule": "linear", "final_lr": 0.5}
+    assert "0.01: linear to 50 % at step 6." in said(0.01, **linear)
+    constant: dict[str, Any] = {"warmup_steps": 0, "schedule": "constant"}
+    assert "laid over" not in said(0.02, **constant) + said(0.01, made=False)
+    assert "0.02: times 2 for the batch size." in said(0.02, **constant, lr_scaling="sqrt", base_batch_size=1)
+
+
 @pytest.mark.parametrize("how", ["checkpoint_activations", "compile", "both"])
 def test_blocks_computed_otherwise_give_the_same(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []

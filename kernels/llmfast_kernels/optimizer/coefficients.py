@@ -37,19 +37,19 @@ def prepare_kernel(
     hyper_ptr,  # (G, GROUP_WIDTH + NUMBERS) f64
     grad_scale_ptr,  # () f32 that gradients were multiplied by, or None
     found_inf_ptr,  # () f32, not 0 if the step must change nothing, or None
-    sums_ptr,  # (SUMS,) f64, squares of all gradients; or None, which clips nothing
+    sums_ptr,  # (SUMS,) f64, partial sums of the gradients' squares, or None without clipping
     # in and out
     steps_ptr,  # (T,) f32
     # out
-    coefficients_ptr,  # (T, COEFFICIENTS_WIDTH + COEFFICIENTS) f32
+    coefficients_ptr,  # (T, COEFFICIENTS_WIDTH + OWN_COEFFICIENTS) f32
     norm_ptr,  # () f32, of the gradients before clipping
     # sizes
     T,
     SUMS,
     # flags
     PREPARE: tl.constexpr,  # the rule's function
-    NUMBERS: tl.constexpr,  # how many numbers and coefficients the rule has of its own
-    COEFFICIENTS: tl.constexpr,
+    NUMBERS: tl.constexpr,  # how many numbers the rule has of its own
+    OWN_COEFFICIENTS: tl.constexpr,  # how many coefficients it makes of them
     # tile
     BLOCK: tl.constexpr,
 ):
@@ -79,11 +79,11 @@ def prepare_kernel(
     step = tl.load(steps_ptr + t, mask=mask, other=0.0) + tl.where(active, 1.0, 0.0)
     tl.store(steps_ptr + t, step, mask=mask)
 
-    out = coefficients_ptr + t * (COEFFICIENTS_WIDTH + COEFFICIENTS)
+    out = coefficients_ptr + t * (COEFFICIENTS_WIDTH + OWN_COEFFICIENTS)
     tl.store(out + ACTIVE_OUT, tl.where(active, 1.0, 0.0), mask=mask)
     tl.store(out + GRAD_FACTOR_OUT, factor.to(tl.float32), mask=mask)
     decay = tl.load(hyper + DECAY_BY_LR, mask=mask, other=0.0) * lr + tl.load(hyper + DECAY, mask=mask, other=0.0)
-    tl.store(out + DECAY_OUT, tl.where(lr == 0.0, 0.0, decay).to(tl.float32), mask=mask)  # lr 0 moves nothing
+    tl.store(out + DECAY_OUT, tl.where(lr == 0.0, 0.0, decay).to(tl.float32), mask=mask)  # with lr 0, parameters stay
     tl.store(out + L2_OUT, tl.load(hyper + L2, mask=mask, other=0.0).to(tl.float32), mask=mask)
     tl.store(out + EMA_RATE_OUT, tl.load(hyper + EMA_RATE, mask=mask, other=0.0).to(tl.float32), mask=mask)
     seed = tl.load(hyper + SEED, mask=mask, other=0.0).to(tl.int64)
@@ -95,12 +95,12 @@ def prepare_kernel(
 
     numbers = load_columns(hyper + GROUP_WIDTH, mask, 0.0, NUMBERS)
     own = PREPARE(lr, step.to(tl.float64), numbers)
-    for i in tl.static_range(COEFFICIENTS):
+    for i in tl.static_range(OWN_COEFFICIENTS):
         tl.store(out + COEFFICIENTS_WIDTH + i, own[i].to(tl.float32), mask=mask)
 
 
 def prepare_tile() -> dict[str, int]:
-    """Return one tensor per thread."""
+    """Return a tile with one tensor per thread."""
     return {"BLOCK": 32, "num_warps": warps(32)}
 
 
@@ -108,16 +108,16 @@ def prepare(
     table: Tensor,  # (T, columns of ROW) int64
     grads: Tensor,  # (T,) int64
     hyper: Tensor,  # (G, columns of group_record) f64
-    steps: Tensor,  # (T,) f32, counted up where there is a gradient
+    steps: Tensor,  # (T,) f32, increased by 1 for a tensor that is updated
     coefficients: Tensor,  # (T, columns of coefficients_record) f32, written
     *,
     rule: Rule,
     grad_scale: Tensor | None = None,  # () f32
     found_inf: Tensor | None = None,  # () f32
-    sums: Tensor | None = None,  # (S,) f64, of squares of gradients
-    norm: Tensor | None = None,  # () f32, written where there are sums
+    sums: Tensor | None = None,  # (SUMS,) f64, partial sums of the gradients' squares
+    norm: Tensor | None = None,  # () f32, written if `sums` is given
 ) -> None:
-    """Compute on the device what `update` needs to know."""
+    """Write the coefficients that `update` reads, and advance `steps`."""
     T = table.shape[0]
     with device_of(table):
         prepare_kernel[(cdiv(T, prepare_tile()["BLOCK"]),)](
@@ -134,7 +134,7 @@ def prepare(
             SUMS=0 if sums is None else sums.numel(),
             PREPARE=rule.prepare,
             NUMBERS=len(rule.numbers),
-            COEFFICIENTS=len(rule.coefficients),
+            OWN_COEFFICIENTS=len(rule.coefficients),
             **prepare_tile(),
             **FP_FUSION,
         )

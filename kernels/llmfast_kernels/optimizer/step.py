@@ -312,11 +312,11 @@ def update_kernel(
     # in
     table_ptr,  # (T, ROW_WIDTH) int64
     grads_ptr,  # (T,) int64 addresses
-    coefficients_ptr,  # (T, COEFFICIENTS_WIDTH + COEFFICIENTS) f32
+    coefficients_ptr,  # (T, COEFFICIENTS_WIDTH + OWN_COEFFICIENTS) f32
     chunk_tensor_ptr,  # (programs,) int32: the row of the table whose tensor a program works on
     # flags
     RULE: tl.constexpr,  # the rule's function
-    COEFFICIENTS: tl.constexpr,  # how many coefficients the rule has of its own
+    OWN_COEFFICIENTS: tl.constexpr,  # how many coefficients the rule has of its own
     READ: tl.constexpr,  # functions of the parameter's format
     WRITE: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
@@ -341,7 +341,7 @@ def update_kernel(
     g = tl.load(grads_ptr + t)
     start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK  # int64: a tensor can pass 2**31 elements
     count = tl.minimum(tl.load(row + NUMEL) - start, CHUNK).to(tl.int32)
-    c = coefficients_ptr + t * (COEFFICIENTS_WIDTH + COEFFICIENTS)
+    c = coefficients_ptr + t * (COEFFICIENTS_WIDTH + OWN_COEFFICIENTS)
     if tl.load(c + ACTIVE) == 0.0:
         if ZERO:
             if g != 0:
@@ -357,7 +357,7 @@ def update_kernel(
         decay=tl.load(c + DECAY),
         l2=tl.load(c + L2),
         ema_rate=tl.load(c + EMA_RATE),
-        own=load_columns(c + COEFFICIENTS_WIDTH, None, None, COEFFICIENTS),
+        own=load_columns(c + COEFFICIENTS_WIDTH, None, None, OWN_COEFFICIENTS),
     )
     keys = c.to(tl.pointer_type(tl.uint32))
     place = Place(
@@ -431,7 +431,7 @@ def _constants(rule: Rule, kind: Kind) -> dict[str, Any]:
     coded = any(dtype in bytes_ for dtype in kind.state_dtypes)
     return {
         "RULE": rule.update,
-        "COEFFICIENTS": len(rule.coefficients),
+        "OWN_COEFFICIENTS": len(rule.coefficients),
         "READ": param.read,
         "WRITE": param.write,
         "PARAM_TYPE": TRITON_TYPES[kind.param_dtype],

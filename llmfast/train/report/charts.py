@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llmfast.train.metrics import FEW
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Locator
 
 WIDTH, HEIGHT = 440, 220  # size of the SVG in its own coordinates
 BUCKETS = 150  # A chart's width is divided into so many; a long line keeps its lowest and highest point in each.
-FEW = 25  # Validation lines get a dot per evaluation if none has more evaluations than this.
 # Colours in matplotlib's SVG, and the style sheet's variables that replace them.
 COLOURS = {f"#00000{i}": f"var(--c{i})" for i in range(1, 6)}
 RULE = "#000009"
@@ -37,6 +38,7 @@ class Point(NamedTuple):
     step: float
     tokens: float
     value: float
+    logged: bool = True  # False: no number, but the middle of steps that have none, where a line must not pass
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Series:
     name: str  # shown in the legend
     number: int  # chooses colour and dashes; where lines are runs, a run has the same number in all charts
     points: list[Point]
-    style: Style = "plain"  # "training" is thin and pale; "validation" has dots if evaluations are few
+    style: Style = "plain"  # "training" is thin and pale; "validation" is dots if evaluations are few
 
     @property
     def label(self) -> str:
@@ -82,8 +84,8 @@ class Chart:
     log_y: bool = False
     factor: float = 1  # multiplies values, to convert them to `unit`
 
-    def draw(self, series: Sequence[Series], *, legend: bool = True) -> Drawn | None:
-        """Draw series; None if they hold no value that can be drawn."""
+    def draw(self, series: Sequence[Series], *, legend: bool = True) -> Drawn | str | None:
+        """Draw series, or say in a sentence that none of them changes; None if they hold no value to draw."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
@@ -91,11 +93,14 @@ class Chart:
         lines = [(s, xy) for s, xy in lines if np.isfinite(xy).all(1).any()]
         if not lines:
             return None
+        if all(self._is_flat(s, xy) for s, xy in lines):
+            return self._in_words(lines)
         lines.sort(key=lambda line: line[0].style != "training")  # training first, so that it lies under the rest
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.add_axes((0, 0, 1, 1))
         self._set_scales(axes, np.concatenate([xy for _, xy in lines]))
-        few = max((len(xy) for s, xy in lines if s.style == "validation"), default=0) <= FEW
+        counts = (int(np.isfinite(xy).all(1).sum()) for s, xy in lines if s.style == "validation")
+        few = max(counts, default=0) <= FEW
         for i, (s, xy) in enumerate(lines):
             self._plot(axes, i, s, xy, dotted=few and s.style == "validation")
         x, y = _ticks(axes.get_xlim(), axes.xaxis, self.log_x), _ticks(axes.get_ylim(), axes.yaxis, self.log_y)
@@ -109,7 +114,7 @@ class Chart:
             title=self.title,
             unit=self.unit,
             over=self.over,
-            note=self._note(lines),
+            note=self._note(lines, few=few),
             legend=list(kinds.items()) if legend else [],
             svg=_of_page(out.getvalue()),
             names=json.dumps([s.label for s, _ in lines]),
@@ -133,6 +138,21 @@ class Chart:
         xy[~inside[:, 0]] = np.nan
         return xy
 
+    def _is_flat(self, series: Series, xy: Array) -> bool:
+        """Return True if the line would be drawn as a level one."""
+        values = xy[[p.logged for p in series.points], 1]
+        if not np.isfinite(values).all():
+            return False
+        visible = 0.01 if self.from_zero else 1e-6  # of the axis' height; 1e-6 is rounding
+        return float(np.ptp(values)) <= visible * float(np.abs(values).max())
+
+    def _in_words(self, lines: Sequence[tuple[Series, Array]]) -> str:
+        last = [(s.label, float(xy[-1, 1])) for s, xy in lines]
+        numbers = [(name, f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") for name, value in last]
+        values = ", ".join(f"{name} {number}" for name, number in numbers) if len(lines) > 1 else numbers[0][1]
+        once = all(len(xy) == 1 for _, xy in lines)
+        return f"{self.title}{self.unit and f', {self.unit}'}: {values}{', logged once' if once else ' throughout'}."
+
     def _set_scales(self, axes: "Axes", xy: Array) -> None:
         drawn = xy[np.isfinite(xy).all(1)]
         (x_low, y_low), (x_high, y_high) = drawn.min(axis=0), drawn.max(axis=0)
@@ -149,13 +169,14 @@ class Chart:
         axes.grid(axis="y", color=RULE, linewidth=1, clip_on=False)
 
     def _plot(self, axes: "Axes", number: int, series: Series, xy: Array, *, dotted: bool) -> None:
-        """Draw one line, with gaps where it is NaN.
-
-        Dots mark all points if `dotted`; else only points between two gaps, which a line would not show.
-        """
+        """Draw one line, with gaps where it is NaN, and dots for points between two gaps; only dots if `dotted`."""
         colour = list(COLOURS)[series.number % len(COLOURS)]
         pale = series.style == "training"
         line = thinned(xy, _buckets(xy[:, 0], axes.get_xlim(), log=self.log_x))
+        dot: dict[str, Any] = {"color": colour, "markersize": 6, "markeredgewidth": 0, "clip_on": False}
+        if dotted:
+            axes.plot(*line[np.isfinite(line).all(1)].T, "o", **dot, gid=f"line {number}")
+            return
         axes.plot(
             *line.T,
             color=colour,
@@ -166,19 +187,23 @@ class Chart:
             gid=f"line {number}",
         )
         there = np.isfinite(np.pad(line[:, 1], 1, constant_values=np.nan))
-        dots = there[1:-1] if dotted else there[1:-1] & ~there[:-2] & ~there[2:]
-        if dots.any():
-            axes.plot(*line[dots].T, "o", color=colour, markersize=5, markeredgewidth=0, clip_on=False)
+        alone = there[1:-1] & ~there[:-2] & ~there[2:]
+        if alone.any():
+            axes.plot(*line[alone].T, "o", **dot)
 
-    def _note(self, lines: Sequence[tuple[Series, Array]]) -> str:
+    def _note(self, lines: Sequence[tuple[Series, Array]], *, few: bool) -> str:
         notes = [style for style in ("training", "validation") if any(s.style == style for s, _ in lines)]
         if len(notes) == 2:
-            notes = ["thin: training, thick: validation"]
-        if not all(math.isfinite(p.value) for s, _ in lines for p in s.points):
-            notes.append("gaps: values that are not finite")
-        elif any(np.isnan(xy[:, 1]).any() for _, xy in lines):
-            notes.append("gaps: values that are not above 0")
-        return "; ".join(notes)
+            notes = ["line: training, dots: validation" if few else "thin: training, thick: validation"]
+        logged = [(p, y) for s, xy in lines for p, y in zip(s.points, xy[:, 1]) if p.logged]
+        gaps = []
+        if not all(math.isfinite(p.value) for p, _ in logged):
+            gaps.append("values that are not finite")
+        elif any(np.isnan(y) for _, y in logged):
+            gaps.append("values that are not above 0")
+        if not all(p.logged for s, _ in lines for p in s.points if not (few and s.style == "validation")):
+            gaps.append("steps without a value")
+        return "; ".join([*notes, f"gaps: {' or '.join(gaps)}"] if gaps else notes)
 
 
 def _ends(low: float, high: float, *, log: bool, from_zero: bool, margin: float) -> tuple[float, float]:

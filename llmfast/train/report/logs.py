@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def _text(value: Any) -> str:
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
+    """Collect the curves; steps that have no value where one is expected get a point that says so."""
     # An evaluation knows the tokens up to the last line of the log: interpolating between two lines is closer.
     known = {0.0: 0.0} | {float(line["step"]): float(line["tokens"]) for line in lines if "loss" in line}
     steps, tokens = np.array(sorted(known.items())).T
@@ -79,7 +81,23 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
         for name, value in line.items():
             for part, logged in _numbers(value).items():
                 curves.setdefault(name, {}).setdefault(part, []).append(Point(step, at, logged))
-    return curves
+    usual = float(np.median(np.diff(steps))) if len(steps) > 1 else 0.0
+    return {name: {part: _with_gaps(p, usual) for part, p in parts.items()} for name, parts in curves.items()}
+
+
+def _with_gaps(points: list[Point], usual: float) -> list[Point]:
+    """Put a point without a number wherever values are missing.
+
+    That is between two points that are further apart than 1.5 times `usual`, the steps between two lines of the log,
+    and than 1.5 times the distances to their neighbours on both sides: evaluations are rarer, but as regular.
+    """
+    apart = [0.0, *(b.step - a.step for a, b in pairwise(points)), 0.0]
+    found = points[:1]
+    for i, (a, b) in enumerate(pairwise(points), 1):
+        if apart[i] > 1.5 * max(usual, apart[i - 1], apart[i + 1]):
+            found.append(Point((a.step + b.step) / 2, (a.tokens + b.tokens) / 2, math.nan, logged=False))
+        found.append(b)
+    return found
 
 
 def _numbers(value: Any) -> dict[str, float]:

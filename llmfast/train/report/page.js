@@ -7,7 +7,8 @@ for (const svg of document.querySelectorAll(".plot > svg")) {
   }
   const x = axis("x"), y = axis("y"), names = JSON.parse(svg.dataset.names), {width, height} = svg.viewBox.baseVal
   const lines = [...svg.querySelectorAll("[data-line]")].map(line => {
-    const numbers = line.firstElementChild.getAttribute("d").match(/[\d.]+/g).map(Number)
+    const dots = [...line.querySelectorAll("use")].flatMap(dot => [dot.getAttribute("x"), dot.getAttribute("y")])
+    const numbers = (dots.length ? dots : line.firstElementChild.getAttribute("d").match(/[\d.]+/g)).map(Number)
     return [names[line.dataset.line], numbers.flatMap((n, i) => i % 2 ? [] : [[n / width, numbers[i + 1] / height]])]
   })
   svg.onpointerdown = svg.onpointermove = e => {

@@ -19,7 +19,7 @@ from llmfast.train.report.logs import Log, flat
 
 TEXT = ("data.sources", "data.held_out", "data.tokenizer", "data.vocab_size")  # settings that change what is predicted
 STYLES: dict[str, Style] = {"source_loss": "training", "validation": "validation"}
-Charts = list[Drawn | None]
+Charts = list[Drawn | str | None]  # of what never changes a sentence
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Section:
     samples: list[tuple[str, str, str]] = field(default_factory=list)  # run, prompt, text
 
     def __post_init__(self) -> None:
-        self.charts = [chart for chart in self.charts if chart is not None]
+        self.notes += [chart for chart in self.charts if isinstance(chart, str)]
+        self.charts = [chart for chart in self.charts if isinstance(chart, Drawn)]
 
     def __bool__(self) -> bool:
         return bool(self.table or self.notes or self.charts or self.samples)
@@ -100,6 +101,8 @@ def _loss(logs: Sequence[Log]) -> Section:
     validation = [Series(log.name, i, log.curve("validation_mean"), "validation") for i, log in enumerate(logs)]
     chart, legend = Chart("All sources", "nats per token", "tokens"), len(logs) > 1
     whole = chart.draw([*training, *validation], legend=legend)
+    if not isinstance(whole, Drawn):
+        return Section("loss", "Loss", charts=[whole])
     # The first losses are so large that the last ones, which matter, would look alike.
     begin = max((p.tokens for s in training for p in s.points), default=0) / 5
     late = [*(replace(s, points=_means(s.points)) for s in training), *validation]
@@ -107,14 +110,18 @@ def _loss(logs: Sequence[Log]) -> Section:
     closer = replace(chart, title="After the first fifth, training averaged").draw(late, legend=legend)
     log = replace(chart, title="All sources, on logarithmic axes", log_x=True, log_y=True)
     folded = log.draw([*training, *validation], legend=legend)
-    return Section("loss", "Loss", charts=[whole, closer], folded=folded)
+    return Section("loss", "Loss", charts=[whole, closer], folded=folded if isinstance(folded, Drawn) else None)
 
 
 def _means(points: list[Point], count: int = 50) -> list[Point]:
     """Average stretches of a line into `count` points; a stretch with a value that is not a number is none either."""
     size = math.ceil(len(points) / count) or 1
     stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    return [Point(*(sum(column) / len(stretch) for column in zip(*stretch))) for stretch in stretches]
+    found = []
+    for stretch in stretches:
+        step, tokens, value = (sum(p[i] for p in stretch) / len(stretch) for i in range(3))
+        found.append(Point(step, tokens, value, logged=all(p.logged for p in stretch)))
+    return found
 
 
 def _sources(logs: Sequence[Log]) -> Section:
@@ -148,10 +155,8 @@ def _heads(logs: Sequence[Log]) -> Section:
     charts = _split(logs, Chart("Loss", "nats per token", "tokens"), ["head_loss"], _head)
     accuracy = Chart("Accuracy", "%", "tokens", from_zero=True, factor=100)
     charts += _split(logs, accuracy, ["head_accuracy"], _head)
-    weights = [{p.value for p in head} for log in logs for head in log.curves.get("head_weights", {}).values()]
-    if any(max(values) > 1.001 * min(values) for values in weights):
-        weight = Chart("Weight", "in the objective", "steps", from_zero=True)
-        charts += _split(logs, weight, ["head_weights"], _head)
+    weight = Chart("Weight", "in the objective", "steps", from_zero=True)
+    charts += _split(logs, weight, ["head_weights"], _head)
     charts.append(_by_run(logs, Chart("Objective", "weighted sum of the heads' losses", "tokens"), "objective"))
     return Section("heads", "Heads that predict further tokens", charts=charts)
 
@@ -192,7 +197,7 @@ def _samples(logs: Sequence[Log]) -> Section:
     return Section("samples", "Samples", samples=found)
 
 
-def _by_run(logs: Sequence[Log], chart: Chart, name: str) -> Drawn | None:
+def _by_run(logs: Sequence[Log], chart: Chart, name: str) -> Drawn | str | None:
     return chart.draw([Series(log.name, i, log.curve(name)) for i, log in enumerate(logs)], legend=len(logs) > 1)
 
 

@@ -1,0 +1,167 @@
+"""Runs for GPUs and days: what is said of them agrees with itself, with the laws, and with the trainer's settings."""
+
+import argparse
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfast._gpus import chosen
+from llmfast.models.cost import AGAIN, count_parameters, step_flops
+from llmfast.plan import BESIROGLU, laws
+from llmfast.plan.advice import Advice, Machine, Wish, advise, decoder_for
+from llmfast.plan.command import add_arguments, run
+from llmfast.plan.screen import WIDTH
+from llmfast.train.config import decoder_config, load_config
+from llmfast.train.estimate import estimate_run
+
+DAY = 86_400
+
+
+def advice(gpu: str, gpus: int, **wish: Any) -> tuple[Advice, Machine]:
+    machine = Machine(chosen(gpu), gpus)
+    return advise(machine, Wish(**wish), BESIROGLU), machine
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Run the command and return the lines that it prints."""
+
+    def call(*arguments: str) -> list[str]:
+        parser = argparse.ArgumentParser(prog="llmfast plan")
+        add_arguments(parser)
+        assert run(parser.parse_args(arguments)) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out.splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize("params", [1e6, 7e6, 124e6, 1.1e9, 2.9e9, 7e9, 70e9, 1e12])
+def test_a_decoder_has_about_the_parameters_that_it_should(params: float) -> None:
+    model = decoder_for(params, 8192 if params < 1e8 else 32768)
+    close = 0.15 if params < 1e8 else 0.05 if params < 1e9 else 0.02
+    assert count_parameters(model).total == pytest.approx(params, rel=close)
+    if params > 1e8:
+        assert 70 < model.width / model.layers < 140 and model.width // model.heads in (64, 128)
+    assert model.tie_embeddings == (params < 3e9)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "days"), [("RTX4090", 1, 1.0), ("A100", 4, 7.0), ("H100", 8, 3.0), ("H100", 8, 60.0)]
+)
+def test_the_run_takes_the_time_there_is_on_the_best_model(gpu: str, gpus: int, days: float) -> None:
+    found, machine = advice(gpu, gpus, seconds=days * DAY)
+    shape = found.shape
+    assert shape.steps * shape.seconds == pytest.approx(days * DAY, rel=0.01)
+    again = AGAIN if found.tried[-1].way.again else 1
+    flops = step_flops(shape.model, shape.tokens, shape.seq_len).flops
+    assert flops * again / machine.rate == pytest.approx(days * DAY, rel=0.01)
+    spent = laws.training_flops(shape.params, shape.tokens)
+    best = BESIROGLU.optimal(spent)
+    assert BESIROGLU.loss(shape.params, shape.tokens) == pytest.approx(best.loss, abs=0.001)
+    assert 0.7 < shape.batch * shape.seq_len / laws.optimal_batch(spent) < 1.5
+    assert shape.lr == pytest.approx(min(laws.optimal_lr(spent), 1.5e-3), rel=0.05)
+
+
+def test_the_first_way_that_fits_is_taken() -> None:
+    names = {days: [t.way.name for t in advice("H100", 8, seconds=days * DAY)[0].tried] for days in (3, 60)}
+    assert names[3] == ["DDP"]
+    assert names[60][:4] == ["DDP", "FSDP2", "DDP, recomputing", "FSDP2, recomputing"]
+    assert names[60][-1] == "FSDP2, recomputing, bf16"
+    found, _ = advice("H100", 16, params=8e9, tokens=1e11)
+    assert [t.fits for t in found.tried] == [False] * (len(found.tried) - 1) + [True]
+    assert found.settings["train.parallel"] == "hsdp" and found.settings["train.shard_size"] == 8
+
+
+def test_what_is_given_is_kept() -> None:
+    found, _ = advice("H100", 8, params=1e9, tokens=5e9)
+    assert found.shape.params == pytest.approx(1e9, rel=0.02) and found.shape.tokens == pytest.approx(5e9, rel=0.01)
+    found, _ = advice("H100", 8, flops=1e20)
+    best = BESIROGLU.optimal(1e20)
+    assert found.shape.params == pytest.approx(best.params, rel=0.02)
+    assert found.shape.tokens == pytest.approx(best.tokens, rel=0.02)
+    found, _ = advice("H100", 8, seconds=DAY, tokens=1e10)
+    assert found.shape.tokens == pytest.approx(1e10, rel=0.02)
+    assert found.shape.steps * found.shape.seconds == pytest.approx(DAY, rel=0.03)
+    found, _ = advice("H100", 8, seconds=DAY, params=1e9, seq_len=1024, vocab_size=50304)
+    assert found.settings["data.seq_len"] == 1024 and found.settings["data.vocab_size"] == 50304
+    assert found.shape.params == pytest.approx(1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "days"), [("RTX4090", 1, 0.01), ("H100", 8, 3), ("H100", 8, 60), ("B200", 64, 5)]
+)
+def test_the_command_starts_the_run_that_was_planned(
+    gpu: str, gpus: int, days: float, plan: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    options = ("--gpu", gpu, "--gpus", str(gpus), "--days", str(days))
+    lines = plan(*options)
+    assert len(lines) <= 35 and max(map(len, lines)) <= 120
+    start = lines.index("put your text in place of path/to/text:") + 1
+    assert max(map(len, lines[start:])) <= WIDTH + 2
+    words = shlex.split(" ".join(line.removesuffix("\\") for line in lines[start:]))
+    assert words[0] == ("torchrun" if gpus > 1 else "llmfast")
+    several = [int(words[words.index(f"--{n}") + 1]) for n in ("nnodes", "nproc-per-node") if f"--{n}" in words]
+    assert math.prod(several) == gpus
+    flags = words[words.index("train") + 1 :]
+    config = load_config(None, [f"{name.removeprefix('--')}={value}" for name, value in zip(flags[::2], flags[1::2])])
+
+    found, machine = advice(gpu, gpus, seconds=days * DAY)
+    assert decoder_config(config, config.data.vocab_size) == found.shape.model
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    assert tokens == found.shape.tokens and config.optimizer.lr == found.shape.lr
+    assert config.optimizer.warmup_steps < config.train.steps / 10
+    assert config.train.save_every == config.train.eval_every <= config.train.steps / 10
+    assert config.train.save_every * found.shape.seconds < 1900
+    memory = estimate_run(config, found.shape.model, gpus=gpus, gpu_memory=machine.gpu.memory)
+    assert memory == found.tried[-1].memory and memory.peak < 0.9 * machine.gpu.memory
+
+    written = plan(*options, "--out", str(tmp_path / "run.toml"))
+    assert load_config(tmp_path / "run.toml") == config
+    assert written[-1].endswith(f" --config {tmp_path}/run.toml")
+    assert written[: start - 1] == lines[: start - 1]
+
+
+def test_only_a_file_of_its_own_is_replaced(plan: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run.toml"
+    options = ("--gpu", "H100", "--days", "0.01", "--out", str(out))
+    out.write_text("[train]\nsteps = 7\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(options)) == 2
+    assert "exists and was not written by llmfast" in capsys.readouterr().err
+    assert out.read_text() == "[train]\nsteps = 7\n"
+    out.unlink()
+    assert plan(*options) == plan(*options)
+
+
+def test_what_fits_nowhere_says_so_and_starts_nothing(plan: Callable[..., list[str]], tmp_path: Path) -> None:
+    lines = plan(*["--gpu", "RTX4090", "--params", "13B", "--days", "1", "--out"], str(tmp_path / "run.toml"))
+    larger = "a --gpu with more memory, fewer --params or a shorter --seq-len"
+    assert lines[-1] == f"no way fits: give more --gpus, {larger}"
+    assert sum("too large" in line for line in lines) == 4 and not (tmp_path / "run.toml").exists()
+    assert not any("llmfast train" in line for line in lines)
+    lines = plan("--gpu", "H100", "--gpus", "64", "--days", "30")
+    whole = "each GPU holds the whole model in float32 before it is sharded"
+    assert lines[-1] == f"no way fits: {whole}; give {larger}"
+
+
+def test_the_screen_says_how_sure_it_is(plan: Callable[..., list[str]]) -> None:
+    text = "\n".join(plan(*["--gpu", "H100", "--gpus", "8", "--days", "3", "--utilisation", "0.5"]))
+    found, _ = advice("H100", 8, seconds=3 * DAY * 0.5 / 0.4)
+    shape = found.shape
+    assert "for 3 days, at 0.5 of 9.89e+14 FLOPs per second each, which is assumed" in text
+    spent = laws.training_flops(shape.params, shape.tokens)
+    low, high = BESIROGLU.sizes_within(spent, 0.01)
+    assert f"{low / 1e9:.2f} B to {high / 1e9:.2f} B parameters come within 0.01 nats of the best" in text
+    assert f"DeepSeek LLM 2024: 0.292 C^0.3271 = {shape.best_batch / 1e6:.2f} M" in text
+    assert "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)" in text
+    others = laws.HOFFMANN.optimal(spent).params, laws.kaplan_optimal(spent).params
+    assert f"others' best: {others[0] / 1e9:.2f} B (Hoffmann), {others[1] / 1e9:.2f} B (Kaplan, without emb" in text
+    crowd = plan("--gpu", "H100", "--gpus", "512", "--flops", "1e19")
+    assert any("512 GPUs need a batch of " in line and "times the best" in line for line in crowd)
