@@ -25,7 +25,7 @@ train: $(STAMP)-train ## train the demo model, or another with ARGS: make train 
 continued: $(STAMP)-train ## train on prose, then on code with and without a replay of prose (six minutes)
 	$(PY) examples/continued_pretraining.py $(ARGS)
 
-chapter: $(STAMP)-train ## test statements of textbooks by small runs (90 minutes), or one: make chapter ARGS="decay"
+chapter: $(STAMP)-train,clean ## test statements of textbooks by small runs (90 minutes), or one: make chapter ARGS="decay"
 	$(PY) -m examples.chapter $(ARGS)
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick and args.results == RESULTS:
         parser.error("--quick needs --results and --page elsewhere: its numbers mean nothing")
     for part in [known[name] for name in args.parts or known]:
+        if part.prepare is not None:
+            part.prepare(args.runs / part.name / "texts", args.quick)
         rows = made(part, [(run, SEEDS[0]) for run in part.few()] if args.quick else part.first(), args)
         if not args.quick:
             rows += made(part, part.further(rows), args)

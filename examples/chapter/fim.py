@@ -1,10 +1,11 @@
 """Fill-in-the-middle at several rates: what it costs from left to right, and what it brings for the middle."""
 
+import json
 from typing import Any
 
 from benchmarks.report import table
-from docs.figures import BLUE, GREEN, ORANGE
-from examples.chapter.measures import GAP, middles
+from examples.chapter.drawing import ranges
+from examples.chapter.measures import GAP, MOST_FILLED, middles
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
 from examples.chapter.told import Row, compared, found, listed
@@ -33,29 +34,20 @@ def told(rows: list[Row]) -> list[str]:
         found(rows, f"{name}, asked as PSM,", "middle, PSM", way=way)
         for name, way in (("rate 0.5 with both", "rate 0.5, both"), (plain.name, "no rearranging"))
     )
-    filled = next(row["filled"] for row in rows if row["way"] == "rate 0.5, both")
-    filled = f"`{' '.join(filled.split())}`" if filled.strip() else "nothing"
+    filled = [json.dumps(row["filled"]) for row in rows if row["way"] == "rate 0.5, both"]
     return [
         listed("The loss from left to right", sentences),
         table(["", *KEYS.values()], body),
         listed("The loss of the middle, with both sides given", [compared(both, unseen), compared(psm, spm)]),
-        f"In `{GAP[0]}...{GAP[1]}`, the model of rate 0.5 with both fills in, greedily and at most 24 bytes, {filled}.",
+        f"Filled in where the dots are in `{GAP[0]}...{GAP[1]}`, by rate 0.5 with both, each byte drawn by its "
+        f"probability, at most {MOST_FILLED} bytes, with each seed: {', '.join(f'`{each}`' for each in filled)}.",
     ]
 
 
 def draw(figure: Any, rows: list[Row], ink: str) -> None:
     axes = figure.subplots()
-    for i, (key, color) in enumerate(zip(KEYS, (BLUE, ORANGE, GREEN))):
-        each = [found(rows, way, key, way=way) for way in WAYS]
-        place = [y + (i - 1) * 0.18 for y in range(len(each))]
-        low, high = zip(*((f.mean - min(f.values), max(f.values) - f.mean) for f in each))
-        axes.errorbar(
-            [f.mean for f in each], place, xerr=(low, high), fmt="o", color=color, markersize=4, label=KEYS[key]
-        )
-    axes.set_yticks(range(len(WAYS)), list(WAYS))
-    axes.invert_yaxis()
+    ranges(axes, list(WAYS), {name: [found(rows, way, key, way=way) for way in WAYS] for key, name in KEYS.items()})
     axes.set_xlabel("held-out loss, nats per byte")
-    axes.grid(alpha=0.25)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 import llmfast
-from llmfast.data import FIM, Dataset, FIMRows, PackedRows, Rows, fim_prompt
+from llmfast.data import FIM, Dataset, FIMRows, PackedRows, Rows, Tokenizer, fim_prompt
 from llmfast.losses import linear_cross_entropy
 from llmfast.train import Config
 from llmfast.train.metrics import read_metrics
@@ -18,6 +18,7 @@ from llmfast.train.parts import evaluation_batches, prepare_data
 Array = npt.NDArray[Any]
 GROUPS = 5  # of tokens by frequency, each about as much of the held-out text
 GAP = ("Return the ", " of the list.")  # what stands before and after the text to fill in
+MOST_FILLED = 40  # bytes
 SMOOTHING = 5.0  # counts by which a bigram's frequencies lean on the single tokens'
 
 
@@ -52,10 +53,17 @@ def middles(run: Path, config: Config) -> dict[str, Any]:
             assert isinstance(rows, PackedRows)
             losses += [loss for _, loss in token_losses(model, FIMRows(rows, rule), config)]
         found[name] = round(float(np.concatenate(losses).mean()), 5)
-    prompt = torch.from_numpy(fim_prompt(data.tokenizer, *GAP))
-    filled = model.generate(prompt, 24, context=config.data.seq_len, temperature=0)[len(prompt) :].tolist()
-    end = filled.index(data.tokenizer.eot_id) if data.tokenizer.eot_id in filled else len(filled)
-    return found | {"filled": data.tokenizer.decode(filled[:end])}
+    return found | {"filled": filled(model, data.tokenizer, config)}
+
+
+def filled(model: Any, tokenizer: Tokenizer, config: Config) -> str:
+    """Write what stands in the gap, with each token drawn by its probability."""
+    prompt = torch.from_numpy(fim_prompt(tokenizer, *GAP))
+    drawn = torch.Generator().manual_seed(config.train.seed)
+    (ids,) = model.generate_batch(
+        [prompt], MOST_FILLED, context=config.data.seq_len, temperature=1, generator=drawn, stop=tokenizer.eot_id
+    )
+    return tokenizer.decode([i for i in ids[len(prompt) :].tolist() if i != tokenizer.eot_id])
 
 
 def by_frequency(run: Path, config: Config) -> dict[str, Any]:

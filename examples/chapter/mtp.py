@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.report import table
-from docs.figures import BLUE, GREY
+from examples.chapter.drawing import ranges
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
 from examples.chapter.told import Found, Row, compared, found, listed
@@ -51,15 +51,8 @@ def told(rows: list[Row]) -> list[str]:
 
 def draw(figure: Any, rows: list[Row], ink: str) -> None:
     axes = figure.subplots()
-    for y, way in enumerate(WAYS):
-        this, color = each(rows, way), GREY if way == PLAIN else BLUE
-        error = [[this.mean - min(this.values)], [max(this.values) - this.mean]]
-        axes.errorbar([this.mean], [y], xerr=error, fmt="o", color=color, markersize=5)
-    axes.set_yticks(range(len(WAYS)), list(WAYS))
-    axes.invert_yaxis()
-    axes.margins(y=0.2)
+    ranges(axes, list(WAYS), {"": [each(rows, way) for way in WAYS]})
     axes.set_xlabel("held-out loss, nats per byte")
-    axes.grid(alpha=0.25)
 
 
 PART = Part(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from examples.chapter.runs import SEEDS, Measure, Run
@@ -22,6 +23,7 @@ class Part:
     picture: str  # what the picture shows
     command: str  # one of the runs as a user would start it
     measure: Measure | None = None
+    prepare: Callable[[Path, bool], None] | None = None  # writes texts into a folder; few of them for a quick try
     again: Callable[[list[Row]], list[Run]] | None = None  # of a sweep with one seed, what to repeat with all; or all
     height: float = 3.2  # of the picture, in inches
 
@@ -42,7 +44,19 @@ class Part:
 
 def parts() -> dict[str, Part]:
     """Return all parts by name."""
-    from examples.chapter import batch, continued, decay, fim, frequency, mixture, mtp, next_token, optimizers, scaling
+    from examples.chapter import (
+        batch,
+        continued,
+        decay,
+        dirty,
+        fim,
+        frequency,
+        mixture,
+        mtp,
+        next_token,
+        optimizers,
+        scaling,
+    )
 
-    order = (next_token, fim, mtp, continued, mixture, optimizers, decay, frequency, batch, scaling)
+    order = (next_token, fim, mtp, continued, mixture, optimizers, decay, frequency, batch, scaling, dirty)
     return {module.PART.name: module.PART for module in order}

@@ -31,11 +31,11 @@ from llmfast.train.trainer import NonFinite
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 # A few steps of a tiny model, on text that is read at once: this shows that a part works, and nothing else.
+QUICK_TEXT = f"data.sources=['prose={HERE.parents[1] / 'docs'}', 'code={HERE.parent}']"
 QUICK = (
     "model.width=16",
     "model.layers=1",
     "model.heads=2",
-    f"data.sources=['prose={HERE.parents[1] / 'docs'}', 'code={HERE.parent}']",
     "data.seq_len=32",
     "train.steps=2",
     "train.batch_size=2",
@@ -52,7 +52,7 @@ class Run:
     """One run of a part, to be made with each seed."""
 
     labels: dict[str, Any]
-    settings: tuple[str, ...] = ()  # section.key=value, over those of the part's file
+    settings: tuple[str, ...] = ()  # section.key=value, over those of the part's file; {texts} is the part's folder
     after: "Run | None" = None  # continues from this run, as `llmfast continue` does
     options: dict[str, Any] = field(default_factory=dict)  # of `continued_config`
 
@@ -75,7 +75,15 @@ class Task:
 
     @property
     def settings(self) -> list[str]:
-        return [*self.run.settings, *(QUICK if self.quick else ()), f"train.seed={self.seed}"]
+        seed = f"train.seed={self.seed}"
+        return [QUICK_TEXT, *self.run.settings, *QUICK, seed] if self.quick else [*self.run.settings, seed]
+
+    @property
+    def here(self) -> list[str]:
+        """The settings, with the folders of this machine."""
+        texts = str(self.place.parent / "texts")
+        place = [f"runs={json.dumps(str(self.place.parent))}", f"name={json.dumps(self.place.name)}"]
+        return [setting.replace("{texts}", texts) for setting in self.settings] + place
 
     @cached_property
     def before(self) -> "Task | None":
@@ -139,10 +147,9 @@ def execute(task: Task) -> Row:
 
 def config_of(task: Task) -> Config:
     """Return the settings of a task's run."""
-    place = [f"runs={json.dumps(str(task.place.parent))}", f"name={json.dumps(task.place.name)}"]
     if task.before is None:
-        return load_config(task.file, [*task.settings, *place])
-    return continued_config(task.before.place, overrides=[*task.settings, *place], **task.run.options)
+        return load_config(task.file, task.here)
+    return continued_config(task.before.place, overrides=task.here, **task.run.options)
 
 
 def losses(run: Path) -> Row:

@@ -2,22 +2,28 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from docs.figures import INK, PLOT_WIDTH, digest_of, drawn_from, paint
 from examples.chapter import runs as chapter_runs
 from examples.chapter.__main__ import main
+from examples.chapter.dirt import counted, dirtied, sentences
+from examples.chapter.measures import GAP, MOST_FILLED, filled
 from examples.chapter.page import PAGE, PICTURES, RESULTS, finished, page, read, section
 from examples.chapter.parts import Part, parts
 from examples.chapter.runs import HERE, SEEDS, Run
 from examples.chapter.scaling import predicted
 from examples.chapter.told import Found, as_good_as_best, compared, differ, found, verdict
+from llmfast.data import ByteTokenizer, fim_prompt
 from llmfast.train import load_config
 from llmfast.train.trainer import NonFinite
 
@@ -45,6 +51,7 @@ def test_every_part_runs_a_few_steps_and_none_twice(tmp_path: Path, monkeypatch:
         for row in rows:
             assert 1 < row["loss"] < 10 and row["tokens"] > 50 and row["parameters"] > 1000
             assert all(0 < value < 20 for value in row.get("loss by group", []) if value is not None)
+            assert name != "dirty" or 0 <= row["dirt kept"] < row["dirt"] < row["documents"]
     assert not list((tmp_path / "runs").rglob("*/checkpoint-*")) or {
         place.parent.parent.name for place in (tmp_path / "runs").rglob("checkpoint-*")
     } == {"continued"}
@@ -87,6 +94,47 @@ def test_each_part_has_its_settings() -> None:
         load_config(HERE / f"{name}.toml")
         for run in part.runs():
             load_config(HERE / f"{name}.toml", run.settings)
+
+
+SENTENCE = "A source is a folder or file of text with one document in each of its files, and it is read in order."
+
+
+def test_only_sentences_are_text() -> None:
+    code = "    for row in rows.batch(np.arange(4)): print(row.tokens, row.labels, row.positions, row.document_ids, 1)"
+    table = "| .txt | .md | .rst | .py | and any other suffix | the file | one document | of a source | is this | row."
+    assert sentences("\n\n".join(["Heading", SENTENCE, code, "- " + SENTENCE, table, SENTENCE])) == "\n\n".join(
+        [SENTENCE] * 2
+    )
+    assert sentences("\n\n".join([SENTENCE] * 1000)).count(SENTENCE) == 3000 // (len(SENTENCE) + 2)
+
+
+def test_dirt_is_named_and_counted() -> None:
+    plain = [(f"{i}.py", f"{i}. {SENTENCE}\n\n{SENTENCE}") for i in range(15)]
+    dirty = list(dirtied(plain))
+    names = [name for name, _ in dirty]
+    assert len(set(names)) == len(names)
+    kept = {name: text for name, text in dirty if not name.startswith("dirt/")}
+    assert kept.keys() == dict(plain).keys()
+    assert all(text in kept[name] for name, text in plain)
+    kinds = Counter(name.split("/")[1] for name in names if name not in kept)
+    assert kinds == {"copy 1": 3, "copy 2": 3, "table": 5, "line": 3}
+    assert counted(dirty, " kept") == {
+        "documents kept": 29,
+        "dirt kept": 14,
+        "characters kept": sum(len(text) for _, text in dirty),
+    }
+
+
+def test_a_gap_is_filled_up_to_the_end_of_text() -> None:
+    tokenizer, config = ByteTokenizer(), load_config(HERE / "fim.toml")
+    seen = []
+
+    def generate(prompts: list[torch.Tensor], count: int, **options: Any) -> list[torch.Tensor]:
+        seen.append((prompts[0].tolist(), count, options["stop"], options["generator"].initial_seed()))
+        return [torch.cat([prompts[0], torch.tensor([*b"last item", tokenizer.eot_id])])]
+
+    assert filled(SimpleNamespace(generate_batch=generate), tokenizer, config) == "last item"
+    assert seen == [(fim_prompt(tokenizer, *GAP).tolist(), MOST_FILLED, tokenizer.eot_id, config.train.seed)]
 
 
 # What is told.
@@ -133,6 +181,9 @@ def made_up(part: Part) -> list[dict[str, Any]]:
             | {"curve": [[10, 5.0], [20, 4.0]], "acceptance": [x[0] / 8], "tokens_per_pass": 1.5}
             | {"middle, PSM": x[5], "middle, SPM": x[6], "filled": "a `name`\n"}
             | {"loss by group": x[:5], "tokens by group": [1, 2, 4, 8, 16]}
+            | {"all held out": x[9], "kept held out": x[10]}
+            | {"documents": 500, "dirt": 250, "characters": 10**6}
+            | {"documents kept": 100, "dirt kept": 10, "characters kept": 10**5}
             | {"unigram": x[7], "bigram": x[8], "held out": [[10, 5.0], [20, x[0]]]}
         )
 
