@@ -33,7 +33,11 @@ def write(folder: Path, rows: list[report.Row], *, part: bool = False) -> None:
     if part and file.exists():
         earlier = json.loads(file.read_text())
         again = {"date": described["date"], "commit": described["commit"], "what": report.unique(map(_kind, rows))}
-        described = earlier["about"] | {"again": [*earlier["about"].get("again", []), again]}
+        before = [
+            old | {"what": [kind for kind in old["what"] if kind not in again["what"]]}
+            for old in earlier["about"].get("again", [])
+        ]
+        described = earlier["about"] | {"again": [*(old for old in before if old["what"]), again]}
         rows = [*rows, *(row for row in earlier["rows"] if _kind(row) not in again["what"])]
     # One line per row keeps diffs between versions readable.
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -53,7 +57,7 @@ def about() -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=_HERE, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results") else ""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": git("rev-parse", "--short", "HEAD") + changed,

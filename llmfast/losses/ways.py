@@ -174,11 +174,12 @@ class Call:
         return self.is_half or self.filtered or not (self.kernels or self.dtype == torch.bfloat16)
 
     def _rows(self) -> Any:
-        """Return the numbers of rows per slab: nearly equal chunks, in multiples of 16 where possible."""
+        """Return the numbers of rows per slab: nearly equal chunks, in multiples of 8 where possible."""
         N = max(self.N, 1)
-        chunks = np.unique(np.minimum(N, np.round(np.geomspace(1, N, 1 + 8 * N.bit_length())))).astype(int)
+        # 32 numbers of chunks per octave, powers of two among them: those are what other libraries take.
+        chunks = np.unique(np.minimum(N, np.round(np.exp2(np.arange(1 + 32 * N.bit_length()) / 32)))).astype(int)
         rows = -(-N // chunks)
-        return np.unique(np.minimum(N, np.where(rows > 16, -(-rows // 16) * 16, rows)))
+        return np.unique(np.minimum(N, np.where(rows > 8, -(-rows // 8) * 8, rows)))
 
     def _share(self, i: Any) -> Any:
         """Return i / SHARES of the columns, in multiples of ALIGNED."""
@@ -200,14 +201,28 @@ class Call:
 
     def separate(self, way: Way) -> Any:
         """Return whether sums over chunks have a buffer that is not the gradient itself."""
-        same = self.weight_dtype == self.accumulate_dtype and not self.functional
-        in_backward = not (same or self.into)
-        return (way.summed == 0) | np.where(way.in_forward, not same or self.into, in_backward)
+        same = self.single(way) | (self.weight_dtype == self.accumulate_dtype and not self.functional)
+        return (way.summed == 0) | np.where(way.in_forward, ~same | self.into, ~(same | self.into))
+
+    def single(self, way: Way) -> Any:
+        """Return whether the row stage makes the weight's gradient by one product in its dtype: there is no sum.
+
+        Only plain torch does, which cannot keep logits. The product is rounded before the upstream gradient is known.
+        """
+        able = self.weight_dtype == self.dtype and not (self.kernels or self.is_half or self.functional or self.into)
+        return (np.where(way.in_forward, self.N, way.finished) <= way.rows) & able
+
+    def sum_dtype(self, way: Way) -> torch.dtype:
+        """Return the dtype of what the row stage makes of the weight's gradient."""
+        return self.weight_dtype if self.single(way) else self.accumulate_dtype
+
+    def _sum_bytes(self, way: Way) -> Any:
+        return np.where(self.single(way), self.weight_dtype.itemsize, self.accumulate_dtype.itemsize)
 
     def steps(self, way: Way) -> Iterator[Step]:
         """Yield the launches of forward and backward."""
-        e, s, g, w = (t.itemsize for t in (self.dtype, self.slab_dtype, self.accumulate_dtype, self.weight_dtype))
-        h, wide = self.hidden_dtype.itemsize, self.wide.itemsize
+        e, s, w = (t.itemsize for t in (self.dtype, self.slab_dtype, self.weight_dtype))
+        g, h, wide = self._sum_bytes(way), self.hidden_dtype.itemsize, self.wide.itemsize
         W, H, L = self.V * self.D, self.N * self.D, self.N * self.V
         product = 2.0 * self.N * self.D * self.V
         chunks = _ceil(self.N, way.rows)
@@ -283,7 +298,7 @@ class Call:
         joining = np.where(way.rows < self.N, self.joined_bytes * self.N, 0)
         if not any(self.wants):
             return numbers + np.maximum(rows_slab + rows_scratch, joining)
-        h, g = self.hidden_dtype.itemsize, self.accumulate_dtype.itemsize
+        h, g = self.hidden_dtype.itemsize, self._sum_bytes(way)
         whole, separate = way.kept >= self.V, self.separate(way)
         kept = np.where(whole, 0, self.N * way.kept * self.slab_dtype.itemsize)
         sums = way.summed * self.D * g * self.wants[1]
@@ -317,7 +332,7 @@ class Call:
         took = 0 * way.rows
         if low and self.accumulate_dtype == self.wide and self.wants[1]:
             if not self.float32_products:
-                took = way.summed * self.D * e
+                took = way.summed * self.D * e * ~self.single(way)
             elif not self.float32_sums:
                 took = several * way.summed * self.D * self.wide.itemsize
         if low and not self.float32_products and self.hidden_dtype != self.dtype and self.wants[0]:

@@ -106,7 +106,7 @@ class FusedAdagrad(FusedOptimizer, torch.optim.Adagrad):
             grad_scale=call.grad_scale,
             differentiable=call.differentiable,
             has_sparse_grad=any(g.layout != torch.strided for g in grads),
-            has_complex=any(p.is_complex() for p in params),
+            has_complex=call.has_complex,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             lr_decay=group["lr_decay"],

@@ -65,27 +65,29 @@ class _Adam(DecoupledDecay, FusedOptimizer):
 
     def _torch_update(self, call: TorchCall) -> None:
         group, params, grads, states, *_ = call
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        exp_avgs, exp_avg_sqs, *most = ([state[name] for state in states] for name in names)
+        max_exp_avg_sqs, steps = most[0] if most else [], [state["step"] for state in states]
+        tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         beta1, beta2 = group["betas"]
+        numbers = {name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+        numbers |= {"beta1": beta1, "beta2": beta2}
+        decoupled = group["decoupled_weight_decay"]
+        if call.fused:
+            # torch_adam would come here too, but makes a tensor of the number 1 for each parameter on the way.
+            one = torch.ones((), dtype=torch.float32, device="cpu")
+            torch._foreach_add_(steps, one)  # pyright: ignore[reportPrivateImportUsage]
+            kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+            kernel(*tensors, **numbers, grad_scale=call.grad_scale, found_inf=None)
+            return
         torch_adam(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
+            *tensors,
+            **numbers,
             foreach=False,
-            fused=call.fused,
-            grad_scale=call.grad_scale,
+            fused=False,
             differentiable=call.differentiable,
-            has_complex=any(p.is_complex() for p in params),
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
+            has_complex=call.has_complex,
+            decoupled_weight_decay=decoupled,
         )
 
 

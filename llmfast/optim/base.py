@@ -13,7 +13,7 @@ from llmfast.optim.loading import StateLoader
 from llmfast.optim.options import Options
 from llmfast.optim.plain import Amount, leave, update_plainly
 from llmfast.optim.planner import Gradients, Plan, Planner
-from llmfast.optim.row import SHARED, Bucket, Row
+from llmfast.optim.row import SHARED, Batch, Bucket, Row
 from llmfast.optim.saving import StateSaver
 from llmfast.optim.table import Hyper, PointerTable
 
@@ -38,6 +38,7 @@ class TorchCall(NamedTuple):
     fused: bool
     grad_scale: Tensor | None
     differentiable: bool
+    has_complex: bool
 
 
 class FusedOptimizer(Planner, StateSaver, StateLoader):
@@ -132,17 +133,23 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
             device, clip = table.signature.device, table.signature.clip
             norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *told[device])
             self.grad_norm = norm if norm is not None else self.grad_norm
-        for rows, update in ((plan.torch_rows, self._step_by_torch), (plan.plain_rows, self._step_plainly)):
-            for device, clip in dict.fromkeys((row.local.device, row.clip) for row in rows):
-                here = [row for row in rows if (row.local.device, row.clip) == (device, clip)]
-                here = [row for row in here if row.param.grad is not None]
-                amount = Amount.of(*told[device], sums.get(device, {}).get(clip), self._limit(clip))
-                if here and not amount.skipped:
-                    update(here, amount)
-                self.grad_norm = amount.norm if amount.norm is not None else self.grad_norm
-                if self.options.zero_grads:
-                    for row in here:
-                        cast(Tensor, row.param.grad).zero_()
+        amounts: dict[Any, Amount] = {}
+        for batch in plan.batches:
+            rows, grads = batch.used()
+            if not rows:
+                continue
+            device, clip = batch.kind.device, batch.kind.clip
+            if (device, clip) not in amounts:
+                limit = self._limit(clip)
+                amounts[device, clip] = Amount.of(*told[device], sums.get(device, {}).get(clip), limit)
+            amount = amounts[device, clip]
+            if not amount.skipped:
+                update = self._step_by_torch if batch.kind.by_torch else self._step_plainly
+                update(batch, rows, grads, amount)
+            self.grad_norm = amount.norm if amount.norm is not None else self.grad_norm
+            if self.options.zero_grads:
+                for row in rows:
+                    cast(Tensor, row.param.grad).zero_()
         # Several clips have a common norm; a rank without gradients has the norm of the others.
         if sums and (len(plan.clips) > 1 or self.grad_norm is None):
             device, each = next(iter(sums.items()))
@@ -157,49 +164,49 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
 
     # Without kernels.
 
-    def _step_by_torch(self, rows: list[Row], amount: Amount) -> None:
+    def _step_by_torch(self, batch: Batch, rows: list[Row], grads: list[Tensor], amount: Amount) -> None:
         if amount.skip is not None and bool(amount.skip):  # waits on a GPU, for sparse and complex parameters
             return
-        for index, group in enumerate(self.param_groups):
-            mine = [row for row in rows if row.group == index]
-            fused, others = [row for row in mine if row.fused], [row for row in mine if not row.fused]
-            self._call_torch(group, fused, [cast(Tensor, row.grad) for row in fused], True, amount.divisor())
-            used = [amount.scaled(cast(Tensor, row.grad)) for row in others]
-            self._call_torch(group, others, used, False, None)
-            if amount.factor is not None:
-                for row, g in zip(others, used):
-                    leave(cast(Tensor, row.grad), g)
-
-    def _call_torch(
-        self, group: dict[str, Any], rows: list[Row], grads: list[Tensor], fused: bool, grad_scale: Tensor | None
-    ) -> None:
-        if not rows:
-            return
+        index, fused = batch.kind.group, batch.kind.fused
+        group = _with_numbers_on(batch.kind.device, self.param_groups[index])
         params = [row.local for row in rows]
-        group = _with_numbers_on(params[0].device, group)
         if self._decay_before_torch(group):
             for p in params:
                 p.mul_(1 - self._total_decay(group))
             group = group | {"weight_decay": 0.0}
+        used = grads if fused else [amount.scaled(g) for g in grads]
         differentiable = bool(group["differentiable"])
+        call = TorchCall(
+            group=group,
+            params=params,
+            grads=used,
+            states=[row.named_states for row in rows],
+            fused=fused,
+            grad_scale=amount.divisor() if fused else None,
+            differentiable=differentiable,
+            has_complex=batch.has_complex,
+        )
         with torch.set_grad_enabled(differentiable):
-            states = [row.named_states for row in rows]
-            self._torch_update(TorchCall(group, params, grads, states, fused, grad_scale, differentiable))
-        for row in rows:
-            if row.ema is not None and (ema_decay := self.option(row.group, "ema_decay")) is not None:
-                row.ema.lerp_(row.local.float(), 1 - ema_decay)
+            self._torch_update(call)
+        if (ema_decay := self.option(index, "ema_decay")) is not None:
+            for row in rows:
+                if row.ema is not None:
+                    row.ema.lerp_(row.local.float(), 1 - ema_decay)
+        if amount.factor is not None and not fused:
+            for g, scaled in zip(grads, used):
+                leave(g, scaled)
 
     def _total_decay(self, group: dict[str, Any]) -> Any:
         decay, lr = self._decay(group), _scalar(group["lr"])
         moves: Any = lr != 0
         return decay.decay_by_lr * lr + decay.decay * (moves.to(lr.dtype) if isinstance(lr, Tensor) else moves)
 
-    def _step_plainly(self, rows: list[Row], amount: Amount) -> None:
+    def _step_plainly(self, batch: Batch, rows: list[Row], grads: list[Tensor], amount: Amount) -> None:
+        group = _with_numbers_on(batch.kind.device, self.param_groups[batch.kind.group])
+        arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
+        arguments |= {"l2": self._decay(group).l2, "decay": self._total_decay(group)}
+        sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(batch.kind.group)
         for row in rows:
-            group = _with_numbers_on(row.local.device, self.param_groups[row.group])
-            arguments = self._rule_arguments(group) | {"lr": _scalar(group["lr"])}
-            arguments |= {"l2": self._decay(group).l2, "decay": self._total_decay(group)}
-            sign, options = -1.0 if group["maximize"] else 1.0, self.options_of(row.group)
             update_plainly(self.rule, row, amount, arguments, sign, options)
 
     # With kernels.
@@ -231,7 +238,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
         for table in plan.tables:
             if (clip := table.signature.clip) is not None:
                 parts.setdefault((clip, table.signature.bucket), []).append(table.sum_squares())
-        for row in (*plan.torch_rows, *plan.plain_rows):
+        for row in (row for batch in plan.batches for row in batch.rows):
             if row.clip is not None:
                 parts.setdefault((row.clip, row.shard.bucket), []).append(_square(row))
         totals: dict[int | None, list[Tensor]] = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmfast._checks import describe
 from llmfast._dispatch import KERNEL_DTYPES, use_kernels
 from llmfast._dtensor import is_dtensor, local
-from llmfast.optim.row import SHARED, Bucket, Place, Row, bring_together, is_dense, places, shard_of
+from llmfast.optim.row import SHARED, Batch, Bucket, Kind, Place, Row, bring_together, is_dense, places, shard_of
 from llmfast.optim.state import StateKeeper
 from llmfast.optim.table import PointerTable, Signature, capturing, signature
 from llmfast.optim.watch import Watch
@@ -24,8 +24,7 @@ class Plan(NamedTuple):
     settings: Any  # those of groups and options that the plan depends on
     watch: Watch
     tables: list[PointerTable]  # through the kernels, one update launch each
-    torch_rows: list[Row]  # through torch's own functions
-    plain_rows: list[Row]  # through `update_plainly`
+    batches: list[Batch]  # through torch's own functions or `update_plainly`
     waiting: list[Tensor]  # without a gradient so far
     dtensors: list[Tensor]  # on any of the paths
     # Buckets of clipped DTensors. They are the same on all ranks, even if gradients are missing on some.
@@ -52,7 +51,7 @@ class Planner(StateKeeper):
                 return None
             gradients.append(addresses)
         holds = (
-            all(row.looks() for row in (*plan.torch_rows, *plan.plain_rows))
+            all(batch.looks() for batch in plan.batches)
             and all(p.grad is None for p in plan.waiting)
             and plan.watch.holds(self.param_groups, self.state)
         )
@@ -86,8 +85,7 @@ class Planner(StateKeeper):
             if (bucket := shard_of(p).bucket) is not None and (clip := clips[p]) is not None:
                 buckets[clip, bucket] = local(p).device
         signatures: dict[Signature, list[Row]] = {}
-        torch_rows: list[Row] = []
-        plain_rows: list[Row] = []
+        batches: dict[Kind, list[Row]] = {}
         waiting: list[Tensor] = []
         for p, index, _, identity in planned:
             if p.grad is None and not self.state.get(p):
@@ -97,27 +95,29 @@ class Planner(StateKeeper):
             row.fused = self._is_for_cpu_kernel(row)
             if self._is_for_kernels(row, group):
                 signatures.setdefault(signature(row), []).append(row)
-            elif self._is_for_torch(row, group):
-                torch_rows.append(row)
             else:
-                plain_rows.append(row)
+                kind = Kind(
+                    device=row.local.device,
+                    dtype=row.local.dtype,
+                    clip=row.clip,
+                    group=index,
+                    by_torch=self._is_for_torch(row, group),
+                    fused=row.fused,
+                )
+                batches.setdefault(kind, []).append(row)
         tables = [PointerTable(key, rows, self.rule.__name__) for key, rows in signatures.items()]
         gradients = [cast("list[int]", table.gradients()) for table in tables]
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which move step counters into one buffer
         self._loaded = self._loaded - clips.keys()
         kinds = frozenset(clips.values())
-        here = [
-            *(table.signature.device for table in tables),
-            *(row.local.device for row in (*torch_rows, *plain_rows)),
-        ]
+        here = [*(table.signature.device for table in tables), *(kind.device for kind in batches)]
         devices = [*dict.fromkeys([*here, *buckets.values()])]
         plan = Plan(
             settings=settings,
             watch=watch,
             tables=tables,
-            torch_rows=torch_rows,
-            plain_rows=plain_rows,
+            batches=[Batch(kind, rows) for kind, rows in batches.items()],
             waiting=waiting,
             dtensors=dtensors,
             buckets=buckets,

@@ -116,7 +116,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
             [state["step"] for state in states],
             foreach=False,
             differentiable=call.differentiable,
-            has_complex=any(p.is_complex() for p in params),
+            has_complex=call.has_complex,
             lr=group["lr"],
             alpha=group["alpha"],
             eps=group["eps"],

@@ -75,7 +75,6 @@ class Row:
     fused: bool = False  # whether torch's fused CPU kernel updates it
 
     def __post_init__(self) -> None:
-        self._seen_grad = _looks(self.param.grad)
         found = {name: t for name, t in zip(self.names, self.states) if name is not None and t is not None}
         # The part of the state that torch's own update knows.
         self.named_states: dict[str, Tensor] = found | {"step": self.state["step"]}
@@ -94,19 +93,52 @@ class Row:
         """Tensors that a step changes."""
         return [self.local, *(local(t) for t in self.state.values() if isinstance(t, Tensor))]
 
-    def looks(self) -> bool:
-        """Return False if a gradient differs in kind from the one for which the row was created."""
-        g = self.param.grad
-        return g is None or _looks(g) == self._seen_grad
-
     def matches(self, g: Tensor | None) -> bool:
         """Return True if the gradient has the parameter's memory layout, and neither has gaps."""
         fits = g is not None and g.layout == torch.strided and g.stride() == self.local.stride()
         return fits and is_dense(self.local)
 
 
-def _looks(g: Tensor | None) -> Any:
-    return None if g is None else (g.dtype, g.layout, g.stride() if g.layout == torch.strided else None)
+class Kind(NamedTuple):
+    """Properties that the rows of a batch share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    clip: int | None
+    group: int
+    by_torch: bool  # through torch's own function, not `update_plainly`
+    fused: bool  # in torch's fused CPU kernel
+
+
+class Batch:
+    """Rows that are updated together without kernels. Facts that no step changes are looked up once."""
+
+    def __init__(self, kind: Kind, rows: list[Row]) -> None:
+        self.kind, self.rows = kind, rows
+        self.has_complex = any(row.local.is_complex() for row in rows)
+        self._params = [row.param for row in rows]
+        self._sharded = any(map(is_dtensor, self._params))
+        self._seen = _looks(self._params)
+
+    def looks(self) -> bool:
+        """Return False if a gradient differs in kind from the one for which the batch was made."""
+        now = _looks(self._params)
+        return now == self._seen or all(kind is None or kind == seen for kind, seen in zip(now, self._seen))
+
+    def used(self) -> tuple[list[Row], list[Tensor]]:
+        """Return the rows that have a gradient, and the local pieces of their gradients."""
+        grads = [*map(grad_of, self._params)] if self._sharded else [p.grad for p in self._params]
+        found = [g for g in grads if g is not None]
+        if len(found) == len(grads):
+            return self.rows, found
+        return [row for row, g in zip(self.rows, grads) if g is not None], found
+
+
+def _looks(params: list[Tensor]) -> list[Any]:
+    """Return dtype, layout and strides of each parameter's gradient."""
+    grads = [p.grad for p in params]
+    strided = torch.strided
+    return [g if g is None else (g.dtype, g.stride() if g.layout is strided else g.layout) for g in grads]
 
 
 def grad_of(p: Tensor) -> Tensor | None:

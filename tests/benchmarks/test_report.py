@@ -123,11 +123,12 @@ def test_a_page_of_a_part_of_the_suite(tmp_path: Path) -> None:
 def test_a_part_replaces_its_own_rows(tmp_path: Path) -> None:
     store.write(tmp_path, rows())
     clock = [row | {"seconds": 0.25} for row in rows() if row["section"] == "clock" and "seconds" in row]
-    store.write(tmp_path, clock, part=True)
+    for _ in range(2):
+        store.write(tmp_path, clock, part=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row for row in results["rows"] if row["section"] == "clock"] == clock
     assert [row for row in results["rows"] if row["section"] != "clock"] == [
         r for r in rows() if r["section"] != "clock"
     ]
-    assert results["about"]["again"][0]["what"] == ["clock: adamw"]
+    assert [again["what"] for again in results["about"]["again"]] == [["clock: adamw"]]
     assert "clock: adamw: run again on" in (tmp_path / "README.md").read_text()

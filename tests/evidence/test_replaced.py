@@ -1,4 +1,4 @@
-"""What stays behind when torch's functions were replaced: nothing."""
+"""Tests that nothing stays behind when torch's functions were replaced."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmfast.losses import linear_cross_entropy
 from support import gpus
@@ -93,3 +95,29 @@ def test_memory() -> None:
     gradient = V * D * 4  # of the weight: nobody can do without
     assert ours < 0.5 * unfused, (ours, unfused)
     assert ours < gradient + N * V + (30 << 20), "the budget, and little else"
+
+
+class Shapes(TorchDispatchMode):
+    """A record of the dtypes and shapes of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.dtype, torch.Size]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.seen.add((out.dtype, out.shape))
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_chunk_needs_no_float32_sum(reduction: str) -> None:
+    """Look for a float32 tensor of the weight's shape, which costs a pass over it and twice the bytes."""
+    hidden = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(8192, 32, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 8192, (64,))
+    with Shapes() as results:
+        linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum().backward()
+    assert (torch.bfloat16, weight.shape) in results.seen
+    assert (torch.float32, weight.shape) not in results.seen

@@ -1,4 +1,4 @@
-"""Compare the host time of a step of hundreds of small tensors with torch's fused AdamW; both without launches."""
+"""Compare the host time of a step of hundreds of small tensors with torch's fused AdamW."""
 
 import time
 from collections.abc import Callable
@@ -28,6 +28,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def test_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare both without launches."""
     with kernels_on_cpu():
         ours, theirs = optimizer(FusedAdamW), optimizer(torch.optim.AdamW, fused=True)
         for module, name in ((kernels, "prepare"), (kernels, "update"), (torch, "_fused_adamw_")):
@@ -46,3 +47,15 @@ def test_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a quiet machine 0.27 and 0.58; with other processes running the second comes to 0.75.
     assert best["ours"] < best["torch"] / 2, best
     assert best["ours"] < 0.9 * best["torch without step counters"], best
+
+
+def test_time_on_a_cpu() -> None:
+    """Compare both with the same kernel of torch: what is prepared makes up for checks of what has changed."""
+    ours, theirs = optimizer(FusedAdamW), optimizer(torch.optim.AdamW, fused=True)
+    best = {"ours": 1.0, "torch": 1.0}
+    for _ in range(30):
+        best["ours"] = min(best["ours"], *(seconds(ours.step) for _ in range(5)))
+        best["torch"] = min(best["torch"], *(seconds(theirs.step) for _ in range(5)))
+        if best["ours"] < best["torch"]:
+            break
+    assert best["ours"] < 1.05 * best["torch"], best  # 0.93 on a quiet machine
