@@ -57,7 +57,7 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
             )
     axes.set(xlabel="share of code in the text", ylabel="held-out loss, nats per byte")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
 
 PART = Part(

@@ -31,6 +31,8 @@ make chapter ARGS="decay"       # one part
 The text is that of Python's own sources and documentation, so another version of Python gives slightly other numbers.
 This page is written from `examples/chapter/results/` by the same command.
 """
+START = 2.0  # seconds of a run besides training: reading the text, the evaluation at both ends, a picture of the loss
+CORES = 2
 
 
 def read(part: Part, folder: Path = RESULTS) -> dict[str, Any]:
@@ -42,6 +44,12 @@ def read(part: Part, folder: Path = RESULTS) -> dict[str, Any]:
 def finished(folder: Path = RESULTS) -> list[Part]:
     """Return the parts that have results, in the page's order."""
     return [part for part in parts().values() if (folder / f"{part.name}.json").exists()]
+
+
+def minutes(rows: list[Row]) -> float:
+    """Return how long the runs take on `CORES`, at the fastest speed that each of them had for a moment."""
+    trained = [row for row in rows if row["loss"] is not None]
+    return sum(START + row["tokens"] / row["tokens_per_s"] for row in trained) / CORES / 60
 
 
 def section(part: Part, results: dict[str, Any]) -> str:
@@ -71,7 +79,14 @@ def section(part: Part, results: dict[str, Any]) -> str:
 
 def page(folder: Path = RESULTS) -> str:
     """Write the whole page."""
-    return "\n\n".join([HEAD.rstrip(), *(section(part, read(part, folder)) for part in finished(folder))]) + "\n"
+    results = {part: read(part, folder) for part in finished(folder)}
+    each = {part: minutes(found["rows"]) for part, found in results.items()}
+    total, longest = sum(each.values()), max(each, key=lambda part: each[part])
+    time = (
+        f"By the speeds that the runs recorded, all parts take about {total:.0f} minutes on {CORES} cores; "
+        f"{longest.name} alone takes {each[longest]:.0f}."
+    )
+    return "\n\n".join([HEAD.rstrip(), time, *(section(*part) for part in results.items())]) + "\n"
 
 
 def publish(page_at: Path = PAGE, folder: Path = RESULTS) -> None:

@@ -18,10 +18,10 @@ from examples.chapter import runs as chapter_runs
 from examples.chapter.__main__ import main
 from examples.chapter.dirt import counted, dirtied, sentences
 from examples.chapter.measures import GAP, MOST_FILLED, filled
-from examples.chapter.page import PAGE, PICTURES, RESULTS, finished, page, read, section
+from examples.chapter.page import PAGE, PICTURES, RESULTS, finished, minutes, page, read, section
 from examples.chapter.parts import Part, parts
 from examples.chapter.runs import HERE, SEEDS, Run
-from examples.chapter.scaling import predicted
+from examples.chapter.scaling import LARGE, predicted
 from examples.chapter.told import Found, as_good_as_best, compared, differ, found, verdict
 from llmfast.data import ByteTokenizer, fim_prompt
 from llmfast.train import load_config
@@ -214,7 +214,7 @@ def test_a_law_that_holds_predicts_the_larger_run() -> None:
         row |= {"parameters": N, "tokens": D, "loss": (1.0 + 40 / N**0.5 + 300 / D**0.5) * (1 + row["seed"] * 1e-5)}
     assert predicted(rows).endswith(": within that range.")
     for row in rows:
-        row["loss"] *= 2.0 if (row["width"], row["steps"]) == (64, 960) else 1.0
+        row["loss"] *= 2.0 if (row["width"], row["steps"]) == LARGE else 1.0
     assert predicted(rows).endswith(": outside that range.")
     for row in rows:
         row["loss"] = 1.0 + row["width"]
@@ -280,6 +280,13 @@ def test_claims_of_the_page_are_larger_than_the_spread(part: Part) -> None:
             assert float(said) == pytest.approx(abs(a - b), abs=0.0015)
         else:
             assert abs(a - b) < max(high_a - low_a, high_b - low_b) + 0.002
+
+
+def test_the_parts_take_less_than_90_minutes() -> None:
+    assert minutes([{"loss": 2.0, "tokens": 12_000, "tokens_per_s": 2_000}, {"loss": None}]) == 8 / 2 / 60
+    taken = {part.name: minutes(read(part)["rows"]) for part in FINISHED}
+    assert sum(taken.values()) < 90
+    assert f"take about {sum(taken.values()):.0f} minutes on 2 cores" in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_is_of_these_results() -> None:
