@@ -1,4 +1,4 @@
-"""Batches that are 4 and 16 times larger, for the same tokens, with three rules for the learning rate."""
+"""Batches that are 4 times larger, for the same tokens, with three rules for the learning rate."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BATCH, STEPS, WARMUP = 8, 960, 40  # of the small batch
 WAYS = {"SGD": ("optimizer.name=sgd", "optimizer.momentum=0.0"), "Adam": ("optimizer.name=adam",)}
 RATES = {"SGD": (0.3, 1.0, 3.0), "Adam": (0.001, 0.003, 0.01)}  # for the small batch
 BASE = {"SGD": 1.0, "Adam": 0.003}  # the best of them, which the rules scale
-TIMES = (4, 16)
+TIMES = (4,)
 RULES = {"unchanged": "none", "times sqrt(k)": "sqrt", "times k": "linear"}
 
 
@@ -50,11 +50,18 @@ def told(rows: list[Row]) -> list[str]:
             ends = {rule: scaled(rows, way, k, rule) for rule in RULES}
             body += [[way, k, rule, str(each), str(begun), verdict(each, begun)] for rule, each in ends.items()]
             kept = [rule for rule, each in ends.items() if each.mean <= begun.mean or not differ(each, begun)]
-            holds.append(f"at {k} times the batch {' and '.join(kept) or 'with no rule'}")
-        sentences.append(f"{way}, from lr {BASE[way]:g}: the loss of the small batch is kept {'; '.join(holds)}.")
+            how = f"a rate {' or '.join(kept)} keeps" if kept else "no rule keeps"
+            holds.append(f"at {k} times the batch, {how} the loss of the small one")
+        sentences.append(f"{way}, from lr {BASE[way]:g}: {'; '.join(holds)}.")
     columns = ["", "batch, times", "learning rate", "loss", f"loss with {BATCH} rows", "the larger batch"]
     other = [f"{way} {each:g}: {found(rows, way=way, k=1, lr=each)}" for way in WAYS for each in RATES[way]]
-    return [*sentences, table(columns, body), f"The rates tried for the batch of {BATCH} rows: {'; '.join(other)}."]
+    steps = " and ".join(f"{STEPS // k} of {BATCH * k}" for k in TIMES)
+    return [
+        *sentences,
+        table(columns, body),
+        f"With equal tokens, {STEPS} steps of {BATCH} rows become {steps}.",
+        f"The rates tried for the batch of {BATCH} rows: {'; '.join(other)}.",
+    ]
 
 
 def draw(figure: Any, rows: list[Row], ink: str) -> None:
@@ -64,7 +71,7 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
         axes.axhspan(min(begun.values), max(begun.values), color=ink, alpha=0.15, linewidth=0)
         for rule, color in zip(RULES, COLORS):
             each = [begun, *(scaled(rows, way, k, rule) for k in TIMES)]
-            band(axes, (1, *TIMES), each, color, label=f"rate {rule}")
+            band(axes, (1, *TIMES), each, color, label=rule)
         axes.set_xscale("log", base=4)
         axes.set_xticks((1, *TIMES), [str(BATCH * k) for k in (1, *TIMES)])
         axes.minorticks_off()

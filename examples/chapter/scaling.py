@@ -9,9 +9,9 @@ from examples.chapter.runs import Run
 from examples.chapter.told import Found, Row, compared, found, listed
 from llmfast.plan import ChinchillaLaw, Fit, fit_chinchilla
 
-SMALL = ((16, 120), (16, 240), (16, 480), (32, 120), (32, 240), (64, 120))  # width and steps
-LARGE = (64, 480)
-SAME_FLOPS = {"too small": (16, 795), "between": (32, 240), "too large": (64, 80)}
+SMALL = ((16, 240), (16, 480), (16, 960), (32, 240), (32, 480), (64, 240))  # width and steps
+LARGE = (64, 960)
+SAME_FLOPS = {"too small": (16, 1590), "between": (32, 480), "too large": (64, 160)}
 COLORS = {16: BLUE, 32: ORANGE, 64: GREEN}
 
 
@@ -90,6 +90,6 @@ PART = Part(
     told=told,
     draw=draw,
     picture="held-out loss over tokens for models of three sizes, among them the larger run that was predicted",
-    command="llmfast train --config examples/chapter/scaling.toml --name small --model.width 16 --train.steps 120\n"
-    "llmfast train --config examples/chapter/scaling.toml --name large --model.width 64 --train.steps 480",
+    command="llmfast train --config examples/chapter/scaling.toml --name small --model.width 16 --train.steps 240\n"
+    "llmfast train --config examples/chapter/scaling.toml --name large --model.width 64 --train.steps 960",
 )

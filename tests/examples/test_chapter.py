@@ -221,6 +221,17 @@ def test_a_law_that_holds_predicts_the_larger_run() -> None:
     assert predicted(rows).startswith("No law could be fitted")
 
 
+def test_a_rule_for_larger_batches_is_named_if_it_keeps_the_loss() -> None:
+    part = parts()["batch"]
+    rows = made_up(part)
+    for row in rows:
+        worse = row["k"] > 1 and (row["way"], row["rule"]) != ("SGD", "times k")
+        row["loss"] = 2.0 + worse + 0.1 * row["seed"]
+    sgd, adam, *_ = part.told(rows)
+    assert sgd == "SGD, from lr 1: at 4 times the batch, a rate times k keeps the loss of the small one."
+    assert adam == "Adam, from lr 0.003: at 4 times the batch, no rule keeps the loss of the small one."
+
+
 def alike(value: Any, seed: int) -> Any:
     """Replace the losses in a row by numbers that only the seed changes."""
     if isinstance(value, dict):
