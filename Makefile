@@ -17,13 +17,16 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train continued test test-gpu test-integrations lint format docs fuzz bench bench-mtp clean help
+.PHONY: train continued chapter test test-gpu test-integrations lint format docs fuzz bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or another with ARGS: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
 
 continued: $(STAMP)-train ## train on prose, then on code with and without a replay of prose (six minutes)
 	$(PY) examples/continued_pretraining.py $(ARGS)
+
+chapter: $(STAMP)-train,clean ## test statements of textbooks by small runs (90 minutes), or one: make chapter ARGS="decay"
+	$(PY) -m examples.chapter $(ARGS)
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
 	$(PY) -m pytest --machine-code -rs $(PYTEST_FLAGS) $(ARGS)

@@ -260,28 +260,46 @@ FIGURES: dict[str, tuple[Callable[[], Any], Callable[[Any, Any, str], None], flo
 
 def digest(name: str) -> str:
     """Return the SHA-256 of the numbers in a figure."""
-    return hashlib.sha256(json.dumps(FIGURES[name][0]()).encode()).hexdigest()
+    return digest_of(FIGURES[name][0]())
+
+
+def digest_of(numbers: Any) -> str:
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def draw(name: str, folder: Path) -> None:
+    numbers, how, height = FIGURES[name]
+    if how in DIAGRAMS:
+        paint(how, numbers(), folder / name, (WIDTH, height), font=10.5, layout="none")
+    else:
+        paint(how, numbers(), folder / name, (PLOT_WIDTH, height))
+
+
+def paint(
+    how: Callable[[Any, Any, str], None],
+    numbers: Any,
+    path: Path,
+    size: tuple[float, float],
+    *,
+    font: float = 9.5,
+    layout: str = "constrained",
+) -> None:
+    """Draw numbers as `path`-light.svg and `path`-dark.svg, which contain their digest."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    numbers, how, height = FIGURES[name]
-    diagram = how in DIAGRAMS
     for theme, ink in INK.items():
         colors = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
         # Without a date or random names, the same numbers give the same file.
         fixed = {"svg.hashsalt": "llmfast", "svg.fonttype": "none", "font.family": "sans-serif"}
-        style = {"font.size": 10.5 if diagram else 9.5, "axes.spines.top": False, "axes.spines.right": False}
+        style = {"font.size": font, "axes.spines.top": False, "axes.spines.right": False}
         with matplotlib.rc_context({**fixed, **colors, **style}):
-            size = (WIDTH if diagram else PLOT_WIDTH, height)
-            figure = pyplot.figure(figsize=size, layout="none" if diagram else "constrained")
-            how(figure, numbers(), ink)
-            about = {"Date": None, "Creator": "docs.figures", "Description": digest(name)}
-            figure.savefig(folder / f"{name}-{theme}.svg", transparent=True, metadata=about)
+            figure = pyplot.figure(figsize=size, layout=layout)
+            how(figure, numbers, ink)
+            about = {"Date": None, "Creator": "docs.figures", "Description": digest_of(numbers)}
+            figure.savefig(path.with_name(f"{path.name}-{theme}.svg"), transparent=True, metadata=about)
             pyplot.close(figure)
 
 

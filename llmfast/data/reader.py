@@ -22,7 +22,7 @@ import tokenize
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -63,8 +63,10 @@ class Found:
     cleaned: list[str]  # folders written by `llmfast clean`; only their text/ is read
 
 
-def find(root: Path, suffixes: tuple[str, ...]) -> Found:
+def find(root: Path, suffixes: tuple[str, ...], skipped: Collection[str] = ()) -> Found:
     """Search a folder recursively for files with one of the suffixes. Names that start with a dot are skipped.
+
+    Folders named in `skipped` are not entered.
 
     Raises:
         OSError: A folder cannot be read.
@@ -76,7 +78,7 @@ def find(root: Path, suffixes: tuple[str, ...]) -> Found:
         if {*folders, *names} >= _CLEANED:
             cleaned.append(relative.as_posix())
             folders[:], names = ["text"], []
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not (name.startswith(".") or name in skipped)]
         others["link to a folder"] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
         for name in names:
             if name.startswith("."):

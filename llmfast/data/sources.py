@@ -42,8 +42,8 @@ def python_code() -> Iterator[Document]:
     and files that cannot be decoded.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    for name, path in find(root, (".py",)).files:
-        if _SKIPPED_FOLDERS.intersection(name.split("/")) or name.startswith("_sysconfigdata"):
+    for name, path in find(root, (".py",), _SKIPPED_FOLDERS).files:
+        if name.startswith("_sysconfigdata"):
             continue
         try:
             text = read_text(path)

@@ -85,8 +85,8 @@ class _Weights:
         if self.a is None and self.V == self.terms.V:
             d.scatter_add_(1, self.columns[rows], d.new_full((), -1.0).expand_as(self.columns[rows]))
         else:
-            weights = self.here.to(d.dtype) if self.a is None else torch.where(self.here, self.a, 0)
-            d.scatter_add_(1, self.columns[rows], -weights[rows])
+            weights = self.here if self.a is None else torch.where(self.here, self.a, 0)
+            d.scatter_add_(1, self.columns[rows], -weights[rows].to(d.dtype))
 
 
 def cross_entropy(

@@ -175,6 +175,17 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         find(tmp_path, SUFFIXES)
 
 
+def test_skipped_folders_are_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own folder holds all installed packages, which can be tens of thousands of files."""
+    for name in ("a.py", "in/b.py", "in/site-packages/deep/c.py", "site-packages/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    entered, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(Path(path)) or scandir(path))
+    assert [name for name, _ in find(tmp_path, (".py",), {"site-packages"}).files] == ["a.py", "in/b.py"]
+    assert entered == [tmp_path, tmp_path / "in"]
+
+
 @pytest.mark.parametrize(("suffix", "package"), [(".parquet", "pyarrow"), (".jsonl.zst", "zstandard")])
 def test_a_missing_package_is_named_with_its_extra(
     suffix: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -142,3 +142,16 @@ def test_inputs_of_any_strides(path: str) -> None:
         linear_cross_entropy(hidden, weight, targets, memory_budget=1 << 14),
         reference.linear_cross_entropy(hidden, weight, targets),
     )
+
+
+def test_a_bias_of_float64_with_weighted_targets(path: str) -> None:
+    """Found here: scatter(): Expected self.dtype to be equal to src.dtype."""
+    (hidden, weight), bias = leaves(6, 40, 8), torch.randn(40, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(0, 40, (6, 2)), torch.rand(6, 2)
+    loss, want = (
+        function(hidden, weight, targets, bias=bias, target_weights=weights)
+        for function in (linear_cross_entropy, reference.linear_cross_entropy)
+    )
+    found, wanted = (gradients(x, hidden, weight, bias) for x in (loss, want))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert found[2].dtype == torch.float64
