@@ -136,8 +136,9 @@ def test_sdist_holds_what_builds_the_wheel_only(built: dict[str, Path]) -> None:
     files = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "PKG-INFO", ".gitignore"}
     assert {name for name in names if "/" not in name} == files
     assert {"/".join(name.split("/")[:2]) for name in names if name.startswith("kernels/")} == {
-        "kernels/README.md", "kernels/llmfast_kernels",
-    }  # fmt: skip
+        "kernels/README.md",
+        "kernels/llmfast_kernels",
+    }
     assert {name.split("/")[0] for name in names if "/" in name} == {"llmfast", "kernels"}
     sources = {str(path.relative_to(ROOT)) for folder in ("llmfast", "kernels") for path in parsed(folder)}
     assert {name for name in names if name.endswith(".py")} == sources

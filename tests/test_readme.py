@@ -89,17 +89,19 @@ def test_measured_figures_are_those_of_the_results() -> None:
             f"{took['torch linear_cross_entropy']}",
         ],
         "row kernel for sm_90 (loss, lse and gradient, bfloat16): registers, spills, width of accesses": [
-            f"{of_rows['registers']}, {of_rows['spill_bytes']}, all 16 bytes", ""
+            f"{of_rows['registers']}, {of_rows['spill_bytes']}, all 16 bytes",
+            "",
         ],
         "AdamW, float32, for sm_90": [
             f"{update['registers']}, {update['spill_bytes']}, all 16 bytes, "
-            f"{hot['instructions'] / elements:.0f} instructions per parameter", ""
+            f"{hot['instructions'] / elements:.0f} instructions per parameter",
+            "",
         ],
         "sequential depth at the demo's size: validation loss of the next token; accepted drafts": [
             f"{mean(sequential['validation']):.3f}; {100 * sequential['acceptance'][0]:.0f} %",
             f"without further heads {mean(mtp['next token only']['validation']):.3f}",
         ],
-    }  # fmt: skip
+    }
     assert {loop["access_bits"] == [128] for loop in [*of_rows["loops"], hot]} == {True}
     found = {what: cells[:2] for what, cells in measured().items()}
     by_tests = {what for what in found if what.startswith(("AdamW, float32, 1 M", "... bfloat16 with stochastic"))}

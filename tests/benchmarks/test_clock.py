@@ -86,9 +86,15 @@ def test_peak_memory_counts_gradients(monkeypatch: pytest.MonkeyPatch, on_gpu: b
     monkeypatch.setattr(test_losses, "GPU", on_gpu)
     monkeypatch.setattr(test_losses, "peak_bytes", peak_bytes)
     test_losses.race_losses(
-        lambda *args, **fields: None, lambda runs, **options: {}, "linear_cross_entropy", "shape", {}, torch.float32,
-        [hidden, weight], torch.tensor([1, 2, 3, -100]),
-    )  # fmt: skip
+        lambda *args, **fields: None,
+        lambda runs, **options: {},
+        "linear_cross_entropy",
+        "shape",
+        {},
+        torch.float32,
+        [hidden, weight],
+        torch.tensor([1, 2, 3, -100]),
+    )
     assert len(before) > 1 and before == [[None, None]] * len(before)
 
 

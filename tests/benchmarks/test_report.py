@@ -21,10 +21,14 @@ def rows() -> list[dict[str, Any]]:
     for way in ("llmfast", "Liger"):
         found.append(
             dict(
-                section="compared", way=way, size={"N": 1024, "D": 256, "V": 16384}, dram=22.5 * 1024 * 16384,
+                section="compared",
+                way=way,
+                size={"N": 1024, "D": 256, "V": 16384},
+                dram=22.5 * 1024 * 16384,
                 errors={"loss": 1e-6, "hidden": 2e-3, "weight": 3e-3},
-            ) | loss
-        )  # fmt: skip
+            )
+            | loss
+        )
         for D, V in MODELS.values():
             for N in TOKENS:
                 found.append(dict(section="real sizes", way=way, size={"N": N, "D": D, "V": V}, dram=3e9) | loss)
@@ -33,18 +37,37 @@ def rows() -> list[dict[str, Any]]:
             found.append(dict(section="optimizers", way=way, size={"parameters": size}, dram=28 * 8030261248) | adamw)
     for way, seconds in (("llmfast", 0.5), ("torch", 1.0)):
         found.append(
-            dict(section="clock", operation="adamw", shape="10M", dtype="torch.float32", way=way, seconds=seconds,
-                 ratio=0.5 / seconds, spread=0.01)
-        )  # fmt: skip
+            dict(
+                section="clock",
+                operation="adamw",
+                shape="10M",
+                dtype="torch.float32",
+                way=way,
+                seconds=seconds,
+                ratio=0.5 / seconds,
+                spread=0.01,
+            )
+        )
     found.append(dict(section="clock", operation="adamw", shape="8B", way="torch", failure="out of memory"))
     found.append(dict(section="kernels", kernel="rows", shape="N=1", seconds=2e-5, bandwidth=2e12, share=0.913))
     for launch in ("f(x=1)", "f(x=2)"):  # look the same
         for target in ("sm_80", "sm_90"):
             found.append(
-                dict(section="machine code", kernel="f", launch=launch, target=target, ways=["Liger, float32 sums"],
-                     registers=40, spill_bytes=0, shared_bytes=64, warps=4, occupancy=0.5, access_bits=[32, 128],
-                     loops=[{"instructions": 9, "access_bits": [128], "tensor_cores": 0}])
-            )  # fmt: skip
+                dict(
+                    section="machine code",
+                    kernel="f",
+                    launch=launch,
+                    target=target,
+                    ways=["Liger, float32 sums"],
+                    registers=40,
+                    spill_bytes=0,
+                    shared_bytes=64,
+                    warps=4,
+                    occupancy=0.5,
+                    access_bits=[32, 128],
+                    loops=[{"instructions": 9, "access_bits": [128], "tensor_cores": 0}],
+                )
+            )
     return found
 
 
@@ -70,9 +93,15 @@ def test_the_page_says_what_was_found(folder: Path) -> None:
 def test_every_figure_of_a_comparison(tmp_path: Path) -> None:
     """N V logits, K heads of them; products of matrices over 2 N D V of each."""
     counted = dict(
-        section="compared", way="ours", dram=3.2e6, moved=6.4e6, dot_flops=9.6e7, peak_bytes=5 << 19, syncs=7,
+        section="compared",
+        way="ours",
+        dram=3.2e6,
+        moved=6.4e6,
+        dot_flops=9.6e7,
+        peak_bytes=5 << 19,
+        syncs=7,
         errors={"loss": 1e-6, "hidden": 2e-3, "weight": 3e-3, "logits": 4e-3},
-    )  # fmt: skip
+    )
     N_V, errors = {"N": 400, "V": 2000}, "2.5 | 7 | 1.0e-06 | 2.0e-03 | 3.0e-03"
     for operation, size, cells in (
         ("linear_cross_entropy", N_V | {"D": 10}, f"4.00 | 8.00 | 6.00 | {errors}"),

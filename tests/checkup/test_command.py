@@ -23,13 +23,23 @@ def results(name: str, share: float, **more: Any) -> dict[str, Any]:
         {"case": "rows", "what": "a | b", "ok": False, "figures": {"error": "two\nlines", "curve": [1.0]}},
     ]
     section = {
-        "name": "speed", "title": "Speed", "budget": 10.0, "seconds": 4.0, "findings": findings, "cases": {"rows": 1.0},
+        "name": "speed",
+        "title": "Speed",
+        "budget": 10.0,
+        "seconds": 4.0,
+        "findings": findings,
+        "cases": {"rows": 1.0},
         "not_reached": {"AdamW": "no time left"},
-    }  # fmt: skip
+    }
     return {
-        "schema": "llmfast-checkup", "version": 1, "llmfast": "1.2", "date": "2026-01-01T00:00:00+00:00",
-        "command": {}, "sections": [section], "not_reached": ["training"],
-    } | more  # fmt: skip
+        "schema": "llmfast-checkup",
+        "version": 1,
+        "llmfast": "1.2",
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": {},
+        "sections": [section],
+        "not_reached": ["training"],
+    } | more
 
 
 def test_a_page_begins_with_what_is_wrong() -> None:
@@ -95,9 +105,13 @@ def test_from_the_command_line_to_the_files(
 ) -> None:
     """Run a section on the pretended GPU in its own process."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "CheckUp", lambda minutes, sections: runner.CheckUp(
-        minutes, size="small", sections=sections, worker=(sys.executable, "-m", "support.pretended_gpu")
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        command,
+        "CheckUp",
+        lambda minutes, sections: runner.CheckUp(
+            minutes, size="small", sections=sections, worker=(sys.executable, "-m", "support.pretended_gpu")
+        ),
+    )
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     files = tmp_path / "results.json", tmp_path / "results.md"

@@ -139,8 +139,12 @@ def test_rates_are_medians_of_several_samples() -> None:
     samples = iter([1.0, 100.0, 3.0, 2.0, 4.0])
     (found,) = here.rate(lambda: next(samples), "bytes_per_s", 6.0)
     assert found.figures == {
-        "bytes_per_s": 3.0, "least": 1.0, "most": 100.0, "samples": 5, "share_of_data_sheet": 0.5,
-    }  # fmt: skip
+        "bytes_per_s": 3.0,
+        "least": 1.0,
+        "most": 100.0,
+        "samples": 5,
+        "share_of_data_sheet": 0.5,
+    }
 
 
 def test_several_devices_say_so_where_there_is_one() -> None:

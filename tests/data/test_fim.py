@@ -573,9 +573,11 @@ def test_a_prompt_begins_what_the_model_was_trained_on(variant: Any, order: dict
             length, (pre, mid, suf) = len(found.ids), (found.ids.tolist().index(i) for i in special)
             between = {0: (pre + 1, suf), 1: (pre + 1, mid)}.get(variant)
             suffix = tokenizer.decode(found.ids[suf + 1 : {0: mid, 1: pre, 2: mid}[variant]])
-            prefixes = [tokenizer.decode(found.ids[slice(*between)])] if between else [
-                tokenizer.decode(found.ids[mid + 1 : end]) for end in range(mid + 1, length)
-            ]  # fmt: skip
+            prefixes = (
+                [tokenizer.decode(found.ids[slice(*between)])]
+                if between
+                else [tokenizer.decode(found.ids[mid + 1 : end]) for end in range(mid + 1, length)]
+            )
             prompts = [fim_prompt(tokenizer, prefix, suffix, spm_variant=variant).tolist() for prefix in prefixes]
             assert any(found.ids[: len(prompt)].tolist() == prompt for prompt in prompts)
 

@@ -84,8 +84,12 @@ def test_launches_of_one_kind_are_counted_together():
     kinds = recorded(launch)
     counts = {(k.arguments["count"], k.arguments["x"]["aligned"], k.options.get("num_warps")): k.count for k in kinds}
     assert counts == {
-        (16, True, None): 3, (3, True, None): 2, (1, True, None): 1, (16, False, None): 1, (16, True, 8): 1
-    }  # fmt: skip
+        (16, True, None): 3,
+        (3, True, None): 2,
+        (1, True, None): 1,
+        (16, False, None): 1,
+        (16, True, 8): 1,
+    }
 
 
 def test_sizes_that_triton_does_not_look_at_make_no_kinds():

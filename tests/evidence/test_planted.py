@@ -117,13 +117,14 @@ def test_an_unaligned_pointer_taken_for_an_aligned_one(plant: Plant, monkeypatch
         (
             cross_entropy,
             '"THREADS": block // elements, "num_warps": warps(block // elements)',
-            '"THREADS": 64, "num_warps": 2', "spills ",
+            '"THREADS": 64, "num_warps": 2',
+            "spills ",
         ),
         # Rows that start on 16 bytes, and a compiler that is not told.
         (row, "return x // VECTOR * VECTOR", "return x", "bits at a time"),
     ],
     ids=["a spill", "narrow accesses"],
-)  # fmt: skip
+)
 def test_worse_machine_code(plant: Plant, module: ModuleType, line: str, changed: str, problem: str) -> None:
     def broken_budgets(package: str) -> list[str]:
         recorder = Recorder()

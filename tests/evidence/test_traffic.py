@@ -85,10 +85,18 @@ def arithmetic_kernel(x_ptr, HOW: tl.constexpr, BLOCK: tl.constexpr):
 @pytest.mark.parametrize(
     ("how", "flops", "special"),
     [
-        ("nothing", 0, 0), ("add", 1, 0), ("subtract", 1, 0), ("multiply", 1, 0), ("fma", 2, 0), ("maximum", 1, 0),
-        ("clamp", 2, 0), ("divide", 0, 1), ("root", 0, 1), ("logarithm", 0, 1),
+        ("nothing", 0, 0),
+        ("add", 1, 0),
+        ("subtract", 1, 0),
+        ("multiply", 1, 0),
+        ("fma", 2, 0),
+        ("maximum", 1, 0),
+        ("clamp", 2, 0),
+        ("divide", 0, 1),
+        ("root", 0, 1),
+        ("logarithm", 0, 1),
     ],
-)  # fmt: skip
+)
 def test_what_each_operation_counts(how: str, flops: int, special: int) -> None:
     counts = counted(lambda: arithmetic_kernel[(1,)](torch.rand(64), HOW=how, BLOCK=64))
     kernel = counts.by_name()["arithmetic_kernel"]

@@ -237,9 +237,13 @@ def test_a_captured_step_trains_as_an_ordinary_one() -> None:
             import cuda_graph as g
             print([g.train(20, ordinary=None), g.train(20)])"""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code],
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        check=True,
         env=gpus.as_found() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
-    )  # fmt: skip
+    )
     if not done.stdout:
         pytest.skip("needs a GPU")
     eager, replayed = ast.literal_eval(done.stdout)

@@ -16,23 +16,54 @@ from llmfast.losses import targets
 
 V = 320
 SHAPE = dict(
-    vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
     initializer_range=0.2,
-)  # fmt: skip
+)
 GPT2 = dict(
-    vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0,
-    embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,
-)  # fmt: skip
+    vocab_size=V,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    initializer_range=0.2,
+)
 LATENT = dict(
-    num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, n_group=2, topk_group=1,
-    num_experts_per_tok=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+    num_key_value_heads=4,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    n_group=2,
+    topk_group=1,
+    num_experts_per_tok=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
     first_k_dense_replace=1,
-)  # fmt: skip
+)
 ROUTED = dict(moe_intermediate_size=16, moe_num_experts=4, moe_k=2)
 MIXED = dict(
-    mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8,
-)  # fmt: skip
+    mamba_d_ssm=64,
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_n_groups=1,
+    mamba_d_state=8,
+    mamba_chunk_size=8,
+)
 CAPPED = dict(head_dim=8, final_logit_softcapping=3.0)
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {

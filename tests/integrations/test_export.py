@@ -98,9 +98,17 @@ def test_trains_then_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{i}.txt").write_text(TEXTS[i] * 20)
     settings = [
-        "data.sources=['texts']", "data.vocab_size=300", "data.seq_len=32", "data.held_out=0.3", "model.width=32",
-        "model.layers=1", "model.heads=2", "train.steps=4", "train.sample_tokens=4", "train.device=cpu",
-    ]  # fmt: skip
+        "data.sources=['texts']",
+        "data.vocab_size=300",
+        "data.seq_len=32",
+        "data.held_out=0.3",
+        "model.width=32",
+        "model.layers=1",
+        "model.heads=2",
+        "train.steps=4",
+        "train.sample_tokens=4",
+        "train.device=cpu",
+    ]
     assert main(["train", *(f"--set={s}" for s in settings)]) == 0
     assert main(["export", "runs/demo", "hf"]) == 0
     ask = transformers.pipeline("text-generation", model="hf", device="cpu")

@@ -348,9 +348,12 @@ def test_changed_head_weights_are_saved(make: Make, tmp_path: Path) -> None:
 def test_adapted_by_lora(make: Make) -> None:
     peft = pytest.importorskip("peft", reason="peft is missing: make test-integrations")
     config = peft.LoraConfig(
-        r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["v_proj", "lm_head"],
+        r=4,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        target_modules=["v_proj", "lm_head"],
         modules_to_save=["mtp"],
-    )  # fmt: skip
+    )
     model = peft.get_peft_model(add_mtp(make("llama"), 2, "sequential"), config).train()
     model(**batch()).loss.backward()
     trained = [name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())]
@@ -378,14 +381,26 @@ def test_the_stock_trainer_trains_and_resumes_them(make: Make, tmp_path: Path, k
 
     def trained(resume: str | None = None) -> Any:
         args = transformers.TrainingArguments(
-            str(tmp_path), max_steps=30, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=20, disable_tqdm=True,
+            str(tmp_path),
+            max_steps=30,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="steps",
+            save_steps=20,
+            disable_tqdm=True,
             dataloader_pin_memory=False,
-        )  # fmt: skip
+        )
         made = transformers.Trainer(
-            add_mtp(make("llama"), 2, kind), args, train_dataset=Counting(), eval_dataset=Counting(),
+            add_mtp(make("llama"), 2, kind),
+            args,
+            train_dataset=Counting(),
+            eval_dataset=Counting(),
             optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 1e-2}),
-        )  # fmt: skip
+        )
         made.remove_callback(transformers.PrinterCallback)
         made.train(resume_from_checkpoint=resume)
         return made
@@ -424,8 +439,10 @@ def test_refuses_what_does_not_fit_and_leaves_it_alone(make: Make) -> None:
             add_mtp(model, **arguments)
     assert type(model) is transformers.LlamaForCausalLM
     assert before == (
-        list(vars(model)), model.config.to_dict(), [list(m._forward_hooks.values()) for m in model.modules()]
-    )  # fmt: skip
+        list(vars(model)),
+        model.config.to_dict(),
+        [list(m._forward_hooks.values()) for m in model.modules()],
+    )
 
 
 def test_refuses_one_after_the_other(make: Make) -> None:

@@ -52,12 +52,22 @@ def trainer(model: Any, folder: Path, optimizer: Any = AdamW, given: str = "clas
     cls, hyper = optimizer if isinstance(optimizer, tuple) else (optimizer, HYPER)
     args = transformers.TrainingArguments(
         **{
-            "output_dir": str(folder), "max_steps": 30, "logging_steps": 1, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2, "learning_rate": hyper["lr"], "lr_scheduler_type": "cosine",
-            "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "max_grad_norm": 1.0,
+            "output_dir": str(folder),
+            "max_steps": 30,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": hyper["lr"],
+            "lr_scheduler_type": "cosine",
+            "use_cpu": True,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "max_grad_norm": 1.0,
             "dataloader_pin_memory": False,
-        } | arguments
-    )  # fmt: skip
+        }
+        | arguments
+    )
     how: dict[str, Any] = {"optimizer_cls_and_kwargs": (cls, dict(hyper))}
     if given == "instance":
         how = {"optimizers": (cls(model.parameters(), **hyper), None)}
@@ -116,9 +126,12 @@ def test_accumulation_weighs_tokens_and_not_micro_batches(make: Make, tmp_path: 
     )
     for size in (1, 2):
         cut = curve(
-            fuse_loss(make("llama")), tmp_path, FusedAdamW, per_device_train_batch_size=size,
+            fuse_loss(make("llama")),
+            tmp_path,
+            FusedAdamW,
+            per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
-        )  # fmt: skip
+        )
         assert_follows(cut, whole)
 
 

@@ -77,10 +77,16 @@ class Batches:
 def trained(module: Any, folder: Path, resume: Path | None = None, **arguments: Any) -> Any:
     trainer = lightning.Trainer(
         **{
-            "max_steps": STEPS, "accelerator": "cpu", "default_root_dir": folder, "logger": False,
-            "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-        } | arguments
-    )  # fmt: skip
+            "max_steps": STEPS,
+            "accelerator": "cpu",
+            "default_root_dir": folder,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        | arguments
+    )
     trainer.fit(module, Batches(), ckpt_path=resume)
     return trainer
 

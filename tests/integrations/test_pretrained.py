@@ -69,11 +69,21 @@ def folder_of(make: Make, tmp_path: Path) -> Callable[..., Path]:
 
 def settings_of(tmp_path: Path, folder: Path, *more: str) -> list[str]:
     return [
-        f"runs={tmp_path / 'runs'}", f"data.sources=['texts={tmp_path / 'texts'}']", f"model.pretrained={folder}",
-        "data.seq_len=32", "data.held_out=0.3", "train.steps=4", "train.batch_size=4", "train.micro_batch_size=2",
-        "train.log_every=1", "train.eval_rows=4", "train.sample_tokens=4", "train.device=cpu",
-        "optimizer.warmup_steps=2", *more,
-    ]  # fmt: skip
+        f"runs={tmp_path / 'runs'}",
+        f"data.sources=['texts={tmp_path / 'texts'}']",
+        f"model.pretrained={folder}",
+        "data.seq_len=32",
+        "data.held_out=0.3",
+        "train.steps=4",
+        "train.batch_size=4",
+        "train.micro_batch_size=2",
+        "train.log_every=1",
+        "train.eval_rows=4",
+        "train.sample_tokens=4",
+        "train.device=cpu",
+        "optimizer.warmup_steps=2",
+        *more,
+    ]
 
 
 def config_of(tmp_path: Path, folder: Path, *more: str) -> Config:
@@ -406,12 +416,21 @@ def test_export_and_plan_say_that_they_cannot(
     for arguments, message in (
         (["export", str(run), str(tmp_path / "hf")], "RUN must have trained llmfast's own decoder;"),
         (["plan", "memory", "--config", str(run / "config.toml")], "model.pretrained must be '' for a decoder"),
-        (["train", f"--set=model.pretrained={run}", f"--set=runs={run.parent}", "--name=one", "--overwrite"],
-         "model.pretrained must be another folder than the run's own"),
-        (["train", f"--set=train.init_from={run}", f"--set=data.tokenizer={run / 'tokenizer.json'}", "--name=two",
-          *(f"--set={s}" for s in settings_of(tmp_path, run) if not s.startswith("model."))],
-         f"model.pretrained must be that of the weights in train.init_from={run}, '{tmp_path / 'llama'}'; got ''"),
-    ):  # fmt: skip
+        (
+            ["train", f"--set=model.pretrained={run}", f"--set=runs={run.parent}", "--name=one", "--overwrite"],
+            "model.pretrained must be another folder than the run's own",
+        ),
+        (
+            [
+                "train",
+                f"--set=train.init_from={run}",
+                f"--set=data.tokenizer={run / 'tokenizer.json'}",
+                "--name=two",
+                *(f"--set={s}" for s in settings_of(tmp_path, run) if not s.startswith("model.")),
+            ],
+            f"model.pretrained must be that of the weights in train.init_from={run}, '{tmp_path / 'llama'}'; got ''",
+        ),
+    ):
         capsys.readouterr()
         assert main(arguments) == 2
         error = capsys.readouterr().err

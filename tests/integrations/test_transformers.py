@@ -474,11 +474,14 @@ def test_refuses_what_is_sharded_already(make: Make) -> None:
 LORA = {
     "plain": {"target_modules": ["q_proj", "lm_head"]},
     "dropout, rank-stabilised, bias": {
-        "target_modules": ["lm_head"], "lora_dropout": 0.2, "use_rslora": True, "lora_bias": True,
+        "target_modules": ["lm_head"],
+        "lora_dropout": 0.2,
+        "use_rslora": True,
+        "lora_bias": True,
     },
     "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "tokens of a tied model": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 300]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", LORA)

@@ -61,12 +61,23 @@ def trainer(kind: Any, model: Any, folder: Path, optimizer: Any = AdamW, **given
         to_trainer["optimizer_cls_and_kwargs"] = (optimizer, dict(HYPER))
     args = trl.SFTConfig(
         **{
-            "output_dir": str(folder), "max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2, "learning_rate": HYPER["lr"], "use_cpu": True, "bf16": False,
-            "gradient_checkpointing": False, "max_length": 24, "report_to": [], "save_strategy": "no",
-            "disable_tqdm": True, "dataloader_pin_memory": False,
-        } | given
-    )  # fmt: skip
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": HYPER["lr"],
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "max_length": 24,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        | given
+    )
     made = kind(model, args, train_dataset=rows(), eval_dataset=rows(8), processing_class=tokenizer(), **to_trainer)
     made.remove_callback(transformers.PrinterCallback)
     return made

@@ -28,10 +28,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none"},
     "stats": {"return_stats": True},
     "everything": {
-        "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 1.3, "shift": 1,
-        "token_weights": torch.rand(40), "num_valid": 21, "class_weights": torch.rand(300),
+        "label_smoothing": 0.1,
+        "z_loss": 1e-2,
+        "softcap": 5.0,
+        "logit_scale": 1.3,
+        "shift": 1,
+        "token_weights": torch.rand(40),
+        "num_valid": 21,
+        "class_weights": torch.rand(300),
     },
-}  # fmt: skip
+}
 
 
 def tensors(N: int = 40, V: int = 300, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,9 +153,11 @@ def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
         return graph
 
     compiled = torch.compile(
-        lambda h, w, y, x: linear_cross_entropy(h, w, y) + cross_entropy(x, y), backend=count, dynamic=True,
+        lambda h, w, y, x: linear_cross_entropy(h, w, y) + cross_entropy(x, y),
+        backend=count,
+        dynamic=True,
         fullgraph=True,
-    )  # fmt: skip
+    )
     for N in (40, 41, 77, 1000):
         hidden, _, targets = tensors(N)
         compiled(hidden, weight, targets, torch.randn(N, 300))
@@ -198,9 +206,13 @@ def test_operators_take_every_field_by_its_name() -> None:
         assert field.name == "bias" or f"_{field.name}" in schema
     terms = Terms(30, 29, 0, None, torch.rand(30), torch.rand(2), 0.1, 0.2, 1.3, 5.0)
     loss = CrossEntropy(
-        targets=Targets(torch.zeros(3, 1), torch.rand(3, 1), torch.rand(3)), terms=terms, reduction="sum", count=None,
-        stats=True, dtype=torch.float16,
-    )  # fmt: skip
+        targets=Targets(torch.zeros(3, 1), torch.rand(3, 1), torch.rand(3)),
+        terms=terms,
+        reduction="sum",
+        count=None,
+        stats=True,
+        dtype=torch.float16,
+    )
     operators = OPERATORS[CrossEntropy]
     logits = torch.rand(3, 30)
     inputs, built, wants = operators._split([logits, *operators.flatten(loss), [True]])

@@ -96,9 +96,16 @@ cases = [(f, name) for f in FUNCTIONS for name in arguments(f)]
 @pytest.mark.parametrize(("function", "name"), cases, ids=lambda x: x if isinstance(x, str) else x.__name__)
 @unrecorded()
 def test_any_layout(
-    path: str, function: Callable[..., Any], name: str, others: list[str], layouts: list[Any], layout: Any,
-    size: str, filtered: bool, seed: int,
-) -> None:  # fmt: skip
+    path: str,
+    function: Callable[..., Any],
+    name: str,
+    others: list[str],
+    layouts: list[Any],
+    layout: Any,
+    size: str,
+    filtered: bool,
+    seed: int,
+) -> None:
     """Equal to the same call with contiguous tensors."""
     torch.manual_seed(seed)
     parameters = inspect.signature(function).parameters
@@ -129,8 +136,13 @@ def test_every_tensor_argument_has_a_value() -> None:
     names = {name for _, name in cases}
     assert names == set(VALUES), "VALUES must say what a new argument may hold"
     assert {f.__name__ for f in FUNCTIONS} == {
-        "cross_entropy", "linear_cross_entropy", "linear_logprobs", "logprobs", "mtp_cross_entropy", "mtp_valid_counts"
-    }  # fmt: skip
+        "cross_entropy",
+        "linear_cross_entropy",
+        "linear_logprobs",
+        "logprobs",
+        "mtp_cross_entropy",
+        "mtp_valid_counts",
+    }
 
 
 DTYPES = {

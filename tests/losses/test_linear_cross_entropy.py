@@ -59,13 +59,17 @@ def test_matches_float64(path: str, N: int, V: int, D: int, dtype: torch.dtype, 
     with forced(None, size):
         ours = run(
             lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction, memory_budget=1 << 30),
-            hidden, weight, upstream,
-        )  # fmt: skip
+            hidden,
+            weight,
+            upstream,
+        )
     torchs = run(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction=reduction), hidden, weight, upstream)
     truth = run(
         lambda h, w: reference.linear_cross_entropy(h, w, targets, reduction=reduction),
-        hidden.double(), weight.double(), upstream,
-    )  # fmt: skip
+        hidden.double(),
+        weight.double(),
+        upstream,
+    )
     assert ours[0].dtype == torch.float32
     for a, b, c in zip(ours, torchs, truth):
         assert_close_in_norm(a, b, c, factor=tolerance(dtype))
@@ -154,10 +158,12 @@ def test_few_and_many_logits_agree_on_odd_counts(path: str, num_valid: float | T
     ways = [
         run(
             lambda h, w, b=budget: linear_cross_entropy(h, w, targets, num_valid=num_valid, memory_budget=b),
-            hidden, weight, torch.tensor(1.0),
+            hidden,
+            weight,
+            torch.tensor(1.0),
         )
         for budget in ("auto", 1000)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(ways[0], ways[1])
 
 
@@ -254,7 +260,9 @@ def test_reference_has_the_same_arguments() -> None:
 )
 def test_refuses(change: dict[str, object], error: type[Exception], message: str) -> None:
     arguments = {
-        "hidden": torch.zeros(4, 5), "weight": torch.zeros(9, 5), "targets": torch.zeros(4, dtype=torch.int64)
-    } | change  # fmt: skip
+        "hidden": torch.zeros(4, 5),
+        "weight": torch.zeros(9, 5),
+        "targets": torch.zeros(4, dtype=torch.int64),
+    } | change
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)  # type: ignore[arg-type]

@@ -78,9 +78,15 @@ cases = {
 @given(**cases)
 @unrecorded()
 def test_logits_match_float64(
-    path: str, K: int | None, tokens: tuple[int, ...], V: int, dtype: torch.dtype, options: dict[str, Any],
-    stats: bool, seed: int,
-) -> None:  # fmt: skip
+    path: str,
+    K: int | None,
+    tokens: tuple[int, ...],
+    V: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    stats: bool,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     ids, logits = draw_ids(tokens, K, V, options.get("ignore_index", -100)), (torch.randn(*tokens, V) * 2).to(dtype)
     upstream = upstream_of(ids, tokens)

@@ -74,9 +74,14 @@ def test_is_a_loop_over_heads(path: str, K: int, form: str, kind: str, dtype: to
     given = [*hiddens] if form == "list" else hiddens
     with forced(None):
         loss, stats = mtp_cross_entropy(
-            given, weight, labels, document_ids=documents, head_weights=WEIGHTS[:K], return_stats=True,
+            given,
+            weight,
+            labels,
+            document_ids=documents,
+            head_weights=WEIGHTS[:K],
+            return_stats=True,
             memory_budget=1 << 30,
-        )  # fmt: skip
+        )
         loss.backward()
 
     exact, low = ([t.detach().to(d).requires_grad_() for t in (hiddens, weight)] for d in (torch.float64, dtype))
@@ -120,14 +125,23 @@ def test_the_losses_of_heads_are_weighted_by_token(path: str, shared: bool) -> N
     hiddens, weight = leaves(3, shared, torch.float32)
     token_weights = torch.rand(B, T)
     _, stats = mtp_cross_entropy(
-        hiddens, weight, labels, document_ids=documents, head_weights=WEIGHTS[:3], token_weights=token_weights,
+        hiddens,
+        weight,
+        labels,
+        document_ids=documents,
+        head_weights=WEIGHTS[:3],
+        token_weights=token_weights,
         return_stats=True,
-    )  # fmt: skip
+    )
     for k in range(3):
         mean = linear_cross_entropy(
-            hiddens if shared else hiddens[k], weight, labels, shift=k, document_ids=documents if k else None,
+            hiddens if shared else hiddens[k],
+            weight,
+            labels,
+            shift=k,
+            document_ids=documents if k else None,
             token_weights=F.pad(token_weights[:, k:], (0, k)),
-        )  # fmt: skip
+        )
         torch.testing.assert_close(stats.head_loss[k], mean.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -138,21 +152,39 @@ def test_options_reach_every_head(path: str) -> None:
     token_weights, class_weights = torch.rand(B, T).double(), torch.rand(V).double()
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
     options: dict[str, Any] = {
-        "softcap": 4.0, "logit_scale": 0.7, "z_loss": 1e-2, "label_smoothing": 0.1, "class_weights": class_weights,
-    }  # fmt: skip
+        "softcap": 4.0,
+        "logit_scale": 0.7,
+        "z_loss": 1e-2,
+        "label_smoothing": 0.1,
+        "class_weights": class_weights,
+    }
     loss = mtp_cross_entropy(
-        hiddens, weight, labels, document_ids=documents, head_weights=torch.tensor(WEIGHTS[:3]), bias=bias,
-        token_weights=token_weights, num_valid=[7, 8.0, 9], **options,
-    )  # fmt: skip
+        hiddens,
+        weight,
+        labels,
+        document_ids=documents,
+        head_weights=torch.tensor(WEIGHTS[:3]),
+        bias=bias,
+        token_weights=token_weights,
+        num_valid=[7, 8.0, 9],
+        **options,
+    )
     found = torch.autograd.grad(loss, (hiddens, weight, bias))
     total = torch.zeros((), dtype=torch.float64)
     for k in range(3):
         # Weights of labels move with them.
         moved = F.pad(token_weights[:, k:], (0, k))
         total = total + WEIGHTS[k] / (7 + k) * linear_cross_entropy(
-            hiddens[k], weight, labels, bias=bias, shift=k, document_ids=documents if k else None, reduction="sum",
-            token_weights=moved, **options,
-        )  # fmt: skip
+            hiddens[k],
+            weight,
+            labels,
+            bias=bias,
+            shift=k,
+            document_ids=documents if k else None,
+            reduction="sum",
+            token_weights=moved,
+            **options,
+        )
     torch.testing.assert_close(loss, total, rtol=1e-12, atol=0)
     for a, b in zip(found, torch.autograd.grad(total, (hiddens, weight, bias))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
@@ -294,9 +326,14 @@ def test_the_host_waits_for_nothing(shared: bool) -> None:
         hiddens, weight = leaves(3, shared, torch.bfloat16)
         with NoWaiting():
             loss, _ = mtp_cross_entropy(
-                hiddens, weight, labels, document_ids=documents, head_weights=torch.tensor([1.0, 0.3, 0.1]),
-                num_valid=torch.tensor([20, 16, 12]), return_stats=True,
-            )  # fmt: skip
+                hiddens,
+                weight,
+                labels,
+                document_ids=documents,
+                head_weights=torch.tensor([1.0, 0.3, 0.1]),
+                num_valid=torch.tensor([20, 16, 12]),
+                return_stats=True,
+            )
             loss.backward()
 
 
@@ -318,9 +355,13 @@ def gradients(rank: int, world: int, ranks: int, micro: int, dtype: torch.dtype)
     for piece in pieces:
         if piece:
             mtp_cross_entropy(
-                hiddens[:, piece], weight, labels[piece], document_ids=documents[piece], num_valid=counts,
+                hiddens[:, piece],
+                weight,
+                labels[piece],
+                document_ids=documents[piece],
+                num_valid=counts,
                 head_weights=[1.0, 0.3, 0.1],
-            ).backward()  # fmt: skip
+            ).backward()
     found = [torch.zeros_like(t) if t.grad is None else t.grad for t in (hiddens, weight)]
     for g in found:
         torch.distributed.all_reduce(g)

@@ -96,9 +96,17 @@ cases = {
 @given(**cases, inplace=st.booleans())
 @unrecorded()
 def test_cross_entropy(
-    path: str, names: list[str], shape: tuple[int, ...], V: int, K: int, dtype: torch.dtype, reduction: str,
-    stats: bool, seed: int, inplace: bool,
-) -> None:  # fmt: skip
+    path: str,
+    names: list[str],
+    shape: tuple[int, ...],
+    V: int,
+    K: int,
+    dtype: torch.dtype,
+    reduction: str,
+    stats: bool,
+    seed: int,
+    inplace: bool,
+) -> None:
     torch.manual_seed(seed)
     targets, options = draw(names, shape, V, K)
     if reduction != "mean":
@@ -121,8 +129,9 @@ def test_cross_entropy(
         run(ours, logits, options),
         run(reference.cross_entropy, logits, options),
         run(reference.cross_entropy, logits.double(), in_float64(options)),
-        dtype, torch.float32,
-    )  # fmt: skip
+        dtype,
+        torch.float32,
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
@@ -134,9 +143,19 @@ def test_cross_entropy(
 )
 @unrecorded()
 def test_linear_cross_entropy(
-    path: str, names: list[str], shape: tuple[int, ...], V: int, K: int, dtype: torch.dtype, reduction: str,
-    stats: bool, seed: int, bias: bool, rows: int, slab_dtype: torch.dtype | None,
-) -> None:  # fmt: skip
+    path: str,
+    names: list[str],
+    shape: tuple[int, ...],
+    V: int,
+    K: int,
+    dtype: torch.dtype,
+    reduction: str,
+    stats: bool,
+    seed: int,
+    bias: bool,
+    rows: int,
+    slab_dtype: torch.dtype | None,
+) -> None:
     torch.manual_seed(seed)
     targets, options = draw(names, shape, V, K)
     if reduction != "mean":
@@ -164,8 +183,9 @@ def test_linear_cross_entropy(
         run(ours, inputs, options),
         run(reference.linear_cross_entropy, inputs, options),
         run(reference.linear_cross_entropy, [t.double() for t in inputs], in_float64(options)),
-        dtype, slab_dtype or dtype,
-    )  # fmt: skip
+        dtype,
+        slab_dtype or dtype,
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stats": {"return_stats": True},
     "everything": {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 1.3, "shift": 1},
     "weights": {
-        "label_smoothing": 0.2, "z_loss": 1e-2, "class_weights": True, "token_weights": torch.linspace(0.1, 1, N),
+        "label_smoothing": 0.2,
+        "z_loss": 1e-2,
+        "class_weights": True,
+        "token_weights": torch.linspace(0.1, 1, N),
     },
     "several targets": {
-        "label_smoothing": 0.1, "z_loss": 1e-2, "class_weights": True, "target_weights": torch.tensor([1.0, 0.5, 0.25]),
+        "label_smoothing": 0.1,
+        "z_loss": 1e-2,
+        "class_weights": True,
+        "target_weights": torch.tensor([1.0, 0.5, 0.25]),
         "return_stats": True,
     },
-}  # fmt: skip
+}
 
 
 def inputs(V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -254,9 +254,7 @@ def test_weights_start_as_gpt2s(layers: int) -> None:
 def test_samples_from_the_last_tokens_at_a_temperature(temperature: float) -> None:
     model, tokens = small(), torch.randint(0, 50, (7,))
     random_weights(model)
-    found = model.generate(
-        tokens, 12, context=4, temperature=temperature, generator=torch.Generator().manual_seed(3)
-    )  # fmt: skip
+    found = model.generate(tokens, 12, context=4, temperature=temperature, generator=torch.Generator().manual_seed(3))
     generator, wanted = torch.Generator().manual_seed(3), tokens
     with torch.no_grad():
         for _ in range(12):

@@ -215,9 +215,14 @@ def estimate_of(case: Case) -> tuple[MemoryEstimate, Callable[[MemoryEstimate], 
     """Return the estimate of a case, and the function for the relevant peak."""
     options, B, T, vocab_size, how, _ = case
     estimate = estimate_memory(
-        decoder(options, vocab_size), batch_size=B, seq_len=T, accumulate=how.get("accumulate", 1),
-        autocast=how.get("autocast", False), device="cpu", checkpoint_activations=how.get("again", False),
-    )  # fmt: skip
+        decoder(options, vocab_size),
+        batch_size=B,
+        seq_len=T,
+        accumulate=how.get("accumulate", 1),
+        autocast=how.get("autocast", False),
+        device="cpu",
+        checkpoint_activations=how.get("again", False),
+    )
     return estimate, lambda e: e.peak if how.get("fused", True) else e.peak_unfused
 
 

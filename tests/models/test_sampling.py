@@ -20,10 +20,18 @@ def test_greedy_is_the_default() -> None:
     assert Sampler(top_p=0.1)(LOGITS.bfloat16()).tolist() == [1]
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "kept"), [
-    (1.0, 1.0, [0, 1, 2, 3, 4]), (0.5, 1.0, [0, 1, 2, 3, 4]), (2.0, 1.0, [0, 1, 2, 3, 4]),
-    (1.0, 0.7, [1, 4]), (1.0, 0.8, [1, 2, 4]), (1.0, 1e-9, [1]), (2.0, 0.8, [1, 2, 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "kept"),
+    [
+        (1.0, 1.0, [0, 1, 2, 3, 4]),
+        (0.5, 1.0, [0, 1, 2, 3, 4]),
+        (2.0, 1.0, [0, 1, 2, 3, 4]),
+        (1.0, 0.7, [1, 4]),
+        (1.0, 0.8, [1, 2, 4]),
+        (1.0, 1e-9, [1]),
+        (2.0, 0.8, [1, 2, 4]),
+    ],
+)
 def test_shares_are_the_probabilities_of_what_is_kept(temperature: float, top_p: float, kept: list[int]) -> None:
     p = (LOGITS / temperature).softmax(0)
     wanted = torch.zeros(5).index_copy(0, torch.tensor(kept), p[kept])

@@ -47,9 +47,16 @@ def test_the_names_are_deepseeks(tmp_path: Path) -> None:
     save_deepseek(model, tmp_path)
     tensors = load_file(str(tmp_path / "model.safetensors"))
     block = {
-        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    }  # fmt: skip
+        "input_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    }
     depth = {"enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head", "embed_tokens"}
     assert tensors.keys() == {
         "model.embed_tokens.weight",

@@ -77,11 +77,14 @@ def drafts_without_cache(model: Decoder, tokens: torch.Tensor, count: int) -> li
     return text[rows + 1 :].tolist()
 
 
-@pytest.mark.parametrize("options", [
-    {"mtp": "parallel", "mtp_heads": 4},
-    {"mtp": "sequential", "mtp_heads": 4},
-    {"mtp": "sequential", "mtp_heads": 3, "mtp_hidden": "post_norm", "mtp_repeated_layer": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mtp": "parallel", "mtp_heads": 4},
+        {"mtp": "sequential", "mtp_heads": 4},
+        {"mtp": "sequential", "mtp_heads": 3, "mtp_hidden": "post_norm", "mtp_repeated_layer": True},
+    ],
+)
 @pytest.mark.parametrize("prompt", [1, 2, 3, 9])
 @torch.no_grad()
 def test_drafts_with_a_cache_are_those_without(options: dict[str, Any], prompt: int) -> None:

@@ -30,8 +30,10 @@ class Format(NamedTuple):
     @property
     def options(self) -> Options:
         return {
-            "master_weights": self.master, "state_dtype": self.state, "ema_decay": EMA if self.averaged else None,
-        }  # fmt: skip
+            "master_weights": self.master,
+            "state_dtype": self.state,
+            "ema_decay": EMA if self.averaged else None,
+        }
 
     @property
     def names(self) -> set[str]:

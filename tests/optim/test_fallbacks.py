@@ -35,9 +35,12 @@ def together(ours: Any, theirs: Any, options: dict[str, Any], p: Callable[[], Te
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_other_dtypes(path: str, ours: Any, theirs: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
     (a, beside, _), (b, other, _) = together(
-        ours, theirs, options, lambda: torch.ones(6, dtype=dtype).requires_grad_(),
+        ours,
+        theirs,
+        options,
+        lambda: torch.ones(6, dtype=dtype).requires_grad_(),
         lambda step: (torch.arange(6) - 2.5 * step).to(dtype),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(a, b, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=1e-7)
     torch.testing.assert_close(beside, other, rtol=1e-6, atol=1e-7)
 
@@ -46,9 +49,12 @@ def test_other_dtypes(path: str, ours: Any, theirs: Any, options: dict[str, Any]
 def test_gradients_in_another_memory_order(path: str, ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     """Such gradients would silently be read in the wrong order by the fused CPU kernels of torch."""
     (a, beside, optimizer), (b, other, _) = together(
-        ours, theirs, options, lambda: torch.arange(12.0).view(3, 4).requires_grad_(),
+        ours,
+        theirs,
+        options,
+        lambda: torch.arange(12.0).view(3, 4).requires_grad_(),
         lambda step: torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).T,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(beside, other, rtol=1e-6, atol=1e-6)
     assert optimizer.state[beside]["step"] == optimizer.state[a]["step"] == 3

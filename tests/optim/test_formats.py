@@ -113,9 +113,11 @@ def test_stochastic_rounding_leaves_what_needs_none_and_what_is_odd() -> None:
 
 
 @given(
-    seed=st.integers(0, (1 << 53) - 1), step=st.integers(0, 1 << 24), tensor=st.integers(0, 1 << 20),
+    seed=st.integers(0, (1 << 53) - 1),
+    step=st.integers(0, 1 << 24),
+    tensor=st.integers(0, 1 << 20),
     start=st.integers(0, 1 << 40),
-)  # fmt: skip
+)
 def test_noise_is_the_same_in_kernels_and_in_torch(seed: int, step: int, tensor: int, start: int) -> None:
     keys = formats.noise_keys(seed, torch.tensor(float(step)), tensor)
     mine, _ = formats.noise(torch.arange(start, start + 256), keys)
@@ -129,13 +131,15 @@ def change_element(seed: int, n: int) -> Tensor:
 
 
 def change_step(seed: int, n: int) -> Tensor:
-    return torch.cat([formats.noise(torch.tensor([5]), formats.noise_keys(seed, torch.tensor(float(s)), 3))[0]
-                      for s in range(n)])  # fmt: skip
+    return torch.cat(
+        [formats.noise(torch.tensor([5]), formats.noise_keys(seed, torch.tensor(float(s)), 3))[0] for s in range(n)]
+    )
 
 
 def change_tensor(seed: int, n: int) -> Tensor:
-    return torch.cat([formats.noise(torch.tensor([5]), formats.noise_keys(seed, torch.tensor(7.0), t))[0]
-                      for t in range(n)])  # fmt: skip
+    return torch.cat(
+        [formats.noise(torch.tensor([5]), formats.noise_keys(seed, torch.tensor(7.0), t))[0] for t in range(n)]
+    )
 
 
 def change_seed(seed: int, n: int) -> Tensor:

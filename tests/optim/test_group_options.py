@@ -132,10 +132,15 @@ def test_a_group_is_clipped_to_its_own_norm_and_the_others_together(path: str) -
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     body, head, free = ours[:3], [ours[3]], [ours[4]]
     mine = FusedAdamW(
-        [{"params": body[:1]}, {"params": head, "max_grad_norm": 0.1}, {"params": body[1:]},
-         {"params": free, "max_grad_norm": None}],
-        lr=0.01, max_grad_norm=0.5,
-    )  # fmt: skip
+        [
+            {"params": body[:1]},
+            {"params": head, "max_grad_norm": 0.1},
+            {"params": body[1:]},
+            {"params": free, "max_grad_norm": None},
+        ],
+        lr=0.01,
+        max_grad_norm=0.5,
+    )
     other = torch.optim.AdamW(theirs, lr=0.01)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
@@ -158,10 +163,15 @@ def test_a_group_is_clipped_to_its_own_norm_and_the_others_together(path: str) -
 def test_a_norm_of_one_group_that_is_not_finite_changes_no_group(path: str, group: int, odd: float) -> None:
     params = [torch.ones(6, requires_grad=True) for _ in range(4)]
     optimizer = FusedAdamW(
-        [{"params": params[:1]}, {"params": params[1:2], "max_grad_norm": 0.1}, {"params": params[2:3]},
-         {"params": params[3:], "max_grad_norm": None}],
-        max_grad_norm=1.0, zero_grads=True,
-    )  # fmt: skip
+        [
+            {"params": params[:1]},
+            {"params": params[1:2], "max_grad_norm": 0.1},
+            {"params": params[2:3]},
+            {"params": params[3:], "max_grad_norm": None},
+        ],
+        max_grad_norm=1.0,
+        zero_grads=True,
+    )
     for finite in (True, False, True):
         before = [p.detach().clone() for p in params]
         for p in params:

@@ -51,9 +51,15 @@ def train(cls: Any, start: list[Tensor], gradients: list[list[Tensor]], **option
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 @unrecorded()
 def test_any_layout(
-    path: str, cls: Any, of_parameters: list[Any], of_gradients: list[Any], of_lr: Any, options: dict[str, Any],
-    dtype: torch.dtype, seed: int,
-) -> None:  # fmt: skip
+    path: str,
+    cls: Any,
+    of_parameters: list[Any],
+    of_gradients: list[Any],
+    of_lr: Any,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     start = [layout(torch.randn(shape).to(dtype)) for layout, shape in zip(of_parameters, SHAPES)]
     gradients = [[layout(torch.randn(shape).to(dtype)) for shape in SHAPES] for layout in of_gradients]

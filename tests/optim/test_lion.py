@@ -14,10 +14,16 @@ BF16, F32 = torch.bfloat16, torch.float32
 STEPS = 12
 OPTIONS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
 FORMATS = [
-    {}, {"state_dtype": F32}, {"state_dtype": "8bit"}, {"master_weights": "fp32", "state_dtype": F32},
-    {"master_weights": "split16"}, {"master_weights": "split8", "state_dtype": "8bit"}, {"master_weights": "kahan"},
-    {"master_weights": "stochastic"}, {"ema_decay": 0.9, "zero_grads": True},
-]  # fmt: skip
+    {},
+    {"state_dtype": F32},
+    {"state_dtype": "8bit"},
+    {"master_weights": "fp32", "state_dtype": F32},
+    {"master_weights": "split16"},
+    {"master_weights": "split8", "state_dtype": "8bit"},
+    {"master_weights": "kahan"},
+    {"master_weights": "stochastic"},
+    {"ema_decay": 0.9, "zero_grads": True},
+]
 
 
 def train(dtype: torch.dtype = F32, steps: int = STEPS, *, reload_at: int = -1, **options: Any) -> Any:
@@ -48,9 +54,15 @@ def by_the_rule(
         for p, m in zip(params, averages):
             if p.grad is not None:
                 reference.lion(
-                    p, p.grad * factor, m, step=step + 1, lr=o["lr"], beta1=o["betas"][0], beta2=o["betas"][1],
+                    p,
+                    p.grad * factor,
+                    m,
+                    step=step + 1,
+                    lr=o["lr"],
+                    beta1=o["betas"][0],
+                    beta2=o["betas"][1],
                     decay=o["lr"] * o["weight_decay"],
-                )  # fmt: skip
+                )
     return values(params)
 
 

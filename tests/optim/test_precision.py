@@ -17,9 +17,14 @@ SHAPES = [(20, 33), (5,), (), (0, 3), (2, 300)]
 
 
 def train(
-    dtype: torch.dtype = BF16, steps: int = 12, cls: Any = FusedAdamW, *, grad_dtype: torch.dtype | None = None,
-    shapes: Any = SHAPES, **options: Any,
-) -> tuple[FusedOptimizer, list[Tensor]]:  # fmt: skip
+    dtype: torch.dtype = BF16,
+    steps: int = 12,
+    cls: Any = FusedAdamW,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    shapes: Any = SHAPES,
+    **options: Any,
+) -> tuple[FusedOptimizer, list[Tensor]]:
     """Train from the same bfloat16 values with the same gradients, for any dtypes."""
     torch.manual_seed(0)
     params = [torch.randn(shape).bfloat16().to(dtype).requires_grad_() for shape in shapes]
@@ -161,9 +166,16 @@ def test_an_8_bit_average_moves_by_less_than_a_code_per_step(path: str) -> None:
 
 
 MIXES = [
-    (F32, BF16, F32), (F32, F16, BF16), (F32, None, F16), (BF16, F32, F32), (BF16, F16, BF16), (BF16, None, F32),
-    (F16, F32, F32), (F16, BF16, F16), (F16, None, BF16),
-]  # fmt: skip
+    (F32, BF16, F32),
+    (F32, F16, BF16),
+    (F32, None, F16),
+    (BF16, F32, F32),
+    (BF16, F16, BF16),
+    (BF16, None, F32),
+    (F16, F32, F32),
+    (F16, BF16, F16),
+    (F16, None, BF16),
+]
 
 
 @pytest.mark.parametrize(("dtype", "state_dtype", "grad_dtype"), MIXES)
@@ -180,11 +192,17 @@ def test_any_mix_of_dtypes(path: str, dtype: Any, state_dtype: Any, grad_dtype: 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"master_weights": "fp32"}, {"master_weights": "split16"}, {"master_weights": "split8"},
-        {"master_weights": "kahan"}, {"master_weights": "stochastic"}, {"state_dtype": "8bit"},
-        {"state_dtype": "8bit", "master_weights": "stochastic"}, {"ema_decay": 0.9},
+        {},
+        {"master_weights": "fp32"},
+        {"master_weights": "split16"},
+        {"master_weights": "split8"},
+        {"master_weights": "kahan"},
+        {"master_weights": "stochastic"},
+        {"state_dtype": "8bit"},
+        {"state_dtype": "8bit", "master_weights": "stochastic"},
+        {"ema_decay": 0.9},
     ],
-)  # fmt: skip
+)
 def test_nan_and_infinity_survive(path: str, options: dict[str, Any]) -> None:
     p = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, 2.0] + [0.5] * 300, dtype=BF16).requires_grad_()
     optimizer = FusedAdamW([p], **options)

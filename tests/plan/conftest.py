@@ -27,10 +27,16 @@ def make_run(tmp_path: Path, law: ChinchillaLaw) -> MakeRun:
         config = load_config(
             None,
             [
-                f"model.width={width}", "model.layers=1", "model.heads=2", "data.tokenizer=bytes", "data.seq_len=256",
-                "train.batch_size=4", f"train.steps={steps}", *settings,
+                f"model.width={width}",
+                "model.layers=1",
+                "model.heads=2",
+                "data.tokenizer=bytes",
+                "data.seq_len=256",
+                "train.batch_size=4",
+                f"train.steps={steps}",
+                *settings,
             ],
-        )  # fmt: skip
+        )
         folder = tmp_path / f"w{width}-s{steps}"
         folder.mkdir()
         (folder / "config.toml").write_text(dump_config(config))

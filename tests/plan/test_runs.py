@@ -38,10 +38,20 @@ def test_a_trained_run_is_read(tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i} and so on, " * 60)
     settings = [
-        f"runs={tmp_path / 'runs'}", f'data.sources=["{tmp_path / "text"}"]', "data.tokenizer=bytes", "data.seq_len=16",
-        "data.held_out=0.4", "model.width=16", "model.layers=1", "model.heads=2", "train.steps=3", "train.device=cpu",
-        "train.batch_size=2", "train.sample_tokens=0", "train.eval_rows=2",
-    ]  # fmt: skip
+        f"runs={tmp_path / 'runs'}",
+        f'data.sources=["{tmp_path / "text"}"]',
+        "data.tokenizer=bytes",
+        "data.seq_len=16",
+        "data.held_out=0.4",
+        "model.width=16",
+        "model.layers=1",
+        "model.heads=2",
+        "train.steps=3",
+        "train.device=cpu",
+        "train.batch_size=2",
+        "train.sample_tokens=0",
+        "train.eval_rows=2",
+    ]
     run = read_run(train(load_config(None, settings), console=Console(quiet=True)))
     assert run.params == numel(DecoderConfig(264, width=16, layers=1, heads=2))
     assert 3 * 2 * 15 <= run.tokens <= 3 * 2 * 16  # where a document ends, a label is nobody's

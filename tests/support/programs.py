@@ -111,8 +111,9 @@ def trainer_of(
     written = Written()
     hooks = [written, *more.pop("hooks", [])]
     more = {"console": Console(quiet=True), "loss": loss_of, "model": model_of(), **more}
-    return Trainer(optimizer=make, data=batches() if data is None else data, config=config or settings(),
-                   hooks=hooks, **more), written  # fmt: skip
+    return Trainer(
+        optimizer=make, data=batches() if data is None else data, config=config or settings(), hooks=hooks, **more
+    ), written
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:

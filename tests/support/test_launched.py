@@ -18,9 +18,17 @@ from support import launched
 TESTS = Path(__file__).parent.parent
 CODE = Code(10, {128: 2}, {128: 2}, 1, 0, 0, 0, {})
 FACTS = KernelFacts(
-    num_warps=4, shared_bytes=0, registers=32, spill_bytes=0, occupancy=1.0, stack_bytes=0, scalar_spills=0,
-    code=CODE, hot_loops=(CODE,), orders=(),
-)  # fmt: skip
+    num_warps=4,
+    shared_bytes=0,
+    registers=32,
+    spill_bytes=0,
+    occupancy=1.0,
+    stack_bytes=0,
+    scalar_spills=0,
+    code=CODE,
+    hot_loops=(CODE,),
+    orders=(),
+)
 KIND = Specialization(
     "llmfast_kernels.optimizer.coefficients:prepare_kernel", {}, {"enable_fp_fusion": True}, "tests/a.py::test_b"
 )
@@ -100,8 +108,11 @@ def test_it_needs_no_plugin_that_can_be_turned_off(tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--machine-code", "-q", *off, str(tmp_path)],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+    )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 

@@ -114,10 +114,16 @@ def decoder(config: Config) -> Decoder:
     kind: Any = m.mtp
     return Decoder(
         DecoderConfig(
-            VOCABULARY, width=32, layers=2, heads=2, mtp=kind, mtp_heads=m.mtp_heads,
-            mtp_repeated_layer=m.mtp_repeated_layer, tie_embeddings=m.tie_embeddings,
+            VOCABULARY,
+            width=32,
+            layers=2,
+            heads=2,
+            mtp=kind,
+            mtp_heads=m.mtp_heads,
+            mtp_repeated_layer=m.mtp_repeated_layer,
+            tie_embeddings=m.tie_embeddings,
         )
-    )  # fmt: skip
+    )
 
 
 class Written(Hooks):
@@ -149,9 +155,16 @@ def trainer_of(config: Config, world: World | None = None, torchs: bool = False,
     validation = {"texts": lambda: (Sequences().batch(first, 3) for first in (1000, 1003, 1006))}
     hooks = [Written(), *more.pop("hooks", [])]
     return Trainer(
-        model, objective, optimizer, more.pop("data", None) or Sequences(), config, world=world, hooks=hooks,
-        validation=validation, **more,
-    )  # fmt: skip
+        model,
+        objective,
+        optimizer,
+        more.pop("data", None) or Sequences(),
+        config,
+        world=world,
+        hooks=hooks,
+        validation=validation,
+        **more,
+    )
 
 
 def world_of(rank: int, size: int) -> World:
@@ -430,9 +443,14 @@ def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[
     """Resume within a line of the log, with another checkpoint before the end."""
     parallel, _, classes = parallel.partition(", ")
     config = settings(
-        parallel=parallel, steps=7, log_every=5, save_every=2, keep_last=9, micro_batch_size=4,
+        parallel=parallel,
+        steps=7,
+        log_every=5,
+        save_every=2,
+        keep_last=9,
+        micro_batch_size=4,
         vocab_parallel=bool(classes),
-    )  # fmt: skip
+    )
 
     def run(size: int, resume: bool) -> list[Any]:
         more = config, str(tmp_path), resume
@@ -499,10 +517,13 @@ def check_formats(rank: int, size: int, config: Config, folder: str, resume: boo
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(("split16", "8bit"), ("split16", "8bit")), (("split8", "8bit"), ("fp32", "float32")),
-     (("", ""), ("split8", "8bit"))],
+    [
+        (("split16", "8bit"), ("split16", "8bit")),
+        (("split8", "8bit"), ("fp32", "float32")),
+        (("", ""), ("split8", "8bit")),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_run_goes_on_with_other_ranks_and_formats(
     ranks: Any, before: tuple[str, str], after: tuple[str, str], sizes: tuple[int, int], tmp_path: Path
 ) -> None:

@@ -39,19 +39,23 @@ HOSTILE = '<img src="http://example.com/x.png" onerror=alert(1)>&'
 def logged(step: int, **values: Any) -> dict[str, Any]:
     """Return a line as the trainer writes it."""
     line = dict(
-        step=step, tokens=1000 * step, loss=5 - step / 20, lr=1e-3 / step, tokens_per_s=9000.0 + 20 * step,
-        sequences=4 * step, grad_norm=1 + 1 / step, memory_bytes=(300 + step) * 2**20,
+        step=step,
+        tokens=1000 * step,
+        loss=5 - step / 20,
+        lr=1e-3 / step,
+        tokens_per_s=9000.0 + 20 * step,
+        sequences=4 * step,
+        grad_norm=1 + 1 / step,
+        memory_bytes=(300 + step) * 2**20,
         source_loss={"code": 4 - step / 20, "prose": 5 - step / 20},
         shares={"code": step / 40, "prose": 1 - step / 40},
-    )  # fmt: skip
+    )
     return line | values
 
 
 def evaluated(step: int, **losses: float) -> dict[str, Any]:
     losses = losses or {"code": 4.1 - step / 20, "prose": 5.1 - step / 20}
-    return dict(
-        step=step, tokens=1000 * step, validation=losses, validation_mean=sum(losses.values()) / len(losses)
-    )  # fmt: skip
+    return dict(step=step, tokens=1000 * step, validation=losses, validation_mean=sum(losses.values()) / len(losses))
 
 
 def usual() -> list[dict[str, Any]]:
@@ -254,12 +258,22 @@ def test_summary_and_settings_say_what_differs(tmp_path: Path) -> None:
     found = page(a, b)
     head, *rows = found.rows[:3]
     assert dict(zip(head, rows[0])) == {
-        "run": "a", "validation loss (nats per token)": "1.750", "model.mtp": "none", "model.mtp_heads": "0",
-        "data.weights.code": "0.2->0.8", "data.tokenizer": "bpe", "optimizer.lr": "0.002",
-        "steps": "40 of 40", "tokens": "40.0 k", "tokens/s, median": "9,440",
-        "peak memory": "12.00 GiB", "steps skipped": "3", "loss spikes": "1",
-        "guesses accepted": "-", "tokens per pass": "-",
-    }  # fmt: skip
+        "run": "a",
+        "validation loss (nats per token)": "1.750",
+        "model.mtp": "none",
+        "model.mtp_heads": "0",
+        "data.weights.code": "0.2->0.8",
+        "data.tokenizer": "bpe",
+        "optimizer.lr": "0.002",
+        "steps": "40 of 40",
+        "tokens": "40.0 k",
+        "tokens/s, median": "9,440",
+        "peak memory": "12.00 GiB",
+        "steps skipped": "3",
+        "loss spikes": "1",
+        "guesses accepted": "-",
+        "tokens per pass": "-",
+    }
     two = dict(zip(head, rows[1]))
     assert two["peak memory"] == "340.0 MiB" and two["validation loss (nats per token)"] == "-"
     assert two["guesses accepted"] == "62 %" and two["tokens per pass"] == "1.62"
@@ -296,8 +310,11 @@ def test_charts_without_data_are_left_out(tmp_path: Path) -> None:
     ]
     found = page(folder(tmp_path / "a", lines))
     assert found.titles == [
-        "All sources", "After the first fifth, training averaged", "All sources, on logarithmic axes", "Throughput"
-    ]  # fmt: skip
+        "All sources",
+        "After the first fifth, training averaged",
+        "All sources, on logarithmic axes",
+        "Throughput",
+    ]
     assert [h for h in found.headings if h in ("Sources", "Optimizer", "Heads that predict further tokens")] == []
 
 
@@ -348,16 +365,25 @@ def test_the_curve_of_two_evaluations_has_no_gap(tmp_path: Path) -> None:
 
 def test_what_never_changes_is_said(tmp_path: Path) -> None:
     constant = dict(
-        lr=0.003, memory_bytes=300 * 2**20, tokens_per_s=12_345.6, shares={"code": 0.3, "prose": 0.7},
-        head_loss=[3.0, 4.0], head_accuracy=[0.5, 0.25], head_weights=[1.0, 0.5], objective=5.0,
-    )  # fmt: skip
+        lr=0.003,
+        memory_bytes=300 * 2**20,
+        tokens_per_s=12_345.6,
+        shares={"code": 0.3, "prose": 0.7},
+        head_loss=[3.0, 4.0],
+        head_accuracy=[0.5, 0.25],
+        head_weights=[1.0, 0.5],
+        objective=5.0,
+    )
     lines = [logged(s, **constant) for s in range(2, 41, 2)]
     lines[3]["memory_bytes"] += 2**20  # which nobody would see
     found = page(folder(tmp_path / "a", lines))
     assert found.titles == [
-        "All sources", "After the first fifth, training averaged", "All sources, on logarithmic axes", "Loss",
-        "Gradient norm"
-    ]  # fmt: skip
+        "All sources",
+        "After the first fifth, training averaged",
+        "All sources, on logarithmic axes",
+        "Loss",
+        "Gradient norm",
+    ]
     for sentence in (
         "Learning rate: 0.003 throughout.",
         "Peak memory, MiB: 300 throughout.",
@@ -460,8 +486,9 @@ def axis(values: Sequence[float], **options: bool) -> Drawn:
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.floats(-1e20, 1e20) | st.floats(1e-20, 1) | st.integers(0, 50), min_size=1, max_size=3),
-    st.booleans(), st.booleans(),
-)  # fmt: skip
+    st.booleans(),
+    st.booleans(),
+)
 def test_ticks_are_few_within_the_axis_and_told_apart(values: list[float], log: bool, from_zero: bool) -> None:
     if log:
         values = [abs(v) + 1e-9 for v in values]
@@ -709,10 +736,19 @@ def browse(report: Path, width: int) -> dict[str, Any]:
         f'<iframe src="probed.html" width="{width}" height="700"></iframe>'
     )
     command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-        "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=3000",
-        f"--user-data-dir={report.with_name('browser')}", "--dump-dom", frame.as_uri(),
-    ]  # fmt: skip
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--virtual-time-budget=3000",
+        f"--user-data-dir={report.with_name('browser')}",
+        "--dump-dom",
+        frame.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     (found,) = re.findall(r"<title>found (.*?)</title>", done.stdout)
     values: dict[str, Any] = json.loads(html.unescape(found))
