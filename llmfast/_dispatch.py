@@ -18,9 +18,12 @@ R = TypeVar("R")
 _kernels_on_cpu = False
 
 
-def use_kernels(t: Tensor) -> bool:
-    """Return True if `t` is processed by the Triton kernels. All code that chooses a path calls this function."""
-    if t.dtype not in KERNEL_DTYPES:
+def use_kernels(t: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return True if the Triton kernels process tensors like `t`, or with `dtype` those of another dtype next to it.
+
+    All code that chooses a path calls this function.
+    """
+    if (dtype or t.dtype) not in KERNEL_DTYPES:
         return False
     return ((t.is_cuda or t.is_xpu) and _has_triton()) or _kernels_on_cpu
 

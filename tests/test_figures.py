@@ -1,25 +1,37 @@
 """Tests that the figures on the documentation's pages are those of the results and of the code."""
 
+import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.report import SHOWN, bytes_per_parameter, gib
 from evidence.roofline import H100
 from llmfast.checkup import record
-from llmfast.data import cache, split, tokenizer
-from llmfast.losses import LinearCrossEntropyPlan, plan
+from llmfast.data import cache, reader, split, tokenizer
+from llmfast.losses import LinearCrossEntropyPlan, linear_cross_entropy, plan
 from llmfast.losses.plan import row_width
 from llmfast.models import cost
+from llmfast.models.memory import FITS, verdict
+from llmfast.optim import FusedAdam, FusedAdamW
 from llmfast.plan import advice, screen
 from llmfast.train import estimate, metrics
 from llmfast_kernels.sizes import PER_SCALE
 from support.code_blocks import ROOT
 from support.results import Row, one, results, row_kernel
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = results("results.json")
@@ -154,6 +166,21 @@ def data() -> Iterator[str]:
     yield f"runs of digits, punctuation or spaces, at {tokenizer.LONGEST_WORD} characters"
     yield {1_000_000: "What takes long with more than a million characters"}[cache.LEAST_CHARACTERS]
     yield f"Above {cache.MOST_BYTES // GIB} GiB, the least recently used go."
+    (formats,) = {extras()[package] for package in reader._NEEDED.values()}
+    assert reader._NEEDED.keys() == {".parquet", ".zst"}
+    yield f"`.parquet` and `.zst` need the extra `{formats}`."
+    yield f"The command needs the extra `{extras()['datatrove']}`"
+
+
+def extras() -> dict[str, str]:
+    """Return the extra that installs each package, by the package's name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [
+        (re.split(r"[\[<>=;]", package)[0], extra)
+        for extra, packages in project["optional-dependencies"].items()
+        for package in packages
+    ]
+    return dict(reversed(listed))  # the first that lists it
 
 
 def planning() -> Iterator[str]:
@@ -162,6 +189,8 @@ def planning() -> Iterator[str]:
     low, high = screen.USUAL
     yield f"within {screen.SLACK} of the best by the law"
     yield f"the time of a step at utilisations of {low} and {high}"
+    fits = max(share for share in range(100) if verdict(share, 100) == FITS)
+    yield f"the first that fits {fits} % of the memory"
     assert cost.AGAIN == 4 / 3
     yield "With activations computed again it is 4 / 3 of that"
     yield f"The default utilisation of {cost.UTILISATION} is a guess"
@@ -173,8 +202,14 @@ def limits() -> Iterator[str]:
     )
     yield f"Its gradient of `hidden` has {worse:.0f} times the error."
 
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    newest, oldest = (re.findall(rf"transformers{sign}(\d+\.\d+)", constraints)[0] for sign in ("==", " "))
+    yield f"`fuse_loss` and `add_mtp` are tested with transformers {oldest} and {newest}."
+
 
 def migration() -> Iterator[str]:
+    adamw, adam = (inspect.signature(kind).parameters["weight_decay"].default for kind in (FusedAdamW, FusedAdam))
+    yield f"llmfast uses torch's defaults: {adamw} for `FusedAdamW`, {adam} for `FusedAdam`."
     yield f"bfloat16, with an error of {error('torch', 'loss')}; llmfast's error is {error('llmfast', 'loss')}."
     yield f"in bfloat16 its error is {error('torch linear_cross_entropy', 'loss')}."
     ours = error("llmfast", "weight")
@@ -195,6 +230,8 @@ def migration() -> Iterator[str]:
 
 def trainer() -> Iterator[str]:
     yield f"Up to {metrics.FEW} evaluations are drawn as dots"
+    yield f"Both need the extra `{extras()['pydantic']}`."
+    yield f"transformers loads the model (extra `{extras()['transformers']}`)"
 
 
 def gpu() -> Iterator[str]:
@@ -223,3 +260,33 @@ def test_figures_of_a_page(page: str) -> None:
     assert found
     for sentence in found:
         assert " ".join(sentence.split()) in text, f"docs/{page} does not say: {sentence}"
+
+
+def test_errors_of_float32_logits() -> None:
+    """Compute the table again; a CPU rounds products with float32 sums once more, which the weight's gradient shows."""
+    torch.manual_seed(0)
+    N, D, V = 1024, 256, 16384
+    hidden, weight = torch.randn(N, D).bfloat16(), (torch.randn(V, D) * D**-0.5).bfloat16()
+    targets = torch.randint(0, V, (N,))
+
+    def computed(dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        if dtype == torch.float64:
+            losses = F.cross_entropy(leaves[0] @ leaves[1].T, targets, reduction="none")
+            return [losses.detach(), *torch.autograd.grad(losses.mean(), leaves)]
+        losses = linear_cross_entropy(*leaves, targets, reduction="none", **options).detach()
+        return [losses, *torch.autograd.grad(linear_cross_entropy(*leaves, targets, **options), leaves)]
+
+    truth = computed(torch.float64)
+    text = words_of("losses.md")
+    assert f"relative error, N = {N:,}, D = {D}, V = {V:,} | loss per token | d_hidden | d_weight |" in text
+    ways: dict[str, dict[str, Any]] = {
+        "bfloat16 logits": {"dtype": torch.bfloat16},
+        "`slab_dtype=torch.float32`": {"dtype": torch.bfloat16, "slab_dtype": torch.float32},
+        "hidden, weight (both of bfloat16 values) and products in float32": {"dtype": torch.float32},
+    }
+    for way, options in ways.items():
+        found = [float((a.double() - b).norm() / b.norm()) for a, b in zip(computed(**options), truth)]
+        published = [float(cell) for cell in text.partition(f"| {way} |")[2].split("|")[:3]]
+        exact = 2 if "slab_dtype" in options else 3
+        assert published[:exact] == pytest.approx(found[:exact], rel=0.05), way

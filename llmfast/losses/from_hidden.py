@@ -56,7 +56,7 @@ class LinearCrossEntropy(Loss):
         if self.grad_filter is not None:  # its threshold is for gradients of the sum
             return False
         # Plain torch takes a pass over the logits for it, which saves a rounding in bfloat16 and nothing in float32.
-        worth = self.dtype == torch.bfloat16 or use_kernels(self.targets.classes)
+        worth = self.dtype == torch.bfloat16 or use_kernels(self.targets.classes, self.dtype)
         return super().divides_early and worth
 
     @property

@@ -28,8 +28,8 @@ def _revision(folder: Path) -> str:
     """Return a name for the code of the losses.
 
     torch keeps compiled graphs on disk, and finds them by the graph of the forward pass. What `_differentiate` adds is
-    not part of that: a graph that an earlier llmfast compiled would be taken for the present one. Hence every operator
-    has this name among its arguments.
+    not part of that: a graph that an earlier llmfast compiled, or one that divides elsewhere, would be taken for the
+    present one. Hence this name, and where gradients are divided, are among every operator's arguments.
     """
     code = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(code).hexdigest()[:12]
@@ -121,7 +121,7 @@ class Operators:
             for name in path:
                 value = getattr(value, name)
             values.append(value)
-        return [*values, REVISION]
+        return [*values, f"{REVISION} {'early' if loss.divides_early else 'late'}"]
 
     def _split(self, arguments: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], Loss, tuple[bool, ...]]:
         """Return inputs, loss and wanted gradients."""

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from llmfast.checkup import runner, worker
+from llmfast.checkup.page import page
 from llmfast.checkup.record import Case, Finding, Journal
 from llmfast.checkup.runner import CheckUp, write_json
 from llmfast.checkup.sections import SECTIONS, Section
 
-# A worker of a section "made", with a case per letter of MADE.
+# A worker of a section, with a case per letter of MADE, or of MADE_<its name>.
 WORKER = """if True:
     import os, signal, sys, time
     from llmfast.checkup import sections, worker
@@ -36,14 +37,19 @@ WORKER = """if True:
                 worker.time.monotonic = lambda: float("inf")
             if letter == "b":
                 worker.device_works = lambda device: False
+            if letter == "w":
+                yield Finding("wrong", False, {})
             yield Finding("done", True, {})
         return Case(letter, run, 0.01)
 
     class Made:
-        def cases(self, device, size):
-            return [case(letter) for letter in os.environ["MADE"]]
+        def __init__(self, name):
+            self.name = name
 
-    worker.named = lambda name: Made()
+        def cases(self, device, size):
+            return [case(letter) for letter in os.environ.get(f"MADE_{self.name}", os.environ["MADE"])]
+
+    worker.named = Made
     sys.exit(worker.main(sys.argv[1:]))
 """
 
@@ -89,6 +95,32 @@ def test_a_fault_costs_its_own_case(check: Any, letter: str, what: str) -> None:
     assert [line for line in lines if line[0] != letter] == others
     assert [line for line in lines if not line[2]] == [(letter, what, False)]
     assert any("WRONG" in line and letter in line for line in said)
+
+
+@pytest.mark.parametrize(("letter", "position"), [("w", 0), ("x", 1), ("h", 2)])
+def test_a_fault_shows_up_in_its_own_section_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, letter: str, position: int
+) -> None:
+    """Let one section give a wrong result, crash or hang; those before and after it are whole."""
+    monkeypatch.setattr(runner, "PATIENCE", 1.0)
+    monkeypatch.setenv("MADE", "az")
+    sections = [section._replace(share=1.0, processes=1) for section in SECTIONS[1:4]]
+    chosen = sections[position]
+    monkeypatch.setenv(f"MADE_{chosen.name}", f"a{letter}z")
+    checking = CheckUp(3.0, "cpu", "small", sections, (sys.executable, "-c", WORKER))
+    results = checking.run(lambda now: None, lambda line: None)
+    outcomes = {outcome["name"]: outcome for outcome in results["sections"]}
+    assert list(outcomes) == [section.name for section in sections] and results["not_reached"] == []
+    whole = [(case, *one) for case in "az" for one in BOTH]
+    for name, outcome in outcomes.items():
+        lines = found(outcome)
+        assert [line for line in lines if line[0] != letter] == whole and outcome["not_reached"] == {}
+        assert [line[0] for line in lines if not line[2]] == ([letter] if name == chosen.name else [])
+    top, *parts = page(results).split("\n## ")
+    assert ", 1 wrong, 0 not reached." in top
+    titles = {part.splitlines()[0]: part for part in parts}
+    assert [line.split(" | ")[:2] for line in titles["Wrong"].splitlines()[4:5]] == [[f"| {chosen.name}", letter]]
+    assert {title for title, part in titles.items() if f"| {letter} |" in part} == {"Wrong", chosen.title}
 
 
 def test_an_exception_says_what_and_where(check: Any) -> None:

@@ -146,6 +146,7 @@ def test_atomics_read_and_write() -> None:
     assert (kernel.loaded, kernel.stored, kernel.updated) == (8 * 64, 0, 4 * 64)
     assert kernel.moved == 8 * 64 + 2 * 4 * 64
     assert (kernel.unique_loaded, kernel.unique_stored) == (8 * 64 + 16, 16)
+    assert kernel.sectors == 8 * 64 + 2 * 2 * 32  # each of two programs reads and writes the sector of the bins
 
 
 @pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [(torch.float32, 28), (torch.bfloat16, 14)])

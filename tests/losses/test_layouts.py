@@ -128,8 +128,9 @@ def test_any_layout(
     with forced(None, size):
         got, want = call(function, tensors, **options), call(function, plain, **options)
     assert len(got) == len(want)
+    least = 0.1 * (K if function.__name__.endswith("logprobs") else 1)  # gradients of K numbers may cancel
     for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(b.abs().max().item(), 0.1))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(b.abs().max().item(), least))
 
 
 def test_every_tensor_argument_has_a_value() -> None:

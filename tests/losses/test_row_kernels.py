@@ -132,9 +132,9 @@ TERMS = {"FEW_TERMS": Terms(40000), "MANY_TERMS": Terms(40000, softcap=20.0, lab
 def test_every_tile_gives_the_same_loss(choice: str, tile: Tile, dtype: torch.dtype) -> None:
     logits, targets = torch.randn(2, 40000).to(dtype), one_each(torch.tensor([39999, 7]))
     gradients = [torch.empty_like(logits) for _ in range(2)]
-    want = rows.cross_entropy(logits, targets, TERMS[choice], entropy=True, argmax=True, d_logits=gradients[0])
+    want = rows.cross_entropy(logits, targets, TERMS[choice], stats=True, d_logits=gradients[0])
     with getattr(rows, choice).trying(tile):
-        got = rows.cross_entropy(logits, targets, TERMS[choice], entropy=True, argmax=True, d_logits=gradients[1])
+        got = rows.cross_entropy(logits, targets, TERMS[choice], stats=True, d_logits=gradients[1])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-8)

@@ -43,7 +43,7 @@ def test_linear_loss_with_a_slab_of_a_quarter() -> None:
     assert total.syncs == 0
 
 
-@pytest.mark.parametrize(("dtype", "bytes_per_element"), [(torch.bfloat16, 0), (torch.float16, 4)])
+@pytest.mark.parametrize(("dtype", "bytes_per_element"), [(torch.bfloat16, 0), (torch.float32, 0), (torch.float16, 4)])
 def test_a_mean_is_divided_without_a_pass(dtype: torch.dtype, bytes_per_element: int) -> None:
     """Test sums in the weight's dtype, which no pass casts. float16 would underflow, and is divided in the end."""
     N, D, V = 256, 64, 4096

@@ -41,6 +41,7 @@ def test_gradients_are_those_of_one_graph() -> None:
     want = [loss(k, head) for k, head in enumerate(again[1](again[0](x)))]
     torch.stack(want).sum().backward()
     torch.testing.assert_close(losses, torch.stack(want).detach(), rtol=0, atol=0)
+    assert not losses.requires_grad  # else it would keep the heads' graphs
     for p, q in zip([*trunk.parameters(), *heads.parameters()], again.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-13, atol=1e-15)
 

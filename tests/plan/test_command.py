@@ -158,6 +158,20 @@ def test_what_each_of_several_gpus_holds(plan: Callable[..., str]) -> None:
     assert "* 4 / 3" in again and "* 4 / 3" not in fewer
 
 
+def test_several_gpus_share_the_time_of_a_step(plan: Callable[..., str]) -> None:
+    found = []
+    for count in ("1", "4"):
+        text = plan(
+            "memory", "--gpu", "H100", "--gpus", count, "--set=train.batch_size=64", "--set=train.steps=100000000"
+        )
+        said = text.partition("modelled on ")[2].partition(": ")[2].split("\n")[0]
+        per_step, speed, whole = (part.split() for part in said.split(", "))
+        assert per_step[1:] == ["ms", "per", "step"] and whole[-2:] == ["in", "all"]
+        found.append((float(per_step[0]), number("speed", "".join(speed[:2])), float(whole[0])))
+    (one, slow, long), (four, fast, short_) = found
+    assert (four, fast, short_) == pytest.approx((one / 4, 4 * slow, long / 4), rel=5e-3)
+
+
 def test_the_settings_own_precision(plan: Callable[..., str]) -> None:
     settings = ("train.param_dtype=bfloat16", "optimizer.master_weights=split16", "data.tokenizer=bytes")
     text = plan("memory", *(f"--set={s}" for s in settings))

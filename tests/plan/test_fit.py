@@ -193,6 +193,50 @@ def test_pictures(tmp_path: Path) -> None:
         plot_power(fit_power(x, losses), [1.0], [1.0], tmp_path / "no.png", xlabel="N")
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """List the two axes of each picture that is written."""
+    found: list[Any] = []
+    monkeypatch.setattr("llmfast.plan.picture._save", lambda figure, picture: found.append(figure.axes[:2]))
+    return found
+
+
+def points_of(axes: Any) -> list[Array]:
+    return [np.asarray(some.get_offsets().T) for some in axes.collections]
+
+
+def test_a_picture_shows_the_runs_and_the_law(drawn: list[Any], tmp_path: Path) -> None:
+    N, D, loss = runs(BESIROGLU, 0, grid=4)
+    loss[3] *= 1.2
+    fit = fit_chinchilla(N, D, loss)
+    plot_chinchilla(fit, list(N), list(D), list(loss), tmp_path / "fit.png")
+    above, below = drawn[0]
+    shown, rings = points_of(above)
+    np.testing.assert_allclose(shown, [6 * N * D, loss])
+    np.testing.assert_allclose(rings, [6 * N[[3]] * D[[3]], loss[[3]]])
+    np.testing.assert_allclose(points_of(below)[0], [6 * N * D, 100 * fit.residuals])
+    *sizes, best, floor = above.lines
+    for line, size in zip(sizes, np.unique(N)):
+        x, y = line.get_data()
+        np.testing.assert_allclose(y, [fit.law.spent(size, flops).loss for flops in x])
+    x, y = best.get_data()
+    assert (x[0], x[-1]) == pytest.approx(((6 * N * D).min(), 10 * (6 * N * D).max()))
+    np.testing.assert_allclose(y, [fit.law.optimal(flops).loss for flops in x])
+    assert set(floor.get_ydata()) == {fit.law.E}
+
+
+def test_a_picture_of_one_variable_shows_the_runs_and_the_law(drawn: list[Any], tmp_path: Path) -> None:
+    x, loss = curve(PowerLaw(1e9, 0.3, 1.5), 0)
+    fit = fit_power(x, loss)
+    plot_power(fit, list(x), list(loss), tmp_path / "power.svg", xlabel="tokens D")
+    above, below = drawn[0]
+    np.testing.assert_allclose(points_of(above)[0], [x, loss])
+    np.testing.assert_allclose(points_of(below)[0], [x, 100 * fit.residuals])
+    line, floor = above.lines
+    np.testing.assert_allclose(line.get_ydata(), [fit.law.loss(at) for at in line.get_xdata()])
+    assert set(floor.get_ydata()) == {fit.law.floor} and below.get_xlabel() == "tokens D"
+
+
 def test_refuses_runs_that_do_not_determine_a_law() -> None:
     N, D, loss = runs(BESIROGLU, 0, grid=4)
     one = np.full_like(N, 1e9)

@@ -13,15 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from llmfast.cli import main
-from llmfast.data import Mixture
+from llmfast.data import Mixture, pack
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim.scaling import optimal_lr
+from llmfast.train import finish as finishing
+from llmfast.train import parts
 from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
@@ -83,6 +86,44 @@ def test_resuming_changes_nothing(settings: list[str]) -> None:
     a, b = weights(whole), weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert _lasting(resumed) == _lasting(whole) and len(_lasting(resumed)) == before
+
+
+def test_the_closing_table_is_of_this_start_and_of_the_log(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _rewind(settings, "again", at=4)
+    (before,) = [line["tokens"] for line in read_metrics(folder / "metrics.jsonl") if line["step"] == 4][:1]
+    table: dict[str, str] = {}
+    trainers: list[Trainer] = []
+
+    def finish(config: Any, trainer: Trainer, *rest: Any) -> None:
+        trainer.seconds = 2.0
+        trainers.append(trainer)
+        finishing.finish(config, trainer, *rest)
+
+    monkeypatch.setattr("llmfast.train.run.finish", finish)
+    monkeypatch.setattr(finishing, "print_table", lambda console, rows: table.update(rows))
+    train(load_config(folder / "config.toml"), resume=True, console=Console(quiet=True))
+    (trainer,) = trainers
+    lines = read_metrics(folder / "metrics.jsonl")
+    first, *_, last = (line["validation_mean"] for line in lines if "validation_mean" in line)
+    assert table["validation loss, first"] == f"{first:.3f} nats per token"
+    assert table["validation loss, last"] == f"{last:.3f}" and first != last
+    assert trainer.tokens == lines[-1]["tokens"] and before == trainer.tokens / 2
+    assert table["tokens per second"] == f"{(trainer.tokens - before) / 2:,.0f}"
+    assert table["steps skipped"] == "0"
+    written = {name for name in table["in the run folder"].split(", ")}
+    assert written == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("most", "batch_size", "sizes"), [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (99, 4, [4, 4, 3])])
+def test_an_evaluation_reads_the_first_rows_and_no_more(most: int, batch_size: int, sizes: list[int]) -> None:
+    rows = pack([np.arange(1, 90)], 8, eot_id=0)
+    assert len(rows) == 11
+    batches = list(parts.evaluation_batches(rows, most, batch_size))
+    assert [len(batch.tokens) for batch in batches] == sizes
+    read = torch.cat([batch.tokens for batch in batches])
+    assert torch.equal(read, rows.batch(list(range(sum(sizes)))).tokens)
 
 
 def _lasting(folder: Path) -> list[dict[str, Any]]:

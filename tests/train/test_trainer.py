@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -255,6 +256,34 @@ def test_hooks_are_called_in_order_and_validation_is_measured() -> None:
         *("before 2", "after 3", "log 3", "evaluate 3"),
     ]
     assert found == pytest.approx(wanted, rel=1e-6) and len(found) == 3
+
+
+def test_the_time_of_a_step_is_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second with each batch that is trained on, and by an hour with each evaluation."""
+    now = [0.0]
+
+    def passing(some: Iterator[Batch], seconds: float) -> Iterator[Batch]:
+        for batch in some:
+            now[0] += seconds
+            yield batch
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("llmfast.train.trainer.time", clock)
+    speeds, tokens = [], [0]
+
+    class Look(Hooks):
+        def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+            speeds.append(values["tokens_per_s"])
+            tokens.append(trainer.tokens)
+
+    config, held_out = (
+        settings(steps=6, log_every=2, eval_every=3),
+        {"held out": lambda: passing(islice(batches(), 1), 3600.0)},
+    )
+    trainer, _ = trainer_of(config, data=passing(batches(), 1.0), validation=held_out, hooks=[Look()])
+    trainer.fit()
+    assert trainer.seconds == 6.0
+    assert speeds == [(b - a) / 2 for a, b in pairwise(tokens)]
 
 
 def test_details_are_asked_for_in_the_steps_that_end_in_a_line() -> None:
