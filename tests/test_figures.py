@@ -289,4 +289,4 @@ def test_errors_of_float32_logits() -> None:
         found = [float((a.double() - b).norm() / b.norm()) for a, b in zip(computed(**options), truth)]
         published = [float(cell) for cell in text.partition(f"| {way} |")[2].split("|")[:3]]
         exact = 2 if "slab_dtype" in options else 3
-        assert published[:exact] == pytest.approx(found[:exact], rel=0.05), way
+        assert published[:exact] == pytest.approx(found[:exact], rel=0.1), way

@@ -259,7 +259,7 @@ def test_hooks_are_called_in_order_and_validation_is_measured() -> None:
 
 
 def test_the_time_of_a_step_is_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by a second with each batch that is trained on, and by an hour with each evaluation."""
+    """Take a clock that goes on by a second with each batch of training, and by an hour with each evaluation."""
     now = [0.0]
 
     def passing(some: Iterator[Batch], seconds: float) -> Iterator[Batch]:
