@@ -109,7 +109,7 @@ def test_the_closing_table_is_of_this_start_and_of_the_log(
     first, *_, last = (line["validation_mean"] for line in lines if "validation_mean" in line)
     assert table["validation loss, first"] == f"{first:.3f} nats per token"
     assert table["validation loss, last"] == f"{last:.3f}" and first != last
-    assert trainer.tokens == lines[-1]["tokens"] and before == trainer.tokens / 2
+    assert trainer.tokens == lines[-1]["tokens"] and abs(before - trainer.tokens / 2) <= 1
     assert table["tokens per second"] == f"{(trainer.tokens - before) / 2:,.0f}"
     assert table["steps skipped"] == "0"
     written = {name for name in table["in the run folder"].split(", ")}
