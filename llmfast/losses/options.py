@@ -154,19 +154,29 @@ def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions"
     expect(options.get("process_group") is None, f"{name} does not work with process_group")
 
 
-class LogitOptions(TypedDict, total=False):
-    """Options of everything that is computed of rows: what their logits are, and which tokens count."""
+class TargetOptions(TypedDict, total=False):
+    """Options of everything that is computed of rows, which say what targets count."""
 
     ignore_index: Annotated[int, Option(-100)]
+
+
+class TermOptions(TypedDict, total=False):
+    """Options that add to a loss."""
+
+    label_smoothing: Annotated[float, Option(0.0, must("be in [0, 1]", lambda x: 0 <= x <= 1), idle=0.0)]
+    z_loss: Annotated[float, Option(0.0, idle=0.0)]
+
+
+class LogitOptions(TypedDict, total=False):
+    """Options of everything that is computed of rows, which say what the logits are."""
+
     softcap: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0))]
     logit_scale: Annotated[float | None, Option(None, idle=1.0)]
 
 
-class RowOptions(LogitOptions, total=False):
+class RowOptions(TargetOptions, TermOptions, LogitOptions, total=False):
     """Options of every loss that say what the loss of a row is."""
 
-    label_smoothing: Annotated[float, Option(0.0, must("be in [0, 1]", lambda x: 0 <= x <= 1), idle=0.0)]
-    z_loss: Annotated[float, Option(0.0, idle=0.0)]
     class_weights: Annotated[Tensor | None, Option(None, tensor("V"))]  # (V,)
     token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
 
@@ -218,7 +228,7 @@ class LinearOptions(LossOptions, RankOptions, ProductOptions, FilterOptions, tot
     """Keyword arguments of `linear_cross_entropy`."""
 
 
-class LogprobOptions(LogitOptions, total=False):
+class LogprobOptions(TargetOptions, LogitOptions, total=False):
     """Options of log-probabilities, and of their definitions in `reference`."""
 
     temperature: Annotated[
@@ -254,7 +264,7 @@ def defaults(kind: type) -> Any:
 
 
 TABLE = declared(CrossEntropyOptions) | declared(LinearOptions) | declared(LogprobOptions)
-AnyOptions = TypeVar("AnyOptions", bound=LogitOptions)
+AnyOptions = TypeVar("AnyOptions", bound=TargetOptions)
 
 
 def takes(kind: type) -> Callable[[Function], Function]:
