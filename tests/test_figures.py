@@ -20,7 +20,7 @@ from llmfast.data import cache, reader, split, tokenizer
 from llmfast.losses import LinearCrossEntropyPlan, linear_cross_entropy, plan
 from llmfast.losses.plan import row_width
 from llmfast.models import cost
-from llmfast.models.memory import FITS, verdict
+from llmfast.models.memory import fits
 from llmfast.optim import FusedAdam, FusedAdamW
 from llmfast.plan import advice, screen
 from llmfast.train import estimate, metrics
@@ -189,8 +189,8 @@ def planning() -> Iterator[str]:
     low, high = screen.USUAL
     yield f"within {screen.SLACK} of the best by the law"
     yield f"the time of a step at utilisations of {low} and {high}"
-    fits = max(share for share in range(100) if verdict(share, 100) == FITS)
-    yield f"the first that fits {fits} % of the memory"
+    most = max(share for share in range(100) if fits(share, 100))
+    yield f"the first that fits {most} % of the memory"
     assert cost.AGAIN == 4 / 3
     yield "With activations computed again it is 4 / 3 of that"
     yield f"The default utilisation of {cost.UTILISATION} is a guess"

@@ -68,6 +68,6 @@ PART = Part(
     draw=draw,
     picture="change of the loss on prose over the change on code, per seed, for three ways to continue",
     command="llmfast train --config examples/chapter/continued.toml --name prose \\\n"
-    "    --data.weights.prose 1 --data.weights.code 0\n"
+    "    --set data.weights.prose=1 --set data.weights.code=0\n"
     "llmfast continue runs/prose --target code --general prose --start 0.1 --end 0.9 --train.steps 240",
 )

@@ -71,5 +71,6 @@ PART = Part(
     told=told,
     draw=draw,
     picture="held-out loss on prose and on code over the share of code, and for the same shares in two orders",
-    command="llmfast train --config examples/chapter/mixture.toml --data.weights.code 0.3 --data.weights.prose rest",
+    command="llmfast train --config examples/chapter/mixture.toml \\\n"
+    "    --set data.weights.code=0.3 --set data.weights.prose=rest",
 )
