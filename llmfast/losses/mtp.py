@@ -18,6 +18,7 @@ from llmfast._checks import describe, expect
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy, made_ready
 from llmfast.losses.options import LinearOptions, MTPOptions, Numbers, complete, defaults, takes
 from llmfast.losses.plain import final_logits
+from llmfast.losses.plan import BudgetError
 from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
 
 if TYPE_CHECKING:
@@ -264,16 +265,21 @@ def _separate(
     """Compute heads with hidden states of their own, as rows of one call."""
     factors = heads.factors
     if any(detached) and not all(detached):  # each kind in a call of its own, with half of the budget
-        if options["memory_budget"] != "auto":
-            options = {**options, "memory_budget": options["memory_budget"] // 2}
+        budget = options["memory_budget"]
+        if budget != "auto":
+            options = {**options, "memory_budget": max(1, budget // 2)}
         losses: list[Tensor] = []
         head_loss, head_hits = [factors] * len(detached), [factors] * len(detached)
+        joined = hiddens.nbytes if hiddens.requires_grad else 0  # autograd makes it of both kinds' gradients
         for kind in (False, True):
             these = [k for k, is_detached in enumerate(detached) if is_detached == kind]
             part, kinds = heads.chosen(these), [kind] * len(these)
             own = _chosen(hiddens, these)
-            taken = heads.copied // 2 + (0 if _follow_each_other(these) else own.nbytes)
-            loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, options)
+            taken = heads.copied // 2 + joined + (0 if _follow_each_other(these) else own.nbytes)
+            try:
+                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, options)
+            except BudgetError as e:
+                raise BudgetError(2 * e.least, e.call, budget) from None
             losses.append(loss)
             for k, one_loss, one_hits in zip(these, *sums):
                 head_loss[k], head_hits[k] = one_loss, one_hits

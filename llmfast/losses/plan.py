@@ -237,6 +237,14 @@ def row_width(V: int, dtype: torch.dtype, kernels: bool, filtered: bool) -> int:
     return -(-V // pad) * pad
 
 
+class BudgetError(ValueError):
+    """A budget below the `least` bytes that a call takes."""
+
+    def __init__(self, least: int, call: str, budget: object) -> None:
+        super().__init__(f"memory_budget must be at least {least} bytes for {call}; got {budget}")
+        self.least, self.call = least, call
+
+
 def planned(
     call: Call,
     memory_budget: int | Literal["auto"],
@@ -258,9 +266,7 @@ def planned(
     plan = _best(call, least, mode, gpu)
     if memory_budget == "auto" and plan is not None:
         return plan
-    raise ValueError(
-        f"memory_budget must be at least {least} bytes for N={call.N}, D={call.D}, V={call.V}; got {budget}"
-    )
+    raise BudgetError(least, f"N={call.N}, D={call.D}, V={call.V}", budget)
 
 
 def default_budget(call: Call, device: torch.device, gpu_memory: int | None = None) -> int:

@@ -172,6 +172,21 @@ def test_two_kinds_of_heads_keep_to_one_budget(budget: int) -> None:
     assert budget / 3 < counts.peak_bytes - hidden.nbytes - weight.nbytes <= budget
 
 
+@pytest.mark.parametrize("detached", [[True, False, False, False], [False, True, False, True]])
+def test_the_gradients_of_two_kinds_of_heads_are_joined_within_the_budget(detached: list[bool]) -> None:
+    """Let them be larger than the rest: the hidden states take 128 MiB."""
+    D, V = MODELS["Llama-3"]
+    hidden, weight = leaf(4, 4096, D, dtype=BF16), leaf(V, D, dtype=BF16)
+    targets, options = torch.zeros(4096, dtype=torch.int64), {"heads": 4, "detach_unembedding": detached}
+    least = least_of(hidden, weight, targets, **options)
+    assert 2 * hidden.nbytes < least < 4 * hidden.nbytes
+    for budget in (least + (256 << 20), 1 << 30):  # the least takes too many launches to count
+        hidden.grad = weight.grad = None
+        with counted_memory() as counts:
+            run(hidden, weight, targets, memory_budget=budget, **options)
+        assert counts.peak_bytes - hidden.nbytes - weight.nbytes <= budget
+
+
 n, d, v = 1024, 64, 2048
 # What a call of these sizes copies of its arguments, and the bytes that this takes.
 COPIED: list[tuple[dict[str, Any], int]] = [
