@@ -71,7 +71,7 @@ KNOWN = {
 # What compilers call them.
 ARCHITECTURES = {
     **dict.fromkeys(("A100", "A100-40"), "sm_80"),
-    **dict.fromkeys(("H100", "H200"), "sm_90"),
+    **dict.fromkeys(("H100", "H100-PCIe", "H100-NVL", "H200", "H200-NVL"), "sm_90"),
     **dict.fromkeys(("B200", "GB200"), "sm_100"),
     "B300": "sm_103",
     "RTX3090": "sm_86",
