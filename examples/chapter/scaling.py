@@ -75,6 +75,9 @@ def draw(figure: Any, rows: list[Row], ink: str) -> None:
         band(axes, place, [of(rows, size) for size in sizes], color, label=f"{size_of(rows, sizes[0])[0]:,} parameters")
     axes.plot([size_of(rows, LARGE)[1] / 1e3], [of(rows, LARGE).mean], "*", color=GREEN, markersize=14)
     axes.set(xscale="log", xlabel="thousand tokens; the star is not fitted", ylabel="held-out loss, nats per byte")
+    ticks = [200, 500, 1000, 2000]
+    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
