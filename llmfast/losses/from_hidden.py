@@ -16,7 +16,7 @@ from llmfast._dispatch import adds_into_float32, multiplies_into_float32, use_ke
 from llmfast.losses import plain
 from llmfast.losses.loss import Found, Loss, Returned, Tensors
 from llmfast.losses.parallel import group_size, sum_over_ranks
-from llmfast.losses.plan import LinearCrossEntropyPlan, may_hold, planned, row_width
+from llmfast.losses.plan import BudgetError, LinearCrossEntropyPlan, may_hold, planned, row_width
 from llmfast.losses.products import Products
 from llmfast.losses.stages import Gradients, Matrices, Stages, put_scaled
 from llmfast.losses.ways import Call
@@ -73,6 +73,16 @@ class LinearCrossEntropy(Loss):
         hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
         (N, D), V, wide = hidden.shape, weight.shape[0], torch.promote_types(self.dtype, torch.float32)
         return may_hold(V * D * wide.itemsize + 100 * N + 40 * V + 4096, self.budget, weight.device)
+
+    def fits(self, inputs: Tensors) -> bool:
+        """Return whether a call with gradients for what requires them keeps to the budget."""
+        enabled = torch.is_grad_enabled()
+        wants = tuple(enabled and t is not None and t.requires_grad for t in inputs)
+        try:
+            self._plan(inputs, wants, per_token=not self.makes_gradients(inputs, wants))
+        except BudgetError:
+            return False
+        return True
 
     def forward(self, inputs: Tensors, wants: tuple[bool, ...]) -> Found:
         plan = self._plan(inputs, wants, per_token=not self.makes_gradients(inputs, wants))

@@ -15,7 +15,7 @@ from llmfast.losses.from_hidden import LinearCrossEntropy
 from llmfast.losses.options import Inputs, LinearOptions, check, complete, defaults, only, takes
 from llmfast.losses.parallel import local_weight, own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
-from llmfast.losses.valid_rows import valid_rows
+from llmfast.losses.valid_rows import ValidRows, valid_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -130,28 +130,34 @@ def made_ready(
     if torchs and dtype == torch.float32 and takes_plain_torch(hidden) and targets.numel() * V <= SMALL["hidden"]:
         return Ready(torch_cross_entropy, (F.linear(hidden, weight, bias), targets, options), lambda loss: loss)
     fields = prepare(options, inputs, columns, dtype, stats=return_stats)
-    flat, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
+    every, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
     budget = None if options["memory_budget"] == "auto" else options["memory_budget"]
-    valid = valid_rows(flat, rows, options["ignore_index"], options["num_valid"], budget)
-    if valid is not None:
-        flat, fields["targets"] = valid.gather(flat, rows)
-    terms, own_rows = fields["terms"], fields["targets"]
-    # Rows that were gathered have a gradient of their own, which those of all rows are made of.
-    held += _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own_rows.classes)
-    held += _copied(options["token_weights"], own_rows.token_weights)
-    held += _copied(options["target_weights"], own_rows.weights)
-    held += _copied(options["class_weights"], terms.class_weights)
-    loss = LinearCrossEntropy(
-        **fields,
-        logprobs=logprobs,
-        budget=budget,
-        held=held,
-        slab_dtype=options["slab_dtype"] or dtype,
-        weight_dtype=_gradient_dtype(weight, wide),
-        accumulate_dtype=options["accumulate_dtype"] or wide,
-        grad_filter=options["grad_filter"],
-        accumulate_into=options["accumulate_into"],
-    )
+
+    def of_rows(valid: ValidRows | None) -> tuple[LinearCrossEntropy, tuple[Tensor, Tensor, Tensor | None]]:
+        flat, own = (every, rows) if valid is None else valid.gather(every, rows)
+        # Rows that were gathered have a gradient of their own, which those of all rows are made of.
+        copied = _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own.classes)
+        copied += _copied(options["token_weights"], own.token_weights)
+        copied += _copied(options["target_weights"], own.weights)
+        copied += _copied(options["class_weights"], fields["terms"].class_weights)
+        loss = LinearCrossEntropy(
+            **{**fields, "targets": own},
+            logprobs=logprobs,
+            budget=budget,
+            held=held + copied,
+            slab_dtype=options["slab_dtype"] or dtype,
+            weight_dtype=_gradient_dtype(weight, wide),
+            accumulate_dtype=options["accumulate_dtype"] or wide,
+            grad_filter=options["grad_filter"],
+            accumulate_into=options["accumulate_into"],
+        )
+        return loss, (flat, weight, bias)
+
+    valid = valid_rows(every, rows, options["ignore_index"], options["num_valid"], budget)
+    loss, tensors = of_rows(valid)
+    if valid is not None and budget is not None and not loss.fits(tensors):
+        valid = None  # the copy of some rows takes more than they save
+        loss, tensors = of_rows(None)
 
     def finished(found: tuple[Tensor | None, ...]) -> Any:
         found = found if valid is None else valid.spread(found)
@@ -159,7 +165,7 @@ def made_ready(
             return finish_logprobs(found, targets, shape)
         return finish(found, rows, options["ignore_index"], shape, squeeze=single)
 
-    return Ready(adapter(loss, flat), (loss, torch.is_grad_enabled(), flat, weight, bias), finished)
+    return Ready(adapter(loss, tensors[0]), (loss, torch.is_grad_enabled(), *tensors), finished)
 
 
 def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:

@@ -15,6 +15,7 @@ it does not finish get their d_hidden from the column stage instead, which takes
 All formulas work on numbers and on numpy arrays, so that thousands of ways are compared at once.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,7 +26,7 @@ import torch
 Mode = Literal["materialise", "chunk", "two-stage", "recompute"]
 
 SHARES = 32  # steps from none to all of the columns that are summed or kept, and of the rows that are finished
-ALIGNED = 128  # columns that a slab's width, and every share of the columns, is a multiple of where it can be
+ALIGNED = 64  # columns that a slab's width, and every share of the columns, is a multiple of where it can be
 SCALARS = 64  # bytes of the loss, the count and a few more numbers
 NARROWEST = 16  # columns of the narrowest slab, whose rows still start at multiples of 16 bytes
 
@@ -105,16 +106,21 @@ class Call:
     def row_bytes(self) -> int:
         """Bytes of numbers per row: loss, peak and total, and an upstream gradient; and what is returned besides.
 
-        Log-probabilities have upstream gradients of their own, which become weights. Ranks add them up.
+        The losses of a mean or sum are gone when there is an upstream gradient. Log-probabilities have upstream
+        gradients of their own, which become weights. Ranks add them up.
         """
         each = (7 if self.ranks else 3) * self.ids
-        numbers = ((10 if self.stats else 4) + each) * self.wide.itemsize
+        numbers = ((10 if self.stats else self._numbers) + each) * self.wide.itemsize
         return numbers + (24 if self.stats else 0) + self.plain_row_bytes
 
     @property
+    def _numbers(self) -> int:
+        return 4 if self.per_token or self.functional else 3
+
+    @property
     def joined_bytes(self) -> int:
-        """Bytes per row beyond those when the numbers of all chunks are joined."""
-        return 0 if self.stats else 2 * self.wide.itemsize
+        """Bytes per row beyond those when loss, peak and total of all chunks are joined."""
+        return 0 if self.stats else (6 - self._numbers) * self.wide.itemsize
 
     def modes(self, way: Way) -> Any:
         """Return the name of each way's mode."""
@@ -156,6 +162,7 @@ class Call:
         cut = [np.concatenate(column) for column in zip(*parts)]
         _, slab_rows, _, summed, kept = cut
         found = Way._make([*cut, self._columns(slab_rows, self.V - summed - kept)])
+        found = Way._make(np.concatenate(pair) for pair in zip(found, self._roomy(found)))
         return found if mode is None else found.chosen(self.modes(found) == mode)
 
     @property
@@ -180,12 +187,21 @@ class Call:
         return self.is_half or self.filtered or not (self.kernels or self.dtype == torch.bfloat16)
 
     def _rows(self) -> Any:
-        """Return the numbers of rows per slab: nearly equal chunks, in multiples of 8 where possible."""
+        """Return the numbers of rows per slab: of every cut into nearly equal chunks, many rows in multiples of 8."""
         N = max(self.N, 1)
-        # 32 numbers of chunks per octave, powers of two among them: those are what other libraries take.
-        chunks = np.unique(np.minimum(N, np.round(np.exp2(np.arange(1 + 32 * N.bit_length()) / 32)))).astype(int)
-        rows = -(-N // chunks)
-        return np.unique(np.minimum(N, np.where(rows > 8, -(-rows // 8) * 8, rows)))
+        few = np.arange(1, math.isqrt(N) + 1)  # chunks, or rows: no cut has more than so many of both
+        rows = -(-N // np.concatenate([few, -(-N // few)]))
+        return np.unique(np.minimum(N, np.where(rows > 128, -(-rows // 8) * 8, rows)))
+
+    def _roomy(self, way: Way) -> Way:
+        """Return ways with more rows per slab, in the bytes of the weight's gradient, which is not made yet."""
+        row = self.row_width * self.logit_bytes
+        sums = way.summed * self._sum_bytes(way)
+        room = np.where(self.separate(way), self.V * self.weight_dtype.itemsize - sums, 0) * self.D
+        rows = room * (self.wants[1] and not self.into) // max(row, 1) // 8 * 8
+        some = (rows > way.rows) & (way.columns < self.V)
+        chunks = _ceil(self.N, np.minimum(rows, self.N))
+        return way._replace(rows=-(-self.N // np.maximum(chunks, 1))).chosen(some)
 
     def _share(self, i: Any) -> Any:
         """Return i / SHARES of the columns, in multiples of ALIGNED."""
@@ -193,8 +209,7 @@ class Call:
 
     def _columns(self, rows: Any, left: Any) -> Any:
         """Return the columns of a slab that takes the bytes of a slab of `rows`, and no more than are left."""
-        columns = rows * self.row_width // max(self.N, 1)
-        columns = np.where(columns >= ALIGNED, columns // ALIGNED * ALIGNED, columns // NARROWEST * NARROWEST)
+        columns = rows * self.row_width // max(self.N, 1) // NARROWEST * NARROWEST
         most = np.where(left >= self.V, self.V, -(-left // NARROWEST) * NARROWEST)
         return np.clip(columns, min(NARROWEST, max(self.V, 1)), np.clip(most, NARROWEST, max(self.V, 1)))
 
@@ -326,7 +341,7 @@ class Call:
         columns = columns - np.where(finishing, 0, d_hidden * (hidden_sums > 0))
         columns = columns + self._scratch(self.N, np.where(whole, self.V, np.minimum(way.columns, self.V)))
         columns = np.where(self.column_share(way) > 0, columns, 0)
-        most = own_sums + kept + joining  # while the sums are scaled, or numbers joined
+        most = own_sums + kept + np.maximum(joining - room, 0)  # while numbers are joined, or the sums scaled
         for held in (forward, again, columns, hidden_sums):
             most = np.maximum(most, held)
         return numbers + ranks + most
