@@ -224,6 +224,7 @@ _WAYS: dict[str, list[Way]] = {
     ],
     "linear_cross_entropy": [
         Way("llmfast", losses.linear_cross_entropy, LLMFAST, EVERYWHERE),
+        Way("llmfast, 16 MiB", _within(16 << 20), LLMFAST, KERNELS),
         Way("llmfast, 200 MiB", _within(200 << 20), LLMFAST, KERNELS),
         Way("llmfast, 200 MiB, bf16 sums", _within(200 << 20, accumulate_dtype=torch.bfloat16), LLMFAST, KERNELS),
         Way("torch", _unfused, TORCH, EVERYWHERE),
