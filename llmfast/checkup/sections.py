@@ -24,9 +24,9 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("here", "What is here", 0.06),
-    Section("numerics", "Numbers against float64", 0.28, 6),
+    Section("numerics", "Numbers against float64", 0.24, 6),
     Section("behaviour", "What only a GPU has", 0.22, 3),
-    Section("memory", "Memory against the plans", 0.10),
+    Section("memory", "Memory against the plans", 0.14),
     Section("speed", "Speed", 0.24),
     Section("training", "A short training run", 0.10),
 )

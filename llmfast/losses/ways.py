@@ -4,7 +4,8 @@ The gradient of `hidden` needs whole rows of logits, and that of `weight` whole 
 
 *Rows.* One slab is reused for chunks of rows. A chunk's softmax is final, so its part of d_hidden is finished at once.
 The weight's gradient of the first `summed` columns is summed over the chunks in float32, and the logits of `kept`
-columns are kept. For a mean or sum this stage is the forward pass, which makes the logits anyway.
+columns are kept. For a mean or sum this stage is the forward pass, which makes the logits anyway. Its slab may take the
+bytes of a gradient of the weight that is not made yet.
 
 *Columns.* In backward, the logits of all other columns are made again, a slab of columns at a time. Peak and total of
 each row turn them into gradients, and one product over all rows finishes their part of the weight's gradient.
