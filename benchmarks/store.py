@@ -26,7 +26,7 @@ def default_folder() -> Path:
 def write(folder: Path, rows: list[report.Row], *, part: bool = False) -> None:
     """Write `results.json` and everything generated from it.
 
-    Rows of a `part` of the suite replace those of the same section and operation. The file says what was run again.
+    Rows of a `part` of the suite replace those of the same section, operation and way. The file says what was run again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, described = folder / "results.json", about()
@@ -38,7 +38,8 @@ def write(folder: Path, rows: list[report.Row], *, part: bool = False) -> None:
             for old in earlier["about"].get("again", [])
         ]
         described = earlier["about"] | {"again": [*(old for old in before if old["what"]), again]}
-        rows = [*rows, *(row for row in earlier["rows"] if _kind(row) not in again["what"])]
+        replaced = {(_kind(row), row.get("way")) for row in rows}
+        rows = [*rows, *(row for row in earlier["rows"] if (_kind(row), row.get("way")) not in replaced)]
     # One line per row keeps diffs between versions readable.
     lines = ",\n".join(json.dumps(row) for row in rows)
     file.write_text(f'{{"about": {json.dumps(described)},\n"rows": [\n{lines}\n]}}\n')

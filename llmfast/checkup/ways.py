@@ -5,16 +5,20 @@ run in the interpreter (the extra `bench`); a GPU machine may have more.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast import losses, optim
+from llmfast.checkup.shapes import MODELS
+from llmfast.losses import from_hidden
+from llmfast.losses.ways import Call
 
 EVERYWHERE = frozenset({"cpu", "counted", "gpu"})
 KERNELS = frozenset({"counted", "gpu"})  # needs Triton: on a GPU, or in the interpreter
@@ -125,6 +129,29 @@ def _within(budget: int, **options: Any) -> Callable[..., Any]:
     return run
 
 
+def _rounded_sums(budget: int) -> Callable[..., Any]:
+    """Give our loss a budget and bfloat16 sums; on small inputs, in as many chunks of rows as at Llama-3's sizes.
+
+    For small inputs the plan would find a faster way that rounds once. Its error says nothing about large ones.
+    """
+    within = _within(budget, accumulate_dtype=torch.bfloat16)
+
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+        if weight.numel() >= 1 << 24:
+            return within(hidden, weight, targets)
+        N, (D, V) = 16384, MODELS["Llama-3"]
+        large = losses.LinearCrossEntropyPlan.make(N, D, V, memory_budget=budget, accumulate_dtype=torch.bfloat16)
+        rows = len(hidden) * large.way.rows // N
+
+        def chunks(call: Call, *_: Any) -> losses.LinearCrossEntropyPlan:
+            return replace(large, call=call, way=large.way._replace(rows=rows, finished=call.N, summed=call.V))
+
+        with mock.patch.object(from_hidden, "planned", chunks):
+            return losses.linear_cross_entropy(hidden, weight, targets, accumulate_dtype=torch.bfloat16)
+
+    return run
+
+
 def _liger(accumulate: torch.dtype | None, chunk: int = 1) -> Callable[..., Any]:
     """Give Liger's loss a dtype of its sums, and a multiple of its usual chunk."""
 
@@ -226,7 +253,7 @@ _WAYS: dict[str, list[Way]] = {
         Way("llmfast", losses.linear_cross_entropy, LLMFAST, EVERYWHERE),
         Way("llmfast, 16 MiB", _within(16 << 20), LLMFAST, KERNELS),
         Way("llmfast, 200 MiB", _within(200 << 20), LLMFAST, KERNELS),
-        Way("llmfast, 200 MiB, bf16 sums", _within(200 << 20, accumulate_dtype=torch.bfloat16), LLMFAST, KERNELS),
+        Way("llmfast, 200 MiB, bf16 sums", _rounded_sums(200 << 20), LLMFAST, KERNELS),
         Way("torch", _unfused, TORCH, EVERYWHERE),
         Way("torch, float32 logits", _unfused_float32, TORCH, KERNELS),
         Way("torch compiled", _compiled(_unfused_float32), TORCH, GPU_ONLY),
