@@ -26,7 +26,7 @@ def default_folder() -> Path:
 def write(folder: Path, rows: list[report.Row], *, part: bool = False) -> None:
     """Write `results.json` and everything generated from it.
 
-    Rows of a `part` of the suite replace those of the same section, operation and way. The file says what was run again.
+    Rows of a `part` of the suite replace those of the same section, operation and way. The file says what ran again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, described = folder / "results.json", about()

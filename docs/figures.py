@@ -68,7 +68,7 @@ def curve() -> dict[str, dict[str, list[float]]]:
     found = {}
     for name, options in {"llmfast": {}, "llmfast, bfloat16 sums": {"accumulate_dtype": torch.bfloat16}}.items():
         plans = LinearCrossEntropyPlan.make(**SHOWN, memory_budget=8 << 30, **options).curve
-        found[name] = [(plan.held_bytes, plan.seconds) for plan in plans if plan.held_bytes >= 16 << 20]
+        found[name] = [(plan.held_bytes, plan.seconds) for plan in plans if plan.held_bytes >= 10 << 20]
     for row in chosen(results(), section="real sizes", operation="linear_cross_entropy", size=SHOWN):
         if not row["way"].startswith("llmfast"):
             found[row["way"]] = [(row["peak_bytes"] - gradient_bytes(**SHOWN), row["seconds"][H100.name])]

@@ -141,7 +141,8 @@ def chunk_plan() -> Iterator[str]:
     yield f"a {dict(zip(range(8, 11), ('eighth', 'ninth', 'tenth')))[round(4096 / ratio)]} at 4,096 rows"
     yield f"{4 * V * D / GIB:.0f} GiB above"
     # 2 bytes per element of the hidden states for each slab, against 2 FLOPs per element and column.
-    yield f"as long as the product itself at about {round(H100.product_rate(torch.bfloat16) / (0.9 * H100.bandwidth), -1):.0f} columns"
+    columns = H100.product_rate(torch.bfloat16) / (0.9 * H100.bandwidth)
+    yield f"as long as the product itself at about {round(columns, -1):.0f} columns"
     few, more = (LinearCrossEntropyPlan.make(**SHOWN, memory_budget=most * MIB).seconds for most in (16, 200))
     assert few < 1.05 * more
 

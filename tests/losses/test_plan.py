@@ -1,5 +1,6 @@
 """Tests of the linear loss's plan: modes that agree, what they hold and skip, and what the plan reports."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +18,7 @@ from llmfast.losses import (
     linear_cross_entropy,
     reference,
 )
+from llmfast.losses.plan import planned
 from support.devices import DEVICE
 from support.numerics import assert_close_in_norm
 from support.plans import SIZES, forced, least_budget
@@ -142,6 +144,25 @@ def test_a_fifth_of_a_gibibyte_is_enough_for_four_products() -> None:
     assert plan.products <= 4.0 and plan.seconds < 0.106
     per_token = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=(1 << 30) // 5, reduction="none")
     assert per_token.products <= 5.0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("D", "V"), [(4096, 128256), (2304, 256000), (2560, 151936)])
+def test_chunks_of_rows_take_the_bytes_of_a_gradient_that_is_not_made_yet(D: int, V: int, reduction: str) -> None:
+    """Only the slab of columns counts, so that a small budget costs a product and little else."""
+    plans = [
+        LinearCrossEntropyPlan.make(16384, D, V, reduction=reduction, memory_budget=most << 20) for most in (16, 200)
+    ]
+    few, more = plans
+    assert few.held_bytes <= 16 << 20 and few.products == {"mean": 4, "none": 5}[reduction]
+    assert (16 << 20) < few.slab_bytes <= 2 * V * D
+    assert few.seconds < {"mean": 1.1, "none": 1.35}[reduction] * more.seconds
+
+
+def test_the_bytes_of_the_callers_own_buffer_are_not_free() -> None:
+    call = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=16 << 20).call
+    plan = planned(replace(call, into=True), 16 << 20, torch.device("cuda"))
+    assert plan.slab_bytes <= 16 << 20
 
 
 @pytest.mark.parametrize("mode", MODES)
