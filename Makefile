@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train continued chapter test test-gpu test-integrations lint format docs fuzz bench bench-mtp clean help
+.PHONY: train continued chapter check test test-gpu test-integrations lint format docs fuzz bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or another with ARGS: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
@@ -27,6 +27,9 @@ continued: $(STAMP)-train ## train on prose, then on code with and without a rep
 
 chapter: $(STAMP)-train,clean ## test statements of textbooks by small runs (90 minutes), or one: make chapter ARGS="decay"
 	$(PY) -m examples.chapter $(ARGS)
+
+check: $(STAMP)-train,test,dev ## check a change in 90 seconds: lint, its tests, and a few of all others
+	$(PY) -m tools.check $(ARGS)
 
 test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
 	$(PY) -m pytest --machine-code -rs $(PYTEST_FLAGS) $(ARGS)

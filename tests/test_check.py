@@ -1,0 +1,91 @@
+"""Tests of `make check`: which tests belong to a file, and that time ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import check
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "first"),
+    [
+        ("llmfast/losses/plan.py", ["tests/losses/test_plan.py", "tests/losses/test_budget.py"]),
+        ("llmfast/train/config.py", ["tests/train/test_config.py", "tests/train/test_checkpoint.py"]),
+        ("llmfast/clean/recipe.py", ["tests/test_clean.py"]),
+        ("llmfast/export.py", ["tests/test_export.py"]),
+        ("kernels/llmfast_kernels/row.py", ["tests/losses/test_budget.py", "tests/losses/test_calls.py"]),
+        ("kernels/llmfast_kernels/optimizer/rules.py", ["tests/optim/test_clipping.py"]),
+        ("evidence/roofline.py", ["tests/evidence/test_roofline.py", "tests/evidence/test_compiler.py"]),
+        ("tests/optim/test_lion.py", ["tests/optim/test_lion.py"]),
+        ("docs/losses.md", ["tests/test_docs.py", "tests/test_figures.py", "tests/test_readme.py"]),
+    ],
+)
+def test_the_tests_of_a_changed_file_come_first(changed: str, first: list[str]) -> None:
+    assert (ROOT / changed).is_file()
+    found = check.tests_of([Path(changed)])
+    always = len(check.ALWAYS)
+    assert found[:always] == [f"tests/{name}" for name in check.ALWAYS]
+    assert found[always : always + len(first)] == first
+    assert len(found) == len(set(found)) and all((ROOT / path).is_file() for path in found)
+
+
+def test_the_sample_exists_and_comes_last() -> None:
+    assert check.tests_of([]) == [f"tests/{name}" for name in (*check.ALWAYS, *check.SAMPLE)]
+    assert check.tests_of([Path("llmfast/losses/plan.py")])[-1] == f"tests/{check.SAMPLE[-1]}"
+
+
+def test_a_change_is_found_in_a_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*command: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    git("init", "-b", "main")
+    for name in ("kept.py", "edited.py", "removed.py"):
+        (tmp_path / name).write_text("a = 1\n")
+    git("add", ".")
+    git("commit", "-m", "Begin")
+    git("checkout", "-b", "work")
+    (tmp_path / "committed.py").write_text("b = 1\n")
+    git("add", ".")
+    git("commit", "-m", "Go on")
+    (tmp_path / "edited.py").write_text("a = 2\n")
+    (tmp_path / "removed.py").unlink()
+    (tmp_path / "new file.py").write_text("c = 1\n")
+    assert {str(path) for path in check.changed(check.left("main"))} == {"committed.py", "edited.py", "new file.py"}
+    assert {str(path) for path in check.changed("HEAD")} == {"edited.py", "new file.py"}
+    assert check.left("no-such-branch") == "HEAD"
+
+
+def test_tests_that_have_not_begun_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_first(): time.sleep(1.5)\ndef test_second(): assert False\n"
+    )
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "support.hurry",
+        "--seconds",
+        "1",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path), "--rootdir", str(tmp_path)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "1 passed, 1 skipped" in done.stdout
+    assert "the time is up; make test runs all" in done.stdout
