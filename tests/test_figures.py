@@ -33,7 +33,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
 ROWS = results("results.json")
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -105,8 +105,8 @@ def the_optimizer() -> Iterator[str]:
         "stochastic": '`"stochastic"` | nothing; the parameter is rounded up or down at random',
     }.items():
         yield f"| {kept} | {math.floor(bytes_per_parameter(counted(more, f'llmfast, {mode}', 'bfloat16')))} |"
-    # tests/optim/test_traffic.py compares the README with counts.
-    _, coded = re.findall(r"bfloat16 moments; 8-bit moments \| ([\d.]+); ([\d.]+) \|", README)[0]
+    # tests/optim/test_traffic.py compares that page with counts.
+    _, coded = re.findall(r"bfloat16 moments; 8-bit moments \| ([\d.]+); ([\d.]+) \|", MEASURED)[0]
     yield f'| `"stochastic"`, 8-bit moments | nothing | {coded} |'
     yield f"one float32 scale per {PER_SCALE} elements"
 
