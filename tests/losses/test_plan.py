@@ -211,7 +211,7 @@ def test_rows_gathered_in_vain_change_nothing(kernels: None, spare: int) -> None
 
 def test_more_valid_rows_than_said_are_not_lost_silently(path: str) -> None:
     hidden, weight, targets = tensors()
-    if path == "plain":
+    if path == "plain" and DEVICE == "cpu":  # a GPU's targets are not looked at
         with pytest.raises(ValueError, match=r"num_valid must be at least 34, .* got 5"):
             linear_cross_entropy(hidden, weight, targets, num_valid=5, memory_budget=1 << 20)
     else:
