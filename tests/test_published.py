@@ -1,4 +1,4 @@
-"""What users rely on by name: functions' arguments and defaults, settings with their bounds and aliases, and flags.
+"""Names that users rely on: arguments and their defaults, settings with their bounds and aliases, and flags.
 
 published.txt has them all. A difference is either a mistake, or a change of what users see: then run
 `python tests/test_published.py > tests/published.txt` and add a line to CHANGELOG.md.
