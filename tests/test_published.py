@@ -1,4 +1,4 @@
-"""Names that users rely on: arguments and their defaults, settings with their bounds and aliases, and flags.
+"""Names that users rely on: arguments and their defaults, settings with their bounds and aliases, flags, and GPUs.
 
 published.txt has them all. A difference is either a mistake, or a change of what users see: then run
 `python tests/test_published.py > tests/published.txt` and add a line to CHANGELOG.md.
@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from llmfast import cli
+from llmfast import _gpus, cli
 from llmfast._commands import CommandParser
 from llmfast.train.config import SCHEMA
 from llmfast.train.settings import LARGEST
@@ -121,8 +121,13 @@ def flags() -> Iterator[str]:
             yield f"{command}: {names} " + ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, "None"))
 
 
+def data_sheets() -> Iterator[str]:
+    for name, gpu in _gpus.KNOWN.items():
+        yield f"{name}: {gpu}, compiled for {_gpus.ARCHITECTURES[name]}"
+
+
 def published() -> list[str]:
-    return [*(line for package in PACKAGES for line in of_package(package)), *settings(), *flags()]
+    return [*(line for package in PACKAGES for line in of_package(package)), *settings(), *flags(), *data_sheets()]
 
 
 def test_nothing_published_has_changed() -> None:
