@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -179,6 +180,36 @@ def test_settings_are_all_listed() -> None:
     assert "- `optimizer.warmup_steps = 50`: steps in which the rate rises from 0 (at least 0)" in page
     assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
     assert "### optimizer\n\nThe optimizer with its hyperparameters, and the schedule of its learning rate.\n\n" in page
+
+
+# Names of other libraries and of the shell, and states' names that are put together.
+OTHERS = set(
+    """
+    PATH opt set_state_dict exp_avg_code exp_avg_scale
+    apply_liger_kernel_to_llama ce_weight lse_square_scale return_token_accuracy return_z_loss
+    """.split()
+)
+
+
+@cache
+def known_words() -> set[str]:
+    folders = ("llmfast", "kernels", "evidence", "benchmarks", "examples")
+    files = [
+        file for folder in folders for kind in ("py", "toml", "ipynb") for file in (ROOT / folder).rglob(f"*.{kind}")
+    ]
+    files += [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+    found = set(re.findall(r"\w+", "\n".join(map(text_of, files))))
+    return found | {name for file in files for name in file.relative_to(ROOT).as_posix().replace(".", "/").split("/")}
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.parent.name != "reference" and p.stem != "chapter"], ids=name_of
+)
+def test_words_in_code_are_known(page: Path) -> None:
+    """Look up each word of code within a sentence in the sources: a name that has changed is in none of them."""
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    words = {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"[A-Za-z_]\w+", code)}
+    assert sorted(words - known_words() - OTHERS) == []
 
 
 def test_named_files_exist() -> None:
