@@ -1,4 +1,4 @@
-"""What a finished run says and leaves: each figure of the closing table, the drafts that were right, and the sample."""
+"""Figures and files that a finished run leaves: each line of the closing table, the drafts that were right, and the sample."""
 
 import io
 import json
