@@ -1,4 +1,4 @@
-"""Figures and files that a finished run leaves: each line of the closing table, the drafts that were right, and the sample."""
+"""Figures and files that a finished run leaves: the closing table, drafts that were right, the sample."""
 
 import io
 import json
