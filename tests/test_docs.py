@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from llmfast.optim import FusedAdamW
 from llmfast.train.config import SCHEMA
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
@@ -208,6 +210,33 @@ def test_words_in_code_are_known(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
     words = {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"[A-Za-z_]\w+", code)}
     assert sorted(words - known_words() - OTHERS) == []
+
+
+def test_the_states_of_each_setting_are_listed() -> None:
+    """Step optimizers of every format, and look for the names of their states beside the setting."""
+    rows = dict(
+        re.findall(
+            r"^\| (`\w+`.*?) \| (.*?) \|$", text_of(DOCS / "optimizers.md").partition("written with")[2], re.MULTILINE
+        )
+    )
+    found: dict[str, set[str]] = {}
+    every = [{"master_weights": master} for master in ("fp32", "split16", "split8", "kahan")]
+    for options in [*every, {"state_dtype": "8bit"}, {"ema_decay": 0.5}]:
+        p = torch.nn.Parameter(torch.ones(256).bfloat16())
+        optimizer = FusedAdamW([p], **options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        (setting, value), *_ = options.items()
+        names = {name for name in optimizer.state_dict()["state"][0] if name not in ("step", "exp_avg", "exp_avg_sq")}
+        assert names
+        for name in names:
+            shown = f'`{setting}="{value}"`' if isinstance(value, str) else f"`{setting}`"
+            (row,) = (text for text in rows if re.search(rf"`{name.replace('_sq', '')}`", text))
+            assert shown.removeprefix("`master_weights=") in rows[row], name
+            found.setdefault(row, set()).add(f'"{value}"' if isinstance(value, str) else setting)
+    for row, settings in found.items():
+        named = set(re.findall(r'"[\w]+"|`(?:ema_decay)`', rows[row]))
+        assert {each.strip("`") for each in named} == settings, row
 
 
 def test_named_files_exist() -> None:
