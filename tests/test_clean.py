@@ -15,6 +15,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -353,6 +354,20 @@ def test_one_document_by_the_command(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert out.splitlines()[1].split() == ["read", "1", "0", str(len(BREAD)), "0"]
     assert out.splitlines()[11].split() == ["kept", "1", str(len(BREAD) - 1)]
     assert err and all(line.startswith("llmfast: ") for line in err.splitlines())  # nothing of datatrove's own
+
+
+def test_every_flag_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = mock.Mock(return_value=mock.Mock(documents=1))
+    monkeypatch.setattr("llmfast.clean.command.clean", called)
+    flags = {"tokenizer": Path("t"), "language": "de", "language_model": Path("m"), "workers": 3, "text_column": "body"}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    assert run(arguments("in", "out", *given, "--overwrite")) == 0
+    assert called.call_args.args == (Path("in"), Path("out"))
+    passed = dict(called.call_args.kwargs)
+    assert callable(passed.pop("say")) and passed == flags | {"overwrite": True}
+    assert run(arguments("in", "out")) == 0
+    parameters = inspect.signature(clean).parameters
+    assert all(parameters[name].default == value for name, value in called.call_args.kwargs.items() if name != "say")
 
 
 def test_a_name_that_is_not_unicode(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

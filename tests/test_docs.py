@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from llmfast.optim import FusedAdamW
 from llmfast.train.config import SCHEMA
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
@@ -179,6 +182,61 @@ def test_settings_are_all_listed() -> None:
     assert "- `optimizer.warmup_steps = 50`: steps in which the rate rises from 0 (at least 0)" in page
     assert '- `data.packing = "concat"`: ' in page and "(one of 'concat', 'best_fit')" in page
     assert "### optimizer\n\nThe optimizer with its hyperparameters, and the schedule of its learning rate.\n\n" in page
+
+
+# Names of other libraries and of the shell, and states' names that are put together.
+OTHERS = {
+    *("PATH", "opt", "set_state_dict", "exp_avg_code", "exp_avg_scale", "apply_liger_kernel_to_llama", "ce_weight"),
+    *("lse_square_scale", "return_token_accuracy", "return_z_loss"),
+}
+
+
+@cache
+def known_words() -> set[str]:
+    folders = ("llmfast", "kernels", "evidence", "benchmarks", "examples")
+    files = [
+        file for folder in folders for kind in ("py", "toml", "ipynb") for file in (ROOT / folder).rglob(f"*.{kind}")
+    ]
+    files += [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+    found = set(re.findall(r"\w+", "\n".join(map(text_of, files))))
+    return found | {name for file in files for name in file.relative_to(ROOT).as_posix().replace(".", "/").split("/")}
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.parent.name != "reference" and p.stem != "chapter"], ids=name_of
+)
+def test_words_in_code_are_known(page: Path) -> None:
+    """Look up each word of code within a sentence in the sources: a name that has changed is in none of them."""
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    words = {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"[A-Za-z_]\w+", code)}
+    assert sorted(words - known_words() - OTHERS) == []
+
+
+def test_the_states_of_each_setting_are_listed() -> None:
+    """Step optimizers of every format, and look for the names of their states beside the setting."""
+    rows = dict(
+        re.findall(
+            r"^\| (`\w+`.*?) \| (.*?) \|$", text_of(DOCS / "optimizers.md").partition("written with")[2], re.MULTILINE
+        )
+    )
+    found: dict[str, set[str]] = {}
+    every = [{"master_weights": master} for master in ("fp32", "split16", "split8", "kahan")]
+    for options in [*every, {"state_dtype": "8bit"}, {"ema_decay": 0.5}]:
+        p = torch.nn.Parameter(torch.ones(256).bfloat16())
+        optimizer = FusedAdamW([p], **options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        (setting, value), *_ = options.items()
+        names = {name for name in optimizer.state_dict()["state"][0] if name not in ("step", "exp_avg", "exp_avg_sq")}
+        assert names
+        for name in names:
+            shown = f'`{setting}="{value}"`' if isinstance(value, str) else f"`{setting}`"
+            (row,) = (text for text in rows if re.search(rf"`{name.replace('_sq', '')}`", text))
+            assert shown.removeprefix("`master_weights=") in rows[row], name
+            found.setdefault(row, set()).add(f'"{value}"' if isinstance(value, str) else setting)
+    for row, settings in found.items():
+        named = set(re.findall(r'"[\w]+"|`(?:ema_decay)`', rows[row]))
+        assert {each.strip("`") for each in named} == settings, row
 
 
 def test_named_files_exist() -> None:

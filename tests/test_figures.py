@@ -1,5 +1,6 @@
 """Tests that the figures on the documentation's pages are those of the results and of the code."""
 
+import argparse
 import inspect
 import math
 import re
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.report import SHOWN, bytes_per_parameter, gib
 from evidence.roofline import H100
-from llmfast.checkup import record
+from llmfast import _gpus
+from llmfast.checkup import command, numerics, record, speed, tuning
 from llmfast.data import cache, reader, split, tokenizer
 from llmfast.losses import LinearCrossEntropyPlan, linear_cross_entropy, plan
 from llmfast.losses.plan import row_width
@@ -24,6 +26,7 @@ from llmfast.models.memory import fits
 from llmfast.optim import FusedAdam, FusedAdamW
 from llmfast.plan import advice, screen
 from llmfast.train import estimate, metrics
+from llmfast_kernels.cross_entropy import tile
 from llmfast_kernels.sizes import PER_SCALE
 from support.code_blocks import ROOT
 from support.results import Row, one, results, row_kernel
@@ -68,6 +71,24 @@ def step_bytes(operation: str, way: str, dtype: str = "float32") -> str:
     return f"{bytes_per_parameter(counted(operation, way, dtype)):.1f}".removesuffix(".0").removesuffix(".1")
 
 
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
+def oldest(package: str) -> str:
+    """Return the oldest version of a package that the project takes."""
+    (version,) = (found[1] for text in project()["dependencies"] if (found := re.match(rf"{package}>=([\d.]+)", text)))
+    return version
+
+
+SHAPE = ", ".join(f"{axis} = {size:,}" for axis, size in SHOWN.items())
+ROOFLINE = (
+    f"sum over launches of ({_gpus.LAUNCH * 1e6:g} µs + max(",
+    f"bytes / ({_gpus.BANDWIDTH_SHARE:g} · bandwidth), ",
+    f"FLOPs / ({_gpus.TENSOR_CORE_SHARE:g} · tensor cores)",
+)
+
 # Each yields sentences, or parts of them, that a page must have.
 
 
@@ -109,6 +130,7 @@ def the_optimizer() -> Iterator[str]:
     _, coded = re.findall(r"bfloat16 moments; 8-bit moments \| ([\d.]+); ([\d.]+) \|", MEASURED)[0]
     yield f'| `"stochastic"`, 8-bit moments | nothing | {coded} |'
     yield f"one float32 scale per {PER_SCALE} elements"
+    yield f"GPT-2's {counted('adamw', 'llmfast')['size']['parameters'].removesuffix('M')} M parameters"
 
 
 def bytes_moved() -> Iterator[str]:
@@ -130,6 +152,7 @@ def bytes_moved() -> Iterator[str]:
     yield f"moves {moved['llmfast']} bytes per logit, or {moved['llmfast in place']} in place."
     yield f"torch moves {moved['torch']}. Liger moves {moved['Liger']}, also in place, with"
     yield f"also in place, with {waits} host synchronisations."
+    yield from ROOFLINE
 
 
 def chunk_plan() -> Iterator[str]:
@@ -145,6 +168,11 @@ def chunk_plan() -> Iterator[str]:
     yield f"as long as the product itself at about {round(columns, -1):.0f} columns"
     few, more = (LinearCrossEntropyPlan.make(**SHOWN, memory_budget=most * MIB).seconds for most in (16, 200))
     assert few < 1.05 * more
+    N, *others = (f"{axis} = {size:,}" for axis, size in SHOWN.items())
+    yield f"{N} tokens, {', '.join(others)}, bfloat16"
+    for mode, budget in {"chunk": 3 << 30, "two-stage": 200 << 20}.items():
+        made = LinearCrossEntropyPlan.make(**SHOWN, memory_budget=budget)
+        assert made.mode == mode and 3 <= made.products < 4
 
 
 def rows_of_logits() -> Iterator[str]:
@@ -154,6 +182,7 @@ def rows_of_logits() -> Iterator[str]:
     assert code["spill_bytes"] == 0
     yield f"{first + 1e-9:.1f} instructions per logit in the first pass and {second + 1e-9:.1f} in the second"
     yield f"{row_width(50257, torch.bfloat16, kernels=True, filtered=False):,} columns for 50,257"
+    yield f"Long rows use {tile(50257)['THREADS']:,} threads each"
 
 
 def losses() -> Iterator[str]:
@@ -193,6 +222,8 @@ def planning() -> Iterator[str]:
     yield f"HSDP within machines of {estimate.NODE} and FSDP2"
     low, high = screen.USUAL
     yield f"within {screen.SLACK} of the best by the law"
+    yield f"From 10^{math.log10(advice.READ_WHOLE):g} tokens on"
+    yield f"the processes of a machine of {estimate.NODE} GPUs need {4 * estimate.NODE} bytes per parameter together"
     yield f"the time of a step at utilisations of {low} and {high}"
     most = max(share for share in range(100) if fits(share, 100))
     yield f"the first that fits {most} % of the memory"
@@ -209,15 +240,27 @@ def limits() -> Iterator[str]:
     near = LinearCrossEntropyPlan.make(**SHOWN, memory_budget=11 * MIB)
     assert near.held_bytes == pytest.approx(10 * MIB, rel=0.1)
     assert near.seconds < 1.1 * linear("cut-cross-entropy")["seconds"][H100.name]
-    yield "llmfast needs some 10 MiB beyond the gradients to come within a tenth of the modelled time"
+    yield "10 MiB beyond the gradients to come within a tenth of the modelled time"
     yield f"cut-cross-entropy, which holds {held('cut-cross-entropy') / MIB:.0f} MiB"
 
+    yield f"at {SHAPE} llmfast needs some 10 MiB"
+    yield from ROOFLINE
+    yield f"with a utilisation of {cost.UTILISATION}, which is a guess"
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    newest, oldest = (re.findall(rf"transformers{sign}(\d+\.\d+)", constraints)[0] for sign in ("==", " "))
-    yield f"`fuse_loss` and `add_mtp` are tested with transformers {oldest} and {newest}."
+    newest, earlier = (re.findall(rf"transformers{sign}(\d+\.\d+)", constraints)[0] for sign in ("==", " "))
+    yield f"`fuse_loss` and `add_mtp` are tested with transformers {earlier} and {newest}."
 
 
 def migration() -> Iterator[str]:
+    yield f"beyond the gradients at {SHAPE}"
+    yield f"and three at {held('llmfast') / GIB:.1f} GiB, its default"
+    compared = {
+        re.split("==", text)[0]: text.rpartition("==")[2]
+        for text in project()["optional-dependencies"]["bench"]
+        if "==" in text
+    }
+    yield f"| Liger {compared['liger-kernel']} | llmfast |"
+    yield f"| cut-cross-entropy {compared['cut-cross-entropy']} | llmfast |"
     adamw, adam = (inspect.signature(kind).parameters["weight_decay"].default for kind in (FusedAdamW, FusedAdam))
     yield f"llmfast uses torch's defaults: {adamw} for `FusedAdamW`, {adam} for `FusedAdam`."
     yield f"bfloat16, with an error of {error('torch', 'loss')}; llmfast's error is {error('llmfast', 'loss')}."
@@ -247,6 +290,23 @@ def trainer() -> Iterator[str]:
 
 def gpu() -> Iterator[str]:
     yield f'`"llmfast-checkup"` and {record.VERSION}'
+    yield f"torch {oldest('torch')}, Triton {oldest('triton')}, NumPy and einops"
+    yield f"repeated up to {numerics.FULL.repeats} times to the bit"
+    (most,) = {case.gpu_bytes >> 30 for case in speed.cases(torch.device("cpu"), "full") if case.gpu_bytes > 40 << 30}
+    yield f"No case takes more than {most} GiB of GPU memory"
+    yield f"if no other gains {100 * tuning.WORTH:.0f} %"
+    minutes = argparse.ArgumentParser()
+    command.add_arguments(minutes)
+    yield f"It takes {({8: 'eight'})[minutes.parse_args([]).minutes]} minutes"
+
+
+def start() -> Iterator[str]:
+    yield f"with Python {project()['requires-python'].removeprefix('>=')} or newer"
+
+
+def optimizers() -> Iterator[str]:
+    adam, lion = step_bytes("adamw", "llmfast"), step_bytes("sgd, momentum", "llmfast")  # Lion has one state too
+    yield f"a step moves {lion} instead of {adam} bytes per parameter in float32"
 
 
 PAGES = {
@@ -262,7 +322,116 @@ PAGES = {
     "migration.md": migration,
     "trainer.md": trainer,
     "gpu.md": gpu,
+    "index.md": start,
+    "optimizers.md": optimizers,
 }
+
+
+# Figures that papers, other libraries or plain arithmetic give: a change on a page is made here as well.
+STATED = {
+    "data.md": ["without this limit 2 MB of DNA", "Bavarian et al. 2022, arXiv:2207.14255"],
+    "distributed.md": ["sharded on dimension 0", "it needs torch 2.13: in earlier versions"],
+    "gpu.md": ["The exit code is 1 if anything is wrong", "TRITON_DEBUG=1"],
+    "how-it-works/chunk-plan.md": [
+        "and the upstream gradient is 1.",
+        "12 bytes per weight element, whatever n is",
+        "The float32 sum takes 4·V·D bytes",
+        "costs 4·D bytes of memory",
+        "its 2·V·D bytes are free for the slab of rows: 1 GiB above",
+        "Hence 16 MiB are enough for four products",
+        "a call takes 4 \N{MINUS SIGN} r products and holds slab + r · 4·V·D + about 12·N bytes",
+        "at 2·N bytes per column in bfloat16. That is less than 4·D if N < 2·D",
+        "| materialise | makes all logits, which are kept | turns them into gradients | 3 |",
+        "| chunk | makes all gradients | none | 3 |",
+        "and sums or keeps some columns | makes the others again | 3 to 4 |",
+        "| makes all gradients | 4 to 5 |",
+        "in whole chunks (5 \N{MINUS SIGN} r products)",
+        "over slabs of columns (4 products, 4·N·D bytes)",
+        "at N = 4,096, D = 128, V = 4,096, simulated: | chunks | 1 | 2 | 4 | 8 | 16 | 32 | 64 |",
+        "| rounded to nearest | 1.7e-3 | 2.1e-3 | 2.7e-3 | 3.5e-3 | 4.9e-3 | 7.2e-3 | 1.1e-2 |",
+        "| rounded stochastically | 2.4e-3 | 2.9e-3 | 3.7e-3 | 5.0e-3 | 6.8e-3 | 9.2e-3 | 1.2e-2 |",
+        "| product rounded, then the sum | 1.7e-3 | 2.4e-3 | 3.1e-3 | 3.9e-3 | 5.2e-3 | 7.5e-3 | 1.2e-2 |",
+        "from eight chunks on (3.4e-3, and 4.3e-3 for 64)",
+        "is float32 (torch 2.10)",
+    ],
+    "how-it-works/optimizer.md": ["this adds 4 bytes in float32 and 2 in 16 bits"],
+    "how-it-works/row-kernel.md": [
+        "only if it can prove that all 16 bytes are valid",
+        "a multiple of 8 elements turns them into 2-byte loads",
+        "if not padded, are read 2 or 4 bytes at a time",
+        "for an H100 in bfloat16 at V = 50,257",
+        "up to about 1e9, costs no precision",
+    ],
+    "index.md": ["trains a 4 M parameter model"],
+    "limits.md": [
+        "(6 · matrix parameters · tokens + 12 · layers · row · width · tokens) /",
+        "it takes 0.78 to 0.97 times as long",
+    ],
+    "losses.md": [
+        "is float32 (torch 2.10)",
+        "round them by up to 2^-9 of a logit",
+        "N = 1,024, D = 256, V = 16,384",
+        "| bfloat16 logits | 1.6e-4 | 1.7e-3 | 1.6e-3 |",
+        "| `slab_dtype=torch.float32` | 3.8e-8 | 1.7e-3 | 1.6e-3 |",
+        "products in float32 | 3.8e-8 | 3.0e-7 | 2.5e-7 |",
+        "has a log-probability of 0 and no gradient",
+        "its sum is divided by 0",
+        "TRITON_DEBUG=1",
+    ],
+    "migration.md": [
+        "at N = 1,024, D = 256, V = 16,384, bfloat16",
+        "torch 2.13's loss",
+        "With `accumulate_dtype=torch.bfloat16`, it takes 3,",
+        "| `shift=True` | `shift=1` |",
+        "`grad_filter=2.4e-4`; by default nothing is skipped",
+        "from about 10 MiB on (`memory_budget=16 << 20`)",
+        "Apex's default `weight_decay` is 0.",
+        "blocks of 256 elements",
+        "chunks of 4,096 rows",
+    ],
+    "mtp.md": ["Gloeckle et al. 2024, arXiv:2404.19737", "DeepSeek-V3, arXiv:2412.19437"],
+    "optimizers.md": [
+        "Chen et al. 2023, [arXiv:2302.06675]",
+        'and 10.1 in bfloat16 with `master_weights="split8"` and `state_dtype="8bit"`',
+        "a learning rate 3 to 10 times smaller than AdamW's",
+        "Goyal et al. 2017",
+        "Malladi et al. 2022",
+    ],
+    "planning.md": [
+        "DeepSeek LLM's laws (arXiv:2401.02954)",
+        "a refit of Hoffmann's runs (arXiv:2404.10102)",
+        "bfloat16 parameters whose other 16 bits the optimizer keeps",
+        "(about 1 GiB together)",
+        "Each GPU also holds 5 times the largest block",
+        "(6 · matrix parameters · tokens + 12 · layers · row · width · tokens)",
+    ],
+    "trainer.md": ["the command exits with 130", "usually takes 1e-5 to 1e-4 with AdamW"],
+}
+# What looks like a figure and is a name, an example or the number of a heading.
+NAMES = re.compile(
+    r"""(?:8|16)-(?:bit|byte)|16- and|"8bit"|`[^`]*(?:weights\.|->|:0\.|--gpus |--minutes |_steps=)[^`]*`|## \d\."""
+)
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT / "docs")) for p in sorted((ROOT / "docs").rglob("*.md"))])
+def test_every_figure_of_a_page_is_known(page: str) -> None:
+    """Look for figures outside code that no sentence above has.
+
+    examples/chapter writes its page itself, and tests/test_readme.py compares the page of measurements.
+    """
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
+    known: set[int] = set()
+    for sentence in [*STATED.get(page, []), *(PAGES[page]() if page in PAGES else [])]:
+        places = [m.span() for m in re.finditer(re.escape(" ".join(sentence.split())), text)]
+        assert places or sentence not in STATED.get(page, []), f"docs/{page} does not say: {sentence}"
+        known.update(at for place in places for at in range(*place))
+    known.update(at for m in NAMES.finditer(text) for at in range(*m.span()))
+    if page not in ("chapter.md", "measured.md") and not page.startswith("reference/"):
+        figures = [m.start() for m in re.finditer(r"(?<![\w.,-])\d", text) if m.start() not in known]
+        left = [text[max(0, at - 40) : at + 40] for at in figures]
+        assert left == [], f"docs/{page}: a figure that nothing is compared with"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,11 +1,15 @@
 """Tests of which launches are of the same kind: those for which Triton would use one binary."""
 
+from dataclasses import replace
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+import triton.language as tl
 
-from evidence.launches import Specialization, _encode
+from evidence.launches import Recorder, Specialization, _encode, _encode_constant, specialization
+from support.sample_kernels import add_kernel
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,57 @@ def test_tensors():
     told = {"dtype": "bfloat16", "aligned": True, "below_2_gib": True}
     assert _encode(t) == _encode(t[8:]) == told
     assert _encode(t[1:]) == _encode(t[4:]) == _encode(t, unaligned=True) == told | {"aligned": False}
+
+
+def test_a_tensor_of_two_gib_is_told_by_its_memory():
+    """AMD GPUs have short instructions below, whatever part of the memory a view has."""
+    for size, below in ((2**31 - 1, True), (2**31, False)):
+        t = torch.empty(size, dtype=torch.uint8, device="meta")
+        assert _encode(t)["below_2_gib"] == _encode(t[:16])["below_2_gib"] == below
+    assert _encode(torch.empty(2**29, device="meta"))["below_2_gib"] is False
+
+
+class Constant:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (1024, 1024),
+        (Constant(0.25), 0.25),
+        ("adam", "adam"),
+        (None, None),
+        (tl.float32, {"triton_type": "fp32"}),
+        ((1, Constant(tl.bfloat16), True), {"tuple": [1, {"triton_type": "bf16"}, True]}),
+        (add_kernel, {"function": "support.sample_kernels:add_kernel"}),
+    ],
+)
+def test_constants_are_kept_as_they_are(value, code):
+    assert _encode_constant(value) == code
+
+
+def test_a_launch_is_told_by_kernel_arguments_and_options(monkeypatch):
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/x.py::test_y (call)")
+    given = {"x": torch.zeros(16)[1:], "n": 16, "m": 16, "p": torch.zeros(16), "BLOCK": 16}
+    launch = mock.Mock(
+        kernel="module:kernel",
+        arguments=given,
+        constexprs={"BLOCK"},
+        unspecialized={"m"},
+        unaligned={"p"},
+        options={"num_warps": 4, "absent": None},
+    )
+    kind = specialization(launch)
+    assert str(kind) == "kernel(x=*float32, n=16, m=3, p=*float32, BLOCK=16, num_warps=4)"
+    assert (kind.first_test, kind.count, kind.name) == ("tests/x.py::test_y", 1, "kernel")
+    recorder = Recorder()
+    programs = []
+    for _ in range(3):
+        recorder.launch(launch, [0, 1], programs.append)
+    recorder.add(replace(kind, options={"num_warps": 8}, count=5))
+    assert [each.count for each in recorder.kinds.values()] == [3, 5] and programs == [[0, 1]] * 3
 
 
 def test_what_no_kernel_takes_is_refused():

@@ -1,14 +1,16 @@
 """The model, on numbers small enough to work out by hand."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from evidence.roofline import GPUS, H100, Gpu, seconds
+from evidence.roofline import FORMULA, GPUS, H100, Gpu, seconds
 from evidence.traffic import Traffic
-from llmfast._gpus import LAUNCH
+from llmfast._gpus import BANDWIDTH_SHARE, LAUNCH, TENSOR_CORE_SHARE
 
-UNIT = Gpu("unit", memory=1, bandwidth=1.0, tensor_cores=1.0, float32=1.0, special=1.0)
+# Rates that differ, so that none can be taken for another, nor multiplied by for divided by.
+UNIT = Gpu("unit", memory=1, bandwidth=2.0, tensor_cores=4.0, float32=8.0, special=16.0)
 
 
 def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0, dtype: str = "bfloat16") -> Traffic:
@@ -20,11 +22,13 @@ def launch(dram: float = 0, dot: float = 0, flops: float = 0, special: float = 0
 @pytest.mark.parametrize(
     ("traffic", "expected"),
     [
-        (launch(dram=9, dot=6.0), 10),
-        (launch(dram=9, dot=14), 20),
-        (launch(dram=9, dot=14, flops=25), 25),
-        (launch(dram=9, special=11), 11),
-        (launch(dot=7, flops=2, dtype="float32"), 9),  # float32 products take the ordinary units
+        (launch(dram=18, dot=24.0), 10),
+        (launch(dram=18, dot=56), 20),
+        (launch(dram=18, dot=56, flops=200), 25),
+        (launch(dram=18, special=176), 11),
+        (launch(dram=16, special=16), 16 / 1.8),
+        (launch(dot=56, flops=16, dtype="float32"), 9),  # float32 products take the ordinary units
+        (launch(dot=56, flops=8, dtype="float16"), 20),
     ],
 )
 def test_a_launch_takes_what_binds_it(traffic: Traffic, expected: float) -> None:
@@ -32,8 +36,14 @@ def test_a_launch_takes_what_binds_it(traffic: Traffic, expected: float) -> None
 
 
 def test_launches_follow_one_another() -> None:
-    assert seconds(UNIT, [launch(dram=9), launch(dot=7)]) == pytest.approx(20 + 2 * LAUNCH)
+    assert seconds(UNIT, [launch(dram=18), launch(dot=28)]) == pytest.approx(20 + 2 * LAUNCH)
     assert seconds(UNIT, []) == 0
+    assert seconds(UNIT, [replace(launch(dram=18), calls=5)]) == pytest.approx(10 + 5 * LAUNCH)
+
+
+def test_the_formula_is_the_one_in_force() -> None:
+    assert f"({LAUNCH * 1e6:g} µs + max(DRAM bytes / ({BANDWIDTH_SHARE:g} ·" in FORMULA
+    assert f"dot FLOPs / ({TENSOR_CORE_SHARE:g} ·" in FORMULA
 
 
 def test_known_orders_of_magnitude() -> None:

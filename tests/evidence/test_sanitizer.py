@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from evidence import interpreter
-from evidence.sanitizer import Fault, sanitizing
+from evidence.sanitizer import PATTERN, Fault, sanitizing
 
 interpreter.install()
 
@@ -222,6 +222,15 @@ def test_undefined_memory_may_be_read_but_not_used(dtype: torch.dtype) -> None:
         assert out.item() == 45
         with pytest.raises(Fault, match=r"writes out_ptr as it read x_ptr, which nobody wrote: element 10"):
             padded_sum_kernel[(1,)](x, out, 10, USE_PADDING=True, BLOCK=16)
+
+
+def test_bytes_may_have_any_value() -> None:
+    """New memory of bytes is not marked, so no value of it says that it was not written."""
+    with sanitizing():
+        for value in {*PATTERN.to_bytes(8, "little"), 0}:
+            x, out = torch.full((16,), value, dtype=torch.uint8), torch.full((16,), value, dtype=torch.uint8)
+            copy_kernel[(1,)](x, out, 16, 8, BLOCK=16)
+            assert out.eq(value).all()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, for a run of this file without a conftest
 
+import re
 import resource
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -326,6 +328,47 @@ def test_a_dry_run_computes_what_is_small() -> None:
         assert x[0, :5].tolist() == [7, 7, 7, 7, 0]
 
     counted(run, dry=True)
+
+
+def test_a_dry_run_changes_small_lists_of_tensors_in_place() -> None:
+    """Torch's optimizers change lists of tensors and return nothing."""
+
+    def run() -> None:
+        small, large = [torch.ones(3), torch.ones(2)], [torch.ones(1 << 11, 1 << 11)]
+        torch._foreach_add_(small, 2.0)
+        torch._foreach_mul_(large, 2.0)
+        assert [t.tolist() for t in small] == [[3.0] * 3, [3.0] * 2]
+
+    counted(run, dry=True)
+
+
+def test_a_table_has_each_count_under_its_name() -> None:
+    fields = {"loaded": 1, "stored": 2, "updated": 3, "unique_loaded": 4, "unique_stored": 5, "sectors": 6}
+    given = Traffic(
+        "a kernel", "triton", calls=7, **fields, flops=8, transcendentals=9, dot_flops=Counter({"bfloat16": 10})
+    )
+    lines = Counts([given, given], peak_bytes=1234).table(per=0.5).splitlines()
+    names = re.split(r" {2,}", lines[0].strip())
+    for line, name in zip(lines[1:3], ("a kernel", "total")):
+        assert line.startswith(f"{name} ")
+        row = dict(zip(names, (float(x.replace(",", "")) for x in line[44:].split())))
+        assert row.pop("calls") == 14  # which is not divided
+        assert row == {
+            **{"loaded": 4, "stored": 8, "updated": 12, "dram": 4 * given.dram, "sectors": 24},
+            **{"dot flops": 40, "flops": 32, "special": 36},
+        }
+    assert lines[3] == "peak of tensors made meanwhile: 1,234 bytes"
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_every_program_of_a_short_axis_is_taken(axis: int) -> None:
+    for count, all_taken in ((1, True), (4, True), (16, True), (17, False)):
+        grid = [1, 1, 1]
+        grid[axis] = count
+        programs = sample(tuple(grid))  # type: ignore[arg-type]
+        assert (programs == [(i, 1.0) for i in range(count)]) == all_taken
+        assert all_taken or len(programs) == 3
+    assert len(sample((3, 3, 1))) == 9 and len(sample((4, 4, 1))) == 9
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (7, 1, 1), (8, 1, 1), (1000, 1, 1), (5, 9, 1), (1000, 3, 2)])

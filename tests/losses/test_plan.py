@@ -299,9 +299,22 @@ def test_gradient_filter_drops_blocks_below_the_threshold(path: str) -> None:
     again = gradients(
         linear_cross_entropy(hidden, weight, targets, reduction="sum", grad_filter=threshold), hidden, weight
     )
-    for a, b, want in zip(first, again, (kept @ weight.double(), kept.T @ hidden.double())):
+    mean = gradients(linear_cross_entropy(hidden, weight, targets, grad_filter=threshold), hidden, weight)
+    for a, b, c, want in zip(first, again, mean, (kept @ weight.double(), kept.T @ hidden.double())):
         assert torch.equal(a, b)
         torch.testing.assert_close(a.double(), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(N * c, a, rtol=1e-4, atol=1e-4)  # the threshold is for gradients of the sum
+
+
+def test_a_product_apart_from_its_sum_is_held_only_with_several_chunks() -> None:
+    """Where low precision is multiplied into float32 but not added there (ROCm), the first product is the sum."""
+    N, D, V = 256, 64, 2048
+    for rows, apart in ((256, False), (128, True)):
+        plan = LinearCrossEntropyPlan.make(N, D, V, memory_budget=1 << 30, mode="chunk")
+        plan = replace(plan, way=plan.way._replace(rows=rows))
+        assert plan.call.float32_products and plan.call.float32_sums and plan.way.summed == V
+        other = replace(plan, call=replace(plan.call, float32_sums=False))
+        assert other.held_bytes - plan.held_bytes == 4 * V * D * apart
 
 
 def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from llmfast.losses import linear_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.models.decoder import rotate, rotation
+from llmfast.models.depths import SequentialDepths
 
 
 def small(**options: Any) -> Decoder:
@@ -132,6 +133,16 @@ def test_heads_share_the_hidden_state_of_the_next_token(options: dict[str, Any])
         assert heads.shape == (3, 2, 9, 32)
         torch.testing.assert_close(heads[0], first)
     assert small()(tokens, all_heads=True).shape == (1, 2, 9, 32)
+
+
+@pytest.mark.parametrize("hidden", ["pre_norm", "post_norm"])
+def test_depths_read_the_state_that_the_settings_name(hidden: Any) -> None:
+    model, tokens = small(mtp="sequential", mtp_heads=2, mtp_hidden=hidden), torch.randint(0, 50, (2, 9))
+    trunk = model.trunk(tokens)
+    read = trunk.out if hidden == "pre_norm" else model.norm(trunk.out)
+    assert isinstance(model.mtp, SequentialDepths) and model.mtp.hidden == hidden
+    wanted = model.mtp(read, trunk.embedded, trunk.rope, trunk.mask)
+    torch.testing.assert_close(model(tokens, all_heads=True)[1:], wanted)
 
 
 @pytest.mark.parametrize("options", KINDS)

@@ -40,6 +40,9 @@ def test_there_and_back(options: dict[str, Any], dtype: torch.dtype, tmp_path: P
     assert all(torch.equal(state[k], loaded[k]) and loaded[k].dtype == dtype for k in state)
     tokens = torch.randint(0, 50, (2, 6))
     assert torch.equal(model(tokens, all_heads=True), again(tokens, all_heads=True))
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    layers = 1 if options.get("mtp_repeated_layer") else 2  # of which the file has the tensors
+    assert told.get("num_nextn_predict_layers") == (None if options.get("mtp") == "none" else layers)
 
 
 def test_the_names_are_deepseeks(tmp_path: Path) -> None:

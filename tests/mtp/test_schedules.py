@@ -14,6 +14,34 @@ def test_constant() -> None:
     assert constant_weights(4, 0.3, mean=True) == pytest.approx([1.0, 0.1, 0.1, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "given"),
+    [
+        (lambda **given: constant_weights(2, **given), {"weight": -0.5}),
+        (lambda **given: linear_weights(0.5, 2, **{"weight": 0.5, "final": 0.5} | given), {"weight": -0.5}),
+        (lambda **given: linear_weights(0.5, 2, **{"weight": 0.5, "final": 0.5} | given), {"final": -0.5}),
+        (lambda **given: staged_weights(0.5, 2, **given), {"weight": -0.5}),
+    ],
+)
+def test_no_weight_is_negative(schedule: Any, given: dict[str, float]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name} must not be negative; got -0.5"):
+        schedule(**given)
+    schedule(**{name: 0.0})
+
+
+@pytest.mark.parametrize("K", [0, -1])
+def test_there_is_at_least_one_head(K: int) -> None:
+    for call in (
+        lambda: constant_weights(K, 0.5),
+        lambda: linear_weights(0.5, K, 0.5, 0.5),
+        lambda: staged_weights(0.5, K),
+        lambda: head_weights(0.5, K, schedule="constant", weight=0.5),
+    ):
+        with pytest.raises(ValueError, match=f"K must be at least 1; got {K}"):
+            call()
+
+
 def test_linear() -> None:
     assert linear_weights(0.0, 2, 0.3, 0.1) == pytest.approx([1.0, 0.3])
     assert linear_weights(0.5, 3, 0.3, 0.1, mean=True) == pytest.approx([1.0, 0.1, 0.1])

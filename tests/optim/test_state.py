@@ -425,9 +425,12 @@ def test_8_bit_states_without_their_scales_are_refused(path: str) -> None:
     saved = optimizer.state_dict()
     del saved["state"][0]["exp_avg_scale"]
     optimizer.load_state_dict(saved)
-    with pytest.raises(
-        ValueError, match=r"state exp_avg of \(512,\).*holds 8-bit codes, which need 4 scales; got none"
-    ):
+    needs = r"state exp_avg of \(512,\).*holds 8-bit codes, which need 4 scales; got"
+    with pytest.raises(ValueError, match=rf"{needs} none"):
+        train(optimizer)
+    saved["state"][0]["exp_avg_scale"] = torch.ones(3)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=rf"{needs} \(3,\)"):
         train(optimizer)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from llmfast.data.packing import batch_of
 from llmfast.models import Decoder
-from llmfast.models.memory import MemoryEstimate
+from llmfast.models.memory import MemoryEstimate, Precision
 from llmfast.train import estimate as estimates
 from llmfast.train.config import Config, decoder_config, load_config
 from llmfast.train.estimate import Way, estimate_run, micro_batches, most_rows, ways
@@ -120,6 +121,44 @@ def test_rows_of_a_step_are_divided_over_gpus() -> None:
         estimate(["train.batch_size=12", "train.parallel=hsdp", "train.shard_size=8"], 12)
     with pytest.raises(ConfigError, match=r"train.vocab_parallel must be false: .*not modelled"):
         estimate(["train.vocab_parallel=true", "model.tie_embeddings=false"], 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_every_setting_that_takes_memory_is_counted(dtype: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = mock.Mock()
+    monkeypatch.setattr("llmfast.train.estimate.estimate_memory", counted)
+    settings = ["train.batch_size=48", "data.seq_len=128", f"train.dtype={dtype}"]
+    settings += ["train.parallel=hsdp", "train.shard_size=4", f"train.param_dtype={stored}"]
+    if stored == "bfloat16":
+        settings += ["optimizer.master_weights=split16", "optimizer.state_dtype=8bit"]
+    for again, backward in ((False, True), (True, False)):
+        flags = [f"train.checkpoint_activations={again}".lower(), f"optimizer.in_backward={backward}".lower()]
+        flags += [] if backward else ["train.micro_batch_size=2"]
+        config = load_config(None, [*settings, *flags])
+        model = decoder_config(config, VOCABULARY)
+        estimate_run(config, model, gpus=8, gpu_memory=7)
+        (got,), given = counted.call_args
+        low = stored == "bfloat16"
+        precision = Precision("as set", getattr(torch, stored), "split16" if low else None, "8bit" if low else None)
+        assert got is model and given == {
+            "batch_size": 6 if backward else 2,
+            "seq_len": 128,
+            "accumulate": 1 if backward else 3,
+            "precision": precision,
+            "autocast": dtype != "float32" and not low,
+            "checkpoint_activations": again,
+            "in_backward": backward,
+            "optimizer": config.optimizer.make,
+            "gpu_memory": 7,
+            "ranks": 8,
+            "shards": 4,
+        }
+        other = Precision("another", torch.float32)
+        estimate_run(config, model, gpus=8, precision=other)
+        assert counted.call_args.kwargs["precision"] is other
+        assert counted.call_args.kwargs["gpu_memory"] == 80_000_000_000
+        assert counted.call_args.kwargs["autocast"] == (dtype != "float32")
 
 
 def test_ways_are_settings() -> None:

@@ -100,6 +100,23 @@ def test_refuses(tmp_path: Path) -> None:
         load_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("rich.table", "llmfast.train needs rich.table: pip install 'llmfast-torch"), ("llmfast.x", None)],
+)
+def test_only_a_package_that_is_missing_is_said_to_need_the_extra(
+    missing: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(llmfast.train, "import_module", fails)
+    kind = ImportError if message else ModuleNotFoundError
+    with pytest.raises(kind, match=message or f"No module named '{missing}'") as caught:
+        llmfast.train.__getattr__("load_run")
+    assert type(caught.value) is kind
+
+
 def test_other_names_are_not_there() -> None:
     with pytest.raises(AttributeError, match="module 'llmfast' has no attribute 'nothing'"):
         llmfast.nothing  # type: ignore[attr-defined]  # noqa: B018

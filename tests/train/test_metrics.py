@@ -61,7 +61,20 @@ def test_a_terminal_shows_a_bar() -> None:
     out = io.StringIO()
     with ProgressDisplay(Console(file=out, width=200, force_terminal=True), 10, 0) as display:
         display.show(4, 2.5, 1e-3, 12345.0, 1.0)
-    assert "4/10" in out.getvalue() and "loss 2.500" in out.getvalue() and "\r" in out.getvalue()
+    for part in ("4/10", "loss 2.500", "12,345 tok/s", "lr 1.0e-03", "\r"):
+        assert part in out.getvalue()
+    assert "step 4/10" not in out.getvalue()  # which lines of a file begin with
+
+
+def test_a_line_has_all_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six steps of this start took 12 s, and four are left."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    out = io.StringIO()
+    with ProgressDisplay(Console(file=out, width=200), 20, 10, log_every=6) as display:
+        now += 12.0
+        display.show(16, 2.5, 1e-3, 12345.0, 12.0)
+    assert out.getvalue() == "step 16/20  loss 2.500  12,345 tok/s  lr 1.0e-03  8 s left\n"
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,17 @@ def test_of_several_runs_each_part_has_a_chart(tmp_path: Path) -> None:
     assert len({found.figure("Throughput").lines[i][0] for i in range(3)}) == 3
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_chart_of_the_loss_names_several_runs(count: int, tmp_path: Path) -> None:
+    runs = [folder(tmp_path / f"r{i}", usual()) for i in range(count)]
+    names = [f"r{i}, {part}" for i in range(count) for part in ("training", "validation")]
+    figures = [figure for figure in page(*runs).figures if "r0, training" in [name for name, _ in figure.lines]]
+    assert len(figures) >= 2
+    for figure in figures:
+        assert sorted({name for name, _ in figure.lines}) == sorted(names)
+        assert len(figure.legend) == (count if count > 1 else 0), figure.title
+
+
 def test_summary_and_settings_say_what_differs(tmp_path: Path) -> None:
     lines = [
         *usual()[:-1],
@@ -436,6 +447,17 @@ def test_long_runs_are_thinned_and_keep_their_spikes(tmp_path: Path) -> None:
     values = figure.values("a, training")
     assert 250 < len(values) <= 2 * BUCKETS + 4
     assert max(y for _, y in values) == pytest.approx(9, rel=1e-2)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 0.0), (-1.0, 1.0), (math.nan, 0.5)])
+def test_the_ends_of_a_long_line_stay(ends: tuple[float, float]) -> None:
+    """Each end is neither the lowest nor the highest of its bucket, unless it is said to be."""
+    count = 4 * BUCKETS
+    xy = np.stack([np.arange(count) / count, np.where(np.arange(count) % 4 == 1, -1.0, 1.0)], 1)
+    xy[0, 1], xy[-1, 1] = ends
+    kept = thinned(xy, np.arange(count) // 4)
+    assert np.array_equal(kept[[0, -1]], xy[[0, -1]], equal_nan=True)
+    assert 2 * BUCKETS <= len(kept) <= 2 * BUCKETS + 2
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-5, 5) | st.just(math.nan)), max_size=3000))

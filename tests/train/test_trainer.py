@@ -2,12 +2,13 @@
 
 import copy
 import io
+import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -256,6 +257,46 @@ def test_hooks_are_called_in_order_and_validation_is_measured() -> None:
         *("before 2", "after 3", "log 3", "evaluate 3"),
     ]
     assert found == pytest.approx(wanted, rel=1e-6) and len(found) == 3
+
+
+def test_a_line_is_about_the_steps_since_the_last_one(tmp_path: Path) -> None:
+    """Compute each line of seven steps by hand: a line every three steps, an evaluation every two."""
+    config = settings(steps=7, log_every=3, eval_every=2, save_every=100)
+    held_out = next(batches(rows=2, seed=9))
+    given = list(islice(batches(), 7))
+    steps: list[tuple[float, float]] = []  # the rate and the gradient's norm of each
+
+    class Record(Hooks):
+        def after_step(self, trainer: Trainer) -> None:
+            norm: Tensor = trainer.optimizer.grad_norm  # type: ignore[attr-defined]
+            steps.append((trainer.optimizer.param_groups[0]["lr"], norm.item()))
+            losses.append(loss_of(copy.deepcopy(trainer.model), given[len(steps)]).item() if len(steps) < 7 else 0.0)
+
+    model = model_of()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    validation = {"held out": lambda: [held_out]}
+    trainer, _ = trainer_of(config, fused, hooks=[Record()], model=model, run=tmp_path, validation=validation)
+    losses = [loss_of(copy.deepcopy(trainer.model), given[0]).item()]
+    assert trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    counts = [int((batch["labels"] != -100).sum()) for batch in given]
+    tokens = [0, *accumulate(counts)]
+    means = [loss / count for loss, count in zip(losses, counts)]
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        *((0, False), (2, False), (3, True), (4, False), (6, True), (6, False), (7, True), (7, False))
+    ]
+    for line in lines:
+        assert line["tokens"] == tokens[line["step"]]
+        if "loss" not in line:
+            assert line.keys() == {"step", "tokens", "validation", "validation_mean"}
+            continue
+        first, last = {3: (0, 3), 6: (3, 6), 7: (6, 7)}[line["step"]]
+        assert line["loss"] == pytest.approx(sum(means[first:last]) / (last - first), rel=1e-5)
+        assert (line["lr"], line["grad_norm"]) == pytest.approx(steps[last - 1], rel=1e-5)
+        assert line["sequences"] == last * config.train.batch_size and line["tokens_per_s"] > 0
+        assert line["memory_bytes"] > 1 << 20 and "skipped" not in line and "spike" not in line
 
 
 def test_the_time_of_a_step_is_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:

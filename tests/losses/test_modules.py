@@ -1,0 +1,122 @@
+"""The modules: each argument at another value than its default, against torch and the functions."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, reference
+
+N, D, V = 10, 6, 13
+CLASSES = torch.linspace(0.5, 2.0, V)
+# Arguments that torch's function has as well, under its names.
+TORCHS: dict[str, Any] = {"weight": CLASSES, "ignore_index": 3, "reduction": "sum", "label_smoothing": 0.2}
+# Further keywords, that the functions take.
+MORE: dict[str, Any] = {
+    "z_loss": 0.1,
+    "softcap": 2.0,
+    "logit_scale": 0.7,
+    "num_valid": 17,
+    "token_weights": torch.linspace(0.1, 1.0, N),
+    "shift": 1,
+    "return_stats": True,
+}
+
+
+@pytest.fixture
+def targets() -> Tensor:
+    return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0)).index_fill(0, torch.tensor([2]), 3)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def each_and_all(options: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{}, *({name: value} for name, value in options.items()), options]
+
+
+def expect_same(got: Any, want: Any, leaves: list[Tensor], others: list[Tensor]) -> None:
+    if isinstance(got, tuple):
+        torch.testing.assert_close(got[1].token_loss, want[1].token_loss)
+        got, want = got[0], want[0]
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), others)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", each_and_all(TORCHS), ids=lambda o: ",".join(o))
+def test_logits_as_torchs_module(options: dict[str, Any], targets: Tensor) -> None:
+    logits = random(N, V)
+    got = CrossEntropyLoss(**options)(logits, targets.where(targets != 3, options.get("ignore_index", -100)))
+    wanted = nn.CrossEntropyLoss(**options)(logits, targets.where(targets != 3, options.get("ignore_index", -100)))
+    expect_same(got, wanted, [logits], [logits])
+
+
+def test_classes_are_on_dimension_1_and_one_row_is_enough() -> None:
+    logits, targets = random(3, V, 2, 4), torch.randint(0, V, (3, 2, 4))
+    for reduction in ("mean", "none"):
+        got = CrossEntropyLoss(reduction=reduction)(logits, targets)
+        expect_same(got, F.cross_entropy(logits, targets, reduction=reduction), [logits], [logits])
+    expect_same(
+        CrossEntropyLoss()(logits[0, :, 0, 0], targets[0, 0, 0]),
+        F.cross_entropy(logits[0, :, 0, 0], targets[0, 0, 0]),
+        [logits],
+        [logits],
+    )
+
+
+@pytest.mark.parametrize("options", each_and_all(MORE), ids=lambda o: ",".join(o))
+def test_further_keywords_are_those_of_the_functions(options: dict[str, Any], targets: Tensor) -> None:
+    logits, hidden = random(N, V), random(N, D)
+    expect_same(
+        CrossEntropyLoss(**options)(logits, targets),
+        reference.cross_entropy(logits, targets, **options),
+        [logits],
+        [logits],
+    )
+    module = LinearCrossEntropyLoss(D, V, **options, memory_budget=1 << 16)
+    leaves = [hidden, module.linear.weight]
+    expect_same(module(hidden, targets), reference.linear_cross_entropy(*leaves, targets, **options), leaves, leaves)
+
+
+@pytest.mark.parametrize("options", each_and_all(TORCHS | {"bias": True}), ids=lambda o: ",".join(o))
+def test_hidden_states_as_a_linear_layer_and_torchs_module(options: dict[str, Any], targets: Tensor) -> None:
+    module, hidden = LinearCrossEntropyLoss(D, V, **options), random(N, D)
+    leaves = [hidden, *module.linear.parameters()]
+    assert len(leaves) == (3 if options.get("bias") else 2) and module.linear.weight.shape == (V, D)
+    rest = {name: value for name, value in options.items() if name != "bias"}
+    expect_same(module(hidden, targets), nn.CrossEntropyLoss(**rest)(module.linear(hidden), targets), leaves, leaves)
+
+
+def test_parameters_are_where_and_what_is_said() -> None:
+    module = LinearCrossEntropyLoss(D, V, device="meta", dtype=torch.bfloat16, weight=CLASSES)
+    assert (module.linear.weight.device.type, module.linear.weight.dtype) == ("meta", torch.bfloat16)
+    assert {name for name, _ in module.named_buffers()} == {"weight"}
+    assert {name for name, _ in CrossEntropyLoss(weight=CLASSES).named_buffers()} == {"weight"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"),
+    [
+        (CrossEntropyLoss, {"size_average": True}),
+        (CrossEntropyLoss, {"reduce": False}),
+        (LinearCrossEntropyLoss, {"out_features": (2,)}),
+        (LinearCrossEntropyLoss, {"options": object()}),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused(kind: Any, argument: dict[str, Any]) -> None:
+    sizes = {"in_features": D, "num_classes": V} if kind is LinearCrossEntropyLoss else {}
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}.* must be"):
+        kind(**sizes, **argument)
+
+
+def test_every_argument_is_tried() -> None:
+    tried = {*TORCHS, "bias", "device", "dtype", "in_features", "num_classes"}
+    refused = {"size_average", "reduce", "out_features", "options"}
+    for kind in (CrossEntropyLoss, LinearCrossEntropyLoss):
+        named = {name for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
+        assert named <= tried | refused

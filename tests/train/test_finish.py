@@ -1,0 +1,121 @@
+"""Figures and files that a finished run leaves: the closing table, drafts that were right, the sample."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import llmfast.train.finish as module
+from llmfast.data import ByteTokenizer, Dataset, pack
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.mtp import Speculation
+from llmfast.train.config import load_config
+from llmfast.train.metrics import MetricsFile, read_metrics
+
+T = 16
+SETTINGS = [f"data.seq_len={T}", "train.eval_rows=3", "train.batch_size=2", "train.sample_tokens=5", "train.seed=3"]
+LINES: list[dict[str, Any]] = [
+    {"step": 0, "tokens": 0, "validation": {"a": 4.0, "b": 2.0}, "validation_mean": 3.5},
+    {"step": 5, "tokens": 50, "loss": 3.0},
+    {"step": 5, "tokens": 50, "validation": {"a": 9.0, "b": 9.0}, "validation_mean": 9.0},
+    {"step": 8, "tokens": 80, "validation": {"a": 3.25, "b": 2.5}, "validation_mean": 3.125},
+]
+
+
+def data_of() -> Dataset:
+    tokenizer = ByteTokenizer()
+    rows = {
+        name: pack([np.arange(i, i + 12) * step % 200 for i in range(9)], T, tokenizer.eot_id)
+        for name, step in (("a", 1), ("b", 3))
+    }
+    return Dataset(rows, rows, tokenizer)
+
+
+def finished(run: Path, model: Any, *more: str, **facts: Any) -> tuple[str, Any]:
+    """Finish a run of eight steps that logged `LINES`; return what it prints and its trainer."""
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    metrics = MetricsFile(run / "metrics.jsonl", resume_at=8)
+    told = {"run": run, "metrics": metrics, "device": torch.device("cpu"), "step": 8, "tokens": 80, "seconds": 4.0}
+    trainer: Any = SimpleNamespace(**told | {"skipped": 2} | facts)
+    out = io.StringIO()
+    config = load_config(None, [*SETTINGS, *more])
+    module.finish(config, trainer, model, data_of(), 30, Console(file=out, width=200))
+    return out.getvalue(), trainer
+
+
+def model_of(**more: Any) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(ByteTokenizer().vocab_size, width=32, layers=1, heads=2, **more))
+
+
+def table(text: str) -> dict[str, str]:
+    rows = [line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip()]
+    return {name: value.strip() for name, value in rows}
+
+
+def test_every_figure_of_the_table(tmp_path: Path) -> None:
+    said = table(finished(tmp_path, model_of())[0])
+    assert said["validation loss, first"] == "3.500 nats per token"
+    assert said["validation loss, last"] == "3.125"
+    assert said["tokens per second"] == "12"  # those since this start: (80 - 30) / 4
+    assert said["steps skipped"] == "2"
+    assert said["in the run folder"] == "loss.png, metrics.jsonl, model.safetensors, sample.txt"
+    # The first three rows of each source: the frequencies of their labels, each once.
+    labels = torch.cat([rows.batch([0, 1, 2]).labels.flatten() for rows in data_of().validation.values()])
+    share = torch.bincount(labels[labels >= 0]).double() / (labels >= 0).sum()
+    entropy = -(share[share > 0] * share[share > 0].log()).sum()
+    assert said["unigram entropy of the same text"] == f"{entropy:.3f}"
+    assert said["peak memory"].endswith("iB")
+    assert not any(name.startswith(("...", "guesses")) for name in said)
+    assert table(finished(tmp_path, model_of(), seconds=0.0)[0])["tokens per second"] == "-"
+
+
+def test_what_was_learned_and_forgotten_since_other_weights(tmp_path: Path) -> None:
+    said = table(finished(tmp_path, model_of(), "train.init_from=x")[0])
+    assert said["... of a"] == "4.000 -> 3.250, 0.750 better"
+    assert said["... of b"] == "2.000 -> 2.500, 0.500 worse: forgotten"
+
+
+def test_the_drafts_of_two_prompts_of_each_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = model_of(mtp="sequential", mtp_heads=2), []
+
+    def generate(model: Decoder, prompt: torch.Tensor, count: int) -> Speculation:
+        assert not model.training
+        given.append((prompt.tolist(), count))
+        return Speculation(prompt, 3, [4, len(given)], [len(given), 1])
+
+    monkeypatch.setattr(module, "speculative_generate", generate)
+    text, _ = finished(tmp_path, model.train())
+    rows = data_of().validation
+    assert given == [(rows[name].batch([i]).tokens[0, : T // 2].tolist(), T // 2) for name in "ab" for i in range(2)]
+    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert line == {"step": 8, "tokens": 80, "acceptance": [10 / 16, 4 / 10], "tokens_per_pass": 32 / 12}
+    assert table(text)["guesses accepted, by head"] == "62 %, 40 %"
+    assert table(text)["tokens per pass, decoding greedily"] == "2.67"
+
+
+def test_drafts_are_written_once(tmp_path: Path) -> None:
+    model = model_of(mtp="parallel", mtp_heads=2)
+    with mock.patch.dict(LINES[-1], acceptance=[0.5], tokens_per_pass=1.5):
+        finished(tmp_path, model)
+    assert sum("acceptance" in line for line in read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_the_sample_goes_on_from_the_prompt_by_the_seed(tmp_path: Path) -> None:
+    model = model_of()
+    text, _ = finished(tmp_path, model, "train.sample_prompt=abc")
+    prompt = torch.tensor([*b"abc"])
+    generator = torch.Generator().manual_seed(3)
+    wanted = model.eval().generate(prompt, 5, context=T, temperature=0.8, generator=generator)
+    assert (tmp_path / "sample.txt").read_text() == ByteTokenizer().decode(wanted.numpy())
+    assert "a sample" in text
+    text, _ = finished(tmp_path / "none", model, "train.sample_tokens=0")
+    assert "a sample" not in text and not (tmp_path / "none" / "sample.txt").exists()
