@@ -1,9 +1,9 @@
 """Train every kind of multi-token prediction like `make train`, and compare the loss of the next token.
 
-python -m benchmarks.mtp_runs FOLDER     # existing runs in FOLDER are reused; the table goes to results/mtp.json
+python -m benchmarks.mtp_runs FOLDER     # finished runs in FOLDER are reused; the table goes to results/mtp.json
 
 Whole runs show what is learned, and are deterministic. Speed and memory of a step need a quiet machine and are measured
-separately: short runs of all kinds in turn, several rounds, the best of each.
+separately, in several rounds of short runs of every kind. The highest speed and the highest peak of each kind count.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHORT = ["train.steps=40", "train.log_every=10", "train.eval_rows=1", "train.sam
 
 
 def train(folder: Path, name: str, settings: list[str]) -> int:
-    """Train one run in its own process, unless it exists; return its peak memory in bytes."""
+    """Train one run in its own process, unless it has finished before; return its peak memory in bytes."""
     if (folder / name / "finished").exists():
         return int((folder / name / "finished").read_text())
     command = [sys.executable, "-m", "llmfast.cli", "train", "--overwrite", "--name", name]

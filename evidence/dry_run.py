@@ -44,7 +44,7 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
     meta_args, meta_kwargs = tree_map(outline, args), tree_map(outline, kwargs)
     small = all(t.numel() <= LARGE for t in given.values())
     if not small and not func._schema.returns:
-        return None  # changes its arguments, whose values do not matter
+        return None  # it only changes its arguments, and the values of large tensors do not matter
     try:
         results = (
             _product_into_float32(meta_args, meta_kwargs)
@@ -53,7 +53,7 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
         )
     except (NotImplementedError, RuntimeError):
         if small:
-            return func(*args, **kwargs)  # depends on values: item, nonzero
+            return func(*args, **kwargs)  # the result depends on values, as that of item and nonzero does
         raise
     if small and all(t.numel() <= LARGE for t in tree_leaves(results) if isinstance(t, Tensor)):
         return func(*args, **kwargs)
@@ -67,7 +67,7 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _product_into_float32(args: Any, kwargs: Any) -> Tensor:
-    """Multiply meta tensors, which lack this operator."""
+    """Return the product of meta tensors, for which torch lacks this operator."""
     if "out" in kwargs:
         out: Tensor = kwargs["out"]
         return out

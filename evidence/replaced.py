@@ -1,4 +1,4 @@
-"""Stand-ins for torch's functions that make tensors."""
+"""Stand-ins for the functions of torch that make tensors."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +12,9 @@ from torch.utils._device import _device_constructors
 
 @contextmanager
 def replaced(functions: Iterable[str], methods: Iterable[str], make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace functions of torch and methods of Tensor by what `make` makes of each."""
-    # The first default device of a process lets torch remember which functions it concerns. These must be torch's own:
-    # a stand-in would be remembered for good, and no default device would concern the function behind it.
+    """Replace functions of torch and methods of Tensor with what `make` returns for each."""
+    # torch looks up only once which functions a default device applies to. Let it do so before they are replaced: it
+    # would keep a stand-in forever, and default devices would not apply to the function behind it.
     _device_constructors()
     with ExitStack() as stack:
         for owner, names in ((torch, functions), (Tensor, methods)):

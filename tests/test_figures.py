@@ -162,7 +162,7 @@ def chunk_plan() -> Iterator[str]:
     ratio = traffic / products
     yield f"this traffic takes {ratio:.0f} / n of the time"
     yield f"a {dict(zip(range(8, 11), ('eighth', 'ninth', 'tenth')))[round(4096 / ratio)]} at 4,096 rows"
-    yield f"{4 * V * D / GIB:.0f} GiB above"
+    yield f"{4 * V * D / GIB:.0f} GiB in this example, ten times the slab"
     # 2 bytes per element of the hidden states for each slab, against 2 FLOPs per element and column.
     columns = H100.product_rate(torch.bfloat16) / (0.9 * H100.bandwidth)
     yield f"as long as the product itself at about {round(columns, -1):.0f} columns"

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
+from llmfast.optim.formats import PARAM_FORMATS, STATE_FORMATS
+from llmfast.train.optimizers import OPTIMIZERS
+from llmfast_kernels.optimizer import rules
 from support.code_blocks import ROOT
 
 LIBRARY = sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
@@ -29,8 +32,8 @@ KERNEL_LINES, FUNCTION_LINES, FILE_LINES, TEST_FILE_LINES = 120, 90, 500, 800
 FORMATTER_OVERRIDES = 10  # "fmt: skip" in the whole tree
 
 # Names of update rules and of precision formats. Only a rule's or format's own file may compare with them.
-RULES = {"adam", "adamw", "sgd", "rmsprop", "adagrad", "lion"}
-FORMATS = {"fp32", "split16", "split8", "kahan", "stochastic", "8bit"}
+RULES = {*rules.RULES, *OPTIMIZERS}
+FORMATS = {*PARAM_FORMATS, *(name for name in STATE_FORMATS if isinstance(name, str))}
 
 # Today's exceptions: the measured values by place.
 ARGUMENTS_NOW: dict[str, int] = {

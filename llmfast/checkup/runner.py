@@ -1,7 +1,7 @@
 """The parent of a check-up: starts a process per section, watches it, and writes the results after each.
 
-A case that crashes its process, breaks the device or hangs is lost by itself: the next process begins after it. The
-parent never touches the GPU.
+If a case crashes its process, breaks the device or hangs, only that case is lost: another process starts with the next
+one. The parent never touches the GPU.
 """
 
 import json
@@ -27,7 +27,7 @@ from llmfast.checkup.worker import BROKEN_DEVICE
 
 WORKER = (sys.executable, "-m", "llmfast.checkup.worker")
 START = 60.0  # seconds that a process may take to import torch and find the device
-PATIENCE = 20.0  # seconds that a case may take at least, however short it should be
+PATIENCE = 20.0  # the shortest time limit of a case in seconds, however little time it should take
 POLL = 0.05  # seconds between two looks at a journal
 
 
@@ -54,7 +54,7 @@ class CheckUp:
     Args:
         minutes: what all sections together may take; each gets its share of what is left.
         sections: those to run, in order.
-        worker: the command of a section's process; its arguments are added.
+        worker: the command that starts a section's process, to which options are appended.
     """
 
     minutes: float = 8.0
@@ -64,9 +64,10 @@ class CheckUp:
     worker: Sequence[str] = WORKER
 
     def run(self, write: Callable[[dict[str, Any]], None], say: Say = print) -> dict[str, Any]:
-        """Run all sections; `write` gets the results so far after each of them.
+        """Run all sections, and pass the results so far to `write` after each of them.
 
-        Returns the results: see `docs/gpu.md` for their schema.
+        Returns:
+            The results, in the schema of `docs/gpu.md`.
         """
         end = time.monotonic() + 60 * self.minutes
         results: dict[str, Any] = {
@@ -91,7 +92,7 @@ class CheckUp:
         return results
 
     def _section(self, outcome: Outcome, processes: int, say: Say) -> None:
-        """Run a section, its cases shared by so many processes at a time."""
+        """Run a section, with its cases divided among this many concurrent processes."""
         start, stop = time.monotonic(), Event()
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
             watch = _Watch(outcome, Path(folder), say, stop)
@@ -104,7 +105,7 @@ class CheckUp:
         outcome.seconds = time.monotonic() - start
 
     def _share(self, watch: "_Watch", processes: int, end: float, process: int) -> None:
-        """Run a process for its share of the cases, and another one after each that is lost, while there is time."""
+        """Run a process for its share of the cases, and after each lost case another one, while there is time."""
         first = 0
         for attempt in range(1000):
             if attempt > 0 and time.monotonic() > end:
@@ -119,7 +120,7 @@ class CheckUp:
 
 
 class _Watch(NamedTuple):
-    """A section's processes have these in common."""
+    """State shared by the processes of a section."""
 
     outcome: Outcome
     folder: Path
@@ -128,7 +129,7 @@ class _Watch(NamedTuple):
 
 
 class _Process:
-    """One worker, and how far it has come."""
+    """One worker process and its progress."""
 
     def __init__(self, worker: Sequence[str], options: dict[str, Any], watch: _Watch, name: str) -> None:
         self._watch, self._outcome = watch, watch.outcome
@@ -144,7 +145,7 @@ class _Process:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self) -> int | None:
-        """Wait for the process; return the number of the case that it was lost with, None if it came to its end."""
+        """Wait for the process; return the number of the case that ended it, or None if it completed."""
         while (code := self._process.poll()) is None and time.monotonic() < self._deadline:
             if self._watch.stop.is_set():
                 break
@@ -159,7 +160,9 @@ class _Process:
         told = self._output.read_text(errors="replace").strip()[-2000:]
         index, case = self._last
         if self._began == 0:
-            self._note("start", f"the section's process ended with exit code {code} before its first case", told)
+            late = f"took more than {START:.0f} s to start"
+            how = late if code is None else f"ended with exit code {code} before its first case"
+            self._note("start", f"the section's process {how}", told)
             return None
         if code is None:
             self._note(case, "took too long, and was stopped", told)
@@ -192,7 +195,7 @@ class _Process:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write the results so that a reader finds them whole, whenever the writer is stopped."""
+    """Write the results so that a reader never finds half of them, even if the writer is killed."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)

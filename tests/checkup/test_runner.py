@@ -175,6 +175,15 @@ def test_a_worker_that_cannot_start_is_a_finding() -> None:
     assert "exit code 1 before its first case" in finding["what"] and finding["figures"]["output"] == "no such module"
 
 
+def test_a_worker_that_does_not_start_in_time_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "START", 1.0)
+    section = Section("made", "Made", 1.0)
+    worker = (sys.executable, "-c", "import time; time.sleep(60)")
+    results = CheckUp(0.5, "cpu", "small", [section], worker).run(lambda now: None, lambda line: None)
+    (finding,) = results["sections"][0]["findings"]
+    assert finding["what"] == "the section's process took more than 1 s to start"
+
+
 def test_time_that_one_section_leaves_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = []
 
