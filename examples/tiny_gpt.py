@@ -5,7 +5,7 @@ these together with `model.head.weight`.
 """
 
 import argparse  # the models learn its source
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, T, D) -> (B, T, D)
         attention, ffn = self.norms
         q, k, v = self.qkv(attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # (B, heads, T, D / heads)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.ffn(ffn(x))
 
@@ -43,11 +43,39 @@ class TinyGPT(nn.Module):
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+    def forward(self, tokens: Tensor, packing: "Packing | None" = None) -> Tensor:  # (B, T) -> (B, T, D)
+        places, mask = slice(tokens.shape[1]), None
+        if packing is not None:
+            places, mask = packing.places, packing.mask
+        x = self.tokens(tokens) + self.positions.weight[places]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return self.norm(x)
+
+
+class Packing:
+    """Several sequences in one row, which do not see each other: no padding, and one pass of the model for all."""
+
+    def __init__(self, sequences: Sequence[Tensor], prompts: Sequence[int]) -> None:
+        """Pack `sequences` of tokens, whose first `prompts` tokens are given."""
+        device, each = sequences[0].device, [torch.arange(len(s), device=s.device) for s in sequences]
+        ids = [
+            s.roll(-1).masked_fill((at < n - 1) | (at == len(s) - 1), -100)
+            for s, at, n in zip(sequences, each, prompts)
+        ]
+        self.tokens = torch.cat([*sequences])[None]  # (1, T)
+        self.ids = torch.cat(ids)[None]  # (1, T): what each token is to predict, -100 within prompts and at ends
+        self.places = torch.cat(each)  # (T,) of tokens in their sequences
+        lengths = torch.tensor([len(s) for s in sequences], device=device)
+        self.sequence = torch.arange(len(sequences), device=device).repeat_interleave(
+            lengths
+        )  # (T,) that tokens are of
+        self.count = len(sequences)
+        self.mask = (self.sequence[:, None] == self.sequence) & (self.places[:, None] >= self.places)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sum (1, T) numbers of tokens for each sequence, (count,)."""
+        return values.new_zeros(self.count).index_add(0, self.sequence, values[0])
 
 
 def batches(rows: int, device: str = "cpu", context: int = 128, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

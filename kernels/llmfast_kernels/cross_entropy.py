@@ -26,7 +26,7 @@ from llmfast_kernels.terms import Partials, Rows, Softmax, Targets, Terms, Upstr
 NO_ROWS, NO_PARTIALS, NO_GRADIENT = (
     kind._make([None] * len(kind._fields)) for kind in (Rows, Partials, parts.Gradient)
 )
-row_terms = attrgetter(*parts.RowTerms._fields[1:])
+row_terms = attrgetter(*parts.RowTerms._fields[2:])
 LEAST_BLOCK = 1024  # columns of the smallest tile
 FEW_TERMS = Choice(Tile(16, 1024), Tile(16, 512), Tile(8, 512), Tile(16, 256), Tile(8, 256))
 MANY_TERMS = Choice(Tile(8, 1024), Tile(8, 512), Tile(8, 256))
@@ -107,6 +107,7 @@ def cross_entropy_kernel(
     n = tl.program_id(0).to(tl.int64)  # N * V can pass 2**31
     if VECTOR_TAIL:
         row_width = parts.known_multiple(row_width, VECTOR)
+    terms = parts.terms_of_row(terms, n)
     row = parts.Row(logits_ptr + n * parts.known_multiple(logits_stride_n, VECTOR), terms, V, row_width)
     alive = gradient.alive
     if gradient.alive is not None:
@@ -229,6 +230,7 @@ def cross_entropy_backward_kernel(
     n = tl.program_id(0).to(tl.int64)
     if VECTOR_TAIL:
         row_width = parts.known_multiple(row_width, VECTOR)
+    terms = parts.terms_of_row(terms, n)
     row = parts.Row(logits_ptr + n * parts.known_multiple(logits_stride_n, VECTOR), terms, V, row_width)
     out = parts.Gradient(d_logits_ptr + n * parts.known_multiple(d_logits_stride_n, VECTOR), None, None)
     start = tl.program_id(1) * BLOCK_V
@@ -318,14 +320,20 @@ def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_l
         raise ValueError(f"logits must have at most {most} columns for V={V}; got {row_width}")
     tensors = {"targets": targets.classes, "target_weights": weights, "token_weights": targets.token_weights}
     sums = terms.class_weight_sums
-    expect_contiguous(**tensors, bias=terms.bias, class_weights=class_weights, class_weight_sums=sums)
+    expect_contiguous(
+        temperatures=targets.temperatures,
+        **tensors,
+        bias=terms.bias,
+        class_weights=class_weights,
+        class_weight_sums=sums,
+    )
     column_weights = None
     if class_weights is not None and terms.label_smoothing is not None:
         column_weights = class_weights[terms.v_start :]
     return {
         "logits_ptr": logits,
         **{f"{name}_ptr": t for name, t in tensors.items()},
-        "terms": parts.RowTerms(column_weights, *row_terms(terms)),
+        "terms": parts.RowTerms(column_weights, targets.temperatures, *row_terms(terms)),
         **{"V": V, "row_width": row_width, "V_total": terms.V, "v_start": terms.v_start},
         "logits_stride_n": logits.stride(0),
         "d_logits_stride_n": 0 if d_logits is None else d_logits.stride(0),

@@ -36,9 +36,10 @@ GROUP: tl.constexpr = tl.constexpr(shared.GROUP)
 
 
 class RowTerms(NamedTuple):
-    """The members of `Terms` that kernels take as they are, after one more. What is not used is None."""
+    """The members of `Terms` that kernels take as they are, after two more. What is not used is None."""
 
     column_weights: Any  # (V,) f32: the class weights of the columns here; None without label smoothing
+    temperatures: Any  # (N,) f32
     bias: Any  # (V,)
     class_weights: Any  # (V_total,) f32
     class_weight_sums: Any  # (2,) f32: over the columns here, over all
@@ -161,6 +162,29 @@ def read_logits(row, v, readable, inside):
     if row.terms.softcap is not None:
         x = capped(x, row.terms.softcap, EXACT=row.logits.dtype.element_ty.primitive_bitwidth > 16)
     return x
+
+
+@triton.jit
+def terms_of_row(terms, n):
+    """Return the terms of row n, whose temperature is part of its scale and cap."""
+    logit_scale = terms.logit_scale
+    softcap = terms.softcap
+    if terms.temperatures is not None:
+        factor = 1.0 / tl.load(terms.temperatures + n)
+        logit_scale = factor if logit_scale is None else logit_scale * factor
+        if softcap is not None:
+            softcap *= factor
+    return RowTerms(
+        terms.column_weights,
+        None,
+        terms.bias,
+        terms.class_weights,
+        terms.class_weight_sums,
+        terms.label_smoothing,
+        terms.z_loss,
+        logit_scale,
+        softcap,
+    )
 
 
 @triton.jit

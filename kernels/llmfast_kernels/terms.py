@@ -15,13 +15,14 @@ class Targets:
     classes: Tensor  # (N, K) int64 or int32, contiguous
     weights: Tensor | None = None  # (N, K) or (1, K) f32 with stride 1 over K, or None for 1
     token_weights: Tensor | None = None  # (N,) f32, or None for 1
+    temperatures: Tensor | None = None  # (N,) f32 that divide the rows' logits, after softcap; or None for 1
 
     def __getitem__(self, rows: "slice | Tensor") -> "Targets":
         weights = self.weights
         return Targets(
             self.classes[rows],
             weights[rows] if weights is not None and len(weights) > 1 else weights,
-            None if self.token_weights is None else self.token_weights[rows],
+            *(None if t is None else t[rows] for t in (self.token_weights, self.temperatures)),
         )
 
 
@@ -47,7 +48,7 @@ class Terms:
 
 
 class Rows(NamedTuple):
-    """Results of N rows, all (N,) but the last. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
+    """Results of N rows, all (N,) but the last two. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
     logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
     peak is the largest logit in the unit of the row operations that made it.
@@ -59,6 +60,7 @@ class Rows(NamedTuple):
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
     logprobs: Tensor | None = None  # (N, K) f32, unweighted: of each target; 0 for ignored ones
+    places: Tensor | None = None  # (N, K) int64: classes with a larger logit than each target; -1 for ignored ones
 
     @property
     def softmax(self) -> "Softmax":

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from llmfast._checks import describe
 from llmfast._dtensor import is_dtensor
-from llmfast.losses import linear_cross_entropy
+from llmfast.losses import linear_cross_entropy, linear_logprobs
 
 
 class Call:
@@ -274,8 +274,7 @@ class Logits(StandIn):
             )
         given = {
             **self.call.options,
-            "softcap": self.cap,
-            "logit_scale": self.scale * (1.0 if self.cap is None else self.cap),
+            **self._final(),
             "class_weights": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
@@ -285,6 +284,16 @@ class Logits(StandIn):
         self.call.losses += 1
         loss = self.call.loss(self, target, given)
         return loss if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
+
+    def logprobs(self, ids: Tensor, given: Mapping[str, Any]) -> Any:
+        """Compute the log-probabilities of `ids`; `given` holds keyword arguments of `linear_logprobs`."""
+        hidden, weight = self.joined()
+        arguments: dict[str, Any] = {**given, **self._final(), "bias": self.bias}
+        return linear_logprobs(hidden, weight, ids, **arguments)
+
+    def _final(self) -> dict[str, Any]:
+        """Return the options that say what the logits are."""
+        return {"softcap": self.cap, "logit_scale": self.scale * (1.0 if self.cap is None else self.cap)}
 
 
 class LazyLogits:

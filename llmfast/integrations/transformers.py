@@ -29,6 +29,7 @@ PreTrainedModel: type[nn.Module] = require("transformers", extra="hf").PreTraine
 M = TypeVar("M", bound=nn.Module)
 CALL = "_llmfast_call"  # attribute of a hooked module while a forward with labels runs
 OPTIONS = "_llmfast_options"  # attribute of a fused model
+ASKED = "_llmfast_asked"  # attribute of a fused model while it is asked for log-probabilities
 
 
 class FusedOptions(TypedDict, total=False):
@@ -101,6 +102,83 @@ def unfuse_loss(model: M) -> M:
     return model
 
 
+class ModelLogprobOptions(TypedDict, total=False):
+    """Options of `model_logprobs`, as in `linear_logprobs`; what the logits are, the model says."""
+
+    ignore_index: int
+    temperature: float | Tensor
+    return_rank: bool
+    memory_budget: int | Literal["auto"]
+    slab_dtype: torch.dtype | None
+
+
+def model_logprobs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    ids: Tensor,  # (B, T) or (B, T, K)
+    *,
+    return_stats: bool = False,
+    **options: "Unpack[ModelLogprobOptions]",
+) -> Any:
+    """Ask a model of `fuse_loss` for the log-probabilities of `ids` in the place of logits.
+
+    They are those of `model(**inputs).logits`, with the model's own scales, softcaps and adapters, for preference and
+    policy losses. The forward runs through `model` as it is given, so that wrappers (PEFT, DDP, FSDP) do their part.
+
+    Args:
+        model: A model of `fuse_loss`, or one that wraps it.
+        inputs: Keyword arguments of its forward, without labels.
+        ids: For each row of the logits an id, or K of them. Where the input is the text itself, row t says what follows
+            token t: `F.pad(input_ids[:, 1:], (0, 1), value=-100)`.
+        return_stats: Also return `LogprobStats`.
+        options: `ignore_index`, `temperature`, `return_rank`, `memory_budget` and `slab_dtype`, as in
+            `linear_logprobs`.
+
+    Returns:
+        As `linear_logprobs`.
+
+    Raises:
+        TypeError, ValueError: As `linear_logprobs`, or the model is not fused, or uses its logits otherwise.
+    """
+    known = [*ModelLogprobOptions.__annotations__]
+    if not options.keys() <= set(known):
+        raise TypeError(f"options of model_logprobs must be among {known}; got {[*options]}")
+    expect(inputs.get("labels") is None, "inputs must have no labels, of which the model would compute a loss")
+    lm = causal_lm(getattr(model, "module", model))
+    expect(isinstance(lm, Fused), f"model must have been fused by fuse_loss; this {type(lm).__name__} was not")
+    asked = Asked(ids, {**options, "return_stats": return_stats})
+    setattr(lm, ASKED, asked)
+    try:
+        model(**inputs)
+    finally:
+        delattr(lm, ASKED)
+    expect(asked.found is not None, f"{type(lm).__name__} returned no logits of its output embedding")
+    return asked.found
+
+
+class Asked:
+    """Ids whose log-probabilities the next forward is asked for, and what it found."""
+
+    def __init__(self, ids: Tensor, options: Mapping[str, Any]) -> None:
+        self.ids, self.options, self.found = ids, options, None
+
+    def answered(self, outputs: Any) -> Any:
+        """Return a model's outputs with log-probabilities in the place of logits.
+
+        They are made within the forward, and returned by it, so that wrappers see a tensor with a gradient.
+        """
+
+        def answer(value: Any) -> Any:
+            if not isinstance(value, Logits):
+                return value
+            self.found = found = value.logprobs(self.ids, self.options)
+            return found[0] if isinstance(found, tuple) else found
+
+        if isinstance(outputs, tuple):
+            return tuple(answer(value) for value in outputs)
+        return type(outputs)(**{name: answer(value) for name, value in outputs.items()})
+
+
 # The class of a fused model.
 
 
@@ -151,10 +229,11 @@ def fused_class(base: Any, mixin: type) -> Any:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args)), **kwargs}
-        if arguments.get("labels") is None:
+        asked = vars(self).get(ASKED)
+        if asked is None and arguments.get("labels") is None:
             return base.forward(self, *args, **kwargs)
-        call = self._llmfast_call_of(arguments)
-        watched = self._llmfast_watched()
+        call = Call({}) if asked else self._llmfast_call_of(arguments)
+        watched = Fused._llmfast_watched(self) if asked else self._llmfast_watched()
         for module in watched:
             setattr(module, CALL, call)
         try:
@@ -162,6 +241,8 @@ def fused_class(base: Any, mixin: type) -> Any:
         finally:
             for module in watched:
                 setattr(module, CALL, None)
+        if asked:
+            return asked.answered(outputs)
         if call.losses == 0:
             raise RuntimeError(f"{base.__name__} does not compute its loss by cross_entropy of its output embedding")
         # Compiled code and DataParallel can only return tensors.

@@ -3,7 +3,7 @@
 from llmfast.losses import reference
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
-from llmfast.losses.logprobs import linear_logprobs, logprobs
+from llmfast.losses.logprobs import linear_logprobs, logprobs, mtp_logprobs
 from llmfast.losses.modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmfast.losses.mtp import MTPStats, mtp_cross_entropy, mtp_valid_counts
 from llmfast.losses.plan import LinearCrossEntropyPlan
@@ -21,6 +21,7 @@ __all__ = [
     "linear_logprobs",
     "logprobs",
     "mtp_cross_entropy",
+    "mtp_logprobs",
     "mtp_valid_counts",
     "reference",
 ]

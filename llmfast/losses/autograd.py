@@ -36,7 +36,7 @@ class EagerLoss(torch.autograd.Function):
         if lse is None:
             return value, *NO_STATS
         stats = RowStats.of(rows, lse, value)
-        ctx.mark_non_differentiable(stats.token_loss, stats.argmax)
+        ctx.mark_non_differentiable(*(t for t in (stats.token_loss, stats.argmax, stats.places) if t is not None))
         return value, *stats
 
     @staticmethod
@@ -45,7 +45,7 @@ class EagerLoss(torch.autograd.Function):
             raise RuntimeError(
                 "this loss cannot be differentiated twice; use torch.nn.functional.cross_entropy for that"
             )
-        d_loss, _, d_lse, d_entropy, _ = upstream
+        d_loss, _, d_lse, d_entropy, *_ = upstream
         saved, n = ctx.saved_tensors, len(ctx.wants)
         inputs, softmax = saved[:n], Softmax(*saved[n : n + 3])
         loss, returned = ctx.loss.weighted(Returned(d_loss, d_lse, d_entropy))

@@ -11,7 +11,7 @@ from llmfast._checks import describe
 from llmfast._dispatch import expect_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_logits import CrossEntropy
-from llmfast.losses.options import CrossEntropyOptions, Inputs, check, complete, defaults, only, takes
+from llmfast.losses.options import CrossEntropyOptions, Inputs, LogprobOptions, check, complete, defaults, only, takes
 from llmfast.losses.parallel import own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULTS: CrossEntropyOptions = defaults(CrossEntropyOptions)
+_LOGPROBS: CrossEntropyOptions = {**_DEFAULTS, **defaults(LogprobOptions)}
 
 
 @overload
@@ -95,7 +96,7 @@ def made_ready(
     logits: Tensor, targets: Tensor, return_stats: bool, given: CrossEntropyOptions, *, logprobs: bool = False
 ) -> Ready:
     """Prepare `cross_entropy`, or `logprobs`."""
-    options = complete("cross_entropy", _DEFAULTS, given)
+    options = complete("cross_entropy", _LOGPROBS if logprobs else _DEFAULTS, given)
     group, shape = options["process_group"], logits.shape[:-1]
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise ValueError(f"logits must be (..., V) with V > 0; got {describe(logits)}")

@@ -94,7 +94,7 @@ class LinearCrossEntropy(Loss):
         slab = slab[:, : plan.padded(call.V)]
         logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
         copied = None if plan.keeps_all else logits
-        more = {"stats": self.stats, "logprobs": self.logprobs}
+        more = {"stats": self.stats, "logprobs": self.logprobs, "places": self.places}
         parts = list(stages.forward(made, copied, slab, **more, grad_scale=self.early_factor))
         del slab  # before the chunks' numbers are joined
         found = _joined(parts, self._no_rows(stages.matrices))
@@ -210,6 +210,8 @@ class LinearCrossEntropy(Loss):
         copies = (t for t in (hidden, weight) if t.dtype != self.dtype or (self.grad_filter and not t.is_contiguous()))
         wide = torch.promote_types(self.dtype, torch.float32)
         kernels = kernels and self.dtype != torch.float64
+        temperatures = self.targets.temperatures is not None
+        K = self.targets.classes.shape[1]
         widest = V if self.group is None else -(-self.terms.V // group_size(self.group))
         call = Call(
             N=N,
@@ -233,8 +235,9 @@ class LinearCrossEntropy(Loss):
             float32_sums=adds_into_float32(device, self.dtype),
             held=self.held + sum(t.shape[0] * D * self.dtype.itemsize for t in copies),
             keeps=keeps and not self.functional,
-            ids=self.targets.classes.shape[1] if self.logprobs else 0,
-            **({} if kernels else plain.space(self.terms, self.stats, self.targets.classes.shape[1])),
+            ids=K if self.logprobs else 0,
+            places=self.places,
+            **({} if kernels else plain.space(self.terms, self.stats, K, temperatures=temperatures)),
         )
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)
 
@@ -257,7 +260,8 @@ class LinearCrossEntropy(Loss):
         loss, peak, total, entropy = (matrices.hidden.new_empty(0, dtype=wide) for _ in range(4))
         best = loss.long() if self.stats else None
         each = loss.new_empty((0, self.targets.classes.shape[1])) if self.logprobs else None
-        return Rows(loss, peak, total, entropy if self.stats else None, best, each)
+        places = None if best is None or not self.places else best.new_empty((0, self.targets.classes.shape[1]))
+        return Rows(loss, peak, total, entropy if self.stats else None, best, each, places)
 
     def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
         """Make what the row stage fills in the forward pass: zeros where there is no product."""

@@ -34,6 +34,8 @@ class CrossEntropy(Loss):
             return Found(rows, None, HeldGradient())
         more = {"stats": stats, "logprobs": self.logprobs}
         rows = ops.cross_entropy(logits, self.targets, self.terms, V=logits.shape[1], **more)
+        if self.places:
+            rows = rows._replace(places=ops.places(logits, self.targets, self.terms, V=logits.shape[1]))
         return Found(rows, ops.lse(rows) if stats else None)
 
     def backward(

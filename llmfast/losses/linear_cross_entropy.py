@@ -12,7 +12,7 @@ from llmfast._checks import describe
 from llmfast._dispatch import expect_data, has_no_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
-from llmfast.losses.options import Inputs, LinearOptions, check, complete, defaults, only, takes
+from llmfast.losses.options import Inputs, LinearOptions, LogprobOptions, check, complete, defaults, only, takes
 from llmfast.losses.parallel import local_weight, own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 from llmfast.losses.valid_rows import ValidRows, valid_rows
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULTS: LinearOptions = defaults(LinearOptions)
+_LOGPROBS: LinearOptions = {**_DEFAULTS, **defaults(LogprobOptions)}
 
 
 @overload
@@ -112,7 +113,7 @@ def made_ready(
     """Prepare `linear_cross_entropy`, or `linear_logprobs`, for a caller that has taken so many bytes of the budget."""
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
-    options = complete("linear_cross_entropy", _DEFAULTS, given)
+    options = complete("linear_cross_entropy", _LOGPROBS if logprobs else _DEFAULTS, given)
     group, bias, shape, own = options["process_group"], options["bias"], hidden.shape[:-1], weight.shape[0]
     V, columns = own, slice(0, own)
     if group is not None:
@@ -139,6 +140,7 @@ def made_ready(
         copied = _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own.classes)
         copied += _copied(options["token_weights"], own.token_weights)
         copied += _copied(options["target_weights"], own.weights)
+        copied += _copied(options.get("temperature"), own.temperatures)
         copied += _copied(options["class_weights"], fields["terms"].class_weights)
         loss = LinearCrossEntropy(
             **{**fields, "targets": own},
@@ -177,7 +179,7 @@ def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:
         raise ValueError(f"weight must be on {hidden.device}; got {describe(weight)}")
 
 
-def _copied(given: Tensor | None, used: Tensor | None) -> int:
+def _copied(given: Any, used: Tensor | None) -> int:
     """Return the bytes that a tensor takes besides the one it was made of."""
     if given is None or used is None or has_no_data(used) or used.data_ptr() == given.data_ptr():
         return 0

@@ -1,13 +1,23 @@
 """Log-probabilities of tokens, each with an upstream gradient of its own, for losses that the caller writes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from torch import Tensor
 
+from llmfast._checks import describe, expect
 from llmfast.losses.cross_entropy import made_ready as ready_from_logits
 from llmfast.losses.linear_cross_entropy import made_ready as ready_from_hidden
-from llmfast.losses.options import TABLE, LinearLogprobOptions, RankedLogprobOptions, complete, defaults, takes
+from llmfast.losses.mtp import head_targets, stacked
+from llmfast.losses.options import (
+    TABLE,
+    LinearLogprobOptions,
+    MTPLogprobOptions,
+    RankedLogprobOptions,
+    complete,
+    defaults,
+    takes,
+)
 from llmfast.losses.targets import LogprobStats
 
 if TYPE_CHECKING:
@@ -15,6 +25,7 @@ if TYPE_CHECKING:
 
 _FROM_LOGITS: RankedLogprobOptions = defaults(RankedLogprobOptions)
 _FROM_HIDDEN: LinearLogprobOptions = defaults(LinearLogprobOptions)
+_FROM_HEADS: MTPLogprobOptions = defaults(MTPLogprobOptions)
 
 
 @overload
@@ -44,8 +55,12 @@ def logprobs(
         ignore_index: id whose log-probability is 0, without a gradient.
         softcap: bounds logits to (-softcap, softcap), before the temperature.
         logit_scale: factor on the logits, before softcap.
-        temperature: divides the logits after softcap, as a sampler does; one number for all tokens.
+        temperature: divides the logits after softcap, as a sampler does: one number for all tokens, or (...), one for
+            each. It gets no gradient. On a GPU nobody looks whether a tensor's numbers are positive.
         return_stats: also return `LogprobStats`: lse, entropy and argmax of each token.
+        return_rank: with `return_stats`, the statistics have each id's rank: how many classes have a larger logit. An
+            equal logit does not count, so that the most probable class has rank 0. It takes one more pass over the
+            logits, which are compared before softcap rounds them.
         process_group, vocab_size: as in `cross_entropy`.
 
     Returns:
@@ -57,7 +72,7 @@ def logprobs(
         ValueError, TypeError: as `cross_entropy`. On a GPU, an id out of range gets a log-probability of NaN, and its
             token a gradient of NaN.
     """
-    given = _as_loss("logprobs", _FROM_LOGITS, options)
+    given = _as_loss("logprobs", _FROM_LOGITS, options, return_stats)
     ready = ready_from_logits(logits, ids, return_stats, given, logprobs=True)
     found: Tensor | tuple[Tensor, LogprobStats] = ready.finished(ready.function(*ready.arguments))
     return found
@@ -98,7 +113,7 @@ def linear_logprobs(
         hidden: (..., D), float32, bfloat16, float16 or float64; any leading dimensions.
         weight: (V, D), as in `linear_cross_entropy`.
         ids: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), of which some may be equal or ignored.
-        ignore_index, softcap, logit_scale, temperature, return_stats: as in `logprobs`.
+        ignore_index, softcap, logit_scale, temperature, return_stats, return_rank: as in `logprobs`.
         bias, process_group, vocab_size, memory_budget, accumulate_into, accumulate_dtype: as in `linear_cross_entropy`.
         slab_dtype: torch.float32 keeps the logits of low-precision inputs unrounded, so that log-probabilities are as
             exact as those of a float32 output layer.
@@ -109,19 +124,103 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: as `linear_cross_entropy`.
     """
-    given = _as_loss("linear_logprobs", _FROM_HIDDEN, options)
-    ready = ready_from_hidden(0, hidden, weight, ids, return_stats, given, logprobs=True)
+    given = _as_loss("linear_logprobs", _FROM_HIDDEN, options, return_stats)
+    return _of_hidden(0, hidden, weight, ids, return_stats, given)
+
+
+@overload
+def mtp_logprobs(
+    hiddens: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: "Unpack[MTPLogprobOptions]",
+) -> Tensor: ...
+@overload
+def mtp_logprobs(
+    hiddens: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: "Unpack[MTPLogprobOptions]",
+) -> tuple[Tensor, LogprobStats]: ...
+@takes(MTPLogprobOptions)
+def mtp_logprobs(
+    hiddens: Tensor | Sequence[Tensor],  # (K, ..., T, D), K of (..., T, D), or (..., T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (..., T)
+    *,
+    return_stats: bool = False,
+    **options: "Unpack[MTPLogprobOptions]",
+) -> Tensor | tuple[Tensor, LogprobStats]:
+    """Compute the log-probability that head k gives `labels[t + k]` at row t, as `mtp_cross_entropy` counts.
+
+    Args:
+        hiddens: hidden states of K heads, as in `mtp_cross_entropy`; or one (..., T, D) that `heads` share.
+        weight: (V, D), the unembedding of all heads.
+        labels: (..., T): the next token of each row, or `ignore_index`.
+        heads: K, for hidden states that heads share.
+        document_ids: (..., T) integers: a head predicts within its row's document alone.
+        return_stats: also return `LogprobStats`, one per row of hidden states.
+        options: the others are as in `linear_logprobs`; a temperature per token has the leading dimensions of the
+            hidden states. A list's copy counts towards `memory_budget`.
+
+    Returns:
+        (K, ..., T), 0 past the end of a sequence or document; with `return_stats` a pair of that and `LogprobStats`.
+
+    Raises:
+        ValueError, TypeError: as `linear_logprobs`, or the heads do not fit each other.
+    """
+    rest: Any = complete("mtp_logprobs", _FROM_HEADS, options)
+    heads, document_ids = rest.pop("heads"), rest.pop("document_ids")
+    copied = 0
+    if not isinstance(hiddens, Tensor):
+        hiddens = stacked(hiddens, labels)
+        copied = hiddens.nbytes if len(hiddens) > 1 else 0
+    shared = hiddens.shape[:-1] == labels.shape
+    expect(labels.dim() > 0, "labels must have a token axis")
+    expect(
+        shared or (hiddens.dim() >= 2 and hiddens.shape[1:-1] == labels.shape and hiddens.shape[0] > 0),
+        f"hiddens must be (K, *{tuple(labels.shape)}, D), or the same without K; got {describe(hiddens)}",
+    )
+    expect(shared == (heads is not None), f"heads must be given where they share hidden states alone; got {heads}")
+    expect(heads is None or heads > 0, f"heads must be positive; got {heads}")
+    ids = head_targets(labels, heads or hiddens.shape[0], document_ids, rest["ignore_index"])
+    ids = ids.movedim(0, -1).contiguous() if shared else ids
+    given = _as_loss("linear_logprobs", _FROM_HIDDEN, rest, return_stats)
+    found = _of_hidden(copied + ids.nbytes, hiddens, weight, ids, return_stats, given)
+    if not shared:
+        return found
+    if isinstance(found, Tensor):
+        return found.movedim(-1, 0)
+    values, stats = found
+    rank = None if stats.rank is None else stats.rank.movedim(-1, 0)
+    return values.movedim(-1, 0), stats._replace(rank=rank)
+
+
+def _of_hidden(
+    held: int, hidden: Tensor, weight: Tensor, ids: Tensor, return_stats: bool, options: Any
+) -> Tensor | tuple[Tensor, LogprobStats]:
+    """Compute `linear_logprobs` for a caller that has taken so many bytes of the budget."""
+    ready = ready_from_hidden(held, hidden, weight, ids, return_stats, options, logprobs=True)
     found: Tensor | tuple[Tensor, LogprobStats] = ready.finished(ready.function(*ready.arguments))
     return found
 
 
-def _as_loss(function: str, known: Any, given: Mapping[str, Any]) -> Any:
+def _as_loss(function: str, known: Any, given: Mapping[str, Any], return_stats: bool) -> Any:
     """Return the options of a loss per token with the same softmax; it has no temperature.
 
-    cap * tanh(x / cap) / temperature has the form of another cap, of which both `cap` and `x` are divided.
+    cap * tanh(x / cap) / temperature has the form of another cap, of which both `cap` and `x` are divided. Those of
+    each token are made where its row is read.
     """
     complete(function, known, cast(Any, given))
+    wanted = given.get("return_rank", False)
+    expect(return_stats or not wanted, f"return_rank needs return_stats=True, which return it; got {wanted}")
     options = {**given, "reduction": "none"}
+    if isinstance(options.get("temperature"), Tensor):
+        return options
     for name in ("temperature", "softcap"):  # before one changes the other
         if options.get(name) is not None:
             for test in TABLE[name].checks:

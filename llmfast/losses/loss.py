@@ -55,6 +55,7 @@ class Loss(ABC):
     stats: bool
     dtype: torch.dtype  # of logits and their gradients
     logprobs: bool = False  # return those of the targets, (N, K), in the place of losses
+    places: bool = False  # return also those of the targets, with statistics
     group: "ProcessGroup | None" = None
 
     def value(self, rows: Rows) -> Tensor:

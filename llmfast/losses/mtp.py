@@ -106,7 +106,7 @@ def mtp_cross_entropy(
     shared = isinstance(hiddens, Tensor) and hiddens.shape[:-1] == labels.shape
     copied = 0
     if not isinstance(hiddens, Tensor):
-        hiddens = _stacked(hiddens, labels)
+        hiddens = stacked(hiddens, labels)
         copied = hiddens.nbytes if len(hiddens) > 1 else 0
     if shared:
         expect(head_weights is not None, "head_weights must say how many heads share these hidden states")
@@ -171,7 +171,8 @@ def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: flo
     return torch.where(inside, labels[..., at], empty).movedim(-2, 0).contiguous()
 
 
-def _stacked(hiddens: Sequence[Tensor], labels: Tensor) -> Tensor:
+def stacked(hiddens: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return the hidden states of several heads as one tensor, (K, ..., T, D); of one head without a copy."""
     expect(len(hiddens) > 0, "hiddens must hold at least one head's hidden states")
     for k, hidden in enumerate(hiddens):
         expect(

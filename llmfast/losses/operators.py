@@ -101,7 +101,7 @@ class Operators:
             f"llmfast::{name}",
             self._forward,
             mutates_args=(),
-            schema=f"({taken}) -> (Tensor, Tensor, {rows}, Tensor, Tensor, {made})",
+            schema=f"({taken}) -> (Tensor, Tensor, {rows}, Tensor, Tensor, Tensor, {made})",
         )
         self.backward = torch.library.custom_op(
             f"llmfast::{name}_backward",
@@ -142,6 +142,7 @@ class Operators:
             *(rows.loss.new_empty(0) if t is None else t for t in rows.softmax),
             rows.loss.new_empty(0, dtype=torch.int64) if rows.argmax is None else rows.argmax,
             rows.loss.new_empty(0) if lse is None else lse,
+            rows.loss.new_empty(0, dtype=torch.int64) if rows.places is None else rows.places,
             *(
                 rows.loss.new_empty(0) if g is None else g.to(dtype)
                 for g, dtype in zip(gradients, self._made_dtypes(inputs, loss))
@@ -161,6 +162,7 @@ class Operators:
             *(empty(size, dtype=wide) for size in (N, N, N, some)),
             empty(some, dtype=torch.int64),
             empty(some, dtype=wide),
+            empty(loss.targets.classes.shape if loss.places else 0, dtype=torch.int64),
             *(
                 empty(t.shape, dtype=dtype) if makes and want and t is not None else empty(0, dtype=wide)
                 for t, want, dtype in zip(inputs, wants, self._made_dtypes(inputs, loss))
@@ -187,12 +189,12 @@ class Operators:
         )
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, token_loss, peak, total, entropy, argmax, _, *made = output
+        _, token_loss, peak, total, entropy, argmax, _, places, *made = output
         ctx.save_for_backward(
             peak, total, entropy, *made, *(value for value, is_tensor in zip(inputs, self._tensors) if is_tensor)
         )
         ctx.others = [value for value, is_tensor in zip(inputs, self._tensors) if not is_tensor]
-        ctx.mark_non_differentiable(token_loss, peak, total, argmax, *made)
+        ctx.mark_non_differentiable(token_loss, peak, total, argmax, places, *made)
         ctx.set_materialize_grads(False)
 
     def _differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -235,5 +237,8 @@ def apply(loss: Loss, grad_enabled: bool, *inputs: Tensor | None) -> tuple[Tenso
     """Compute a loss as `EagerLoss.apply` does, by its operator."""
     operators = OPERATORS[type(loss)]
     wants = [grad_enabled and t is not None and t.requires_grad for t in inputs]
-    value, token_loss, _, _, entropy, argmax, lse, *_ = operators.forward(*inputs, *operators.flatten(loss), wants)
-    return (value, token_loss, lse, entropy, argmax) if loss.stats else (value, *NO_STATS)
+    value, token_loss, _, _, entropy, argmax, lse, places, *_ = operators.forward(
+        *inputs, *operators.flatten(loss), wants
+    )
+    stats = token_loss, lse, entropy, argmax, places if loss.places else None
+    return (value, *(stats if loss.stats else NO_STATS))

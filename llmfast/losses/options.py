@@ -84,6 +84,9 @@ def tensor(*shapes: str, floating: bool = True, differentiable: bool = False) ->
     return check
 
 
+_PER_TOKEN = tensor("T")
+
+
 def _num_valid(name: str, value: int | Tensor, inputs: Inputs, options: "LossOptions") -> None:
     reduction = options["reduction"]
     expect(reduction == "mean", f"{name} needs reduction='mean', which it divides; got reduction={reduction!r}")
@@ -147,6 +150,20 @@ def _accumulate_dtype(name: str, value: torch.dtype, inputs: Inputs, options: "L
         for other in ("accumulate_into", "grad_filter"):
             expect(options.get(other) is None, f"{name}={value} does not work with {other}")
         expect(value == dtype, f"{name} must be {wide} for a weight that is cast to {dtype}; got {value}")
+
+
+def _temperature(name: str, value: float | Tensor, inputs: Inputs, options: "LossOptions") -> None:
+    if not isinstance(value, Tensor):
+        expect(value > 0, f"{name} must be a positive number, or one for each token; got {value!r}")
+        return
+    expect(
+        not (value.requires_grad and torch.is_grad_enabled()),
+        f"{name} gets no gradient here; detach it, or divide the logits by it",
+    )
+    _PER_TOKEN(name, value, inputs, options)
+    if value.device.type == "cpu" and not has_no_data(value):  # on a GPU, looking would be a host sync
+        wrong = ~(value > 0)
+        expect(not wrong.any(), f"{name} must be positive for each token; found {value[wrong][:1].tolist()}")
 
 
 def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions") -> None:
@@ -231,9 +248,8 @@ class LinearOptions(LossOptions, RankOptions, ProductOptions, FilterOptions, tot
 class LogprobOptions(TargetOptions, LogitOptions, total=False):
     """Options of log-probabilities, and of their definitions in `reference`."""
 
-    temperature: Annotated[
-        float, Option(1.0, must("be a positive number", lambda x: not isinstance(x, Tensor) and x > 0), idle=1.0)
-    ]
+    temperature: Annotated[float | Tensor, Option(1.0, _temperature, idle=1.0)]  # or (...)
+    return_rank: Annotated[bool, Option(False)]
 
 
 class RankedLogprobOptions(LogprobOptions, RankOptions, total=False):
@@ -242,6 +258,13 @@ class RankedLogprobOptions(LogprobOptions, RankOptions, total=False):
 
 class LinearLogprobOptions(RankedLogprobOptions, ProductOptions, total=False):
     """Keyword arguments of `linear_logprobs`."""
+
+
+class MTPLogprobOptions(LinearLogprobOptions, total=False):
+    """Keyword arguments of `mtp_logprobs`. The last two are its own."""
+
+    document_ids: Annotated[Tensor | None, Option(None)]  # (..., T)
+    heads: Annotated[int | None, Option(None)]
 
 
 class MTPOptions(RowOptions, RankOptions, ProductOptions, FilterOptions, total=False):

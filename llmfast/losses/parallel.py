@@ -36,8 +36,10 @@ def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, 
 
 
 def over_ranks(ops: RowOps, group: Any) -> RowOps:
-    """Return `ops` with a cross-entropy over the columns of all ranks, the same on each; the rest is unchanged."""
-    return ops._replace(cross_entropy=partial(_cross_entropy, ops, group))
+    """Return `ops` with a cross-entropy, and counts, over the columns of all ranks, the same on each."""
+    return ops._replace(
+        cross_entropy=partial(_cross_entropy, ops, group), count_above=partial(_count_above, ops, group)
+    )
 
 
 def _cross_entropy(
@@ -94,6 +96,14 @@ def _cross_entropy(
         upstream = Upstream(ones if grad_scale is None else ones * grad_scale)
         ops.cross_entropy_backward(logits, targets, terms, rows.softmax, upstream, V=V, d_logits=d_logits)
     return rows
+
+
+def _count_above(ops: RowOps, group: Any, logits: Tensor, keys: Tensor, terms: Terms, *, V: int) -> Tensor:
+    """Count with two all-reduces. Each rank has the keys of its own columns, and zeros for the others."""
+    dist.all_reduce(keys, dist.ReduceOp.SUM, group)
+    counts = torch.zeros_like(keys, dtype=torch.int64) if V == 0 else ops.count_above(logits, keys, terms, V=V)
+    dist.all_reduce(counts, dist.ReduceOp.SUM, group)
+    return counts
 
 
 def group_size(group: Any) -> int:

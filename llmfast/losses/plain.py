@@ -6,6 +6,8 @@ launchers, where `llmfast_kernels.cross_entropy` says what they compute.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,10 @@ from llmfast_kernels.terms import GROUP, Partials, Rows, Softmax, Targets, Terms
 BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in its cache
 
 
-def space(terms: Terms, stats: bool, K: int = 1) -> dict[str, int]:
+def space(terms: Terms, stats: bool, K: int = 1, *, temperatures: bool = False) -> dict[str, int]:
     """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
     given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
-    buffers = 1 if not stats and all(t is None for t in given) else 5
+    buffers = 1 if not (stats or temperatures) and all(t is None for t in given) else 5
     per_row = 40 * K  # places and masks of the targets, and numbers of backward
     return {
         "blocks": buffers,
@@ -113,8 +115,8 @@ def cross_entropy(
     mass = weights.mass(everywhere=True)
     scaled = [t for t in (weights.t, grad_scale) if t is not None]
     for rows, space in _blocks(logits, loss.dtype):
-        given = logits[rows]
-        x = _logits(given, terms, space)
+        given, own = logits[rows], _of_rows(terms, targets, rows)
+        x = _logits(given, own, space)
         peak = x.amax(1)
         y_x = x.gather(1, weights.columns[rows])
         pull = weights.pull(x, y_x, peak, rows)
@@ -138,7 +140,7 @@ def cross_entropy(
             weights.subtract(p, rows)
             for factor in scaled:
                 p *= factor if factor.dim() == 0 else factor[rows, None]
-            _through(p, x, terms)
+            _through(p, x, own)
             _store(p, weights.ignored[rows], d_logits[rows])
             if alive is not None and threshold is not None:
                 groups = _groups(p) >= threshold
@@ -167,7 +169,7 @@ def cross_entropy_partials(
     each = peaks.new_zeros(targets.classes.shape) if logprobs else None
     weights = _Weights(targets, terms, width, dtype)
     for rows, space in _blocks(logits, dtype):
-        x = _logits(logits[rows], terms, space)
+        x = _logits(logits[rows], _of_rows(terms, targets, rows), space)
         peak, where = x.max(1)
         finite = peak.clamp(min=-1e38)
         below = x - finite[:, None]
@@ -207,8 +209,8 @@ def cross_entropy_backward(
     log_total = total.log()
     d_row = d_loss if weights.t is None else d_loss * weights.t
     for rows, space in _blocks(logits, peak.dtype):
-        given = logits[rows]
-        x = _logits(given, terms, space)
+        given, own = logits[rows], _of_rows(terms, targets, rows)
+        x = _logits(given, own, space)
         needs_x = d_entropy is not None or terms.softcap is not None
         if logits.shape[1] == terms.V:
             # Again: faster than exp(x - peak) / total.
@@ -233,8 +235,18 @@ def cross_entropy_backward(
             p += pulls * d_row[rows, None]
         if extra is not None:
             p += extra
-        _through(p, x, terms)
+        _through(p, x, own)
         _store(p, weights.ignored[rows], d_logits[rows])
+
+
+def count_above(logits: Tensor, keys: Tensor, terms: Terms, *, V: int) -> Tensor:
+    logits, terms = logits[:, :V], replace(terms, softcap=None)
+    counts = torch.empty(keys.shape, dtype=torch.int64, device=keys.device)
+    for rows, space in _blocks(logits, keys.dtype):
+        x = _logits(logits[rows], terms, space)
+        for k in range(keys.shape[1]):
+            counts[rows, k] = (x > keys[rows, k, None]).sum(1)
+    return counts
 
 
 def add_terms(loss: Tensor, lse: Tensor, terms: Terms) -> Tensor:
@@ -282,6 +294,15 @@ def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     step = max(threads, threads * BLOCK_BYTES // (4 * max(V, 1)))  # each row is one thread's
     space = logits.new_empty(min(step, N), V, dtype=dtype)
     return ((slice(start, min(start + step, N)), space[: N - start]) for start in range(0, N, step))
+
+
+def _of_rows(terms: Terms, targets: Targets, rows: slice) -> Terms:
+    """Return the terms of some rows, whose temperatures, (rows, 1), are part of scale and cap."""
+    if targets.temperatures is None:
+        return terms
+    factor: Any = targets.temperatures[rows, None].reciprocal()
+    scale, cap = (None if value is None else value * factor for value in (terms.logit_scale, terms.softcap))
+    return replace(terms, logit_scale=factor if scale is None else scale, softcap=cap)
 
 
 def _logits(given: Tensor, terms: Terms, space: Tensor) -> Tensor:

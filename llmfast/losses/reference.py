@@ -59,7 +59,7 @@ def cross_entropy(
     if not return_stats:
         return result
     stats = _statistics(x, valid)
-    argmax = stats.argmax
+    argmax = stats[2]
     by_token, right = (known.reshape(-1, y.shape[-1]) for known in (keep, keep & (y == argmax[..., None])))
     hits = right.sum(0).float() / by_token.sum(0)
     accuracy = hits if targets.dim() > len(shape) else hits[0]
@@ -91,12 +91,21 @@ def logprobs(
 ) -> Tensor | tuple[Tensor, LogprobStats]:
     """Compute what `llmfast.losses.logprobs` means."""
     o: dict[str, Any] = {**complete("logprobs", _LOGPROBS, options)}
-    x = _final(logits, o) / o["temperature"]
+    x, temperature = _final(logits, o), o["temperature"]
+    x = x / (temperature.to(x.dtype)[..., None] if isinstance(temperature, Tensor) else temperature)
     y = ids if ids.dim() == x.dim() else ids[..., None]
     keep = y != o["ignore_index"]
     each = x.log_softmax(-1).gather(-1, y.masked_fill(~keep, 0).long())
     each = torch.where(keep, each, 0.0).view(ids.shape)
-    return (each, _statistics(x, keep.any(-1))) if return_stats else each
+    if not return_stats:
+        return each
+    rank = None
+    if o["return_rank"]:
+        order = _final(logits, {**o, "softcap": None})  # which makes some equal by rounding
+        own = order.gather(-1, y.masked_fill(~keep, 0).long())
+        above = torch.stack([(order > logit).sum(-1) for logit in own.split(1, -1)], -1)
+        rank = torch.where(keep, above, -1).view(ids.shape)
+    return each, LogprobStats(*_statistics(x, keep.any(-1)), rank)
 
 
 @takes(LogprobOptions)
@@ -122,12 +131,12 @@ def _final(logits: Tensor, o: dict[str, Any]) -> Tensor:
     return x if o["softcap"] is None else o["softcap"] * torch.tanh(x / o["softcap"])
 
 
-def _statistics(x: Tensor, valid: Tensor) -> LogprobStats:
-    """Return the statistics of rows, of which some are not `valid`."""
+def _statistics(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lse, entropy and argmax of rows, of which some are not `valid`."""
     p, lse = x.softmax(-1), x.logsumexp(-1)
     entropy = lse - (p * torch.where(p > 0, x, 0.0)).sum(-1)
     lse, entropy = (torch.where(valid, t, 0.0) for t in (lse, entropy))
-    return LogprobStats(lse, entropy, torch.where(valid, x.argmax(-1), -1))
+    return lse, entropy, torch.where(valid, x.argmax(-1), -1)
 
 
 def _shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_index: int) -> Tensor:

@@ -1,14 +1,16 @@
 """The row operations behind every loss, for any device. A row is the V logits of one token."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llmfast._dispatch import use_kernels
 from llmfast.losses import plain
-from llmfast_kernels.terms import Partials, Rows
+from llmfast_kernels.terms import Partials, Rows, Targets, Terms
 
 
 class RowOps(NamedTuple):
@@ -18,14 +20,37 @@ class RowOps(NamedTuple):
     cross_entropy_partials: Callable[..., Partials]
     cross_entropy_backward: Callable[..., None]
     scale: Callable[..., Tensor]
+    count_above: Callable[..., Tensor]
     peak_unit: float  # times `Rows.peak` is the largest logit
 
     def lse(self, rows: Rows) -> Tensor:
         """Return (N,) logsumexp of the logits."""
         return rows.peak * self.peak_unit + rows.total.log()
 
+    def places(self, logits: Tensor, targets: Targets, terms: Terms, *, V: int) -> Tensor:
+        """Return how many of all classes have a larger logit than each target, as in `Rows`."""
+        classes = targets.classes
+        counts = classes != terms.ignore_index
+        column = classes - terms.v_start
+        here = counts & (column >= 0) & (column < V)
+        keys = torch.zeros(classes.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        if V > 0:
+            at = torch.where(here, column, 0).long()
+            bias = None if terms.bias is None else terms.bias[at]
+            own = plain.final_logits(logits.gather(1, at).to(keys.dtype), bias, replace(terms, softcap=None))
+            keys = torch.where(here, own, keys)
+        found = self.count_above(logits, keys, terms, V=V)
+        return torch.where(counts & (classes >= 0) & (classes < terms.V), found, -1)
 
-_PLAIN = RowOps(plain.cross_entropy, plain.cross_entropy_partials, plain.cross_entropy_backward, plain.scale, 1.0)
+
+_PLAIN = RowOps(
+    plain.cross_entropy,
+    plain.cross_entropy_partials,
+    plain.cross_entropy_backward,
+    plain.scale,
+    plain.count_above,
+    peak_unit=1.0,
+)
 
 
 def row_ops(t: Tensor) -> RowOps:
@@ -37,7 +62,8 @@ def row_ops(t: Tensor) -> RowOps:
 def _launchers() -> RowOps:
     # Imported here, so that everything else works on a machine without Triton.
     from llmfast_kernels import cross_entropy as rows
+    from llmfast_kernels.places import count_above
     from llmfast_kernels.scale import scale
 
     backward, unit = rows.cross_entropy_backward, rows.PEAK_UNIT
-    return RowOps(rows.cross_entropy, rows.cross_entropy_partials, backward, scale, unit)
+    return RowOps(rows.cross_entropy, rows.cross_entropy_partials, backward, scale, count_above, peak_unit=unit)

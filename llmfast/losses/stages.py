@@ -51,6 +51,7 @@ class Stages:
         *,
         stats: bool,
         logprobs: bool = False,
+        places: bool = False,
         grad_scale: Tensor | None = None,
     ) -> Iterator[Rows]:
         """Yield the results of each chunk of rows.
@@ -61,6 +62,7 @@ class Stages:
             slab: (rows, padded V) for the logits.
             stats: Whether to compute entropy and argmax.
             logprobs: Whether to compute the targets' log-probabilities.
+            places: Whether to compute the targets' places.
             grad_scale: () float32, or None for 1.
         """
         V, first = self.plan.call.V, self.plan.way.summed
@@ -75,7 +77,7 @@ class Stages:
             if made is not None and self.grad_filter is not None:
                 alive = slab.new_empty(n, self.plan.call.row_width // GROUP, dtype=torch.int8)
                 filtering = {"alive": alive, "threshold": self.grad_filter}
-            yield self.ops.cross_entropy(
+            found = self.ops.cross_entropy(
                 logits,
                 self.targets[rows],
                 self.terms,
@@ -86,6 +88,9 @@ class Stages:
                 grad_scale=grad_scale,
                 **filtering,
             )
+            if places:
+                found = found._replace(places=self.ops.places(logits, self.targets[rows], self.terms, V=V))
+            yield found
             if d_logits is not None and made is not None:
                 self._add_rows(rows, d_logits[:, :V], alive, made, add=rows.start > 0)
 

@@ -40,6 +40,7 @@ class LogprobStats(NamedTuple):
     lse: Tensor  # (...) float32 logsumexp of the logits, differentiable; 0 for a token without a valid id
     entropy: Tensor  # (...) float32 entropy of the softmax, in nats, differentiable; 0 likewise
     argmax: Tensor  # (...) int64: the most probable class; the first one if several are equal
+    rank: Tensor | None  # like ids, int64: classes with a larger logit; -1 for ignored ids. None unless asked for
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class RowStats(NamedTuple):
     lse: Tensor
     entropy: Tensor
     argmax: Tensor
+    places: Tensor | None
 
     @staticmethod
     def of(rows: Rows, lse: Tensor, loss: Tensor) -> "RowStats":
         """Take the statistics from `rows`. token_loss is never `loss` itself, because only `loss` is differentiable."""
         assert rows.entropy is not None and rows.argmax is not None
-        return RowStats(rows.loss.clone() if loss is rows.loss else rows.loss, lse, rows.entropy, rows.argmax)
+        token_loss = rows.loss.clone() if loss is rows.loss else rows.loss
+        return RowStats(token_loss, lse, rows.entropy, rows.argmax, rows.places)
 
 
 NO_STATS = (None,) * len(RowStats._fields)
@@ -89,7 +92,8 @@ def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.d
     if options["reduction"] == "mean":
         count = count_of(options["num_valid"], targets, terms, wide)
     fields = {"targets": targets, "terms": terms, "count": count, "reduction": options["reduction"]}
-    return fields | {"stats": stats, "dtype": dtype, "group": options.get("process_group")}
+    more = {"dtype": dtype, "group": options.get("process_group"), "places": options.get("return_rank", False)}
+    return fields | {"stats": stats, **more}
 
 
 def make_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
@@ -99,11 +103,11 @@ def make_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype
             targets, options["shift"], options["document_ids"], options["ignore_index"], axis=len(shape) - 1
         )
     K = targets.shape[-1] if targets.dim() > len(shape) else 1
-    weights, tokens = options["target_weights"], options["token_weights"]
+    weights, rows = options["target_weights"], (options["token_weights"], options.get("temperature"))
     return Targets(
         targets.reshape(-1, K).contiguous(),
         None if weights is None else weights.to(dtype).reshape(-1, K).contiguous(),
-        None if tokens is None else tokens.to(dtype).reshape(-1).contiguous(),
+        *(t.to(dtype).reshape(-1).contiguous() if isinstance(t, Tensor) else None for t in rows),
     )
 
 
@@ -226,10 +230,13 @@ def finish_logprobs(
     found: Sequence[Tensor | None], ids: Tensor, shape: torch.Size
 ) -> Tensor | tuple[Tensor, LogprobStats]:
     """Give results the caller's shape. `found` is (N, K) log-probabilities, followed as in `finish`."""
-    value, _, *stats = found
+    value, _, *stats, places = found
     assert value is not None
     each = value.view(ids.shape)
-    return each if stats[0] is None else (each, LogprobStats(*(t.view(shape) for t in stats if t is not None)))
+    if stats[0] is None:
+        return each
+    lse, entropy, argmax = (t.view(shape) for t in stats if t is not None)
+    return each, LogprobStats(lse, entropy, argmax, None if places is None else places.view(ids.shape))
 
 
 def accuracy(argmax: Tensor, targets: Targets, ignore_index: int) -> Tensor:

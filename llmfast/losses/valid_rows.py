@@ -35,12 +35,12 @@ class ValidRows:
                 return None
             return t.new_full((self.N + 1, *t.shape[1:]), empty).index_copy(0, home, t)[: self.N]
 
-        loss, *stats, argmax = found
+        loss, *stats, argmax, places = found
         assert loss is not None
         poison = torch.where(self.count > len(self.index), torch.nan, 0.0).to(loss.dtype)
         whole = over_all(loss, 0.0) if loss.dim() else loss
         assert whole is not None
-        return whole + poison, *(over_all(t, 0.0) for t in stats), over_all(argmax, -1)
+        return whole + poison, *(over_all(t, 0.0) for t in stats), over_all(argmax, -1), over_all(places, -1)
 
 
 def valid_rows(

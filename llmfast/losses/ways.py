@@ -82,6 +82,7 @@ class Call:
     functional: bool = False  # an operator of torch: only what it returns lives on until backward
     stats: bool = False  # statistics are returned
     ids: int = 0  # per row, whose log-probabilities are returned
+    places: bool = False  # and their places among the classes
     float32_products: bool = True  # low precision can be multiplied into float32
     float32_sums: bool = True  # and added there
     blocks: int = 0  # buffers of plain torch for each block of rows, in float32
@@ -111,7 +112,7 @@ class Call:
         gradients of their own, which become weights. Ranks add them up.
         """
         each = (7 if self.ranks else 3) * self.ids
-        numbers = ((10 if self.stats else self._numbers) + each) * self.wide.itemsize
+        numbers = ((10 if self.stats else self._numbers) + each) * self.wide.itemsize + 40 * self.ids * self.places
         return numbers + (24 if self.stats else 0) + self.plain_row_bytes
 
     @property

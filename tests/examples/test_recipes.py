@@ -1,13 +1,14 @@
 """The recipes of examples/: each learns what plain torch learns, and README.md has them all.
 
-Those of other libraries (`hf_trainer.py`, `sft_trainer.py`, `lightning_module.py`) run in tests/integrations, and
-`plain_pytorch.py` in tests/test_drop_in.py.
+Those of other libraries (`hf_trainer.py`, `sft_trainer.py`, `trl_logprobs.py`, `lightning_module.py`) run in
+tests/integrations, and `plain_pytorch.py` in tests/test_drop_in.py.
 """
 
 import ast
 import difflib
 import functools
 import importlib
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import counting
 from llmfast.losses import targets
 from llmfast.optim import FusedAdamW
 from support import gpus
@@ -129,6 +131,92 @@ def test_resuming_from_torch() -> None:
     losses = recipe("resume_from_torch").train(steps=6, rows=4)
     uninterrupted = ordinary(recipe("tiny_gpt").batches(4), 6, lambda optimizer: CosineAnnealingLR(optimizer, 6))
     assert_same(losses, uninterrupted)
+
+
+# Log-probabilities.
+
+
+def plain_statistics(model: Any, packed: Any, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probability and entropy of each token, from the logits of each sequence by itself."""
+    values, entropies = [], []
+    for i in range(packed.count):
+        own = packed.sequence == i
+        tokens, ids = packed.tokens[:, own], packed.ids[:, own]
+        log_p = (model.head(model(tokens)) / temperatures[i]).log_softmax(-1)
+        known = ids != -100
+        values.append(log_p.gather(-1, ids.masked_fill(~known, 0)[..., None])[..., 0].where(known, 0.0))
+        entropies.append(-(log_p.exp() * log_p).sum(-1).where(known, 0.0))
+    return torch.cat(values, 1), torch.cat(entropies, 1)
+
+
+def test_dpo_of_packed_sequences_is_that_of_each_alone() -> None:
+    module, tiny = recipe("dpo"), recipe("tiny_gpt")
+
+    def alone(model: Any, sequences: list[Tensor], prompts: list[int]) -> Tensor:
+        packed = tiny.Packing(sequences, prompts)
+        return packed.sums(plain_statistics(model, packed, torch.ones(len(sequences)))[0])
+
+    ours, theirs = module.train(5, rows=3), module.train(5, rows=3, logprobs=alone)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=2e-4)
+    assert ours[0][0] == pytest.approx(math.log(2)) and ours[1][0] == 0
+
+
+def test_dpo_learns_what_is_preferred() -> None:
+    losses, margins = recipe("dpo").train(12)
+    assert sum(losses[-4:]) / 4 < 0.69 and sum(margins[-4:]) / 4 > 0.03
+
+
+def test_grpo_of_packed_sequences_is_that_of_each_alone() -> None:
+    module = recipe("grpo")
+    ours, theirs = module.train(3, group=3), module.train(3, group=3, statistics=plain_statistics)
+    torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=1e-3, atol=1e-5)
+    assert ours[1] == theirs[1], "the same samples"
+    assert len({*ours[0]}) == 6
+
+
+def test_grpo_learns_what_is_rewarded() -> None:
+    _, rewards = recipe("grpo").train(8)
+    assert rewards[-1] > rewards[0] + 0.1
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    tiny = recipe("tiny_gpt")
+    sequences = [torch.arange(5, 5 + n) for n in (4, 1, 6)]
+    packed = tiny.Packing(sequences, [2, 1, 6])
+    assert packed.ids.tolist() == [[-100, 7, 8, -100, -100, -100, -100, -100, -100, -100, -100]]
+    model = tiny.TinyGPT(width=16, layers=2)
+    hidden = model(packed.tokens, packed)[0].split([4, 1, 6])
+    for alone, found in zip(sequences, hidden):
+        torch.testing.assert_close(found, model(alone[None])[0])
+
+
+def test_perplexity_is_that_of_all_windows() -> None:
+    """Count each byte once, after at least half of a window."""
+    module = recipe("perplexity")
+    model, text = module.trained(2), torch.randint(0, 256, (205,), dtype=torch.uint8)
+    for length in (2, 9, 33, 48, 49, 205):
+        total, first, five = 0.0, 0, 0
+        for at in range(1, length):
+            start = max(0, (at - 1) // 16 - 1) * 16  # of the window of 32 that counts this byte
+            with torch.no_grad():
+                logits = model.head(model(text[None, start:at].long()))[0, -1]
+            total -= logits.log_softmax(0)[text[at].long()].item()
+            rank = int((logits > logits[text[at].long()]).sum())
+            first, five = first + (rank == 0), five + (rank < 5)
+        found = module.measured(model, text[:length], rows=2, context=32, budget=100_000)
+        assert found["perplexity"] == pytest.approx(math.exp(total / (length - 1)), rel=1e-4)
+        assert found["first"] == pytest.approx(first / (length - 1))
+        assert found["first five"] == pytest.approx(five / (length - 1))
+
+
+def test_perplexity_takes_the_same_memory_for_any_length() -> None:
+    module = recipe("perplexity")
+    model, peaks = module.trained(0), []
+    for text in torch.zeros(1000, dtype=torch.uint8), torch.zeros(4000, dtype=torch.uint8):
+        with counting() as counts:
+            module.measured(model, text, rows=4, context=64)
+        peaks.append(counts.peak_bytes)
+    assert peaks[0] == peaks[1]
 
 
 # torch.compile.

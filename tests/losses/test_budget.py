@@ -12,6 +12,7 @@ from torch import Tensor
 
 import llmfast_kernels.cross_entropy
 import llmfast_kernels.filtered_matmul
+import llmfast_kernels.places
 import llmfast_kernels.scale
 from evidence.dry_run import reserve
 from evidence.pretend_cuda import pretending_cuda
@@ -39,7 +40,8 @@ def counted_memory() -> Iterator[Counts]:
     )
     scale = mock.patch.object(llmfast_kernels.scale, "scale_kernel", Nothing())
     product = mock.patch.object(llmfast_kernels.filtered_matmul, "filtered_matmul_kernel", Nothing())
-    with cross_entropy, scale, product, pretending_cuda(), counting(dry=True) as counts:
+    places = mock.patch.object(llmfast_kernels.places, "count_above_kernel", Nothing())
+    with cross_entropy, scale, product, places, pretending_cuda(), counting(dry=True) as counts:
         yield counts
 
 
@@ -101,6 +103,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "mean": {},
     "losses per token": {"reduction": "none"},
     "log-probabilities": {"K": 8, "temperature": 0.7, "return_stats": True},
+    "temperatures": {"K": 8, "temperature": "N", "softcap": 30.0},
+    "ranks": {"K": 64, "return_stats": True, "return_rank": True},
     "64 log-probabilities": {"K": 64, "slab_dtype": F32},
     "four heads": {"heads": 4},
     "float32": {"dtype": F32},

@@ -187,7 +187,7 @@ def test_operators_keep_their_promises(path: str, reduction: str) -> None:
         ),
         (LinearCrossEntropy(**given, **more), [hidden.detach(), weight, None], [False, True, False]),
     ]
-    calls += [(replace(loss, logprobs=True), *rest) for loss, *rest in calls if reduction == "none"]
+    calls += [(replace(loss, logprobs=True, places=True), *rest) for loss, *rest in calls if reduction == "none"]
     for loss, inputs, wants in calls:
         upstream[0] = upstream[0].reshape(12, 1) if loss.logprobs else upstream[0]
         operators = OPERATORS[type(loss)]
@@ -257,7 +257,7 @@ def test_nothing_waits_for_the_device(kernels: None, name: str, budget: Any) -> 
     with pretending_cuda(), counting() as counts, NoSyncs():
         outcome(lambda x: cross_entropy(x, targets, **OPTIONS[name]), logits)
         outcome(lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=budget, **OPTIONS[name]), hidden, weight)
-        outcome(lambda x: logprobs(x, targets, return_stats="stats" in name), logits)
+        outcome(lambda x: logprobs(x, targets, return_stats="stats" in name, return_rank="stats" in name), logits)
         outcome(lambda h, w: linear_logprobs(h, w, targets[:, None], memory_budget=budget), hidden, weight)
         if "none" not in name:
             outcome(lambda h, w: linear_cross_entropy(h, w, targets, grad_filter=1e-3, **OPTIONS[name]), hidden, weight)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
-from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, reference
+from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, mtp_logprobs, reference
 from support.launched import unrecorded
 from support.numerics import assert_close_in_norm, assert_no_worse
 from support.plans import SIZES, forced
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 D = 6
+ROUNDINGS = {BF16: 1, F32: 4, F64: 16}  # the truth in float64 is rounded itself
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"softcap": 0.7},
@@ -46,6 +47,7 @@ def outcome(function: Callable[..., Any], inputs: list[Tensor], upstream: list[T
     total = (values * upstream[0].to(values.dtype)).sum()
     if stats is not None:
         total = total + (stats.lse * upstream[1]).sum() + (stats.entropy * upstream[2]).sum()
+        assert not stats.argmax.requires_grad and (stats.rank is None or not stats.rank.requires_grad)
     gradients = torch.autograd.grad(total, leaves)
     return [values.detach(), *([] if stats is None else [stats.lse.detach(), stats.entropy.detach()]), *gradients]
 
@@ -54,13 +56,21 @@ def upstream_of(ids: Tensor, tokens: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(ids.shape), torch.randn(tokens), torch.randn(tokens)]
 
 
-def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], eps: float) -> None:
-    """Compare, allowing some roundings with which torch can be lucky."""
+def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], eps: float, K: int | None) -> None:
+    """Compare, allowing some roundings with which torch can be lucky: of sums of K random numbers, which may cancel."""
     for a, b, c in zip(ours, plain, truth, strict=True):
         assert a.shape == c.shape and a.dtype == b.dtype
         error, allowed = (a - c).double().norm(), (b - c).double().norm()
-        slack = 8 * eps * (c.norm() + 1)
+        slack = 8 * eps * (c.norm() + (K or 1) ** 0.5)
         assert error <= 1.5 * allowed + slack, f"error {error:.3g}, torch's {allowed:.3g}, slack {slack:.3g}"
+
+
+def drawn(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a case, with a temperature for each token where it says so."""
+    options: dict[str, Any] = dict(case["options"])
+    if case["per_token"]:
+        options["temperature"] = torch.rand(case["tokens"]).to(case["per_token"]) * 2 + 0.5
+    return options
 
 
 cases = {
@@ -69,7 +79,8 @@ cases = {
     "V": st.sampled_from([1, 2, 127, 128, 1000, 1025, 3001]),
     "dtype": st.sampled_from([F32, BF16, F64]),
     "options": st.sampled_from(OPTIONS),
-    "stats": st.booleans(),
+    "per_token": st.sampled_from([None, F32, F64]),  # temperatures
+    "stats": st.sampled_from([{}, {"return_stats": True}, {"return_stats": True, "return_rank": True}]),
     "seed": st.integers(0, 1000),
 }
 
@@ -77,25 +88,25 @@ cases = {
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(**cases)
 @unrecorded()
-def test_logits_match_float64(
-    path: str,
-    K: int | None,
-    tokens: tuple[int, ...],
-    V: int,
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    stats: bool,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    ids, logits = draw_ids(tokens, K, V, options.get("ignore_index", -100)), (torch.randn(*tokens, V) * 2).to(dtype)
+def test_logits_match_float64(path: str, **case: Any) -> None:
+    torch.manual_seed(case["seed"])
+    tokens, V, dtype, stats, options = case["tokens"], case["V"], case["dtype"], case["stats"], drawn(case)
+    ids = draw_ids(tokens, case["K"], V, options.get("ignore_index", -100))
+    logits = (torch.randn(*tokens, V) * 2).to(dtype)
     upstream = upstream_of(ids, tokens)
 
     def run(function: Any, x: Tensor) -> list[Tensor]:
-        return outcome(lambda x: function(x, ids, return_stats=stats, **options), [x], upstream)
+        return outcome(lambda x: function(x, ids, **stats, **options), [x], upstream)
 
-    eps = torch.finfo(dtype).eps if dtype == BF16 else torch.finfo(dtype).eps * 4
-    compare(run(logprobs, logits), run(reference.logprobs, logits), run(reference.logprobs, logits.double()), eps)
+    eps = torch.finfo(dtype).eps * ROUNDINGS[dtype]
+    ours, plain = run(logprobs, logits), run(reference.logprobs, logits)
+    compare(ours, plain, run(reference.logprobs, logits.double()), eps, case["K"])
+    if "return_rank" in stats:
+        options = {**options, **stats}
+        found, truth = (
+            f(logits.detach().to(t), ids, **options)[1] for f, t in ((logprobs, dtype), (reference.logprobs, F64))
+        )
+        assert torch.equal(found.rank, truth.rank)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -103,7 +114,7 @@ def test_logits_match_float64(
 @unrecorded()
 def test_hidden_states_match_float64(path: str, **case: Any) -> None:
     torch.manual_seed(case["seed"])
-    tokens, V, dtype, options = case["tokens"], case["V"], case["dtype"], case["options"]
+    tokens, V, dtype, options = case["tokens"], case["V"], case["dtype"], drawn(case)
     ids = draw_ids(tokens, case["K"], V, options.get("ignore_index", -100))
     inputs = [torch.randn(*tokens, D).to(dtype), torch.randn(V, D).to(dtype)]
     inputs += [torch.randn(V).to(dtype)] if case["bias"] else []
@@ -111,7 +122,7 @@ def test_hidden_states_match_float64(path: str, **case: Any) -> None:
 
     def run(function: Any, inputs: list[Tensor], **more: Any) -> list[Tensor]:
         def call(h: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
-            return function(h, w, ids, bias=b, return_stats=case["stats"], **options, **more)
+            return function(h, w, ids, bias=b, **case["stats"], **options, **more)
 
         return outcome(call, inputs, upstream)
 
@@ -119,7 +130,8 @@ def test_hidden_states_match_float64(path: str, **case: Any) -> None:
     with forced(None, case["size"]):
         ours = run(linear_logprobs, inputs, slab_dtype=slab)
     truth = run(reference.linear_logprobs, [t.double() for t in inputs])
-    compare(ours, run(reference.linear_logprobs, inputs), truth, torch.finfo(dtype).eps * (1 if dtype == BF16 else 4))
+    eps = torch.finfo(dtype).eps * ROUNDINGS[dtype]
+    compare(ours, run(reference.linear_logprobs, inputs), truth, eps, case["K"])
 
 
 @pytest.mark.parametrize("mode", ["materialise", "recompute"])
@@ -250,6 +262,40 @@ def test_statistics_alone(path: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("K", [1, 8, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_ranks_at_a_real_vocabulary(path: str, dtype: torch.dtype, K: int) -> None:
+    """Take whole tiles and a tail, more ids than a program counts for, and ids that repeat."""
+    hidden, weight = torch.randn(3, D).to(dtype), torch.randn(50257, D).to(dtype)
+    bias = torch.randn(50257).to(dtype) if K == 1 else None
+    ids = draw_ids((3,), K, 50257)
+    logits = hidden @ weight.T
+    for mode, logit_scale in (("materialise", None), ("recompute", -1.3)):
+        options: dict[str, Any] = {"return_stats": True, "return_rank": True, "logit_scale": logit_scale}
+        exact = logits.double() if bias is None else logits.double() + bias.double()
+        want = reference.logprobs(exact, ids, **options)[1].rank
+        with forced(mode, rows=2 if mode == "recompute" else 3):
+            found = linear_logprobs(hidden, weight, ids, bias=bias, **options)[1].rank
+        assert torch.equal(found, want)
+
+
+def test_equal_logits_share_a_rank(path: str) -> None:
+    """Give the most probable class rank 0, also where softcap rounds it and others to the same number."""
+    x = torch.full((2, 1300), 3.0)
+    x[0, 700:] = 500.0
+    x[0, 1299] = 600.0
+    x[1, :5] = -torch.inf
+    ids = torch.tensor([[0, 699, 700, 1299], [0, 5, 1299, -100]])
+    for softcap in (None, 2.0):
+        stats = logprobs(x, ids, softcap=softcap, return_stats=True, return_rank=True)[1]
+        assert stats.rank.tolist() == [[600, 600, 1, 0], [1295, 0, 0, -1]]
+    stats = logprobs(x, ids, logit_scale=-1.0, return_stats=True, return_rank=True)[1]
+    assert stats.rank.tolist() == [[0, 0, 700, 1299], [0, 5, 5, -1]]
+    stats = logprobs(x[:1], ids[:1], ignore_index=699, return_stats=True, return_rank=True)[1]
+    assert stats.rank[0].tolist() == [600, -1, 1, 0]
+    assert logprobs(x, ids, return_stats=True)[1].rank is None
+
+
 def test_temperature_is_a_samplers(path: str) -> None:
     """It divides what softcap has made, as in vLLM and transformers."""
     x, ids = torch.randn(5, 40) * 9, torch.randint(0, 40, (5,))
@@ -258,11 +304,44 @@ def test_temperature_is_a_samplers(path: str) -> None:
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 7.0])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_temperatures_of_tokens(path: str, dtype: torch.dtype, softcap: float | None) -> None:
+    """Give each token what it would get alone, in all modes; these launches are compiled too."""
+    hidden, weight = torch.randn(4, D).to(dtype), torch.randn(50257, D).to(dtype)
+    ids, temperature = draw_ids((4,), 3, 50257), torch.tensor([0.3, 1.0, 2.5, 0.9])
+    upstream = upstream_of(ids, (4,))
+
+    def run(**temperature: Any) -> list[Tensor]:
+        def of(h: Tensor, w: Tensor) -> Any:
+            return linear_logprobs(h, w, ids, softcap=softcap, logit_scale=1.4, return_stats=True, **temperature)
+
+        return outcome(of, [hidden, weight], upstream)
+
+    want = [run(temperature=float(t)) for t in temperature]
+    for mode in ("materialise", "recompute"):
+        with forced(mode, rows=3 if mode == "recompute" else 4):
+            found = run(temperature=temperature)
+        for i, each in enumerate(found[:4]):  # all but the weight's gradient
+            own = torch.stack([one[i][n] for n, one in enumerate(want)])
+            rounded = i == 3 and dtype == BF16
+            torch.testing.assert_close(each, own, rtol=2e-2 if rounded else 1e-5, atol=2e-2 if rounded else 1e-4)
+
+
+def test_a_temperature_of_an_ignored_token_may_be_anything(kernels: None) -> None:
+    x, ids = torch.randn(3, 40), torch.tensor([5, -100, 7])
+    with pretending_cuda():  # on a CPU it would be refused
+        found = logprobs(x, ids, temperature=torch.tensor([1.0, torch.nan, 0.5]))
+    assert found[1] == 0
+    torch.testing.assert_close(found[2], logprobs(x, ids, temperature=0.5)[2])
+
+
 @pytest.mark.parametrize(("budget", "K"), [(None, 3), ("auto", None), (60_000, 3)])
 @unrecorded()
 def test_whole_graphs(path: str, budget: Any, K: int | None) -> None:
     hidden, weight, ids = torch.randn(40, 8), torch.randn(300, 8), draw_ids((40,), K, 300)
-    options: dict[str, Any] = {"return_stats": True, "temperature": 1.5, "softcap": 9.0}
+    options: dict[str, Any] = {"return_stats": True, "return_rank": True, "softcap": 9.0}
+    options["temperature"] = torch.linspace(0.5, 2, 40) if K else 1.5
 
     def of(h: Tensor, w: Tensor) -> Any:
         if budget is None:
@@ -274,18 +353,21 @@ def test_whole_graphs(path: str, budget: Any, K: int | None) -> None:
     compiled = torch.compile(of, backend="aot_eager", fullgraph=True)
     for a, b in zip(outcome(compiled, [hidden, weight], upstream), outcome(of, [hidden, weight], upstream)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled(hidden, weight)[1].rank, of(hidden, weight)[1].rank)
 
 
 def test_the_logits_are_read_once_in_forward_and_once_in_backward() -> None:
-    N, V, K = 64, 16384, 8
-    with pretending_cuda():
-        logits = torch.randn(N, V, dtype=BF16).requires_grad_()
-        ids = torch.randint(0, V, (N, K))
-        with counting(dry=True) as counts:
-            logprobs(logits, ids, return_stats=True)[0].sum().backward()
-    moved = sum(t.dram for t in counts.traffic if "cross_entropy" in t.name)
-    assert moved <= 1.05 * 3 * logits.nbytes
-    assert counts.total().syncs == 0
+    """Read them once more for ranks."""
+    N, V, K = 64, 16384, 64
+    for return_rank in (False, True):
+        with pretending_cuda():
+            logits = torch.randn(N, V, dtype=BF16).requires_grad_()
+            ids = torch.randint(0, V, (N, K))
+            with counting(dry=True) as counts:
+                logprobs(logits, ids, return_stats=True, return_rank=return_rank)[0].sum().backward()
+        passes = (3.0 + return_rank) * logits.nbytes
+        assert passes <= sum(t.dram for t in counts.traffic if "kernel" in t.name) <= 1.05 * passes
+        assert counts.total().syncs == 0
 
 
 def test_a_gradient_is_added_to_the_callers(path: str) -> None:
@@ -313,13 +395,17 @@ def test_reference_is_what_torch_means() -> None:
         ({"ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"ids must have shape \(4,\), .*; got \(3,\)"),
         ({"ids": torch.zeros(4)}, TypeError, "ids must be int64 or int32"),
         ({"ids": torch.tensor([0, 1, 2, 9])}, ValueError, r"ids must be in \[0, 9\).*found 9"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a positive number; got 0.0"),
-        ({"temperature": torch.ones(4)}, ValueError, "temperature must be a positive number; got tensor"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a positive number, .*; got 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature must be \(4,\) on cpu; got \(3,\)"),
+        ({"temperature": torch.ones(4).long()}, TypeError, "temperature must be floating point"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0, 2.0])}, ValueError, r"positive for each token; found \[0.0\]"),
+        ({"temperature": torch.ones(4).requires_grad_()}, ValueError, "temperature gets no gradient here"),
         ({"softcap": -3.0, "temperature": 2.0}, ValueError, "softcap must be positive; got -3.0"),
         ({"label_smoothing": 0.1}, TypeError, r"logprobs\(\) got an unexpected keyword argument 'label_smoothing'"),
         ({"reduction": "sum"}, TypeError, "unexpected keyword argument 'reduction'"),
         ({"z_loss": 0.1}, TypeError, "unexpected keyword argument 'z_loss'"),
         ({"grad_filter": 0.1}, TypeError, "unexpected keyword argument 'grad_filter'"),
+        ({"return_rank": True}, ValueError, "return_rank needs return_stats=True"),
         ({"temprature": 2.0}, TypeError, "Did you mean 'temperature'"),
     ],
 )
@@ -329,3 +415,54 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
         logprobs(torch.zeros(4, 9), **given)
     with pytest.raises(error, match=message):
         linear_logprobs(torch.zeros(4, 5), torch.zeros(9, 5), **given)
+
+
+@pytest.mark.parametrize("form", ["separate", "list", "shared"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_heads_have_their_own_log_probabilities(path: str, form: str, documents: bool) -> None:
+    """Match each head alone, with its labels moved by a loop."""
+    K, T, V = 3, 7, 90
+    hiddens, weight = torch.randn(1 if form == "shared" else K, 2, T, D), torch.randn(V, D)
+    labels, document_ids = draw_ids((2, T), None, V), torch.arange(T).div(4, rounding_mode="floor").expand(2, T)
+    upstream = torch.randn(K, 2, T)
+    options: dict[str, Any] = {"temperature": 0.8, "return_stats": True, "return_rank": True}
+
+    def expected(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        values, ranks = [], []
+        for k in range(K):
+            ids = torch.full_like(labels, -100)
+            for t in range(T - k):
+                if not documents or t // 4 == (t + k) // 4:
+                    ids[:, t] = labels[:, t + k]
+            value, stats = reference.linear_logprobs(h[k % len(h)], w, ids, **options)
+            values.append(value)
+            ranks.append(stats.rank)
+        return torch.stack(values), torch.stack(ranks)
+
+    def found(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        given: Any = [*h] if form == "list" else h[0] if form == "shared" else h
+        more: dict[str, Any] = {"heads": K} if form == "shared" else {}
+        more |= {"document_ids": document_ids} if documents else {}
+        value, stats = mtp_logprobs(given, w, labels, **options, **more)
+        return value, stats.rank
+
+    results = []
+    for function in (found, expected):
+        leaves = [t.clone().requires_grad_() for t in (hiddens, weight)]
+        value, rank = function(*leaves)
+        results.append((value, rank, *torch.autograd.grad(value, leaves, upstream)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert mtp_logprobs(hiddens[:1], weight, labels).shape == (1, 2, T)
+
+
+def test_heads_that_do_not_fit() -> None:
+    hiddens, weight, labels = torch.zeros(2, 4, D), torch.zeros(9, D), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"hiddens must be \(K, \*\(3,\), D\)"):
+        mtp_logprobs(hiddens, weight, labels[:3])
+    with pytest.raises(ValueError, match="heads must be given where they share hidden states alone; got 2"):
+        mtp_logprobs(hiddens, weight, labels, heads=2)
+    with pytest.raises(ValueError, match="heads must be given where they share hidden states alone; got None"):
+        mtp_logprobs(hiddens[0], weight, labels)
+    with pytest.raises(TypeError, match=r"mtp_logprobs\(\) got an unexpected keyword argument 'head_weights'"):
+        mtp_logprobs(hiddens, weight, labels, head_weights=[1.0, 2.0])  # type: ignore[call-arg]

@@ -82,7 +82,8 @@ VALUES: dict[str, list[Any]] = {
     "label_smoothing": [0.0, 0.2, 1.0],
     "softcap": [None, 0.7, 5.0],
     "logit_scale": [None, 1.0, -1.7],
-    "temperature": [1.0, 0.6],
+    "temperature": [1.0, 0.6, lambda d: torch.rand(d.tokens) + 0.4],
+    "return_rank": [False, True],
     "class_weights": [None, class_weights, lambda d: class_weights(d).double()],
     "token_weights": [None, token_weights, lambda d: token_weights(d).bfloat16()],
     "target_weights": [None, lambda d: torch.rand(d.K), lambda d: torch.rand(d.targets.shape)],
@@ -157,6 +158,7 @@ def possible(case: Case) -> bool:
         and not (given("wants_bias") and "bias" in case and case["bias"] is None)
         and not (given("autocast") and given("dtype") == torch.float64)
         and not (given("slab_dtype") is not None and given("dtype") == torch.float64)
+        and not (given("return_rank") and given("stats", "both") is None)
         and not (given("small") and given("path", "plain") != "plain")
         and used
     )
@@ -244,10 +246,10 @@ def close(name: str, ours: Tensor, plain: Tensor, truth: Tensor, eps: float) -> 
 
 
 def final(logits: Tensor, case: Case) -> Tensor:
-    """Return the logits that the loss is of, in float64."""
+    """Return the logits that the loss is of, in float64, but for the temperature, which changes no order."""
     x = logits.double() * (case["logit_scale"] or 1.0)
     x = x if case["softcap"] is None else case["softcap"] * torch.tanh(x / case["softcap"])
-    return x / case.get("temperature", 1.0)
+    return x
 
 
 def compare(

@@ -101,14 +101,15 @@ def check_logprobs(rank: int, world: int, V: int) -> None:
     own = slice(min(rank * share, V), min((rank + 1) * share, V))
     ids = torch.stack([one, one.roll(1), one], -1)  # equal ones, and ignored ones next to others
     upstream = torch.linspace(-1, 1, ids.numel()).view(ids.shape)
-    options: dict[str, Any] = {"softcap": 5.0, "temperature": 0.7, "return_stats": True}
+    temperature = torch.linspace(0.5, 2, one.numel()).view(one.shape)
+    options: dict[str, Any] = {"softcap": 5.0, "temperature": temperature, "return_stats": True, "return_rank": True}
     group: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_size": V}
 
     def total(result: Any) -> Tensor:
         return (result[0] * upstream).sum() + result[1].lse.sum() + 0.5 * result[1].entropy.sum()
 
     def compare(found: Any, truth: Any, got: Any, want: Any) -> None:
-        assert torch.equal(found[1].argmax, truth[1].argmax)
+        assert torch.equal(found[1].argmax, truth[1].argmax) and torch.equal(found[1].rank, truth[1].rank)
         values = zip((found[0], *found[1][:2], *got), (truth[0], *truth[1][:2], *want), strict=True)
         for a, b in values:
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)

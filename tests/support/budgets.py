@@ -98,6 +98,17 @@ def _rows_backward(compiled: Compiled) -> Iterator[str]:
     yield from _order(compiled, "load, barrier, store, barrier, store")
 
 
+def _places(compiled: Compiled) -> Iterator[str]:
+    """Require one loop as wide as the rows allow, in which no thread waits for another."""
+    bits, loops = _row_bits(compiled), compiled.facts.hot_loops
+    others = {128} if _has(compiled, "terms.bias") else set()
+    if len(loops) != 1 or not {bits} <= loops[0].access_bits <= {bits} | others:
+        yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops, not {bits}"
+    for loop in loops:
+        if loop.shuffles or loop.barriers:
+            yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
+
+
 def _order(compiled: Compiled, order: str) -> Iterator[str]:
     """Require that threads wait before they access what other warps write, if a program has several warps."""
     if compiled.facts.num_warps > 1 and order not in compiled.facts.orders:
@@ -169,6 +180,7 @@ def _anything(compiled: Compiled) -> Iterator[str]:
 BUDGETS: dict[str, Callable[[Compiled], Iterator[str]]] = {
     "cross_entropy_kernel": _rows,
     "cross_entropy_backward_kernel": _rows_backward,
+    "count_above_kernel": _places,
     "scale_kernel": _scale,
     "filtered_matmul_kernel": _filtered_matmul,
     "prepare_kernel": _anything,
