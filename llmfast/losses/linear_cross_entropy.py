@@ -157,7 +157,8 @@ def made_ready(
 
     valid = valid_rows(every, rows, options["ignore_index"], options["num_valid"], budget)
     loss, tensors = of_rows(valid)
-    if valid is not None and budget is not None and not loss.fits(tensors):
+    planned = budget is not None and not has_no_data(every)  # torch.compile leaves plans to its operators
+    if valid is not None and planned and not loss.fits(tensors):
         valid = None  # the copy of some rows takes more than they save
         loss, tensors = of_rows(None)
 
