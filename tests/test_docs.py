@@ -213,7 +213,7 @@ def test_words_in_code_are_known(page: Path) -> None:
 
 
 def test_the_states_of_each_setting_are_listed() -> None:
-    """Step optimizers of every format, and look for the names of their states beside the setting."""
+    """Step optimizers of every format, and look for the names of their states in the row of the setting."""
     rows = dict(
         re.findall(
             r"^\| (`\w+`.*?) \| (.*?) \|$", text_of(DOCS / "optimizers.md").partition("written with")[2], re.MULTILINE

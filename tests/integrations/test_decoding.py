@@ -93,8 +93,11 @@ def test_a_pass_reads_what_is_new(make: Make) -> None:
 
 def test_what_cannot_be_done_is_said(make: Make) -> None:
     model = make("llama")
+    other = make("llama")
+    other.mtp = torch.nn.Linear(2, 2)  # as transformers calls heads of its own
     for wrong, message in (
         (lambda: speculative_generate(fuse_loss(make("llama")), prompt(), 3), "must have heads of add_mtp"),
+        (lambda: speculative_generate(other, prompt(), 3), "must have heads of add_mtp"),
         (lambda: speculative_generate(add_mtp(model, 1), prompt()[None], 3), r"tokens must be \(T,\)"),
         (lambda: speculative_generate(model, prompt(), -1), "count must not be negative"),
         (lambda: speculative_generate(add_mtp(make("falcon"), 1), prompt(), 3), "keeps a state"),

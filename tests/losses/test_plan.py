@@ -307,7 +307,7 @@ def test_gradient_filter_drops_blocks_below_the_threshold(path: str) -> None:
 
 
 def test_a_product_apart_from_its_sum_is_held_only_with_several_chunks() -> None:
-    """Where low precision is multiplied into float32 but not added there (ROCm), the first product is the sum."""
+    """The first product is the sum on devices that multiply low precision into float32 but do not add it there."""
     N, D, V = 256, 64, 2048
     for rows, apart in ((256, False), (128, True)):
         plan = LinearCrossEntropyPlan.make(N, D, V, memory_budget=1 << 30, mode="chunk")

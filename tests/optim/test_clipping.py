@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast.optim import FusedAdagrad, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast.optim.plain import undone_if
 from llmfast_kernels.optimizer.norm import TILE
 
 SHAPES = [(70, 80), (5,), (), (0, 4), (33, 7)]
@@ -212,3 +213,14 @@ def test_many_chunks_are_added_up_by_many_programs(kernels: None, count: int) ->
     total = torch.full((), torch.nan, dtype=torch.float64)
     add_up(numbers, total)
     torch.testing.assert_close(total, numbers.double().sum(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_device_that_is_not_waited_for_undoes_what_it_skips(skip: bool) -> None:
+    """Only the host's own flag decides before the work; another device's is looked at by the device."""
+    tensors = [torch.ones(3), torch.ones(2, 1).expand(2, 4)]
+    flag = torch.tensor(skip)
+    with pretending_cuda(), undone_if(flag, tensors):
+        for t in tensors:
+            t[:, :1].fill_(5.0) if t.dim() == 2 else t.fill_(5.0)
+    assert [set(t.flatten().tolist()) for t in tensors] == [{1.0}, {1.0}] if skip else [{5.0}, {5.0}]

@@ -213,6 +213,20 @@ def test_training_goes_on_bit_for_bit(path: str, case: Case, mode: tuple[torch.d
     assert_same(resumed.state_dict()["state"], whole.state_dict()["state"])
 
 
+def test_a_loaded_copy_is_kept_where_the_parameter_is_nan(path: str) -> None:
+    """A NaN says nothing about the weights that the copy belongs to; any other number that differs does."""
+    source = FusedAdamW([torch.tensor([1.0, 2.0, 3.0], dtype=BF16, requires_grad=True)], lr=0.0, master_weights="fp32")
+    (p,) = source.param_groups[0]["params"]
+    p.grad = torch.zeros_like(p)
+    source.step()
+    q = torch.tensor([1.0, math.nan, 5.0], dtype=BF16, requires_grad=True)
+    other = FusedAdamW([q], lr=0.0, weight_decay=0.0, master_weights="fp32")
+    other.load_state_dict(source.state_dict())
+    q.grad = torch.zeros_like(q)
+    other.step()
+    assert other.state[q]["master_param"].tolist() == [1.0, 2.0, 5.0]
+
+
 MASTERS = ["fp32", "split16", "split8", "kahan"]
 KEPT = {"fp32": 0.0, "split16": 0.0, "split8": 2.0**-16, "kahan": 2.0**-16}  # relative errors
 

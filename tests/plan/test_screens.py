@@ -39,8 +39,8 @@ def screens() -> list[str]:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             code = main(["plan", *shlex.split(command)])
-        lines += [f"$ llmfast plan {command}", *out.getvalue().splitlines(), f"({code})", ""]
-    return lines
+        lines += ["", f"$ llmfast plan {command}", *out.getvalue().splitlines(), f"({code})"]
+    return lines[1:]
 
 
 def test_every_figure_is_the_one_that_was_read() -> None:
@@ -49,4 +49,4 @@ def test_every_figure_is_the_one_that_was_read() -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(screens()[:-1]))
+    print("\n".join(screens()))

@@ -527,7 +527,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
             if trainer.step == 3:
                 trainer.checkpoints.wait()
                 monkeypatch.setattr(f"llmfast.train.checkpoint.{what}", full)
-            if trainer.step == 8:
+            if trainer.step == 7:
                 assert trainer.checkpoints._writing is not None
                 trainer.checkpoints._writing[1].exception(20)
 
@@ -536,7 +536,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_soon(
         trainer.fit()
     assert str(e.value).endswith(f"; the last good one is {tmp_path / 'checkpoint-00000003'}")
     assert str(e.value).count("\n") == 0
-    assert 6 <= trainer.step <= 9 and saved(tmp_path) == [3] and not list(tmp_path.glob(".*"))
+    assert 6 <= trainer.step <= 8 and saved(tmp_path) == [3] and not list(tmp_path.glob(".*"))
     monkeypatch.undo()
     resumed, _ = trainer_of(settings(steps=7), run=tmp_path)
     resumed.resume()
