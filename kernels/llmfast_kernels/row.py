@@ -175,15 +175,15 @@ def terms_of_row(terms, n):
         if softcap is not None:
             softcap *= factor
     return RowTerms(
-        terms.column_weights,
-        None,
-        terms.bias,
-        terms.class_weights,
-        terms.class_weight_sums,
-        terms.label_smoothing,
-        terms.z_loss,
-        logit_scale,
-        softcap,
+        column_weights=terms.column_weights,
+        temperatures=None,
+        bias=terms.bias,
+        class_weights=terms.class_weights,
+        class_weight_sums=terms.class_weight_sums,
+        label_smoothing=terms.label_smoothing,
+        z_loss=terms.z_loss,
+        logit_scale=logit_scale,
+        softcap=softcap,
     )
 
 
