@@ -18,6 +18,8 @@ from examples.chapter import runs as chapter_runs
 from examples.chapter.__main__ import main
 from examples.chapter.dirt import counted, dirtied, sentences
 from examples.chapter.measures import GAP, MOST_FILLED, filled
+from examples.chapter.optimizers import WAYS as OPTIMIZERS
+from examples.chapter.optimizers import repeated, sweep
 from examples.chapter.page import PAGE, PICTURES, RESULTS, finished, minutes, page, read, section
 from examples.chapter.parts import Part, parts
 from examples.chapter.runs import HERE, SEEDS, Run
@@ -49,7 +51,7 @@ def test_every_part_runs_a_few_steps_and_none_twice(tmp_path: Path, monkeypatch:
             rows
         )
         for row in rows:
-            assert 1 < row["loss"] < 10 and row["tokens"] > 50 and row["parameters"] > 1000
+            assert 1 < row["loss"] < 10 and row["tokens"] > 50 and 0 < row["seconds"] < 60 and row["parameters"] > 1000
             assert all(0 < value < 20 for value in row.get("loss by group", []) if value is not None)
             assert name != "dirty" or 0 <= row["dirt kept"] < row["dirt"] < row["documents"]
     assert not list((tmp_path / "runs").rglob("*/checkpoint-*")) or {
@@ -76,7 +78,9 @@ def test_a_run_that_diverges_has_no_loss(tmp_path: Path, monkeypatch: pytest.Mon
         raise NonFinite
 
     monkeypatch.setattr(chapter_runs, "train", diverge)
-    assert chapter_runs.execute(task) == {"way": "wild", "seed": 0, "loss": None, "tokens": 0}
+    row = chapter_runs.execute(task)
+    assert 0 <= row.pop("seconds") < 10
+    assert row == {"way": "wild", "seed": 0, "loss": None, "tokens": 0}
 
 
 def test_parts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,13 +250,14 @@ def alike(value: Any, seed: int) -> Any:
 
 def groups(rows: list[dict[str, Any]], part: Part) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each kind of run."""
-    for run in part.runs():
+    further = [run for run, _ in part.further(rows[: len(part.first())])]
+    for run in {chapter_runs.Task(part.name, run, 0, HERE).name: run for run in [*part.runs(), *further]}.values():
         yield [row for row in rows if row.items() >= run.labels.items()]
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """Return every number of a row that a sentence may be about."""
-    flat = {key: value for key, value in row.items() if isinstance(value, float)}
+    flat = {key: value for key, value in row.items() if isinstance(value, float) and key not in ("seconds", "step_s")}
     flat |= {f"group {g}": value for g, value in enumerate(row.get("loss by group", []))}
     first, last = row["by source"]
     flat |= {f"{source} at the end": loss for source, loss in last.items()}
@@ -293,8 +298,24 @@ def test_claims_of_the_page_are_larger_than_the_spread(part: Part) -> None:
             assert abs(a - b) < max(high_a - low_a, high_b - low_b) + 0.002
 
 
+@pytest.mark.parametrize("way", OPTIMIZERS)
+def test_no_optimizer_is_best_at_an_end_of_its_sweep(way: str) -> None:
+    rows = read(parts()["optimizers"])["rows"]
+    tried, ended = sweep(rows, way), repeated(rows, way)
+    assert min(ended, key=lambda lr: ended[lr].mean) not in (min(tried), max(tried))
+
+
+def test_the_best_rates_are_repeated_with_the_other_seeds() -> None:
+    part = parts()["optimizers"]
+    again = part.further([run.labels | {"loss": abs(run.labels["lr"] - 0.01)} for run, _ in part.first()])
+    rates = {way: [(run.labels["lr"], seed) for run, seed in again if run.labels["way"] == way] for way in OPTIMIZERS}
+    assert rates["Adam"] == [(0.01, 1), (0.01, 2)]
+    assert rates["SGD"] == [(0.1, 1), (0.1, 2)]
+
+
 def test_the_parts_take_less_than_90_minutes() -> None:
-    assert minutes([{"loss": 2.0, "tokens": 12_000, "tokens_per_s": 2_000}, {"loss": None}]) == 8 / 2 / 60
+    fast, slow = {"tokens": 12_000, "tokens_per_s": 2_000}, {"tokens": 12_000, "tokens_per_s": 2, "seconds": 6.5}
+    assert minutes([fast, slow, {"loss": None, "tokens": 5000}]) == pytest.approx((2 + 6 + 6.5 + 2) / 2 / 60)
     taken = {part.name: minutes(read(part)["rows"]) for part in FINISHED}
     assert sum(taken.values()) < 90
     assert f"take about {sum(taken.values()):.0f} minutes on 2 cores" in PAGE.read_text(encoding="utf-8")
