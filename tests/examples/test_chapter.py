@@ -17,7 +17,8 @@ from docs.figures import INK, PLOT_WIDTH, digest_of, drawn_from, paint
 from examples.chapter import runs as chapter_runs
 from examples.chapter.__main__ import main
 from examples.chapter.dirt import counted, dirtied, sentences
-from examples.chapter.measures import GAP, MOST_FILLED, filled
+from examples.chapter.measures import GAP, MOST_FILLED, TIMED, filled, step_time
+from examples.chapter.mtp import PLAIN, TOKENS, WAYS
 from examples.chapter.optimizers import WAYS as OPTIMIZERS
 from examples.chapter.optimizers import repeated, sweep
 from examples.chapter.page import PAGE, PICTURES, RESULTS, finished, minutes, page, read, section
@@ -26,7 +27,7 @@ from examples.chapter.runs import HERE, SEEDS, Run
 from examples.chapter.scaling import LARGE, predicted
 from examples.chapter.told import Found, as_good_as_best, compared, differ, found, verdict
 from llmfast.data import ByteTokenizer, fim_prompt
-from llmfast.train import load_config
+from llmfast.train import FurtherTokens, Trainer, load_config
 from llmfast.train.trainer import NonFinite
 
 FINISHED = finished()
@@ -189,6 +190,7 @@ def made_up(part: Part) -> list[dict[str, Any]]:
             | {"documents": 500, "dirt": 250, "characters": 10**6}
             | {"documents kept": 100, "dirt kept": 10, "characters kept": 10**5}
             | {"unigram": x[7], "bigram": x[8], "held out": [[10, 5.0], [20, x[0]]]}
+            | {"step_s": x[11]}
         )
 
     rows = [row(*wanted) for wanted in part.first()]
@@ -234,6 +236,44 @@ def test_a_rule_for_larger_batches_is_named_if_it_keeps_the_loss() -> None:
     sgd, adam, *_ = part.told(rows)
     assert sgd == "SGD, from lr 1: at 4 times the batch, a rate times k keeps the loss of the small one."
     assert adam == "Adam, from lr 0.003: at 4 times the batch, no rule keeps the loss of the small one."
+
+
+def test_who_is_not_behind_at_equal_tokens_takes_fewer_steps_at_equal_time() -> None:
+    part = parts()["mtp"]
+    assert part.again is not None
+    rows = made_up(part)
+    for row in rows:
+        row["loss"] = 3.0 + 0.1 * row["seed"] + (row["way"] == "2 parallel heads")
+        row["step_s"] = {PLAIN: 0.01, "4 parallel heads": 0.05}.get(row["way"], 0.02) * (1 + row["seed"])
+    steps = {run.labels["way"]: run.labels["steps"] for run, _ in part.again(rows)}
+    assert steps == {
+        way: 96 if way == "4 parallel heads" else 240 for way in WAYS if way not in (PLAIN, "2 parallel heads")
+    }
+    assert all(f"train.steps={run.labels['steps']}" in run.settings for run, _ in part.again(rows))
+    assert [seed for _, seed in part.again(rows)] == [*SEEDS] * 3
+    again = [run.labels | {"seed": seed, "loss": 3.5, "step_s": 1.0} for run, seed in part.again(rows)]
+    assert "| - | 2.00 |" in part.told(first := [row for row in rows if row["at"] == TOKENS] + again)[2]
+    assert "| 3.500 (3.500 to 3.500) | 5.00 |" in part.told(first)[2]
+
+
+def test_the_time_of_a_step_is_the_least_processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fit(trainer: Trainer) -> bool:
+        (clock,) = trainer.hooks
+        seen.append((trainer.config.train.steps, type(trainer.objective)))
+        for start, end in ((1.0, 1.5), (2.0, 2.25), (3.0, 4.0)):
+            times = iter((start, end))
+            monkeypatch.setattr("time.process_time", lambda times=times: next(times))
+            clock.before_step(trainer)
+            clock.after_step(trainer)
+        return True
+
+    task = chapter_runs.Task("mtp", parts()["mtp"].runs()[1], 0, tmp_path, quick=True)
+    chapter_runs.execute(task)
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert step_time(task.place, chapter_runs.config_of(task)) == {"step_s": 0.25}
+    assert seen == [(TIMED, FurtherTokens)]
 
 
 def alike(value: Any, seed: int) -> Any:
