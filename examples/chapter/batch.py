@@ -1,4 +1,4 @@
-"""Batches that are 4 times larger, for the same tokens, with three rules for the learning rate."""
+"""Batches that are 2 and 4 times larger, for the same tokens, with three rules for the learning rate."""
 
 from typing import Any
 
@@ -6,14 +6,16 @@ from benchmarks.report import table
 from examples.chapter.drawing import COLORS, band, legend
 from examples.chapter.parts import Part
 from examples.chapter.runs import Run
-from examples.chapter.told import Found, Row, differ, found, verdict
+from examples.chapter.told import Found, Row, as_good_as_best, differ, found, joined, listed, verdict
 
 BATCH, STEPS, WARMUP = 8, 960, 40  # of the small batch
 WAYS = {"SGD": ("optimizer.name=sgd", "optimizer.momentum=0.0"), "Adam": ("optimizer.name=adam",)}
 RATES = {"SGD": (0.3, 1.0, 3.0), "Adam": (0.001, 0.003, 0.01)}  # for the small batch
-BASE = {"SGD": 1.0, "Adam": 0.003}  # the best of them, which the rules scale
-TIMES = (4,)
+BASE = {way: rates[1] for way, rates in RATES.items()}  # the best of them, which the rules scale
+TIMES = (2, 4)
 RULES = {"unchanged": "none", "times sqrt(k)": "sqrt", "times k": "linear"}
+CLAIMED = {"SGD": "times k", "Adam": "times sqrt(k)"}
+DOUBLED = {"SGD": ["unchanged", "times k"], "Adam": []}  # the rules that are tried at 2 times the batch
 
 
 def run(way: str, k: int, rule: str, lr: float) -> Run:
@@ -29,50 +31,69 @@ def run(way: str, k: int, rule: str, lr: float) -> Run:
     return Run({"way": way, "k": k, "rule": rule, "lr": lr}, (*WAYS[way], *settings))
 
 
+def rules(way: str, k: int) -> list[str]:
+    return DOUBLED[way] if k == 2 else list(RULES)
+
+
 def runs() -> list[Run]:
     small = [run(way, 1, "unchanged", lr) for way in WAYS for lr in RATES[way]]
-    return small + [run(way, k, rule, BASE[way]) for way in WAYS for k in TIMES for rule in RULES]
+    return small + [run(way, k, rule, BASE[way]) for way in WAYS for k in TIMES for rule in rules(way, k)]
 
 
-def base(rows: list[Row], way: str) -> Found:
-    return found(rows, f"a batch of {BATCH}", way=way, k=1, lr=BASE[way])
+def ended(rows: list[Row], way: str, lr: float, k: int = 1, rule: str = "unchanged") -> Found:
+    return found(rows, f"a batch of {BATCH}" if k == 1 else "the larger", way=way, lr=lr, k=k, rule=rule)
 
 
-def scaled(rows: list[Row], way: str, k: int, rule: str) -> Found:
-    return found(rows, "the larger", way=way, k=k, rule=rule)
+def keeps(larger: Found, small: Found) -> bool:
+    """Say whether a larger batch ends as low as the small one, as far as seeds can tell."""
+    return larger.mean <= small.mean or not differ(larger, small)
 
 
 def told(rows: list[Row]) -> list[str]:
     sentences, body = [], []
-    for way in WAYS:
-        begun, holds = base(rows, way), []
+    for way, lr in BASE.items():
+        begun, rule = ended(rows, way, lr), CLAIMED[way]
+        tried = [k for k in TIMES if rule in rules(way, k)]
+        kept = [k for k in tried if keeps(ended(rows, way, lr, k, rule), begun)]
+        lost = [k for k in tried if k not in kept]
+        verbs = [
+            f"{verb} {joined(times)} times the batch"
+            for verb, times in (("holds at", kept), ("breaks at", lost))
+            if times
+        ]
+        sentences.append(f"{way}, from lr {lr:g}: the rate {rule} {' and '.join(verbs)}.")
         for k in TIMES:
-            ends = {rule: scaled(rows, way, k, rule) for rule in RULES}
-            body += [[way, k, rule, str(each), str(begun), verdict(each, begun)] for rule, each in ends.items()]
-            kept = [rule for rule, each in ends.items() if each.mean <= begun.mean or not differ(each, begun)]
-            how = f"a rate {' or '.join(kept)} keeps" if kept else "no rule keeps"
-            holds.append(f"at {k} times the batch, {how} the loss of the small one")
-        sentences.append(f"{way}, from lr {BASE[way]:g}: {'; '.join(holds)}.")
+            ends = {name: ended(rows, way, lr, k, name) for name in rules(way, k)}
+            body += [[way, k, name, str(end), str(begun), verdict(end, begun)] for name, end in ends.items()]
+    four = {way: {name: ended(rows, way, lr, 4, name) for name in RULES} for way, lr in BASE.items()}
+    good = {way: as_good_as_best(list(ends.values())) for way, ends in four.items()}
+    alike = [
+        f"{way}: {joined([name for name, end in ends.items() if end in good[way]])}." for way, ends in four.items()
+    ]
     columns = ["", "batch, times", "learning rate", "loss", f"loss with {BATCH} rows", "the larger batch"]
-    other = [f"{way} {each:g}: {found(rows, way=way, k=1, lr=each)}" for way in WAYS for each in RATES[way]]
-    steps = " and ".join(f"{STEPS // k} of {BATCH * k}" for k in TIMES)
+    other = [f"{way} {each:g}: {ended(rows, way, each)}" for way in WAYS for each in RATES[way]]
+    steps = joined([f"{STEPS // k} of {BATCH * k}" for k in TIMES])
     return [
-        *sentences,
+        listed(
+            f"A rule holds where the larger batch ends no higher than {BATCH} rows do, as far as seeds tell", sentences
+        ),
         table(columns, body),
-        f"With equal tokens, {STEPS} steps of {BATCH} rows become {steps}.",
+        listed("The rules that end lowest with 4 times the batch, as far as seeds tell", alike),
+        f"With equal tokens, {STEPS} steps of {BATCH} rows become {steps}. Adam was not run at 2 times the batch.",
         f"The rates tried for the batch of {BATCH} rows: {'; '.join(other)}.",
     ]
 
 
 def draw(figure: Any, rows: list[Row], ink: str) -> None:
     panels = figure.subplots(1, 2)
-    for axes, way in zip(panels, WAYS):
-        begun = base(rows, way)
+    for axes, (way, lr) in zip(panels, BASE.items()):
+        begun = ended(rows, way, lr)
         axes.axhspan(min(begun.values), max(begun.values), color=ink, alpha=0.15, linewidth=0)
         for rule, color in zip(RULES, COLORS):
-            each = [begun, *(scaled(rows, way, k, rule) for k in TIMES)]
-            band(axes, (1, *TIMES), each, color, label=rule)
-        axes.set_xscale("log", base=4)
+            tried = [k for k in TIMES if rule in rules(way, k)]
+            each = [begun, *(ended(rows, way, lr, k, rule) for k in tried)]
+            band(axes, (1, *tried), each, color, label=rule)
+        axes.set_xscale("log", base=2)
         axes.set_xticks((1, *TIMES), [str(BATCH * k) for k in (1, *TIMES)])
         axes.minorticks_off()
         axes.set(title=way, xlabel="rows per step, equal tokens")

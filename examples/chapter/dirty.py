@@ -60,7 +60,7 @@ PART = Part(
     title="Cleaned text",
     claim="A model learns more from text that has been filtered and has no duplicates than from the same number of "
     "tokens of the text as it was found.",
-    source="Penedo et al. 2024 ([arXiv:2406.17557](https://arxiv.org/abs/2406.17557)), on models of 1.7 B parameters "
+    source="Penedo et al. 2024 ([arXiv:2406.17557](https://arxiv.org/abs/2406.17557)), on models of 1.8 B parameters "
     "and text from the web. The dirt here is made, and the text is sentences from Python's documentation.",
     runs=runs,
     told=told,

@@ -24,12 +24,13 @@ def band(axes: Any, x: Any, each: Any, color: str, line: str = "-", label: str =
     axes.plot(place, [f.mean for f in ended], "o", linestyle=line, color=color, markersize=3, label=label)
 
 
-def ranges(axes: Any, names: Sequence[str], kinds: Mapping[str, Sequence[Found]]) -> None:
-    """Draw means with the range over seeds, a row for each name; `kinds` gives those of each label."""
+def ranges(axes: Any, names: Sequence[str], kinds: Mapping[str, Sequence[Found | None]]) -> None:
+    """Draw means with the range over seeds, a row for each name; `kinds` gives those of each label, None for none."""
     for i, ((label, each), color) in enumerate(zip(kinds.items(), COLORS, strict=False)):
-        place = [y + (i - (len(kinds) - 1) / 2) * 0.18 for y in range(len(each))]
-        low, high = zip(*((f.mean - min(f.values), max(f.values) - f.mean) for f in each))
-        axes.errorbar([f.mean for f in each], place, xerr=(low, high), fmt="o", color=color, markersize=4, label=label)
+        shift = (i - (len(kinds) - 1) / 2) * 0.18
+        place, drawn = zip(*((y + shift, f) for y, f in enumerate(each) if f is not None))
+        low, high = zip(*((f.mean - min(f.values), max(f.values) - f.mean) for f in drawn))
+        axes.errorbar([f.mean for f in drawn], place, xerr=(low, high), fmt="o", color=color, markersize=4, label=label)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(y=0.1)

@@ -1,24 +1,29 @@
 """Measures of a trained model that its log does not have."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
 
 import llmfast
-from llmfast.data import FIM, Dataset, FIMRows, PackedRows, Rows, Tokenizer, fim_prompt
+from llmfast.data import FIM, Dataset, FIMRows, Mixed, PackedRows, Rows, Tokenizer, fim_prompt
 from llmfast.losses import linear_cross_entropy
-from llmfast.train import Config
+from llmfast.train import Config, Hooks, Trainer
 from llmfast.train.metrics import read_metrics
-from llmfast.train.parts import evaluation_batches, prepare_data
+from llmfast.train.parts import evaluation_batches, make_mixture, make_objective, make_optimizer, prepare_data
 
 Array = npt.NDArray[Any]
 GROUPS = 5  # of tokens by frequency, each about as much of the held-out text
 GAP = ("Return the ", " of the list.")  # what stands before and after the text to fill in
 MOST_FILLED = 40  # bytes
+TIMED = 40  # steps, of which the fastest counts
 SMOOTHING = 5.0  # counts by which a bigram's frequencies lean on the single tokens'
 
 
@@ -109,6 +114,36 @@ def entropies(run: Path, config: Config) -> dict[str, Any]:
         if "validation" in line
     ]
     return {name: round(float(np.concatenate(x).mean()), 5) for name, x in found.items()} | {"held out": curve}
+
+
+class Clock(Hooks):
+    """The processor time of each step: unlike the time on the wall, it does not count what other programs take."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    def before_step(self, trainer: Trainer) -> None:
+        self._begun = time.process_time()
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.seconds.append(time.process_time() - self._begun)
+
+
+def step_time(run: Path, config: Config) -> dict[str, Any]:
+    """Measure the processor time of a training step."""
+    model, data = opened(run, config)
+    timed, clock = replace(config, train=replace(config.train, steps=TIMED)), Clock()
+    Trainer(
+        model,
+        make_objective(timed, model, list(data.train)),
+        partial(make_optimizer, timed),
+        Mixed(data, make_mixture(timed, data)),
+        timed,
+        hooks=[clock],
+        console=Console(quiet=True),
+    ).fit()
+    return {"step_s": round(min(clock.seconds), 6)}
 
 
 def _pairs(rows: Rows, count: int) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """The page and its pictures, from the results alone."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ make chapter ARGS="decay"       # one part
 The text is that of Python's own sources and documentation, so another version of Python gives slightly other numbers.
 This page is written from `examples/chapter/results/` by the same command.
 """
-START = 2.0  # seconds of a run besides training: reading the text, the evaluation at both ends, a picture of the loss
+START = 2.0  # seconds of a run besides its steps: reading the text, the evaluation at both ends, a picture of the loss
 CORES = 2
 
 
@@ -47,9 +48,12 @@ def finished(folder: Path = RESULTS) -> list[Part]:
 
 
 def minutes(rows: list[Row]) -> float:
-    """Return how long the runs take on `CORES`, at the fastest speed that each of them had for a moment."""
-    trained = [row for row in rows if row["loss"] is not None]
-    return sum(START + row["tokens"] / row["tokens_per_s"] for row in trained) / CORES / 60
+    """Return how long the runs take on `CORES`.
+
+    A run without its processor time is one of an earlier version: it is taken to have had its highest speed throughout.
+    """
+    seconds = [row.get("seconds") or START + row["tokens"] / row.get("tokens_per_s", math.inf) for row in rows]
+    return sum(seconds) / CORES / 60
 
 
 def section(part: Part, results: dict[str, Any]) -> str:
@@ -83,8 +87,8 @@ def page(folder: Path = RESULTS) -> str:
     each = {part: minutes(found["rows"]) for part, found in results.items()}
     total, longest = sum(each.values()), max(each, key=lambda part: each[part])
     time = (
-        f"By the speeds that the runs recorded, all parts take about {total:.0f} minutes on {CORES} cores; "
-        f"{longest.name} alone takes {each[longest]:.0f}."
+        f"By the processor time and the speed that the runs recorded, all parts take about {total:.0f} minutes on "
+        f"{CORES} cores; {longest.name} alone takes {each[longest]:.0f}."
     )
     return "\n\n".join([HEAD.rstrip(), time, *(section(*part) for part in results.items())]) + "\n"
 

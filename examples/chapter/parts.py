@@ -24,17 +24,17 @@ class Part:
     command: str  # one of the runs as a user would start it
     measure: Measure | None = None
     prepare: Callable[[Path, bool], None] | None = None  # writes texts into a folder; few of them for a quick try
-    again: Callable[[list[Row]], list[Run]] | None = None  # of a sweep with one seed, what to repeat with all; or all
+    seeds: tuple[int, ...] = SEEDS  # of these runs
+    again: Callable[[list[Row]], list[tuple[Run, int]]] | None = None  # what their rows ask for: further runs and seeds
     height: float = 3.2  # of the picture, in inches
 
     def first(self) -> list[tuple[Run, int]]:
         """Return the runs to begin with, and their seeds."""
-        seeds = SEEDS if self.again is None else SEEDS[:1]
-        return [(run, seed) for run in self.runs() for seed in seeds]
+        return [(run, seed) for run in self.runs() for seed in self.seeds]
 
     def further(self, rows: list[Row]) -> list[tuple[Run, int]]:
         """Return the runs that the rows of the first ones ask for, and their seeds."""
-        return [] if self.again is None else [(run, seed) for run in self.again(rows) for seed in SEEDS[1:]]
+        return self.again(rows) if self.again else []
 
     def few(self) -> list[Run]:
         """Choose runs for a quick try: the first, one in the middle and the last."""

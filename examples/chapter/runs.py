@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -132,12 +133,13 @@ def execute(task: Task) -> Row:
     if kept.exists():
         row: Row = json.loads(kept.read_text(encoding="utf-8"))
         return row
-    config = config_of(task)
+    started, config = time.process_time(), config_of(task)
     with suppress(NonFinite):  # then the row has no loss
         train(config, overwrite=True, console=Console(quiet=True))
     row = {**task.run.labels, "seed": task.seed, **losses(task.place)}
     if task.measure is not None and row["loss"] is not None:
         row |= task.measure(task.place, config)
+    row["seconds"] = round(time.process_time() - started, 1)  # of a processor: what it waits for others is not counted
     if task.last:
         for checkpoint in task.place.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

@@ -65,6 +65,12 @@ def listed(about: str, sentences: Iterable[str]) -> str:
     return "\n".join([f"{about}:\n", *(f"- {sentence}" for sentence in sentences)])
 
 
+def joined(items: Sequence[Any]) -> str:
+    """Write items as a list in a sentence."""
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def best(candidates: Sequence[Found]) -> Found:
     """Return the one with the lowest mean."""
     return min(candidates, key=lambda each: each.mean)

@@ -16,15 +16,19 @@ import torch
 from docs.figures import INK, PLOT_WIDTH, digest_of, drawn_from, paint
 from examples.chapter import runs as chapter_runs
 from examples.chapter.__main__ import main
+from examples.chapter.batch import BASE, RATES, ended
 from examples.chapter.dirt import counted, dirtied, sentences
-from examples.chapter.measures import GAP, MOST_FILLED, filled
+from examples.chapter.measures import GAP, MOST_FILLED, TIMED, filled, step_time
+from examples.chapter.mtp import PLAIN, TOKENS, WAYS
+from examples.chapter.optimizers import WAYS as OPTIMIZERS
+from examples.chapter.optimizers import repeated, sweep
 from examples.chapter.page import PAGE, PICTURES, RESULTS, finished, minutes, page, read, section
 from examples.chapter.parts import Part, parts
 from examples.chapter.runs import HERE, SEEDS, Run
 from examples.chapter.scaling import LARGE, predicted
 from examples.chapter.told import Found, as_good_as_best, compared, differ, found, verdict
 from llmfast.data import ByteTokenizer, fim_prompt
-from llmfast.train import load_config
+from llmfast.train import FurtherTokens, Trainer, load_config
 from llmfast.train.trainer import NonFinite
 
 FINISHED = finished()
@@ -49,7 +53,7 @@ def test_every_part_runs_a_few_steps_and_none_twice(tmp_path: Path, monkeypatch:
             rows
         )
         for row in rows:
-            assert 1 < row["loss"] < 10 and row["tokens"] > 50 and row["parameters"] > 1000
+            assert 1 < row["loss"] < 10 and row["tokens"] > 50 and 0 < row["seconds"] < 60 and row["parameters"] > 1000
             assert all(0 < value < 20 for value in row.get("loss by group", []) if value is not None)
             assert name != "dirty" or 0 <= row["dirt kept"] < row["dirt"] < row["documents"]
     assert not list((tmp_path / "runs").rglob("*/checkpoint-*")) or {
@@ -76,7 +80,9 @@ def test_a_run_that_diverges_has_no_loss(tmp_path: Path, monkeypatch: pytest.Mon
         raise NonFinite
 
     monkeypatch.setattr(chapter_runs, "train", diverge)
-    assert chapter_runs.execute(task) == {"way": "wild", "seed": 0, "loss": None, "tokens": 0}
+    row = chapter_runs.execute(task)
+    assert 0 <= row.pop("seconds") < 10
+    assert row == {"way": "wild", "seed": 0, "loss": None, "tokens": 0}
 
 
 def test_parts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +191,7 @@ def made_up(part: Part) -> list[dict[str, Any]]:
             | {"documents": 500, "dirt": 250, "characters": 10**6}
             | {"documents kept": 100, "dirt kept": 10, "characters kept": 10**5}
             | {"unigram": x[7], "bigram": x[8], "held out": [[10, 5.0], [20, x[0]]]}
+            | {"step_s": x[11]}
         )
 
     rows = [row(*wanted) for wanted in part.first()]
@@ -221,15 +228,64 @@ def test_a_law_that_holds_predicts_the_larger_run() -> None:
     assert predicted(rows).startswith("No law could be fitted")
 
 
-def test_a_rule_for_larger_batches_is_named_if_it_keeps_the_loss() -> None:
+def test_a_rule_for_larger_batches_holds_as_long_as_it_keeps_the_loss() -> None:
     part = parts()["batch"]
     rows = made_up(part)
     for row in rows:
-        worse = row["k"] > 1 and (row["way"], row["rule"]) != ("SGD", "times k")
+        kept = {("SGD", "times k"): (2,), ("SGD", "unchanged"): (4,)}
+        worse = row["k"] > 1 and row["k"] not in kept.get((row["way"], row["rule"]), ())
         row["loss"] = 2.0 + worse + 0.1 * row["seed"]
-    sgd, adam, *_ = part.told(rows)
-    assert sgd == "SGD, from lr 1: at 4 times the batch, a rate times k keeps the loss of the small one."
-    assert adam == "Adam, from lr 0.003: at 4 times the batch, no rule keeps the loss of the small one."
+    holds, _, lowest, *_ = part.told(rows)
+    assert "- SGD, from lr 1: the rate times k holds at 2 times the batch and breaks at 4 times" in holds
+    assert "- Adam, from lr 0.003: the rate times sqrt(k) breaks at 4 times the batch." in holds
+    assert "- SGD: unchanged." in lowest
+    assert "- Adam: unchanged, times sqrt(k) and times k." in lowest
+
+
+@pytest.mark.parametrize("way", RATES)
+def test_larger_batches_begin_with_the_best_rate_of_the_small_one(way: str) -> None:
+    rows = read(parts()["batch"])["rows"]
+    low, best, high = (ended(rows, way, lr).mean for lr in RATES[way])
+    assert best < min(low, high)
+    assert BASE[way] == RATES[way][1]
+
+
+def test_who_is_not_behind_at_equal_tokens_takes_fewer_steps_at_equal_time() -> None:
+    part = parts()["mtp"]
+    assert part.again is not None
+    rows = made_up(part)
+    for row in rows:
+        row["loss"] = 3.0 + 0.1 * row["seed"] + (row["way"] == "2 parallel heads")
+        row["step_s"] = {PLAIN: 0.01, "4 parallel heads": 0.05}.get(row["way"], 0.02) * (1 + row["seed"])
+    steps = {run.labels["way"]: run.labels["steps"] for run, _ in part.again(rows)}
+    assert steps == {
+        way: 96 if way == "4 parallel heads" else 240 for way in WAYS if way not in (PLAIN, "2 parallel heads")
+    }
+    assert all(f"train.steps={run.labels['steps']}" in run.settings for run, _ in part.again(rows))
+    assert [seed for _, seed in part.again(rows)] == [*SEEDS] * 3
+    again = [run.labels | {"seed": seed, "loss": 3.5, "step_s": 1.0} for run, seed in part.again(rows)]
+    assert "| - | 2.00 |" in part.told(first := [row for row in rows if row["at"] == TOKENS] + again)[2]
+    assert "| 3.500 (3.500 to 3.500) | 5.00 |" in part.told(first)[2]
+
+
+def test_the_time_of_a_step_is_the_least_processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fit(trainer: Trainer) -> bool:
+        (clock,) = trainer.hooks
+        seen.append((trainer.config.train.steps, type(trainer.objective)))
+        for start, end in ((1.0, 1.5), (2.0, 2.25), (3.0, 4.0)):
+            times = iter((start, end))
+            monkeypatch.setattr("time.process_time", lambda times=times: next(times))
+            clock.before_step(trainer)
+            clock.after_step(trainer)
+        return True
+
+    task = chapter_runs.Task("mtp", parts()["mtp"].runs()[1], 0, tmp_path, quick=True)
+    chapter_runs.execute(task)
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert step_time(task.place, chapter_runs.config_of(task)) == {"step_s": 0.25}
+    assert seen == [(TIMED, FurtherTokens)]
 
 
 def alike(value: Any, seed: int) -> Any:
@@ -246,13 +302,14 @@ def alike(value: Any, seed: int) -> Any:
 
 def groups(rows: list[dict[str, Any]], part: Part) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each kind of run."""
-    for run in part.runs():
+    further = [run for run, _ in part.further(rows[: len(part.first())])]
+    for run in {chapter_runs.Task(part.name, run, 0, HERE).name: run for run in [*part.runs(), *further]}.values():
         yield [row for row in rows if row.items() >= run.labels.items()]
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """Return every number of a row that a sentence may be about."""
-    flat = {key: value for key, value in row.items() if isinstance(value, float)}
+    flat = {key: value for key, value in row.items() if isinstance(value, float) and key not in ("seconds", "step_s")}
     flat |= {f"group {g}": value for g, value in enumerate(row.get("loss by group", []))}
     first, last = row["by source"]
     flat |= {f"{source} at the end": loss for source, loss in last.items()}
@@ -293,8 +350,24 @@ def test_claims_of_the_page_are_larger_than_the_spread(part: Part) -> None:
             assert abs(a - b) < max(high_a - low_a, high_b - low_b) + 0.002
 
 
+@pytest.mark.parametrize("way", OPTIMIZERS)
+def test_no_optimizer_is_best_at_an_end_of_its_sweep(way: str) -> None:
+    rows = read(parts()["optimizers"])["rows"]
+    tried, ended = sweep(rows, way), repeated(rows, way)
+    assert min(ended, key=lambda lr: ended[lr].mean) not in (min(tried), max(tried))
+
+
+def test_the_best_rates_are_repeated_with_the_other_seeds() -> None:
+    part = parts()["optimizers"]
+    again = part.further([run.labels | {"loss": abs(run.labels["lr"] - 0.01)} for run, _ in part.first()])
+    rates = {way: [(run.labels["lr"], seed) for run, seed in again if run.labels["way"] == way] for way in OPTIMIZERS}
+    assert rates["Adam"] == [(0.01, 1), (0.01, 2)]
+    assert rates["SGD"] == [(0.1, 1), (0.1, 2)]
+
+
 def test_the_parts_take_less_than_90_minutes() -> None:
-    assert minutes([{"loss": 2.0, "tokens": 12_000, "tokens_per_s": 2_000}, {"loss": None}]) == 8 / 2 / 60
+    fast, slow = {"tokens": 12_000, "tokens_per_s": 2_000}, {"tokens": 12_000, "tokens_per_s": 2, "seconds": 6.5}
+    assert minutes([fast, slow, {"loss": None, "tokens": 5000}]) == pytest.approx((2 + 6 + 6.5 + 2) / 2 / 60)
     taken = {part.name: minutes(read(part)["rows"]) for part in FINISHED}
     assert sum(taken.values()) < 90
     assert f"take about {sum(taken.values()):.0f} minutes on 2 cores" in PAGE.read_text(encoding="utf-8")
