@@ -47,7 +47,7 @@ class Terms:
 
 
 class Rows(NamedTuple):
-    """Results of N rows, all (N,) but the last. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
+    """Results of N rows, all (N,) but the last two. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
     logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
     peak is the largest logit in the unit of the row operations that made it.
@@ -59,10 +59,11 @@ class Rows(NamedTuple):
     entropy: Tensor | None  # f32
     argmax: Tensor | None  # int64
     logprobs: Tensor | None = None  # (N, K) f32, unweighted: of each target; 0 for ignored ones
+    taught: Tensor | None = None  # (N, TAUGHT) f32: what backward reads besides, if rows have a teacher
 
     @property
     def softmax(self) -> "Softmax":
-        return Softmax(self.peak, self.total, self.entropy)
+        return Softmax(self.peak, self.total, self.entropy, self.taught)
 
 
 class Softmax(NamedTuple):
@@ -71,6 +72,7 @@ class Softmax(NamedTuple):
     peak: Tensor
     total: Tensor
     entropy: Tensor | None = None  # needed only with `Upstream.entropy`
+    taught: Tensor | None = None  # needed only with a teacher
 
 
 class Upstream(NamedTuple):

@@ -226,7 +226,12 @@ class LinearCrossEntropy(Loss):
             ids=self.targets.classes.shape[1] if self.logprobs else 0,
             **({} if kernels else plain.space(self.terms, self.stats, self.targets.classes.shape[1])),
         )
+        call = self._taught(call)
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)
+
+    def _taught(self, call: Call) -> Call:
+        """Return the call with what a teacher costs."""
+        return call
 
     def _stages(self, plan: LinearCrossEntropyPlan, matrices: Matrices, inputs: Tensors) -> Stages:
         bias, terms = inputs[2], self.terms
