@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast._dispatch import expect_data, multiplies_into_float32
+from llmfast._dispatch import expect_data, multiplies_into_float32, use_kernels
 from llmfast.losses import plain_distillation
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
@@ -172,11 +172,20 @@ class LinearDistillation(LinearCrossEntropy):
         return False
 
     def ops(self, t: Tensor) -> RowOps:
-        own = super().ops(t)
-        return own._replace(
-            cross_entropy=partial(self._rows, plain_distillation.distillation),
-            cross_entropy_backward=partial(self._rows_backward, plain_distillation.distillation_backward),
+        functions: Any = plain_distillation
+        if self._by_kernels(t):
+            from llmfast_kernels import distillation as functions  # not everyone has Triton
+        return (
+            super()
+            .ops(t)
+            ._replace(
+                cross_entropy=partial(self._rows, functions.distillation),
+                cross_entropy_backward=partial(self._rows_backward, functions.distillation_backward),
+            )
         )
+
+    def _by_kernels(self, t: Tensor) -> bool:
+        return use_kernels(t) and self.targets.teacher.ids is None
 
     def _rows(self, function: Any, logits: Tensor, targets: Targets, terms: Terms, **more: Any) -> Rows:
         for name in ("stats", "logprobs"):
@@ -213,7 +222,9 @@ class LinearDistillation(LinearCrossEntropy):
     def _taught(self, call: Call) -> Call:
         teacher = self.targets.teacher
         K = 0 if teacher.ids is None else teacher.ids.shape[1]
-        more: dict[str, Any] = {"taught": TAUGHT, "keeps": False, **plain_distillation.space(K)}
+        more: dict[str, Any] = {"taught": TAUGHT, "keeps": False}
+        if not (call.kernels and teacher.ids is None):
+            more |= plain_distillation.space(K)
         if teacher.hidden is not None:
             dtype = self.teacher_dtype or teacher.hidden.dtype
             cast_for_product = dtype != teacher.hidden.dtype and not self._products().float32

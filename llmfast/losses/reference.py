@@ -154,11 +154,11 @@ def linear_distillation(
 def _classes(teacher: AnyTeacher, q: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the student and a teacher, of all classes or of K and the others as one."""
     if isinstance(teacher, TeacherStates):
-        logits = teacher.hidden.to(q.dtype) @ teacher.weight.to(q.dtype).T
+        logits = teacher.hidden @ teacher.weight.T
         if teacher.bias is not None:
             logits = logits + teacher.bias
         x = _final(logits, {"softcap": teacher.softcap, "logit_scale": teacher.logit_scale})
-        return q, (x / o["temperature"]).log_softmax(-1)
+        return q, (x.to(q.dtype) / o["temperature"]).log_softmax(-1)
     if isinstance(teacher, TeacherLogits):
         return q, (teacher.logits.to(q.dtype) / o["temperature"]).log_softmax(-1)
     if isinstance(teacher, TeacherProbabilities):

@@ -1,8 +1,11 @@
 """`linear_distillation` on both paths against its definition in float64, and against torch's own `kl_div`."""
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evidence.traffic import counting
+import llmfast_kernels.distillation
+import llmfast_kernels.scale
+from evidence.dry_run import reserve
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, counting
 from llmfast.losses import (
     TeacherLogits,
     TeacherProbabilities,
@@ -21,7 +28,9 @@ from llmfast.losses import (
     linear_distillation,
     reference,
 )
+from support.code_blocks import ROOT
 from support.launched import unrecorded
+from support.numerics import assert_close_in_norm
 from support.plans import SIZES, forced
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -46,6 +55,13 @@ def draw_teacher(name: str, tokens: tuple[int, ...], V: int, K: int, dtype: torc
     values, ids = p.log().topk(min(K, V), -1)
     ids[..., 1:][torch.rand(ids[..., 1:].shape) < 0.2] = -100
     return TeacherTopK(ids, values.to(dtype), "drop" if name == "top K" else "bucket")
+
+
+def in_dtype(teacher: Any, dtype: torch.dtype) -> Any:
+    """Return a teacher whose products have this dtype."""
+    if not isinstance(teacher, TeacherStates):
+        return teacher
+    return replace(teacher, hidden=teacher.hidden.to(dtype), weight=teacher.weight.to(dtype))
 
 
 def outcome(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, *given: Any, **o: Any) -> Any:
@@ -103,7 +119,8 @@ def test_everything_at_once_matches_float64(path: str, **case: Any) -> None:
     upstream = torch.randn(tokens if case["reduction"] == "none" else ())
 
     def run(function: Any, dtype: torch.dtype, **more: Any) -> list[Tensor]:
-        return outcome(function, [t.to(dtype) for t in inputs], upstream, teacher, targets, **options, **more)
+        own = [t.to(dtype) for t in inputs]
+        return outcome(function, own, upstream, in_dtype(teacher, dtype), targets, **options, **more)
 
     with forced(None, case["size"]):
         ours = run(linear_distillation, dtype, slab_dtype=None if dtype == F64 else case["slab_dtype"])
@@ -115,6 +132,45 @@ def test_everything_at_once_matches_float64(path: str, **case: Any) -> None:
     compare(
         ours, run(reference.linear_distillation, dtype), truth, torch.finfo(dtype).eps * (1 if dtype == BF16 else 8)
     )
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("chunk", 2), ("recompute", 3)])
+@pytest.mark.parametrize(("teacher", "dtype"), [("states", BF16), ("states", F32), ("probabilities", F32)])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_real_vocabulary(
+    path: str, mode: str, rows: int, teacher: str, dtype: torch.dtype, hard: bool, kind: str
+) -> None:
+    """Take several whole tiles and a tail; these launches are compiled too."""
+    V, temperature = 50257, 1.6 if hard else 1.0
+    hidden, weight = torch.randn(3, D).to(dtype), torch.randn(V, D).to(dtype)
+    said, targets = draw_teacher(teacher, (3,), V, 0, dtype), torch.tensor([0, 16384, 50256])
+    more: dict[str, Any] = {"targets": targets, "hard_weight": 0.5, "temperature": temperature} if hard else {}
+    upstream = torch.randn(3 if mode == "recompute" else ())
+    more |= {"kind": kind, "reduction": "none" if mode == "recompute" else "mean"}
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        own = [hidden.to(dtype), weight.to(dtype)]
+        return outcome(function, own, upstream, in_dtype(said, dtype), **more)
+
+    with forced(mode, rows=rows):
+        ours = run(linear_distillation, dtype)
+    theirs, truth = run(reference.linear_distillation, dtype), run(reference.linear_distillation, F64)
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert_close_in_norm(a, b, c, factor=2.5)
+
+
+def test_capped_rows_with_a_bias(path: str) -> None:
+    """Take all terms of the logits, on both sides; these launches are compiled too."""
+    h, w, b, y = torch.randn(3, D), torch.randn(9000, D), torch.randn(9000), torch.tensor([1, -100, 8999])
+    said = draw_teacher("capped states", (3,), 9000, 0, F32)
+    options = {"kind": "jsd", "softcap": 5.0, "logit_scale": 1.3, "hard_weight": 0.5, "temperature": 1.6}
+    for reduction, upstream in (("mean", torch.ones(())), ("none", torch.randn(3))):
+        ours, want = (
+            outcome(f, [h, w, b], upstream, said, y, reduction=reduction, **options)
+            for f in (linear_distillation, reference.linear_distillation)
+        )
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
 
 
 def test_reference_is_what_torch_means() -> None:
@@ -284,6 +340,69 @@ def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, name: str, options: dict[
     assert least < 1 << 19
     for budget in (least, 2 * least, 1 << 20, 4 << 20):
         assert held(budget) <= budget
+
+
+class Nothing:
+    """A kernel that is not run: memory is what launchers and torch take."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **options: None
+
+
+def count(N: int, function: Callable[..., Tensor], D: int = 2048, V: int = 128256, **options: Any) -> Counts:
+    """Count a call at the size of a real model on a pretended GPU, without computing anything large."""
+    hidden, weight = (reserve(n, D, dtype=BF16).requires_grad_() for n in (N, V))
+    teacher = TeacherStates(*(reserve(n, 2 * D, dtype=BF16) for n in (N, V)))
+    pair = {"distillation_kernel": Nothing(), "distillation_backward_kernel": Nothing()}
+    kernels = mock.patch.multiple(llmfast_kernels.distillation, **pair)
+    scale = mock.patch.object(llmfast_kernels.scale, "scale_kernel", Nothing())
+    with kernels, scale, pretending_cuda(), counting(dry=True) as counts:
+        loss = function(hidden, weight, teacher, **options)
+        loss.backward(torch.ones_like(loss))
+    counts.peak_bytes -= hidden.nbytes + weight.nbytes
+    return counts
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("slab_dtype", [None, F32])
+@pytest.mark.parametrize("N", [1024, 8192])
+def test_a_budget_is_kept(N: int, slab_dtype: torch.dtype | None, reduction: str) -> None:
+    options = {"slab_dtype": slab_dtype, "reduction": reduction}
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        count(N, linear_distillation, memory_budget=1, **options)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    for budget in (least, 32 << 20, 200 << 20, 1 << 30, 3 << 30):
+        if budget >= least and 8 * N * 128256 / budget < 400:  # launches to count
+            assert count(N, linear_distillation, memory_budget=budget, **options).peak_bytes <= budget
+
+
+def plain_kl(h: Tensor, w: Tensor, teacher: TeacherStates, kind: str = "forward_kl") -> Tensor:
+    with torch.no_grad():
+        t = F.linear(teacher.hidden, teacher.weight)
+    q, p = (x.float().log_softmax(-1) for x in (F.linear(h, w), t))
+    del t
+    if kind == "forward_kl":
+        return F.kl_div(q, p, reduction="batchmean", log_target=True)
+    m = torch.logsumexp(torch.stack([x - math.log(2) for x in (p, q)]), 0)
+    return sum((F.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q)), m.new_zeros(())) / 2
+
+
+def test_the_table_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    calls: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+        "`F.kl_div` of `log_softmax` in float32, forward KL": [(plain_kl, {})],
+        "the same with a mixture, JSD": [(plain_kl, {"kind": "jsd"})],
+        "`linear_distillation`, either": [(linear_distillation, {}), (linear_distillation, {"kind": "jsd"})],
+        "`memory_budget=64 << 20`, either": [
+            (linear_distillation, {"memory_budget": 64 << 20, "kind": kind}) for kind in ("forward_kl", "jsd")
+        ],
+    }
+    for name, ways in calls.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        for function, options in ways:
+            counts = count(8192, function, **options)
+            products = counts.total().dot_flops.total() / (2 * 8192 * 2048 * 128256)
+            assert row.endswith(f"| {counts.peak_bytes / (1 << 30):.2f} | {products:.2f} |")
 
 
 @pytest.mark.parametrize(
