@@ -61,10 +61,11 @@ class Rows(NamedTuple):
     argmax: Tensor | None  # int64
     logprobs: Tensor | None = None  # (N, K) f32, unweighted: of each target; 0 for ignored ones
     places: Tensor | None = None  # (N, K) int64: classes with a larger logit than each target; -1 for ignored ones
+    taught: Tensor | None = None  # (N, TAUGHT) f32: what backward reads besides, if rows have a teacher
 
     @property
     def softmax(self) -> "Softmax":
-        return Softmax(self.peak, self.total, self.entropy)
+        return Softmax(self.peak, self.total, self.entropy, self.taught)
 
 
 class Softmax(NamedTuple):
@@ -73,6 +74,7 @@ class Softmax(NamedTuple):
     peak: Tensor
     total: Tensor
     entropy: Tensor | None = None  # needed only with `Upstream.entropy`
+    taught: Tensor | None = None  # needed only with a teacher
 
 
 class Upstream(NamedTuple):

@@ -1,6 +1,7 @@
 """The losses as autograd functions outside `torch.compile`. `operators.py` has those for use inside it."""
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ class EagerLoss(torch.autograd.Function):
             )
         d_loss, _, d_lse, d_entropy, *_ = upstream
         saved, n = ctx.saved_tensors, len(ctx.wants)
-        inputs, softmax = saved[:n], Softmax(*saved[n : n + 3])
+        inputs, softmax = saved[:n], Softmax(*saved[n : n + len(Softmax._fields)])
         loss, returned = ctx.loss.weighted(Returned(d_loss, d_lse, d_entropy))
         return None, None, *loss.backward(inputs, ctx.wants, softmax, returned, ctx.kept)
 
@@ -70,4 +71,8 @@ def _apply(*arguments: Any) -> Any:
 
 
 def _tensors(record: Any) -> list[Tensor]:
-    return [value for value in vars(record).values() if isinstance(value, Tensor)]
+    """Return the tensors of a dataclass, and of dataclasses within it."""
+    found = []
+    for value in vars(record).values():
+        found += [value] if isinstance(value, Tensor) else _tensors(value) if is_dataclass(value) else []
+    return found

@@ -139,7 +139,7 @@ class Operators:
         return (
             value.clone() if value is rows.loss else value,
             rows.loss,
-            *(rows.loss.new_empty(0) if t is None else t for t in rows.softmax),
+            *(rows.loss.new_empty(0) if t is None else t for t in (rows.peak, rows.total, rows.entropy)),
             rows.loss.new_empty(0, dtype=torch.int64) if rows.argmax is None else rows.argmax,
             rows.loss.new_empty(0) if lse is None else lse,
             rows.loss.new_empty(0, dtype=torch.int64) if rows.places is None else rows.places,

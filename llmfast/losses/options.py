@@ -267,6 +267,34 @@ class MTPLogprobOptions(LinearLogprobOptions, total=False):
     heads: Annotated[int | None, Option(None)]
 
 
+Kind = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+def _beta(name: str, value: float, inputs: Inputs, options: Any) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1]; got {value}")
+    expect(options["kind"] == "jsd", f"{name} needs kind='jsd'; got kind={options['kind']!r}")
+
+
+class DistillationOptions(TargetOptions, LogitOptions, ProductOptions, total=False):
+    """Keyword arguments of `linear_distillation`."""
+
+    kind: Annotated[
+        Kind, Option("forward_kl", must("be 'forward_kl', 'reverse_kl' or 'jsd'", get_args(Kind).__contains__))
+    ]
+    beta: Annotated[float | None, Option(None, _beta)]
+    temperature: Annotated[
+        float, Option(1.0, must("be a positive number", lambda x: not isinstance(x, Tensor) and x > 0))
+    ]
+    soft_weight: Annotated[float, Option(1.0)]
+    hard_weight: Annotated[float, Option(0.0)]
+    token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
+    reduction: Annotated[
+        Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", get_args(Reduction).__contains__))
+    ]
+    num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
+
+
 class MTPOptions(RowOptions, RankOptions, ProductOptions, FilterOptions, total=False):
     """Keyword arguments of `mtp_cross_entropy`. The last four are its own."""
 
@@ -325,12 +353,14 @@ def complete(function: str, defaults: AnyOptions, given: AnyOptions) -> AnyOptio
     return options
 
 
-def check(given: Mapping[str, Any], options: LossOptions, inputs: Inputs) -> None:
+def check(
+    given: Mapping[str, Any], options: LossOptions, inputs: Inputs, table: "Mapping[str, Option] | None" = None
+) -> None:
     """Raise ValueError or TypeError unless the targets, and the options that are `given`, fit the rest."""
     _check_targets(inputs, options["ignore_index"])
     for name, value in given.items():
         if value is not None:
-            for test in TABLE[name].checks:
+            for test in (TABLE if table is None else table)[name].checks:
                 test(name, value, inputs, options)
 
 

@@ -202,7 +202,7 @@ def cross_entropy_backward(
     V: int | None = None,
     d_logits: Tensor,  # like `logits`, filled; may be `logits`
 ) -> None:
-    (peak, total, entropy), (d_loss, d_lse, d_entropy) = softmax, upstream
+    (peak, total, entropy, _), (d_loss, d_lse, d_entropy) = softmax, upstream
     logits, d_logits = logits[:, :V], d_logits[:, :V]
     weights = _Weights(targets, terms, logits.shape[1], peak.dtype)
     mass = weights.mass(everywhere=True)

@@ -4,19 +4,22 @@ Names and arguments are those of `llmfast.losses`, without those that only say h
 float32; float64 stays float64.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llmfast.losses.options import LogprobOptions, LossOptions, complete, defaults, takes
+from llmfast.losses.options import DistillationOptions, LogprobOptions, LossOptions, complete, defaults, takes
 from llmfast.losses.targets import LogprobStats, LossStats
+from llmfast.losses.teachers import AnyTeacher, TeacherLogits, TeacherProbabilities, TeacherStates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULTS: LossOptions = defaults(LossOptions)
 _LOGPROBS: LogprobOptions = defaults(LogprobOptions)
+_DISTILLATION: DistillationOptions = defaults(DistillationOptions)
 
 
 @takes(LossOptions)
@@ -121,6 +124,71 @@ def linear_logprobs(
     """Compute what `llmfast.losses.linear_logprobs` means."""
     logits = hidden @ weight.T
     return logprobs(logits if bias is None else logits + bias, ids, return_stats=return_stats, **options)
+
+
+@takes(DistillationOptions)
+def linear_distillation(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    teacher: AnyTeacher,
+    targets: Tensor | None = None,  # (...)
+    **options: "Unpack[DistillationOptions]",
+) -> Tensor:
+    """Compute what `llmfast.losses.linear_distillation` means; options on how to compute change nothing."""
+    o: dict[str, Any] = {**complete("linear_distillation", _DISTILLATION, options)}
+    logits = hidden @ weight.T
+    x = _final(logits if o["bias"] is None else logits + o["bias"], o)
+    q = (x / o["temperature"]).log_softmax(-1)
+    q, p = _classes(teacher, q, o)
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[o["kind"]] if o["beta"] is None else o["beta"]
+    if beta == 0:
+        soft = _kl(p, q)
+    elif beta == 1:
+        soft = _kl(q, p)
+    else:
+        m = torch.logaddexp(p + math.log(beta), q + math.log(1 - beta))
+        soft = beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+    loss, valid = o["soft_weight"] * soft, torch.ones_like(soft, dtype=torch.bool)
+    if targets is not None:
+        valid = targets != o["ignore_index"]
+        y = targets.masked_fill(~valid, 0).long()
+        loss = loss - o["hard_weight"] * x.log_softmax(-1).gather(-1, y[..., None])[..., 0]
+    t = torch.ones_like(soft) if o["token_weights"] is None else o["token_weights"].to(x.dtype)
+    loss = torch.where(valid, t * loss, 0.0)
+    total = torch.where(valid, t, 0.0).sum() if o["num_valid"] is None else o["num_valid"]
+    found: Tensor = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[o["reduction"]]
+    return found
+
+
+def _classes(teacher: AnyTeacher, q: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the student and a teacher, of all classes or of K and the others as one."""
+    if isinstance(teacher, TeacherStates):
+        logits = teacher.hidden @ teacher.weight.T
+        if teacher.bias is not None:
+            logits = logits + teacher.bias
+        x = _final(logits, {"softcap": teacher.softcap, "logit_scale": teacher.logit_scale})
+        return q, (x.to(q.dtype) / o["temperature"]).log_softmax(-1)
+    if isinstance(teacher, TeacherLogits):
+        return q, (teacher.logits.to(q.dtype) / o["temperature"]).log_softmax(-1)
+    if isinstance(teacher, TeacherProbabilities):
+        return q, teacher.probabilities.to(q.dtype).log()
+    given = teacher.ids != o["ignore_index"]
+    ids = torch.where(given, teacher.ids, q.shape[-1]).long()
+    p = teacher.logprobs.to(q.dtype).masked_fill(~given, -torch.inf)
+    if teacher.tail == "drop":
+        p = p - p.logsumexp(-1, keepdim=True)
+        dense = q.new_full((*q.shape[:-1], q.shape[-1] + 1), -torch.inf)
+        return q, dense.scatter(-1, ids, p)[..., :-1]
+    wider = torch.cat([q, q.new_full((*q.shape[:-1], 1), -torch.inf)], -1)
+    rest = wider.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    p_rest = torch.log(-torch.expm1(p.logsumexp(-1, keepdim=True).clamp(max=0.0)))
+    return torch.cat([wider.gather(-1, ids), rest], -1), torch.cat([p, p_rest], -1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) of log-probabilities on the last axis."""
+    none = p == -torch.inf
+    return torch.where(none, 0.0, p.exp() * torch.where(none, 0.0, p - q)).sum(-1)
 
 
 def _final(logits: Tensor, o: dict[str, Any]) -> Tensor:

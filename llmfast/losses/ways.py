@@ -91,6 +91,10 @@ class Call:
     plain_row_bytes: int = 0  # what plain torch takes for each row besides
     held: int = 0  # bytes of the call's own copies of its inputs
     keeps: bool = True  # logits may be kept until backward
+    taught: int = 0  # numbers per row that backward reads besides, with a teacher
+    teacher_width: int = 0  # of a teacher's hidden states, whose logits are made next to the others
+    teacher_bytes: int = 0  # per logit that is made so
+    teacher_cast: int = 0  # per number of the teacher's matrices, where they are cast for a product
 
     @property
     def wide(self) -> torch.dtype:
@@ -99,10 +103,10 @@ class Call:
 
     @property
     def logit_bytes(self) -> int:
-        """Bytes per logit of a slab, plus those of its gradient if that has a buffer of its own."""
+        """Bytes per logit of a slab and the teacher's, plus those of its gradient if that has a buffer of its own."""
         gradient = self.dtype.itemsize if self.slab_dtype != self.dtype and any(self.wants) else 0
         filtered = self.dtype.itemsize + 2 if self.filtered and not self.kernels else 0
-        return self.slab_dtype.itemsize + gradient + filtered
+        return self.slab_dtype.itemsize + gradient + filtered + self.teacher_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -112,7 +116,8 @@ class Call:
         gradients of their own, which become weights. Ranks add them up.
         """
         each = (7 if self.ranks else 3) * self.ids
-        numbers = ((10 if self.stats else self._numbers) + each) * self.wide.itemsize + 40 * self.ids * self.places
+        numbers = (10 if self.stats else self._numbers) + each + self.taught
+        numbers = numbers * self.wide.itemsize + 40 * self.ids * self.places
         return numbers + (24 if self.stats else 0) + self.plain_row_bytes
 
     @property
@@ -122,7 +127,7 @@ class Call:
     @property
     def joined_bytes(self) -> int:
         """Bytes per row beyond those when loss, peak and total of all chunks are joined."""
-        return 0 if self.stats else (6 - self._numbers) * self.wide.itemsize
+        return 0 if self.stats else (6 - self._numbers + self.taught) * self.wide.itemsize
 
     def modes(self, way: Way) -> Any:
         """Return the name of each way's mode."""
@@ -252,6 +257,10 @@ class Call:
         now = np.where(way.in_forward, 1.0, 0.0) * any(self.wants)
         yield Step("logits", chunks * W * e + H * e + L * s, product, chunks)
         yield Step("rows", L * s + L * e * now, 0, chunks)
+        teachers = self.teacher_width / self.D  # its product, as a share of one
+        if self.teacher_width:
+            moved = (chunks * W * teachers + H * teachers) * e + 2 * L * self.teacher_bytes
+            yield Step("logits of the teacher", moved, product * teachers, chunks)
         if not any(self.wants):
             return
         summed, kept = way.summed / max(self.V, 1), way.kept / max(self.V, 1)
@@ -279,6 +288,10 @@ class Call:
         share = self.column_share(way)
         new, slabs = share - kept, self.column_slabs(way)
         parts = slabs + (kept > 0)
+        if self.teacher_width:
+            times = later + share
+            moved = (chunks * W * later + W * share + H * times) * teachers * e + 2 * L * times * self.teacher_bytes
+            yield Step("logits of the teacher again", moved, product * times * teachers, chunks * later + slabs)
         yield Step("logits of columns again", W * e * new + slabs * H * e + L * s * new, product * new, slabs)
         yield Step("columns backward", L * (s + e) * share, 0, parts)
         if self.wants[1]:
@@ -334,7 +347,8 @@ class Call:
         hidden_sums = 0 if ranks else self.hidden_sums(way)
         finishing = way.in_forward | (way.finished > 0)
         working = kept + rows_scratch
-        looking = rows_slab // self.logit_bytes * self.slab_dtype.itemsize - room - d_hidden  # for peak and total
+        looking = rows_slab // self.logit_bytes * (self.slab_dtype.itemsize + self.teacher_bytes)
+        looking = looking - room - d_hidden  # for peak and total
         forward = working + np.where(way.in_forward, rows_slab + own_sums - room + self._rows_product(way), looking)
         finished_slab = np.minimum(way.rows, way.finished) * self.row_width * self.logit_bytes
         again = working + finished_slab + own_sums - room + hidden_sums + self._rows_product(way)
@@ -381,9 +395,10 @@ class Call:
 
     def _casts(self, rows: Any, columns: Any) -> Any:
         """Return the bytes of float32 copies for logits that a device cannot make of low precision."""
+        teachers = (rows + columns) * self.teacher_width * self.teacher_cast
         if self.slab_dtype == self.dtype or self.float32_products:
-            return 0
-        return (rows + columns) * self.D * self.slab_dtype.itemsize
+            return teachers
+        return np.maximum(teachers, (rows + columns) * self.D * self.slab_dtype.itemsize)
 
     def _scratch(self, rows: Any, width: Any) -> Any:
         """Return the bytes that plain torch takes for a block of rows."""

@@ -109,6 +109,48 @@ def _places(compiled: Compiled) -> Iterator[str]:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
 
 
+def _pairs(compiled: Compiled) -> Iterator[str]:
+    """Require loops over both rows as wide as each allows, without waiting inside, and few special functions."""
+    widths = _pair_bits(compiled)
+    if _has(compiled, "terms.bias") or _has(compiled, "teacher.bias"):
+        widths.add(128)
+    loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]
+    if not loops:
+        yield "has no loop"
+    # An exponential of each logit, and one more without temperature; the logarithm of a mixture or of a probability;
+    # two for each softcap.
+    capped = sum(compiled.kind.argument(f"{name}.softcap") is not None for name in ("terms", "teacher"))
+    hard = compiled.kind.argument("weights.hard") is not None
+    tempered = hard and compiled.kind.argument("weights.temperature") is not None
+    functions = 3 + tempered + 2 * capped
+    elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
+    for loop in loops:
+        if loop.transcendentals > functions * elements + 8:
+            yield f"takes {loop.transcendentals / elements} special functions per pair in a loop, not {functions}"
+        if not loop.access_bits <= widths:
+            yield f"accesses {loop.access_bits} bits at a time in a loop, not {widths}"
+        if loop.shuffles or loop.barriers:
+            yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
+    if _has(compiled, "d_logits_ptr") and hard:
+        yield from _order(compiled, "rewriting loop, barrier, store")
+
+
+def _pairs_backward(compiled: Compiled) -> Iterator[str]:
+    """Require accesses of both rows' full width; this kernel has no loop."""
+    code, out = compiled.facts.code, _row_bits(compiled, "d_logits_ptr")
+    if not _pair_bits(compiled) - {out} <= {*code.load_bits} or out not in code.store_bits:
+        yield f"loads {code.load_bits} and stores {code.store_bits}, not {_pair_bits(compiled)} and {out} bits"
+    if compiled.kind.argument("weights.hard") is not None:
+        yield from _order(compiled, "load, barrier, store, barrier, store")
+
+
+def _pair_bits(compiled: Compiled) -> set[int]:
+    """Return the widths of access that strides and addresses of both rows, and of the gradient's, allow."""
+    teachers = _constant(compiled, "TEACHER_VECTOR") * _BITS[compiled.kind.argument("teacher.ptr")["dtype"]]
+    own = {_row_bits(compiled, name) for name in ("logits_ptr", "d_logits_ptr") if _has(compiled, name)}
+    return own | {teachers}
+
+
 def _order(compiled: Compiled, order: str) -> Iterator[str]:
     """Require that threads wait before they access what other warps write, if a program has several warps."""
     if compiled.facts.num_warps > 1 and order not in compiled.facts.orders:
@@ -181,6 +223,8 @@ BUDGETS: dict[str, Callable[[Compiled], Iterator[str]]] = {
     "cross_entropy_kernel": _rows,
     "cross_entropy_backward_kernel": _rows_backward,
     "count_above_kernel": _places,
+    "distillation_kernel": _pairs,
+    "distillation_backward_kernel": _pairs_backward,
     "scale_kernel": _scale,
     "filtered_matmul_kernel": _filtered_matmul,
     "prepare_kernel": _anything,

@@ -1,0 +1,39 @@
+"""A teacher's part of a row's loss, as records. No Triton: the plain torch path uses the same."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llmfast_kernels.terms import Terms
+
+TAUGHT = 4  # numbers per row in `Rows.taught`, whose meaning is that of the row operations
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The loss of a row with a teacher.
+
+    soft_weight * divergence + hard_weight * cross-entropy, where the divergence of the teacher's probabilities p and
+    the student's q at the temperature is, with m = beta p + (1 - beta) q,
+
+        beta KL(p || m) + (1 - beta) KL(q || m)
+
+    and its limits KL(p || q) for beta = 0 and KL(q || p) for beta = 1.
+    """
+
+    beta: float
+    temperature: float
+    soft_weight: float
+    hard_weight: float | None  # None: there are no targets to learn
+
+
+class TeacherRows(NamedTuple):
+    """A teacher's word on N rows and some columns: logits, probabilities, or log-probabilities of some ids."""
+
+    terms: Terms  # bias, scale and cap of its logits
+    logits: Tensor | None = None  # (N, columns or more)
+    probabilities: Tensor | None = None  # (N, columns)
+    ids: Tensor | None = None  # (N, K) int64, of all columns; negative for none
+    logprobs: Tensor | None = None  # (N, K) f32
+    bucket: bool = False  # all other classes count as one; if not, they have probability 0

@@ -1,0 +1,441 @@
+"""`linear_distillation` on both paths against its definition in float64, and against torch's own `kl_div`."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import llmfast_kernels.distillation
+import llmfast_kernels.scale
+from evidence.dry_run import reserve
+from evidence.pretend_cuda import pretending_cuda
+from evidence.traffic import Counts, counting
+from llmfast.losses import (
+    TeacherLogits,
+    TeacherProbabilities,
+    TeacherStates,
+    TeacherTopK,
+    linear_cross_entropy,
+    linear_distillation,
+    reference,
+)
+from support.code_blocks import ROOT
+from support.launched import unrecorded
+from support.numerics import assert_close_in_norm
+from support.plans import SIZES, forced
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+D, TEACHER_D = 6, 10
+KINDS = ["forward_kl", "reverse_kl", "jsd"]
+TEACHERS = ["states", "capped states", "logits", "probabilities", "top K", "top K in a bucket"]
+
+
+def draw_teacher(name: str, tokens: tuple[int, ...], V: int, K: int, dtype: torch.dtype) -> Any:
+    """Draw a teacher; some of its K ids are none."""
+    if name == "states":
+        return TeacherStates(torch.randn(*tokens, TEACHER_D).to(dtype), torch.randn(V, TEACHER_D).to(dtype))
+    if name == "capped states":
+        hidden, weight = torch.randn(*tokens, TEACHER_D).to(dtype), torch.randn(V, TEACHER_D).to(dtype)
+        return TeacherStates(hidden, weight, torch.randn(V), softcap=3.0, logit_scale=0.7)
+    logits = (torch.randn(*tokens, V) * 2).to(dtype)
+    if name == "logits":
+        return TeacherLogits(logits)
+    p = logits.double().softmax(-1)
+    if name == "probabilities":
+        return TeacherProbabilities(p.to(dtype))
+    values, ids = p.log().topk(min(K, V), -1)
+    ids[..., 1:][torch.rand(ids[..., 1:].shape) < 0.2] = -100
+    return TeacherTopK(ids, values.to(dtype), "drop" if name == "top K" else "bucket")
+
+
+def in_dtype(teacher: Any, dtype: torch.dtype) -> Any:
+    """Return a teacher whose products have this dtype."""
+    if not isinstance(teacher, TeacherStates):
+        return teacher
+    return replace(teacher, hidden=teacher.hidden.to(dtype), weight=teacher.weight.to(dtype))
+
+
+def outcome(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, *given: Any, **o: Any) -> Any:
+    """Return the loss, and the gradients of its sum weighted by what is upstream."""
+    h, w, *b = leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    loss = function(h, w, *given, bias=b[0] if b else None, **o)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype).expand_as(loss))]
+
+
+def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], eps: float) -> None:
+    """Compare, allowing some roundings with which torch can be lucky."""
+    for a, b, c in zip(ours, plain, truth, strict=True):
+        assert a.shape == c.shape and a.dtype == b.dtype
+        error, allowed = (a - c).double().norm(), (b - c).double().norm()
+        slack = 8 * eps * (c.norm() + 1)
+        assert error <= 1.5 * allowed + slack, f"error {error:.3g}, torch's {allowed:.3g}, slack {slack:.3g}"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    teacher=st.sampled_from(TEACHERS),
+    kind=st.sampled_from(KINDS),
+    beta=st.sampled_from([None, 0.0, 0.1, 0.9, 1.0]),
+    temperature=st.sampled_from([1.0, 0.6, 2.5]),
+    hard_weight=st.sampled_from([0.0, 0.4]),
+    logits=st.sampled_from([{}, {"softcap": 0.7}, {"logit_scale": -1.3}, {"softcap": 5.0, "logit_scale": 1.7}]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    weights=st.booleans(),
+    bias=st.booleans(),
+    ignored=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    tokens=st.sampled_from([(1,), (9,), (3, 4), (2, 1, 3), (), (0,)]),
+    K=st.sampled_from([1, 3, 64]),
+    V=st.sampled_from([1, 2, 127, 1000, 1025]),
+    dtype=st.sampled_from([F32, BF16, F64]),
+    slab_dtype=st.sampled_from([None, F32]),
+    size=st.sampled_from([*SIZES]),
+    seed=st.integers(0, 1000),
+)
+@unrecorded()
+def test_everything_at_once_matches_float64(path: str, **case: Any) -> None:
+    torch.manual_seed(case["seed"])
+    tokens, V, dtype, kind, ignored = (case[name] for name in ("tokens", "V", "dtype", "kind", "ignored"))
+    teacher = draw_teacher(case["teacher"], tokens, V, case["K"], dtype)
+    beta = case["beta"] if kind == "jsd" else None
+    if case["teacher"] == "top K" and (kind == "reverse_kl" or beta == 1):
+        kind, beta = "jsd", 0.4
+    inputs = [torch.randn(*tokens, D).to(dtype), torch.randn(V, D).to(dtype)]
+    inputs += [torch.randn(V).to(dtype)] if case["bias"] else []
+    targets = None
+    if ignored is not None:
+        targets = torch.randint(0, V, tokens).masked_fill(torch.rand(tokens) < ignored, -100)
+    options = {"kind": kind, "beta": beta, "reduction": case["reduction"], "temperature": case["temperature"]}
+    options |= {"soft_weight": 0.7, "hard_weight": 0.0 if targets is None else case["hard_weight"], **case["logits"]}
+    options["token_weights"] = torch.rand(tokens) if case["weights"] else None
+    upstream = torch.randn(tokens if case["reduction"] == "none" else ())
+
+    def run(function: Any, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        own = [t.to(dtype) for t in inputs]
+        return outcome(function, own, upstream, in_dtype(teacher, dtype), targets, **options, **more)
+
+    with forced(None, case["size"]):
+        ours = run(linear_distillation, dtype, slab_dtype=None if dtype == F64 else case["slab_dtype"])
+    truth = run(reference.linear_distillation, F64)
+    nothing = 0 in tokens or (targets is not None and bool((targets == -100).all()))
+    if nothing and case["reduction"] == "mean":
+        assert ours[0].isnan() and truth[0].isnan() and all(not g.any() for g in ours[1:])
+        return
+    compare(
+        ours, run(reference.linear_distillation, dtype), truth, torch.finfo(dtype).eps * (1 if dtype == BF16 else 8)
+    )
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("chunk", 2), ("recompute", 3)])
+@pytest.mark.parametrize(("teacher", "dtype"), [("states", BF16), ("states", F32), ("probabilities", F32)])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_real_vocabulary(
+    path: str, mode: str, rows: int, teacher: str, dtype: torch.dtype, hard: bool, kind: str
+) -> None:
+    """Take several whole tiles and a tail; these launches are compiled too."""
+    V, temperature = 50257, 1.6 if hard else 1.0
+    hidden, weight = torch.randn(3, D).to(dtype), torch.randn(V, D).to(dtype)
+    said, targets = draw_teacher(teacher, (3,), V, 0, dtype), torch.tensor([0, 16384, 50256])
+    more: dict[str, Any] = {"targets": targets, "hard_weight": 0.5, "temperature": temperature} if hard else {}
+    upstream = torch.randn(3 if mode == "recompute" else ())
+    more |= {"kind": kind, "reduction": "none" if mode == "recompute" else "mean"}
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        own = [hidden.to(dtype), weight.to(dtype)]
+        return outcome(function, own, upstream, in_dtype(said, dtype), **more)
+
+    with forced(mode, rows=rows):
+        ours = run(linear_distillation, dtype)
+    theirs, truth = run(reference.linear_distillation, dtype), run(reference.linear_distillation, F64)
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert_close_in_norm(a, b, c, factor=2.5)
+
+
+def test_capped_rows_with_a_bias(path: str) -> None:
+    """Take all terms of the logits, on both sides; these launches are compiled too."""
+    h, w, b, y = torch.randn(3, D), torch.randn(9000, D), torch.randn(9000), torch.tensor([1, -100, 8999])
+    said = draw_teacher("capped states", (3,), 9000, 0, F32)
+    options = {"kind": "jsd", "softcap": 5.0, "logit_scale": 1.3, "hard_weight": 0.5, "temperature": 1.6}
+    for reduction, upstream in (("mean", torch.ones(())), ("none", torch.randn(3))):
+        ours, want = (
+            outcome(f, [h, w, b], upstream, said, y, reduction=reduction, **options)
+            for f in (linear_distillation, reference.linear_distillation)
+        )
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_is_what_torch_means() -> None:
+    h, w = torch.randn(7, D, dtype=F64), torch.randn(50, D, dtype=F64)
+    t = torch.randn(7, 50, dtype=F64)
+    q, p = (h @ w.T / 2).log_softmax(-1), (t / 2).log_softmax(-1)
+
+    def ours(kind: str, teacher: Any = None, **more: Any) -> Tensor:
+        teacher = teacher or TeacherLogits(t)
+        return reference.linear_distillation(h, w, teacher, kind=kind, temperature=2.0, **more)  # type: ignore[arg-type]
+
+    forward, reverse = (F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((q, p), (p, q)))
+    torch.testing.assert_close(ours("forward_kl"), forward)
+    torch.testing.assert_close(ours("reverse_kl"), reverse)
+    torch.testing.assert_close(ours("forward_kl", TeacherProbabilities(p.exp())), forward)
+    m = (0.3 * p.exp() + 0.7 * q.exp()).log()
+    a, b = (F.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q))
+    torch.testing.assert_close(ours("jsd", beta=0.3), 0.3 * a + 0.7 * b)
+    # All classes but the last, which is the bucket then.
+    values, ids = p.topk(49, -1)
+    for kind in KINDS:
+        torch.testing.assert_close(ours(kind, TeacherTopK(ids, values, "bucket")), ours(kind))
+    values = values.log_softmax(-1)
+    dropped = (values.exp() * (values - q.gather(-1, ids))).sum(-1).mean()
+    torch.testing.assert_close(ours("forward_kl", TeacherTopK(ids, values)), dropped)
+
+
+def test_the_student_of_itself_has_nothing_to_learn(path: str) -> None:
+    h, w = torch.randn(9, D), torch.randn(300, D)
+    for kind in KINDS:
+        loss, *gradients = outcome(linear_distillation, [h, w], torch.ones(()), TeacherStates(h, w), kind=kind)
+        assert abs(loss) < 1e-6 and all(g.abs().max() < 1e-6 for g in gradients)
+
+
+def test_the_hard_loss_alone_is_the_cross_entropy(path: str) -> None:
+    h, w, y = torch.randn(9, D), torch.randn(300, D), torch.randint(0, 300, (9,))
+    teacher, one = TeacherLogits(torch.randn(9, 300)), torch.ones(())
+    options = {"soft_weight": 0.0, "hard_weight": 1.0, "temperature": 3.0}
+    ours = outcome(linear_distillation, [h, w], one, teacher, y, **options)
+
+    def theirs(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear_cross_entropy(h, w, y)
+
+    torch.testing.assert_close(ours, outcome(theirs, [h, w], one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("teacher", ["states", "top K in a bucket"])
+def test_ignored_tokens_add_nothing(path: str, reduction: str, teacher: str, upstream: float) -> None:
+    """Let their hidden states be NaN, and what is upstream infinite or NaN."""
+    h, w, y = torch.randn(8, D), torch.randn(300, D), torch.randint(0, 300, (8,))
+    said = draw_teacher(teacher, (8,), 300, 5, F32)
+    y[3:] = -100
+    options: dict[str, Any] = {"reduction": reduction, "hard_weight": 0.5}
+    above = torch.ones(8) if reduction == "none" else torch.ones(())
+    want = outcome(linear_distillation, [h, w], above, said, y, **options)
+    if reduction == "none":
+        above[3:] = upstream
+        h[3:] = 1e4
+        got = outcome(linear_distillation, [h, w], above, said, y, **options)
+    else:
+        y[:] = -100
+        got = outcome(linear_distillation, [h, w], torch.tensor(upstream), said, y, **options)
+        want = [torch.zeros_like(t) for t in want]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_impossible_classes_of_the_teacher(path: str, kind: str) -> None:
+    h, w, t = torch.randn(4, D), torch.randn(40, D), torch.randn(4, 40)
+    t[:, 5:] = -torch.inf
+    ours, want = (
+        outcome(f, [h, w], torch.ones(()), TeacherLogits(t), kind=kind)
+        for f in (linear_distillation, reference.linear_distillation)
+    )
+    if kind == "reverse_kl":
+        assert ours[0] == want[0] == torch.inf
+    else:
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_go_where_the_options_say(path: str) -> None:
+    h, w = torch.randn(7, D), torch.randn(300, D).requires_grad_()
+    th, tw = torch.randn(7, TEACHER_D, requires_grad=True), torch.randn(300, TEACHER_D, requires_grad=True)
+    (want,) = torch.autograd.grad(linear_distillation(h, w, TeacherStates(th, tw)), w)
+    main = torch.ones(300, D)
+    linear_distillation(h, w, TeacherStates(th, tw), accumulate_into=main).backward()
+    assert w.grad is th.grad is tw.grad is None
+    torch.testing.assert_close(main, want + 1, rtol=1e-5, atol=1e-5)
+    half = torch.autograd.grad(linear_distillation(h, w, TeacherStates(th, tw), num_valid=14), w)[0]
+    torch.testing.assert_close(half, want / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_backward_and_a_change_of_the_teacher() -> None:
+    h, w = torch.randn(7, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
+    teacher = TeacherStates(torch.randn(7, TEACHER_D), torch.randn(300, TEACHER_D))
+    loss = linear_distillation(h, w, teacher)
+    first, again = (torch.autograd.grad(loss, [h, w], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, again)
+    teacher.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autocast_casts_both_sides_once() -> None:
+    h, w = torch.randn(7, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
+    teacher = TeacherStates(torch.randn(7, TEACHER_D), torch.randn(300, TEACHER_D))
+    low = TeacherStates(teacher.hidden.bfloat16(), teacher.weight.bfloat16())
+    want = linear_distillation(h.bfloat16(), w.bfloat16(), low)
+    with torch.autocast("cpu", BF16):
+        got = linear_distillation(h, w, teacher)
+    assert got.dtype == F32 and torch.equal(got, want)
+    assert [g.dtype for g in torch.autograd.grad(got, [h, w])] == [F32, F32]
+
+
+def test_meta_tensors() -> None:
+    h, w = (torch.empty(n, D, device="meta", requires_grad=True) for n in (7, 300))
+    teacher = TeacherStates(*(torch.empty(n, TEACHER_D, device="meta") for n in (7, 300)))
+    for reduction, shape in (("mean", ()), ("none", (7,))):
+        loss = linear_distillation(h, w, teacher, reduction=reduction)  # type: ignore[arg-type]
+        assert loss.is_meta and loss.shape == shape
+        assert [g.shape for g in torch.autograd.grad(loss.sum(), [h, w])] == [h.shape, w.shape]
+
+
+def test_compiled_the_graph_breaks() -> None:
+    h, w = torch.randn(7, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
+    teacher = TeacherStates(torch.randn(7, TEACHER_D), torch.randn(300, TEACHER_D))
+
+    def step(h: Tensor, w: Tensor) -> Tensor:
+        return linear_distillation(h * 2, w, teacher, kind="jsd") * 3
+
+    ours, want = (torch.autograd.grad(f(h, w), [h, w]) for f in (torch.compile(step, backend="aot_eager"), step))
+    torch.testing.assert_close(ours, want)
+
+
+ON_A_CPU: list[tuple[str, dict[str, Any]]] = [
+    ("capped states", {"kind": "jsd", "temperature": 2.0, "hard_weight": 0.5, "softcap": 30.0}),
+    ("states", {"kind": "reverse_kl", "slab_dtype": F32}),
+    ("logits", {"kind": "forward_kl", "reduction": "none"}),
+    ("probabilities", {"kind": "jsd", "reduction": "none", "temperature": 2.0}),
+    ("top K", {"hard_weight": 0.5}),
+    ("top K in a bucket", {"kind": "jsd", "temperature": 2.0, "hard_weight": 0.5, "softcap": 30.0}),
+    ("top K in a bucket", {"kind": "reverse_kl", "reduction": "none"}),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("name", "options"), ON_A_CPU, ids=str)
+def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
+    N, V = 64, 4096
+    hidden, weight = (torch.randn(n, 32).to(dtype).requires_grad_() for n in (N, V))
+    teacher, targets = draw_teacher(name, (N,), V, 16, dtype), torch.randint(0, V, (N,))
+
+    def held(budget: int) -> int:
+        hidden.grad = weight.grad = None
+        with counting() as counts:
+            loss = linear_distillation(hidden, weight, teacher, targets, memory_budget=budget, **options)
+            loss.backward(torch.ones_like(loss))
+        return counts.peak_bytes - hidden.nbytes - weight.nbytes
+
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        held(1)
+    found = re.search(r"at least (\d+) bytes", str(error.value))
+    assert found is not None
+    least = int(found[1])
+    assert least < 1 << 19
+    for budget in (least, 2 * least, 1 << 20, 4 << 20):
+        assert held(budget) <= budget
+
+
+class Nothing:
+    """A kernel that is not run: memory is what launchers and torch take."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **options: None
+
+
+def count(N: int, function: Callable[..., Tensor], D: int = 2048, V: int = 128256, **options: Any) -> Counts:
+    """Count a call at the size of a real model on a pretended GPU, without computing anything large."""
+    hidden, weight = (reserve(n, D, dtype=BF16).requires_grad_() for n in (N, V))
+    teacher = TeacherStates(*(reserve(n, 2 * D, dtype=BF16) for n in (N, V)))
+    pair = {"distillation_kernel": Nothing(), "distillation_backward_kernel": Nothing()}
+    kernels = mock.patch.multiple(llmfast_kernels.distillation, **pair)
+    scale = mock.patch.object(llmfast_kernels.scale, "scale_kernel", Nothing())
+    with kernels, scale, pretending_cuda(), counting(dry=True) as counts:
+        loss = function(hidden, weight, teacher, **options)
+        loss.backward(torch.ones_like(loss))
+    counts.peak_bytes -= hidden.nbytes + weight.nbytes
+    return counts
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("slab_dtype", [None, F32])
+@pytest.mark.parametrize("N", [1024, 8192])
+def test_a_budget_is_kept(N: int, slab_dtype: torch.dtype | None, reduction: str) -> None:
+    options = {"slab_dtype": slab_dtype, "reduction": reduction}
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        count(N, linear_distillation, memory_budget=1, **options)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    for budget in (least, 32 << 20, 200 << 20, 1 << 30, 3 << 30):
+        if budget >= least and 8 * N * 128256 / budget < 400:  # launches to count
+            assert count(N, linear_distillation, memory_budget=budget, **options).peak_bytes <= budget
+
+
+def plain_kl(h: Tensor, w: Tensor, teacher: TeacherStates, kind: str = "forward_kl") -> Tensor:
+    with torch.no_grad():
+        t = F.linear(teacher.hidden, teacher.weight)
+    q, p = (x.float().log_softmax(-1) for x in (F.linear(h, w), t))
+    del t
+    if kind == "forward_kl":
+        return F.kl_div(q, p, reduction="batchmean", log_target=True)
+    m = torch.logsumexp(torch.stack([x - math.log(2) for x in (p, q)]), 0)
+    return sum((F.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q)), m.new_zeros(())) / 2
+
+
+def test_the_table_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    calls: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+        "`F.kl_div` of `log_softmax` in float32, forward KL": [(plain_kl, {})],
+        "the same with a mixture, JSD": [(plain_kl, {"kind": "jsd"})],
+        "`linear_distillation`, either": [(linear_distillation, {}), (linear_distillation, {"kind": "jsd"})],
+        "`memory_budget=64 << 20`, either": [
+            (linear_distillation, {"memory_budget": 64 << 20, "kind": kind}) for kind in ("forward_kl", "jsd")
+        ],
+    }
+    for name, ways in calls.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        for function, options in ways:
+            counts = count(8192, function, **options)
+            products = counts.total().dot_flops.total() / (2 * 8192 * 2048 * 128256)
+            assert row.endswith(f"| {counts.peak_bytes / (1 << 30):.2f} | {products:.2f} |")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"teacher": torch.zeros(4, 9)}, TypeError, "teacher must be a TeacherStates, .*; got Tensor"),
+        ({"teacher": TeacherLogits(torch.zeros(4, 8))}, ValueError, r"teacher\.logits must be \(4, 9\) on cpu"),
+        ({"teacher": TeacherLogits(torch.zeros(4, 9).int())}, TypeError, r"teacher\.logits must be floating point"),
+        ({"teacher": TeacherStates(torch.zeros(3, 5), torch.zeros(9, 5))}, ValueError, r"teacher\.hidden must be \(4"),
+        ({"teacher": TeacherStates(torch.zeros(4, 5), torch.zeros(9, 6))}, ValueError, r"weight must be \(9, 5\)"),
+        ({"teacher": TeacherStates(torch.zeros(4, 5), torch.zeros(9, 5).double())}, TypeError, "must share a dtype"),
+        ({"teacher": TeacherTopK(torch.zeros(4, 2).long(), torch.zeros(4, 2))}, ValueError, "ids must differ within"),
+        ({"teacher": TeacherTopK(torch.full((4, 1), 9), torch.zeros(4, 1))}, ValueError, r"ids must be in \[0, 9\)"),
+        ({"teacher": TeacherTopK(torch.zeros(4, 1), torch.zeros(4, 1))}, TypeError, "ids must be int64 or int32"),
+        ({"teacher": TeacherTopK(torch.zeros(4, 1).long(), torch.zeros(4, 2))}, ValueError, r"logprobs must be \(4, 1"),
+        (
+            {"teacher": TeacherTopK(torch.zeros(4, 1).long(), torch.zeros(4, 1)), "kind": "reverse_kl"},
+            ValueError,
+            r"teacher\.tail must be 'bucket' for reverse_kl",
+        ),
+        ({"teacher": TeacherTopK(torch.zeros(4, 1).long(), torch.zeros(4, 1), "x")}, ValueError, "tail must be 'drop'"),  # type: ignore[arg-type]
+        ({"kind": "kl"}, ValueError, "kind must be 'forward_kl', 'reverse_kl' or 'jsd'; got 'kl'"),
+        ({"beta": 0.5}, ValueError, "beta needs kind='jsd'; got kind='forward_kl'"),
+        ({"kind": "jsd", "beta": 1.5}, ValueError, r"beta must be in \[0, 1\]; got 1.5"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a positive number; got 0.0"),
+        ({"hard_weight": 0.5}, ValueError, "hard_weight needs targets; got targets=None"),
+        ({"targets": torch.zeros(4, 2).long()}, ValueError, r"targets must be \(4,\)"),
+        ({"targets": torch.full((4,), 9)}, ValueError, r"targets must be in \[0, 9\).*found 9"),
+        ({"token_weights": torch.zeros(3)}, ValueError, r"token_weights must be \(4,\)"),
+        ({"label_smoothing": 0.1}, TypeError, "unexpected keyword argument 'label_smoothing'"),
+    ],
+)
+def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"teacher": TeacherLogits(torch.zeros(4, 9)), **change}
+    with pytest.raises(error, match=message):
+        linear_distillation(torch.zeros(4, 5), torch.zeros(9, 5), **given)
