@@ -268,7 +268,7 @@ def arguments(
     return {
         "logits_ptr": logits,
         **{f"{name}_ptr": t for name, t in tensors.items()},
-        "terms": parts.RowTerms(None, *row_terms(terms)),
+        "terms": parts.RowTerms(None, None, *row_terms(terms)),
         "weights": pairs.Weights(
             divergence.soft_weight, divergence.hard_weight, beta if kind is pairs.MIXED else None, *tempered
         ),
@@ -298,7 +298,7 @@ def distillation(
     Fills `d_logits` with the gradient of grad_scale * sum(loss), and its padding with zeros.
     """
     loss, peak, total = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
-    rows = Rows(loss, peak, total, None, None, None, loss.new_empty((len(logits), TAUGHT)))
+    rows = Rows(loss, peak, total, None, None, taught=loss.new_empty((len(logits), TAUGHT)))
     if len(logits) > 0:
         given = arguments(logits, targets, terms, teacher, divergence, V=V, d_logits=d_logits)
         with device_of(logits):

@@ -103,7 +103,7 @@ def distillation(
     if targets.token_weights is not None:
         loss *= targets.token_weights
     taught.masked_fill_(hard.ignored[:, None], 0.0)
-    return plain.empty_where(hard.ignored, Rows(loss, peaks, totals, None, None, None, taught))
+    return plain.empty_where(hard.ignored, Rows(loss, peaks, totals, None, None, taught=taught))
 
 
 def distillation_backward(

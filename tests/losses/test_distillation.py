@@ -393,8 +393,8 @@ def test_the_table_in_the_documentation() -> None:
         "`F.kl_div` of `log_softmax` in float32, forward KL": [(plain_kl, {})],
         "the same with a mixture, JSD": [(plain_kl, {"kind": "jsd"})],
         "`linear_distillation`, either": [(linear_distillation, {}), (linear_distillation, {"kind": "jsd"})],
-        "`memory_budget=64 << 20`, either": [
-            (linear_distillation, {"memory_budget": 64 << 20, "kind": kind}) for kind in ("forward_kl", "jsd")
+        "`memory_budget=16 << 20`, either": [
+            (linear_distillation, {"memory_budget": 16 << 20, "kind": kind}) for kind in ("forward_kl", "jsd")
         ],
     }
     for name, ways in calls.items():
