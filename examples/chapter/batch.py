@@ -15,7 +15,7 @@ BASE = {way: rates[1] for way, rates in RATES.items()}  # the best of them, whic
 TIMES = (2, 4)
 RULES = {"unchanged": "none", "times sqrt(k)": "sqrt", "times k": "linear"}
 CLAIMED = {"SGD": "times k", "Adam": "times sqrt(k)"}
-DOUBLED = {"SGD": ["unchanged", "times k"], "Adam": []}  # the rules that are tried at 2 times the batch
+DOUBLED = {"SGD": ["unchanged", "times k"], "Adam": ["times sqrt(k)"]}  # the rules that are tried at 2 times the batch
 
 
 def run(way: str, k: int, rule: str, lr: float) -> Run:
@@ -79,7 +79,7 @@ def told(rows: list[Row]) -> list[str]:
         ),
         table(columns, body),
         listed("The rules that end lowest with 4 times the batch, as far as seeds tell", alike),
-        f"With equal tokens, {STEPS} steps of {BATCH} rows become {steps}. Adam was not run at 2 times the batch.",
+        f"With equal tokens, {STEPS} steps of {BATCH} rows become {steps}. Not every rule was run at 2 times.",
         f"The rates tried for the batch of {BATCH} rows: {'; '.join(other)}.",
     ]
 

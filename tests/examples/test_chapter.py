@@ -237,7 +237,7 @@ def test_a_rule_for_larger_batches_holds_as_long_as_it_keeps_the_loss() -> None:
         row["loss"] = 2.0 + worse + 0.1 * row["seed"]
     holds, _, lowest, *_ = part.told(rows)
     assert "- SGD, from lr 1: the rate times k holds at 2 times the batch and breaks at 4 times" in holds
-    assert "- Adam, from lr 0.003: the rate times sqrt(k) breaks at 4 times the batch." in holds
+    assert "- Adam, from lr 0.003: the rate times sqrt(k) breaks at 2 and 4 times the batch." in holds
     assert "- SGD: unchanged." in lowest
     assert "- Adam: unchanged, times sqrt(k) and times k." in lowest
 
