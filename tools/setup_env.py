@@ -4,8 +4,7 @@ An existing torch is kept: it may take several GB, or be a ROCm build or a night
 
 1. A compatible torch in the environment itself is kept.
 2. Otherwise, a compatible torch that the interpreter running this script can import (from a conda environment, an
-active
-   virtualenv, or the system) is made visible in the environment by a .pth file.
+   active virtualenv, or the system) is made visible in the environment by a .pth file.
 3. Otherwise, pip installs the versions of constraints.txt.
 
 pip's own settings (PIP_* variables, pip.conf) apply as usual; they choose between CPU and CUDA builds, for example.

@@ -144,7 +144,8 @@ class LeftOut:
         self._text_column = text_column
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
-        self.columns = ""  # columns of the first line or row that lacks the text column
+        self.columns = ""  # columns of the first line or row that has some, and lacks the text column
+        self._with_columns = ""  # its place
 
     def add(self, record: Record) -> None:
         """Count a record that has a fault."""
@@ -155,6 +156,7 @@ class LeftOut:
             shown = [repr(column) for column in list(record.columns)[:_NAMED_COLUMNS]]
             more = len(record.columns) - len(shown)
             self.columns = ", ".join(shown) + (f" and {more} more" if more else "")
+            self._with_columns = record.place
 
     @property
     def only_blank(self) -> bool:
@@ -168,9 +170,12 @@ class LeftOut:
             yield others_left_out(found.others)
         if self._counts:
             n = self._counts.total()
+            columns = f", whose columns are {self.columns}" if self.columns else ""
+            if columns and self._with_columns != self._first[NO_TEXT]:  # a line need not be an object
+                columns = f"; the columns of {self._with_columns} are {self.columns}"
             kinds = [
                 f"{fault} ({count}, {'the first in ' if count > 1 else ''}{self._first[fault]}"
-                + (f", whose columns are {self.columns})" if fault == NO_TEXT and self.columns else ")")
+                f"{columns if fault == NO_TEXT else ''})"
                 for fault, count in self._counts.most_common()
             ]
             yield f"{n} {'documents are' if n > 1 else 'document is'} left out: {', '.join(kinds)}"
@@ -192,6 +197,11 @@ def _file(path: Path, name: str) -> Record:
     if text.count("\0") > len(text) // _MANY_NULLS:  # UTF-16 without a byte order mark is often also UTF-8
         return Record(name, f"{name}, byte {path.read_bytes().index(0)}", text, fault="not UTF-8", damaged=True)
     return Record(name, name, text, fault=None if text.strip() else "blank")
+
+
+def _is_wide(text: bytes) -> bool:
+    """Return True for UTF-16 and UTF-32: none of its lines can be read by itself."""
+    return text.startswith((BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE)) or text.count(0) > len(text) // _MANY_NULLS
 
 
 def in_utf8(path: Path) -> str:
@@ -217,6 +227,9 @@ def _lines(path: Path, name: str, text_column: str) -> Iterator[Record]:
     try:
         with _OPENERS[compression](path) as lines:
             for i, line in enumerate(lines):
+                if i == 0 and not compression and _is_wide(line):
+                    yield Record(f"{name}/0", f"{name}, line 1", "", fault="not UTF-8", damaged=True)
+                    return
                 line = line.removeprefix(BOM_UTF8)  # also where files were concatenated
                 if line.strip():
                     yield _line(line, f"{name}/{i}", f"{name}, line {i + 1}", text_column)

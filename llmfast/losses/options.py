@@ -24,6 +24,14 @@ Numbers = Tensor | Sequence[float]
 Reduction = Literal["mean", "sum", "none"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# Names elsewhere, for a hint: torch's `weight` resembles `token_weights`, which is another thing.
+_ELSEWHERE = {
+    "weight": "class_weights",
+    "ce_weight": "class_weights",
+    "lse_square_scale": "z_loss",
+    "filter_eps": "grad_filter",
+}
+
 
 class Inputs(NamedTuple):
     """The tensors of a call, which its options have to fit."""
@@ -347,7 +355,8 @@ def complete(function: str, defaults: AnyOptions, given: AnyOptions) -> AnyOptio
     options = cast(AnyOptions, {**defaults, **given})
     if len(options) > len(defaults):
         name = next(name for name in given if name not in defaults)
-        close = get_close_matches(name, defaults, n=1)
+        known = _ELSEWHERE.get(name)
+        close = [known] if known in defaults else get_close_matches(name, defaults, n=1)
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     return options

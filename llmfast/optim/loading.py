@@ -22,7 +22,11 @@ class StateLoader(StateKeeper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of torch's or our optimizer. States that `Extras` keep in other dtypes are not cast."""
         given: dict[str, Any] = {}
-        mine = [{k: v for k, v in group.items() if k in self.own_group_keys} for group in self.param_groups]
+        # torch.distributed.checkpoint loses the settings of a group that has no parameters.
+        mine = [
+            {k: v for k, v in group.items() if k in self.own_group_keys or not group["params"]}
+            for group in self.param_groups
+        ]
 
         def read(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
             state = dict(loaded["state"])

@@ -32,7 +32,9 @@ def resume_command(name: str, runs: str, *changes: str) -> str:
 
 
 def runs_in(folder: Path) -> str:
-    """Say which runs a folder holds, at the end of a message that it is none itself; say nothing if it holds none."""
+    """Say which runs a folder holds or is part of, at the end of a message that it is no run; say nothing if none."""
+    if (folder.parent / "config.toml").is_file():  # a checkpoint or a file of a run
+        return f"; did you mean {folder.parent}?"
     names = sorted(file.parent.name for file in folder.glob("*/config.toml"))
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return f"; it holds runs: {', '.join(names[:10])}{more}" if names else ""

@@ -65,6 +65,17 @@ def test_another_column_can_be_the_text_and_a_wrong_one_is_told_the_columns(suff
             load(str(where))
 
 
+def test_columns_are_told_of_the_line_that_has_them(tmp_path: Path) -> None:
+    # unsloth#7195: a line may be any JSON, and a string may contain the name of the column.
+    (tmp_path / "a.jsonl").write_text('"some text"\n["text"]\n42\nnull\n{"text": "kept"}\n{"Text": "x"}\n')
+    said: list[str] = []
+    assert load(str(tmp_path), say=said.append) == [Document("a.jsonl/4", "kept")]
+    assert said == [
+        f"{tmp_path}: 5 documents are left out: no text (5, the first in a.jsonl, line 1; the columns of a.jsonl, "
+        "line 6 are 'Text')"
+    ]
+
+
 def test_without_a_text_column_files_with_columns_are_left_out(tmp_path: Path) -> None:
     write_table(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "b.txt").write_text("b")
@@ -231,6 +242,15 @@ def test_files_in_other_encodings_are_told_with_the_command_that_converts_them(
         converted = subprocess.run(command.removesuffix(" > NEW"), shell=True, capture_output=True, check=True).stdout
         old.write_bytes(converted)
         assert [document.text for document in load(str(folder))] == [text]
+
+
+@pytest.mark.parametrize(("encoding", "by"), [("utf-16", "UTF-16"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32")])
+def test_lines_of_wide_characters_are_an_error_of_the_file(encoding: str, by: str, tmp_path: Path) -> None:
+    # datasets#5969: as broken lines they were left out of a folder whose other files were read.
+    (tmp_path / "a.txt").write_text("a")
+    (old := tmp_path / "b.jsonl").write_bytes('{"text": "b"}\n{"text": "c"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=rf"b\.jsonl, line 1; .* iconv -f {by} -t UTF-8 {old} > NEW"):
+        load(str(tmp_path))
 
 
 def test_few_null_characters_are_text(tmp_path: Path) -> None:

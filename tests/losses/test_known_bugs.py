@@ -1,6 +1,7 @@
 """Bugs that others had, each as a test by its number. Those of in-place writes, compilers and ranks are elsewhere."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,3 +156,14 @@ def test_a_bias_of_float64_with_weighted_targets(path: str) -> None:
     found, wanted = (gradients(x, hidden, weight, bias) for x in (loss, want))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert found[2].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("weight", "class_weights"), ("lse_square_scale", "z_loss"), ("filter_eps", "grad_filter")]
+)
+def test_names_of_other_libraries_are_told_ours(name: str, ours: str) -> None:
+    """pytorch#69339, Liger-Kernel#198: torch's `weight` was said to be `token_weights`, which weighs rows."""
+    logits, targets = torch.randn(4, 4), torch.arange(4)
+    call: Any = partial(linear_cross_entropy, logits) if ours == "grad_filter" else cross_entropy
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'. Did you mean '{ours}'"):
+        call(logits, targets, **{name: torch.ones(4)})

@@ -1,11 +1,13 @@
 """Mistakes that other optimizers have made, one test each; issue numbers say whose, the numbers of lists are ours."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from llmfast.optim import FusedAdagrad, FusedAdamW, FusedSGD
 from support.devices import DEVICE
@@ -290,3 +292,28 @@ def test_adagrad_of_a_group_that_was_added(path: str) -> None:
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.75))
     torch.testing.assert_close(q, p)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_group_without_parameters_keeps_its_settings(path: str, case: Case) -> None:
+    # pytorch#143828: the distributed checkpoint returns it without any, and torch's step raises KeyError.
+    def made() -> tuple[torch.nn.Module, Any]:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        optimizer = case.make_ours([{"params": model[0].parameters()}, {"params": [], "lr": 0.25}])
+        optimizer.add_param_group({"params": [*model[1].parameters()], "lr": 0.03})
+        return model, optimizer
+
+    def step(model: torch.nn.Module, optimizer: Any) -> None:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    again, loaded = made()
+    again.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(again, loaded, deepcopy(get_optimizer_state_dict(model, optimizer)))
+    assert [group["lr"] for group in loaded.param_groups] == [group["lr"] for group in optimizer.param_groups]
+    for each in ((model, optimizer), (again, loaded)):
+        step(*each)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))

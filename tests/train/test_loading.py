@@ -81,6 +81,8 @@ def test_refuses(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "other").mkdir()
     weights = tmp_path / "run" / "model.safetensors"
+    with pytest.raises(ValueError, match=rf"; got {weights}; did you mean {tmp_path / 'run'}\?"):
+        load_run(weights)
     content = weights.read_bytes()
     weights.write_bytes(content[:100])
     with pytest.raises(ValueError, match=r"model.safetensors does not go with config.toml"):
