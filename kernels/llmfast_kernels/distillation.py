@@ -24,9 +24,9 @@ from llmfast_kernels.teaching import TAUGHT, Divergence, TeacherRows
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
 # Two rows take twice the registers of one: fewer threads than for one row, which may have more of them.
-FEW_TERMS = Choice(Tile(8, 512), Tile(8, 256), Tile(16, 256), Tile(4, 1024))
-MANY_TERMS = Choice(Tile(8, 256), Tile(4, 512), Tile(8, 128))
-BACKWARD = Choice(Tile(8, 256), Tile(8, 128), Tile(4, 512))
+FEW_TERMS = Choice(Tile(8, 512), Tile(8, 256), Tile(16, 256))
+MANY_TERMS = Choice(Tile(8, 128), Tile(8, 256))
+BACKWARD = Choice(Tile(8, 256), Tile(8, 128), Tile(8, 512))
 SIZES = ["V", "row_width", "v_start", "logits_stride_n", "teacher_stride_n", "d_logits_stride_n", "ignore_index"]
 BY_ROW = ["targets_ptr", "token_weights_ptr", "grad_scale_ptr", "d_loss_ptr"]
 
@@ -231,7 +231,7 @@ def distillation_backward_kernel(
 def tile(V: int, *, many_terms: bool) -> dict[str, int]:
     """Choose block, threads and warps for pairs of rows of `V` logits. One program processes one pair.
 
-    A mixture, and targets without the temperature, take registers that 512 threads do not have; so do caps and biases.
+    Mixtures, targets, caps and biases take more registers per thread.
     """
     elements, threads = (MANY_TERMS if many_terms else FEW_TERMS).chosen
     block = min(max(next_power_of_2(V), LEAST_BLOCK), threads * elements)
