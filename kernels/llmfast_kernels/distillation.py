@@ -24,8 +24,9 @@ from llmfast_kernels.teaching import TAUGHT, Divergence, TeacherRows
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
 # Two rows take twice the registers of one: fewer threads than for one row, which may have more of them.
-FORWARD = Choice(Tile(8, 512), Tile(8, 256), Tile(16, 256), Tile(4, 1024))
-BACKWARD = Choice(Tile(8, 256), Tile(8, 128), Tile(4, 512))
+FEW_TERMS = Choice(Tile(8, 512), Tile(8, 256), Tile(16, 256))
+MANY_TERMS = Choice(Tile(8, 128), Tile(8, 256))
+BACKWARD = Choice(Tile(8, 256), Tile(8, 128), Tile(8, 512))
 SIZES = ["V", "row_width", "v_start", "logits_stride_n", "teacher_stride_n", "d_logits_stride_n", "ignore_index"]
 BY_ROW = ["targets_ptr", "token_weights_ptr", "grad_scale_ptr", "d_loss_ptr"]
 
@@ -227,9 +228,12 @@ def distillation_backward_kernel(
             )
 
 
-def tile(V: int) -> dict[str, int]:
-    """Choose block, threads and warps for pairs of rows of `V` logits. One program processes one pair."""
-    elements, threads = FORWARD.chosen
+def tile(V: int, *, many_terms: bool) -> dict[str, int]:
+    """Choose block, threads and warps for pairs of rows of `V` logits. One program processes one pair.
+
+    Mixtures, targets, caps and biases take more registers per thread.
+    """
+    elements, threads = (MANY_TERMS if many_terms else FEW_TERMS).chosen
     block = min(max(next_power_of_2(V), LEAST_BLOCK), threads * elements)
     return {"BLOCK_V": block, "THREADS": block // elements, "num_warps": warps(block // elements)}
 
@@ -301,9 +305,15 @@ def distillation(
     rows = Rows(loss, peak, total, None, None, taught=loss.new_empty((len(logits), TAUGHT)))
     if len(logits) > 0:
         given = arguments(logits, targets, terms, teacher, divergence, V=V, d_logits=d_logits)
+        extra = (terms.softcap, terms.bias, teacher.terms.softcap, teacher.terms.bias, divergence.hard_weight)
+        many_terms = 0 < divergence.beta < 1 or any(t is not None for t in extra)
         with device_of(logits):
             distillation_kernel[(len(logits),)](
-                rows=rows, d_logits_ptr=d_logits, grad_scale_ptr=grad_scale, **given, **tile(given["V"])
+                rows=rows,
+                d_logits_ptr=d_logits,
+                grad_scale_ptr=grad_scale,
+                **given,
+                **tile(given["V"], many_terms=many_terms),
             )
     return rows
 
