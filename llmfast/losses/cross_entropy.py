@@ -2,7 +2,7 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULTS: CrossEntropyOptions = defaults(CrossEntropyOptions)
-_LOGPROBS: CrossEntropyOptions = {**_DEFAULTS, **defaults(LogprobOptions)}
+_LOGPROBS = cast(CrossEntropyOptions, {**_DEFAULTS, **defaults(LogprobOptions)})
 
 
 @overload

@@ -2,7 +2,7 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULTS: LinearOptions = defaults(LinearOptions)
-_LOGPROBS: LinearOptions = {**_DEFAULTS, **defaults(LogprobOptions)}
+_LOGPROBS = cast(LinearOptions, {**_DEFAULTS, **defaults(LogprobOptions)})
 
 
 @overload
