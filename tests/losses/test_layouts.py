@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import llmfast.losses
-from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, mtp_cross_entropy, mtp_valid_counts
+from llmfast.losses import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    TeacherLogits,
+    TeacherProbabilities,
+    TeacherStates,
+    TeacherTopK,
+    mtp_cross_entropy,
+    mtp_logprobs,
+    mtp_valid_counts,
+)
 from support.launched import unrecorded
 from support.layouts import LAYOUTS, expanded, strided, transposed
 from support.plans import SIZES, forced
@@ -44,6 +54,21 @@ VALUES: dict[str, Callable[[], Tensor]] = {
     "num_valid": lambda: torch.tensor([9]),
     "head_weights": lambda: torch.rand(K),
     "accumulate_into": lambda: torch.randn(V, D),
+    "temperature": lambda: torch.rand(2, T) + 0.5,
+    "teacher.hidden": lambda: torch.randn(2, T, D + 3),
+    "teacher.weight": lambda: torch.randn(V, D + 3),
+    "teacher.bias": lambda: torch.randn(V),
+    "teacher.logits": lambda: torch.randn(2, T, V),
+    "teacher.probabilities": lambda: torch.randn(2, T, V).softmax(-1),
+    "teacher.ids": lambda: torch.rand(2, T, V).topk(3).indices,
+    "teacher.logprobs": lambda: torch.randn(2, T, V).log_softmax(-1)[..., :3],
+}
+# A teacher is a record of tensors, which have names here too.
+TEACHERS: dict[Any, tuple[str, ...]] = {
+    TeacherStates: ("teacher.hidden", "teacher.weight", "teacher.bias"),
+    TeacherLogits: ("teacher.logits",),
+    TeacherProbabilities: ("teacher.probabilities",),
+    TeacherTopK: ("teacher.ids", "teacher.logprobs"),
 }
 FUNCTIONS = [f for name in llmfast.losses.__all__ if inspect.isfunction(f := getattr(llmfast.losses, name))]
 
@@ -51,12 +76,25 @@ FUNCTIONS = [f for name in llmfast.losses.__all__ if inspect.isfunction(f := get
 def arguments(function: Callable[..., Any]) -> list[str]:
     """Return the names of the function's arguments that may be tensors."""
     hints = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
-    return [name for name, hint in hints.items() if "Tensor" in str(hint) or "Numbers" in str(hint)]
+    found = [name for name, hint in hints.items() if "Tensor" in str(hint) or "Numbers" in str(hint)]
+    return [*found, *(name for names in TEACHERS.values() for name in names if "teacher" in hints)]
+
+
+def needed(function: Callable[..., Any], name: str) -> list[str]:
+    """Return the tensors that a call takes at least, with one more argument."""
+    parameters = inspect.signature(function).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if "teacher" in required:
+        required.remove("teacher")
+        required += next((names for names in TEACHERS.values() if name in names), TEACHERS[TeacherStates])
+    return [n for n in dict.fromkeys([*required, name]) if n != "heads"]
 
 
 def value(function: Callable[..., Any], name: str) -> Tensor:
     if function is mtp_cross_entropy and name == "num_valid":
         return torch.tensor([9.0, 8.0])
+    if function is mtp_logprobs and name == "temperature":
+        return torch.rand(K, 2, T) + 0.5
     return VALUES[name]()
 
 
@@ -73,6 +111,10 @@ def call(function: Callable[..., Any], tensors: dict[str, Tensor], **options: An
     if "document_ids" in tensors and "shift" in inspect.signature(function).parameters:
         options["shift"] = 1
     main = tensors.get("accumulate_into")
+    taught = {n: tensors.pop(n) for n in [*tensors] if n.startswith("teacher.")}
+    if taught:
+        kind = next(kind for kind, names in TEACHERS.items() if names[0] in taught)
+        options["teacher"] = kind(**{n.removeprefix("teacher."): t for n, t in taught.items()})
     result = function(**{**tensors, **leaves}, **options)
     if not leaves:
         return [result]
@@ -108,9 +150,8 @@ def test_any_layout(
 ) -> None:
     """Equal to the same call with contiguous tensors."""
     torch.manual_seed(seed)
-    parameters = inspect.signature(function).parameters
-    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    names = dict.fromkeys([*required, name, *(n for n in others if n in arguments(function))])
+    more = (n for n in others if n in arguments(function) and not n.startswith("teacher."))
+    names = dict.fromkeys([*needed(function, name), *more])
     if function is mtp_cross_entropy:
         names.pop("target_weights", None)
     chosen = dict(zip(VALUES, layouts)) | {name: layout}
@@ -119,7 +160,6 @@ def test_any_layout(
         options = {"grad_filter": 1e-9 if filtered else None}
     if function is mtp_valid_counts:
         options = {"heads": K}
-        names.pop("heads", None)
     tensors = {}
     for n in names:
         as_is = n == "accumulate_into" and chosen[n] is expanded  # refused, see below
@@ -140,9 +180,11 @@ def test_every_tensor_argument_has_a_value() -> None:
     assert {f.__name__ for f in FUNCTIONS} == {
         "cross_entropy",
         "linear_cross_entropy",
+        "linear_distillation",
         "linear_logprobs",
         "logprobs",
         "mtp_cross_entropy",
+        "mtp_logprobs",
         "mtp_valid_counts",
     }
 
@@ -158,6 +200,9 @@ DTYPES = {
     "labels": [torch.int32],
     "ids": [torch.int32],
     "document_ids": [torch.int32, torch.int16, torch.uint8],
+    "temperature": [torch.float64],
+    "teacher.ids": [torch.int32],
+    "teacher.logprobs": [torch.float64],
 }
 
 
@@ -169,11 +214,8 @@ DTYPES = {
 @unrecorded()
 def test_any_dtype_that_is_allowed(path: str, function: Callable[..., Any], name: str, dtype: torch.dtype) -> None:
     """Equal to the same values in the usual dtype."""
-    parameters = inspect.signature(function).parameters
-    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    names = [n for n in dict.fromkeys([*required, name]) if n != "heads"]
     options = {"heads": K} if function is mtp_valid_counts else {}
-    tensors = {n: value(function, n) for n in names}
+    tensors = {n: value(function, n) for n in needed(function, name)}
     usual = tensors[name].dtype
     tensors[name] = tensors[name].to(dtype)
     got = call(function, tensors, **options)
