@@ -187,7 +187,7 @@ def test_settings_are_all_listed() -> None:
 # Names of other libraries and of the shell, and states' names that are put together.
 OTHERS = {
     *("PATH", "opt", "set_state_dict", "exp_avg_code", "exp_avg_scale", "apply_liger_kernel_to_llama", "ce_weight"),
-    *("lse_square_scale", "return_token_accuracy", "return_z_loss", "kl_div"),
+    *("lse_square_scale", "return_token_accuracy", "return_z_loss", "kl_div", "activate"),
 }
 
 
