@@ -67,7 +67,7 @@ def of_package(package: str) -> Iterator[str]:
         if not isinstance(value, type):
             continue
         for method, member in sorted(vars(value).items()):
-            if method.startswith("_"):
+            if method.startswith("_") or getattr(member, "hooked", False):  # torch wraps `step` for the first instance
                 continue
             if isinstance(member, property | functools.cached_property):
                 yield f"{package}.{name}.{method}"

@@ -30,6 +30,8 @@ row_terms = attrgetter(*parts.RowTerms._fields[2:])
 LEAST_BLOCK = 1024  # columns of the smallest tile
 FEW_TERMS = Choice(Tile(16, 1024), Tile(16, 512), Tile(8, 512), Tile(16, 256), Tile(8, 256))
 MANY_TERMS = Choice(Tile(8, 1024), Tile(8, 512), Tile(8, 256))
+# Entropy, argmax and log-probabilities together spill in 64 registers, which 1024 threads leave to each.
+MANY_RESULTS = Tile(8, 512)
 BACKWARD = Choice(Tile(8, 256), Tile(16, 256), Tile(8, 512), Tile(8, 128))
 PEAK_UNIT: float = parts.LN2.value  # a peak that the launchers return or take, times this, is the largest logit
 
@@ -279,14 +281,14 @@ def cross_entropy_backward_kernel(
         parts.store_target_gradients(row, targets, t * a, out, slopes)
 
 
-def tile(V: int, *, many_terms: bool = False) -> dict[str, int]:
+def tile(V: int, *, many_terms: bool = False, many_results: bool = False) -> dict[str, int]:
     """Choose block, threads and warps for rows of `V` logits. One program processes one row.
 
     Long rows get 1024 threads. Few rows are then in flight at once, and the gradient's second pass over a row finds it
     in the L2 cache. With 16 elements per thread, two 16-byte loads of bfloat16 are in flight without spilling.
     Softcap, bias, class weights and smoothing take registers, so that only 8 elements per thread fit.
     """
-    elements, threads = (MANY_TERMS if many_terms else FEW_TERMS).chosen
+    elements, threads = MANY_RESULTS if many_results else (MANY_TERMS if many_terms else FEW_TERMS).chosen
     block = min(max(next_power_of_2(V), LEAST_BLOCK), threads * elements)
     return {"BLOCK_V": block, "THREADS": block // elements, "num_warps": warps(block // elements)}
 
@@ -371,7 +373,7 @@ def cross_entropy(
     results = {"rows": rows, "partials": NO_PARTIALS, "gradient": gradient, "grad_scale_ptr": grad_scale}
     if len(logits) > 0:
         with device_of(logits):
-            given = _forward_arguments(logits, targets, terms, V, d_logits)
+            given = _forward_arguments(logits, targets, terms, V, d_logits, many_results=stats and logprobs)
             cross_entropy_kernel[(len(logits),)](**results, **given)
     return rows
 
@@ -403,12 +405,18 @@ def _allocators(logits: Tensor, targets: Targets) -> tuple[Callable[[], Tensor],
 
 
 def _forward_arguments(
-    logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_logits: Tensor | None
+    logits: Tensor,
+    targets: Targets,
+    terms: Terms,
+    V: int | None,
+    d_logits: Tensor | None,
+    *,
+    many_results: bool = False,
 ) -> dict[str, Any]:
     """Return all arguments of the forward kernel except its results and `grad_scale_ptr`."""
     given = arguments(logits, targets, terms, V, d_logits)
     many_terms = any(t is not None for t in (terms.softcap, terms.bias, terms.class_weights, terms.label_smoothing))
-    return given | tile(given["V"], many_terms=many_terms)
+    return given | tile(given["V"], many_terms=many_terms, many_results=many_results)
 
 
 def cross_entropy_backward(

@@ -123,6 +123,10 @@ def _pairs(compiled: Compiled) -> Iterator[str]:
     hard = compiled.kind.argument("weights.hard") is not None
     tempered = hard and compiled.kind.argument("weights.temperature") is not None
     functions = 3 + tempered + 2 * capped
+    if _constant(compiled, "PROBABILITIES") and compiled.kind.argument("weights.beta") is not None:
+        functions += 1  # a mixture with given probabilities: counted, not yet explained
+    if 32 in widths and compiled.target.startswith("gfx"):
+        widths.add(64)  # LLVM joins two narrow accesses
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
     for loop in loops:
         if loop.transcendentals > functions * elements + 8:
