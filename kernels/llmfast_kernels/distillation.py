@@ -268,7 +268,9 @@ def arguments(
     beta, T = divergence.beta, divergence.temperature
     tempered = (1.0 / T, T) if T != 1.0 else (None, None)
     kind = {0.0: pairs.FORWARD_KL, 1.0: pairs.REVERSE_KL}.get(beta, pairs.MIXED)
-    own = teacher.terms
+    own, access = teacher.terms, vectors(row_width, logits, d_logits)
+    # Threads that read more neighbours of the teacher's row than of the student's would exchange them in every tile.
+    teacher_vector = min(vectors(V, values, None)["VECTOR"], access["VECTOR"])
     return {
         "logits_ptr": logits,
         **{f"{name}_ptr": t for name, t in tensors.items()},
@@ -280,8 +282,8 @@ def arguments(
         **{"V": V, "row_width": row_width, "logits_stride_n": logits.stride(0)},
         **{"teacher_stride_n": values.stride(0), "d_logits_stride_n": 0 if d_logits is None else d_logits.stride(0)},
         **{"ignore_index": terms.ignore_index, "KIND": kind.value, "PROBABILITIES": teacher.logits is None},
-        **vectors(row_width, logits, d_logits),
-        "TEACHER_VECTOR": vectors(V, values, None)["VECTOR"],
+        **access,
+        "TEACHER_VECTOR": teacher_vector,
         **FP_FUSION,
     }
 

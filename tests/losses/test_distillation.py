@@ -173,6 +173,24 @@ def test_capped_rows_with_a_bias(path: str) -> None:
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("V", "dtype", "said"), [(9001, F32, BF16), (9002, BF16, F32), (9008, F32, BF16)], ids=str)
+def test_rows_of_two_dtypes(path: str, V: int, dtype: torch.dtype, said: torch.dtype, kind: str) -> None:
+    """Take a teacher whose rows allow accesses of another width than the student's; these launches are compiled too."""
+    h, w, y = torch.randn(3, D).to(dtype), torch.randn(V, D).to(dtype), torch.tensor([V - 1, -100, 0])
+    for name in ("logits", "probabilities"):
+        teacher = draw_teacher(name, (3,), V, 0, said)
+        ours, plain, truth = (
+            outcome(f, [h.to(t), w.to(t)], torch.ones(()), teacher, y, kind=kind, hard_weight=0.5)
+            for f, t in (
+                (linear_distillation, dtype),
+                (reference.linear_distillation, dtype),
+                (reference.linear_distillation, F64),
+            )
+        )
+        compare(ours, plain, truth, torch.finfo(dtype).eps * (1 if dtype == BF16 else 8))
+
+
 def test_reference_is_what_torch_means() -> None:
     h, w = torch.randn(7, D, dtype=F64), torch.randn(50, D, dtype=F64)
     t = torch.randn(7, 50, dtype=F64)

@@ -111,25 +111,38 @@ def _places(compiled: Compiled) -> Iterator[str]:
 
 def _pairs(compiled: Compiled) -> Iterator[str]:
     """Require loops over both rows as wide as each allows, without waiting inside, and few special functions."""
+    amd = compiled.target.startswith("gfx")
     widths = _pair_bits(compiled)
-    if _has(compiled, "terms.bias") or _has(compiled, "teacher.bias"):
+    biases = [name for name in ("terms.bias", "teacher.bias") if _has(compiled, name)]
+    if biases:
         widths.add(128)
+    given = _constant(compiled, "PROBABILITIES")
+    theirs = _BITS[compiled.kind.argument("teacher.ptr")["dtype"]]
+    if amd:
+        # A thread has VECTOR neighbours of both rows. LLVM joins the teacher's where it may not read as many at once.
+        most = _constant(compiled, "VECTOR") * theirs
+        widths |= {bits for bits in (64, 128) if min(_pair_bits(compiled)) < bits <= most}
     loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]
     if not loops:
         yield "has no loop"
-    # An exponential of each logit, and one more without temperature; the logarithm of a mixture or of a probability;
-    # two for each softcap.
+    # An exponential of each logit, and one more without temperature; two for each softcap. The logarithm of a mixture,
+    # and of a given probability, is an instruction on AMD; on NVIDIA it is a polynomial, accurate near 1.
     capped = sum(compiled.kind.argument(f"{name}.softcap") is not None for name in ("terms", "teacher"))
     hard = compiled.kind.argument("weights.hard") is not None
     tempered = hard and compiled.kind.argument("weights.temperature") is not None
-    functions = 3 + tempered + 2 * capped
-    if _constant(compiled, "PROBABILITIES") and compiled.kind.argument("weights.beta") is not None:
-        functions += 1  # a mixture with given probabilities: counted, not yet explained
-    if 32 in widths and compiled.target.startswith("gfx"):
-        widths.add(64)  # LLVM joins two narrow accesses
+    logarithms = (compiled.kind.argument("weights.beta") is not None) + given
+    functions = 1 + (not given) + tempered + 2 * capped + amd * logarithms
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
-    for loop in loops:
-        if loop.transcendentals > functions * elements + 8:
+    own, taught = (
+        _read_bits(compiled, *names) for names in (("logits_ptr", "terms.bias"), ("teacher.ptr", "teacher.bias"))
+    )
+    for i, loop in enumerate(loops):
+        # NVIDIA's assembler unrolls a loop of few registers. The first loop of a mixture needs the student's sum alone,
+        # if the teacher gives probabilities.
+        alone = i == 0 and given and compiled.kind.argument("weights.beta") is not None
+        turn = (own if alone else own + taught) * elements
+        turns = max(1, sum(bits * count for bits, count in loop.load_bits.items()) / turn)
+        if loop.transcendentals > turns * (functions * elements + 4):
             yield f"takes {loop.transcendentals / elements} special functions per pair in a loop, not {functions}"
         if not loop.access_bits <= widths:
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {widths}"
@@ -146,6 +159,11 @@ def _pairs_backward(compiled: Compiled) -> Iterator[str]:
         yield f"loads {code.load_bits} and stores {code.store_bits}, not {_pair_bits(compiled)} and {out} bits"
     if compiled.kind.argument("weights.hard") is not None:
         yield from _order(compiled, "load, barrier, store, barrier, store")
+
+
+def _read_bits(compiled: Compiled, *names: str) -> int:
+    """Return the bits of one element of each of these tensors together."""
+    return sum(_BITS[compiled.kind.argument(name)["dtype"]] for name in names if _has(compiled, name))
 
 
 def _pair_bits(compiled: Compiled) -> set[int]:
