@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import llmfast.optim
+from llmfast.optim import FusedAdamW
+from llmfast.optim.formats import PARAM_FORMATS, STATE_FORMATS
 from support.launched import unrecorded
 from support.layouts import LAYOUTS, WRITABLE
 
@@ -77,3 +79,42 @@ def test_any_layout(
 
 def test_there_are_optimizers() -> None:
     assert len(CLASSES) >= 6
+
+
+FORMS: list[tuple[torch.dtype, dict[str, Any]]] = [
+    *(
+        (dtype, more)
+        for dtype in (torch.float32, torch.bfloat16)
+        for more in ({}, {"zero_grads": True}, {"scaled": True})
+    ),
+    *((torch.float32, {"state_dtype": state}) for state in STATE_FORMATS),
+    *(
+        (torch.bfloat16, {"master_weights": master, "state_dtype": state})
+        for master in PARAM_FORMATS
+        for state in STATE_FORMATS
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), FORMS, ids=str)
+def test_gradients_at_odd_addresses_change_no_bit(path: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """DistributedDataParallel may keep them in one buffer, where one of an odd size moves those behind it."""
+    start, gradient = torch.randn(5003).to(dtype), torch.randn(5003).to(dtype)
+    given = {name: value for name, value in options.items() if name != "scaled"}
+
+    def step(offset: int) -> list[Tensor]:
+        p = nn.Parameter(start.clone())
+        buffer = torch.full((offset + len(gradient) + 1,), 7.0, dtype=dtype)
+        optimizer: Any = FusedAdamW([p], lr=0.1, seed=3, **given)
+        for _ in range(2):
+            p.grad = buffer[offset:-1].copy_(gradient)
+            if options.get("scaled"):
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+            optimizer.step()
+        assert buffer[-1] == 7.0 and (buffer[:offset] == 7.0).all()
+        return [p.detach(), buffer[offset:-1], *(t for t in optimizer.state[p].values() if isinstance(t, Tensor))]
+
+    aligned = step(0)
+    for offset in (1, 8 // dtype.itemsize):
+        for a, b in zip(step(offset), aligned, strict=True):
+            assert torch.equal(a, b)

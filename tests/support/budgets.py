@@ -180,7 +180,10 @@ def _order(compiled: Compiled, order: str) -> Iterator[str]:
 
 
 def _update(compiled: Compiled) -> Iterator[str]:
-    """Require one loop for whole tiles, 16 bytes at a time, and one for ends and misaligned views."""
+    """Require one loop for whole tiles, 16 bytes at a time, and one for ends and misaligned views.
+
+    The first may also read each element of the gradient alone, because a gradient may lie anywhere.
+    """
     kind = compiled.kind
     loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]  # one more may store zeros alone
     widths = {name: _TYPE_BITS[kind.arguments[name]["constant"]["triton_type"]] for name in _tensors_of_update(kind)}
@@ -188,13 +191,17 @@ def _update(compiled: Compiled) -> Iterator[str]:
     if 8 in widths.values():
         elements *= 2  # of two tiles at a time
     coded = any(widths.get(name) == 8 for name in ("STATE0_TYPE", "STATE1_TYPE"))
-    expected = {128, 32} if coded else {128}  # a scale for each 128 codes
+    grad = widths["GRAD_TYPE"]
+    expected = {128, 32, grad} if coded else {128, grad}  # a scale for each 128 codes
     wide = [loop for loop in loops if loop.access_bits == expected]
     if len(loops) != 2 or len(wide) != 1:
         yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops, not {expected} in one"
         return
     if len(set(widths.values())) == 1 and not coded and not _constant(compiled, "AVERAGED") and wide[0].barriers:
         yield f"has {wide[0].barriers} barriers in a loop"
+    scales = elements // 2 if coded and grad == 32 else 0
+    if wide[0].load_bits[grad] > elements + scales or wide[0].store_bits.get(grad, 0) > elements + scales:
+        yield f"loads and stores {wide[0].load_bits} and {wide[0].store_bits} bits, not only a gradient's one by one"
     limit = 100 if "rules:adam" in str(kind.arguments["RULE"]) and set(widths.values()) == {32} else 220
     if wide[0].instructions > limit * elements:
         yield f"takes {wide[0].instructions / elements} instructions per element"

@@ -32,7 +32,9 @@ from llmfast_kernels.optimizer.table import (
     column,
     elements,
     load_columns,
+    load_grad,
     pointer,
+    store_grad,
 )
 
 PARAM, LOW, EMA = column(ROW, "param"), column(ROW, "low"), column(ROW, "ema")
@@ -155,6 +157,7 @@ def update_tile(
     at,
     start,
     count,
+    grad_aligned,
     scalars,
     place,
     pairs,
@@ -171,6 +174,8 @@ def update_tile(
 ):
     """Update BLOCK elements from `start` on: all of them if ALIGNED, else the first `count`.
 
+    The gradient may lie anywhere even if ALIGNED: `grad_aligned` says whether it does not.
+
     If this is one tile of a pair, `pairs` holds the bytes of both. The new states 0 and 1 and the new low bits are
     returned as they are to be stored; the caller stores those that are bytes of a pair.
     """
@@ -180,7 +185,6 @@ def update_tile(
     group_mask = None if ALIGNED else group * PER_SCALE < count
 
     p_ptr = elements(at.param, start, i, ALIGNED)
-    g_ptr = elements(at.grad, start, i, ALIGNED)
     s0_ptr = elements(at.state0, start, i, ALIGNED)
     s1_ptr = elements(at.state1, start, i, ALIGNED)
     s2_ptr = elements(at.state2, start, i, ALIGNED)
@@ -189,10 +193,11 @@ def update_tile(
     scale1_ptr = elements(at.scale1, start // PER_SCALE, group, False)
     grad_type: tl.constexpr = at.grad.dtype.element_ty
 
-    g = tl.load(g_ptr, mask=mask).to(tl.float32) * scalars.grad_factor
+    g = load_grad(at.grad, start, i, mask, grad_aligned, ALIGNED).to(tl.float32) * scalars.grad_factor
     if UNSCALE:
         # The sign is the update's alone.
-        tl.store(g_ptr, tl.where(scalars.grad_factor < 0.0, -g, g).to(grad_type), mask=mask)
+        unscaled = tl.where(scalars.grad_factor < 0.0, -g, g).to(grad_type)
+        store_grad(at.grad, start, i, unscaled, mask, grad_aligned, ALIGNED)
     p = READ(p_ptr, mask, load(low_ptr, pairs[2], HALF, mask))
     s0 = read_state(s0_ptr, pairs[0], scale0_ptr, HALF, mask, group_mask)
     s1 = read_state(s1_ptr, pairs[1], scale1_ptr, HALF, mask, group_mask)
@@ -224,7 +229,7 @@ def update_tile(
         ema = tl.load(ema_ptr, mask=mask)
         tl.store(ema_ptr, ema + scalars.ema_rate * (p - ema), mask=mask)
     if ZERO:
-        tl.store(g_ptr, tl.zeros_like(i).to(grad_type), mask=mask)
+        store_grad(at.grad, start, i, tl.zeros_like(i).to(grad_type), mask, grad_aligned, ALIGNED)
     return s0, s1, low
 
 
@@ -234,6 +239,7 @@ def update_chunk(
     start,
     count,
     aligned,
+    grad_aligned,
     scalars,
     place,
     RULE: tl.constexpr,
@@ -248,7 +254,8 @@ def update_chunk(
 ):
     """Update `count` elements from `start` on.
 
-    Whole tiles of aligned tensors go 16 bytes at a time; a tensor's end, and views at odd addresses, go masked.
+    Whole tiles go 16 bytes at a time. The end of a tensor, and parameters and states that do not lie on 16 bytes, go
+    masked. Gradients are often views into a buffer of all gradients, anywhere: they have a branch of their own.
     """
     # Tiles that are updated one after the other, and share accesses to bytes.
     TILES: tl.constexpr = 2 if PAIRED else 1  # pyright: ignore[reportAssignmentType]
@@ -266,6 +273,7 @@ def update_chunk(
                     at,
                     here + i * BLOCK,
                     BLOCK,
+                    grad_aligned,
                     scalars,
                     place,
                     pairs,
@@ -291,6 +299,7 @@ def update_chunk(
             at,
             start + offset,
             count - offset,
+            grad_aligned,
             scalars,
             place,
             none,
@@ -386,7 +395,8 @@ def update_kernel(
         at,
         start,
         count,
-        ((p | g | s0 | s1 | s2 | low | ema) & 15) == 0,
+        ((p | s0 | s1 | s2 | low | ema) & 15) == 0,
+        (g & 15) == 0,
         scalars,
         place,
         RULE=RULE,

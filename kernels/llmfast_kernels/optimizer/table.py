@@ -128,3 +128,28 @@ def elements(ptr, start, i, ALIGNED: tl.constexpr):
             ptr = tl.multiple_of((ptr.to(tl.int64) // 16 * 16).to(ptr.dtype), 16)
         found = ptr + start + i
     return found
+
+
+@triton.jit
+def load_grad(ptr, start, i, mask, aligned, WIDE: tl.constexpr):
+    """Load a tile of the gradient: 16 bytes at a time if it is aligned, and WIDE."""
+    if WIDE:
+        if aligned:
+            g = tl.load(elements(ptr, start, i, True))
+        else:
+            g = tl.load(elements(ptr, start, i, False))
+    else:
+        g = tl.load(elements(ptr, start, i, False), mask=mask)
+    return g
+
+
+@triton.jit
+def store_grad(ptr, start, i, g, mask, aligned, WIDE: tl.constexpr):
+    """Store a tile of the gradient as `load_grad` loads it."""
+    if WIDE:
+        if aligned:
+            tl.store(elements(ptr, start, i, True), g)
+        else:
+            tl.store(elements(ptr, start, i, False), g)
+    else:
+        tl.store(elements(ptr, start, i, False), g, mask=mask)
