@@ -45,7 +45,7 @@ class Fault(Objection):
 @contextmanager
 def sanitizing() -> Iterator[None]:
     """Check every launch in the context, and fill the memory that torch allocates."""
-    with observing(Sanitizer()), _filled_allocations():
+    with observing(Sanitizer()), _filled_allocations(), _few_objects():
         yield
 
 
@@ -372,8 +372,12 @@ class _HiddenTensors:
     def covering(self, address: int) -> Tensor | None:
         """Return the smallest tensor with an element at the address."""
         # Search the collector's young generations first: they have few objects, and a step's gradients are new.
-        for generation in (None, 0, 1, 2):
-            if generation is not None:
+        for generation in (None, 0, 1, 2, "older"):
+            if generation == "older":
+                gc.unfreeze()
+                self._collect(gc.get_objects(2))
+                gc.freeze()
+            elif generation is not None:
                 self._collect(gc.get_objects(generation))
             covers = np.flatnonzero((self._lows <= address) & (address < self._highs))
             alive = [t for i in covers if (t := self._tensors[i]()) is not None and self._lows[i] == t.data_ptr()]
@@ -391,6 +395,16 @@ class _HiddenTensors:
             (b.low, b.high) for reference in self._tensors if (t := reference()) is not None for b in [_Bounds.of(t)]
         ]
         self._lows, self._highs = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+
+
+@contextmanager
+def _few_objects() -> Iterator[None]:
+    """Leave older objects out of the collector's generations, because modules alone are a million of them."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
