@@ -162,3 +162,13 @@ def test_refuses() -> None:
     for options in ({}, {"mtp": "shared", "mtp_heads": 2}):
         with pytest.raises(ValueError, match="model must have mtp='parallel' or 'sequential'; got "):
             speculative_generate(untrained(**options), torch.tensor([1]), 3)
+
+
+@pytest.mark.parametrize(("mtp", "heads"), KINDS)
+def test_no_graph_is_kept_and_gradients_are_on_between_passes(mtp: str, heads: int) -> None:
+    model, inside = untrained(mtp=mtp, mtp_heads=heads), list[bool]()
+    for module in (model.norm, *model.mtp.children()):
+        module.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
+    for each in speculative_passes(model, torch.tensor([1, 2]), 4):
+        assert torch.is_grad_enabled() and not each.tokens.requires_grad and each.tokens.dtype == torch.int64
+    assert inside and not any(inside)
