@@ -156,7 +156,11 @@ def test_what_is_known_of_a_model_before_its_weights_are_read(tmp_path: Path, mo
     assert own.context == 48 and own.shape == own.model().config and own.settings is not None
     export(tmp_path / "run", tmp_path / "out")
     exported = loading.open_run(tmp_path / "out")
-    assert (exported.context, exported.settings, exported.shape) == (48, None, replace(own.shape, ffn_width=own.shape.hidden_ffn))
+    assert (exported.context, exported.settings, exported.shape) == (
+        48,
+        None,
+        replace(own.shape, ffn_width=own.shape.hidden_ffn),
+    )
     assert not exported.model().training
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     for wrong in (0, -1, 1.5, "48", None):
