@@ -596,3 +596,14 @@ def test_every_operation_of_floats_is_counted_as_what_it_is() -> None:
     counter.compute("dot", 5, "float16")
     assert (counter._now.flops, counter._now.transcendentals) == (49, 15)
     assert counter._now.dot_flops == {"float16": 10}
+
+
+def test_a_tensor_is_counted_once_while_it_lives() -> None:
+    def run() -> None:
+        a = torch.empty(100)
+        kept = [torch.add(a, 1, out=torch.empty(100)), a.resize_(50), a.set_(torch.empty(100))]
+        del a, kept
+        for _ in range(3):
+            torch.empty(100).zero_()
+
+    assert counted(run).peak_bytes == 3 * 400
