@@ -130,7 +130,7 @@ def every_access_kernel(x_ptr, y_ptr, count_ptr, n, BLOCK: tl.constexpr):
     tl.atomic_cas(count_ptr, 5, 6, sem="relaxed")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float32, torch.int64])
 def test_every_access_is_told_with_its_lanes_size_argument_and_values(dtype: torch.dtype) -> None:
     told: list[tuple[Any, ...]] = []
 

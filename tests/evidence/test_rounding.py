@@ -74,3 +74,11 @@ def test_fma_is_the_nearest_number_of_the_addends_type(dtype: type) -> None:
         off = abs(Fraction(float(got)) - exact)
         for neighbour in (np.nextafter(got, dtype(-np.inf)), np.nextafter(got, dtype(np.inf))):
             assert off <= abs(Fraction(float(neighbour)) - exact)
+
+
+def test_fma_keeps_what_is_lost_beside_a_large_addend() -> None:
+    """A product that is half a unit of the addend but for 2**-70 is decided by what float64 cannot hold."""
+    x, y, z = (np.float32([v]) for v in (2.0**-24 * (1 - 2.0**-23), 1 + 2.0**-23, 1 + 2.0**-23))
+    assert fma_float32(x, y, z) == z and fma_float32(-x, y, -z) == -z
+    z = np.float32([1.0])
+    assert fma_float32(x, y, z) == z and fma_float32(x * 3, y, z) == z + np.float32(2.0**-23)
