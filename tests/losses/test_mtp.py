@@ -615,3 +615,80 @@ def test_a_head_of_no_weight_is_measured_as_well_as_others() -> None:
     torch.testing.assert_close(stats.head_loss, of_all.head_loss, rtol=1e-6, atol=0)
     wanted = 1e3 * of_all.head_loss[0].double() + of_all.head_loss[2].double()
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_ignored_label_is_no_hit_though_its_number_is_a_class(path: str, shared: bool) -> None:
+    labels = torch.tensor([[2, 2, 1, 2, 1]])
+    hidden = F.one_hot(torch.full((1, 5), 2), 4).float()  # says class 2 everywhere
+    hiddens = hidden if shared else torch.stack([hidden, hidden])
+    _, stats = mtp_cross_entropy(
+        hiddens, torch.eye(4), labels, ignore_index=2, head_weights=[1.0, 1.0], return_stats=True
+    )
+    assert stats.num_valid.tolist() == [2, 2] and stats.accuracy.tolist() == [0, 0]
+    _, stats = mtp_cross_entropy(
+        hiddens, torch.eye(4), labels, ignore_index=1, head_weights=[1.0, 1.0], return_stats=True
+    )
+    assert stats.num_valid.tolist() == [3, 2] and stats.accuracy.tolist() == [1, 1]
+
+
+def test_numbers_of_heads_go_to_the_labels_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, torch.device]] = []
+
+    def on_device(name: str, t: Tensor, device: torch.device) -> Tensor:
+        moved.append((name, device))
+        return t
+
+    monkeypatch.setattr(mtp, "on_device", on_device)
+    labels, _ = batch("padded")
+    given = {"head_weights": torch.ones(2), "num_valid": torch.tensor([5, 6])}
+    mtp_cross_entropy(torch.randn(2, B, T, D), torch.randn(V, D), labels, **given)
+    assert moved == [("head_weights", labels.device), ("num_valid", labels.device)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_whose_tokens_weigh_nothing_adds_nothing(path: str, shared: bool) -> None:
+    labels, token_weights = torch.tensor([[3, 4]]), torch.tensor([[2.0, 0.0]])  # head 1 predicts the second alone
+    hiddens, weight = torch.randn(*([] if shared else [2]), 1, 2, D), torch.randn(V, D)
+    leaf = hiddens.clone().requires_grad_()
+    loss = mtp_cross_entropy(leaf, weight, labels, token_weights=token_weights, head_weights=[1.0, 1.0])
+    first = hiddens if shared else hiddens[0]
+    torch.testing.assert_close(loss.detach(), linear_cross_entropy(first, weight, labels, token_weights=token_weights))
+    loss.backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("K", "shared"), [(1, False), (1, True), (2, False), (2, True)])
+def test_statistics_need_no_gradient(path: str, K: int, shared: bool) -> None:
+    labels, _ = batch("padded")
+    hiddens, weight = leaves(K, shared, torch.float32)
+    given: dict[str, Any] = {"head_weights": [1.0] * K} if shared else {}
+    loss, stats = mtp_cross_entropy(hiddens, weight, labels, return_stats=True, **given)
+    assert loss.requires_grad and not any(t.requires_grad for t in stats)
+    assert [t.shape for t in stats] == [(K,)] * 3 and stats.num_valid.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_logit_of_a_shared_target_is_not_rounded(path: str, dtype: torch.dtype) -> None:
+    n_ones = 2049 if dtype == torch.float16 else 257  # which the dtype does not hold
+    weight = torch.stack([torch.ones(n_ones), torch.zeros(n_ones)]).to(dtype)
+    hidden = torch.full((1, 2, n_ones), 1 / 16).to(dtype)
+    _, stats = mtp_cross_entropy(hidden, weight, torch.zeros(1, 2).long(), head_weights=[1.0, 1.0], return_stats=True)
+    wanted = torch.tensor(-n_ones / 16).exp().log1p()
+    torch.testing.assert_close(stats.head_loss, wanted.expand(2), rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_share_their_logits_hold_their_targets_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    ready = mtp.made_ready
+    monkeypatch.setattr(mtp, "made_ready", lambda own, *rest: held.append(own) or ready(own, *rest))
+    labels, _ = batch("padded")
+    mtp_cross_entropy(torch.randn(B, T, D), torch.randn(V, D), labels, head_weights=[1.0, 1.0, 1.0])
+    assert held == [3 * B * T * (8 + 1 + 8)]  # by head, and by row
+
+
+def test_statistics_of_shared_logits_need_every_class() -> None:
+    labels, _ = batch("padded")
+    given: dict[str, Any] = {"head_weights": [1.0, 1.0], "process_group": object()}
+    with pytest.raises(ValueError, match="return_stats of shared logits needs every class's unembedding"):
+        mtp_cross_entropy(torch.randn(B, T, D), torch.randn(V, D), labels, return_stats=True, **given)
