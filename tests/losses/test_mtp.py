@@ -673,7 +673,8 @@ def test_the_logit_of_a_shared_target_is_not_rounded(path: str, dtype: torch.dty
     n_ones = 2049 if dtype == torch.float16 else 257  # which the dtype does not hold
     weight = torch.stack([torch.ones(n_ones), torch.zeros(n_ones)]).to(dtype)
     hidden = torch.full((1, 2, n_ones), 1 / 16).to(dtype)
-    _, stats = mtp_cross_entropy(hidden, weight, torch.zeros(1, 2).long(), head_weights=[1.0, 1.0], return_stats=True)
+    given: dict[str, Any] = {"head_weights": [1.0, 1.0], "slab_dtype": torch.float32, "return_stats": True}
+    _, stats = mtp_cross_entropy(hidden, weight, torch.zeros(1, 2).long(), **given)
     wanted = torch.tensor(-n_ones / 16).exp().log1p()
     torch.testing.assert_close(stats.head_loss, wanted.expand(2), rtol=1e-4, atol=1e-6)
 
