@@ -583,3 +583,83 @@ def test_gradients_are_gone_after_a_step() -> None:
 
     for make in OPTIMIZERS:
         trainer_of(settings(steps=2), make, hooks=[Look()])[0].fit()
+
+
+class Counted:
+    """Data that knows where it was: what it says is saved, and shown to it again."""
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self.read = Stream(batches())
+
+    def batch(self, first: int, count: int) -> Any:
+        return self.read.batch(first, count)
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.read._next}
+
+    def resume(self, *args: Any) -> None:
+        self.taken.append(args)
+
+
+def test_what_is_saved_is_shown_again(tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    class Look(Hooks):
+        def on_save(self, trainer: Trainer) -> None:
+            saved.append(trainer.step)
+
+    def made(**more: Any) -> tuple[Trainer, Counted]:
+        data = Counted()
+        config = settings(steps=7, save_every=3, log_every=5, keep_last=1)
+        return trainer_of(config, fused, data=data, run=tmp_path, hooks=[Look()], about={"mine": [1]}, **more)[0], data
+
+    trainer, _ = made()
+    trainer.fit()
+    assert saved == [3, 6, 7] and [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000007"]
+    trainer.save()  # nothing was trained since
+    assert saved == [3, 6, 7]
+    shown: list[Any] = []
+    again, data = made()
+    again.resume(shown.append)
+    (meta,) = shown
+    assert meta["about"] == {"mine": [1]} and data.taken == [({"number": 7}, 28)]
+    assert (again.step, again.sequences, again.tokens, again.logged_step) == (7, 28, trainer.tokens, 7)
+    assert again._recent == trainer._recent == meta["recent"] and meta["groups"] == again._settings
+
+    class Refused(Exception):
+        pass
+
+    def refuse(meta: Any) -> None:
+        raise Refused
+
+    third, data = made()
+    before = weights(third)
+    with pytest.raises(Refused):
+        third.resume(refuse)
+    assert third.step == 0 and data.taken == []
+    assert_same(weights(third), before)
+    with pytest.raises(ValueError, match="resume needs a run folder"):
+        trainer_of()[0].resume()
+
+
+def test_the_rate_of_the_first_group_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(model: nn.Module) -> Optimizer:
+        first, *rest = model.parameters()
+        return FusedAdamW([{"params": [first], "lr": 0.5}, {"params": rest}], lr=0.01, max_grad_norm=1.0)
+
+    trainer, written = trainer_of(settings(steps=2, schedule="constant", warmup_steps=0), make)
+    trainer.fit()
+    assert written["lr"] == pytest.approx([0.5, 0.5])
+    assert trainer.optimizer.param_groups[1]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_log_may_also_be_events(tensorboard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmfast.train import trainer as module
+
+    made: list[Any] = []
+    original = module.MetricsFile
+    monkeypatch.setattr(module, "MetricsFile", lambda path, **how: made.append(how) or original(path))
+    trainer_of(settings(steps=1, tensorboard=tensorboard), run=tmp_path)[0].fit()
+    assert made == [{"resume_at": 0, "tensorboard": tensorboard}]
