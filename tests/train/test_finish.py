@@ -174,3 +174,40 @@ def test_what_a_sample_begins_with(
 
 def test_tokens_per_second_of_a_short_run(tmp_path: Path) -> None:
     assert table(finished(tmp_path, model_of(), seconds=0.5)[0])["tokens per second"] == "100"
+
+
+def test_the_log_is_closed(tmp_path: Path) -> None:
+    _, trainer = finished(tmp_path, model_of(), "train.sample_tokens=0")
+    with pytest.raises(ValueError, match="closed file"):
+        trainer.metrics.write(step=9, tokens=90)
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("pretrained", ["", "there"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_several_ranks_has_the_whole_model(
+    main: bool, pretrained: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["model.width=32", "model.layers=1", "model.heads=2", f"train.param_dtype={str(dtype)[6:]}"]
+    config = load_config(None, [*settings, "optimizer.master_weights=fp32"] if dtype != torch.float32 else settings)
+    config.model.pretrained = pretrained
+    model = model_of().to(dtype)
+    opened: list[Any] = []
+
+    def new_model(run: Path, dtype: torch.dtype) -> Decoder:
+        opened.append((run, dtype))
+        return model_of().to(dtype)
+
+    monkeypatch.setattr(module, "new_model", new_model)
+    monkeypatch.setattr(module, "whole_weights", lambda spread: spread.state_dict())
+    world = SimpleNamespace(size=2, main=main)
+    trainer: Any = SimpleNamespace(world=world, model=None, module=model, run=tmp_path, device=torch.device("cpu"))
+    found = module.whole_model(config, trainer, ByteTokenizer())
+    if not main:
+        assert found is None
+        return
+    assert found is not model and opened == ([(tmp_path, dtype)] if pretrained else [])
+    for name, t in found.state_dict().items():
+        assert t.dtype == dtype and torch.equal(t, model.state_dict()[name])
+    world.size, trainer.model = 1, "its own"
+    assert module.whole_model(config, trainer, ByteTokenizer()) == "its own"
