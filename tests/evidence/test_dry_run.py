@@ -14,7 +14,7 @@ class Dry(TorchDispatchMode):
 
 
 def touched(t: Tensor) -> bool:
-    """Whether a result of ones would be there."""
+    """Return True if a result of ones is there."""
     return bool(t.flatten()[0] != 0)
 
 

@@ -322,8 +322,10 @@ def test_limits_of_each_architecture(arch, shared, programs):
 
 
 def test_facts_come_back_from_json_as_they_were():
-    code = Code(3, {128: 2}, {16: 1}, 4, 5, 6, 7, {"LDG": 2})
-    facts = KernelFacts(4, 1024, 40, 8, 0.75, 16, 2, code, (code, code), ORDERS)
+    counts = {"instructions": 3, "transcendentals": 4, "tensor_cores": 5, "shuffles": 6, "barriers": 7}
+    code = Code(**counts, load_bits={128: 2}, store_bits={16: 1}, opcodes={"LDG": 2})
+    resources = {"num_warps": 4, "shared_bytes": 1024, "registers": 40, "spill_bytes": 8, "stack_bytes": 16}
+    facts = KernelFacts(**resources, scalar_spills=2, occupancy=0.75, code=code, hot_loops=(code, code), orders=ORDERS)
     assert KernelFacts.from_json(json.loads(json.dumps(dataclasses.asdict(facts)))) == facts
 
 

@@ -1,4 +1,4 @@
-"""What observers are told, in which order, and of which launches and accesses."""
+"""Tests of what observers are told, in which order, and of which launches and accesses."""
 
 import os
 

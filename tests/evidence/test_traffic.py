@@ -472,7 +472,7 @@ def test_many_small_accesses_are_merged_meanwhile() -> None:
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_launches_that_differ_in_one_thing_are_counted_each_for_itself(dry: bool) -> None:
-    """In a dry run, what is known of one launch must not be taken for another's."""
+    """Check a dry run too, in which what is known of one launch must not be taken for another's."""
     x, y, offset = torch.zeros(2000), torch.zeros(64), torch.zeros(2001)[1:]
     copies: list[Callable[[], object]] = [
         lambda: copies_kernel[(4,)](x, y, 1, BLOCK=16),

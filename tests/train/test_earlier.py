@@ -1,4 +1,4 @@
-"""What is said of runs, and how their files are known again."""
+"""Tests of what is said of runs, and of how their files are known again."""
 
 import hashlib
 import shlex

@@ -1,4 +1,4 @@
-"""How a step and a model are divided, without other ranks; tests/train/test_ranks.py has them."""
+"""Tests of how a step and a model are divided, without other ranks; tests/train/test_ranks.py has them."""
 
 from typing import Any
 
