@@ -326,7 +326,7 @@ def test_parts_of_an_element_that_have_another_type() -> None:
     words = torch.zeros(8, dtype=torch.int32)
     few = words.view(torch.int8)[4:28]
     with sanitizing():
-        parts_kernel[(4,)](torch.zeros_like(words), few, 0, 2, BLOCK=1)  # each program writes a byte, of two words
+        parts_kernel[(2,)](words, few, 0, 6, BLOCK=1)  # each program writes a byte of one word that neither reads
         with pytest.raises(Fault, match="program 1 of 2, loads what program 0 stored"):
             parts_kernel[(2,)](words, few, 0, 3, BLOCK=1)  # byte 3 of `few` is the last of words[1]
         with pytest.raises(Fault, match="program 1 of 2, stores what program 0 loaded"):
