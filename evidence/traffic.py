@@ -273,6 +273,7 @@ def _outline(value: Any) -> object:
 
 _aten = torch.ops.aten
 _SYNCS = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.is_nonzero, _aten.masked_select, _aten._unique2}
+_BY_INDEX = {_aten.index, _aten.index_put_}  # which wait to count the elements of a mask
 _WRITE_ONLY = {_aten.fill_, _aten.zero_, _aten.copy_, _aten.normal_, _aten.uniform_, _aten.random_, _aten.bernoulli_}
 _NO_TRAFFIC = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _NO_TRAFFIC |= {_aten._unsafe_view, _aten.detach, _aten.alias, _aten.lift_fresh, _aten.set_, _aten.resize_}
@@ -370,7 +371,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
     traffic = Traffic(schema.name.split("::")[1], "torch", loaded=loaded, stored=stored)
     traffic.unique_loaded, traffic.unique_stored = loaded, stored
     traffic.sectors = loaded + stored
-    traffic.syncs = int(packet in _SYNCS)
+    traffic.syncs = int(packet in _SYNCS or (packet in _BY_INDEX and _has_mask(bound["indices"])))
     if factors := PRODUCTS_INTO_OTHER_DTYPES.get(func) or _PRODUCTS_IN_PLACE.get(packet):
         a, b = (bound[name] for name in factors)
         traffic.dot_flops[_name(a.dtype)] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
@@ -380,6 +381,10 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
         flops = flop_registry[packet](*operands, out_val=results[0] if len(results) == 1 else tuple(results))
         traffic.dot_flops[_name(dtype)] += int(flops)
     return traffic
+
+
+def _has_mask(indices: list[Tensor | None]) -> bool:
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
 
 
 def _picked(packet: Any, bound: dict[str, Any], results: list[Tensor]) -> int:

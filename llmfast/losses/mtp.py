@@ -325,8 +325,9 @@ def _shared(
             y = torch.where(valid, heads.targets[k], 0).long()
             x = (hidden * weight[y].to(hidden.dtype)).sum(-1, dtype=factors.dtype)
             x = final_logits(x, None if bias is None else bias[y], terms)
-            token_loss = torch.where(valid, found.lse.detach() - x, 0.0)
-            sums.append((token_loss if moved is None else token_loss * moved[k]).sum())
+            token_loss = found.lse.detach() - x
+            token_loss = token_loss if moved is None else token_loss * moved[k]
+            sums.append(torch.where(valid, token_loss, 0.0).sum())  # the weight of an ignored label may be NaN
     return loss, torch.stack(sums), heads.hits(found)
 
 

@@ -4,16 +4,24 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # as in the rest of the suite: the workers must cope
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
+from evidence import compiler, machine_code
 from evidence.compiler import Compiled, compile_launches
+from evidence.launches import Specialization, _encode, _encode_constant
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels.ahead import compiling_for
 from llmfast_kernels.terms import Targets, Terms
@@ -193,3 +201,93 @@ def test_an_interpreting_process_cannot_compile():
 def test_a_launch_that_cannot_be_recorded_is_named():
     with pytest.raises(TypeError, match="argument of type dict cannot be recorded"):
         recorded(lambda: samples.add_kernel[(1,)](*[torch.zeros(16)] * 3, {}, BLOCK=16))
+
+
+# What workers do, without a compiler.
+
+
+def test_a_worker_takes_jobs_in_batches_and_answers_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, sizes = [Specialization("module:kernel", {"n": n}, {"num_warps": 4}, "a test", n) for n in range(5)], []
+    (tmp_path / "jobs").write_text(json.dumps([(asdict(kind), f"sm_{kind.count}") for kind in kinds]))
+    monkeypatch.setattr(compiler, "BATCH", 2)
+    monkeypatch.setattr(compiler, "_compile", lambda kind, target: (kinds.index(kind), target))
+    monkeypatch.setattr(compiler, "_facts", lambda kernels: sizes.append(len(kernels)) or list(kernels))
+    compiler._work(str(tmp_path / "jobs"), str(tmp_path / "answer"))
+    assert json.loads((tmp_path / "answer").read_text()) == [[n, f"sm_{n}"] for n in range(5)]
+    assert sizes == [2, 2, 1]
+
+
+def test_facts_are_read_once_per_kernel_and_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Fact:
+        registers: int
+
+    def read(kernels: list[Any]) -> list[Fact]:
+        fresh.extend(kernel.hash for kernel in kernels)
+        return [Fact(kernel.registers) for kernel in kernels]
+
+    a, b, c = (SimpleNamespace(hash=name, registers=i) for i, name in enumerate("abc"))
+    fresh: list[str] = []
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(machine_code, "facts", read)
+    for kernels in ([b], [c, b, a], [a, c]):
+        assert compiler._facts(kernels) == [{"registers": kernel.registers} for kernel in kernels]
+    assert fresh == ["b", "c", "a"]
+    (tmp_path / "reader.py").write_text("another reader")
+    monkeypatch.setattr(machine_code, "__file__", str(tmp_path / "reader.py"))
+    a.registers = 7
+    assert compiler._facts([a]) == [{"registers": 7}]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_worker_compiles_and_is_quoted_with_its_last_words(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run(command: list[str], **how: Any) -> Any:
+        seen.update(how["env"])
+        Path(command[-1]).write_text("[]")
+        return SimpleNamespace(returncode=code, stderr="first " + 9000 * "." + " last")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("SOME_SETTING", "kept")
+    monkeypatch.setattr(compiler.subprocess, "run", run)
+    kinds = [Specialization("module:kernel", {}, {})]
+    with pytest.raises(RuntimeError, match=r"^compiling launches failed:\n\.+ last$") if code else nullcontext():
+        compiler._run_worker([(kinds[0], "sm_90")])
+    assert "TRITON_INTERPRET" not in seen and seen["SOME_SETTING"] == "kept"
+    assert seen["PYTHONPATH"].split(os.pathsep)[0] == str(Path(compiler.__file__).parents[1])
+    assert compiler._run_worker([]) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, True, 1, 16, 3, 2**40, 2**63, 0.5, (16, 3), (1, (None, 0.5))),
+        *(torch.zeros(4), torch.zeros(4)[1:], torch.zeros(32, dtype=torch.int8)[1:], torch.zeros(9).bfloat16()[1:]),
+        samples.Vector(X, 3.0),
+    ],
+    ids=str,
+)
+def test_stand_ins_are_of_the_kind_that_they_stand_for(value: Any) -> None:
+    assert _encode(compiler._decode(_encode(value))) == _encode(value)
+
+
+@pytest.mark.parametrize("value", [1024, 0.5, "adam", None, tl.float32, (1, (2, tl.bfloat16)), samples.square], ids=str)
+def test_constants_come_back_as_they_were(value: Any) -> None:
+    back = compiler._decode({"constant": _encode_constant(value)})
+    assert _encode_constant(back) == _encode_constant(value) and type(back) is type(value)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_stand_in_for_a_tensor_tells_amds_compiler_how_large_it_is(below: bool) -> None:
+    pointer = compiler._decode({"dtype": "float16", "aligned": False, "below_2_gib": below})
+    assert (pointer.ptr_range() < 2**31) == below
+    assert pointer.dtype == torch.float16 and pointer.data_ptr() % 2 == 0 and pointer.data_ptr() % 16
+
+
+def test_a_compiled_launch_says_for_what() -> None:
+    kind = Specialization("module:kernel", {"n": 16}, {})
+    for target, size in (("sm_100", 32), ("gfx950", 64)):
+        one = Compiled(kind, target, None)  # type: ignore[arg-type]
+        assert str(one) == f"kernel(n=16) for {target}" and one.warp_size == size
+    assert {target[:3] for target in compiler.TARGETS} == {"sm_", "gfx"} and len(compiler.TARGETS) == 5

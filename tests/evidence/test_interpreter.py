@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime.errors import InterpreterError
 
-from evidence import interpreter
+from evidence import interpreter, observers
 
 interpreter.install()
 
@@ -436,3 +436,167 @@ def test_install_twice_changes_nothing():
 def test_an_unknown_interpreter_is_named():
     with pytest.raises(RuntimeError, match=rf"triton {triton.__version__}.*_patch_lang.*InterpreterBuilder.cast_impl"):
         interpreter._check_version(types.SimpleNamespace(TensorHandle=object))
+
+
+@triton.jit
+def grid_kernel(out, X: tl.constexpr):
+    x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    at = (x * tl.num_programs(1) + y) * tl.num_programs(2) + z
+    tl.store(out + at, x * 100 + y * 10 + z)
+
+
+@pytest.mark.parametrize("grid", [(3,), (3, 2), (2, 3, 4), lambda meta: (meta["X"], 2)])
+def test_every_program_of_a_grid_runs_in_order(grid):
+    out = torch.full((2, 3, 4), -1, dtype=torch.int32)
+    seen = []
+
+    class Watch(observers.Observer):
+        def program(self, index):
+            seen.append(index)
+
+    with observers.observing(Watch()):
+        grid_kernel[grid](out, X=3)
+    nx, ny, nz = (*(grid({"X": 3}) if callable(grid) else grid), 1, 1)[:3]
+    wanted = [x * 100 + y * 10 + z for x in range(nx) for y in range(ny) for z in range(nz)]
+    assert out.flatten().tolist() == wanted + [-1] * (24 - len(wanted))
+    assert seen == list(range(nx * ny * nz))
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=[1])
+def asked_kernel(x, y, n, BLOCK: tl.constexpr):
+    tl.store(y + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)) * n)
+
+
+asked_around = triton.heuristics({"BLOCK": lambda args: 16})(asked_kernel)
+
+
+def test_what_a_kernel_asks_of_the_compiler_is_told_to_observers():
+    launches = []
+
+    class Watch(observers.Observer):
+        def launch(self, launch, programs, run):
+            launches.append(launch)
+            run(programs)
+
+    with observers.observing(Watch()):
+        asked_kernel[(2,)](torch.ones(16), torch.ones(16), 3, BLOCK=16, num_warps=8)
+        asked_around[(2,)](torch.ones(16), torch.ones(16), 3)
+        copy_kernel[(2,)](torch.ones(32), torch.ones(32), 32, BLOCK=16)
+    for launch, warps in zip(launches, ({"num_warps": 8}, {})):
+        assert (launch.unspecialized, launch.unaligned, launch.constexprs) == ({"n"}, {"y"}, {"BLOCK"})
+        assert list(launch.arguments) == ["x", "y", "n", "BLOCK"] and launch.arguments["BLOCK"] == 16
+        assert launch.options.items() >= warps.items() and (launch.grid, launch.programs) == ((2, 1, 1), 2)
+    assert (launches[2].unspecialized, launches[2].unaligned) == (set(), set())
+    assert launches[2].kernel.endswith("test_interpreter:copy_kernel")
+
+
+def test_tensors_of_other_devices_are_named():
+    with pytest.raises(TypeError, match="copy_kernel: the interpreter runs on CPU tensors; target is on meta"):
+        copy_kernel[(1,)](torch.ones(4), torch.ones(4, device="meta"), 4, BLOCK=4)
+
+
+def test_debugging_may_be_on_for_all_launches(monkeypatch):
+    import triton.runtime.interpreter as stock
+
+    before = stock.interpreter_builder.options
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    with pytest.raises(InterpreterError, match="not positive"):
+        assert_kernel[(1,)](torch.tensor([-1.0]))
+    monkeypatch.undo()
+    assert_kernel[(1,)](torch.tensor([-1.0]))
+    assert stock.interpreter_builder.options is before
+
+
+@triton.jit
+def hints_kernel(x_ptr, target, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    rows = tl.load(x_ptr + tl.arange(0, 4)[:, None] + tl.arange(0, 2)[None, :])
+    tl.store(target, tl.sum(tl.sum(tl.multiple_of(rows, (FIRST, SECOND)), axis=0), axis=0))
+
+
+def test_every_hint_of_several_is_checked():
+    x = torch.tensor([6, 1, 2, 3, 4])
+    hints_kernel[(1,)](x, torch.zeros(1, dtype=torch.int64), FIRST=2, SECOND=3)
+    for first, second in ((4, 3), (3, 4)):
+        with pytest.raises(InterpreterError, match="6 is not a multiple"):
+            hints_kernel[(1,)](x, torch.zeros(1, dtype=torch.int64), FIRST=first, SECOND=second)
+
+
+@triton.jit
+def wide_kernel(source, target):
+    offsets = tl.arange(0, 4)
+    tl.store(target + offsets, tl.load(source + offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_wide_numbers_are_rounded_to_bfloat16_once(dtype):
+    tie = 2**30 + 2**22  # half way between two bfloat16 numbers
+    source = torch.tensor([tie + 1, tie, tie - 1, -tie - 1], dtype=dtype)  # and 1 more than float32 can tell
+    target = torch.empty(4, dtype=torch.bfloat16)
+    wide_kernel[(1,)](source, target)
+    assert target.tolist() == [2**30 + 2**23, 2**30, 2**30, -(2**30) - 2**23]
+
+
+@triton.jit
+def toward_zero_kernel(source, target, MODE: tl.constexpr):
+    tl.store(target, tl.load(source).to(tl.bfloat16, fp_downcast_rounding=MODE))
+
+
+def test_other_roundings_to_bfloat16_are_refused():
+    source, target = torch.tensor([1 + 2.0**-8 + 2.0**-9]), torch.empty(1, dtype=torch.bfloat16)
+    toward_zero_kernel[(1,)](source, target, MODE="rtne")
+    assert target.item() == 1 + 2.0**-7
+    with pytest.raises(InterpreterError, match="bfloat16 conversion with rounding mode"):
+        toward_zero_kernel[(1,)](source, target, MODE="rtz")
+
+
+@triton.jit
+def shapes_kernel(x_ptr, out, kept, COUNT: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, 4)[:, None] * COUNT + tl.arange(0, COUNT)[None, :])
+    places = tl.arange(0, 4)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
+    value, _ = tl.reduce((x, places), 0, first_largest)
+    tl.store(out + tl.arange(0, COUNT), value)
+    value, _ = tl.reduce((x, places), 1, first_largest, keep_dims=True)
+    tl.store(kept + tl.arange(0, 4)[:, None] + tl.zeros([4, 1], tl.int32), value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_reductions_along_each_axis_and_with_kept_dimensions(count):
+    x, out, kept = torch.randn(4, count), torch.empty(count), torch.empty(4)
+    shapes_kernel[(1,)](x, out, kept, COUNT=count)
+    assert torch.equal(out, x.amax(0)) and torch.equal(kept, x.amax(1))
+
+
+def test_a_process_that_does_not_interpret_is_refused(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before importing triton"):
+        interpreter.install()
+
+
+def test_what_waits_for_a_launch_runs_before_it_with_its_arguments():
+    seen, x = [], torch.zeros(4)
+    kernel = triton.jit(copy_kernel.fn)
+    kernel.add_pre_run_hook(lambda **given: seen.append((given["count"], x.fill_(7))))
+    kernel[(1,)](x, target := torch.empty(4), 4, BLOCK=4)
+    assert seen[0][0] == 4 and target.eq(7).all()
+
+
+def test_arithmetic_is_told_with_its_size_and_type():
+    told = []
+
+    class Watch(observers.Observer):
+        def compute(self, operation, elements, dtype):
+            told.append((operation, elements, dtype))
+
+    a, b, c = torch.randn(3, 16, 16)
+    with observers.observing(Watch()):
+        narrow_dot_kernel[(1,)](a.bfloat16(), b.bfloat16(), c)
+    assert ("dot", 16 * 8 * 32, "bfloat16") in told  # rows, columns, and the length of a product
+    assert ("reduce", 16 * 8, "float32") in told
+
+
+@triton.jit
+def narrow_dot_kernel(a_ptr, b_ptr, c_ptr):
+    row, column, inner = tl.arange(0, 16), tl.arange(0, 8), tl.arange(0, 32)
+    a = tl.load(a_ptr + (row[:, None] + inner[None, :]))
+    b = tl.load(b_ptr + (inner[:, None] + column[None, :]))
+    tl.store(c_ptr + row, tl.sum(tl.dot(a, b), axis=1))

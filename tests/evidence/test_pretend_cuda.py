@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evidence import interpreter
+from evidence import interpreter, pretend_cuda
 from evidence.launches import Recorder
 from evidence.observers import observing
 from evidence.pretend_cuda import pretending_cuda
@@ -120,3 +120,53 @@ def test_an_autotuned_kernel_takes_its_first_configuration() -> None:
     assert x.tolist() == list(range(100))
     (kind,) = recorder.kinds.values()
     assert kind.arguments["BLOCK"] == {"constant": 32}
+
+
+def test_every_factory_and_method_takes_the_gpu_for_the_cpu() -> None:
+    x = torch.zeros(2, 3)
+    given = {
+        **{name: (2, 3) for name in ("empty", "ones", "rand", "randn", "zeros")},
+        **{f"{name}_like": (x,) for name in ("empty", "ones", "rand", "randn", "zeros")},
+        **{"arange": (3,), "as_tensor": ([1],), "empty_strided": ((2, 3), (3, 1)), "full": ((2,), 1), "tensor": ([1],)},
+        **{"full_like": (x, 1), "randint": (5, (2,)), "scalar_tensor": (1,)},
+    }
+    methods = {name: ((2, 3),) for name in ("new_empty", "new_ones", "new_zeros")}
+    methods |= {"to": (), "new_empty_strided": ((2, 3), (3, 1)), "new_full": ((2,), 1), "new_tensor": ([1],)}
+    assert given.keys() == set(pretend_cuda._FACTORIES) and methods.keys() == set(pretend_cuda._METHODS)
+    with pretending_cuda():
+        for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
+            made = [getattr(torch, name)(*args, device=device) for name, args in given.items()]
+            made += [getattr(x, name)(*args, device=device) for name, args in methods.items()]
+            assert all(t.is_cuda and t.is_cpu for t in made)
+        assert torch.empty(2, device="cuda", pin_memory=True).is_cpu
+        assert torch.empty(2, device="meta").is_meta and torch.empty(2, device="cpu").is_cuda
+
+
+def test_the_card_is_an_h100() -> None:
+    before = {name: vars(torch.Tensor).get(name) for name in ("device", "is_cuda")}
+    with pretending_cuda():
+        properties, cuda = torch.cuda.get_device_properties(0), torch.cuda
+        assert cuda.is_available() and cuda.device_count() == 1 and cuda.current_device() == 0
+        assert cuda.is_bf16_supported() and not cuda.is_current_stream_capturing() and cuda.synchronize() is None
+        assert cuda.get_device_name() == properties.name and "H100" in properties.name
+        assert (properties.total_memory, properties.multi_processor_count) == (80 * 2**30, 132)
+        assert (properties.major, properties.minor) == cuda.get_device_capability() == (9, 0)
+        driver = triton.runtime.driver.active
+        assert driver.get_current_target().arch == 90 and driver.get_current_target().warp_size == properties.warp_size
+        told = driver.utils.get_device_properties(driver.get_current_device())
+        assert told == {"multiprocessor_count": 132, "max_shared_mem": 227 * 1024}
+        first, second = (driver.get_benchmarker()(print, quantiles=(0.5, 0.2, 0.8)) for _ in range(2))
+        assert len(first) == len(second) == 3 and first < second
+    assert {name: vars(torch.Tensor).get(name) for name in ("device", "is_cuda")} == before
+
+
+def test_factors_of_a_product_into_float32() -> None:
+    a, b, c = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.randn(3, 5)
+    product = a.float() @ b.float()
+    with pretending_cuda():
+        found = torch.addmm(c, a, b, beta=0.5, alpha=3.0, out_dtype=torch.float32)
+        torch.testing.assert_close(found, 0.5 * c + 3.0 * product)
+        out = torch.empty(3, 5)
+        assert torch.addmm(c, a, b, alpha=2.0, out_dtype=torch.float32, out=out) is out
+        torch.testing.assert_close(out, c + 2.0 * product)
+        assert torch.equal(torch.addmm(c, a.float(), b.float()), torch.addmm(c, a.float(), b.float(), beta=1))

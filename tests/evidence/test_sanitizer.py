@@ -6,6 +6,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, for a run of 
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from evidence import interpreter
-from evidence.sanitizer import PATTERN, Fault, sanitizing
+from evidence.sanitizer import OTHER_PATTERN, PATTERN, Fault, Sanitizer, _differs, _repeated, sanitizing
 
 interpreter.install()
 
@@ -241,6 +242,8 @@ def test_bytes_may_have_any_value() -> None:
         lambda x: x.new_empty(x.shape),
         lambda x: torch.empty_strided(x.shape, x.stride()),
         lambda x: x.new_empty_strided(x.shape, x.stride()),
+        lambda x: torch.empty_strided((3, 2), (7, 2)),  # with gaps, so that the last elements are far away
+        lambda x: torch.empty(5, dtype=torch.bfloat16),
     ],
 )
 def test_every_way_to_allocate_is_filled(allocate: Callable[[Tensor], Tensor]) -> None:
@@ -299,3 +302,127 @@ def test_nothing_is_watched_afterwards() -> None:
         pass
     copy(30, 31, 30)
     assert torch.empty.__name__ == "empty" and not hasattr(torch.empty, "__wrapped__")
+
+
+@triton.jit
+def parts_kernel(x_ptr, out_ptr, x_offset, out_offset, BLOCK: tl.constexpr):
+    """Copy a block per program from one place to another, as numbers of the second's type."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + out_offset + i, tl.load(x_ptr + x_offset + i).to(out_ptr.dtype.element_ty))
+
+
+def test_a_view_does_not_end_the_tensor_that_it_is_of() -> None:
+    whole = torch.arange(64.0)
+    with sanitizing():
+        parts_kernel[(2,)](whole, whole[8:16], 48, 0, BLOCK=4)
+        parts_kernel[(2,)](whole[8:16], whole, 0, 48, BLOCK=4)
+        assert whole[8:16].tolist() == whole[48:56].tolist() == list(range(48, 56))
+        with pytest.raises(Fault, match="program 1 of 2, stores what program 0 loaded"):
+            parts_kernel[(2,)](whole[16:24], whole, 0, 12, BLOCK=4)
+
+
+def test_parts_of_an_element_that_have_another_type() -> None:
+    """One memory as integers of four bytes and, from the second on, as bytes."""
+    words = torch.zeros(8, dtype=torch.int32)
+    few = words.view(torch.int8)[4:28]
+    with sanitizing():
+        parts_kernel[(2,)](words, few, 0, 6, BLOCK=1)  # each program writes a byte of one word that neither reads
+        with pytest.raises(Fault, match="program 1 of 2, loads what program 0 stored"):
+            parts_kernel[(2,)](words, few, 0, 3, BLOCK=1)  # byte 3 of `few` is the last of words[1]
+        with pytest.raises(Fault, match="program 1 of 2, stores what program 0 loaded"):
+            parts_kernel[(2,)](few, words, 7, 1, BLOCK=1)  # byte 7 of `few` is the last of words[2]
+
+
+def test_integers_of_16_bits_may_have_any_value() -> None:
+    with sanitizing():
+        x, out = torch.full((16,), PATTERN, dtype=torch.int16), torch.zeros(16, dtype=torch.int16)
+        copy_kernel[(1,)](x, out, 16, 16, BLOCK=16)
+        assert out.eq(PATTERN).all()
+
+
+def test_addresses_reach_parameters_and_no_further_than_the_smallest_tensor() -> None:
+    p, flat = torch.nn.Parameter(torch.zeros(20)), torch.zeros(60)
+    row = flat[20:40]
+    with sanitizing():
+        table_kernel[(2,)](torch.tensor([p.data_ptr(), row.data_ptr()]), 20, BLOCK=32)
+        assert p.eq(1).all() and row.eq(1).all() and flat.sum() == 20
+        with pytest.raises(Fault, match="outside of all tensors"):
+            table_kernel[(1,)](torch.tensor([row.data_ptr()]), 21, BLOCK=32)
+
+
+@triton.jit
+def padded_update_kernel(x_ptr, out_ptr, V, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.atomic_add(out_ptr, tl.sum(tl.where(i < V, x, 0.0) if MASKED else x, axis=0))
+
+
+def test_undefined_memory_is_not_used_in_updates() -> None:
+    with sanitizing():
+        x = torch.empty(16)
+        x[:10] = 1
+        padded_update_kernel[(1,)](x, out := torch.zeros(1), 10, MASKED=True, BLOCK=16)
+        assert out.item() == 10
+        with pytest.raises(Fault, match="writes out_ptr as it read x_ptr, which nobody wrote: element 10"):
+            padded_update_kernel[(1,)](x, out, 10, MASKED=False, BLOCK=16)
+
+
+@triton.jit
+def relay_kernel(x_ptr, flags_ptr, out_ptr, LEFT_OUT: tl.constexpr):
+    """Let program 0 hand on to 1, 1 to 2 and so on, and the last read what the first has stored."""
+    n = tl.program_id(0)
+    if n == 0:
+        tl.store(x_ptr, 5)
+    if n > 0 and n != LEFT_OUT:
+        tl.atomic_add(flags_ptr + n - 1, 1)
+    tl.atomic_add(flags_ptr + n, 1)
+    if n == tl.num_programs(0) - 1:
+        tl.store(out_ptr, tl.load(x_ptr) * 0)
+
+
+@pytest.mark.parametrize("programs", [2, 3, 5])
+def test_an_order_is_handed_on(programs: int) -> None:
+    def launch(left_out: int) -> None:
+        flags, x, out = (torch.zeros(8, dtype=torch.int32) for _ in range(3))
+        relay_kernel[(programs,)](x, flags, out, LEFT_OUT=left_out)
+
+    with sanitizing():
+        launch(-1)
+        with pytest.raises(Fault, match=f"program {programs - 1} of {programs}, loads what program 0 stored, in x_ptr"):
+            launch(1)
+
+
+@pytest.mark.parametrize("granule", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 8, 15, 16])
+def test_a_difference_is_found_at_every_byte(granule: int, size: int) -> None:
+    first = np.arange(size, dtype=np.uint8)
+    assert not _differs(first, first.copy(), granule).any()
+    for at in range(size):
+        second = first.copy()
+        second[at] ^= 1
+        found = _differs(first, second, granule)
+        assert found.size == -(-size // granule) and np.flatnonzero(found).tolist() == [at // granule]
+
+
+def test_patterns_are_repeated_in_the_order_of_memory() -> None:
+    for size in (2, 4, 8):
+        memory = np.frombuffer(np.uint16(PATTERN).tobytes() * (size // 2), f"u{size}")
+        assert _repeated(PATTERN, size) == memory[0]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for pattern, nan in ((PATTERN, True), (OTHER_PATTERN, False)):
+            bits = torch.tensor([pattern] * 4, dtype=torch.int16).view(dtype)
+            assert bool(bits.isnan().all()) == nan and bool(bits.isfinite().all()) != nan
+
+
+def test_a_launch_is_tried_backwards_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    original = Sanitizer._check_order
+    monkeypatch.setattr(
+        Sanitizer,
+        "_check_order",
+        lambda self, programs, run: tried.append(len(programs)) or original(self, programs, run),
+    )
+    with sanitizing():
+        for numel in (48, 48, 16, 33):  # of which one has one program, and one another divisibility
+            copy(numel, numel, numel)
+    assert tried == [3, 3]

@@ -9,6 +9,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from evidence import interpreter
 from evidence.dry_run import reserve
+from evidence.observers import Access
 from evidence.pretend_cuda import pretending_cuda
-from evidence.traffic import Counts, Traffic, counting, sample
+from evidence.traffic import Counts, Traffic, _KernelCounter, _Ranges, _runs, counting, sample
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.optim import FusedAdamW
@@ -173,6 +175,25 @@ def test_torchs_fused_adamw(scaled: bool, bytes_per_parameter: int) -> None:
     optimizer = torch.optim.AdamW([p], fused=True)
     if scaled:
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer.step()
+    total = counted(optimizer.step).total()
+    assert bytes_per_parameter <= total.dram / p.numel() < bytes_per_parameter + 0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_per_parameter"),
+    [
+        (lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True), 20),  # reads p, g and m, writes p and m
+        (lambda p: torch.optim.Adagrad([p], fused=True), 20),
+        (lambda p: torch.optim.Adam([p], fused=True), 28),
+    ],
+)
+def test_torchs_other_fused_optimizers(
+    kind: Callable[[Tensor], torch.optim.Optimizer], bytes_per_parameter: int
+) -> None:
+    p = torch.zeros(1 << 12, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = kind(p)
     optimizer.step()
     total = counted(optimizer.step).total()
     assert bytes_per_parameter <= total.dram / p.numel() < bytes_per_parameter + 0.01
@@ -414,3 +435,175 @@ def test_the_linear_loss_in_four_chunks() -> None:
     assert total.dram / (N * V) < 26
     assert total.dot_flops == {"bfloat16": 6 * N * D * V}
     assert total.syncs == 0
+
+
+# Parts of the counters.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_byte_that_is_touched_twice_counts_once(seed: int) -> None:
+    random, ranges, bytes_touched = np.random.default_rng(seed), _Ranges(), set[int]()
+    assert ranges.bytes() == 0
+    for _ in range(8):
+        begins = random.integers(0, 100, 6)
+        ends = begins + random.integers(1, 30, 6)
+        ranges.add(begins, ends)
+        bytes_touched |= {byte for a, b in zip(begins, ends) for byte in range(a, b)}
+        assert ranges.bytes() == len(bytes_touched)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_are_of_adjacent_elements(size: int, seed: int) -> None:
+    elements = np.random.default_rng(seed).integers(0, 12, 9)  # in any order, some of them twice
+    begins, ends = _runs(Access(64 + size * elements, 9, size, None))
+    covered = [byte for a, b in zip(begins, ends) for byte in range(a, b)]
+    assert covered == sorted({64 + size * e + k for e in elements.tolist() for k in range(size)})
+    assert (begins[1:] > ends[:-1]).all()
+
+
+def test_many_small_accesses_are_merged_meanwhile() -> None:
+    ranges = _Ranges()
+    for i in range(10_000):
+        ranges.add(np.array([2 * i]), np.array([2 * i + 1]))
+        assert len(ranges._begins) <= 4097
+    assert ranges.bytes() == 10_000
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_launches_that_differ_in_one_thing_are_counted_each_for_itself(dry: bool) -> None:
+    """Check a dry run too, in which what is known of one launch must not be taken for another's."""
+    x, y, offset = torch.zeros(2000), torch.zeros(64), torch.zeros(2001)[1:]
+    copies: list[Callable[[], object]] = [
+        lambda: copies_kernel[(4,)](x, y, 1, BLOCK=16),
+        lambda: copies_kernel[(3,)](x, y, 1, BLOCK=16),
+        lambda: copies_kernel[(4,)](x, y, 9, BLOCK=16),
+        lambda: copies_kernel[(4,)](offset, y, 1, BLOCK=16),
+        lambda: copies_kernel[(4,)](x, y, 1, BLOCK=8),
+        lambda: copies_kernel[(4,)](x, y.double(), 1, BLOCK=16),
+        lambda: copies_kernel[(4,)](x, y[::16], 1, BLOCK=16),
+        lambda: copies_kernel[(4,)](x, y, 1, BLOCK=16),
+    ]
+    found = [t for t in counted(lambda: [run() for run in copies], dry=dry).traffic if t.by == "triton"]
+    alone = [t for run in copies for t in counted(run, dry=dry).traffic if t.by == "triton"]
+    assert [(t.loaded, t.stored, t.sectors, t.dram) for t in found] == [
+        (t.loaded, t.stored, t.sectors, t.dram) for t in alone
+    ]
+    elements = [64, 48, 64, 64, 32, 64, 64, 64]
+    assert [t.loaded for t in found] == [4 * n for n in elements]
+    assert [t.stored for t in found] == [(8 if i == 5 else 4) * n for i, n in enumerate(elements)]
+    assert len({t.sectors for t in found[:5]}) == 5 and found[0].sectors == found[-1].sectors
+
+
+@triton.jit
+def copies_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * stride))
+
+
+def test_a_dry_launch_touches_no_more_bytes_than_there_are() -> None:
+    """Every program reads and writes the same 16 elements."""
+    x, y = torch.zeros(16), torch.zeros(16)
+    (kernel,) = counted(lambda: same_kernel[(40,)](x, y, BLOCK=16), dry=True).traffic
+    assert (kernel.loaded, kernel.stored) == (40 * 64, 40 * 64)
+    assert (kernel.unique_loaded, kernel.unique_stored, kernel.calls) == (64, 64, 1)
+
+
+@triton.jit
+def same_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+B = 4 * 7  # bytes of seven elements
+
+
+@pytest.mark.parametrize(
+    ("run", "loaded", "stored"),
+    [
+        (lambda: X.new_zeros(7), 0, B),
+        (lambda: X.new_ones(7), 0, B),
+        (lambda: X.new_full((7,), 2.0), 0, B),
+        (lambda: torch.ones_like(X), 0, n),
+        (lambda: torch.full_like(X, 2.0), 0, n),
+        (lambda: torch.rand_like(X), 0, n),
+        (lambda: torch.randn_like(X), 0, n),
+        (lambda: torch.empty(7).fill_(1), 0, B),
+        (lambda: torch.empty(7).normal_(), 0, B),
+        (lambda: torch.empty(7).uniform_(), 0, B),
+        (lambda: X.take(INDEX), B + 56, B),
+        (lambda: torch.empty(30, 40).scatter_(0, INDEX[None], torch.ones(1, 7)), 2 * B + 56, 2 * B),
+        (lambda: torch.empty(30, 40).scatter_add_(0, INDEX[None], torch.ones(1, 7)), 2 * B + 56, 2 * B),
+        (lambda: torch.empty(30, 40).index_copy_(0, INDEX, torch.ones(7, 40)), 2 * m + 56 + 0, 2 * m),
+        (lambda: torch.empty(30, 40).index_put_((INDEX,), torch.ones(7, 40)), 2 * m + 56 + 0, 2 * m),
+    ],
+)
+def test_bytes_of_operators_that_touch_part_of_a_tensor(run: Callable[[], object], loaded: int, stored: int) -> None:
+    total = torch_traffic(run)
+    assert (total.loaded, total.stored) == (loaded, stored)
+
+
+@pytest.mark.parametrize(
+    ("run", "waits"),
+    [
+        (lambda: X.sum().item(), 1),
+        (lambda: X[X > 0], 1),
+        (lambda: X.clone().index_put_((X > 0,), torch.tensor(1.0)), 1),
+        (lambda: X[INDEX], 0),
+        (lambda: X.masked_select(X > 0), 1),
+        (lambda: X.nonzero(), 1),
+        (lambda: X.unique(), 1),
+        (lambda: bool((X > 0).all()), 1),
+        (lambda: X.argmax() + X.sum(), 0),
+        (lambda: torch.where(X > 0, X, 0.0), 0),
+    ],
+)
+def test_operators_that_wait(run: Callable[[], object], waits: int) -> None:
+    assert torch_traffic(run).syncs == waits
+
+
+def test_sums_add_up_every_count() -> None:
+    numbers = {"loaded": 1, "stored": 2, "updated": 3, "unique_loaded": 4, "unique_stored": 5, "sectors": 6, "flops": 8}
+    first = Traffic("a", "triton", **numbers, transcendentals=9, dot_flops=Counter(bfloat16=10), calls=2, syncs=1)
+    second = Traffic("b", "torch", **dict.fromkeys(numbers, 100), calls=1, syncs=2, dot_flops=Counter(float32=7))
+    counts = Counts([first, second, first])
+    total = counts.total()
+    assert all(getattr(total, name) == 2 * value + 100 for name, value in numbers.items())
+    assert (total.transcendentals, total.calls, total.syncs) == (18, 5, 4)
+    assert total.dot_flops == {"bfloat16": 20, "float32": 7}
+    assert counts.total("torch").loaded == 100 and counts.total("triton").calls == 4
+    assert list(counts.by_name()) == ["b", "a"] and counts.by_name()["a"].loaded == 2
+    assert (first.moved, first.dram) == (1 + 2 + 2 * 3, 4 + 5)
+    total.add(first, 3.0)  # as many times, but one call
+    assert (total.loaded, total.transcendentals, total.calls) == (102 + 3, 18 + 27, 7)
+    assert total.dot_flops["bfloat16"] == 50
+
+
+def test_every_operation_of_floats_is_counted_as_what_it_is() -> None:
+    counter = _KernelCounter(Counts(), dry=False)
+    counter._begin("kernel")
+    for operation in ("fadd", "fsub", "fmul", "fneg", "minimumf", "maximumf", "minnumf", "maxnumf", "reduce"):
+        counter.compute(operation, 1, "float32")
+    counter.compute("fma", 10, "float32")
+    counter.compute("clampf", 10, "float32")
+    assert counter._now.flops == 9 + 20 + 20
+    special = ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "sqrt", "precise_sqrt", "rsqrt", "libdevice")
+    for operation in (*special, "fdiv", "frem", "precise_divf", "approx_divf"):
+        counter.compute(operation, 1, "float32")
+    assert counter._now.transcendentals == 15
+    for operation in ("add", "xor", "fcmp", "load", "select", "fp_to_fp"):
+        counter.compute(operation, 1, "float32")
+    counter.compute("dot", 5, "float16")
+    assert (counter._now.flops, counter._now.transcendentals) == (49, 15)
+    assert counter._now.dot_flops == {"float16": 10}
+
+
+def test_a_tensor_is_counted_once_while_it_lives() -> None:
+    def run() -> None:
+        a = torch.empty(100)
+        kept = [torch.add(a, 1, out=torch.empty(100)), a.resize_(50), a.set_(torch.empty(100))]
+        del a, kept
+        for _ in range(3):
+            torch.empty(100).zero_()
+
+    assert counted(run).peak_bytes == 3 * 400

@@ -1,6 +1,7 @@
 """Multi-token prediction against a loop over heads in float64, with torch's own loss."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast._dispatch import kernels_on_cpu
-from llmfast.losses import linear_cross_entropy, mtp_cross_entropy, mtp_valid_counts
+from llmfast.losses import linear_cross_entropy, mtp, mtp_cross_entropy, mtp_valid_counts
+from llmfast.losses.mtp import _chosen, _Heads, head_targets
+from llmfast.losses.plan import BudgetError
 from support.launched import unrecorded
 from support.numerics import assert_close_in_norm
 from support.plans import forced
@@ -107,9 +110,9 @@ def test_is_a_loop_over_heads(path: str, K: int, form: str, kind: str, dtype: to
 def test_one_head_is_the_linear_loss_bit_for_bit(path: str, options: dict[str, Any]) -> None:
     labels, _ = batch("prompts")
     results = []
-    for mtp in (True, False):
+    for by_heads in (True, False):
         hiddens, weight = leaves(1, False, torch.float32)
-        if mtp:
+        if by_heads:
             given = {**options, **({"num_valid": [options["num_valid"]]} if "num_valid" in options else {})}
             loss = mtp_cross_entropy(hiddens, weight, labels, memory_budget=1 << 15, **given)
         else:
@@ -447,3 +450,246 @@ def test_kernels_take_part(kernels: None) -> None:
             hiddens, weight = leaves(3, shared, dtype)
             with kernels_on_cpu():
                 mtp_cross_entropy(hiddens, weight, labels, document_ids=documents, head_weights=[1, 1, 1]).backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("token_weights", [False, True])
+@pytest.mark.parametrize("divided", [False, True])
+def test_statistics_with_every_option_that_changes_them(form: str, token_weights: bool, divided: bool) -> None:
+    """Softcap, scale and bias; weights of which an ignored label's is NaN; a head's divisor; gradients off."""
+    labels, documents = batch("packed")
+    hiddens, weight = leaves(3, form == "shared", torch.float64)
+    given = torch.rand(B, T, generator=torch.Generator().manual_seed(2)).double()
+    given[labels == -100] = torch.nan
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {"bias": bias, "softcap": 4.0, "logit_scale": 0.7, "document_ids": documents}
+    options |= {"token_weights": given} if token_weights else {}
+    options |= {"num_valid": torch.tensor([20, 18, 16])} if divided else {}
+    loss, stats = mtp_cross_entropy(
+        [*hiddens] if form == "list" else hiddens,
+        weight,
+        labels,
+        head_weights=WEIGHTS[:3],
+        return_stats=True,
+        **options,
+    )
+    wanted = []
+    for k in range(3):
+        hidden = hiddens if form == "shared" else hiddens[k]
+        logits = 4.0 * (0.7 * (hidden @ weight.T + bias) / 4.0).tanh()
+        target = head_targets(labels, 3, documents, -100)[k]
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        weights = F.pad(given[:, k:], (0, k)).flatten() if token_weights else torch.ones(B * T).double()
+        weights = torch.where(target.flatten() == -100, 0.0, weights)
+        divisor = (20.0, 18.0, 16.0)[k] if divided else weights.sum()
+        wanted.append((torch.where(weights == 0, 0.0, each * weights)).sum() / divisor)
+    torch.testing.assert_close(loss, sum(w * one for w, one in zip(WEIGHTS, wanted)))
+    torch.testing.assert_close(stats.head_loss, torch.stack(wanted).detach())
+    assert stats.num_valid.tolist() == mtp_valid_counts(labels, 3, documents).tolist()
+    assert not any(t.requires_grad for t in stats)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_detached_unembedding_takes_its_bias_along(shared: bool, detached: bool) -> None:
+    labels, _ = batch("padded")
+    hiddens, weight = leaves(2, shared, torch.float64)
+    bias = torch.zeros(V, dtype=torch.float64, requires_grad=True)
+    loss = mtp_cross_entropy(
+        hiddens, weight, labels, bias=bias, head_weights=[1.0, 0.5], detach_unembedding=[detached] * 2
+    )
+    found = torch.autograd.grad(loss, (hiddens, weight, bias), allow_unused=True)
+    assert found[0] is not None and [g is None for g in found[1:]] == [detached] * 2
+    one = mtp_cross_entropy(
+        hiddens[None] if shared else hiddens[:1], weight, labels, bias=bias, detach_unembedding=True
+    )
+    found = torch.autograd.grad(one, (hiddens, weight, bias), allow_unused=True)
+    assert found[0] is not None and found[1] is found[2] is None
+
+
+@pytest.mark.parametrize("heads", [[0], [1, 2], [0, 2], [3, 1], [0, 1, 2, 3]])
+def test_some_heads_are_a_view_where_they_follow_each_other(heads: list[int]) -> None:
+    t = torch.randn(4, 2, 3)
+    found = _chosen(t, heads)
+    assert torch.equal(found, t[heads])
+    assert (found.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()) == (heads not in ([0, 2], [3, 1]))
+
+
+@pytest.mark.parametrize("copied", [0, 1000])
+def test_bytes_that_heads_hold(copied: int) -> None:
+    targets = torch.zeros(3, 2, 5, dtype=torch.int64)
+    heads = _Heads(targets, targets == 0, torch.ones(3), torch.ones(()), None, copied)
+    assert heads.held == copied + 30 * (8 + 1)
+    weighted = replace(heads, token_weights=torch.ones(3, 2, 5))
+    assert weighted.held == copied + 30 * (8 + 1 + 4)
+    part = weighted.chosen([2])
+    assert part.targets.shape == (1, 2, 5) and part.copied == 0 and part.held == 10 * 13
+
+
+@pytest.mark.parametrize(("hiddens", "copied"), [(1, 0), (3, 3)])
+@pytest.mark.parametrize("form", ["list", "tensor"])
+def test_the_copy_of_a_list_counts_towards_the_budget(
+    hiddens: int, copied: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    ready = mtp.made_ready
+    monkeypatch.setattr(
+        mtp, "made_ready", lambda bytes_held, *rest: held.append(bytes_held) or ready(bytes_held, *rest)
+    )
+    labels, _ = batch("padded")
+    given: Any = torch.randn(hiddens, B, T, D)
+    loss = mtp_cross_entropy(
+        [*given] if form == "list" else given, torch.randn(V, D), labels, head_weights=[1] * hiddens
+    )
+    assert loss.isfinite()
+    copy = copied * B * T * D * 4 if form == "list" else 0
+    assert held == [hiddens * B * T * (8 + 1) + copy]
+
+
+def test_each_kind_of_heads_takes_half_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detached heads and others are computed in two calls, whose copies and joined gradients count too."""
+    given: list[tuple[int, Any]] = []
+    ready = mtp.made_ready
+
+    def noted(held: int, hidden: Tensor, weight: Tensor, targets: Tensor, stats: bool, options: Any) -> Any:
+        given.append((held - len(targets) * B * T * 9, options["memory_budget"]))
+        return ready(held, hidden, weight, targets, stats, options)
+
+    monkeypatch.setattr(mtp, "made_ready", noted)
+    labels, _ = batch("padded")
+    one = B * T * D * 4
+    for grad in (False, True):
+        hiddens, weight = torch.randn(3, B, T, D, requires_grad=grad), torch.randn(V, D, requires_grad=True)
+        joined = 3 * one if grad else 0
+        for detached, copies in (([False, True, True], (0, 0)), ([True, False, True], (0, 2))):
+            for form, copied in ((hiddens, 0), ([*hiddens], 3 * one // 2)):
+                given.clear()
+                mtp_cross_entropy(form, weight, labels, detach_unembedding=detached, memory_budget=1 << 20)
+                assert given == [(copied + joined + c * one, 1 << 19) for c in copies]
+    with pytest.raises(BudgetError) as caught:
+        mtp_cross_entropy(hiddens, weight, labels, detach_unembedding=[True, False, False], memory_budget=1)
+    least = caught.value.least
+    mtp_cross_entropy(hiddens, weight, labels, detach_unembedding=[True, False, False], memory_budget=least)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor(1), "hiddens": torch.randn(2, D)}, "labels must have a token axis"),
+        ({"hiddens": torch.randn(0, B, T, D)}, r"hiddens must be \(K, "),
+        ({"shift": 1}, "shift must be left out: each head has a mean"),
+        ({"target_weights": torch.ones(B, T)}, "target_weights must be left out"),
+        ({"head_weights": torch.ones(2, requires_grad=True)}, "head_weights gets no gradient here; detach it"),
+        ({"num_valid": torch.ones(2, requires_grad=True)}, "num_valid gets no gradient here; detach it"),
+        ({"document_ids": torch.zeros(B, T - 1, dtype=torch.int64)}, r"document_ids must be \(2, 11\) integers"),
+        (
+            {"hiddens": torch.randn(B, T, D), "head_weights": [1, 1], "detach_unembedding": [True, False]},
+            "detach_unembedding must be the same for heads that share their logits",
+        ),
+    ],
+)
+def test_refuses_more(change: dict[str, Any], message: str) -> None:
+    labels, _ = batch("padded")
+    given: dict[str, Any] = {"hiddens": torch.randn(2, B, T, D), "weight": torch.randn(V, D), "labels": labels}
+    with pytest.raises((ValueError, TypeError), match=message):
+        mtp_cross_entropy(**(given | change))
+
+
+def test_counts_by_other_arguments() -> None:
+    labels = torch.tensor([[1, 0, 7, 7, 2]])
+    assert mtp_valid_counts(labels, 2, ignore_index=7).tolist() == [3, 2]
+    assert mtp_valid_counts(labels, 2).tolist() == [5, 4] and mtp_valid_counts(labels, 7).tolist()[4:] == [1, 0, 0]
+    for heads in (0, -1):
+        with pytest.raises(ValueError, match=f"heads must be positive; got {heads}"):
+            mtp_valid_counts(labels, heads)
+    with torch.device("meta"):
+        assert mtp_valid_counts(labels, 2, torch.tensor([[0, 0, 1, 1, 1]], device="cpu")).tolist() == [5, 3]
+
+
+def test_a_head_of_no_weight_is_measured_as_well_as_others() -> None:
+    """Its sum is divided by its factor again, which must not be lost among the others'."""
+    labels, _ = batch("padded")
+    hiddens, weight = leaves(3, False, torch.float32)
+    _, of_all = mtp_cross_entropy(hiddens, weight, labels, return_stats=True)
+    loss, stats = mtp_cross_entropy(hiddens, weight, labels, head_weights=[1e3, 0.0, 1.0], return_stats=True)
+    torch.testing.assert_close(stats.head_loss, of_all.head_loss, rtol=1e-6, atol=0)
+    wanted = 1e3 * of_all.head_loss[0].double() + of_all.head_loss[2].double()
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_ignored_label_is_no_hit_though_its_number_is_a_class(path: str, shared: bool) -> None:
+    labels = torch.tensor([[2, 2, 1, 2, 1]])
+    hidden = F.one_hot(torch.full((1, 5), 2), 4).float()  # says class 2 everywhere
+    hiddens = hidden if shared else torch.stack([hidden, hidden])
+    _, stats = mtp_cross_entropy(
+        hiddens, torch.eye(4), labels, ignore_index=2, head_weights=[1.0, 1.0], return_stats=True
+    )
+    assert stats.num_valid.tolist() == [2, 2] and stats.accuracy.tolist() == [0, 0]
+    _, stats = mtp_cross_entropy(
+        hiddens, torch.eye(4), labels, ignore_index=1, head_weights=[1.0, 1.0], return_stats=True
+    )
+    assert stats.num_valid.tolist() == [3, 2] and stats.accuracy.tolist() == [1, 1]
+
+
+def test_numbers_of_heads_go_to_the_labels_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, torch.device]] = []
+
+    def on_device(name: str, t: Tensor, device: torch.device) -> Tensor:
+        moved.append((name, device))
+        return t
+
+    monkeypatch.setattr(mtp, "on_device", on_device)
+    labels, _ = batch("padded")
+    given = {"head_weights": torch.ones(2), "num_valid": torch.tensor([5, 6])}
+    mtp_cross_entropy(torch.randn(2, B, T, D), torch.randn(V, D), labels, **given)
+    assert moved == [("head_weights", labels.device), ("num_valid", labels.device)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_whose_tokens_weigh_nothing_adds_nothing(path: str, shared: bool) -> None:
+    labels, token_weights = torch.tensor([[3, 4]]), torch.tensor([[2.0, 0.0]])  # head 1 predicts the second alone
+    hiddens, weight = torch.randn(*([] if shared else [2]), 1, 2, D), torch.randn(V, D)
+    leaf = hiddens.clone().requires_grad_()
+    loss = mtp_cross_entropy(leaf, weight, labels, token_weights=token_weights, head_weights=[1.0, 1.0])
+    first = hiddens if shared else hiddens[0]
+    torch.testing.assert_close(loss.detach(), linear_cross_entropy(first, weight, labels, token_weights=token_weights))
+    loss.backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("K", "shared"), [(1, False), (1, True), (2, False), (2, True)])
+def test_statistics_need_no_gradient(path: str, K: int, shared: bool) -> None:
+    labels, _ = batch("padded")
+    hiddens, weight = leaves(K, shared, torch.float32)
+    given: dict[str, Any] = {"head_weights": [1.0] * K} if shared else {}
+    loss, stats = mtp_cross_entropy(hiddens, weight, labels, return_stats=True, **given)
+    assert loss.requires_grad and not any(t.requires_grad for t in stats)
+    assert [t.shape for t in stats] == [(K,)] * 3 and stats.num_valid.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_logit_of_a_shared_target_is_not_rounded(path: str, dtype: torch.dtype) -> None:
+    n_ones = 2049 if dtype == torch.float16 else 257  # which the dtype does not hold
+    weight = torch.stack([torch.ones(n_ones), torch.zeros(n_ones)]).to(dtype)
+    hidden = torch.full((1, 2, n_ones), 1 / 16).to(dtype)
+    given: dict[str, Any] = {"head_weights": [1.0, 1.0], "slab_dtype": torch.float32, "return_stats": True}
+    _, stats = mtp_cross_entropy(hidden, weight, torch.zeros(1, 2).long(), **given)
+    wanted = torch.tensor(-n_ones / 16).exp().log1p()
+    torch.testing.assert_close(stats.head_loss, wanted.expand(2), rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_share_their_logits_hold_their_targets_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    ready = mtp.made_ready
+    monkeypatch.setattr(mtp, "made_ready", lambda own, *rest: held.append(own) or ready(own, *rest))
+    labels, _ = batch("padded")
+    mtp_cross_entropy(torch.randn(B, T, D), torch.randn(V, D), labels, head_weights=[1.0, 1.0, 1.0])
+    assert held == [3 * B * T * (8 + 1 + 8)]  # by head, and by row
+
+
+def test_statistics_of_shared_logits_need_every_class() -> None:
+    labels, _ = batch("padded")
+    given: dict[str, Any] = {"head_weights": [1.0, 1.0], "process_group": object()}
+    with pytest.raises(ValueError, match="return_stats of shared logits needs every class's unembedding"):
+        mtp_cross_entropy(torch.randn(B, T, D), torch.randn(V, D), labels, return_stats=True, **given)

@@ -32,7 +32,9 @@ def rms(x: Tensor, gain: Tensor, eps: float = 1e-5) -> Tensor:
     return x / (x.square().mean() + eps).sqrt() * gain
 
 
-def reference(module: SequentialDepths, hidden: Tensor, embeddings: Tensor, documents: Tensor | None) -> Tensor:
+def reference(
+    module: SequentialDepths, hidden: Tensor, embeddings: Tensor, documents: Tensor | None, eps: float = 1e-5
+) -> Tensor:
     out = torch.empty(module.depths, B, T, D, dtype=torch.float64)
     for b in range(B):
         for t in range(T):  # rows do not meet: the blocks of these tests act on each alone
@@ -42,10 +44,10 @@ def reference(module: SequentialDepths, hidden: Tensor, embeddings: Tensor, docu
                 assert isinstance(layer, Depth)
                 there = t + k < T and (documents is None or documents[b, t + k] == documents[b, t])
                 e = embeddings[b, t + k] if there else torch.zeros(D, dtype=torch.float64)
-                e, h = rms(e, layer.enorm.weight), rms(h, layer.hnorm.weight)
+                e, h = rms(e, layer.enorm.weight, eps), rms(h, layer.hnorm.weight, eps)
                 pair = torch.cat([e, h] if module.concat_order == "embedding_first" else [h, e])
                 h = layer.block(layer.eh_proj.weight @ pair)
-                out[k - 1, b, t] = rms(h, layer.norm.weight)
+                out[k - 1, b, t] = rms(h, layer.norm.weight, eps)
                 h = h if module.hidden == "pre_norm" else out[k - 1, b, t]
     return out
 
@@ -59,6 +61,7 @@ def reference(module: SequentialDepths, hidden: Tensor, embeddings: Tensor, docu
         {"hidden": "post_norm"},
         {"repeated_layer": True},
         {"detach": True, "norm_eps": 1e-5},
+        {"norm_eps": 0.25},
     ],
 )
 def test_is_the_formula(options: dict[str, Any], packed: bool) -> None:
@@ -67,7 +70,7 @@ def test_is_the_formula(options: dict[str, Any], packed: bool) -> None:
     given = documents if packed else None
     torch.testing.assert_close(
         module(hidden, embeddings, document_ids=given),
-        reference(module, hidden, embeddings, given),
+        reference(module, hidden, embeddings, given, options.get("norm_eps", 1e-5)),
         rtol=1e-12,
         atol=1e-12,
     )
@@ -106,6 +109,7 @@ def test_looking_ahead() -> None:
     ("options", "message"),
     [
         ({"count": 0}, "depths must be at least 1; got 0"),
+        ({"count": -1}, "depths must be at least 1; got -1"),
         ({"concat_order": "both"}, "concat_order must be one of 'embedding_first', 'hidden_first'; got 'both'"),
         ({"hidden": "norm"}, "hidden must be one of 'pre_norm', 'post_norm'; got 'norm'"),
     ],
@@ -123,3 +127,24 @@ def test_refuses_shapes_that_do_not_fit() -> None:
         module(hidden, embeddings[:, 1:])
     with pytest.raises(ValueError, match=r"document_ids must be \(2, 7\); got \(2, 6\)"):
         module(hidden, embeddings, document_ids=documents[:, 1:])
+
+
+def test_blocks_receive_the_further_arguments_and_advance_goes_depth_by_depth() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float, shift: Tensor) -> Tensor:
+            return x * scale + shift
+
+    for options in ({}, {"hidden": "post_norm", "repeated_layer": True}):
+        module = SequentialDepths(Scaled, 3, D, **options).double()
+        hidden, embeddings, _ = inputs()
+        args = 2.0, torch.ones(D, dtype=torch.float64)
+        found, state = module(hidden, embeddings, *args), hidden
+        for k in (1, 2, 3):
+            state, out = module.advance(k, state, ahead(embeddings, k, None), *args)
+            assert torch.equal(found[k - 1], out)
+            assert torch.equal(state, out) == (module.hidden == "post_norm")
+
+
+def test_refuses_no_width() -> None:
+    with pytest.raises(ValueError, match="width must be at least 1; got 0"):
+        SequentialDepths(nn.Identity, 1, 0)

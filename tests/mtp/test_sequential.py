@@ -80,3 +80,31 @@ def test_refuses() -> None:
         sequential_backward(trunk(x), heads.blocks, lambda k, out: out)
     with pytest.raises(ValueError, match="heads must hold at least one"):
         sequential_backward(trunk(x), [], loss)
+
+
+def test_every_head_receives_the_further_arguments_and_its_number() -> None:
+    trunk, _, x = models()
+    seen: list[Any] = []
+
+    def head(k: int) -> Any:
+        def run(hidden: Tensor, scale: float, name: str) -> Tensor:
+            assert hidden.is_leaf and hidden.requires_grad
+            seen.append((k, scale, name))
+            return scale * hidden.sum() + k
+
+        return run
+
+    out = trunk(x)
+    losses = sequential_backward(out, map(head, range(3)), lambda k, y: (k + 1) * y, 0.5, "text")
+    assert seen == [(k, 0.5, "text") for k in range(3)]
+    torch.testing.assert_close(losses, torch.stack([(k + 1) * (0.5 * out.sum() + k) for k in range(3)]).detach())
+    wanted = torch.autograd.grad(3.0 * trunk(x).sum(), list(trunk.parameters()))
+    for p, want in zip(trunk.parameters(), wanted):
+        torch.testing.assert_close(p.grad, want)
+
+
+def test_a_trunk_that_no_head_reads() -> None:
+    trunk, _, x = models()
+    bias = nn.Parameter(torch.ones(()))
+    sequential_backward(trunk(x), [lambda hidden: bias], lambda k, out: out)
+    assert bias.grad == 1 and all(p.grad is None for p in trunk.parameters())

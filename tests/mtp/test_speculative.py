@@ -9,7 +9,7 @@ import torch
 
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.models.sampling import Sampler
-from llmfast.mtp import SequentialDepths, Speculation, speculative_generate, speculative_passes
+from llmfast.mtp import SequentialDepths, Speculation, speculative, speculative_generate, speculative_passes
 
 KINDS = [("parallel", 2), ("parallel", 4), ("sequential", 1), ("sequential", 3)]
 
@@ -85,27 +85,39 @@ def drafts_without_cache(model: Decoder, tokens: torch.Tensor, count: int) -> li
         {"mtp": "sequential", "mtp_heads": 3, "mtp_hidden": "post_norm", "mtp_repeated_layer": True},
     ],
 )
-@pytest.mark.parametrize("prompt", [1, 2, 3, 9])
 @torch.no_grad()
-def test_drafts_with_a_cache_are_those_without(options: dict[str, Any], prompt: int) -> None:
-    """Play the passes after the fact: each must have accepted what drafts without a cache get right."""
-    model = untrained(**options).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5) if p.dim() > 1 else None
-    with torch.no_grad():  # some drafts are right: the heads see much of what the trunk sees
-        model.embedding.weight[3:] *= 0.2
-    tokens = torch.randint(0, 10, (prompt,), generator=torch.Generator().manual_seed(prompt))
-    passes = list(speculative_passes(model, tokens, 40))
-    text = torch.cat([tokens, *(each.tokens for each in passes)])
-    known, drafts, right = prompt, list[int](), 0
-    for each in passes:
-        assert each.guessed == len(drafts)
-        wanted = text[known : known + len(drafts)].tolist()
-        accepted = next((i for i, (a, b) in enumerate(zip(drafts, wanted)) if a != b), len(drafts))
-        assert each.accepted == accepted and len(each.tokens) == accepted + 1
-        known, right = known + len(each.tokens), right + accepted
-        drafts = drafts_without_cache(model, text[:known], max(0, min(model.config.targets - 1, prompt + 39 - known)))
-    assert known == prompt + 40 and right > 0
+def test_drafts_with_a_cache_are_those_without(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play the passes after the fact: each must have drafted what is drafted without a cache."""
+    guesses: list[list[int]] = []
+    for kind in (speculative._ParallelDrafts, speculative._SequentialDrafts):
+
+        def guess(self: Any, *args: Any, original: Any = kind.guess) -> torch.Tensor:
+            found: torch.Tensor = original(self, *args)
+            guesses.append(found.tolist())
+            return found
+
+        monkeypatch.setattr(kind, "guess", guess)
+    model, right = untrained(**options).double(), 0
+    for p in model.parameters():  # gains too: a norm left out must show
+        torch.nn.init.normal_(p, std=0.5) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.7, 1.4)
+    model.embedding.weight[3:] *= 0.2  # some drafts are right: the heads see much of what the trunk sees
+    for prompt in (1, 2, 3, 9):
+        tokens = torch.randint(0, 10, (prompt,), generator=torch.Generator().manual_seed(prompt))
+        guesses.clear()
+        passes = list(speculative_passes(model, tokens, 40))
+        text = torch.cat([tokens, *(each.tokens for each in passes)])
+        known, drafts, drafted = prompt, list[int](), iter(guesses)
+        for each in passes:
+            assert each.guessed == len(drafts)
+            wanted = text[known : known + len(drafts)].tolist()
+            accepted = next((i for i, (a, b) in enumerate(zip(drafts, wanted)) if a != b), len(drafts))
+            assert each.accepted == accepted and len(each.tokens) == accepted + 1
+            known, right = known + len(each.tokens), right + accepted
+            room = max(0, min(model.config.targets - 1, prompt + 39 - known))
+            drafts = drafts_without_cache(model, text[:known], room)
+            assert drafts == (next(drafted) if room else [])
+        assert known == prompt + 40
+    assert right > 0
 
 
 @pytest.mark.parametrize(("mtp", "heads"), KINDS)
@@ -162,3 +174,28 @@ def test_refuses() -> None:
     for options in ({}, {"mtp": "shared", "mtp_heads": 2}):
         with pytest.raises(ValueError, match="model must have mtp='parallel' or 'sequential'; got "):
             speculative_generate(untrained(**options), torch.tensor([1]), 3)
+
+
+@pytest.mark.parametrize(("mtp", "heads"), KINDS)
+def test_no_graph_is_kept_and_gradients_are_on_between_passes(mtp: str, heads: int) -> None:
+    model, inside = untrained(mtp=mtp, mtp_heads=heads), list[bool]()
+    for module in (model.norm, *model.mtp.children()):
+        module.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
+    for each in speculative_passes(model, torch.tensor([1, 2]), 4):
+        assert torch.is_grad_enabled() and not each.tokens.requires_grad and each.tokens.dtype == torch.int64
+    assert inside and not any(inside)
+
+
+@pytest.mark.parametrize(("mtp", "heads"), KINDS)
+def test_the_default_device_and_type_do_not_matter(
+    mtp: str, heads: int, knows_a_period: Callable[[str, int], Decoder]
+) -> None:
+    model, prompt = knows_a_period(mtp, heads), torch.tensor([3, 1, 4])
+    wanted = speculative_generate(model, prompt, 9)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = speculative_generate(model, prompt, 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.tokens, wanted.tokens) and found.accepted == wanted.accepted

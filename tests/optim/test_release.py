@@ -344,3 +344,46 @@ def test_a_grad_scaler_is_refused() -> None:
     scaler.scale(loss(net, 0)).backward()
     with pytest.raises(RuntimeError, match="GradScaler does not work with optimizer_in_backward"):
         scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_wrappers_that_reduce_later_are_refused_wherever_they_are(name: str, derived: bool) -> None:
+    kind: Any = type(name, (nn.Sequential,), {})
+    kind = type("Mine", (kind,), {}) if derived else kind
+    for net in (kind(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), kind(nn.Linear(2, 2)))):
+        with pytest.raises(
+            ValueError, match=f"^{name} reduces gradients after the hooks that would step; use fully_shard"
+        ):
+            optimizer_in_backward(net, FusedSGD(net.parameters(), lr=0.1))
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert optimizer_in_backward(net, FusedSGD(net.parameters(), lr=0.1))
+
+
+def test_frozen_and_complex_parameters_stay_what_they_are(path: str) -> None:
+    net = nn.ParameterDict({"a": torch.ones(2), "frozen": torch.ones(2), "z": torch.ones(2, dtype=torch.complex64)})
+    net["frozen"].requires_grad_(False)
+    other = nn.Parameter(torch.ones(2), requires_grad=False)
+    net["of no optimizer"] = other
+    optimizer = FusedSGD([p for name, p in net.items() if name != "of no optimizer"], lr=0.5)
+    handle = optimizer_in_backward(net, optimizer)
+    assert [name for name, p in net.items() if not p.requires_grad] == ["frozen", "of no optimizer"]
+    (net["a"].sum() + (net["z"] * net["z"].conj()).real.sum() + net["frozen"].sum()).backward()
+    assert net["a"].tolist() == [0.5, 0.5] and net["z"].tolist() == [0, 0]
+    assert net["frozen"].tolist() == [1, 1] and all(p.grad is None for p in net.values())
+    handle.remove()
+    (net["a"].sum()).backward()
+    assert net["a"].tolist() == [0.5, 0.5] and net["a"].grad is not None
+
+
+def test_a_handle_that_was_removed_does_not_end_a_later_one() -> None:
+    net = nn.Linear(2, 2)
+    optimizer = FusedSGD(net.parameters(), lr=0.1)
+    first = optimizer_in_backward(net, optimizer)
+    first.remove()
+    assert not optimizer.steps_in_backward
+    second = optimizer_in_backward(net, optimizer)
+    first.remove()
+    assert optimizer.steps_in_backward
+    second.remove()
+    assert not optimizer.steps_in_backward

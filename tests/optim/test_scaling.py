@@ -31,3 +31,18 @@ def test_laws_refuse_what_is_no_budget() -> None:
         for flops in (0.0, -1.0, math.inf, math.nan):
             with pytest.raises(ValueError, match="flops must be a finite number above 0"):
                 law(flops)
+
+
+def test_the_laws_are_the_papers_to_the_last_digit() -> None:
+    """Equation 1: 0.2920 C^0.3271 tokens, at 0.3118 C^-0.1250."""
+    for flops in (1.0, 1e10, 1e24):
+        assert optimal_batch(flops) == pytest.approx(0.2920 * flops**0.3271, rel=1e-12)
+        assert optimal_lr(flops) == pytest.approx(0.3118 * flops**-0.1250, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lr", "batch", "base_batch"])
+def test_nothing_is_scaled_from_or_to_zero(name: str) -> None:
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=rf"^{name} must be greater than 0; got {wrong}"):
+            scale_lr(**{"lr": 1.0, "batch": 2.0, "base_batch": 4.0, name: wrong})
+    assert scale_lr(3.0, 2.0, 8.0) == 0.75 and scale_lr(3.0, 2.0, 8.0, "sqrt") == 1.5

@@ -4,9 +4,11 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from llmfast.optim import FusedAdamW, FusedSGD
+from llmfast.train import checkpoint
+from llmfast.train.checkpoint import Checkpoints
 from llmfast.train.config import Config
 from llmfast.train.metrics import read_metrics
+from llmfast.train.parallel import World
 from llmfast.train.parts import make_optimizer
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer
 from support.disk import Disk
@@ -595,3 +600,110 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     trainer, _ = trainer_of(settings(steps=2), run=tmp_path / "run", hooks=[Remove()])
     with pytest.raises(OSError, match=r"checkpoint-00000002 cannot be written to .*run: .*; there is no earlier one"):
         trainer.fit()
+
+
+# Parts, each by itself.
+
+
+@pytest.mark.parametrize(("free", "fits"), [(1049, False), (1050, True), (10**9, True), (0, False)])
+def test_room_is_needed_for_a_little_more_than_the_tensors(
+    free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    (stale := tmp_path / ".checkpoint-00000001.partial").mkdir()
+    checkpoints = Checkpoints(tmp_path, World(torch.device("cpu")))
+    problem = checkpoints._make_room(tmp_path / "checkpoint-00000007", 1000)
+    assert (problem == "") == fits == (tmp_path / ".checkpoint-00000007.partial").exists() and not stale.exists()
+    assert fits or problem.endswith("are free; there is no earlier one")
+
+
+def test_bytes_of_all_tensors_are_counted() -> None:
+    t = torch.zeros(3, dtype=torch.float64)
+    assert checkpoint._bytes_of({"a": [t, (t.half(), {"b": t.to(torch.int8)})], "c": 5, "d": "x", "e": None}) == 33
+    assert checkpoint._bytes_of([]) == 0
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    names = ["checkpoint-00000009", "checkpoint-100000000", "checkpoint-00000010", "checkpoint-99999999"]
+    for name in [*names, "checkpoint-best", ".checkpoint-00000011.partial", "checkpoint-", "checkpoint-1e3", "other-3"]:
+        (tmp_path / name).mkdir()
+    steps = [9, 10, 99999999, 100000000]
+    assert [checkpoint._step_of(folder) for folder in checkpoint._checkpoints(tmp_path)] == steps
+    assert [checkpoint._step_of(folder) for folder in checkpoint._checkpoints(tmp_path, after=10)] == steps[2:]
+    assert checkpoint.newest_step(tmp_path) == 100000000 and checkpoint.newest_step(tmp_path / "none") is None
+
+
+META = {"step": 7, "sequences": 28, "tokens": 99, "skipped": 0, "logged_step": 5, "recent": [1.0, math.nan]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "good"),
+    [
+        ({}, True),
+        ({"about": {"a": 1}, "groups": [{}, {"lr": "1"}], "more": None}, True),
+        ({"recent": [], "tokens": 2**63 - 1}, True),
+        *(({name: wrong}, False) for name in META if name != "recent" for wrong in (-1, 2**63, 1.0, True, "1", None)),
+        *(({"recent": wrong}, False) for wrong in (None, {}, "1.0", [1], ["x"], [None])),
+        *(({"about": wrong}, False) for wrong in (None, [], "x")),
+        *(({"groups": wrong}, False) for wrong in (None, {}, [1], [{}, []])),
+        ({"step": 8}, False),
+    ],
+    ids=str,
+)
+def test_what_is_saved_next_to_the_tensors_is_checked(changed: dict[str, Any], good: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-00000007"
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps(META | changed))
+    with nullcontext() if good else pytest.raises(OSError, match="must have the counts step, sequences, tokens, "):
+        assert checkpoint._meta(folder)["step"] == 7
+    for name in META:
+        (folder / "meta.json").write_text(json.dumps({key: x for key, x in META.items() if key != name}))
+        with pytest.raises(OSError, match="must have the counts"):
+            checkpoint._meta(folder)
+    for text in ("", "{", "[]", "[" * 100_000):
+        (folder / "meta.json").write_text(text)
+        with pytest.raises(OSError, match=r"meta\.json (is not JSON|must have)"):
+            checkpoint._meta(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5 << 19])
+def test_the_digest_is_of_the_whole_file(size: int, tmp_path: Path) -> None:
+    content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    (tmp_path / "file").write_bytes(content)
+    assert checkpoint._sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_each_rank_has_generators_of_its_own(rank: int, cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.ones(2))
+    found = checkpoint._rng(rank)
+    assert found.keys() == {f"cpu{rank}"} | ({f"cuda{rank}"} if cuda else set())
+    assert torch.equal(found[f"cpu{rank}"], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("save_again", [False, True])
+def test_an_error_of_the_disk_is_told_once_and_leaves_nothing(
+    save_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer, _ = trainer_of(run=tmp_path)
+    trainer.save()
+    assert trainer.checkpoints is not None
+    trainer.checkpoints.wait()
+    trainer.step = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", full)
+        trainer.save()
+        with pytest.raises(OSError, match=r"checkpoint-00000003 could not be written: .*No space.*; the last good one"):
+            trainer.checkpoints.wait()
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-00000000"]
+    assert not trainer.checkpoints.is_saved(3) and not trainer.checkpoints.failed
+    trainer.checkpoints.wait()  # has nothing more to say
+    if save_again:
+        trainer.save()
+        trainer.checkpoints.wait()
+        assert saved(tmp_path) == [0, 3] and trainer.checkpoints.is_saved(3)

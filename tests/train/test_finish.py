@@ -119,3 +119,95 @@ def test_the_sample_goes_on_from_the_prompt_by_the_seed(tmp_path: Path) -> None:
     assert "a sample" in text
     text, _ = finished(tmp_path / "none", model, "train.sample_tokens=0")
     assert "a sample" not in text and not (tmp_path / "none" / "sample.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"), [(2.0, 1.9, "better"), (2.0, 2.0, "better"), (2.0, 2.1, "worse: forgotten")]
+)
+def test_what_is_not_worse_is_better(before: float, after: float, verdict: str) -> None:
+    assert module._verdict(before, after) == verdict
+    lines: list[dict[str, Any]] = [{"validation": {"a": before}}, {"loss": 1.0}, {"validation": {"a": after}}]
+    assert module._changes(lines) == [("... of a", f"{before:.3f} -> {after:.3f}, {abs(after - before):.3f} {verdict}")]
+
+
+@pytest.mark.parametrize(("T", "half", "count"), [(16, 8, 8), (17, 8, 9), (200, 100, 64)])
+def test_drafts_continue_half_a_row(T: int, half: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def generate(model: Decoder, prompt: torch.Tensor, count: int) -> Speculation:
+        asked.append((len(prompt), count))
+        return Speculation(prompt, 2, [0], [0])
+
+    monkeypatch.setattr(module, "speculative_generate", generate)
+    rows: Any = mock.MagicMock(**{"__len__.return_value": 1})
+    rows.batch = lambda which: SimpleNamespace(tokens=torch.zeros(len(which), T, dtype=torch.int64))
+    config = load_config(None, [f"data.seq_len={T}"])
+    data: Any = SimpleNamespace(validation={"a": rows})
+    model = model_of(mtp="parallel", mtp_heads=2)
+    assert module._acceptance(config, model, data, torch.device("cpu")) == ([0.0], count / 2)
+    assert asked == [(half, count)]
+
+
+@pytest.mark.parametrize(
+    ("start", "prompt", "ids"), [((), "ab", b"ab"), ((5,), "ab", b"\5ab"), ((5,), "", b"\5"), ((), "", None)]
+)
+def test_what_a_sample_begins_with(
+    start: tuple[int, ...], prompt: str, ids: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def stream(model: Any, tokenizer: Any, tokens: torch.Tensor, *, context: int, sampler: Any) -> Any:
+        given.append((tokens.tolist(), context, sampler, model.training))
+        return iter(torch.tensor([[65 + i] for i in range(9)]))
+
+    monkeypatch.setattr(module, "stream_of", stream)
+    tokenizer = ByteTokenizer()
+    monkeypatch.setattr(type(tokenizer), "start_ids", start)
+    config = load_config(None, ["train.sample_tokens=3", f"train.sample_prompt={prompt}", "data.seq_len=24"])
+    config.train.seed = 11
+    text = module._sample(config, model_of().train(), tokenizer, torch.device("cpu"))
+    ((tokens, context, sampler, training),) = given
+    assert tokens == ([tokenizer.eot_id] if ids is None else [*ids]) and context == 24 and not training
+    assert text.endswith("ABC") and sampler.temperature == 0.8
+    assert sampler.generator.initial_seed() == 11
+
+
+def test_tokens_per_second_of_a_short_run(tmp_path: Path) -> None:
+    assert table(finished(tmp_path, model_of(), seconds=0.5)[0])["tokens per second"] == "100"
+
+
+def test_the_log_is_closed(tmp_path: Path) -> None:
+    _, trainer = finished(tmp_path, model_of(), "train.sample_tokens=0")
+    with pytest.raises(ValueError, match="closed file"):
+        trainer.metrics.write(step=9, tokens=90)
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("pretrained", ["", "there"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_several_ranks_has_the_whole_model(
+    main: bool, pretrained: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["model.width=32", "model.layers=1", "model.heads=2", f"train.param_dtype={str(dtype)[6:]}"]
+    config = load_config(None, [*settings, "optimizer.master_weights=fp32"] if dtype != torch.float32 else settings)
+    config.model.pretrained = pretrained
+    model = model_of().to(dtype)
+    opened: list[Any] = []
+
+    def new_model(run: Path, dtype: torch.dtype) -> Decoder:
+        opened.append((run, dtype))
+        return model_of().to(dtype)
+
+    monkeypatch.setattr(module, "new_model", new_model)
+    monkeypatch.setattr(module, "whole_weights", lambda spread: spread.state_dict())
+    world = SimpleNamespace(size=2, main=main)
+    trainer: Any = SimpleNamespace(world=world, model=None, module=model, run=tmp_path, device=torch.device("cpu"))
+    found = module.whole_model(config, trainer, ByteTokenizer())
+    if not main:
+        assert found is None
+        return
+    assert found is not model and opened == ([(tmp_path, dtype)] if pretrained else [])
+    for name, t in found.state_dict().items():
+        assert t.dtype == dtype and torch.equal(t, model.state_dict()[name])
+    world.size, trainer.model = 1, "its own"
+    assert module.whole_model(config, trainer, ByteTokenizer()) == "its own"

@@ -1,7 +1,10 @@
 """One line opens what a run has trained."""
 
+import json
 import os
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ from rich.console import Console
 
 import llmfast
 from llmfast.export import export
-from llmfast.train import Hooks, Trainer, load_config, load_run, train
-from llmfast.train.earlier import resumed_config
+from llmfast.train import Hooks, Trainer, load_config, load_run, loading, train
+from llmfast.train.earlier import resumed_config, saved_settings
 from support.runs import write_run
 
 KINDS = [
@@ -122,3 +125,80 @@ def test_only_a_package_that_is_missing_is_said_to_need_the_extra(
 def test_other_names_are_not_there() -> None:
     with pytest.raises(AttributeError, match="module 'llmfast' has no attribute 'nothing'"):
         llmfast.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("step", "file", "taken"),
+    [
+        *((None, True, "file"), (7, True, "checkpoint"), (8, True, "file"), (9, True, "file")),
+        *((7, False, "checkpoint"), (8, False, "checkpoint"), (None, False, "nothing")),
+    ],
+)
+def test_which_weights_are_taken(
+    step: int | None, file: bool, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of eight steps: model.safetensors is of its last one, and older than checkpoints of a run that goes on."""
+    write_run(tmp_path / "run", "train.steps=8")
+    if not file:
+        (tmp_path / "run" / "model.safetensors").unlink()
+    read: list[str] = []
+    monkeypatch.setattr(loading, "newest_step", lambda run: step)
+    monkeypatch.setattr(loading, "load_weights", lambda run, model, accept: read.append("checkpoint"))
+    monkeypatch.setattr(loading, "_load", lambda model, file: read.append("file"))
+    with pytest.raises(FileNotFoundError) if taken == "nothing" else nullcontext():
+        load_run(tmp_path / "run")
+    assert read == ([] if taken == "nothing" else [taken])
+
+
+def test_what_is_known_of_a_model_before_its_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", "data.seq_len=48")
+    own = loading.open_run(tmp_path / "run")
+    assert own.context == 48 and own.shape == own.model().config and own.settings is not None
+    export(tmp_path / "run", tmp_path / "out")
+    exported = loading.open_run(tmp_path / "out")
+    assert (exported.context, exported.settings, exported.shape) == (
+        48,
+        None,
+        replace(own.shape, ffn_width=own.shape.hidden_ffn),
+    )
+    assert not exported.model().training
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for wrong in (0, -1, 1.5, "48", None):
+        told = config | {"max_position_embeddings": wrong}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=rf"config.json must say max_position_embeddings, .*; got {wrong!r}$"):
+            loading.open_run(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"llmfast_mtp": {}}))
+    with pytest.raises(ValueError, match="heads of add_mtp"):
+        loading.open_run(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("positions", "context"), [(None, 48), (99, 99), (12, 12)])
+def test_a_model_of_transformers_reads_what_its_positions_allow(
+    positions: int | None, context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", "data.seq_len=48")
+    theirs = saved_settings(tmp_path / "run")
+    theirs.model.pretrained = "there"
+    monkeypatch.setattr(loading, "saved_settings", lambda run: theirs)
+    monkeypatch.setattr(loading, "positions_of", lambda folder: positions)
+    monkeypatch.setattr(loading, "read_model", lambda folder: torch.nn.Linear(1, 1).train())
+    opened = loading.open_run(tmp_path / "run")
+    assert opened.context == context and opened.shape is None and opened.settings is theirs
+    assert type(opened.model()) is torch.nn.Linear and not opened.model().training
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    write_run(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "run")
+    for i in range(11):
+        folder = tmp_path / "many" / f"r{i:02}"
+        folder.mkdir(parents=True)
+        (folder / "config.toml").touch()
+    names = ", ".join(f"r{i:02}" for i in range(10))
+    for folder, said in (
+        (tmp_path, "; it holds runs: run"),
+        (tmp_path / "many", f"; it holds runs: {names} and 1 more"),
+    ):
+        with pytest.raises(ValueError, match=rf"got {folder}{said}$"):
+            load_run(folder)

@@ -2,22 +2,31 @@
 
 import io
 import json
+import math
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from llmfast.train import metrics
 from llmfast.train.metrics import (
     FEW,
     PLAIN_SECONDS,
     MetricsFile,
     ProgressDisplay,
+    number,
+    peak_memory_bytes,
     plot_loss,
     print_table,
     read_metrics,
+    say,
+    weighted_mean,
 )
 
 
@@ -161,3 +170,94 @@ def test_a_legend_of_many_sources_leaves_the_picture_its_size(
         tops.append((legend.x0, figure.bbox.width - legend.x1, legend.y0))
     assert heights[1] > 0.9 * heights[0] > 2
     assert min(min(room) for room in tops) >= 0, "the legend is cut off"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_number"),
+    [
+        *((1, True), (-2.5, True), (2**63 - 1, True), (True, True), (math.inf, True)),
+        *((2**63, False), (-(2**63), False), (10**400, False)),
+        *(("1", False), (None, False), ([], False), (math.nan, False)),
+    ],
+)
+def test_numbers_are_told_from_what_is_none(value: Any, is_number: bool) -> None:
+    found = number(value)
+    assert isinstance(found, float) and (found == float(value) if is_number else math.isnan(found))
+
+
+def test_lines_of_a_log_are_read_whatever_it_begins_and_ends_with(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = {"step": 1, "tokens": 2, "loss": math.nan, "validation": {"a": 1.5}, "validation_mean": 2}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(good).encode() + b"\n" + b"[" * 100_000 + b"\n{" + b'"step": 3, "to')
+    (line,) = read_metrics(path)
+    assert line["step"] == 1 and math.isnan(line["loss"])
+    for key, wrong in (("loss", "x"), ("validation_mean", "x"), ("validation", [1]), ("validation", {"a": "x"})):
+        path.write_text(json.dumps(good | {key: wrong}))
+        with pytest.raises(ValueError, match=f"{key} must be "):
+            read_metrics(path)
+        assert read_metrics(path, losses=False)[0][key] == wrong
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not text"):
+        read_metrics(path)
+
+
+def test_a_mean_is_by_tokens() -> None:
+    assert weighted_mean({"a": (1.0, 30), "b": (4.0, 10), "c": (9.0, 0)}) == 1.75
+    assert weighted_mean({}) == weighted_mean({"a": (0.0, 0)}) == 0.0
+
+
+def test_every_number_of_a_line_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str, *, purge_step: int) -> None:
+            events.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            events.append((name, value, step))
+
+        def close(self) -> None:
+            events.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    file = MetricsFile(tmp_path / "metrics.jsonl", resume_at=7, tensorboard=True)
+    file.write(step=8, tokens=90, loss=2.5, head_loss=[1.5, 2], validation={"a": {"b": 3}}, name="text", spike=True)
+    file.close()
+    assert events[0] == (str(tmp_path / "events"), 8) and events[-1] == "closed"
+    assert events[1:-1] == [
+        *(("loss", 2.5, 8), ("head_loss/0", 1.5, 8), ("head_loss/1", 2.0, 8)),
+        *(("validation/a/b", 3.0, 8), ("spike", 1.0, 8)),
+    ]
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(metrics.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
+    assert peak_memory_bytes(torch.device("cpu")) == 5 * unit
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert peak_memory_bytes(torch.device("cuda")) == 7
+
+
+def test_the_picture_shows_losses_over_million_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "tokens": 1_000_000, "loss": 3.0},
+        {"step": 1, "tokens": 1_500_000, "validation": {"b": 2.0, "a": 2.5}},
+        {"step": 2, "tokens": 2_000_000, "loss": 2.0},
+        {"step": 2, "tokens": 2_500_000, "validation": {"a": 1.5}},
+    ]
+    (axes,) = picture(lines, tmp_path, monkeypatch).axes
+    drawn = {line.get_label(): [list(map(float, xy)) for xy in line.get_data()] for line in axes.lines}
+    assert drawn["training"] == [[1.0, 2.0], [3.0, 2.0]]
+    assert drawn["validation: a"] == [[1.5, 2.5], [2.5, 1.5]] and drawn["validation: b"] == [[1.5], [2.0]]
+    assert drawn["unigram entropy of held-out text"][1] == [2.0, 2.0] and len(drawn) == 4
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("million tokens", "loss (nats per token)")
+
+
+def test_what_is_said_is_printed_as_it_is() -> None:
+    out = io.StringIO()
+    say(Console(file=out, width=10, force_terminal=True), "a [bold]line[/bold] of 12345 words, longer than it is wide")
+    assert out.getvalue() == "a [bold]line[/bold] of 12345 words, longer than it is wide\n"
+    out = io.StringIO()
+    print_table(Console(file=out, width=80), [("a", "[red]b"), ("longer", "c")])
+    assert [line.split() for line in out.getvalue().splitlines()] == [["a", "[red]b"], ["longer", "c"]]

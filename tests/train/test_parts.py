@@ -12,6 +12,7 @@ import llmfast.train.parts as parts
 from llmfast.data import Mixture
 from llmfast.models import Decoder
 from llmfast.optim import FusedAdamW
+from llmfast.optim.scaling import optimal_lr
 from llmfast.train.config import load_config
 from llmfast.train.objective import FurtherTokens, NextToken
 from llmfast.train.pretrained import OwnLoss
@@ -166,3 +167,68 @@ def test_the_mixture_is_over_all_sequences_of_the_run() -> None:
     config.data.weights = {"c": 1.0}
     with pytest.raises(ConfigError, match=r"data\.weights: "):
         parts.make_mixture(config, data)
+
+
+def rates_doubted(rate: float, parameters: int, *more: str, pretrained: str = "", steps: int = 1000) -> list[str]:
+    settings = ["train.batch_size=8", "data.seq_len=512", f"train.steps={steps}", "optimizer.warmup_steps=1", *more]
+    config = load_config(None, settings)
+    config.optimizer.lr, config.model.pretrained = rate, pretrained
+    return list(parts.doubts(config, mock.Mock(epochs=dict), parameters))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd"])
+def test_doubts_about_the_rate_of_a_pretrained_model(name: str) -> None:
+    default = parts.SCHEMA.settings["optimizer.lr"].by[name]
+    chosen = f"optimizer.name={name}"
+    assert rates_doubted(0.99 * default, 1000, chosen, pretrained="there") == []
+    for rate in (default, 3 * default):
+        (doubt,) = rates_doubted(rate, 1000, chosen, pretrained="there")
+        share = default / parts.SCHEMA.settings["optimizer.lr"].by["adamw"]
+        assert doubt.startswith(f"optimizer.lr={rate:g} is for small models that are trained from scratch")
+        assert doubt.endswith(f": try optimizer.lr={2e-5 * share:.2g}") and "there has learned" in doubt
+        assert (f"and {name} as large a share of its default" in doubt) == (share != 1)
+
+
+def test_doubts_about_the_rate_of_a_large_model() -> None:
+    parameters, tokens = 200_000_000, 8 * 512 * 1000
+    best = optimal_lr(6 * parameters * tokens)
+    default = parts.SCHEMA.settings["optimizer.lr"].by["adamw"]
+    steps = 1000
+    while 1.5 * best < default:  # a shorter run may have a higher rate
+        steps //= 2
+        best = optimal_lr(6 * parameters * 8 * 512 * steps)
+    too_high, just_not = 1.501 * best, 1.499 * best
+    (doubt,) = rates_doubted(too_high, parameters, steps=steps)
+    assert doubt.startswith(f"optimizer.lr={too_high:g} is for small models: with 200 M parameters and ")
+    assert doubt.endswith(f"try optimizer.lr={best:.2g}")
+    assert (
+        rates_doubted(just_not, parameters, steps=steps) == rates_doubted(too_high, parameters - 1, steps=steps) == []
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, NotImplementedError])
+def test_a_device_that_fails_is_told_in_one_line(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **more: Any) -> None:
+        raise error("no such thing\nand a long trace")
+
+    monkeypatch.setattr(torch, "empty", fails)
+    with pytest.raises(ConfigError, match=r"^train\.device = 'cpu' is not usable: no such thing$"):
+        parts.choose_device(load_config(None, ["train.device=cpu"]))
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError])
+def test_what_is_wrong_with_the_text_is_of_the_settings(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "prepare", mock.Mock(side_effect=error("no text")))
+    with pytest.raises(ConfigError, match=r"^data: no text$"):
+        parts.prepare_data(load_config(None, []), "bytes", print)
+    with pytest.raises(ConfigError, match=r"^model: "):
+        parts.make_model(load_config(None, ["model.width=32", "model.heads=3"]), mock.Mock(vocab_size=50))
+
+
+def test_scaled_rates_reach_a_relative_decay() -> None:
+    more = ["optimizer.decay=relative", "optimizer.lr_scaling=sqrt", "optimizer.base_batch_size=2"]
+    config = load_config(None, [*more, "train.batch_size=8", "optimizer.lr=0.01"])
+    optimizer = parts.make_optimizer(config, torch.nn.Linear(4, 4))
+    assert [group["lr_max"] for group in optimizer.param_groups] == pytest.approx([0.02] * 2)

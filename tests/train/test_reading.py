@@ -64,3 +64,20 @@ def test_a_file_that_is_cut_short_is_refused(folder: Path) -> None:
     (folder / ".metadata").write_bytes(whole[: len(whole) // 2])
     with pytest.raises((pickle.UnpicklingError, EOFError)):
         Reader(folder).read_metadata()
+
+
+def test_a_rank_reads_its_own_metadata(folder: Path) -> None:
+    (folder / ".metadata").rename(folder / "__3.metadata")
+    found = Reader(folder).read_metadata(rank=3)
+    assert found.state_dict_metadata.keys() >= {"weight"}
+    for given in ({}, {"rank": None}, {"rank": 0}):
+        with pytest.raises(FileNotFoundError):
+            Reader(folder).read_metadata(**given)
+
+
+def test_every_load_has_an_id(folder: Path) -> None:
+    reader = Reader(folder)
+    for _ in range(2):
+        reader.reset()
+        found = reader.read_metadata()
+        assert found.storage_meta is not None and found.storage_meta.load_id == reader.load_id

@@ -68,3 +68,52 @@ def test_settings_reach_the_weights_of_the_heads(kind: MTP) -> None:
     assert head_weights_at(2, 2, config) == pytest.approx([1, 0.2])
     t.mtp_schedule = "constant"
     assert head_weights_at(2, 3, config) == [1, 0.4, 0.4]
+
+
+def test_weights_of_the_heads_where_settings_say_nothing() -> None:
+    """Each kind has the schedule and the weights of the paper that it is from."""
+    config = Config()
+    config.train.steps = 8
+    wanted: dict[MTP, list[list[float]]] = {
+        "parallel": [[1, 1, 1]] * 3,
+        "sequential": [[1, 0.15, 0.15]] * 3,
+        "shared": [[1, 0.5, 0.25], [1, 0.25, 0], [1, 0, 0]],
+    }
+    for kind, weights in wanted.items():
+        config.model.mtp = kind
+        for step, wants in zip((0, 4, 6), weights):
+            assert head_weights_at(step, 3, config) == pytest.approx(wants), (kind, step)
+    for kind in wanted:  # and where they say one thing alone
+        config.model.mtp, config.train.mtp_weight = kind, 0.4
+        assert head_weights_at(0, 2, config) == pytest.approx([1, 0.4])
+        config.train.mtp_weight, config.train.mtp_schedule = 0.0, "constant"
+        others = head_weights_at(7, 3, config)[1:]
+        assert others == pytest.approx({"parallel": [1, 1], "sequential": [0.15] * 2, "shared": [0.5] * 2}[kind])
+        config.train.mtp_schedule = "linear"  # to 0.1
+        assert head_weights_at(4, 2, config)[1] == pytest.approx({"parallel": 0.55, "sequential": 0.2}.get(kind, 0.3))
+        config.train.mtp_schedule = "auto"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "sqrt"])
+def test_a_rate_of_zero_is_zero_throughout(schedule: str, scaling: str) -> None:
+    config = Config()
+    o, t = config.optimizer, config.train
+    o.lr, o.base_batch_size, o.warmup_steps, t.batch_size, t.steps = 0.0, 4, 2, 16, 6
+    o.schedule, o.lr_scaling = schedule, scaling  # type: ignore[assignment]
+    assert highest_lr(config) == 0 and [lr_of_step(step, config) for step in range(8)] == [0] * 8
+    assert "for the batch size" not in described(config)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_run_of_warm_up_alone_ends_and_goes_on(schedule: str) -> None:
+    """Steps may be as many as those of warm-up, or fewer."""
+    for steps in (2, 3, 4):
+        given: dict[str, Any] = {"lr": 6.0, "steps": steps, "warmup_steps": 3, "schedule": schedule, "final_lr": 0.5}
+        assert [lr_at(step, **given) for step in range(3)] == pytest.approx([2, 4, 6])
+        assert lr_at(3, **given) == lr_at(9, **given) == pytest.approx(3)
+
+
+def test_wsd_falls_in_the_last_fifth_unless_told() -> None:
+    given: dict[str, Any] = {"lr": 1.0, "steps": 10, "warmup_steps": 0, "schedule": "wsd", "final_lr": 0.0}
+    assert [lr_at(step, **given) for step in (6, 7, 8, 9)] == pytest.approx([1, 1, 0.5, 0])

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -469,3 +470,196 @@ def test_next_to_nothing_is_spent_outside_of_model_and_optimizer(
     trainer.fit()
     assert len(spent) == 3 * 5
     assert 1 - sum(spent) / whole.seconds < 0.03
+
+
+@pytest.mark.parametrize(
+    ("recent", "limit"),
+    [
+        ([3.0] * 30, 3.06),  # losses that hardly differ are taken to differ by 0.01
+        ([2.0, 4.0] * 10, 9.0),  # mean 3, deviation 1
+        ([2.0, 4.0] * 15, 9.0),
+        ([2.0, 4.0] * 7, math.inf),  # too few to tell
+        ([2.0, 4.0] * 7 + [3.0], 3 + 6 * math.sqrt(14 / 15)),
+    ],
+)
+def test_a_jump_is_six_deviations_above_the_mean(recent: list[float], limit: float) -> None:
+    trainer: Any = SimpleNamespace(_recent=recent)
+    for loss in (0.0, 3.0, limit - 1e-6 if math.isfinite(limit) else 1e9):
+        assert not Trainer._is_spike(trainer, loss)
+    for loss in (limit + 1e-6, math.inf, math.nan):
+        assert Trainer._is_spike(trainer, loss) == math.isfinite(limit)
+
+
+def test_thirty_lines_are_remembered() -> None:
+    trainer, written = trainer_of(settings(steps=35, lr=1e-5), fused)
+    trainer.fit()
+    assert trainer._recent == written["loss"][-30:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_ends_the_run_after_the_step_and_the_second_at_once(number: int) -> None:
+    before, calls = signal.getsignal(number), list[int]()
+
+    class Stop(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == 2:
+                signal.raise_signal(number)
+
+        def after_step(self, trainer: Trainer) -> None:
+            calls.append(trainer.step)
+
+    trainer, _ = trainer_of(hooks=[Stop()])
+    assert not trainer.fit() and calls == [1, 2, 3] and signal.getsignal(number) is before
+    with trainer._stop_signals():
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_every_group_must_skip_bad_steps() -> None:
+    def make(model: nn.Module, *limits: float | None) -> Optimizer:
+        groups = [{"params": [p], "max_grad_norm": x} for p, x in zip(model.parameters(), limits)]
+        return FusedAdamW(groups)
+
+    with pytest.raises(ValueError, match=r"needs max_grad_norm in every group .*; got None in group 1$"):
+        trainer_of(make=lambda model: make(model, 1.0, None))
+
+
+def test_the_rate_of_settings_may_be_zero() -> None:
+    trainer, written = trainer_of(settings(lr=0.0), fused)
+    before = weights(trainer)
+    trainer.fit()
+    assert written["lr"] == [0.0] * 6
+    assert_same(weights(trainer), before)
+
+
+def test_the_length_of_data_of_ones_own_is_not_known() -> None:
+    with pytest.raises(ConfigError, match=r"train.epochs must be 0 here, .*; got 0.5$"):
+        trainer_of(settings(epochs=0.5))
+
+
+def test_a_stream_begins_where_its_batches_do() -> None:
+    stream = Stream(iter("abc"))
+    assert [stream.batch(0, 4), stream.batch(4, 4)] == ["a", "b"]
+    for first in (1, 9):
+        with pytest.raises(ValueError, match=f"batches of 4 sequences: none begins at sequence {first}"):
+            stream.batch(first, 4)
+    for first in (0, 4):
+        with pytest.raises(ValueError, match="cannot go back"):
+            stream.batch(first, 4)
+    assert stream.batch(8, 4) == "c"
+
+
+def test_a_set_without_labels_has_no_loss_and_no_tokens() -> None:
+    empty = {**next(batches()), "labels": torch.full((4, 8), -100)}
+    modes: list[bool] = []
+    trainer, _ = trainer_of(validation={"none": lambda: [empty], "no batch": lambda: []})
+    trainer.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    assert trainer.evaluate() == {"none": (0.0, 0), "no batch": (0.0, 0)}
+    assert modes == [False] and trainer.module.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_on_for_every_other_type(dtype: torch.dtype) -> None:
+    seen: list[Any] = []
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch["tokens"])
+        seen.append((torch.is_autocast_enabled("cpu"), logits.dtype))
+        return loss_of(model, batch)
+
+    trainer, _ = trainer_of(
+        settings(steps=1), fused, loss=loss, dtype=dtype, validation={"x": lambda: [next(batches())]}
+    )
+    trainer.fit()
+    assert seen == [(dtype == torch.bfloat16, dtype)] * 3
+
+
+def test_gradients_are_gone_after_a_step() -> None:
+    class Look(Hooks):
+        def after_step(self, trainer: Trainer) -> None:
+            assert all(p.grad is None for p in trainer.model.parameters())
+
+    for make in OPTIMIZERS:
+        trainer_of(settings(steps=2), make, hooks=[Look()])[0].fit()
+
+
+class Counted:
+    """Data that knows where it was: what it says is saved, and shown to it again."""
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self.read = Stream(batches())
+
+    def batch(self, first: int, count: int) -> Any:
+        return self.read.batch(first, count)
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.read._next}
+
+    def resume(self, *args: Any) -> None:
+        self.taken.append(args)
+
+
+def test_what_is_saved_is_shown_again(tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    class Look(Hooks):
+        def on_save(self, trainer: Trainer) -> None:
+            saved.append(trainer.step)
+
+    def made(**more: Any) -> tuple[Trainer, Counted]:
+        data = Counted()
+        config = settings(steps=7, save_every=3, log_every=5, keep_last=1)
+        return trainer_of(config, fused, data=data, run=tmp_path, hooks=[Look()], about={"mine": [1]}, **more)[0], data
+
+    trainer, _ = made()
+    trainer.fit()
+    assert saved == [3, 6, 7] and [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000007"]
+    trainer.save()  # nothing was trained since
+    assert saved == [3, 6, 7]
+    shown: list[Any] = []
+    again, data = made()
+    again.resume(shown.append)
+    (meta,) = shown
+    assert meta["about"] == {"mine": [1]} and data.taken == [({"number": 7}, 28)]
+    assert (again.step, again.sequences, again.tokens, again.logged_step) == (7, 28, trainer.tokens, 7)
+    assert again._recent == trainer._recent == meta["recent"] and meta["groups"] == again._settings
+
+    class Refused(Exception):
+        pass
+
+    def refuse(meta: Any) -> None:
+        raise Refused
+
+    third, data = made()
+    before = weights(third)
+    with pytest.raises(Refused):
+        third.resume(refuse)
+    assert third.step == 0 and data.taken == []
+    assert_same(weights(third), before)
+    with pytest.raises(ValueError, match="resume needs a run folder"):
+        trainer_of()[0].resume()
+
+
+def test_the_rate_of_the_first_group_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(model: nn.Module) -> Optimizer:
+        first, *rest = model.parameters()
+        return FusedAdamW([{"params": [first], "lr": 0.5}, {"params": rest}], lr=0.01, max_grad_norm=1.0)
+
+    trainer, written = trainer_of(settings(steps=2, schedule="constant", warmup_steps=0), make)
+    trainer.fit()
+    assert written["lr"] == pytest.approx([0.5, 0.5])
+    assert trainer.optimizer.param_groups[1]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_log_may_also_be_events(tensorboard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmfast.train import trainer as module
+
+    made: list[Any] = []
+    original = module.MetricsFile
+    monkeypatch.setattr(module, "MetricsFile", lambda path, **how: made.append(how) or original(path))
+    trainer_of(settings(steps=1, tensorboard=tensorboard), run=tmp_path)[0].fit()
+    assert made == [{"resume_at": 0, "tensorboard": tensorboard}]

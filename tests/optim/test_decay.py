@@ -1,0 +1,45 @@
+"""The share by which a step shrinks a parameter, by mode."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.optim import FusedAdamW, FusedLion
+
+RATES = {"lr": lambda lr, most: lr, "independent": lambda lr, most: 1.0, "relative": lambda lr, most: lr / most}
+
+
+@pytest.mark.parametrize("kind", [FusedAdamW, FusedLion])
+@pytest.mark.parametrize("mode", RATES)
+def test_a_step_without_a_gradient_shrinks_by_the_share(path: str, kind: Any, mode: str) -> None:
+    """Two groups whose rates begin unlike, and change."""
+    params = [torch.nn.Parameter(torch.full((3,), 2.0)) for _ in range(2)]
+    groups = [{"params": params[:1], "lr": 0.25}, {"params": params[1:], "weight_decay": 0.125}]
+    optimizer = kind(groups, lr=0.5, weight_decay=0.5, decay=mode)
+    highest = [0.25, 0.5]
+    assert [group.get("lr_max") for group in optimizer.param_groups] == (highest if mode == "relative" else [None] * 2)
+    wanted = [2.0, 2.0]
+    for rates in ((0.25, 0.5), (0.125, 0.25), (0.375, 0.125)):
+        for i, (group, lr) in enumerate(zip(optimizer.param_groups, rates)):
+            group["lr"], params[i].grad = lr, torch.zeros(3)
+            wanted[i] *= 1 - (0.5, 0.125)[i] * RATES[mode](lr, highest[i])
+        optimizer.step()
+        for p, want in zip(params, wanted):
+            torch.testing.assert_close(p.detach(), torch.full((3,), want), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [FusedAdamW, FusedLion])
+def test_the_highest_rate_is_given_or_the_first_and_never_zero(kind: Any) -> None:
+    p = torch.zeros(1)
+    given = kind([{"params": [p], "lr_max": 2.0}], lr=0.5, decay="relative")
+    assert given.param_groups[0]["lr_max"] == 2.0
+    first = kind([p], lr=torch.tensor(0.5), decay="relative")
+    assert type(first.param_groups[0]["lr_max"]) is float and first.param_groups[0]["lr_max"] == 0.5
+    with pytest.raises(ValueError, match=r"^decay='relative' needs a group's lr, or lr_max, above 0; got 0.0$"):
+        kind([p], lr=0.0, decay="relative")
+    for mode in ("lr", "independent"):
+        assert "lr_max" not in kind([p], lr=0.0, decay=mode).param_groups[0]
+    with pytest.raises(ValueError, match=r"^decay must be one of \('lr', 'independent', 'relative'\); got 'cosine'$"):
+        kind([p], decay="cosine")
+    assert kind([p]).decay == "lr"

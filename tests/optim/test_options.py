@@ -1,0 +1,90 @@
+"""Options beyond torch's: their ranges, one by one."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.optim import FusedAdamW
+from llmfast.optim.options import Options
+
+RANGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "max_grad_norm": ([None, 1e-9, 1.0, math.inf], [0.0, -1.0, math.nan]),
+    "ema_decay": ([None, 0.0, 0.5, 0.9999], [1.0, -1e-9, 1.5, math.nan]),
+    "seed": ([0, 1, 2**32, 2**53 - 1], [-1, 2**53]),
+    "master_weights": ([None, "fp32", "split16", "split8", "kahan", "stochastic"], ["", "fp16", "split", True]),
+    "state_dtype": ([None, torch.float32, torch.bfloat16, torch.float16, "8bit"], [torch.float64, "float32", "", 8]),
+    "zero_grads": ([False, True], []),
+}
+
+
+def test_every_option_is_tried_and_off_by_default() -> None:
+    assert vars(Options()) == {name: good[0] for name, (good, _) in RANGES.items()}
+    assert RANGES.keys() - {"seed", "zero_grads"} == Options.PER_GROUP
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_an_option_takes_what_it_can_and_names_itself_for_the_rest(name: str) -> None:
+    good, bad = RANGES[name]
+    for value in good:
+        assert getattr(Options.given({name: value}), name) is value  # type: ignore[misc]
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*; got {value!r}$"):
+            Options.given({name: value})  # type: ignore[misc]
+        if name in Options.PER_GROUP:
+            with pytest.raises(ValueError, match=f"^{name} must be "):
+                FusedAdamW([{"params": [torch.zeros(1)], name: value}])
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}s'; those beyond torch's are"):
+        Options.given({f"{name}s": good[0]})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("key", [*(f"{name}s" for name in RANGES if name != "seed"), "max_gradnorm", "masterweights"])
+def test_a_key_that_resembles_an_option_is_a_mistake(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"must spell its options correctly: '.*'; got '{key}'"):
+        FusedAdamW([{"params": [torch.zeros(1)], key: None}])
+
+
+@pytest.mark.parametrize("key", ["speed", "seeds", "name", "state", "weights", "grad_norm", 5])
+def test_keys_of_the_callers_own_stay_in_the_group(key: Any) -> None:
+    optimizer = FusedAdamW([{"params": [torch.zeros(1)], key: "mine"}])
+    assert optimizer.param_groups[0][key] == "mine" and optimizer.group_options == [{}]
+
+
+@pytest.mark.parametrize("name", ["seed", "zero_grads"])
+def test_an_option_of_the_whole_is_none_of_a_group(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must hold for all parameter groups: give it to FusedAdamW itself"):
+        FusedAdamW([{"params": [torch.zeros(1)], name: 1}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_which_parameters_an_option_fits(dtype: torch.dtype) -> None:
+    p = torch.zeros(1, dtype=dtype)
+    for name, (good, _) in RANGES.items():
+        for value in good[1:]:
+            options = Options.given({name: value})  # type: ignore[misc]
+            only_real = name in ("master_weights", "state_dtype", "ema_decay")
+            refused = (dtype.is_complex and only_real) or (
+                dtype == torch.float16 and name == "master_weights" and value in ("split16", "split8", "stochastic")
+            )
+            if refused:
+                with pytest.raises(ValueError, match=r"the parameter|for complex parameters; got the parameter"):
+                    options.expect_fits(p, "the parameter")
+            else:
+                options.expect_fits(p, "the parameter")
+    low = dtype in (torch.bfloat16, torch.float16)
+    assert Options(master_weights="fp32").master_of(p) == ("fp32" if low else None)
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    optimizer = FusedAdamW([torch.zeros(1)], ema_decay=0.5)
+    before = list(optimizer.param_groups)
+    for group in (
+        {"params": [torch.zeros(1, dtype=torch.complex64)]},
+        {"params": [torch.zeros(1, dtype=torch.float16)], "master_weights": "split16"},
+    ):
+        with pytest.raises(ValueError, match=r"parameter 0 of group 1|parameters; got"):
+            optimizer.add_param_group(group)
+        assert optimizer.param_groups == before and optimizer.group_options == [{}]
+    optimizer.add_param_group({"params": [torch.zeros(1)], "ema_decay": None})
+    assert len(optimizer.param_groups) == 2 and optimizer.group_options == [{}, {"ema_decay": None}]
