@@ -473,13 +473,14 @@ def test_errors_of_float32_logits() -> None:
     truth = computed(torch.float64)
     text = words_of("losses.md")
     assert f"relative error, N = {N:,}, D = {D}, V = {V:,} | loss per token | d_hidden | d_weight |" in text
-    ways: dict[str, dict[str, Any]] = {
-        "bfloat16 logits": {"dtype": torch.bfloat16},
-        "`slab_dtype=torch.float32`": {"dtype": torch.bfloat16, "slab_dtype": torch.float32},
-        "hidden, weight (both of bfloat16 values) and products in float32": {"dtype": torch.float32},
+    # With each way, the number of errors that do not depend on the order in which a CPU's products sum.
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "bfloat16 logits": (3, {"dtype": torch.bfloat16}),
+        "`slab_dtype=torch.float32`": (2, {"dtype": torch.bfloat16, "slab_dtype": torch.float32}),
+        "hidden, weight (both of bfloat16 values) and products in float32": (1, {"dtype": torch.float32}),
     }
-    for way, options in ways.items():
+    for way, (exact, options) in ways.items():
         found = [float((a.double() - b).norm() / b.norm()) for a, b in zip(computed(**options), truth)]
         published = [float(cell) for cell in text.partition(f"| {way} |")[2].split("|")[:3]]
-        exact = 2 if "slab_dtype" in options else 3
         assert published[:exact] == pytest.approx(found[:exact], rel=0.1), way
+        assert published[exact:] == pytest.approx(found[exact:], rel=0.5), way
