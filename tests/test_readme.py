@@ -116,7 +116,10 @@ def test_measured_figures_are_those_of_the_results() -> None:
 
 
 def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
-    """Compare modelled times within 1 % more bytes; cut-cross-entropy holds next to nothing, at a larger error."""
+    """Compare modelled times within few more bytes; cut-cross-entropy holds next to nothing, at a larger error.
+
+    A few bytes per row are kept for backward, which other libraries do not need.
+    """
     compared = 0
     for row in results("results.json"):
         if row["section"] != "real sizes" or row["operation"] != "linear_cross_entropy":
@@ -126,9 +129,10 @@ def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
         N, D, V = (row["size"][axis] for axis in "NDV")
         held = row["peak_bytes"] - 2 * (N * D + V * D)
         low = row["way"].startswith(("Liger", "torch linear")) and "float32 sums" not in row["way"]
-        plan = LinearCrossEntropyPlan.make(
-            N, D, V, memory_budget=int(1.01 * held), accumulate_dtype=torch.bfloat16 if low else None
-        )
-        assert plan.seconds <= row["seconds"][H100.name], (row["way"], row["size"])
+        for more, longer in ((1.01, 1.0), (1.001, 1.003)):
+            plan = LinearCrossEntropyPlan.make(
+                N, D, V, memory_budget=int(more * held), accumulate_dtype=torch.bfloat16 if low else None
+            )
+            assert plan.seconds <= longer * row["seconds"][H100.name], (row["way"], row["size"])
         compared += 1
     assert compared > 50
