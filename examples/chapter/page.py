@@ -25,7 +25,7 @@ weights and the order of the text. A figure like 2.700 (2.690 to 2.710) is the m
 difference is told only if it is larger than both ranges; otherwise no difference was seen.
 
 ```sh
-make chapter                    # everything, in at most 90 minutes; what has finished is not repeated
+make chapter                    # everything, within 90 minutes; goes on where it stopped
 make chapter ARGS="decay"       # one part
 ```
 
