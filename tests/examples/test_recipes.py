@@ -190,6 +190,36 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         torch.testing.assert_close(found, model(alone[None])[0])
 
 
+def test_a_student_learns_from_files_what_torch_says_they_mean(tmp_path: Path) -> None:
+    module = recipe("top_k_distillation")
+    K, T, hard = module.K, module.TEMPERATURE, module.HARD
+    module.write(module.teacher(2), tmp_path, files=3, rows=4)
+
+    def plain(hidden: Tensor, weight: Tensor, top: Any, targets: Tensor) -> Tensor:
+        """Take the K classes and all others as one, from all logits."""
+        counts = targets[0] != -100
+        ids, t, y = top.ids[0][counts].long(), top.logprobs[0][counts], targets[0][counts]
+        logits = (hidden @ weight.T)[0][counts]
+        s = (logits / T).log_softmax(-1).gather(-1, ids)
+        left_t, left_s = (torch.log1p(-x.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)) for x in (t, s))
+        t, s = torch.cat([t, left_t], -1), torch.cat([s, left_s], -1)
+        soft = (t.exp() * (t - s)).sum(-1).mean()
+        return (1 - hard) * T**2 * soft + hard * F.cross_entropy(logits, y)
+
+    ours, theirs = module.train(tmp_path, 5), module.train(tmp_path, 5, loss=plain)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-4)
+    said, top = module.read(tmp_path / "00002.safetensors", "cpu")
+    assert top.ids.shape == (1, said.tokens.shape[1], K) and said.count == 4
+    assert (top.logprobs.exp().sum(-1) <= 1.001).all()
+
+
+def test_a_student_of_files_learns(tmp_path: Path) -> None:
+    module = recipe("top_k_distillation")
+    module.write(module.teacher(12), tmp_path, files=4)
+    losses = module.train(tmp_path, 16)
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_perplexity_is_that_of_all_windows() -> None:
     """Count each byte once, after at least half of a window."""
     module = recipe("perplexity")
