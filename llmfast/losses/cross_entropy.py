@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from llmfast._checks import describe
+from llmfast._checks import describe, expect
 from llmfast._dispatch import expect_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_logits import CrossEntropy
-from llmfast.losses.options import CrossEntropyOptions, Inputs, LogprobOptions, check, complete, defaults, only, takes
+from llmfast.losses.options import (
+    CrossEntropyOptions,
+    Inputs,
+    LogprobOptions,
+    are_probabilities,
+    check,
+    complete,
+    defaults,
+    only,
+    takes,
+)
 from llmfast.losses.parallel import own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 
@@ -106,8 +116,10 @@ def made_ready(
     if group is not None:
         expect_data(logits, "process_group")
         V, columns = own_columns(group, V, options["vocab_size"])
-    inputs = Inputs(logits, targets, V, name="ids" if logprobs else "targets")
+    dense = not logprobs and are_probabilities(targets, shape, V)
+    inputs = Inputs(logits, targets, V, name="ids" if logprobs else "targets", dense=dense)
     check(given, options, inputs)
+    expect(not (dense and return_stats), "return_stats needs class indices as targets; got probabilities")
 
     single = targets.dim() == len(shape)
     torchs = single and not (return_stats or logprobs) and only(("ignore_index", "reduction"), given)

@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast._checks import describe
+from llmfast._checks import describe, expect
 from llmfast._dispatch import expect_data, has_no_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
-from llmfast.losses.options import Inputs, LinearOptions, LogprobOptions, check, complete, defaults, only, takes
+from llmfast.losses.options import (
+    Inputs,
+    LinearOptions,
+    LogprobOptions,
+    are_probabilities,
+    check,
+    complete,
+    defaults,
+    only,
+    takes,
+)
 from llmfast.losses.parallel import local_weight, own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 from llmfast.losses.valid_rows import ValidRows, valid_rows
@@ -121,8 +131,10 @@ def made_ready(
         V, columns = own_columns(group, own, options["vocab_size"])
     dtype = _compute_dtype(hidden, weight)
     wide = torch.promote_types(dtype, torch.float32)
-    inputs = Inputs(hidden, targets, V, weight, dtype, "ids" if logprobs else "targets")
+    dense = not logprobs and are_probabilities(targets, shape, V)
+    inputs = Inputs(hidden, targets, V, weight, dtype, "ids" if logprobs else "targets", dense)
     check(given, options, inputs)
+    expect(not (dense and return_stats), "return_stats needs class indices as targets; got probabilities")
     if options["accumulate_into"] is not None:
         expect_data(hidden, "accumulate_into")
 
@@ -138,7 +150,7 @@ def made_ready(
         flat, own = (every, rows) if valid is None else valid.gather(every, rows)
         # Rows that were gathered have a gradient of their own, which those of all rows are made of.
         copied = _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own.classes)
-        copied += _copied(options["token_weights"], own.token_weights)
+        copied += _copied(options["token_weights"], own.token_weights) + _copied(targets, own.probabilities)
         copied += _copied(options["target_weights"], own.weights)
         copied += _copied(options.get("temperature"), own.temperatures)
         copied += _copied(options["class_weights"], fields["terms"].class_weights)
@@ -155,7 +167,7 @@ def made_ready(
         )
         return loss, (flat, weight, bias)
 
-    valid = valid_rows(every, rows, options["ignore_index"], options["num_valid"], budget)
+    valid = None if dense else valid_rows(every, rows, options["ignore_index"], options["num_valid"], budget)
     loss, tensors = of_rows(valid)
     planned = budget is not None and not has_no_data(every)  # torch.compile leaves plans to its operators
     if valid is not None and planned and not loss.fits(tensors):

@@ -11,17 +11,20 @@ from llmfast.losses.linear_cross_entropy import linear_cross_entropy
 from llmfast.losses.options import Reduction
 
 
-def _refuse_probabilities(target: Tensor, shape: torch.Size) -> None:
-    """Raise where torch's modules would read class probabilities: here they would be taken for several classes each."""
-    expect(
-        target.shape != shape,
-        f"target must hold class indices, one per token; {tuple(shape)} is the shape of the logits, got "
-        f"{describe(target)} (probabilities are not supported; for one-hot targets pass target.argmax(...))",
-    )
+def _expect_probabilities(target: Tensor, shape: torch.Size) -> None:
+    """Raise for integers in the shape of the logits, of which torch's modules make nothing, and functions K targets."""
+    if target.shape == shape and not target.is_floating_point():
+        raise TypeError(
+            f"target must be floating point probabilities where it has the shape of the logits; got {describe(target)} "
+            "(for one-hot targets pass target.argmax(...), or target.float())"
+        )
 
 
 class CrossEntropyLoss(nn.Module):
-    """`torch.nn.CrossEntropyLoss` for class indices, on logits (N, V) or (V,); further keywords as `cross_entropy`."""
+    """`torch.nn.CrossEntropyLoss`, on logits (N, V, ...) or (V,); further keywords as `cross_entropy`.
+
+    Targets are class indices, or floating point probabilities of all classes, which get no gradient.
+    """
 
     weight: Tensor | None
     reduction: Reduction
@@ -43,9 +46,10 @@ class CrossEntropyLoss(nn.Module):
         self.options = options
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
-        _refuse_probabilities(target, input.shape)
+        _expect_probabilities(target, input.shape)
         if input.dim() > 2:
-            # torch has classes on dimension 1: (N, V, d1, ...) with targets (N, d1, ...).
+            # torch has classes on dimension 1: (N, V, d1, ...) with targets (N, d1, ...), or probabilities like input.
+            target = target.movedim(1, -1) if target.shape == input.shape else target
             input = input.movedim(1, -1)
         return cross_entropy(
             input,
@@ -94,7 +98,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.reduction, self.label_smoothing, self.options = reduction, label_smoothing, more
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
-        _refuse_probabilities(target, torch.Size((*input.shape[:-1], self.linear.out_features)))
+        _expect_probabilities(target, torch.Size((*input.shape[:-1], self.linear.out_features)))
         return linear_cross_entropy(
             input,
             self.linear.weight,
