@@ -230,13 +230,13 @@ def gradient(x, t, frame, slopes, weights, terms, KIND: tl.constexpr, PROBABILIT
     """
     s, w, p = log_probabilities(x, t, frame, weights, PROBABILITIES)
     q = tl.exp2(s)
-    if KIND == FORWARD_KL or KIND == CROSS_ENTROPY:
-        d = q * slopes.centre - p
-    elif KIND == REVERSE_KL:
+    if KIND == REVERSE_KL:
         d = tl.where(q > 0, q * tl.fma(s - w, parts.LN2, -slopes.centre), 0.0)
-    else:
+    elif KIND == MIXED:
         m = tl.fma(weights.beta, p, (1.0 - weights.beta) * q)
         d = tl.where((q > 0) & (m > 0), q * tl.fma(s - tl.log2(m), parts.LN2, -slopes.centre), 0.0)
+    else:
+        d = q * slopes.centre - p
     d *= slopes.factor
     if slopes.hard_factor is not None:
         if weights.temperature is not None:
@@ -397,7 +397,7 @@ def kl_divergence(running, both, KIND: tl.constexpr, PROBABILITIES: tl.constexpr
     shift = running.peak - both.peak
     teacher_shift = running.teacher_peak - both.teacher_peak
     log_total = tl.log2(both.total)
-    if KIND == FORWARD_KL or KIND == CROSS_ENTROPY:
+    if KIND != REVERSE_KL:
         moment = tl.fma(teacher_shift - shift, running.teacher_total, running.moment)
         moment = tl.sum(tl.exp2(teacher_shift) * moment, axis=0)
         if PROBABILITIES:  # which need not add up to 1

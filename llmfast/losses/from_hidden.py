@@ -247,7 +247,8 @@ class LinearCrossEntropy(Loss):
         """Return the call with what a teacher, or probabilities of all classes, cost."""
         if self.targets.probabilities is None:
             return call
-        return replace(call, taught=TAUGHT, **({} if call.kernels else plain_dense.space()))
+        space: dict[str, Any] = {} if call.kernels else plain_dense.space()
+        return replace(call, taught=TAUGHT, **space)
 
     def _stages(self, plan: LinearCrossEntropyPlan, matrices: Matrices, inputs: Tensors) -> Stages:
         bias, terms = inputs[2], self.terms

@@ -56,7 +56,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
-    targets: Tensor,  # (...) or (..., K)
+    targets: Tensor,  # (...) or (..., K); or (..., V) probabilities
     *,
     return_stats: bool = False,
     **options: "Unpack[LinearOptions]",
@@ -70,11 +70,13 @@ def linear_cross_entropy(
         weight: (V, D), of the same dtype; under autocast both are cast once to autocast's dtype. A DTensor sharded on
             dim 0 is vocab-parallel if `hidden` is a DTensor replicated over its mesh, or `process_group` is given. With
             a plain `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
-        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
+        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits; or
+            (..., V) probabilities of all classes, as in `cross_entropy`, for which `grad_filter` is an error too.
         bias: (V,), any floating point dtype.
-        num_valid: as in `cross_entropy`. An int below the number of tokens also promises that at most that many
-            tokens are valid: only that many rows enter the matrix products, without waiting for the device. If more
-            are valid, the loss is NaN (ValueError on a CPU). For another divisor, use reduction="sum" and divide.
+        num_valid: as in `cross_entropy`. With class indices, an int below the number of tokens also promises that at
+            most that many tokens are valid: only that many rows enter the matrix products, without waiting for the
+            device. If more are valid, the loss is NaN (ValueError on a CPU). For another divisor, use reduction="sum"
+            and divide.
         process_group: `weight` and `bias` hold only this rank's classes, in rank order, split as by `torch.chunk`.
             `hidden` is the same on all ranks and so is its gradient, which takes one more all-reduce, of (N, D).
         memory_budget: bytes that the call may hold at any time beyond its inputs and the gradients that it returns or

@@ -194,7 +194,12 @@ class Operators:
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, token_loss, peak, total, entropy, taught, argmax, _, places, *made = output
         ctx.save_for_backward(
-            peak, total, entropy, taught, *made, *(value for value, is_tensor in zip(inputs, self._tensors) if is_tensor)
+            peak,
+            total,
+            entropy,
+            taught,
+            *made,
+            *(value for value, is_tensor in zip(inputs, self._tensors) if is_tensor),
         )
         ctx.others = [value for value, is_tensor in zip(inputs, self._tensors) if not is_tensor]
         ctx.mark_non_differentiable(token_loss, peak, total, taught, argmax, places, *made)

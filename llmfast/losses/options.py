@@ -228,7 +228,9 @@ class LossOptions(RowOptions, total=False):
         Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", get_args(Reduction).__contains__))
     ]
     num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
-    target_weights: Annotated[Tensor | None, Option(None, _indices, _target_weights, tensor("K", "TK"))]  # (K,) or (..., K)
+    target_weights: Annotated[
+        Tensor | None, Option(None, _indices, _target_weights, tensor("K", "TK"))
+    ]  # (K,) or (..., K)
     shift: Annotated[int, Option(0, must("not be negative", lambda x: x >= 0), _indices, _shift)]
     document_ids: Annotated[Tensor | None, Option(None, _document_ids, tensor("T", floating=False))]  # (...)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmfast.losses import plain
-from llmfast.losses.plain import _blocks, _logits, _slope, _through
+from llmfast.losses.plain import _blocks, _logits, _through
 from llmfast_kernels.teaching import TAUGHT
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
@@ -49,9 +49,9 @@ def dense_cross_entropy(
         log_total = total.log()
         lse = peak + log_total
         loss[rows] = plain.add_terms(mass * log_total - pull, lse, terms)
-        slope = _slope(mass, terms, lse)
+        slope = mass if terms.z_loss is None else mass + 2 * terms.z_loss * lse
         peaks[rows], totals[rows], taught[rows, 2] = peak, total, slope
-        if d_logits is not None and slope is not None:
+        if d_logits is not None:
             d = below.mul_((slope / total)[:, None]).sub_(p)
             for factor in (grad_scale, targets.token_weights):
                 if factor is not None:

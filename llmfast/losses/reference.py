@@ -25,7 +25,7 @@ _DISTILLATION: DistillationOptions = defaults(DistillationOptions)
 @takes(LossOptions)
 def cross_entropy(
     logits: Tensor,  # (..., V)
-    targets: Tensor,  # (...) or (..., K)
+    targets: Tensor,  # (...) or (..., K); or (..., V) probabilities
     *,
     return_stats: bool = False,
     **options: "Unpack[LossOptions]",
@@ -35,7 +35,7 @@ def cross_entropy(
     x = _final(logits, o)
     V, shape = x.shape[-1], x.shape[:-1]
     if targets.is_floating_point():
-        return _dense_cross_entropy(x, targets, o)
+        return _of_probabilities(x, targets, o)
     y = targets if targets.dim() > len(shape) else targets[..., None]
     if o["shift"]:
         y = _shifted(y, o["shift"], o["document_ids"], o["ignore_index"])
@@ -71,7 +71,7 @@ def cross_entropy(
     return result, LossStats(loss.detach(), *stats, accuracy)
 
 
-def _dense_cross_entropy(x: Tensor, targets: Tensor, o: dict[str, Any]) -> Tensor:
+def _of_probabilities(x: Tensor, targets: Tensor, o: dict[str, Any]) -> Tensor:
     """Compute the cross-entropy of final logits against probabilities of all classes."""
     smoothing, lse = o["label_smoothing"], x.logsumexp(-1)
     p = (1 - smoothing) * targets.to(x.dtype) + smoothing / x.shape[-1]
