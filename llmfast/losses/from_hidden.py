@@ -271,7 +271,7 @@ class LinearCrossEntropy(Loss):
         each = loss.new_empty((0, self.targets.classes.shape[1])) if self.logprobs else None
         places = None if best is None or not self.places else best.new_empty((0, self.targets.classes.shape[1]))
         taught = None if self.targets.probabilities is None else loss.new_empty((0, TAUGHT))
-        return Rows(loss, peak, total, entropy if self.stats else None, best, each, places, taught)
+        return Rows(loss, peak, total, entropy if self.stats else None, best, each, places, taught=taught)
 
     def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
         """Make what the row stage fills in the forward pass: zeros where there is no product."""
