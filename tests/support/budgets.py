@@ -112,7 +112,9 @@ def _places(compiled: Compiled) -> Iterator[str]:
 def _pairs(compiled: Compiled) -> Iterator[str]:
     """Require loops over both rows as wide as each allows, without waiting inside, and few special functions."""
     widths = _pair_bits(compiled)
-    if _has(compiled, "terms.bias") or _has(compiled, "teacher.bias"):
+    weighed = _has(compiled, "teacher.class_weights")
+    mixed = weighed and widths != {128}  # class weights change threads to meet the rows, as in `_rows`
+    if weighed or _has(compiled, "terms.bias") or _has(compiled, "teacher.bias"):
         widths.add(128)
     loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]
     if not loops:
@@ -133,7 +135,7 @@ def _pairs(compiled: Compiled) -> Iterator[str]:
             yield f"takes {loop.transcendentals / elements} special functions per pair in a loop, not {functions}"
         if not loop.access_bits <= widths:
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {widths}"
-        if loop.shuffles or loop.barriers:
+        if (loop.shuffles or loop.barriers) and not mixed:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
     if _has(compiled, "d_logits_ptr") and hard:
         yield from _order(compiled, "rewriting loop, barrier, store")
