@@ -62,6 +62,7 @@ RECORDED = {
     "losses": {
         *("test_cross_entropy.py", "test_linear_cross_entropy.py", "test_options.py", "test_row_kernels.py"),
         *("test_filtered_matmul.py", "test_logprobs.py", "test_traffic.py", "test_distillation.py"),
+        "test_probabilities.py",
     },
     "optim": {"test_clipping.py", "test_parity.py", "test_precision.py", "test_traffic.py"},
 }

@@ -1,5 +1,7 @@
 """Distillation of rows of logits: the divergence from a teacher's rows, and its gradient. `teaching.py` defines it.
 
+A cross-entropy whose targets are probabilities of all classes is the same without the entropy of the teacher.
+
 A program reads a row of the student and the same row of the teacher, tile by tile: their peaks and sums, and what the
 Kullback-Leibler divergences need, in one pass; for a mixture, whose logarithm takes final sums, a second one. The last
 pass writes the gradient, from reads that the caches serve. `pairs.py` has the parts.
@@ -8,6 +10,7 @@ In `Rows.taught`, a row has the teacher's peak and the logarithm of its sum, in 
 subtracts (see `gradient`); and the logarithm in base 2 of the student's sum without temperature.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from llmfast_kernels import pairs
 from llmfast_kernels import row as parts
 from llmfast_kernels.cross_entropy import LEAST_BLOCK, row_terms, vectors
 from llmfast_kernels.launch import FP_FUSION, Choice, Tile, cdiv, expect_contiguous, next_power_of_2, warps
-from llmfast_kernels.teaching import TAUGHT, Divergence, TeacherRows
+from llmfast_kernels.teaching import CROSS_ENTROPY, TAUGHT, Divergence, TeacherRows
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
 # Two rows take twice the registers of one: fewer threads than for one row, which may have more of them.
@@ -92,6 +95,8 @@ def distillation_kernel(
         )
     else:
         soft, centre = pairs.kl_divergence(running, both, KIND, PROBABILITIES)
+    if KIND == pairs.CROSS_ENTROPY:
+        soft, centre = parts.add_terms_of_lse(soft, centre, both.peak, log_total * parts.LN2, terms)
 
     # Without TRITON_DEBUG=1 nothing asserts: a row with an unknown target becomes NaN, in backward too.
     centre *= tl.where(tl.max(y, axis=0) == parts.UNKNOWN, float("nan"), 1.0)
@@ -260,7 +265,8 @@ def arguments(
     if values is None or values.stride(1) != 1 or logits.stride(1) != 1:
         raise ValueError("logits, and the teacher's logits or probabilities, must have stride 1 along V")
     tensors = {"targets": targets.classes, "token_weights": targets.token_weights}
-    expect_contiguous(**tensors, bias=terms.bias, teachers_bias=teacher.terms.bias)
+    own = teacher.terms
+    expect_contiguous(**tensors, bias=terms.bias, teachers_bias=own.bias, class_weights=own.class_weights)
     row_width = logits.shape[1]
     V = V or row_width
     if row_width > (most := (V // LEAST_BLOCK + 1) * LEAST_BLOCK):
@@ -268,9 +274,14 @@ def arguments(
     beta, T = divergence.beta, divergence.temperature
     tempered = (1.0 / T, T) if T != 1.0 else (None, None)
     kind = {0.0: pairs.FORWARD_KL, 1.0: pairs.REVERSE_KL}.get(beta, pairs.MIXED)
-    own, access = teacher.terms, vectors(row_width, logits, d_logits)
+    access = vectors(row_width, logits, d_logits)
     # Threads that read more neighbours of the teacher's row than of the student's would exchange them in every tile.
     teacher_vector = min(vectors(V, values, None)["VECTOR"], access["VECTOR"])
+    if not divergence.entropy:
+        kind = pairs.CROSS_ENTROPY
+    class_weights = None if own.class_weights is None else own.class_weights[own.v_start :]
+    smoothing = own.label_smoothing
+    smoothed = (None, None) if smoothing is None else (1.0 - smoothing, smoothing / own.V)
     return {
         "logits_ptr": logits,
         **{f"{name}_ptr": t for name, t in tensors.items()},
@@ -278,7 +289,7 @@ def arguments(
         "weights": pairs.Weights(
             divergence.soft_weight, divergence.hard_weight, beta if kind is pairs.MIXED else None, *tempered
         ),
-        "teacher": pairs.Given(values, own.bias, own.logit_scale, own.softcap),
+        "teacher": pairs.Given(values, own.bias, own.logit_scale, own.softcap, class_weights, *smoothed),
         **{"V": V, "row_width": row_width, "logits_stride_n": logits.stride(0)},
         **{"teacher_stride_n": values.stride(0), "d_logits_stride_n": 0 if d_logits is None else d_logits.stride(0)},
         **{"ignore_index": terms.ignore_index, "KIND": kind.value, "PROBABILITIES": teacher.logits is None},
@@ -307,7 +318,8 @@ def distillation(
     rows = Rows(loss, peak, total, None, None, taught=loss.new_empty((len(logits), TAUGHT)))
     if len(logits) > 0:
         given = arguments(logits, targets, terms, teacher, divergence, V=V, d_logits=d_logits)
-        extra = (terms.softcap, terms.bias, teacher.terms.softcap, teacher.terms.bias, divergence.hard_weight)
+        own = teacher.terms
+        extra = (terms.softcap, terms.bias, own.softcap, own.bias, own.class_weights, divergence.hard_weight)
         many_terms = 0 < divergence.beta < 1 or any(t is not None for t in extra)
         with device_of(logits):
             distillation_kernel[(len(logits),)](
@@ -343,3 +355,43 @@ def distillation_backward(
         distillation_backward_kernel[(N, cdiv(row_width, meta["BLOCK_V"]))](
             softmax=softmax, d_loss_ptr=upstream.loss, d_logits_ptr=d_logits, v_start=terms.v_start, **given, **meta
         )
+
+
+def dense_cross_entropy(
+    logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
+    targets: Targets,  # probabilities
+    terms: Terms,
+    *,
+    V: int | None = None,
+    d_logits: Tensor | None = None,  # (N, row_width), filled; may be `logits`
+    grad_scale: Tensor | None = None,  # () f32
+) -> Rows:
+    """Return the rows of a cross-entropy with probabilities of all classes; fill `d_logits` as `distillation` does."""
+    own, teacher = dense(logits, targets, terms, V)
+    return distillation(logits, targets, own, teacher, CROSS_ENTROPY, V=V, d_logits=d_logits, grad_scale=grad_scale)
+
+
+def dense_cross_entropy_backward(
+    logits: Tensor,  # (N, V), or (N, row_width) with padding from V on
+    targets: Targets,  # probabilities
+    terms: Terms,
+    softmax: Softmax,  # of all columns
+    upstream: Upstream,
+    *,
+    V: int | None = None,
+    d_logits: Tensor,  # (N, row_width), filled; may be `logits`
+) -> None:
+    """Fill `d_logits` with the gradient of sum(upstream.loss * loss), and its padding with zeros."""
+    own, teacher = dense(logits, targets, terms, V)
+    distillation_backward(logits, targets, own, teacher, CROSS_ENTROPY, softmax, upstream, V=V, d_logits=d_logits)
+
+
+def dense(logits: Tensor, targets: Targets, terms: Terms, V: int | None) -> tuple[Terms, TeacherRows]:
+    """Return the terms of the logits, and the probabilities of their columns as a teacher's."""
+    assert targets.probabilities is not None
+    columns = slice(terms.v_start, terms.v_start + (V or logits.shape[1]))
+    theirs = Terms(
+        terms.V, v_start=terms.v_start, class_weights=terms.class_weights, label_smoothing=terms.label_smoothing
+    )
+    own = replace(terms, class_weights=None, class_weight_sums=None, label_smoothing=None)
+    return own, TeacherRows(theirs, probabilities=targets.probabilities[:, columns])

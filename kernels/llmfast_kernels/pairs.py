@@ -15,6 +15,7 @@ from llmfast_kernels.teaching import TAUGHT
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 MIXED: tl.constexpr = tl.constexpr(2)
+CROSS_ENTROPY: tl.constexpr = tl.constexpr(3)  # forward KL without the entropy of p, which may be any numbers
 NUMBERS: tl.constexpr = tl.constexpr(TAUGHT)
 
 
@@ -29,12 +30,15 @@ class Weights(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A teacher's rows, and what is applied to them if they are logits."""
+    """A teacher's rows, and what is applied to them: three terms to logits, and three others to probabilities."""
 
     ptr: Any  # (N, V) logits or probabilities
     bias: Any  # (V,), or None
     logit_scale: Any  # or None
     softcap: Any  # or None
+    class_weights: Any  # (V,) f32 of the columns here, or None
+    share: Any  # 1 - label_smoothing, or None for 1
+    spread: Any  # label_smoothing / V, or None for 0
 
 
 class Pair(NamedTuple):
@@ -99,6 +103,10 @@ def read_teacher(taught, v, inside, PROBABILITIES: tl.constexpr):
     """Return the teacher's logits or probabilities of columns `v`; lanes that the mask leaves out are undefined."""
     if PROBABILITIES:
         t = tl.load(taught.logits + v, mask=inside).to(tl.float32)
+        if taught.terms.share is not None:
+            t = tl.fma(t, taught.terms.share, taught.terms.spread)
+        if taught.terms.class_weights is not None:
+            t *= tl.load(taught.terms.class_weights + v, mask=inside)
     else:
         t = parts.read_logits(taught, v, inside, inside)
     return t
@@ -157,6 +165,9 @@ def fold_pair(
     if KIND == FORWARD_KL:
         more = tl.sum(tl.sum(tl.where(p > 0, p * (w - u), 0.0), axis=2), axis=0)
         moment = teacher_rescale * tl.fma(teacher_shift - shift, running.teacher_total, moment) + more
+    if KIND == CROSS_ENTROPY:
+        more = tl.sum(tl.sum(tl.where(p != 0, p * -u, 0.0), axis=2), axis=0)
+        moment = tl.fma(-shift, running.teacher_total, moment) + more
     if KIND == REVERSE_KL:
         more = tl.sum(tl.sum(tl.where(e > 0, e * (u - w), 0.0), axis=2), axis=0)
         moment = rescale * tl.fma(shift - teacher_shift, running.total, moment) + more
@@ -219,13 +230,13 @@ def gradient(x, t, frame, slopes, weights, terms, KIND: tl.constexpr, PROBABILIT
     """
     s, w, p = log_probabilities(x, t, frame, weights, PROBABILITIES)
     q = tl.exp2(s)
-    if KIND == FORWARD_KL:
-        d = q * slopes.centre - p
-    elif KIND == REVERSE_KL:
+    if KIND == REVERSE_KL:
         d = tl.where(q > 0, q * tl.fma(s - w, parts.LN2, -slopes.centre), 0.0)
-    else:
+    elif KIND == MIXED:
         m = tl.fma(weights.beta, p, (1.0 - weights.beta) * q)
         d = tl.where((q > 0) & (m > 0), q * tl.fma(s - tl.log2(m), parts.LN2, -slopes.centre), 0.0)
+    else:
+        d = q * slopes.centre - p
     d *= slopes.factor
     if slopes.hard_factor is not None:
         if weights.temperature is not None:
@@ -382,11 +393,11 @@ def joined(running, weights, PROBABILITIES: tl.constexpr):
 
 @triton.jit
 def kl_divergence(running, both, KIND: tl.constexpr, PROBABILITIES: tl.constexpr):
-    """Return a Kullback-Leibler divergence, and what its gradient subtracts."""
+    """Return a Kullback-Leibler divergence or a cross-entropy, and what its gradient subtracts."""
     shift = running.peak - both.peak
     teacher_shift = running.teacher_peak - both.teacher_peak
     log_total = tl.log2(both.total)
-    if KIND == FORWARD_KL:
+    if KIND != REVERSE_KL:
         moment = tl.fma(teacher_shift - shift, running.teacher_total, running.moment)
         moment = tl.sum(tl.exp2(teacher_shift) * moment, axis=0)
         if PROBABILITIES:  # which need not add up to 1

@@ -26,12 +26,16 @@ class Divergence:
     temperature: float
     soft_weight: float
     hard_weight: float | None  # None: there are no targets to learn
+    entropy: bool = True  # False: the cross-entropy -sum(p log q), which is KL(p || q) and the entropy of p
+
+
+CROSS_ENTROPY = Divergence(0.0, 1.0, 1.0, None, entropy=False)
 
 
 class TeacherRows(NamedTuple):
     """A teacher's word on N rows and some columns: logits, probabilities, or log-probabilities of some ids."""
 
-    terms: Terms  # bias, scale and cap of its logits
+    terms: Terms  # bias, scale and cap of its logits; or class weights and label smoothing of its probabilities
     logits: Tensor | None = None  # (N, columns or more)
     probabilities: Tensor | None = None  # (N, columns)
     ids: Tensor | None = None  # (N, K) int64, of all columns; negative for none

@@ -16,13 +16,15 @@ class Targets:
     weights: Tensor | None = None  # (N, K) or (1, K) f32 with stride 1 over K, or None for 1
     token_weights: Tensor | None = None  # (N,) f32, or None for 1
     temperatures: Tensor | None = None  # (N,) f32 that divide the rows' logits, after softcap; or None for 1
+    # (N, V) with stride 1 over V, or None: probabilities of all classes. `classes` is (N, 1) then, and means nothing.
+    probabilities: Tensor | None = None
 
     def __getitem__(self, rows: "slice | Tensor") -> "Targets":
         weights = self.weights
         return Targets(
             self.classes[rows],
             weights[rows] if weights is not None and len(weights) > 1 else weights,
-            *(None if t is None else t[rows] for t in (self.token_weights, self.temperatures)),
+            *(None if t is None else t[rows] for t in (self.token_weights, self.temperatures, self.probabilities)),
         )
 
 
@@ -61,7 +63,7 @@ class Rows(NamedTuple):
     argmax: Tensor | None  # int64
     logprobs: Tensor | None = None  # (N, K) f32, unweighted: of each target; 0 for ignored ones
     places: Tensor | None = None  # (N, K) int64: classes with a larger logit than each target; -1 for ignored ones
-    taught: Tensor | None = None  # (N, TAUGHT) f32: what backward reads besides, if rows have a teacher
+    taught: Tensor | None = None  # (N, TAUGHT) f32: what backward reads besides, see `teaching.py`
 
     @property
     def softmax(self) -> "Softmax":
@@ -74,7 +76,7 @@ class Softmax(NamedTuple):
     peak: Tensor
     total: Tensor
     entropy: Tensor | None = None  # needed only with `Upstream.entropy`
-    taught: Tensor | None = None  # needed only with a teacher
+    taught: Tensor | None = None  # needed only with a teacher or probabilities
 
 
 class Upstream(NamedTuple):

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from llmfast._checks import describe
+from llmfast._checks import describe, expect
 from llmfast._dispatch import expect_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_logits import CrossEntropy
-from llmfast.losses.options import CrossEntropyOptions, Inputs, LogprobOptions, check, complete, defaults, only, takes
+from llmfast.losses.options import (
+    CrossEntropyOptions,
+    Inputs,
+    LogprobOptions,
+    are_probabilities,
+    check,
+    complete,
+    defaults,
+    only,
+    takes,
+)
 from llmfast.losses.parallel import own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 
@@ -33,23 +43,27 @@ def cross_entropy(
 @takes(CrossEntropyOptions)
 def cross_entropy(
     logits: Tensor,  # (..., V)
-    targets: Tensor,  # (...) or (..., K)
+    targets: Tensor,  # (...) or (..., K); or (..., V) probabilities
     *,
     return_stats: bool = False,
     **options: "Unpack[CrossEntropyOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Compute the cross-entropy of `logits` against class indices `targets`.
+    """Compute the cross-entropy of `logits` against class indices or probabilities `targets`.
 
     The loss of a token with logits z is, with x = softcap * tanh(logit_scale * z / softcap),
 
         token_weight * (sum_k target_weight_k * CE(x, target_k) + z_loss * logsumexp(x)^2)
 
     where CE has torch's class weights and label smoothing. The mean divides by the sum of all weights of what is not
-    ignored (class x target x token), which is the number of valid targets where nothing is weighted.
+    ignored (class x target x token), which is the number of valid targets where nothing is weighted. Where targets are
+    probabilities, it divides by the sum of the token weights, which is the number of tokens without them.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64; any leading dimensions. `-inf` entries are legal.
-        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
+        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits; or
+            (..., V) probabilities of all classes, in any floating point dtype, as torch takes them. They get no
+            gradient, and options that need class indices are errors: `shift`, `document_ids`, `target_weights`,
+            `return_stats`, `process_group`, and an `ignore_index` that is not negative.
         ignore_index: target value that counts in neither the sum nor the mean.
         reduction: "mean", "sum", or "none" for one loss per token.
         num_valid: what the mean divides by instead, as an int or a one-element tensor: the number of valid tokens
@@ -106,8 +120,10 @@ def made_ready(
     if group is not None:
         expect_data(logits, "process_group")
         V, columns = own_columns(group, V, options["vocab_size"])
-    inputs = Inputs(logits, targets, V, name="ids" if logprobs else "targets")
+    dense = not logprobs and are_probabilities(targets, shape, V)
+    inputs = Inputs(logits, targets, V, name="ids" if logprobs else "targets", dense=dense)
     check(given, options, inputs)
+    expect(not (dense and return_stats), "return_stats needs class indices as targets; got probabilities")
 
     single = targets.dim() == len(shape)
     torchs = single and not (return_stats or logprobs) and only(("ignore_index", "reduction"), given)

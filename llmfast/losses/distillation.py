@@ -72,7 +72,8 @@ def linear_distillation(
             ignores no token.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: share of the teacher in the mixture of "jsd", in [0, 1]; by default 0.5.
-        temperature: divides the logits of student and teacher; a teacher's probabilities are taken as they are.
+        temperature: a number that divides the logits of student and teacher; a teacher's probabilities are taken as
+            they are. Without bias and softcap, hidden states of both sides can be divided by one per token instead.
         soft_weight: of the divergence.
         hard_weight: of the cross-entropy of `targets`, which takes the student's logits without temperature.
         token_weights: (...), of each token's loss.

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from llmfast._dispatch import adds_into_float32, multiplies_into_float32, use_kernels
-from llmfast.losses import plain
+from llmfast.losses import plain, plain_dense
 from llmfast.losses.loss import Found, Loss, Returned, Tensors
 from llmfast.losses.parallel import group_size, sum_over_ranks
 from llmfast.losses.plan import BudgetError, LinearCrossEntropyPlan, may_hold, planned, row_width
 from llmfast.losses.products import Products
 from llmfast.losses.stages import Gradients, Matrices, Stages, put_scaled
 from llmfast.losses.ways import Call
+from llmfast_kernels.teaching import TAUGHT
 from llmfast_kernels.terms import Rows, Softmax, Upstream
 
 
@@ -243,8 +244,11 @@ class LinearCrossEntropy(Loss):
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)
 
     def _taught(self, call: Call) -> Call:
-        """Return the call with what a teacher costs."""
-        return call
+        """Return the call with what a teacher, or probabilities of all classes, cost."""
+        if self.targets.probabilities is None:
+            return call
+        space: dict[str, Any] = {} if call.kernels else plain_dense.space()
+        return replace(call, taught=TAUGHT, **space)
 
     def _stages(self, plan: LinearCrossEntropyPlan, matrices: Matrices, inputs: Tensors) -> Stages:
         bias, terms = inputs[2], self.terms
@@ -266,7 +270,8 @@ class LinearCrossEntropy(Loss):
         best = loss.long() if self.stats else None
         each = loss.new_empty((0, self.targets.classes.shape[1])) if self.logprobs else None
         places = None if best is None or not self.places else best.new_empty((0, self.targets.classes.shape[1]))
-        return Rows(loss, peak, total, entropy if self.stats else None, best, each, places)
+        taught = None if self.targets.probabilities is None else loss.new_empty((0, TAUGHT))
+        return Rows(loss, peak, total, entropy if self.stats else None, best, each, places, taught=taught)
 
     def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
         """Make what the row stage fills in the forward pass: zeros where there is no product."""

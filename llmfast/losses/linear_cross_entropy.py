@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast._checks import describe
+from llmfast._checks import describe, expect
 from llmfast._dispatch import expect_data, has_no_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
-from llmfast.losses.options import Inputs, LinearOptions, LogprobOptions, check, complete, defaults, only, takes
+from llmfast.losses.options import (
+    Inputs,
+    LinearOptions,
+    LogprobOptions,
+    are_probabilities,
+    check,
+    complete,
+    defaults,
+    only,
+    takes,
+)
 from llmfast.losses.parallel import local_weight, own_columns
 from llmfast.losses.targets import SMALL, LossStats, Ready, finish, finish_logprobs, prepare, torch_cross_entropy
 from llmfast.losses.valid_rows import ValidRows, valid_rows
@@ -46,7 +56,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
-    targets: Tensor,  # (...) or (..., K)
+    targets: Tensor,  # (...) or (..., K); or (..., V) probabilities
     *,
     return_stats: bool = False,
     **options: "Unpack[LinearOptions]",
@@ -60,11 +70,13 @@ def linear_cross_entropy(
         weight: (V, D), of the same dtype; under autocast both are cast once to autocast's dtype. A DTensor sharded on
             dim 0 is vocab-parallel if `hidden` is a DTensor replicated over its mesh, or `process_group` is given. With
             a plain `hidden` (FSDP2) it is gathered once, and its gradient averaged over the mesh and scattered.
-        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits.
+        targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits; or
+            (..., V) probabilities of all classes, as in `cross_entropy`, for which `grad_filter` is an error too.
         bias: (V,), any floating point dtype.
-        num_valid: as in `cross_entropy`. An int below the number of tokens also promises that at most that many
-            tokens are valid: only that many rows enter the matrix products, without waiting for the device. If more
-            are valid, the loss is NaN (ValueError on a CPU). For another divisor, use reduction="sum" and divide.
+        num_valid: as in `cross_entropy`. With class indices, an int below the number of tokens also promises that at
+            most that many tokens are valid: only that many rows enter the matrix products, without waiting for the
+            device. If more are valid, the loss is NaN (ValueError on a CPU). For another divisor, use reduction="sum"
+            and divide.
         process_group: `weight` and `bias` hold only this rank's classes, in rank order, split as by `torch.chunk`.
             `hidden` is the same on all ranks and so is its gradient, which takes one more all-reduce, of (N, D).
         memory_budget: bytes that the call may hold at any time beyond its inputs and the gradients that it returns or
@@ -121,8 +133,10 @@ def made_ready(
         V, columns = own_columns(group, own, options["vocab_size"])
     dtype = _compute_dtype(hidden, weight)
     wide = torch.promote_types(dtype, torch.float32)
-    inputs = Inputs(hidden, targets, V, weight, dtype, "ids" if logprobs else "targets")
+    dense = not logprobs and are_probabilities(targets, shape, V)
+    inputs = Inputs(hidden, targets, V, weight, dtype, "ids" if logprobs else "targets", dense)
     check(given, options, inputs)
+    expect(not (dense and return_stats), "return_stats needs class indices as targets; got probabilities")
     if options["accumulate_into"] is not None:
         expect_data(hidden, "accumulate_into")
 
@@ -138,7 +152,7 @@ def made_ready(
         flat, own = (every, rows) if valid is None else valid.gather(every, rows)
         # Rows that were gathered have a gradient of their own, which those of all rows are made of.
         copied = _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own.classes)
-        copied += _copied(options["token_weights"], own.token_weights)
+        copied += _copied(options["token_weights"], own.token_weights) + _copied(targets, own.probabilities)
         copied += _copied(options["target_weights"], own.weights)
         copied += _copied(options.get("temperature"), own.temperatures)
         copied += _copied(options["class_weights"], fields["terms"].class_weights)
@@ -155,7 +169,7 @@ def made_ready(
         )
         return loss, (flat, weight, bias)
 
-    valid = valid_rows(every, rows, options["ignore_index"], options["num_valid"], budget)
+    valid = None if dense else valid_rows(every, rows, options["ignore_index"], options["num_valid"], budget)
     loss, tensors = of_rows(valid)
     planned = budget is not None and not has_no_data(every)  # torch.compile leaves plans to its operators
     if valid is not None and planned and not loss.fits(tensors):

@@ -111,5 +111,5 @@ class Loss(ABC):
 
     def ops(self, t: Tensor) -> RowOps:
         """Return the operations on rows like `t`, over all ranks where the classes are split."""
-        ops = row_ops(t)
+        ops = row_ops(t, dense=self.targets.probabilities is not None)
         return ops if self.group is None else over_ranks(ops, self.group)

@@ -21,6 +21,7 @@ from llmfast.losses.loss import Loss, Returned
 from llmfast.losses.options import Reduction
 from llmfast.losses.plain import times
 from llmfast.losses.targets import NO_STATS
+from llmfast_kernels.teaching import TAUGHT
 from llmfast_kernels.terms import Softmax
 
 
@@ -95,7 +96,7 @@ class Operators:
         arguments += [("revision", "str"), ("wants", "bool[]")]
         self._tensors = [kind.startswith("Tensor") for _, kind in arguments]
         taken = ", ".join(f"{kind} {name}" for name, kind in arguments)
-        rows = "Tensor peak, Tensor total, Tensor entropy"
+        rows = "Tensor peak, Tensor total, Tensor entropy, Tensor taught"
         made = ", ".join(["Tensor"] * len(inputs))
         self.forward = torch.library.custom_op(
             f"llmfast::{name}",
@@ -139,7 +140,7 @@ class Operators:
         return (
             value.clone() if value is rows.loss else value,
             rows.loss,
-            *(rows.loss.new_empty(0) if t is None else t for t in (rows.peak, rows.total, rows.entropy)),
+            *(rows.loss.new_empty(0) if t is None else t for t in (rows.peak, rows.total, rows.entropy, rows.taught)),
             rows.loss.new_empty(0, dtype=torch.int64) if rows.argmax is None else rows.argmax,
             rows.loss.new_empty(0) if lse is None else lse,
             rows.loss.new_empty(0, dtype=torch.int64) if rows.places is None else rows.places,
@@ -160,6 +161,7 @@ class Operators:
         return (
             empty(value, dtype=wide),
             *(empty(size, dtype=wide) for size in (N, N, N, some)),
+            empty(0 if loss.targets.probabilities is None else (N, TAUGHT), dtype=wide),
             empty(some, dtype=torch.int64),
             empty(some, dtype=wide),
             empty(loss.targets.classes.shape if loss.places else 0, dtype=torch.int64),
@@ -175,31 +177,37 @@ class Operators:
         return [loss.dtype if first is None else first.dtype] + [wide] * (self._count - 1)
 
     def _backward(self, *arguments: Any) -> Any:
-        *flat, peak, total, entropy, d_loss, d_lse, d_entropy = arguments
+        *flat, peak, total, entropy, taught, d_loss, d_lse, d_entropy = arguments
         inputs, loss, wants = self._split(flat)
         loss, returned = loss.weighted(Returned(d_loss, d_lse, d_entropy))
-        found = loss.backward(inputs, wants, Softmax(peak, total, entropy), returned, None)
+        softmax = Softmax(peak, total, entropy, None if loss.targets.probabilities is None else taught)
+        found = loss.backward(inputs, wants, softmax, returned, None)
         return _returned([peak.new_empty(0) if g is None else g for g in found])
 
     def _fake_backward(self, *arguments: Any) -> Any:
-        *flat, peak, _, _, _, _, _ = arguments
+        *flat, peak, _, _, _, _, _, _ = arguments
         inputs, _, wants = self._split(flat)
         return _returned(
             [t.new_empty(t.shape) if want and t is not None else peak.new_empty(0) for t, want in zip(inputs, wants)]
         )
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, token_loss, peak, total, entropy, argmax, _, places, *made = output
+        _, token_loss, peak, total, entropy, taught, argmax, _, places, *made = output
         ctx.save_for_backward(
-            peak, total, entropy, *made, *(value for value, is_tensor in zip(inputs, self._tensors) if is_tensor)
+            peak,
+            total,
+            entropy,
+            taught,
+            *made,
+            *(value for value, is_tensor in zip(inputs, self._tensors) if is_tensor),
         )
         ctx.others = [value for value, is_tensor in zip(inputs, self._tensors) if not is_tensor]
-        ctx.mark_non_differentiable(token_loss, peak, total, argmax, places, *made)
+        ctx.mark_non_differentiable(token_loss, peak, total, taught, argmax, places, *made)
         ctx.set_materialize_grads(False)
 
     def _differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_loss, _, _, _, d_entropy, _, d_lse, *_ = upstream
-        peak, total, entropy, *saved = ctx.saved_tensors
+        d_loss, _, _, _, d_entropy, _, _, d_lse, *_ = upstream
+        rows, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         made, tensors, others = saved[: self._count], iter(saved[self._count :]), iter(ctx.others)
         arguments = [next(tensors if is_tensor else others) for is_tensor in self._tensors]
         inputs, loss, wants = self._split(arguments)
@@ -211,7 +219,7 @@ class Operators:
             wide = torch.promote_types(factor.dtype, torch.float32)
             found = [times(g.to(wide), factor).to(t.dtype) if t is not None else None for g, t in zip(made, inputs)]
         else:
-            found = self.backward(*arguments, peak, total, entropy, d_loss, d_lse, d_entropy)
+            found = self.backward(*arguments, *rows, d_loss, d_lse, d_entropy)
             found = [found] if isinstance(found, Tensor) else found
         gradients = [g if want else None for g, want in zip(found, wants)]
         return (*gradients, *(None for _ in arguments[self._count :]))
@@ -237,7 +245,7 @@ def apply(loss: Loss, grad_enabled: bool, *inputs: Tensor | None) -> tuple[Tenso
     """Compute a loss as `EagerLoss.apply` does, by its operator."""
     operators = OPERATORS[type(loss)]
     wants = [grad_enabled and t is not None and t.requires_grad for t in inputs]
-    value, token_loss, _, _, entropy, argmax, lse, places, *_ = operators.forward(
+    value, token_loss, _, _, entropy, _, argmax, lse, places, *_ = operators.forward(
         *inputs, *operators.flatten(loss), wants
     )
     stats = token_loss, lse, entropy, argmax, places if loss.places else None

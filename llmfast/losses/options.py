@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
     weight: Tensor | None = None  # (V of this rank, D)
     dtype: torch.dtype | None = None  # of matrix products
     name: str = "targets"  # what the caller calls the targets
+    dense: bool = False  # the targets are probabilities of all classes
 
 
 # Raises an error unless the value of an option, which is not None, fits the inputs and the other options.
@@ -102,6 +103,20 @@ def _num_valid(name: str, value: int | Tensor, inputs: Inputs, options: "LossOpt
         expect(value.numel() == 1, f"{name} must hold one number; got {describe(value)}")
     elif not value >= 0:
         raise ValueError(f"{name} must not be negative; got {value}")
+
+
+def _indices(name: str, value: Any, inputs: Inputs, options: "LossOptions") -> None:
+    expect(
+        not inputs.dense or (isinstance(value, int) and value == 0),
+        f"{name} needs class indices as targets; got probabilities, {describe(inputs.targets)}",
+    )
+
+
+def _ignore_index(name: str, value: int, inputs: Inputs, options: "LossOptions") -> None:
+    expect(
+        not inputs.dense or value < 0,
+        f"{name} must be negative, and has no use, where targets are probabilities; got {value}",
+    )
 
 
 def _target_weights(name: str, value: Tensor, inputs: Inputs, options: "LossOptions") -> None:
@@ -182,7 +197,7 @@ def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions"
 class TargetOptions(TypedDict, total=False):
     """Options of everything that is computed of rows, which say what targets count."""
 
-    ignore_index: Annotated[int, Option(-100)]
+    ignore_index: Annotated[int, Option(-100, _ignore_index)]
 
 
 class TermOptions(TypedDict, total=False):
@@ -213,15 +228,17 @@ class LossOptions(RowOptions, total=False):
         Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", get_args(Reduction).__contains__))
     ]
     num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
-    target_weights: Annotated[Tensor | None, Option(None, _target_weights, tensor("K", "TK"))]  # (K,) or (..., K)
-    shift: Annotated[int, Option(0, must("not be negative", lambda x: x >= 0), _shift)]
+    target_weights: Annotated[
+        Tensor | None, Option(None, _indices, _target_weights, tensor("K", "TK"))
+    ]  # (K,) or (..., K)
+    shift: Annotated[int, Option(0, must("not be negative", lambda x: x >= 0), _indices, _shift)]
     document_ids: Annotated[Tensor | None, Option(None, _document_ids, tensor("T", floating=False))]  # (...)
 
 
 class RankOptions(TypedDict, total=False):
     """Options for classes that are split over ranks."""
 
-    process_group: Annotated["ProcessGroup | None", Option(None)]
+    process_group: Annotated["ProcessGroup | None", Option(None, _indices)]
     vocab_size: Annotated[int | None, Option(None, _vocab_size)]
 
 
@@ -240,7 +257,7 @@ class ProductOptions(TypedDict, total=False):
 class FilterOptions(TypedDict, total=False):
     """Options of losses whose gradients can be made in the forward pass."""
 
-    grad_filter: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0), _grad_filter)]
+    grad_filter: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0), _indices, _grad_filter)]
 
 
 class CrossEntropyOptions(LossOptions, RankOptions, total=False):
@@ -278,6 +295,14 @@ class MTPLogprobOptions(LinearLogprobOptions, total=False):
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
+def _one_number(name: str, value: Any, inputs: Inputs, options: Any) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, for all tokens; got {describe(value)}. Without bias and softcap, hidden states "
+            "divided by it have that effect"
+        )
+
+
 def _beta(name: str, value: float, inputs: Inputs, options: Any) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1]; got {value}")
@@ -291,9 +316,7 @@ class DistillationOptions(TargetOptions, LogitOptions, ProductOptions, total=Fal
         Kind, Option("forward_kl", must("be 'forward_kl', 'reverse_kl' or 'jsd'", get_args(Kind).__contains__))
     ]
     beta: Annotated[float | None, Option(None, _beta)]
-    temperature: Annotated[
-        float, Option(1.0, must("be a positive number", lambda x: not isinstance(x, Tensor) and x > 0))
-    ]
+    temperature: Annotated[float, Option(1.0, _one_number, must("be a positive number", lambda x: x > 0))]
     soft_weight: Annotated[float, Option(1.0)]
     hard_weight: Annotated[float, Option(0.0)]
     token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
@@ -374,10 +397,18 @@ def check(
 
 
 def _check_targets(inputs: Inputs, ignore_index: int) -> None:
-    rows, targets, V, *_, name = inputs
+    rows, targets, V, _, _, name, dense = inputs
     shape = rows.shape[:-1]
+    if dense:
+        expect(targets.device == rows.device, f"{name} must be on {rows.device}; got {describe(targets)}")
+        expect(
+            not (targets.requires_grad and torch.is_grad_enabled()),
+            f"{name} get no gradient here; detach them, or use torch.nn.functional.cross_entropy",
+        )
+        return
     if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32 class indices; got {describe(targets)}")
+        others = f", or floating point probabilities {(*shape, V)}" if name == "targets" else ""
+        raise TypeError(f"{name} must be int64 or int32 class indices{others}; got {describe(targets)}")
     if targets.shape != shape and not (targets.shape[:-1] == shape and targets.dim() > 0 and targets.shape[-1] > 0):
         raise ValueError(
             f"{name} must have shape {tuple(shape)}, or one axis more for K of them; got {describe(targets)}"
@@ -389,6 +420,11 @@ def _check_targets(inputs: Inputs, ignore_index: int) -> None:
         if wrong.any():
             value = targets[wrong][0].item()
             raise ValueError(f"{name} must be in [0, {V}) or ignore_index={ignore_index}; found {value}")
+
+
+def are_probabilities(targets: Tensor, shape: torch.Size, V: int) -> bool:
+    """Return True if targets of tokens of this shape are probabilities of all classes, as in torch's cross-entropy."""
+    return targets.is_floating_point() and targets.shape == (*shape, V)
 
 
 def only(names: tuple[str, ...], given: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ _DISTILLATION: DistillationOptions = defaults(DistillationOptions)
 @takes(LossOptions)
 def cross_entropy(
     logits: Tensor,  # (..., V)
-    targets: Tensor,  # (...) or (..., K)
+    targets: Tensor,  # (...) or (..., K); or (..., V) probabilities
     *,
     return_stats: bool = False,
     **options: "Unpack[LossOptions]",
@@ -34,6 +34,8 @@ def cross_entropy(
     o: dict[str, Any] = {**complete("cross_entropy", _DEFAULTS, options)}
     x = _final(logits, o)
     V, shape = x.shape[-1], x.shape[:-1]
+    if targets.is_floating_point():
+        return _of_probabilities(x, targets, o)
     y = targets if targets.dim() > len(shape) else targets[..., None]
     if o["shift"]:
         y = _shifted(y, o["shift"], o["document_ids"], o["ignore_index"])
@@ -67,6 +69,20 @@ def cross_entropy(
     hits = right.sum(0).float() / by_token.sum(0)
     accuracy = hits if targets.dim() > len(shape) else hits[0]
     return result, LossStats(loss.detach(), *stats, accuracy)
+
+
+def _of_probabilities(x: Tensor, targets: Tensor, o: dict[str, Any]) -> Tensor:
+    """Compute the cross-entropy of final logits against probabilities of all classes."""
+    smoothing, lse = o["label_smoothing"], x.logsumexp(-1)
+    p = (1 - smoothing) * targets.to(x.dtype) + smoothing / x.shape[-1]
+    if o["class_weights"] is not None:
+        p = p * o["class_weights"].to(x.dtype)
+    loss = torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, lse[..., None] - x)).sum(-1) + o["z_loss"] * lse**2
+    t = torch.ones_like(lse) if o["token_weights"] is None else o["token_weights"].to(x.dtype)
+    loss = t * loss
+    total = t.sum() if o["num_valid"] is None else o["num_valid"]
+    found: Tensor = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[o["reduction"]]
+    return found.reshape(loss.shape if o["reduction"] == "none" else ())
 
 
 @takes(LossOptions)

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmfast._dispatch import use_kernels
-from llmfast.losses import plain
+from llmfast.losses import plain, plain_dense
 from llmfast_kernels.terms import Partials, Rows, Targets, Terms
 
 
@@ -53,9 +53,24 @@ _PLAIN = RowOps(
 )
 
 
-def row_ops(t: Tensor) -> RowOps:
-    """Return the Triton launchers or their plain-torch twins, whichever tensors like `t` take."""
-    return _launchers() if use_kernels(t) else _PLAIN
+def row_ops(t: Tensor, *, dense: bool = False) -> RowOps:
+    """Return the Triton launchers or their plain-torch twins, whichever tensors like `t` take.
+
+    `dense` says whether targets are probabilities of all classes, whose rows have no statistics.
+    """
+    ops = _launchers() if use_kernels(t) else _PLAIN
+    if not dense:
+        return ops
+    functions: Any = plain_dense
+    if use_kernels(t):
+        from llmfast_kernels import distillation as functions  # not everyone has Triton
+
+    def cross_entropy(*args: Any, stats: bool = False, logprobs: bool = False, **more: Any) -> Rows:
+        assert not (stats or logprobs)
+        rows: Rows = functions.dense_cross_entropy(*args, **more)
+        return rows
+
+    return ops._replace(cross_entropy=cross_entropy, cross_entropy_backward=functions.dense_cross_entropy_backward)
 
 
 @cache

@@ -3,7 +3,7 @@
 # pyright: reportTypedDictNotRequiredAccess=false
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +86,13 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor, options: LossOptions) -
 def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.dtype, *, stats: bool) -> dict[str, Any]:
     """Return the fields of `Loss` as keyword arguments. Logits have `dtype`, and this rank holds their `columns`."""
     wide = torch.promote_types(dtype, torch.float32)
-    targets = make_targets(options, inputs.targets, inputs.rows.shape[:-1], wide)
+    make = dense_targets if inputs.dense else make_targets
+    targets = make(options, inputs.targets, inputs.rows.shape[:-1], wide)
     terms = make_terms(options, inputs.V, columns, wide)
     count = None
-    if options["reduction"] == "mean":
-        count = count_of(options["num_valid"], targets, terms, wide)
+    if options["reduction"] == "mean":  # of tokens, where targets are probabilities, as in torch
+        counting = replace(terms, class_weights=None) if inputs.dense else terms
+        count = count_of(options["num_valid"], targets, counting, wide)
     fields = {"targets": targets, "terms": terms, "count": count, "reduction": options["reduction"]}
     more = {"dtype": dtype, "group": options.get("process_group"), "places": options.get("return_rank", False)}
     return fields | {"stats": stats, **more}
@@ -108,6 +110,19 @@ def make_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype
         targets.reshape(-1, K).contiguous(),
         None if weights is None else weights.to(dtype).reshape(-1, K).contiguous(),
         *(t.to(dtype).reshape(-1).contiguous() if isinstance(t, Tensor) else None for t in rows),
+    )
+
+
+def dense_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
+    """Flatten probabilities of all classes to one row per token, in their own memory where that is possible."""
+    N, V = shape.numel(), targets.shape[-1]
+    rows = targets.detach().reshape(N, V)
+    none = torch.zeros((N, 1), dtype=torch.int64, device=targets.device)
+    weights = options["token_weights"]
+    return Targets(
+        none,
+        token_weights=None if weights is None else weights.to(dtype).reshape(-1).contiguous(),
+        probabilities=rows if rows.stride(1) == 1 else rows.contiguous(),
     )
 
 

@@ -174,7 +174,7 @@ def test_operators_keep_their_promises(path: str, reduction: str) -> None:
     rows = Targets(targets[:, None].contiguous(), token_weights=torch.rand(12))
     given: dict[str, Any] = {"targets": rows, "terms": Terms(30, z_loss=0.1), "stats": True, "dtype": torch.float32}
     given |= {"reduction": reduction, "count": torch.tensor(9.0)}
-    softmax = [torch.randn(12), torch.rand(12) + 1, torch.randn(12)]  # peak, total, entropy
+    softmax = [torch.randn(12), torch.rand(12) + 1, torch.randn(12), torch.empty(0)]  # peak, total, entropy, taught
     upstream = [torch.randn(12 if reduction == "none" else ()), torch.randn(12), torch.randn(12)]
     dtypes = dict.fromkeys(("slab_dtype", "weight_dtype", "accumulate_dtype"), torch.float32)
     more: dict[str, Any] = {"budget": None, "held": 0, "grad_filter": None, **dtypes}
@@ -188,13 +188,16 @@ def test_operators_keep_their_promises(path: str, reduction: str) -> None:
         (LinearCrossEntropy(**given, **more), [hidden.detach(), weight, None], [False, True, False]),
     ]
     calls += [(replace(loss, logprobs=True, places=True), *rest) for loss, *rest in calls if reduction == "none"]
+    dense = replace(rows, classes=torch.zeros(12, 1, dtype=torch.int64), probabilities=torch.rand(12, 30))
+    calls += [(replace(loss, targets=dense, stats=False), *rest) for loss, *rest in calls[:2]]
     for loss, inputs, wants in calls:
-        upstream[0] = upstream[0].reshape(12, 1) if loss.logprobs else upstream[0]
+        upstream[0] = upstream[0].reshape((12, 1) if loss.logprobs else (12,) if reduction == "none" else ())
         operators = OPERATORS[type(loss)]
         flat = [*operators.flatten(loss), wants]
         torch.library.opcheck(operators.forward, (*inputs, *flat))
         detached = [None if t is None else t.detach() for t in inputs]
-        torch.library.opcheck(operators.backward, (*detached, *flat, *softmax, *upstream))
+        taught = softmax[3] if loss.targets.probabilities is None else torch.rand(12, 4)
+        torch.library.opcheck(operators.backward, (*detached, *flat, *softmax[:3], taught, *upstream))
 
 
 def test_operators_take_every_field_by_its_name() -> None:

@@ -223,6 +223,29 @@ def test_the_student_of_itself_has_nothing_to_learn(path: str) -> None:
         assert abs(loss) < 1e-6 and all(g.abs().max() < 1e-6 for g in gradients)
 
 
+def test_hidden_states_divided_by_a_temperature_per_token(path: str) -> None:
+    h, w, T = torch.randn(9, D), torch.randn(300, D), torch.rand(9) + 0.5
+    teacher = TeacherStates(torch.randn(9, TEACHER_D), torch.randn(300, TEACHER_D))
+
+    def loss(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        divided = TeacherStates(teacher.hidden / T[:, None], teacher.weight)
+        return linear_distillation(h / T[:, None], w, divided, token_weights=T**2, reduction="sum")
+
+    def each(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.stack(
+            [
+                reference.linear_distillation(
+                    h[n : n + 1], w, TeacherStates(teacher.hidden[n : n + 1], teacher.weight), temperature=float(t)
+                )
+                * t**2
+                for n, t in enumerate(T)
+            ]
+        ).sum()
+
+    ours, want = (outcome(f, [h, w], torch.ones(())) for f in (loss, each))
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_hard_loss_alone_is_the_cross_entropy(path: str) -> None:
     h, w, y = torch.randn(9, D), torch.randn(300, D), torch.randint(0, 300, (9,))
     teacher, one = TeacherLogits(torch.randn(9, 300)), torch.ones(())
@@ -446,6 +469,7 @@ def test_the_table_in_the_documentation() -> None:
         ({"beta": 0.5}, ValueError, "beta needs kind='jsd'; got kind='forward_kl'"),
         ({"kind": "jsd", "beta": 1.5}, ValueError, r"beta must be in \[0, 1\]; got 1.5"),
         ({"temperature": 0.0}, ValueError, "temperature must be a positive number; got 0.0"),
+        ({"temperature": torch.ones(4)}, TypeError, r"temperature must be a number, for all tokens; got \(4,\)"),
         ({"hard_weight": 0.5}, ValueError, "hard_weight needs targets; got targets=None"),
         ({"targets": torch.zeros(4, 2).long()}, ValueError, r"targets must be \(4,\)"),
         ({"targets": torch.full((4,), 9)}, ValueError, r"targets must be in \[0, 9\).*found 9"),

@@ -92,6 +92,24 @@ def test_hidden_states_as_a_linear_layer_and_torchs_module(options: dict[str, An
     expect_same(module(hidden, targets), nn.CrossEntropyLoss(**rest)(module.linear(hidden), targets), leaves, leaves)
 
 
+def test_places_of_a_token(path: str) -> None:
+    """Each place of `out_features` has logits of its own, as in torch's module, of which all losses are one mean."""
+    module = LinearCrossEntropyLoss(D, 5, out_features=(2, 3), bias=True, weight=torch.rand(5))
+    h = torch.randn(4, D, requires_grad=True)
+    x = module.linear(h).view(4, 5, 2, 3)
+    y = torch.randint(0, 5, (4, 2, 3)).index_fill(0, torch.tensor([1]), -100)
+    for target in (y, torch.rand(4, 5, 2, 3)):
+        ours, want = module(h, target), F.cross_entropy(x, target, weight=module.weight)
+        leaves = [h, *module.parameters()]
+        torch.testing.assert_close(ours, want)
+        for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(want, leaves, retain_graph=True)):
+            torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match=r"target must be \(N, 2, 3\), or probabilities"):
+        module(h, y[:, 0])
+    with pytest.raises(ValueError, match=r"out_features must be \(\) with shift; got \(2,\)"):
+        LinearCrossEntropyLoss(D, 5, out_features=(2,), shift=1)
+
+
 def test_parameters_are_where_and_what_is_said() -> None:
     module = LinearCrossEntropyLoss(D, V, device="meta", dtype=torch.bfloat16, weight=CLASSES)
     assert (module.linear.weight.device.type, module.linear.weight.dtype) == ("meta", torch.bfloat16)
@@ -104,7 +122,6 @@ def test_parameters_are_where_and_what_is_said() -> None:
     [
         (CrossEntropyLoss, {"size_average": True}),
         (CrossEntropyLoss, {"reduce": False}),
-        (LinearCrossEntropyLoss, {"out_features": (2,)}),
         (LinearCrossEntropyLoss, {"options": object()}),
     ],
 )
@@ -115,8 +132,8 @@ def test_what_has_no_meaning_here_is_refused(kind: Any, argument: dict[str, Any]
 
 
 def test_every_argument_is_tried() -> None:
-    tried = {*TORCHS, "bias", "device", "dtype", "in_features", "num_classes"}
-    refused = {"size_average", "reduce", "out_features", "options"}
+    tried = {*TORCHS, "bias", "device", "dtype", "in_features", "num_classes", "out_features"}
+    refused = {"size_average", "reduce", "options"}
     for kind in (CrossEntropyLoss, LinearCrossEntropyLoss):
         named = {name for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
         assert named <= tried | refused

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from evidence.compiler import Compiled
 from evidence.launches import Specialization
+from llmfast_kernels.pairs import CROSS_ENTROPY
 
 _TYPE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int16": 16, "int8": 8, "uint8": 8}
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float64": 64}
@@ -113,10 +114,11 @@ def _pairs(compiled: Compiled) -> Iterator[str]:
     """Require loops over both rows as wide as each allows, without waiting inside, and few special functions."""
     amd = compiled.target.startswith("gfx")
     widths = _pair_bits(compiled)
-    biases = [name for name in ("terms.bias", "teacher.bias") if _has(compiled, name)]
-    if biases:
+    weighed = _has(compiled, "teacher.class_weights")
+    mixed = weighed and widths != {128}  # class weights change threads to meet the rows, as in `_rows`
+    if any(_has(compiled, name) for name in ("terms.bias", "teacher.bias", "teacher.class_weights")):
         widths.add(128)
-    given = _constant(compiled, "PROBABILITIES")
+    given, cross_entropy = _constant(compiled, "PROBABILITIES"), _constant(compiled, "KIND") == CROSS_ENTROPY.value
     theirs = _BITS[compiled.kind.argument("teacher.ptr")["dtype"]]
     if amd:
         # A thread has VECTOR neighbours of both rows. LLVM joins the teacher's where it may not read as many at once.
@@ -130,12 +132,11 @@ def _pairs(compiled: Compiled) -> Iterator[str]:
     capped = sum(compiled.kind.argument(f"{name}.softcap") is not None for name in ("terms", "teacher"))
     hard = compiled.kind.argument("weights.hard") is not None
     tempered = hard and compiled.kind.argument("weights.temperature") is not None
-    logarithms = (compiled.kind.argument("weights.beta") is not None) + given
+    logarithms = (compiled.kind.argument("weights.beta") is not None) + (given and not cross_entropy)
     functions = 1 + (not given) + tempered + 2 * capped + amd * logarithms
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
-    own, taught = (
-        _read_bits(compiled, *names) for names in (("logits_ptr", "terms.bias"), ("teacher.ptr", "teacher.bias"))
-    )
+    own = _read_bits(compiled, "logits_ptr", "terms.bias")
+    taught = _read_bits(compiled, "teacher.ptr", "teacher.bias", "teacher.class_weights")
     for i, loop in enumerate(loops):
         # NVIDIA's assembler unrolls a loop of few registers. The first loop of a mixture needs the student's sum alone,
         # if the teacher gives probabilities.
@@ -146,7 +147,7 @@ def _pairs(compiled: Compiled) -> Iterator[str]:
             yield f"takes {loop.transcendentals / elements} special functions per pair in a loop, not {functions}"
         if not loop.access_bits <= widths:
             yield f"accesses {loop.access_bits} bits at a time in a loop, not {widths}"
-        if loop.shuffles or loop.barriers:
+        if (loop.shuffles or loop.barriers) and not mixed:
             yield f"has {loop.shuffles} shuffles and {loop.barriers} barriers in a loop"
     if _has(compiled, "d_logits_ptr") and hard:
         yield from _order(compiled, "rewriting loop, barrier, store")
