@@ -361,6 +361,9 @@ def _differs(first: Array, second: Array, granule: int) -> Array:
     return np.asarray(different.any(axis=1))
 
 
+FROZEN = 3  # beyond the collector's generations: what `_few_objects` took out of them
+
+
 class _HiddenTensors:
     """Tensors that a kernel reaches through addresses in memory, found by asking the garbage collector."""
 
@@ -372,8 +375,8 @@ class _HiddenTensors:
     def covering(self, address: int) -> Tensor | None:
         """Return the smallest tensor with an element at the address."""
         # Search the collector's young generations first: they have few objects, and a step's gradients are new.
-        for generation in (None, 0, 1, 2, "older"):
-            if generation == "older":
+        for generation in (None, 0, 1, 2, FROZEN):
+            if generation == FROZEN:
                 gc.unfreeze()
                 self._collect(gc.get_objects(2))
                 gc.freeze()
