@@ -245,6 +245,38 @@ def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Ope
     return _Operation(run, errors)
 
 
+def _linear_logprobs(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
+    import torch
+
+    from evidence.dry_run import reserve
+
+    N, D, V = (job.size[name] for name in ("N", "D", "V"))
+    torch.manual_seed(0)
+    if job.dry:
+        hidden, weight = reserve(N, D, dtype=dtype), reserve(V, D, dtype=dtype)
+    else:
+        hidden, weight = torch.randn(N, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    ids, upstream = torch.randint(0, V, (N,)), torch.randn(N)
+    made: dict[str, Any] = {}
+
+    def run() -> None:
+        made["found"] = way(hidden, weight, ids)
+        made["found"].backward(upstream.to(made["found"].dtype))
+
+    def errors() -> dict[str, float]:
+        h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+        truth = (h @ w.T).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        truth.backward(upstream.double())
+        return {
+            "loss": _relative(made["found"].detach(), truth.detach()),
+            "hidden": _relative(hidden.grad, h.grad),
+            "weight": _relative(weight.grad, w.grad),
+        }
+
+    return _Operation(run, errors)
+
+
 def _summed(loss: Callable[..., Any], logits: Any, labels: Any) -> Any:
     """Sum the losses of the heads; row t of head k predicts label t + k."""
     return sum(loss(z[: len(labels) - k], labels[k:]) for k, z in enumerate(logits))
@@ -270,6 +302,7 @@ _OPERATIONS: dict[str, Callable[[Callable[..., Any], Job, Any], _Operation]] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "mtp_cross_entropy": _linear_cross_entropy,
+    "linear_logprobs": _linear_logprobs,
 }
 
 

@@ -74,6 +74,7 @@ def compared(rows: list[Row], folder: Path) -> str:
         ("linear_cross_entropy", "The linear loss on the same inputs"),
         ("cross_entropy", "The loss of given logits on the same inputs"),
         ("mtp_cross_entropy", "The losses of four heads on the same inputs"),
+        ("linear_logprobs", "Log-probabilities of one id per token on the same inputs"),
     ):
         mine = chosen(rows, section="compared", operation=operation)
         if not mine:
@@ -107,7 +108,16 @@ def compared(rows: list[Row], folder: Path) -> str:
 
 
 def heads(rows: list[Row], folder: Path) -> str:
-    mine = chosen(rows, section="real sizes", operation="mtp_cross_entropy")
+    return by_size(rows, "mtp_cross_entropy", "Four heads at realistic sizes")
+
+
+def logprobs(rows: list[Row], folder: Path) -> str:
+    return by_size(rows, "linear_logprobs", "Log-probabilities of one id per token at realistic sizes")
+
+
+def by_size(rows: list[Row], operation: str, title: str) -> str:
+    """Return a table of an operation's ways at the sizes at which it was counted."""
+    mine = chosen(rows, section="real sizes", operation=operation)
     if not mine:
         return ""
     sizes = unique(tuple(row["size"].items()) for row in mine)
@@ -122,7 +132,7 @@ def heads(rows: list[Row], folder: Path) -> str:
     shapes = [", ".join(f"{axis} = {value}" for axis, value in size) for size in sizes]
     columns = [f"{what}, {shape}" for shape in shapes for what in ("ms", "GiB moved", "GiB held")]
     return (
-        f"## Four heads at realistic sizes\n\nModelled ms on an {H100.name}, counted GiB moved and counted peak of "
+        f"## {title}\n\nModelled ms on an {H100.name}, counted GiB moved and counted peak of "
         f"tensors beyond the inputs, forward and backward, bfloat16.\n\n{table(['', *columns], body)}"
     )
 

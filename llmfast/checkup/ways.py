@@ -48,6 +48,7 @@ OPTIMI = Library("optimi", "torch-optimi")
 FLASHOPTIM = Library("flashoptim", "flashoptim")
 APEX = Library("apex.optimizers", "apex")
 BITSANDBYTES = Library("bitsandbytes", "bitsandbytes")
+TRL = Library("trl", "trl")
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,33 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return _load("quack.linear_cross_entropy", "chunked_linear_cross_entropy")(hidden, weight, targets)
 
 
+# Log-probabilities: (hidden (N, D), weight (V, D), ids (N,)) -> (N,).
+
+
+def _gathered(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return F.linear(hidden, weight).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+def _gathered_float32(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+def _logprobs_within(budget: int) -> Callable[..., Any]:
+    def run(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
+        most = min(budget, len(hidden) * len(weight) // 4)
+        return losses.linear_logprobs(hidden, weight, ids, memory_budget=most)
+
+    return run
+
+
+def _trl(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
+    return _load("trl.trainer.utils", "selective_log_softmax")(F.linear(hidden, weight)[None], ids[None])[0]
+
+
+def _cut_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
+    return -_load("cut_cross_entropy", "linear_cross_entropy")(hidden, weight, ids, reduction="none")
+
+
 # Multi-token prediction: (hiddens (K, N, D), weight (V, D), labels (N,)) -> the sum of the heads' mean losses.
 
 
@@ -270,6 +298,14 @@ _WAYS: dict[str, list[Way]] = {
         # Has the same counts on random numbers, of which the filter drops nothing.
         Way("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
         Way("Quack", _quack, QUACK, GPU_ONLY),
+    ],
+    "linear_logprobs": [
+        Way("llmfast", losses.linear_logprobs, LLMFAST, KERNELS),
+        Way("llmfast, 200 MiB", _logprobs_within(200 << 20), LLMFAST, KERNELS),
+        Way("torch", _gathered, TORCH, KERNELS),
+        Way("torch, float32 logits", _gathered_float32, TORCH, KERNELS),
+        Way("TRL", _trl, TRL, KERNELS),
+        Way("cut-cross-entropy", _cut_logprobs, CCE, KERNELS),
     ],
     "mtp_cross_entropy": [
         Way("llmfast", losses.mtp_cross_entropy, LLMFAST, KERNELS),

@@ -272,7 +272,11 @@ def test_stand_ins_are_of_the_kind_that_they_stand_for(value: Any) -> None:
     assert _encode(compiler._decode(_encode(value))) == _encode(value)
 
 
-@pytest.mark.parametrize("value", [1024, 0.5, "adam", None, tl.float32, (1, (2, tl.bfloat16)), samples.square], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [1024, 0.5, "adam", None, tl.float32, (1, (2, tl.bfloat16)), samples.square],
+    ids=["integer", "number", "string", "none", "type", "tuple", "function"],
+)
 def test_constants_come_back_as_they_were(value: Any) -> None:
     back = compiler._decode({"constant": _encode_constant(value)})
     assert _encode_constant(back) == _encode_constant(value) and type(back) is type(value)
