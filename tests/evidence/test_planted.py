@@ -59,16 +59,18 @@ def rows(package: str, V: int = 1500, dtype: torch.dtype = torch.float32) -> Non
     launcher.cross_entropy(logits, Targets(targets[:, None]), Terms(V), d_logits=torch.empty_like(logits))
 
 
-def adamw(package: str, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, numel: int = 9000) -> None:
-    """Step two parameters; the first lies `offset` elements into its memory."""
+def adamw(
+    package: str, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, grad_offset: int = 0, numel: int = 9000
+) -> None:
+    """Step two parameters; the first, and its gradient, lie so many elements into their memory."""
     planted: Any = import_module(f"{package}.optimizer")
     monkeypatch.setattr(optimizer, "update", planted.update)
-    memory = np.zeros(
-        numel + 8, dtype=np.float32
-    )  # not a tensor's memory, so that no tensor owns what surrounds the parameter
+    # Not a tensor's memory, so that no tensor owns what surrounds the parameter.
+    memory, grads = np.zeros((2, numel + 8), dtype=np.float32)
     parameters = [torch.from_numpy(memory[offset:][:numel]).requires_grad_(), torch.randn(10, requires_grad=True)]
     for p in parameters:
         p.grad = torch.randn_like(p)
+    parameters[0].grad = torch.from_numpy(grads[grad_offset:][:numel])
     with kernels_on_cpu():
         FusedAdamW(parameters).step()
 
@@ -76,13 +78,14 @@ def adamw(package: str, monkeypatch: pytest.MonkeyPatch, *, offset: int = 0, num
 TAIL_LOAD = "readable = v < row.width if TAIL else None"
 STORE = "tl.store(out.d_logits + v, d.to(out.d_logits.dtype.element_ty), mask=readable)"
 CHUNK_START = "start = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK"
-ALIGNED = "((p | g | s0 | s1 | s2 | low | ema) & 15) == 0"
+ALIGNED = "((p | s0 | s1 | s2 | low | ema) & 15) == 0"
+GRAD_ALIGNED = "(g & 15) == 0"
 
 
 def test_nothing_is_found_where_nothing_is_planted(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     with sanitizing():
         rows(plant(row, TAIL_LOAD, TAIL_LOAD))
-        adamw(plant(step, ALIGNED, ALIGNED), monkeypatch, offset=1)
+        adamw(plant(step, ALIGNED, ALIGNED), monkeypatch, offset=1, grad_offset=1)
 
 
 def test_an_off_by_one_mask(plant: Plant) -> None:
@@ -104,10 +107,13 @@ def test_a_racing_accumulation(plant: Plant, monkeypatch: pytest.MonkeyPatch) ->
         adamw(planted, monkeypatch)
 
 
-def test_an_unaligned_pointer_taken_for_an_aligned_one(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = plant(step, ALIGNED, "p != 0")
+@pytest.mark.parametrize(("line", "name"), [(ALIGNED, "offset"), (GRAD_ALIGNED, "grad_offset")])
+def test_an_unaligned_pointer_taken_for_an_aligned_one(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, line: str, name: str
+) -> None:
+    planted = plant(step, line, "p != 0")
     with sanitizing(), pytest.raises(Fault, match=r"update_kernel, program 0 of 4, would load outside of all tensors"):
-        adamw(planted, monkeypatch, offset=1)
+        adamw(planted, monkeypatch, **{name: 1})
 
 
 @pytest.mark.parametrize(
