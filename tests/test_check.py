@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
     ("changed", "first"),
     [
         ("llmfast/losses/plan.py", ["tests/losses/test_plan.py", "tests/losses/test_budget.py"]),
-        ("llmfast/train/config.py", ["tests/train/test_config.py", "tests/train/test_checkpoint.py"]),
+        ("llmfast/train/config.py", ["tests/train/test_config.py", "tests/train/test_batch.py"]),
         ("llmfast/clean/recipe.py", ["tests/test_clean.py"]),
         ("llmfast/export.py", ["tests/test_export.py"]),
         ("kernels/llmfast_kernels/row.py", ["tests/losses/test_budget.py", "tests/losses/test_calls.py"]),
