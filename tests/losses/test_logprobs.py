@@ -1,6 +1,7 @@
 """`logprobs` and `linear_logprobs` on both paths, against `log_softmax(...).gather`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -147,7 +148,8 @@ def test_modes_at_a_real_vocabulary(path: str, mode: str, dtype: torch.dtype, K:
     def run(function: Any, *inputs: Tensor) -> list[Tensor]:
         return outcome(lambda h, w: function(h, w, ids, return_stats=stats), [*inputs], upstream)
 
-    with forced(mode, rows=2 if mode == "recompute" else N):
+    # The code for 8 ids has nothing that the codes for 1 and 64 do not have.
+    with forced(mode, rows=2 if mode == "recompute" else N), unrecorded() if K == 8 else nullcontext():
         ours = run(linear_logprobs, hidden, weight)
     theirs, truth = (run(reference.linear_logprobs, hidden.to(t), weight.to(t)) for t in (dtype, F64))
     for a, b, c in zip(ours, theirs, truth, strict=True):
