@@ -183,7 +183,8 @@ def _order(compiled: Compiled, order: str) -> Iterator[str]:
 def _update(compiled: Compiled) -> Iterator[str]:
     """Require one loop for whole tiles, 16 bytes at a time, and one for ends and misaligned views.
 
-    The first may also read each element of the gradient alone, because a gradient may lie anywhere.
+    The first may also access each element of the gradient alone, because a gradient may lie anywhere; not where
+    unscaled gradients are stored.
     """
     kind = compiled.kind
     loops = [loop for loop in compiled.facts.hot_loops if loop.load_bits]  # one more may store zeros alone
@@ -193,7 +194,9 @@ def _update(compiled: Compiled) -> Iterator[str]:
         elements *= 2  # of two tiles at a time
     coded = any(widths.get(name) == 8 for name in ("STATE0_TYPE", "STATE1_TYPE"))
     grad = widths["GRAD_TYPE"]
-    expected = {128, 32, grad} if coded else {128, grad}  # a scale for each 128 codes
+    expected = {128, 32} if coded else {128}  # a scale for each 128 codes
+    if not _constant(compiled, "UNSCALE"):
+        expected.add(grad)
     wide = [loop for loop in loops if loop.access_bits == expected]
     if len(loops) != 2 or len(wide) != 1:
         yield f"accesses {[loop.access_bits for loop in loops]} bits at a time in its loops, not {expected} in one"
@@ -201,7 +204,7 @@ def _update(compiled: Compiled) -> Iterator[str]:
     if len(set(widths.values())) == 1 and not coded and not _constant(compiled, "AVERAGED") and wide[0].barriers:
         yield f"has {wide[0].barriers} barriers in a loop"
     scales = elements // 2 if coded and grad == 32 else 0
-    if wide[0].load_bits[grad] > elements + scales or wide[0].store_bits.get(grad, 0) > elements + scales:
+    if wide[0].load_bits.get(grad, 0) > elements + scales or wide[0].store_bits.get(grad, 0) > elements + scales:
         yield f"loads and stores {wide[0].load_bits} and {wide[0].store_bits} bits, not only a gradient's one by one"
     limit = 100 if "rules:adam" in str(kind.arguments["RULE"]) and set(widths.values()) == {32} else 220
     if wide[0].instructions > limit * elements:

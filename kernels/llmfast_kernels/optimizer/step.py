@@ -174,7 +174,7 @@ def update_tile(
 ):
     """Update BLOCK elements from `start` on: all of them if ALIGNED, else the first `count`.
 
-    The gradient may lie anywhere even if ALIGNED: `grad_aligned` says whether it does not.
+    The gradient may lie anywhere even if ALIGNED, unless `grad_aligned` is true, or None.
 
     If this is one tile of a pair, `pairs` holds the bytes of both. The new states 0 and 1 and the new low bits are
     returned as they are to be stored; the caller stores those that are bytes of a pair.
@@ -391,12 +391,15 @@ def update_kernel(
         low=pointer(low, LOW_TYPE),
         ema=pointer(ema, tl.float32) if AVERAGED else None,
     )
+    aligned = ((p | s0 | s1 | s2 | low | ema) & 15) == 0
+    grad_aligned = (g & 15) == 0
     update_chunk(
         at,
         start,
         count,
-        ((p | s0 | s1 | s2 | low | ema) & 15) == 0,
-        (g & 15) == 0,
+        # Threads would exchange unscaled gradients, in order to store them one by one.
+        aligned & grad_aligned if UNSCALE else aligned,
+        None if UNSCALE else grad_aligned,
         scalars,
         place,
         RULE=RULE,

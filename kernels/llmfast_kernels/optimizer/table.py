@@ -132,12 +132,15 @@ def elements(ptr, start, i, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_grad(ptr, start, i, mask, aligned, WIDE: tl.constexpr):
-    """Load a tile of the gradient: 16 bytes at a time if it is aligned, and WIDE."""
+    """Load a tile of the gradient: 16 bytes at a time if WIDE and `aligned`, which is None where it must be."""
     if WIDE:
-        if aligned:
+        if aligned is None:
             g = tl.load(elements(ptr, start, i, True))
         else:
-            g = tl.load(elements(ptr, start, i, False))
+            if aligned:
+                g = tl.load(elements(ptr, start, i, True))
+            else:
+                g = tl.load(elements(ptr, start, i, False))
     else:
         g = tl.load(elements(ptr, start, i, False), mask=mask)
     return g
@@ -147,9 +150,12 @@ def load_grad(ptr, start, i, mask, aligned, WIDE: tl.constexpr):
 def store_grad(ptr, start, i, g, mask, aligned, WIDE: tl.constexpr):
     """Store a tile of the gradient as `load_grad` loads it."""
     if WIDE:
-        if aligned:
+        if aligned is None:
             tl.store(elements(ptr, start, i, True), g)
         else:
-            tl.store(elements(ptr, start, i, False), g)
+            if aligned:
+                tl.store(elements(ptr, start, i, True), g)
+            else:
+                tl.store(elements(ptr, start, i, False), g)
     else:
         tl.store(elements(ptr, start, i, False), g, mask=mask)
