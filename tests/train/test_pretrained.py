@@ -1,11 +1,15 @@
-"""Refusals of `model.pretrained` that need no transformers; tests/integrations/test_pretrained.py has the rest."""
+"""What can be said of `model.pretrained` without transformers; tests/integrations/test_pretrained.py has the rest."""
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from llmfast.cli import main
+from llmfast.train import pretrained
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,20 @@ def test_refused_before_any_work(
     out, err = capsys.readouterr()
     assert err.startswith(f"llmfast: error: {message}") and err.count("\n") == 1 and out == ""
     assert not (tmp_path / "runs").exists() and not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("context", [1, 8])
+def test_ids_that_the_tokenizer_does_not_know_are_never_generated(context: int) -> None:
+    """Models of other libraries may have rows beyond their tokenizer's ids, for the sake of round sizes."""
+
+    class Model:
+        def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> None: ...
+
+        def __call__(self, input_ids: Any, **options: Any) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.arange(10.0).expand(1, input_ids.shape[1], 10), past_key_values=None)
+
+    def largest(logits: Any) -> Any:
+        return logits.argmax(-1, keepdim=True)
+
+    stream = pretrained._stream(Model(), 7, torch.tensor([1, 2]), context, largest)
+    assert [int(next(stream)) for _ in range(3)] == [6, 6, 6]
