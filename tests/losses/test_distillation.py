@@ -197,6 +197,17 @@ def test_rows_of_two_dtypes(path: str, V: int, dtype: torch.dtype, said: torch.d
         compare(ours, plain, truth, torch.finfo(dtype).eps * (1 if dtype == BF16 else 8))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_need_not_add_up_to_1(path: str, kind: str) -> None:
+    """Take half of each: what is meant is in the definition of the divergence."""
+    h, w, p = torch.randn(3, D), torch.randn(90, D), torch.rand(3, 90).softmax(-1) / 2
+    ours, want = (
+        outcome(f, [h, w], torch.ones(()), TeacherProbabilities(p), kind=kind)
+        for f in (linear_distillation, reference.linear_distillation)
+    )
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-6)
+
+
 def test_reference_is_what_torch_means() -> None:
     h, w = torch.randn(7, D, dtype=F64), torch.randn(50, D, dtype=F64)
     t = torch.randn(7, 50, dtype=F64)

@@ -380,3 +380,12 @@ def test_modules_refuse_integers_where_torchs_take_probabilities() -> None:
         CrossEntropyLoss()(torch.randn(2, 3, 3), torch.ones(2, 3, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="target must be floating point"):  # of one token
         CrossEntropyLoss()(torch.randn(3), one_hot[0])
+
+
+def test_a_sum_is_planned_like_a_mean() -> None:
+    """Its upstream gradient is one number too, which the gradients are multiplied by."""
+    mean, total, each = (
+        LinearCrossEntropyPlan.make(4096, 768, 50257, memory_budget=200 << 20, reduction=reduction)
+        for reduction in ("mean", "sum", "none")
+    )
+    assert total == mean and total.way != each.way
