@@ -8,6 +8,9 @@ import torch
 
 from llmfast._dispatch import kernels_on_cpu
 from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels.distillation import distillation, distillation_backward
+from llmfast_kernels.places import count_above
+from llmfast_kernels.teaching import Divergence, TeacherRows
 from llmfast_kernels.terms import Targets, Terms, Upstream
 
 STRIDE = 1 << 30  # fits 32 bits; three of them do not
@@ -15,13 +18,48 @@ V = 70
 NORESERVE = 0x4000  # Linux; the module has a name for it since Python 3.13
 
 
-@pytest.mark.cpu("lets kernels read memory that exists only as a promise")
-@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not reserved")
-def test_offsets_past_two_to_the_31() -> None:
+pytestmark = [
+    pytest.mark.cpu("lets kernels read memory that exists only as a promise"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not reserved"),
+]
+
+
+def far_rows() -> torch.Tensor:
+    """Make four rows of V that lie far apart."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (3 * STRIDE + 4096), flags=flags), dtype=torch.bfloat16)
-    far = memory.as_strided((4, V), (STRIDE, 1))
-    near = torch.randn(4, V).bfloat16()
+    return memory.as_strided((4, V), (STRIDE, 1))
+
+
+def test_places_of_ids() -> None:
+    near, keys, far = torch.randn(4, V).bfloat16(), torch.randn(4, 3), far_rows()
+    far.copy_(near)
+    with kernels_on_cpu():
+        found = count_above(far, keys, Terms(V), V=V)
+    assert torch.equal(found, (near.float()[:, None] > keys[..., None]).sum(-1))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_pairs_of_rows(beta: float) -> None:
+    """Take a teacher and a student whose rows lie far apart, and write gradients as far."""
+    student, teacher = torch.randn(2, 4, V).bfloat16()
+    far, far_teacher = far_rows(), far_rows()
+    targets, terms, loss = Targets(torch.tensor([[0], [V - 1], [-100], [7]])), Terms(V), Divergence(beta, 1.0, 1.0, 0.5)
+    found = []
+    for own, said in ((student.clone(), teacher), (far, far_teacher)):
+        own.copy_(student)
+        said.copy_(teacher)
+        rows_said = TeacherRows(terms, logits=said)
+        with kernels_on_cpu():
+            result = distillation(own, targets, terms, rows_said, loss)
+            upstream = Upstream(torch.ones(4))
+            distillation_backward(own, targets, terms, rows_said, loss, result.softmax, upstream, d_logits=own)
+        found.append([result.loss, own.clone()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    far, near = far_rows(), torch.randn(4, V).bfloat16()
     targets, terms = Targets(torch.tensor([[0], [V - 1], [-100], [7]])), Terms(V, softcap=3.0)
     with kernels_on_cpu():
         want = rows.cross_entropy(near, targets, terms, stats=True)
