@@ -1,4 +1,4 @@
-"""What can be said of `model.pretrained` without transformers; tests/integrations/test_pretrained.py has the rest."""
+"""Tests of `model.pretrained` that need no transformers; tests/integrations/test_pretrained.py has the rest."""
 
 import sys
 from pathlib import Path
