@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -389,3 +390,14 @@ def test_a_sum_is_planned_like_a_mean() -> None:
         for reduction in ("mean", "sum", "none")
     )
     assert total == mean and total.way != each.way
+
+
+def test_fewer_valid_rows_than_said(path: str) -> None:
+    """On a GPU as many rows as said are computed; those beyond the valid ones must not count."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    targets = torch.tensor([7, -100, 3, -100, -100, 39])
+    ours = linear_cross_entropy(hidden, weight, targets, num_valid=5)
+    truth = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / 5
+    torch.testing.assert_close(ours, truth)
+    found, want = (torch.autograd.grad(loss, [hidden, weight]) for loss in (ours, truth))
+    torch.testing.assert_close(found, want)
