@@ -1,8 +1,8 @@
 """Distillation from files: a teacher writes its likeliest bytes once, and a student learns from them without it.
 
 Each file has one row of packed lines: tokens, and for each token the ids and log-probabilities of the teacher's K
-likeliest next bytes, in 16 bits. Which share the K do not cover is one more class for teacher and student. The student
-never has logits of all classes at once.
+likeliest next bytes, in 16 bits. What the K leave of the probability is one more class, for teacher and student. The
+student never has all logits at once.
 
 python examples/top_k_distillation.py
 """
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from perplexity import trained
 from safetensors.torch import load_file, save_file
-from tiny_gpt import Packing, TinyGPT, batches
+from tiny_gpt import Packing, TinyGPT
 from torch import Tensor
 
-from llmfast.losses import TeacherTopK, linear_cross_entropy, linear_distillation
+from llmfast.losses import TeacherTopK, linear_distillation
 from llmfast.optim import FusedAdamW
 
 Loss = Callable[[Tensor, Tensor, TeacherTopK, Tensor], Tensor]  # of hidden, weight, teacher and targets
@@ -29,18 +30,6 @@ def sequences(rows: int) -> Iterator[list[Tensor]]:
     lines = [line for line in Path(argparse.__file__).read_bytes().splitlines() if 2 <= len(line) <= 100]
     for start in range(0, len(lines) - rows + 1, rows):
         yield [torch.tensor([*line]) for line in lines[start : start + rows]]
-
-
-def teacher(steps: int, device: str = "cpu") -> TinyGPT:
-    """Train a model on windows of the text."""
-    torch.manual_seed(0)
-    model = TinyGPT().to(device)
-    optimizer = FusedAdamW(model.parameters(), lr=3e-3)  # llmfast
-    for _, (tokens, targets) in zip(range(steps), batches(8, device)):
-        linear_cross_entropy(model(tokens), model.head.weight, targets).backward()  # llmfast
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
 
 
 @torch.no_grad()
@@ -102,6 +91,6 @@ def train(folder: Path, steps: int, device: str = "cpu", loss: Loss = fused) -> 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as name:
-        write(teacher(100, device), Path(name), files=20)
+        write(trained(100, device), Path(name), files=20)
         losses = train(Path(name), 100, device)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

@@ -12,12 +12,12 @@ from llmfast.losses.linear_cross_entropy import linear_cross_entropy
 from llmfast.losses.options import Reduction
 from llmfast.losses.targets import weights_that_count
 
-# Of further keywords, those that are about a single target of each token.
+# Further keywords that mean nothing where a token has a target for each place of `out_features`.
 _NOT_OF_PLACES = ("token_weights", "target_weights", "shift", "document_ids", "return_stats")
 
 
-def _expect_probabilities(target: Tensor, shape: torch.Size) -> None:
-    """Raise for integers in the shape of the logits, of which torch's modules make nothing, and functions K targets."""
+def _refuse_one_hot(target: Tensor, shape: torch.Size) -> None:
+    """Raise for integers of the logits' shape, which torch's modules refuse and our functions read as K targets."""
     if target.shape == shape and not target.is_floating_point():
         raise TypeError(
             f"target must be floating point probabilities where it has the shape of the logits; got {describe(target)} "
@@ -51,7 +51,7 @@ class CrossEntropyLoss(nn.Module):
         self.options = options
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
-        _expect_probabilities(target, input.shape)
+        _refuse_one_hot(target, input.shape)
         if input.dim() > 2:
             # torch has classes on dimension 1: (N, V, d1, ...) with targets (N, d1, ...), or probabilities like input.
             target = target.movedim(1, -1) if target.shape == input.shape else target
@@ -72,8 +72,8 @@ class LinearCrossEntropyLoss(nn.Module):
 
     It owns `linear`, an `nn.Linear` to num_classes logits; further keywords as `linear_cross_entropy`. With
     `out_features`, a shape, each token has that many targets, and each place of the shape has num_classes logits of its
-    own. Places are computed one after another, each within `memory_budget`. To that comes the gradient of `linear` once
-    more, as autograd joins it of those of the places.
+    own. Places are computed one after another, each within `memory_budget`. Beyond that, autograd holds one more
+    gradient of `linear` while it joins those of the places.
     """
 
     weight: Tensor | None
@@ -111,7 +111,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.reduction, self.label_smoothing, self.options = reduction, label_smoothing, more
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
-        _expect_probabilities(target, torch.Size((*input.shape[:-1], self.num_classes, *self.out_features)))
+        _refuse_one_hot(target, torch.Size((*input.shape[:-1], self.num_classes, *self.out_features)))
         if not self.out_features:
             return self._loss(input, self.linear.weight, self.linear.bias, target, {})
         return self._loss_of_places(input, target)

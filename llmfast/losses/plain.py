@@ -114,9 +114,9 @@ def cross_entropy(
     weights = _Weights(targets, terms, width, loss.dtype)
     mass = weights.mass(everywhere=True)
     scaled = [t for t in (weights.t, grad_scale) if t is not None]
-    for rows, space in _blocks(logits, loss.dtype):
+    for rows, space in row_blocks(logits, loss.dtype):
         given, own = logits[rows], _of_rows(terms, targets, rows)
-        x = _logits(given, own, space)
+        x = read_logits(given, own, space)
         peak = x.amax(1)
         y_x = x.gather(1, weights.columns[rows])
         pull = weights.pull(x, y_x, peak, rows)
@@ -140,8 +140,8 @@ def cross_entropy(
             weights.subtract(p, rows)
             for factor in scaled:
                 p *= factor if factor.dim() == 0 else factor[rows, None]
-            _through(p, x, own)
-            _store(p, weights.ignored[rows], d_logits[rows])
+            through_softcap(p, x, own)
+            store_gradient(p, weights.ignored[rows], d_logits[rows])
             if alive is not None and threshold is not None:
                 groups = _groups(p) >= threshold
                 alive[rows] = F.pad(groups, (0, alive.shape[1] - groups.shape[1]))
@@ -168,8 +168,8 @@ def cross_entropy_partials(
     best = torch.zeros_like(peaks, dtype=torch.int64) if stats else None
     each = peaks.new_zeros(targets.classes.shape) if logprobs else None
     weights = _Weights(targets, terms, width, dtype)
-    for rows, space in _blocks(logits, dtype):
-        x = _logits(logits[rows], _of_rows(terms, targets, rows), space)
+    for rows, space in row_blocks(logits, dtype):
+        x = read_logits(logits[rows], _of_rows(terms, targets, rows), space)
         peak, where = x.max(1)
         finite = peak.clamp(min=-1e38)
         below = x - finite[:, None]
@@ -208,9 +208,9 @@ def cross_entropy_backward(
     mass = weights.mass(everywhere=True)
     log_total = total.log()
     d_row = d_loss if weights.t is None else d_loss * weights.t
-    for rows, space in _blocks(logits, peak.dtype):
+    for rows, space in row_blocks(logits, peak.dtype):
         given, own = logits[rows], _of_rows(terms, targets, rows)
-        x = _logits(given, own, space)
+        x = read_logits(given, own, space)
         needs_x = d_entropy is not None or terms.softcap is not None
         if logits.shape[1] == terms.V:
             # Again: faster than exp(x - peak) / total.
@@ -235,15 +235,15 @@ def cross_entropy_backward(
             p += pulls * d_row[rows, None]
         if extra is not None:
             p += extra
-        _through(p, x, own)
-        _store(p, weights.ignored[rows], d_logits[rows])
+        through_softcap(p, x, own)
+        store_gradient(p, weights.ignored[rows], d_logits[rows])
 
 
 def count_above(logits: Tensor, keys: Tensor, terms: Terms, *, V: int) -> Tensor:
     logits, terms = logits[:, :V], replace(terms, softcap=None)
     counts = torch.empty(keys.shape, dtype=torch.int64, device=keys.device)
-    for rows, space in _blocks(logits, keys.dtype):
-        x = _logits(logits[rows], terms, space)
+    for rows, space in row_blocks(logits, keys.dtype):
+        x = read_logits(logits[rows], terms, space)
         for k in range(keys.shape[1]):
             counts[rows, k] = (x > keys[rows, k, None]).sum(1)
     return counts
@@ -284,7 +284,7 @@ def times(x: Tensor, factor: Tensor) -> Tensor:
     return torch.where(x == 0, x, x * factor)
 
 
-def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def row_blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Cut rows into blocks, each with space for itself in `dtype`.
 
     All share the space: new memory costs more than the arithmetic.
@@ -305,7 +305,7 @@ def _of_rows(terms: Terms, targets: Targets, rows: slice) -> Terms:
     return replace(terms, logit_scale=factor if scale is None else scale, softcap=cap)
 
 
-def _logits(given: Tensor, terms: Terms, space: Tensor) -> Tensor:
+def read_logits(given: Tensor, terms: Terms, space: Tensor) -> Tensor:
     """Return the final logits of a block, or `given` itself if nothing changes it."""
     return final_logits(given if given.dtype == space.dtype else space.copy_(given), terms.bias, terms)
 
@@ -319,7 +319,7 @@ def final_logits(x: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
     return x if terms.softcap is None else (x / terms.softcap).tanh_().mul_(terms.softcap)
 
 
-def _through(d: Tensor, x: Tensor, terms: Terms) -> None:
+def through_softcap(d: Tensor, x: Tensor, terms: Terms) -> None:
     """Turn the gradient of the final logits `x` into that of the given ones, in place."""
     if terms.softcap is not None:
         d *= 1 - (x / terms.softcap) ** 2
@@ -346,7 +346,8 @@ def _groups(d: Tensor) -> Tensor:
     return F.pad(d.abs(), (0, -d.shape[1] % GROUP)).view(d.shape[0], -1, GROUP).amax(2)
 
 
-def _store(p: Tensor, ignored: Tensor, d_logits: Tensor) -> None:
+def store_gradient(p: Tensor, ignored: Tensor, d_logits: Tensor) -> None:
+    """Copy the gradient `p` of a block to where it belongs, with zeros for ignored rows."""
     if not p.is_cpu or ignored.any():  # on a CPU looking is cheaper than a pass over all of p
         p.masked_fill_(ignored[:, None], 0.0)
     if p.data_ptr() != d_logits.data_ptr():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmfast.losses import plain
-from llmfast.losses.plain import _blocks, _logits, _through
+from llmfast.losses.plain import read_logits, row_blocks, through_softcap
 from llmfast_kernels.teaching import TAUGHT
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
@@ -38,8 +38,8 @@ def dense_cross_entropy(
     loss = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     peaks, totals = torch.empty_like(loss), torch.empty_like(loss)
     taught = loss.new_zeros((len(loss), TAUGHT))
-    for rows, space in _blocks(logits, loss.dtype):
-        x = _logits(logits[rows], terms, space)
+    for rows, space in row_blocks(logits, loss.dtype):
+        x = read_logits(logits[rows], terms, space)
         p = _weighed(targets, terms, rows, x)
         peak = x.amax(1)
         below = x - peak[:, None]
@@ -56,7 +56,7 @@ def dense_cross_entropy(
             for factor in (grad_scale, targets.token_weights):
                 if factor is not None:
                     d *= factor if factor.dim() == 0 else factor[rows, None]
-            _through(d, x, terms)
+            through_softcap(d, x, terms)
             d_logits[rows] = d
     if targets.token_weights is not None:
         loss *= targets.token_weights
@@ -77,11 +77,11 @@ def dense_cross_entropy_backward(
     logits, d_logits = logits[:, :V], d_logits[:, :V]
     up = upstream.loss if targets.token_weights is None else upstream.loss * targets.token_weights
     slope = softmax.taught[:, 2] / softmax.total
-    for rows, space in _blocks(logits, softmax.peak.dtype):
-        x = _logits(logits[rows], terms, space)
+    for rows, space in row_blocks(logits, softmax.peak.dtype):
+        x = read_logits(logits[rows], terms, space)
         d = (x - softmax.peak[rows, None]).exp_().mul_(slope[rows, None])
         d.sub_(_weighed(targets, terms, rows, x)).mul_(up[rows, None])
-        _through(d, x, terms)
+        through_softcap(d, x, terms)
         d_logits[rows] = d
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmfast.losses import plain
-from llmfast.losses.plain import _blocks, _logits, _store, _through
+from llmfast.losses.plain import read_logits, row_blocks, store_gradient, through_softcap
 from llmfast_kernels.teaching import TAUGHT, Divergence, TeacherRows
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
@@ -75,8 +75,8 @@ def distillation(
     up = grad_scale if targets.token_weights is None else targets.token_weights
     if grad_scale is not None and targets.token_weights is not None:
         up = targets.token_weights * grad_scale
-    for rows, space in _blocks(logits, wide):
-        x = _logits(logits[rows], terms, space)
+    for rows, space in row_blocks(logits, wide):
+        x = read_logits(logits[rows], terms, space)
         peak = x.amax(1)
         below = (x - peak[:, None]).div_(divergence.temperature)
         total = below.exp().sum(1)
@@ -98,8 +98,8 @@ def distillation(
                 hard.add_gradient(d, below, taught[rows, 3], divergence.hard_weight, rows)
             if up is not None:
                 d *= up if up.dim() == 0 else up[rows, None]
-            _through(d, x, terms)
-            _store(d, hard.ignored[rows], d_logits[rows])
+            through_softcap(d, x, terms)
+            store_gradient(d, hard.ignored[rows], d_logits[rows])
     if targets.token_weights is not None:
         loss *= targets.token_weights
     taught.masked_fill_(hard.ignored[:, None], 0.0)
@@ -122,8 +122,8 @@ def distillation_backward(
     logits, d_logits = logits[:, :V], d_logits[:, :V]
     hard = _Hard(targets, terms, logits.shape[1])
     up = upstream.loss if targets.token_weights is None else upstream.loss * targets.token_weights
-    for rows, space in _blocks(logits, softmax.peak.dtype):
-        x = _logits(logits[rows], terms, space)
+    for rows, space in row_blocks(logits, softmax.peak.dtype):
+        x = read_logits(logits[rows], terms, space)
         peak, taught = softmax.peak[rows], softmax.taught[rows]
         s = (x - peak[:, None]).div_(divergence.temperature).sub_(softmax.total[rows].log()[:, None])
         t = _said_again(teacher, s, rows, divergence, taught, terms.v_start)
@@ -132,8 +132,8 @@ def distillation_backward(
             below = torch.sub(x, peak[:, None], out=s)
             hard.add_gradient(d, below, taught[:, 3], divergence.hard_weight, rows)
         d *= up[rows, None]
-        _through(d, x, terms)
-        _store(d, hard.ignored[rows], d_logits[rows])
+        through_softcap(d, x, terms)
+        store_gradient(d, hard.ignored[rows], d_logits[rows])
 
 
 def _teachers_logits(teacher: TeacherRows, rows: slice, dtype: torch.dtype, V: int, temperature: float) -> Tensor:

@@ -193,7 +193,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
 def test_a_student_learns_from_files_what_torch_says_they_mean(tmp_path: Path) -> None:
     module = recipe("top_k_distillation")
     K, T, hard = module.K, module.TEMPERATURE, module.HARD
-    module.write(module.teacher(2), tmp_path, files=3, rows=4)
+    module.write(module.trained(2), tmp_path, files=3, rows=4)
 
     def plain(hidden: Tensor, weight: Tensor, top: Any, targets: Tensor) -> Tensor:
         """Take the K classes and all others as one, from all logits."""
@@ -215,7 +215,7 @@ def test_a_student_learns_from_files_what_torch_says_they_mean(tmp_path: Path) -
 
 def test_a_student_of_files_learns(tmp_path: Path) -> None:
     module = recipe("top_k_distillation")
-    module.write(module.teacher(12), tmp_path, files=4)
+    module.write(module.trained(12), tmp_path, files=4)
     losses = module.train(tmp_path, 16)
     assert losses[-1] < 0.8 * losses[0]
 
