@@ -31,7 +31,7 @@ class MetricsFile:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() and resume_at else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._path = path
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -39,14 +39,15 @@ class MetricsFile:
             self._events = SummaryWriter(str(path.parent / "events"), purge_step=resume_at + 1)
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
         if self._events is not None:
             for name, value in _scalars(values):
                 if name not in ("step", "tokens"):
                     self._events.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        self._file.close()
+        """Close the events; more may be written afterwards."""
         if self._events is not None:
             self._events.close()
 

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -229,7 +229,7 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         clock = time.perf_counter()
-        with self._stop_signals():
+        with self._stop_signals(), closing(self.metrics) if self.metrics is not None else nullcontext():
             with ProgressDisplay(self.console, t.steps, self.step, t.log_every) as self._display:
                 while self.step < t.steps and not self._must_stop():
                     for hook in self.hooks:

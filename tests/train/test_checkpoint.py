@@ -582,7 +582,8 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
             if trainer.step == 4:
                 assert trainer.metrics is not None and trainer.checkpoints is not None
                 trainer.checkpoints.wait()
-                trainer.metrics._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+                (tmp_path / "metrics.jsonl").unlink()
+                (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
 
     trainer, _ = trainer_of(settings(save_every=3), run=tmp_path, hooks=[Fill()])
     with pytest.raises(OSError, match=r"metrics.jsonl could not be written: .*No space left on device; the last") as e:
@@ -591,15 +592,20 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
-    class Remove(Hooks):
-        def before_step(self, trainer: Trainer) -> None:
-            if trainer.step == 1:
-                shutil.rmtree(tmp_path / "run")
-                (tmp_path / "run").write_text("a file")
+    def remove(then: Callable[..., Any]) -> Callable[..., Any]:
+        def first(*args: Any) -> Any:
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").write_text("a file")
+            return then(*args)
 
-    trainer, _ = trainer_of(settings(steps=2), run=tmp_path / "run", hooks=[Remove()])
-    with pytest.raises(OSError, match=r"checkpoint-00000002 cannot be written to .*run: .*; there is no earlier one"):
-        trainer.fit()
+        return first
+
+    for method, message in (("_log", "metrics.jsonl could not be"), ("save", "checkpoint-00000001 cannot be")):
+        trainer, _ = trainer_of(settings(steps=1), run=tmp_path / "run")
+        setattr(trainer, method, remove(getattr(trainer, method)))
+        with pytest.raises(OSError, match=rf"^{message} written.*{tmp_path / 'run'}.*; there is no earlier one$"):
+            trainer.fit()
+        (tmp_path / "run").unlink()
 
 
 # Parts, each by itself.

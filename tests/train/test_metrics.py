@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from llmfast.train.metrics import (
     say,
     weighted_mean,
 )
+from support.programs import settings, trainer_of
 
 
 @pytest.mark.parametrize("done", [0, 900])
@@ -228,6 +230,13 @@ def test_every_number_of_a_line_is_an_event(tmp_path: Path, monkeypatch: pytest.
         *(("loss", 2.5, 8), ("head_loss/0", 1.5, 8), ("head_loss/1", 2.0, 8)),
         *(("validation/a/b", 3.0, 8), ("spike", 1.0, 8)),
     ]
+
+
+def test_no_file_of_a_run_stays_open(tmp_path: Path) -> None:
+    trainer, _ = trainer_of(settings(steps=2, save_every=1), run=tmp_path)
+    trainer.fit()
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in opened if name.startswith(str(tmp_path))]
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])

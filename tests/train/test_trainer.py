@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -453,23 +454,24 @@ def test_next_to_nothing_is_spent_outside_of_model_and_optimizer(
 
         return wrapper
 
+    outside: list[float] = []
+
     class Whole(Hooks):
         def before_step(self, trainer: Trainer) -> None:
-            if trainer.step == 1:  # the first makes states
-                spent.clear()
-                self.start = time.process_time()
+            spent.clear()
+            self.start = time.process_time()
 
-        def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
-            self.seconds = time.process_time() - self.start
+        def after_step(self, trainer: Trainer) -> None:
+            assert len(spent) == 3
+            outside.append(1 - sum(spent) / (time.process_time() - self.start))
 
-    whole = Whole()
-    trainer.hooks.append(whole)
+    trainer.hooks.append(Whole())
     monkeypatch.setattr(trainer.module, "forward", timed(trainer.module.forward))
     monkeypatch.setattr(Tensor, "backward", timed(Tensor.backward))
     monkeypatch.setattr(trainer.optimizer, "step", timed(trainer.optimizer.step))
     trainer.fit()
-    assert len(spent) == 3 * 5
-    assert 1 - sum(spent) / whole.seconds < 0.03
+    # The median, because the garbage collector may run in one step, and this process has many objects.
+    assert statistics.median(outside) < 0.03
 
 
 @pytest.mark.parametrize(
