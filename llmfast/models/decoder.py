@@ -52,7 +52,8 @@ class DecoderConfig:
             expect(self.mtp_heads >= 1, f"mtp_heads must be at least 1 with mtp={self.mtp!r}; got {self.mtp_heads}")
         for name in ("vocab_size", "width", "layers", "heads"):
             expect(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
-        expect(self.width % (2 * self.heads) == 0, f"width must divide by 2 * heads; got {self.width}, {self.heads}")
+        twice = 2 * self.heads  # rotary embeddings turn pairs of a head's numbers
+        expect(self.width % twice == 0, f"width must be a multiple of 2 * heads, {twice}; got {self.width}")
         expect(self.ffn_width >= 0, f"ffn_width must not be negative; got {self.ffn_width}")
 
     @property

@@ -339,12 +339,16 @@ def decoder_config(config: Config, vocab_size: int) -> DecoderConfig:
     """Describe the decoder that these settings make.
 
     Raises:
-        ValueError: they make none.
+        ConfigError: they make none.
     """
     shape = dataclasses.asdict(config.model)
     folder = shape.pop("pretrained")
-    expect(not folder, f"model.pretrained must be '' for a decoder of the settings' shape; got {folder!r}")
-    return DecoderConfig(vocab_size, **shape)
+    if folder:
+        raise ConfigError(f"model.pretrained must be '' for a decoder of the settings' shape; got {folder!r}")
+    try:
+        return DecoderConfig(vocab_size, **shape)
+    except ValueError as e:
+        raise ConfigError(f"model: {e}") from e
 
 
 def expect_resumable(before: Config, after: Config, run: Path, found: str) -> None:
@@ -436,3 +440,5 @@ def _expect_consistent(config: Config) -> None:
         )
     except ValueError as e:
         raise ConfigError(str(e)) from e
+    if not m.pretrained:
+        decoder_config(config, config.data.vocab_size)

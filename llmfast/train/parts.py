@@ -114,10 +114,7 @@ def make_mixture(config: Config, data: Dataset) -> Mixture:
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Decoder:
     """Make the decoder, with random weights."""
-    try:
-        return Decoder(decoder_config(config, tokenizer.vocab_size))
-    except ValueError as e:
-        raise ConfigError(f"model: {e}") from e
+    return Decoder(decoder_config(config, tokenizer.vocab_size))
 
 
 def make_optimizer(config: Config, model: torch.nn.Module) -> FusedOptimizer:

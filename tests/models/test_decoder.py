@@ -73,7 +73,7 @@ def test_generates() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 30, "heads": 4}, "width must divide by 2"),
+        ({"width": 30, "heads": 4}, "width must be a multiple of 2"),
         ({"layers": 0}, "layers must be positive; got 0"),
         ({"ffn_width": -1}, "ffn_width must not be negative"),
     ],

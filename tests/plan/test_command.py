@@ -252,7 +252,7 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
             ["memory", "--train.epochs=2"],
             "train.epochs must be 0: a plan reads no text, so it needs train.steps; got 2.0",
         ),
-        (["memory", "--set", "model.heads=5"], "model: width must divide by 2 * heads"),
+        (["memory", "--set", "model.heads=5"], "model: width must be a multiple of 2"),
         (["memory", "--set", "data.tokenizer=nothing.json"], "nothing.json"),
         (["memory", "--set", "train.micro_batch_size=3"], "does not divide into micro-batches of 3 rows"),
         (["memory", "--config", "nothing.toml"], "cannot read nothing.toml"),

@@ -111,4 +111,5 @@ def expect_llmfast(arguments: list[str]) -> None:
             raise AssertionError(f"llmfast does not take {shlex.join(arguments)}") from e
         ((args,), _) = next(each.call_args for each in ran.values() if each.called)
     assert isinstance(args, argparse.Namespace)
-    load_config(None, getattr(args, "set", []))
+    file = getattr(args, "config", None)
+    load_config(ROOT / file if file and (ROOT / file).exists() else None, getattr(args, "set", []))

@@ -223,8 +223,13 @@ def test_what_is_wrong_with_the_text_is_of_the_settings(
     monkeypatch.setattr(parts, "prepare", mock.Mock(side_effect=error("no text")))
     with pytest.raises(ConfigError, match=r"^data: no text$"):
         parts.prepare_data(load_config(None, []), "bytes", print)
-    with pytest.raises(ConfigError, match=r"^model: "):
-        parts.make_model(load_config(None, ["model.width=32", "model.heads=3"]), mock.Mock(vocab_size=50))
+
+
+def test_a_shape_that_is_none_is_found_before_the_text_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"^model: width must be a multiple of 2 \* heads, 6; got 32$"):
+        load_config(None, ["model.width=32", "model.heads=3"])
+    with pytest.raises(ConfigError, match=r"^model: mtp_heads must be 0"):
+        load_config(None, ["model.mtp_heads=2"])
 
 
 def test_scaled_rates_reach_a_relative_decay() -> None:

@@ -338,7 +338,7 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
         (["--config=line\nbreak.toml"], "cannot read line break.toml"),
         (["--set=model.width=[" + "[" * 5000], "model.width must be int"),
         (["--set=data.sources=['src[/red]']"], "src[/red]"),
-        (["--set=model.heads=5"], "model: width must divide by 2 * heads"),
+        (["--set=model.heads=5"], "model: width must be a multiple of 2"),
         (["--set=data.sources=['/nowhere']"], "data: "),
         (["--set=data.seq_len=100000"], "data: "),
         (["--set=data.tokenizer=nothing.json"], "data: unknown tokenizer 'nothing.json'"),
