@@ -7,7 +7,11 @@ import torch
 
 from llmfast.optim import FusedAdamW, FusedLion
 
-RATES = {"lr": lambda lr, most: lr, "independent": lambda lr, most: 1.0, "relative": lambda lr, most: lr / most}
+RATES = {
+    "lr": lambda lr, most: lr,
+    "independent": lambda lr, most: float(lr != 0),
+    "relative": lambda lr, most: lr / most,
+}
 
 
 @pytest.mark.parametrize("kind", [FusedAdamW, FusedLion])
@@ -20,7 +24,7 @@ def test_a_step_without_a_gradient_shrinks_by_the_share(path: str, kind: Any, mo
     highest = [0.25, 0.5]
     assert [group.get("lr_max") for group in optimizer.param_groups] == (highest if mode == "relative" else [None] * 2)
     wanted = [2.0, 2.0]
-    for rates in ((0.25, 0.5), (0.125, 0.25), (0.375, 0.125)):
+    for rates in ((0.25, 0.5), (0.0, 0.25), (0.125, 0.0), (0.375, 0.125)):  # nothing moves where the rate is 0
         for i, (group, lr) in enumerate(zip(optimizer.param_groups, rates)):
             group["lr"], params[i].grad = lr, torch.zeros(3)
             wanted[i] *= 1 - (0.5, 0.125)[i] * RATES[mode](lr, highest[i])
