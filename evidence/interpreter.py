@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from evidence import libdevice, observers
+from evidence import interpreter_types, libdevice, observers
 from evidence.observers import Access, Array, Launch, dtype_name, lanes
 from evidence.rounding import bfloat16_to_float32, float32_to_bfloat16, float64_to_bfloat16, fma_float32
 
@@ -105,7 +105,10 @@ def _widened(handle: Any) -> Any:
 def _guard_bfloat16(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if not any(map(_is_bfloat16, args)):
+        for arg in args:  # a plain loop, because this runs at every operation
+            if _is_bfloat16(arg):
+                break
+        else:
             return method(*args, **kwargs)
         if not _emulate_bfloat16 or name in _NEVER_ON_BFLOAT16:
             operation = name.removeprefix("create_")
@@ -147,6 +150,7 @@ def install() -> None:
     _patch_memory(interpreter)
     _patch_arguments(interpreter)
     _patch_launch(interpreter)
+    interpreter_types.install(interpreter)
     libdevice.install(interpreter)
     interpreter._patched_by_llmfast = True
 

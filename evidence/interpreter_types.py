@@ -1,0 +1,170 @@
+"""Cheaper bookkeeping of types in Triton's interpreter, which takes longer than NumPy does for small tiles.
+
+Values and errors stay the same. What is replaced:
+
+* A block type and a tensor find their shape, number of elements and name in a table instead of computing them.
+* An operation of two tensors of one type, or of a tensor and a Python number, skips the search for a common type.
+* Integer arithmetic is checked for overflow only where the check can fail: at launches with `debug=True`.
+* A handle's type is compared with its array's by a table.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.language import core, semantic
+
+from evidence.observers import Array
+
+# Types that stay what they are in an operation of two tensors, whichever it is.
+_INTEGERS = frozenset(("int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
+_FLOATING = frozenset(("fp32", "fp64"))
+_KEPT = _INTEGERS | _FLOATING
+_WIDE = _FLOATING | {"int32", "int64"}  # take any number of 32 bits
+_MANY = 4096  # constants to remember
+
+
+def install(interpreter: Any) -> None:
+    """Patch Triton's classes; `evidence.interpreter` calls it once."""
+    _remember_block_types(core.block_type)
+    _remember_shapes(core.tensor)
+    _compare_sizes_by_table(interpreter.TensorHandle)
+    kind: Any = semantic.TritonSemantic
+    kind.binary_op_type_checking_impl = _common_type(kind.binary_op_type_checking_impl, interpreter)
+    kind.broadcast_impl_value = _broadcast(kind.broadcast_impl_value)
+    kind.cast = _cast(kind.cast)
+    kind.binary_op_sanitize_overflow_impl = _checked_for_overflow(kind.binary_op_sanitize_overflow_impl)
+
+
+def _remember_block_types(block_type: Any) -> None:
+    stock = block_type.__init__
+    known: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: tl.dtype, shape: Any) -> None:
+        sizes = tuple([s.value if type(s) is tl.constexpr else s for s in shape])
+        fields = known.get((element_ty.name, sizes))
+        if fields is None:
+            stock(self, element_ty, shape)
+            known[element_ty.name, sizes] = dict(vars(self))
+        else:
+            self.__dict__.update(fields)
+            self.element_ty = element_ty  # pointers to one type may lie in different spaces of memory
+
+    block_type.__init__ = init
+
+
+def _remember_shapes(tensor: Any) -> None:
+    stock = tensor.__init__
+    known: dict[Any, dict[str, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        fields = known.get(None if shape is None else tuple(shape.values))
+        if fields is None:
+            stock(self, handle, type)
+            fields = {name: value for name, value in vars(self).items() if name not in ("handle", "type", "dtype")}
+            known[None if shape is None else tuple(shape.values)] = fields
+        else:
+            self.__dict__.update(fields)
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    tensor.__init__ = init
+
+
+def _compare_sizes_by_table(handle: Any) -> None:
+    stock = handle.__post_init__
+    fits: set[tuple[str, int]] = set()
+
+    def check(self: Any) -> None:
+        key = (self.dtype.name, self.data.itemsize)
+        if key not in fits:
+            stock(self)
+            fits.add(key)
+
+    handle.__post_init__ = check
+
+
+def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
+    handle, numpy_dtype = interpreter.TensorHandle, interpreter._get_np_dtype
+    known: dict[tuple[str, Any], Array] = {}
+
+    def constant(value: Any, like: Any) -> Any:
+        array = known.get((like.type.name, value))
+        if array is None:
+            if len(known) >= _MANY:
+                known.clear()
+            shape = like.type.shape.values if like.type.is_block() else (1,)
+            array = np.full(shape, value if value != 0 else 0, dtype=numpy_dtype(like.dtype))  # -0.0 is 0, as in Triton
+            array.flags.writeable = False
+            known[like.type.name, value] = array
+        return tl.tensor(handle(array, like.dtype), like.type)
+
+    def takes(tensor: Any, value: Any) -> bool:
+        if type(value) is int:
+            return tensor.dtype.name in _WIDE and -(2**31) <= value < 2**31
+        return type(value) is float and tensor.dtype.name in _FLOATING
+
+    @functools.wraps(stock)
+    def check(
+        self: Any,
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        if type(lhs) is tl.tensor and type(rhs) is tl.tensor:
+            if lhs.type.name == rhs.type.name and lhs.dtype.name in _KEPT:
+                return lhs, rhs
+            if lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in _KEPT:
+                return self.broadcast_impl_value(lhs, rhs)
+            if allow_lhs_ptr and lhs.dtype.is_ptr() and rhs.dtype.name in _INTEGERS:
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic_check:
+            if type(lhs) is tl.tensor and takes(lhs, rhs):
+                return lhs, constant(rhs, lhs)
+            if type(rhs) is tl.tensor and takes(rhs, lhs):
+                return constant(lhs, rhs), rhs
+        return stock(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    return check
+
+
+def _broadcast(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def splat(self: Any, scalar: Any, like: Any) -> Any:
+        wanted = like.with_element_ty(scalar.type)
+        return tl.tensor(self.builder.create_splat(wanted, scalar.handle), wanted)
+
+    @functools.wraps(stock)
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+        a, b = lhs.type, rhs.type
+        if a.is_block():
+            if b.is_block():
+                if a.shape.values == b.shape.values:
+                    return lhs, rhs
+            elif b.name in _KEPT:
+                return lhs, splat(self, rhs, a)
+        elif b.is_block() and a.name in _KEPT:
+            return splat(self, lhs, b), rhs
+        return stock(self, lhs, rhs)
+
+    return broadcast
+
+
+def _cast(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def cast(self: Any, input: Any, dst_ty: tl.dtype, *rounding: Any, **named: Any) -> Any:
+        return input if input.dtype is dst_ty.scalar else stock(self, input, dst_ty, *rounding, **named)
+
+    return cast
+
+
+def _checked_for_overflow(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def check(self: Any, *operation: Any) -> None:
+        if self.builder.options.debug:  # without it, the assertion at the end of the check does nothing
+            stock(self, *operation)
+
+    return check
