@@ -87,18 +87,19 @@ def _compare_sizes_by_table(handle: Any) -> None:
 
 
 def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    handle, numpy_dtype = interpreter.TensorHandle, interpreter._get_np_dtype
+    handle = interpreter.TensorHandle
     known: dict[tuple[str, Any], Array] = {}
 
-    def constant(value: Any, like: Any) -> Any:
-        array = known.get((like.type.name, value))
+    def constant(self: Any, value: Any, like: Any) -> Any:
+        key = (like.type.name, value or str(value))  # 0.0 and -0.0 are equal, and not the same
+        array = known.get(key)
         if array is None:
             if len(known) >= _MANY:
                 known.clear()
-            shape = like.type.shape.values if like.type.is_block() else (1,)
-            array = np.full(shape, value if value != 0 else 0, dtype=numpy_dtype(like.dtype))  # -0.0 is 0, as in Triton
+            array = self.scalar_constant(value, like.dtype).handle.data
+            array = np.full(like.type.shape.values if like.type.is_block() else (1,), array)
             array.flags.writeable = False
-            known[like.type.name, value] = array
+            known[key] = array
         return tl.tensor(handle(array, like.dtype), like.type)
 
     def takes(tensor: Any, value: Any) -> bool:
@@ -125,9 +126,9 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
                 return self.broadcast_impl_value(lhs, rhs)
         elif arithmetic_check:
             if type(lhs) is tl.tensor and takes(lhs, rhs):
-                return lhs, constant(rhs, lhs)
+                return lhs, constant(self, rhs, lhs)
             if type(rhs) is tl.tensor and takes(rhs, lhs):
-                return constant(lhs, rhs), rhs
+                return constant(self, lhs, rhs), rhs
         return stock(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     return check
