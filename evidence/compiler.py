@@ -43,19 +43,23 @@ class Compiled(NamedTuple):
 
 
 def compile_launches(kinds: Sequence[Specialization], targets: Sequence[str] = TARGETS) -> list[Compiled]:
-    """Compile every kind of launch for every target, in two worker processes.
+    """Compile every kind of launch for every target; see `compile_jobs`."""
+    return compile_jobs([(kind, target) for target in targets for kind in kinds])
+
+
+def compile_jobs(jobs: Sequence[tuple[Specialization, str]]) -> list[Compiled]:
+    """Compile each kind of launch for its target, in two worker processes.
 
     Raises:
         RuntimeError: A launch did not compile; the message includes the compiler's.
     """
-    jobs = [(kind, target) for target in targets for kind in kinds]
     with ThreadPoolExecutor(max_workers=2) as pool:
         halves = pool.map(_run_worker, [jobs[0::2], jobs[1::2]])
     found = {(kind.key, target): facts for half in halves for kind, target, facts in half}
     return [Compiled(kind, target, found[kind.key, target]) for kind, target in jobs]
 
 
-def _run_worker(jobs: list[tuple[Specialization, str]]) -> list[Compiled]:
+def _run_worker(jobs: Sequence[tuple[Specialization, str]]) -> list[Compiled]:
     if not jobs:
         return []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

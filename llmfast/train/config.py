@@ -440,5 +440,3 @@ def _expect_consistent(config: Config) -> None:
         )
     except ValueError as e:
         raise ConfigError(str(e)) from e
-    if not m.pretrained:
-        decoder_config(config, config.data.vocab_size)

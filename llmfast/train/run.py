@@ -20,7 +20,7 @@ from llmfast.data import BestFitRows, Dataset, Mixed
 from llmfast.models import Decoder
 from llmfast.models.cost import step_flops
 from llmfast.train.checkpoint import load_weights
-from llmfast.train.config import Config, dump_config, expect_resumable
+from llmfast.train.config import Config, decoder_config, dump_config, expect_resumable
 from llmfast.train.durable import write_whole
 from llmfast.train.earlier import (
     digest,
@@ -84,8 +84,10 @@ def train(
         saved = saved_settings(run)
         config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
         expect_resumable(saved, config, run, str(run))
-    micro_batch_size(config, world)  # or raise, as the next two
+    micro_batch_size(config, world)  # or raise, as all up to the seed
     shard_count(config, world.size)
+    if not config.model.pretrained:
+        decoder_config(config, config.data.vocab_size)
     config.optimizer.make([torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))])
     if t.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard needs tensorboard: pip install tensorboard")

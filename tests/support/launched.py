@@ -2,24 +2,31 @@
 
 Nobody keeps a list of launches. The recorder hears of every one in the interpreter, in all of xdist's workers; each
 kernel on each target is then reported like a test. pytest finds the functions here through `tests/conftest.py`.
+
+Tests that were chosen, as in `make test ARGS=tests/losses`, have all their launches compiled for all GPUs. The whole
+suite launches hundreds of kinds, which differ in few ways: `covering` picks those that are compiled then.
 """
 
 import dataclasses
+import json
 import pkgutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 import llmfast_kernels
-from evidence.compiler import TARGETS, Compiled, compile_launches
+from evidence.compiler import TARGETS, Compiled, compile_jobs
 from evidence.launches import Recorder, Specialization
 from evidence.observers import Launch, Run, observing
 from support.budgets import violations
 from support.devices import CHOICES
+
+CLOSELY = ("sm_90", "gfx942")  # of the targets: one of each vendor, for which any two properties meet
 
 
 class PausingRecorder(Recorder):
@@ -83,12 +90,43 @@ def check(session: pytest.Session) -> None:
         missing = sorted(all_kernels() - launched)
         report(session, "every kernel is launched by a test", [f"{kernel} is not" for kernel in missing])
     start = time.perf_counter()
-    compiled = compile_launches(kinds)
+    compiled = compile_jobs([(kind, target) for target in TARGETS for kind in chosen(kinds, target, session)])
     seconds = time.perf_counter() - start
     for target in TARGETS:
         for name in sorted({kind.name for kind in kinds}):
             mine = [c for c in compiled if (c.target, c.kind.name) == (target, name)]
             report(session, f"{target}-{name}", failures(mine), seconds * len(mine) / len(compiled))
+
+
+def chosen(kinds: Sequence[Specialization], target: str, session: pytest.Session) -> list[Specialization]:
+    """Return the kinds to compile for a target."""
+    return covering(kinds, together=2 if target in CLOSELY else 1) if is_whole_suite(session) else list(kinds)
+
+
+def covering(kinds: Sequence[Specialization], together: int) -> list[Specialization]:
+    """Choose kinds of each kernel greedily, until any `together` properties that one of them has are in one chosen.
+
+    A property is the value of one argument, of one member of a record or of one option.
+    """
+    picked: list[Specialization] = []
+    for kernel in sorted({kind.kernel for kind in kinds}):
+        mine = sorted((kind for kind in kinds if kind.kernel == kernel), key=lambda kind: kind.key)
+        sets = [set(combinations(sorted(properties(kind)), together)) for kind in mine]
+        missing = set().union(*sets)
+        found: list[Specialization] = []
+        while missing or not found:
+            best = max(range(len(mine)), key=lambda i: len(sets[i] & missing))
+            found.append(mine[best])
+            missing -= sets[best]
+        picked += found
+    return picked
+
+
+def properties(kind: Specialization) -> Iterator[str]:
+    for name, value in (kind.arguments | kind.options).items():
+        members = value["record"] if isinstance(value, dict) and "record" in value else {"": value}
+        for member, is_this in members.items():
+            yield f"{name}.{member}={json.dumps(is_this, sort_keys=True)}"
 
 
 def failures(compiled: list[Compiled]) -> list[str]:

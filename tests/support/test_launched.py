@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -54,10 +55,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def check(monkeypatch: pytest.MonkeyPatch, facts: KernelFacts, *, whole: bool = False) -> dict[str, pytest.TestReport]:
-    def compiled(kinds: list[Specialization]) -> list[Compiled]:
-        return [Compiled(kind, target, facts) for target in launched.TARGETS for kind in kinds]
+    def compiled(jobs: list[tuple[Specialization, str]]) -> list[Compiled]:
+        return [Compiled(kind, target, facts) for kind, target in jobs]
 
-    monkeypatch.setattr(launched, "compile_launches", compiled)
+    monkeypatch.setattr(launched, "compile_jobs", compiled)
     session: Any = Session(whole=whole)
     launched.check(session)
     assert session.testscollected == len(session.reports)
@@ -114,6 +115,35 @@ def test_it_needs_no_plugin_that_can_be_turned_off(tmp_path: Path) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
     )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def kinds_of(*each: dict[str, Any]) -> list[Specialization]:
+    return [replace(KIND, arguments={name: {"constant": value} for name, value in one.items()}) for one in each]
+
+
+def test_any_two_properties_meet_in_a_kind_that_is_compiled() -> None:
+    kinds = kinds_of(*({"a": a, "b": b, "c": c} for a in range(3) for b in range(3) for c in range(3)))
+    for together, fewest in ((1, 3), (2, 9), (3, 27)):
+        picked = launched.covering(kinds, together)
+        assert fewest <= len(picked) <= fewest + 3 and picked == launched.covering(kinds[::-1], together)
+        for values in product(range(3), repeat=together):
+            for names in combinations("abc", together):
+                wanted = {name: {"constant": value} for name, value in zip(names, values)}
+                assert any(wanted.items() <= kind.arguments.items() for kind in picked)
+
+
+def test_members_of_records_are_properties_and_no_kernel_is_left_out() -> None:
+    records = [{"record": {"x": x, "y": y}, "name": "R"} for x in (1, None) for y in (1, None)]
+    kinds = [replace(KIND, arguments={"r": record}) for record in records]
+    assert len(launched.covering(kinds, 1)) == 2 and len(launched.covering(kinds, 2)) == 4
+    assert launched.covering([KIND], 2) == [KIND]  # it has one property alone
+
+
+def test_what_is_compiled_for_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = kinds_of(*({"a": a, "b": b} for a in range(3) for b in range(3)))
+    whole, part = (cast(Any, Session(whole=whole)) for whole in (True, False))
+    assert [len(launched.chosen(kinds, target, whole)) for target in launched.TARGETS] == [3, 9, 3, 9, 3]
+    assert all(launched.chosen(kinds, target, part) == kinds for target in launched.TARGETS)
 
 
 @pytest.mark.parametrize("name", ["keyword", "markexpr", "deselect", "lf", None])

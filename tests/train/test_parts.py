@@ -225,13 +225,6 @@ def test_what_is_wrong_with_the_text_is_of_the_settings(
         parts.prepare_data(load_config(None, []), "bytes", print)
 
 
-def test_a_shape_that_is_none_is_found_before_the_text_is_read() -> None:
-    with pytest.raises(ConfigError, match=r"^model: width must be a multiple of 2 \* heads, 6; got 32$"):
-        load_config(None, ["model.width=32", "model.heads=3"])
-    with pytest.raises(ConfigError, match=r"^model: mtp_heads must be 0"):
-        load_config(None, ["model.mtp_heads=2"])
-
-
 def test_scaled_rates_reach_a_relative_decay() -> None:
     more = ["optimizer.decay=relative", "optimizer.lr_scaling=sqrt", "optimizer.base_batch_size=2"]
     config = load_config(None, [*more, "train.batch_size=8", "optimizer.lr=0.01"])

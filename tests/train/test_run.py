@@ -362,6 +362,15 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_shape_that_is_none_is_found_before_the_text_is_read(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmfast.train.run.prepare_data", None)
+    for setting in ("model.heads=5", "model.mtp=parallel", "model.mtp_heads=2"):
+        assert cli(settings, f"--set={setting}") == 2
+        assert capsys.readouterr().err.startswith("llmfast: error: model: ")
+
+
 def test_a_port_in_use_is_one_line(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
