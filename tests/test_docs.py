@@ -2,22 +2,29 @@
 
 import ast
 import doctest
+import gzip
 import importlib
 import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
+from llmfast.data.sources import text_files
+from llmfast.losses import CrossEntropyLoss, linear_cross_entropy, linear_logprobs
 from llmfast.optim import FusedAdamW
-from llmfast.train.config import SCHEMA
+from llmfast.train.config import SCHEMA, load_config
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
 
 DOCS = ROOT / "docs"
@@ -63,6 +70,22 @@ def test_commands_exist() -> None:
         expect_command(words)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("llmfast train --resume --train.steps 3000", "refuses train --resume"),
+        ("python -m llmfast.cli train --resume --name x --config run.toml", "refuses train --resume"),
+        ("torchrun --nproc-per-node 8 -m llmfast.cli train --resume", "refuses train --resume"),
+        ("llmfast train --resume --overwrite --name x", "does not take train --resume"),
+        ("llmfast doctor --tune", "refuses doctor --tune"),
+        ("llmfast doctor --full --sections losess", "refuses doctor --full"),
+    ],
+)
+def test_commands_that_the_library_refuses_are_found(command: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        expect_command(command.split())
+
+
 def test_all_code_is_looked_at() -> None:
     for page in PAGES:
         text = text_of(page)
@@ -86,6 +109,87 @@ def test_docstrings_run(source: Path) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+# What is an error.
+
+
+def probabilities(**options: Any) -> None:
+    hidden, weight = torch.ones(2, 4), torch.ones(6, 4)
+    linear_cross_entropy(hidden, weight, torch.rand(2, 6, requires_grad=options.pop("learned", False)), **options)
+
+
+def log_probabilities(**options: Any) -> None:
+    linear_logprobs(torch.ones(2, 4), torch.ones(6, 4), torch.tensor([0, 5]), **options)
+
+
+def class_indices(targets: Tensor) -> None:
+    CrossEntropyLoss()(torch.ones(2, 6), targets)
+
+
+def a_group(**options: Any) -> None:
+    FusedAdamW([{"params": [torch.nn.Parameter(torch.ones(2))], **options}])
+
+
+def a_file(name: str, content: bytes) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder, name).write_bytes(content)
+        list(text_files(folder))
+
+
+def settings(*given: str) -> None:
+    load_config(None, list(given))
+
+
+def is_refused(call: Callable[[], None]) -> bool:
+    try:
+        call()
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+SENTENCE = r"[A-Z](?:[^.`]|`[^`]*`|\.(?=\S))*\b(?:is|are) (?:an error|errors)\b(?:[^.`]|`[^`]*`|\.(?=\S))*\."
+# Each sentence that calls something an error, with what it speaks of.
+ERRORS: dict[str, list[Callable[[], None]]] = {
+    "A damaged or truncated file is an error, and so is a Latin-1 or UTF-16 file; the message has the command that "
+    "converts it.": [
+        partial(a_file, "a.jsonl.gz", gzip.compress(b'{"text": "hello"}')[:-6]),
+        *(partial(a_file, "a.txt", "Grüße".encode(encoding)) for encoding in ("latin-1", "utf-16")),
+    ],
+    "Options that are about class indices are errors: `shift`, `document_ids`, `target_weights`, an `ignore_index` "
+    "that is not negative, `return_stats`, `grad_filter` and `process_group`.": [
+        *(partial(probabilities, **{name: 1}) for name in ("shift", "ignore_index", "return_stats", "grad_filter")),
+        *(partial(probabilities, **{name: torch.ones(2)}) for name in ("document_ids", "target_weights")),
+        partial(probabilities, process_group=mock.Mock()),
+    ],
+    "Probabilities that require a gradient are an error too, as only the other inputs get one.": [
+        partial(probabilities, learned=True)
+    ],
+    "Options that say what a loss is, such as `label_smoothing`, are errors.": [
+        partial(log_probabilities, **{name: 0.1})
+        for name in ("label_smoothing", "z_loss", "class_weights", "reduction")
+    ],
+    "As in torch, integers in the logits' shape (such as one-hot targets) are an error.": [
+        partial(class_indices, torch.eye(2, 6).long())
+    ],
+    "A target out of range is an error on a CPU.": [partial(class_indices, torch.tensor([0, t])) for t in (6, -1)],
+    "All other arguments that torch does not have apply to all groups; setting one in a group is an error, and so is a "
+    "misspelled option.": [partial(a_group, seed=3), partial(a_group, max_grad_nrom=0.1)],
+    "A setting that the chosen optimizer does not have is an error.": [
+        partial(settings, "optimizer.name=lion", "optimizer.nesterov=true")
+    ],
+    "A name that does not exist is an error that suggests the closest one.": [partial(settings, "train.stpes=3")],
+}
+
+
+def test_what_pages_call_an_error_is_one() -> None:
+    prose = (re.sub(r"^```.*?^```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE) for page in PAGES)
+    found = {sentence for text in prose for sentence in re.findall(SENTENCE, " ".join(text.split()))}
+    assert found == set(ERRORS)
+    for sentence, examples in ERRORS.items():
+        for example in examples:
+            assert is_refused(example), f"{sentence} {example} is none"
 
 
 # Names.

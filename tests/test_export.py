@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file
 
 from llmfast.cli import main
+from llmfast.models.decoder import MTP
 from support.runs import write_run
 
 
@@ -44,6 +46,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("llmfast: error: ") and message in err
     assert {p.name for p in tmp_path.iterdir()} == {"run", "full"} and (full / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize("mtp", sorted({*get_args(MTP)} - {"sequential"}))
+def test_only_sequential_heads_have_depths(mtp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", f"model.mtp={mtp}", f"model.mtp_heads={0 if mtp == 'none' else 2}")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "to"), "--depths"]) == 2
+    message = capsys.readouterr().err
+    assert f"--depths needs a model with mtp='sequential'; that of {tmp_path}/run has '{mtp}'" in message
+    assert not (tmp_path / "to").exists()
 
 
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

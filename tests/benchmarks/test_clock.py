@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import test_kernels, test_losses
 from benchmarks.clock import peak_bytes
@@ -37,6 +38,22 @@ def test_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.M
     moved: list[int] = []
     monkeypatch.setattr(clock, "kernel_seconds", kernel_seconds)
     assert clock.copy_bandwidth(1 << 20) == moved[0] / 0.5 == 1 << 21
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_counts_a_multiplication_and_an_addition_per_term(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel_seconds(run: clock.Run) -> float:
+        with FlopCounterMode(display=False) as counter:
+            product = run()
+        assert isinstance(product, torch.Tensor) and product.shape == (24, 24) and product.dtype == dtype
+        flops.append(counter.get_total_flops())
+        return 0.5
+
+    flops: list[int] = []
+    monkeypatch.setattr(clock, "kernel_seconds", kernel_seconds)
+    assert clock.product_rate(24, dtype) == flops[0] / 0.5 == 4 * 24**3
 
 
 def test_time_and_memory() -> None:

@@ -7,7 +7,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfast.data import BPETokenizer, pack
+from llmfast.data.split import Split
 from llmfast.data.token_files import MEGATRON_DTYPES, TokenFile, open_token_file, read_ds, read_megatron, write_ds
 
 FILES = Path(__file__).parent / "files"
@@ -494,6 +495,20 @@ def test_split_at_the_end_loses_no_document_and_adds_none(length: int, tmp_path:
     else:
         assert [*train[:-1], train[-1] + validation[0], *validation[1:]] == written
         assert len(train) == 20 and len(validation[0]) == 1000
+
+
+@pytest.mark.parametrize("held_out", [0.1, 0.3, 0.5])
+def test_parts_have_ends_like_files_of_their_own(held_out: float, tmp_path: Path) -> None:
+    """The second part, which begins within a file, is cut where a file of only its tokens is."""
+    write_ds(tmp_path / "x.ds", [np.full(700, i) for i in range(20)], vocab_size=VOCAB, eot_id=EOT)
+    for part in read_ds(tmp_path / "x.ds", vocab_size=VOCAB).split(0.6, "end"):
+        path = tmp_path / "alone.ds"
+        part.tokens.tofile(path)
+        np.asarray(part.document_ends - part.start, np.uint64).tofile(path.with_name("alone.ds.index"))
+        alone = read_ds(path, vocab_size=VOCAB)
+        for how in get_args(Split):
+            found, expected = ([*map(documents_of, file.split(held_out, how))] for file in (part, alone))
+            assert found == expected
 
 
 def test_the_smallest_file_that_has_an_end(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.models.decoder import MTP
 from llmfast.mtp import load_deepseek, save_deepseek
 
 
@@ -80,9 +81,14 @@ def test_the_names_are_deepseeks(tmp_path: Path) -> None:
     assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], tensors["lm_head.weight"])
 
 
+@pytest.mark.parametrize("mtp", sorted({*get_args(MTP)} - {"sequential", "none"}))
+def test_other_kinds_of_heads_are_refused_before_anything_is_written(mtp: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"model must have mtp='sequential' or 'none'; got '{mtp}'"):
+        save_deepseek(decoder(mtp=mtp), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model must have mtp='sequential' or 'none'; got 'parallel'"):
-        save_deepseek(decoder(mtp="parallel"), tmp_path)
     save_deepseek(decoder(), tmp_path)
     file = str(tmp_path / "model.safetensors")
     tensors = load_file(file)

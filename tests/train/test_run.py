@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, how they go on, and what they refuse."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,8 +20,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from llmfast._units import short
 from llmfast.cli import main
-from llmfast.data import Mixture, pack
+from llmfast.data import Mixed, Mixture, pack
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim.scaling import optimal_lr
 from llmfast.train import finish as finishing
@@ -28,8 +30,9 @@ from llmfast.train import parts
 from llmfast.train.config import load_config
 from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
-from llmfast.train.parts import doubts
-from llmfast.train.run import _memory_in_words, train
+from llmfast.train.parallel import World
+from llmfast.train.parts import doubts, make_mixture, prepare_data
+from llmfast.train.run import _memory_in_words, _print_plan, train
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.checkpoints import signed
@@ -514,6 +517,21 @@ def test_a_dry_run_on_several_gpus_says_what_it_knows() -> None:
     assert _memory_in_words(config, model, 2) == "what train.vocab_parallel takes on several GPUs is not modelled; "
     config.train.vocab_parallel = False
     assert re.fullmatch(r"about [\d.]+ MiB on each GPU, by `llmfast plan memory`; ", _memory_in_words(config, model, 2))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_plan_counts_the_tokens_of_all_ranks_once(ranks: int, settings: list[str]) -> None:
+    config = load_config(None, [*settings, "train.batch_size=4"])
+    data = prepare_data(config, "bytes", lambda line: None)
+    written = io.StringIO()
+    console = Console(file=written, width=200)
+    world, order = World(torch.device("cpu"), size=ranks), Mixed(data, make_mixture(config, data))
+    _print_plan(config, data, order, torch.nn.Linear(10, 5), "cpu", world, console)
+    told = written.getvalue()
+    assert "8 steps of 128 tokens" in told and told.startswith("55 parameters on cpu")
+    assert (f"on cpu, {ranks} ranks, ddp;" in told) == (ranks > 1)
+    rows = sum(map(len, data.train.values()))
+    assert f"; {short(rows * 32)} training tokens, vocabulary of {data.tokenizer.vocab_size};" in told
 
 
 def test_a_rate_for_models_trained_from_scratch_is_told_of() -> None:
