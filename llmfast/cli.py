@@ -14,6 +14,7 @@ from llmfast._commands import CommandParser, fail
 from llmfast.ahead import add_arguments as add_compile_arguments
 from llmfast.ahead import run as run_compile
 from llmfast.checkup.command import add_arguments as add_checkup_arguments
+from llmfast.checkup.command import asked as checkup_asked
 from llmfast.checkup.command import run as run_checkup
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
@@ -196,7 +197,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.full or args.tune or args.compare:
+    if checkup_asked(args):
         return run_checkup(args)
     from llmfast.doctor import report
 

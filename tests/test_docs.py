@@ -174,8 +174,8 @@ ERRORS: dict[str, list[Callable[[], None]]] = {
         partial(class_indices, torch.eye(2, 6).long())
     ],
     "A target out of range is an error on a CPU.": [partial(class_indices, torch.tensor([0, t])) for t in (6, -1)],
-    "All other arguments that torch does not have apply to all groups; setting one in a group is an error, and so is a "
-    "misspelled option.": [partial(a_group, seed=3), partial(a_group, max_grad_nrom=0.1)],
+    "All other arguments that torch does not have apply to all groups; setting one in a group is an error, and so is "
+    "misspelling one.": [partial(a_group, seed=3), partial(a_group, max_grad_nrom=0.1)],
     "A setting that the chosen optimizer does not have is an error.": [
         partial(settings, "optimizer.name=lion", "optimizer.nesterov=true")
     ],

@@ -13,12 +13,15 @@ from llmfast.checkup.page import check, comparison, page, verdict
 from llmfast.checkup.runner import CheckUp, write_json
 from llmfast.checkup.sections import SECTIONS, TUNING, named
 
+MINUTES = 8.0
+PARTS = ("minutes", "sections", "tune", "json", "markdown")  # the options that mean nothing without --full
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `doctor` takes for a check-up."""
     names = ", ".join(section.name for section in SECTIONS)
     parser.add_argument("--full", action="store_true", help="check everything on a GPU, within a few minutes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="what --full may take (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help=f"what --full may take (default: {MINUTES:g})")
     parser.add_argument("--sections", nargs="+", metavar="SECTION", help=f"only these parts of --full: {names}")
     parser.add_argument(
         "--tune", action="store_true", help="with --full: also time every kernel with each of its tiles"
@@ -30,8 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def asked(args: argparse.Namespace) -> bool:
+    """Return whether the command line asks for a check-up, or for a part of one."""
+    return bool(args.full or args.compare or _given(args))
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    return [f"--{name}" for name in PARTS if getattr(args, name) not in (None, False)]
+
+
 def run(args: argparse.Namespace) -> int:
     """Run a check-up, or compare two; return the exit code: 1 if something is wrong."""
+    if args.compare and args.full:
+        return fail("--compare and --full exclude each other")
+    if not args.full and (given := _given(args)):
+        return fail(f"{given[0]} needs --full, of which it is a part")
     if args.compare:
         try:
             first, second = (check(json.loads(path.read_text(encoding="utf-8"))) for path in args.compare)
@@ -39,10 +55,9 @@ def run(args: argparse.Namespace) -> int:
             return fail(f"--compare: {e}")
         print(comparison(first, second), end="")
         return 0
-    if args.tune and not args.full:
-        return fail("--tune needs --full, of which it is a part")
-    if not args.minutes > 0:
-        return fail(f"--minutes must be above 0; got {args.minutes}")
+    minutes = MINUTES if args.minutes is None else args.minutes
+    if not minutes > 0:
+        return fail(f"--minutes must be above 0; got {minutes}")
     try:
         sections = SECTIONS if args.sections is None else tuple(named(name) for name in args.sections)
     except ValueError as e:
@@ -62,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             args.markdown.write_text(page(results), encoding="utf-8")
 
     try:
-        results = CheckUp(args.minutes, sections=sections).run(write)
+        results = CheckUp(minutes, sections=sections).run(write)
     except KeyboardInterrupt:
         print("llmfast: interrupted; what was finished is written", file=sys.stderr)
         return 130

@@ -95,9 +95,18 @@ def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys
     assert says in capsys.readouterr().err
 
 
-def test_tune_is_part_of_full(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--tune"]) == 2
-    assert "--tune needs --full" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments", [["--tune"], ["--minutes", "8"], ["--sections", "here"], ["--json", "a"], ["--markdown", "a"]]
+)
+@pytest.mark.parametrize("others", [[], ["--compare", "a", "b"]])
+def test_parts_of_full_need_it(arguments: list[str], others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *arguments, *others]) == 2
+    assert capsys.readouterr().err == f"llmfast: error: {arguments[0]} needs --full, of which it is a part\n"
+
+
+def test_two_results_are_compared_without_a_third(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--full", "--compare", "a", "b"]) == 2
+    assert "--compare and --full exclude each other" in capsys.readouterr().err
 
 
 def test_from_the_command_line_to_the_files(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from llmfast import cli
-from llmfast.train.config import load_config
+from llmfast.train.config import decoder_config, load_config
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```([\w-]*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -121,7 +121,9 @@ def expect_llmfast(arguments: list[str]) -> None:
         ((args,), _) = next(each.call_args for each in ran.values() if each.called)
     assert isinstance(args, argparse.Namespace)
     file = getattr(args, "config", None)
-    load_config(ROOT / file if file and (ROOT / file).exists() else None, getattr(args, "set", []))
+    config = load_config(ROOT / file if file and (ROOT / file).exists() else None, getattr(args, "set", []))
+    if not config.model.pretrained:
+        decoder_config(config, config.data.vocab_size)
     with ExitStack() as stack:  # options can be right and yet not go together: only the work is left out
         for place, answer in WORK.items():
             stack.enter_context(mock.patch(place, answer))
