@@ -17,7 +17,7 @@ STAMP := $(VENV)/.ready-$(shell pwd -P | cksum | cut -d ' ' -f 1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train continued chapter check test test-gpu test-integrations lint format docs fuzz bench bench-mtp clean help
+.PHONY: train continued chapter check test test-gpu test-integrations lint format docs fuzz faults bench bench-mtp clean help
 
 train: $(STAMP)-train ## train the demo model, or another with ARGS: make train ARGS="--set train.steps=200"
 	$(BIN)/llmfast train $(ARGS)
@@ -55,6 +55,9 @@ docs: $(STAMP)-train,docs ## build the documentation into site/; fails for a bro
 
 fuzz: $(STAMP)-train,test ## test the command line with invalid input for ten minutes: make fuzz ARGS="--seed 7 --minutes 1"
 	$(PY) -m tools.fuzz --minutes 10 $(ARGS)
+
+faults: $(STAMP)-train,test ## plant known faults one at a time and see that a test notices each: make faults ARGS="--area optim"
+	$(PY) -m tools.faults $(ARGS)
 
 bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
