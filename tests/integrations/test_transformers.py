@@ -239,6 +239,9 @@ def test_what_is_done_with_logits_in_eval_mode(make: Make) -> None:
     assert torch.equal(made["logits"] + 1, theirs + 1) and torch.equal(1 + ours, 1 + theirs)
     assert torch.equal(ours[:, -1, 5:], theirs[:, -1, 5:]) and torch.equal(ours.argmax(-1), theirs.argmax(-1))
     assert torch.equal(torch.softmax(ours, -1), theirs.softmax(-1)) and torch.equal(torch.cat([ours, ours])[:2], theirs)
+    assert torch.equal(torch.softmax(input=ours, dim=-1), theirs.softmax(-1))
+    assert torch.equal(torch.cat(tensors=[theirs, ours]), torch.cat([theirs, theirs]))
+    assert torch.equal(torch.add(theirs, other=ours), 2 * theirs)
     assert (np.asarray(ours.detach().cpu()) == theirs.detach().numpy()).all() and len(ours) == 2
     assert torch.equal(pickle.loads(pickle.dumps(ours.detach())), theirs) and repr(ours) == repr(theirs)
     with pytest.raises(RuntimeError, match="Boolean value of Tensor with more than one value is ambiguous"):

@@ -134,6 +134,27 @@ def test_everything_at_once_matches_float64(path: str, **case: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("teacher", ["states", "top K in a bucket"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("mode", ["chunk", "two-stage", "recompute"])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+@unrecorded()
+def test_weighted_tokens(path: str, dtype: torch.dtype, mode: str, reduction: str, teacher: str) -> None:
+    """Gradients are divided by the sum of the weights early or late, and multiplied by each token's."""
+    inputs, said = [torch.randn(9, D), torch.randn(300, D)], draw_teacher(teacher, (9,), 300, 5, dtype)
+    targets = torch.randint(0, 300, (9,)).index_fill(0, torch.tensor([4]), -100)
+    options = {"token_weights": torch.rand(9) + 0.5, "hard_weight": 0.5, "temperature": 1.6, "reduction": reduction}
+
+    def run(function: Any, t: torch.dtype) -> list[Tensor]:
+        own = [x.to(dtype).to(t) for x in inputs]
+        return outcome(function, own, torch.tensor(0.7), in_dtype(said, t), targets, **options)
+
+    with forced(mode):
+        ours = run(linear_distillation, dtype)
+    theirs, truth = (run(reference.linear_distillation, t) for t in (dtype, F64))
+    compare(ours, theirs, truth, torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(("mode", "rows"), [("chunk", 2), ("recompute", 3)])
 @pytest.mark.parametrize(("teacher", "dtype"), [("states", BF16), ("states", F32), ("probabilities", F32)])
 @pytest.mark.parametrize("hard", [False, True])
@@ -295,6 +316,27 @@ def test_ignored_tokens_add_nothing(path: str, reduction: str, teacher: str, ups
         got = outcome(linear_distillation, [h, w], torch.tensor(upstream), said, y, **options)
         want = [torch.zeros_like(t) for t in want]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+@pytest.mark.parametrize("ignore_index", [0, 8, 299, -1, 300])
+def test_ids_to_ignore_may_be_a_class(path: str, ignore_index: int, tail: Any) -> None:
+    h, w, values = torch.randn(4, D), torch.randn(300, D), torch.rand(4, 3).log_softmax(-1) - 0.5
+    ids = torch.tensor([[7, ignore_index, 2], [ignore_index, 5, ignore_index], [1, 2, 3], [4, 298, ignore_index]])
+    targets = torch.tensor([9, ignore_index, 40, 298])
+    found, want = (
+        outcome(
+            f,
+            [h, w],
+            torch.ones(()),
+            TeacherTopK(ids.masked_fill(ids == ignore_index, none), values, tail),
+            targets.masked_fill(targets == ignore_index, none),
+            ignore_index=none,
+            hard_weight=0.5,
+        )
+        for f, none in ((linear_distillation, ignore_index), (reference.linear_distillation, -100))
+    )
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

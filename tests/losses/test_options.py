@@ -10,7 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmfast.losses import LossStats, cross_entropy, linear_cross_entropy, reference
+from llmfast.losses import (
+    LossStats,
+    TeacherLogits,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_logprobs,
+    logprobs,
+    mtp_cross_entropy,
+    mtp_logprobs,
+    reference,
+)
 from support.launched import unrecorded
 from support.plans import SIZES, forced
 
@@ -428,3 +439,21 @@ def test_weights_that_learn_elsewhere_may_weigh_an_evaluation() -> None:
         detached = {name: t.detach() for name, t in given.items()}
         assert torch.equal(found, linear_cross_entropy(hidden, weight, targets, **detached))
         torch.testing.assert_close(found, cross_entropy(hidden @ weight.T, targets, **given))
+
+
+@pytest.mark.parametrize("function", [cross_entropy, logprobs])
+@pytest.mark.parametrize("name", ["colour", "memory_budget"])
+def test_an_unknown_option_of_logits_is_refused_in_the_functions_name(function: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'"):
+        function(torch.zeros(4, 9), torch.arange(4), **{name: 1})
+
+
+@pytest.mark.parametrize(
+    "function", [linear_cross_entropy, linear_distillation, linear_logprobs, mtp_cross_entropy, mtp_logprobs]
+)
+@pytest.mark.parametrize("name", ["colour", "inplace"])
+def test_an_unknown_option_of_hidden_states_is_refused_in_the_functions_name(function: Any, name: str) -> None:
+    hidden = torch.zeros(2, 4, 5) if function.__name__.startswith("mtp") else torch.zeros(4, 5)
+    third: Any = TeacherLogits(torch.zeros(4, 9)) if function is linear_distillation else torch.arange(4)
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'"):
+        function(hidden, torch.zeros(9, 5), third, **{name: 1})

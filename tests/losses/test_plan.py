@@ -198,11 +198,12 @@ def test_rows_gathered_in_vain_change_nothing(kernels: None, spare: int) -> None
     valid = int((targets != -100).sum())
     for reduction in ("mean", "none"):
         hint = valid + spare if reduction == "mean" else None
-        loss = linear_cross_entropy(hidden, weight, targets, num_valid=hint, reduction=cast(Any, reduction))
-        truth = cast(
-            Tensor, reference.linear_cross_entropy(hidden, weight, targets, num_valid=hint, reduction=reduction)
-        )
+        options: Any = {"num_valid": hint, "reduction": reduction, "return_stats": True}
+        loss, stats = linear_cross_entropy(hidden, weight, targets, **options)
+        truth, want = reference.linear_cross_entropy(hidden, weight, targets, **options)
         torch.testing.assert_close(loss, truth)
+        for a, b in zip(stats, want, strict=True):
+            torch.testing.assert_close(a, b)
         up = torch.ones_like(loss)
         for a, b in zip(
             torch.autograd.grad(loss, (hidden, weight), up), torch.autograd.grad(truth, (hidden, weight), up)

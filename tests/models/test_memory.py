@@ -60,6 +60,25 @@ def test_states_are_as_large_as_the_optimizers(
     assert planned.state_bytes() == optimizer.state_bytes() == sum(t.numel() * t.element_size() for t in kept)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        *({"state_dtype": dtype} for dtype in ("8bit", torch.float32)),
+        *({"master_weights": master} for master in ("fp32", "split16", "split8", "kahan", None)),
+        *({"ema_decay": decay} for decay in (0.9, None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"master_weights": "split16", "ema_decay": 0.5}], ids=str)
+def test_states_of_groups_that_have_their_own_options(options: dict[str, Any], own: dict[str, Any]) -> None:
+    params = [torch.ones(numel, dtype=torch.bfloat16, requires_grad=True) for numel in (640, 1300)]
+    optimizer = FusedAdamW([{"params": params[:1]}, {"params": params[1:], **own}], **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state_bytes() == sum(t.nbytes for p in params for t in optimizer.state[p].values())
+
+
 def test_bytes_per_parameter_of_each_precision() -> None:
     """Count parameter, gradient and states, as in the table of the optimizers' traffic."""
     numel = 128 * 10_000

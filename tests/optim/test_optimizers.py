@@ -388,6 +388,20 @@ def test_nan_and_infinity_survive(path: str, case: Case) -> None:
     assert p.isfinite().tolist() == [False, False, True]
 
 
+def test_a_variance_below_zero_by_rounding_is_zero(path: str) -> None:
+    """Equal gradients have none: what is left of the difference is rounding, of which torch takes a root."""
+    (ours, theirs), g = (torch.zeros(1000, requires_grad=True) for _ in range(2)), torch.linspace(0.1, 3, 1000)
+    options: dict[str, Any] = {"lr": 1.0, "alpha": 0.5, "eps": 1.0, "centered": True}
+    optimizers = FusedRMSprop([ours], **options), torch.optim.RMSprop([theirs], foreach=False, **options)
+    for _ in range(60):
+        before = ours.detach().clone()
+        for p, optimizer in zip((ours, theirs), optimizers):
+            p.grad = g.clone()
+            optimizer.step()
+    assert theirs.isnan().any() and not theirs.isnan().all()
+    torch.testing.assert_close(before - ours.detach(), g, rtol=2e-3, atol=0)
+
+
 def test_a_maximum_of_nan_is_nan(kernels: None) -> None:
     """The CPU kernel of torch loses some NaNs in the elements that do not fill a vector."""
     p = torch.ones(1030, requires_grad=True)

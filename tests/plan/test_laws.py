@@ -161,6 +161,9 @@ def test_refuses() -> None:
         (lambda: KAPLAN.loss(0, 1), "N"),
         (lambda: KAPLAN_N.loss(0), "x"),
         (lambda: critical_batch(0), "loss"),
+        (lambda: critical_batch(3, scale=-1), "scale"),
+        (lambda: critical_batch(3, exponent=0), "exponent"),
+        (lambda: critical_batch(3, exponent=-0.21), "exponent"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be a finite number above 0"):
             call()
