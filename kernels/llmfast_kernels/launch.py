@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -12,6 +11,7 @@ from triton.runtime import driver
 # Written at every launch: Triton 3.10 turns contraction of a*b + c into one rounding off by default,
 # and numerics must not change with the compiler's version.
 FP_FUSION = {"enable_fp_fusion": True}
+INTERPRETED = bool(knobs.runtime.interpret)  # asked once, as decorators of kernels do: it reads the environment
 
 
 class Tile(NamedTuple):
@@ -45,7 +45,7 @@ class Choice:
 def warps(threads: int) -> int:
     """Return the number of warps (wavefronts on AMD) that hold `threads` threads on the current target."""
     # The interpreter has no driver to ask, and no warps.
-    target = None if knobs.runtime.interpret else driver.active.get_current_target()
+    target = None if INTERPRETED else driver.active.get_current_target()
     return max(1, threads // (32 if target is None else target.warp_size))
 
 
@@ -61,4 +61,4 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    return int(triton.next_power_of_2(n))
+    return 1 << (n - 1).bit_length() if n > 0 else 0

@@ -74,5 +74,7 @@ def _tensors(record: Any) -> list[Tensor]:
     """Return the tensors of a dataclass, and of dataclasses within it."""
     found = []
     for value in vars(record).values():
+        if value is None or isinstance(value, int | float):
+            continue
         found += [value] if isinstance(value, Tensor) else _tensors(value) if is_dataclass(value) else []
     return found

@@ -96,12 +96,13 @@ class LinearCrossEntropy(Loss):
         logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
         copied = None if plan.keeps_all else logits
         more = {"stats": self.stats, "logprobs": self.logprobs, "places": self.places}
-        parts = list(stages.forward(made, copied, slab, **more, grad_scale=self.early_factor))
+        factor = None if made is None else self.early_factor
+        parts = list(stages.forward(made, copied, slab, **more, grad_scale=factor))
         del slab  # before the chunks' numbers are joined
-        found = _joined(parts, self._no_rows(stages.matrices))
+        found = _joined(parts) if parts else self._no_rows(stages.matrices)
         if made is not None and made.hidden is not None and self.group is not None:
             sum_over_ranks(made.hidden, self.group)  # each rank has its columns' part
-        later = any(wants) and (not way.in_forward or call.column_share(way) > 0)
+        later = any(wants) and (not way.in_forward or plan.column_share > 0)
         cast_now = later and any(t is not used for t, used in zip(inputs, stages.matrices))
         kept = Kept(plan, made, logits, stages.matrices if cast_now else None)
         return Found(found, stages.ops.lse(found) if self.stats else None, kept)
@@ -114,7 +115,7 @@ class LinearCrossEntropy(Loss):
         if kept is None or not kept.usable:
             cast_inputs = None if kept is None else kept.cast
             kept = Kept(self._plan(inputs, wants, per_token=True, keeps=False), None, None, cast_inputs)
-        used = kept.made is None or kept.plan.call.column_share(kept.plan.way) > 0
+        used = kept.made is None or kept.plan.column_share > 0
         matrices = kept.cast or (self._matrices(inputs) if used else Matrices(*cast(tuple[Tensor, Tensor], inputs[:2])))
         stages = self._stages(kept.plan, matrices, inputs)
         if kept.made is None:
@@ -127,20 +128,20 @@ class LinearCrossEntropy(Loss):
         self, stages: Stages, wants: tuple[bool, ...], softmax: Softmax, returned: Returned, kept: Kept
     ) -> Gradients:
         """Make all gradients from logits that were kept, which are written over, or from new ones."""
-        call, way, hidden = stages.plan.call, stages.plan.way, stages.matrices.hidden
+        plan, call, way, hidden = stages.plan, stages.plan.call, stages.plan.way, stages.matrices.hidden
         new = hidden.new_empty if call.N > 0 and call.V > 0 else hidden.new_zeros  # where there is no product
         upstream = returned.per_row(self.count, softmax.peak)
         into, later = self.accumulate_into, way.finished < call.N
         d_hidden = rest = sums = None
         d_weight = into if wants[1] else None
-        summed = call.hidden_sums(way) > 0 and not call.ranks
+        summed = plan.sums_hidden and not call.ranks
         if wants[0] and not (summed and way.finished == 0):
             d_hidden = new(call.N, call.D, dtype=call.wide if call.ranks else call.hidden_dtype)
             rest = d_hidden[way.finished :]
         if wants[0] and summed:
             rest = new(call.N - way.finished, call.D, dtype=call.wide)
         if d_weight is None and way.summed > 0:
-            columns = way.summed if call.separate(way) else call.V
+            columns = way.summed if plan.separate else call.V
             sums = new(columns, call.D, dtype=call.sum_dtype(way))
         d_bias = new(call.V, dtype=call.wide).zero_() if wants[2] else None
         if way.finished > 0 and call.V > 0:
@@ -149,12 +150,12 @@ class LinearCrossEntropy(Loss):
             del finished
         if wants[1] and d_weight is None:
             d_weight = sums
-            if sums is None or call.separate(way):
+            if sums is None or plan.separate:
                 d_weight = new(call.V, call.D, dtype=self.weight_dtype)
             if d_weight is not None and sums is not None and d_weight is not sums:
                 d_weight[: way.summed] = sums
         sums = None  # freed before the columns' slab is made
-        if call.column_share(way) > 0:
+        if plan.column_share > 0:
             left = Gradients(rest if later else None, d_weight, d_bias if later else None)
             logits, kept.logits = kept.logits, None
             stages.finish_columns(softmax, upstream, logits, left, add=into is not None)
@@ -174,7 +175,7 @@ class LinearCrossEntropy(Loss):
     def _rest(self, stages: Stages, softmax: Softmax, returned: Returned, kept: Kept) -> Gradients:
         """Multiply gradients that were made by what is upstream, and make those of the columns that are left."""
         assert returned.loss is not None and kept.made is not None  # or backward would not run
-        call, way, scale = stages.plan.call, stages.plan.way, stages.ops.scale
+        plan, call, way, scale = stages.plan, stages.plan.call, stages.plan.way, stages.ops.scale
         made, kept.made, logits, kept.logits = kept.made, None, kept.logits, None
         factor, into, bias = self.late_factor(returned.loss), self.accumulate_into, stages.terms.bias
         d_hidden, sums, d_bias = made
@@ -189,13 +190,13 @@ class LinearCrossEntropy(Loss):
             d_weight = sums
             if into is not None:
                 d_weight = into
-            elif call.separate(way):
+            elif plan.separate:
                 d_weight = sums.new_empty(call.V, call.D, dtype=self.weight_dtype)
             if way.summed > 0:
                 out = None if d_weight is sums else d_weight[: way.summed]
                 put_scaled(stages.ops, sums[: way.summed], factor, out, add=into is not None)
         del made, sums
-        if call.column_share(way) > 0:
+        if plan.column_share > 0:
             # float16 gradients must not be divided by a count before they are summed.
             like, later = softmax.peak, factor if call.is_half else None
             upstream = Upstream(torch.ones_like(like)) if call.is_half else returned.per_row(self.count, like)
@@ -258,10 +259,14 @@ class LinearCrossEntropy(Loss):
         return Stages(plan, matrices, self.targets, terms, products, ops, self.grad_filter)
 
     def _matrices(self, inputs: Tensors) -> Matrices:
-        cast_inputs = (cast(Tensor, t).to(self.dtype) for t in inputs[:2])
+        hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
+        if hidden.dtype != self.dtype or weight.dtype != self.dtype:
+            hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
         if self.grad_filter is None:
-            return Matrices(*cast_inputs)
-        return Matrices(*(t.contiguous() for t in cast_inputs))  # unlike torch's products, the filtered one needs that
+            return Matrices(hidden, weight)
+        return Matrices(
+            hidden.contiguous(), weight.contiguous()
+        )  # unlike torch's products, the filtered one needs that
 
     def _no_rows(self, matrices: Matrices) -> Rows:
         # Each is a tensor of its own: autograd marks some of them as not differentiable.
@@ -275,23 +280,23 @@ class LinearCrossEntropy(Loss):
 
     def _row_buffers(self, stages: Stages, wants: tuple[bool, ...]) -> Gradients:
         """Make what the row stage fills in the forward pass: zeros where there is no product."""
-        call, way, hidden = stages.plan.call, stages.plan.way, stages.matrices.hidden
+        plan, call, way, hidden = stages.plan, stages.plan.call, stages.plan.way, stages.matrices.hidden
         new = hidden.new_empty if call.N > 0 and call.V > 0 else hidden.new_zeros
         d_hidden = d_weight = d_bias = None
         if wants[0]:
             d_hidden = new(call.N, call.D, dtype=call.wide if call.ranks else call.hidden_dtype)
         if wants[1]:
-            columns = way.summed if call.separate(way) else call.V
+            columns = way.summed if plan.separate else call.V
             d_weight = new(columns, call.D, dtype=call.sum_dtype(way))
         if wants[2]:
             d_bias = hidden.new_zeros(call.V, dtype=call.wide)
         return Gradients(d_hidden, d_weight, d_bias)
 
 
-def _joined(parts: list[Rows], empty: Rows) -> Rows:
-    """Concatenate the rows of all chunks."""
-    if len(parts) <= 1:
-        return parts[0] if parts else empty
+def _joined(parts: list[Rows]) -> Rows:
+    """Concatenate the rows of all chunks, of which there are some."""
+    if len(parts) == 1:
+        return parts[0]
 
     def join(name: str) -> Any:
         columns = [getattr(part, name) for part in parts]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -134,6 +134,23 @@ class LinearCrossEntropyPlan:
         kept = V if way.kept >= call.V else min(way.kept, V - summed)
         way = way._replace(summed=summed, kept=kept, columns=max(1, min(way.columns, V)))
         return replace(self, call=replace(call, V=V), way=way)
+
+    # What every backward pass asks for, worked out once: plans are remembered.
+
+    @cached_property
+    def column_share(self) -> float:
+        """Share of the columns that the column stage goes through."""
+        return float(self.call.column_share(self.way))
+
+    @cached_property
+    def separate(self) -> bool:
+        """True if sums over chunks have a buffer that is not the gradient itself."""
+        return bool(self.call.separate(self.way))
+
+    @cached_property
+    def sums_hidden(self) -> bool:
+        """True if the column stage sums d_hidden in float32, in a buffer that is then cast."""
+        return bool(self.call.hidden_sums(self.way) > 0)
 
     def padded(self, columns: int) -> int:
         """Return the columns of a buffer for so many classes: a multiple of GROUP, and so of any alignment."""
@@ -274,16 +291,22 @@ def default_budget(call: Call, device: torch.device, gpu_memory: int | None = No
 
     On a GPU at most a tenth of its memory, not of what is free, because runs must not differ.
     """
-    whole = Way(not call.per_token, 1, call.N, call.V, 0, 1)
-    separate = call.wants[1] and not call.per_token and call.separate(whole)
-    sums = call.V * call.D * call.accumulate_dtype.itemsize * bool(separate)
-    if device.type == "cpu":
-        sums += call.V * call.D * call.dtype.itemsize * bool(separate and not call.float32_products)
-        return DEFAULT_SLAB["cpu"] + sums + call.held
-    sums += (call.row_bytes + call.joined_bytes) * call.N + call.V * call.wide.itemsize + SCALARS
-    budget = max(DEFAULT_SLAB_ELSEWHERE, sums)
-    most = _tenth(device) if gpu_memory is None else gpu_memory // 10
+    budget = _room(call, on_cpu=device.type == "cpu")
+    most = None if device.type == "cpu" else _tenth(device) if gpu_memory is None else gpu_memory // 10
     return call.held + (budget if most is None else min(budget, most))
+
+
+@lru_cache(maxsize=256)
+def _room(call: Call, *, on_cpu: bool) -> int:
+    """Return the bytes of the usual slab and of sums of the weight's gradient."""
+    whole = Way(not call.per_token, 1, call.N, call.V, 0, 1)
+    separate = bool(call.wants[1] and not call.per_token and call.separate(whole))
+    sums = call.V * call.D * call.accumulate_dtype.itemsize * separate
+    if on_cpu:
+        rounded = call.V * call.D * call.dtype.itemsize * (separate and not call.float32_products)
+        return DEFAULT_SLAB["cpu"] + sums + rounded
+    sums += (call.row_bytes + call.joined_bytes) * call.N + call.V * call.wide.itemsize + SCALARS
+    return max(DEFAULT_SLAB_ELSEWHERE, sums)
 
 
 def may_hold(bytes_: int, budget: int | None, device: torch.device) -> bool:

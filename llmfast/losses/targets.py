@@ -201,7 +201,7 @@ def on_device(name: str, t: Tensor, device: torch.device) -> Tensor:
 
 def reciprocal(count: Tensor) -> Tensor:
     """Return 1 / count, or 0 if the count is 0: gradients are then zero, not NaN."""
-    return torch.where(count != 0, 1.0 / count, 0.0)
+    return torch.where(count != 0, count.reciprocal(), 0.0)
 
 
 def divided(d_loss: Tensor, count: Tensor | None) -> Tensor:
