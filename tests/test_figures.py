@@ -1,6 +1,5 @@
 """Tests that the figures on the documentation's pages are those of the results and of the code."""
 
-import argparse
 import inspect
 import math
 import re
@@ -295,9 +294,7 @@ def gpu() -> Iterator[str]:
     (most,) = {case.gpu_bytes >> 30 for case in speed.cases(torch.device("cpu"), "full") if case.gpu_bytes > 40 << 30}
     yield f"No case takes more than {most} GiB of GPU memory"
     yield f"if no other is at least {100 * tuning.WORTH:.0f} % faster"
-    minutes = argparse.ArgumentParser()
-    command.add_arguments(minutes)
-    yield f"It takes {({8: 'eight'})[minutes.parse_args([]).minutes]} minutes"
+    yield f"It takes {({8: 'eight'})[command.MINUTES]} minutes"
 
 
 def start() -> Iterator[str]:
