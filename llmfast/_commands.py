@@ -22,6 +22,7 @@ class CommandParser(argparse.ArgumentParser):
 
     _settings: Any = None
     _load_settings: Callable[[], Any] | None = None
+    _missing: ImportError | None = None  # why there are no settings
 
     def take_settings(self, load: Callable[[], Any]) -> None:
         """Add `--set` and, once this parser is used, a flag per setting: `load` returns those of the trainer."""
@@ -55,7 +56,8 @@ class CommandParser(argparse.ArgumentParser):
     def _add_settings(self, load: Callable[[], Any]) -> None:
         try:
             self._settings = schema = load()
-        except ImportError:  # the command itself reports what is missing
+        except ImportError as e:  # the command itself reports what is missing, unless it is given a setting
+            self._missing = e
             return
         self.usage = self.format_usage().removeprefix("usage: ").rstrip() + " [--SECTION.KEY VALUE ...]"
         groups = {name: self.add_argument_group(name, kind.__doc__) for name, kind in schema.sections.items()}
@@ -74,6 +76,8 @@ class CommandParser(argparse.ArgumentParser):
             )
 
     def _refuse(self, option: str) -> NoReturn:
+        if self._missing is not None and "." in option:
+            self.error(f"{self._missing}; {option} needs the extra: pip install 'llmfast-torch[train]'")
         known = dict(zip(self._option_string_actions, self._option_string_actions))
         # What an option takes may be in its name elsewhere: --gpu-count is --gpus COUNT.
         known |= {f"{o}-{a.metavar.lower()}": o for o, a in self._option_string_actions.items() if _is_word(a.metavar)}

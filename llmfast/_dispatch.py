@@ -37,6 +37,14 @@ def has_no_data(t: Tensor) -> bool:
     return fake is not None and isinstance(t, fake.FakeTensor)
 
 
+def autocasting(device: torch.device) -> bool:
+    """Return True inside autocast for `device`; a meta device has none.
+
+    `torch.amp.is_autocast_available` would know of all devices, but `torch.compile` cannot trace it before torch 2.13.
+    """
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def takes_plain_torch(t: Tensor) -> bool:
     """Return True if `t` has data and does not go to the kernels."""
     return not has_no_data(t) and not use_kernels(t)

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from llmfast import cli
 from llmfast.cli import main
 from llmfast.data.reader import SUFFIXES as TEXTS
 from llmfast.data.token_files import SUFFIXES as TOKENS
@@ -65,6 +67,16 @@ def test_settings_are_flags_too(calls: dict[str, Any], capsys: pytest.CaptureFix
             main(["train", f"{wrong}=3"])
         message = f"unrecognized option {wrong}; did you mean {meant}{'' if '?' in meant else '?'}"
         assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_settings_without_the_extra_say_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_schema", mock.Mock(side_effect=ImportError("No module named 'pydantic'")))
+    with pytest.raises(SystemExit):
+        main(["train", "--train.steps", "2"])
+    message = "No module named 'pydantic'; --train.steps needs the extra: pip install 'llmfast-torch[train]'"
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_not_taken_for_a_command(capsys: pytest.CaptureFixture[str]) -> None:

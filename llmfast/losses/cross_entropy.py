@@ -134,7 +134,7 @@ def made_ready(
     flat = logits.reshape(shape.numel(), logits.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
 
-    def finished(found: tuple[Tensor | None, ...]) -> Any:
+    def finished(found: "tuple[Tensor | None, ...]") -> Any:
         if logprobs:
             return finish_logprobs(found, targets, shape)
         return finish(found, loss.targets, options["ignore_index"], shape, squeeze=single)

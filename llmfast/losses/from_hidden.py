@@ -58,7 +58,7 @@ class LinearCrossEntropy(Loss):
             return False
         # Plain torch takes a pass over the logits for it, which saves a rounding in bfloat16 and nothing in float32.
         worth = self.dtype == torch.bfloat16 or use_kernels(self.targets.classes, self.dtype)
-        return super().divides_early and worth
+        return worth and not self.is_half
 
     @property
     def traceable(self) -> bool:

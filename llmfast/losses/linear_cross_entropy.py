@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import expect_data, has_no_data, takes_plain_torch
+from llmfast._dispatch import autocasting, expect_data, has_no_data, takes_plain_torch
 from llmfast.losses.autograd import adapter
 from llmfast.losses.from_hidden import LinearCrossEntropy
 from llmfast.losses.options import (
@@ -148,7 +148,7 @@ def made_ready(
     every, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
     budget = None if options["memory_budget"] == "auto" else options["memory_budget"]
 
-    def of_rows(valid: ValidRows | None) -> tuple[LinearCrossEntropy, tuple[Tensor, Tensor, Tensor | None]]:
+    def of_rows(valid: "ValidRows | None") -> "tuple[LinearCrossEntropy, tuple[Tensor, Tensor, Tensor | None]]":
         flat, own = (every, rows) if valid is None else valid.gather(every, rows)
         # Rows that were gathered have a gradient of their own, which those of all rows are made of.
         copied = _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own.classes)
@@ -176,7 +176,7 @@ def made_ready(
         valid = None  # the copy of some rows takes more than they save
         loss, tensors = of_rows(None)
 
-    def finished(found: tuple[Tensor | None, ...]) -> Any:
+    def finished(found: "tuple[Tensor | None, ...]") -> Any:
         found = found if valid is None else valid.spread(found)
         if logprobs:
             return finish_logprobs(found, targets, shape)
@@ -213,9 +213,8 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     for name, t in (("hidden", hidden), ("weight", weight)):
         if not t.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {describe(t)}")
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # a meta device has none
-        return torch.get_autocast_dtype(device)
+    if autocasting(hidden.device):
+        return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden and weight must share a dtype; got {describe(hidden)} and {describe(weight)}")
     return hidden.dtype

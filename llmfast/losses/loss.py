@@ -79,7 +79,11 @@ class Loss(ABC):
         An upstream gradient of 1 then leaves nothing to do. float16 would underflow, and waits for the loss scale to
         come down from upstream.
         """
-        return self.dtype != torch.float16
+        return not self.is_half
+
+    @property
+    def is_half(self) -> bool:
+        return self.dtype == torch.float16
 
     @property
     def early_factor(self) -> Tensor | None:

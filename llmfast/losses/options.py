@@ -225,7 +225,7 @@ class LossOptions(RowOptions, total=False):
     """Options of both losses, and of their definitions in `reference`."""
 
     reduction: Annotated[
-        Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", get_args(Reduction).__contains__))
+        Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", lambda x: x in get_args(Reduction)))
     ]
     num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
     target_weights: Annotated[
@@ -313,7 +313,7 @@ class DistillationOptions(TargetOptions, LogitOptions, ProductOptions, total=Fal
     """Keyword arguments of `linear_distillation`."""
 
     kind: Annotated[
-        Kind, Option("forward_kl", must("be 'forward_kl', 'reverse_kl' or 'jsd'", get_args(Kind).__contains__))
+        Kind, Option("forward_kl", must("be 'forward_kl', 'reverse_kl' or 'jsd'", lambda x: x in get_args(Kind)))
     ]
     beta: Annotated[float | None, Option(None, _beta)]
     temperature: Annotated[float, Option(1.0, _one_number, must("be a positive number", lambda x: x > 0))]
@@ -321,7 +321,7 @@ class DistillationOptions(TargetOptions, LogitOptions, ProductOptions, total=Fal
     hard_weight: Annotated[float, Option(0.0)]
     token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
     reduction: Annotated[
-        Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", get_args(Reduction).__contains__))
+        Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", lambda x: x in get_args(Reduction)))
     ]
     num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
 
@@ -429,4 +429,5 @@ def are_probabilities(targets: Tensor, shape: torch.Size, V: int) -> bool:
 
 def only(names: tuple[str, ...], given: Mapping[str, Any]) -> bool:
     """Return True if all options but `names` have their defaults."""
-    return all(name in names or value == TABLE[name].default for name, value in given.items())
+    others = {name: value for name, value in given.items() if name not in names}
+    return all(not isinstance(value, Tensor) and value == TABLE[name].default for name, value in others.items())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
-from llmfast._dispatch import has_no_data
+from llmfast._dispatch import autocasting, has_no_data
 from llmfast.losses.products import Products
 from llmfast_kernels.teaching import TeacherRows
 from llmfast_kernels.terms import Targets, Terms
@@ -143,7 +143,7 @@ def _states(teacher: TeacherStates, like: Tensor, V: int) -> Teacher:
     if bias is not None:
         _expect_floats("teacher.bias", bias, (V,), device)
         bias = bias.detach().contiguous()
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocasting(device):
         hidden, weight = (t.to(torch.get_autocast_dtype(device.type)) for t in (hidden, weight))
     if hidden.dtype != weight.dtype:
         raise TypeError(

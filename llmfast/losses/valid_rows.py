@@ -30,7 +30,7 @@ class ValidRows:
         """Return a loss and statistics of these rows for all rows; the loss is NaN if there are more than n."""
         home = torch.where(self.surplus, self.N, self.index)  # surplus rows end beyond the last row
 
-        def over_all(t: Tensor | None, empty: float) -> Tensor | None:
+        def over_all(t: "Tensor | None", empty: float) -> "Tensor | None":
             if t is None:
                 return None
             return t.new_full((self.N + 1, *t.shape[1:]), empty).index_copy(0, home, t)[: self.N]
