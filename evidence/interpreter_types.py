@@ -57,15 +57,15 @@ def _remember_block_types(block_type: Any) -> None:
 
 def _remember_shapes(tensor: Any) -> None:
     stock = tensor.__init__
-    known: dict[Any, dict[str, Any]] = {}
+    known: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def init(self: Any, handle: Any, type: Any) -> None:
-        shape = type.shape if type.is_block() else None
-        fields = known.get(None if shape is None else tuple(shape.values))
+        shape = tuple(type.shape.values) if type.is_block() else ()
+        fields = known.get(shape)
         if fields is None:
             stock(self, handle, type)
-            fields = {name: value for name, value in vars(self).items() if name not in ("handle", "type", "dtype")}
-            known[None if shape is None else tuple(shape.values)] = fields
+            own = ("handle", "type", "dtype")
+            known[shape] = {name: value for name, value in vars(self).items() if name not in own}
         else:
             self.__dict__.update(fields)
             self.handle, self.type, self.dtype = handle, type, type.scalar

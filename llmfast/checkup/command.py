@@ -39,7 +39,9 @@ def asked(args: argparse.Namespace) -> bool:
 
 
 def _given(args: argparse.Namespace) -> list[str]:
-    return [f"--{name}" for name in PARTS if getattr(args, name) not in (None, False)]
+    """Return the parts of a check-up that the command line names; 0 minutes are named as well."""
+    values = {name: getattr(args, name) for name in PARTS}
+    return [f"--{name}" for name, value in values.items() if value is not None and value is not False]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -262,11 +262,9 @@ class LinearCrossEntropy(Loss):
         hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
         if hidden.dtype != self.dtype or weight.dtype != self.dtype:
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
-        if self.grad_filter is None:
-            return Matrices(hidden, weight)
-        return Matrices(
-            hidden.contiguous(), weight.contiguous()
-        )  # unlike torch's products, the filtered one needs that
+        if self.grad_filter is not None:  # unlike torch's products, the filtered one needs contiguous factors
+            hidden, weight = hidden.contiguous(), weight.contiguous()
+        return Matrices(hidden, weight)
 
     def _no_rows(self, matrices: Matrices) -> Rows:
         # Each is a tensor of its own: autograd marks some of them as not differentiable.

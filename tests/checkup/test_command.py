@@ -96,7 +96,8 @@ def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--tune"], ["--minutes", "8"], ["--sections", "here"], ["--json", "a"], ["--markdown", "a"]]
+    "arguments",
+    [["--tune"], ["--minutes", "8"], ["--minutes", "0"], ["--sections", "here"], ["--json", "a"], ["--markdown", "a"]],
 )
 @pytest.mark.parametrize("others", [[], ["--compare", "a", "b"]])
 def test_parts_of_full_need_it(arguments: list[str], others: list[str], capsys: pytest.CaptureFixture[str]) -> None:

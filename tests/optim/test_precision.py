@@ -250,7 +250,7 @@ def test_an_average_in_float32_of_bfloat16_weights(path: str) -> None:
 
 
 def test_gradients_are_zeroed_on_the_way(path: str) -> None:
-    """Those of a skipped step too, in each of the chunks that a large one is cut into."""
+    """Zero the gradients of a skipped step too, in all chunks of a large tensor."""
     params = [torch.ones(shape, requires_grad=True) for shape in [*SHAPES, (9001,)]]
     optimizer = FusedSGD(params, lr=0.1, zero_grads=True)
     for found_inf in (0.0, 1.0):
