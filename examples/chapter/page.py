@@ -25,8 +25,8 @@ weights and the order of the text. A figure like 2.700 (2.690 to 2.710) is the m
 difference is told only if it is larger than both ranges; otherwise no difference was seen.
 
 ```sh
-make chapter                    # everything, within 90 minutes; goes on where it stopped
-make chapter ARGS="decay"       # one part
+make chapter                # all parts; goes on where it stopped
+make chapter ARGS="decay"   # one part
 ```
 
 The text is that of Python's own sources and documentation, so another version of Python gives slightly other numbers.
