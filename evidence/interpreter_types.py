@@ -42,8 +42,8 @@ def _remember_block_types(block_type: Any) -> None:
     stock = block_type.__init__
     known: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
 
-    def init(self: Any, element_ty: tl.dtype, shape: Any) -> None:
-        sizes = tuple([s.value if type(s) is tl.constexpr else s for s in shape])
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes: Any = tuple([s.value if type(s) is tl.constexpr else s for s in shape])
         fields = known.get((element_ty.name, sizes))
         if fields is None:
             stock(self, element_ty, shape)
@@ -102,6 +102,9 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
             known[key] = array
         return tl.tensor(handle(array, like.dtype), like.type)
 
+    def is_tensor(value: Any) -> bool:
+        return type(value) is tl.tensor
+
     def takes(tensor: Any, value: Any) -> bool:
         if type(value) is int:
             return tensor.dtype.name in _WIDE and -(2**31) <= value < 2**31
@@ -117,7 +120,7 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
         arithmetic_check: bool = True,
         div_or_mod: bool = False,
     ) -> Any:
-        if type(lhs) is tl.tensor and type(rhs) is tl.tensor:
+        if is_tensor(lhs) and is_tensor(rhs):
             if lhs.type.name == rhs.type.name and lhs.dtype.name in _KEPT:
                 return lhs, rhs
             if lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in _KEPT:
@@ -125,9 +128,9 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
             if allow_lhs_ptr and lhs.dtype.is_ptr() and rhs.dtype.name in _INTEGERS:
                 return self.broadcast_impl_value(lhs, rhs)
         elif arithmetic_check:
-            if type(lhs) is tl.tensor and takes(lhs, rhs):
+            if is_tensor(lhs) and takes(lhs, rhs):
                 return lhs, constant(self, rhs, lhs)
-            if type(rhs) is tl.tensor and takes(rhs, lhs):
+            if is_tensor(rhs) and takes(rhs, lhs):
                 return constant(self, lhs, rhs), rhs
         return stock(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -477,7 +477,12 @@ def test_thinning(points: list[tuple[float, float]]) -> None:
 NUMBERS = st.floats() | st.floats(0.001, 10) | st.sampled_from([0.0, 1e-3, 1.0, 5e-324, 1.7e308, -1.7e308])
 
 
+FAR = [Point(0.0, 0.0, 1.0), Point(6e16, 0.0, 0.0)]  # a logarithmic axis has no place for the second
+
+
 @settings(max_examples=30, deadline=None)
+@example(points=FAR * 4, from_zero=False, log_x=False, log_y=True)
+@example(points=[*FAR, Point(-1e99, 0.0, math.nan)], from_zero=True, log_x=False, log_y=False)
 @given(
     st.lists(st.builds(Point, NUMBERS, NUMBERS, NUMBERS, st.just(True)), max_size=8),
     st.booleans(),

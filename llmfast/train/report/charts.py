@@ -254,7 +254,8 @@ def _ticks(ends: tuple[float, float], axis: Any, log: bool) -> tuple[tuple[float
 def _buckets(x: Array, ends: tuple[float, float], *, log: bool) -> npt.NDArray[np.int64]:
     low, high = map(math.log10, ends) if log else ends
     place = ((np.log10(x) if log else x) - low) / (high - low)
-    return np.nan_to_num(place * BUCKETS).astype(np.int64)
+    # A point without a place on the other axis may lie far outside of this one's ends.
+    return np.clip(np.nan_to_num(place) * BUCKETS, -BUCKETS, 2 * BUCKETS).astype(np.int64)
 
 
 def thinned(xy: Array, bucket: npt.NDArray[np.int64]) -> Array:
