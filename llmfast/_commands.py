@@ -99,6 +99,12 @@ def fail(message: str) -> int:
     return MISTAKE
 
 
+def expect_new(folder: Path) -> None:
+    """Raise FileExistsError unless a command may write `folder`: it does not exist, or is empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: remove it first, or choose another DIR")
+
+
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align cells below a header: the first column and columns of words to the left, numbers to the right."""
     _, *body = rows

@@ -18,6 +18,8 @@ from llmfast.checkup.command import asked as checkup_asked
 from llmfast.checkup.command import run as run_checkup
 from llmfast.clean import add_arguments as add_clean_arguments
 from llmfast.clean import run as run_clean
+from llmfast.examples import add_arguments as add_examples_arguments
+from llmfast.examples import run as run_examples
 from llmfast.export import add_arguments as add_export_arguments
 from llmfast.export import run as run_export
 from llmfast.generate import add_arguments as add_generate_arguments
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("plan", "scaling laws; memory, time and learning rates of a configuration", add_plan_arguments, run_plan),
         ("report", "one page of a run's curves, or of several runs'", add_report_arguments, run_report),
         ("compile", "compile kernels for a GPU that need not be here", add_compile_arguments, run_compile),
+        ("examples", "copy the example programs into a folder", add_examples_arguments, run_examples),
     ):
         add_arguments(added := commands.add_parser(name, help=text))
         added.set_defaults(run=command)

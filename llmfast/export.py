@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from llmfast._checks import expect
-from llmfast._commands import fail
+from llmfast._commands import expect_new, fail
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +54,7 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
     from llmfast.models import save_llama
     from llmfast.train.loading import open_run
 
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise FileExistsError(f"{to} exists and is not an empty folder: remove it first, or choose another DIR")
+    expect_new(to)
     opened = open_run(run)
     expect(
         opened.shape is not None,

@@ -185,7 +185,7 @@ def rows_of_logits() -> Iterator[str]:
 
 
 def losses() -> Iterator[str]:
-    cpu, elsewhere = plan.DEFAULT_SLAB["cpu"], plan.DEFAULT_SLAB_ELSEWHERE
+    cpu, elsewhere = plan.DEFAULT_SLAB_ON_CPU, plan.DEFAULT_SLAB_ELSEWHERE
     yield f"is {cpu // MIB} MiB on a CPU. On a GPU it is {elsewhere // GIB} GiB, or the weight's gradient in float32"
     low, wide = (
         LinearCrossEntropyPlan.make(64, 64, 4096, slab_dtype=dtype).call.logit_bytes for dtype in (None, torch.float32)

@@ -119,6 +119,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"wheel": wheel, "sdist": sdist}
 
 
+def copied_examples() -> list[Path]:
+    """Return the files of examples/ that a package contains: of the chapter, only its settings."""
+    files = [path for path in (ROOT / "examples").iterdir() if path.is_file()]
+    return [*files, *(ROOT / "examples" / "chapter").glob("*.toml")]
+
+
 def test_wheel_holds_the_two_packages_only(built: dict[str, Path]) -> None:
     names = zipfile.ZipFile(built["wheel"]).namelist()
     top = {name.split("/")[0] for name in names}
@@ -127,7 +133,9 @@ def test_wheel_holds_the_two_packages_only(built: dict[str, Path]) -> None:
     assert {"llmfast/py.typed", "llmfast_kernels/py.typed", f"{info}/licenses/LICENSE"} <= set(names)
     sources = {str(path.relative_to(ROOT)) for path in parsed("llmfast")}
     sources |= {str(path.relative_to(ROOT / "kernels")) for path in parsed("kernels/llmfast_kernels")}
-    assert {name for name in names if name.endswith(".py")} == sources
+    examples = {f"llmfast/_examples/{path.relative_to(ROOT / 'examples')}" for path in copied_examples()}
+    assert {name for name in names if name.startswith("llmfast/_examples/")} == examples
+    assert {name for name in names if name.endswith(".py") and name not in examples} == sources
 
 
 def test_sdist_holds_what_builds_the_wheel_only(built: dict[str, Path]) -> None:
@@ -139,9 +147,11 @@ def test_sdist_holds_what_builds_the_wheel_only(built: dict[str, Path]) -> None:
         "kernels/README.md",
         "kernels/llmfast_kernels",
     }
-    assert {name.split("/")[0] for name in names if "/" in name} == {"llmfast", "kernels"}
+    assert {name.split("/")[0] for name in names if "/" in name} == {"llmfast", "kernels", "examples"}
+    examples = {str(path.relative_to(ROOT)) for path in copied_examples()}
+    assert {name for name in names if name.startswith("examples/") and Path(name).suffix} == examples
     sources = {str(path.relative_to(ROOT)) for folder in ("llmfast", "kernels") for path in parsed(folder)}
-    assert {name for name in names if name.endswith(".py")} == sources
+    assert {name for name in names if name.endswith(".py") and name not in examples} == sources
 
 
 A_STEP = """if True:
@@ -157,6 +167,10 @@ A_STEP = """if True:
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(6)))
     loss.backward()
     optimizer.step()
+    from llmfast.cli import main
+    assert main(["examples", "copies"]) == 0
+    sys.path[:0] = ["copies"]
+    import tiny_gpt
     print(llmfast.__version__)"""
 
 
@@ -178,7 +192,9 @@ def test_installs_into_an_empty_environment(built: dict[str, Path], tmp_path: Pa
     (site / "others.pth").write_text("\n".join(others))
     done = subprocess.run([env / "bin" / "python", "-I", "-c", A_STEP], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == version
+    assert done.stdout.split() == ["copies/README.md", version]
+    copies = {path.relative_to(tmp_path / "copies") for path in (tmp_path / "copies").rglob("*.*")}
+    assert {path.relative_to(ROOT / "examples") for path in copied_examples()} <= copies
 
 
 def test_the_version_is_the_tag(tmp_path: Path) -> None:

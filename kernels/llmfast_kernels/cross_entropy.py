@@ -7,7 +7,6 @@ upstream gradient differs from row to row, or when a row's columns are split ove
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -316,31 +315,38 @@ def arguments(logits: Tensor, targets: Targets, terms: Terms, V: int | None, d_l
     """Return the arguments that both kernels take."""
     if logits.stride(1) != 1:
         raise ValueError(f"logits must have stride 1 along V; got strides {logits.stride()}")
-    row_width, weights, class_weights = logits.shape[1], targets.weights, terms.class_weights
+    classes, weights, token_weights = targets.classes, targets.weights, targets.token_weights
+    row_width, class_weights = logits.shape[1], terms.class_weights
     V = V or row_width
     if row_width > (most := (V // LEAST_BLOCK + 1) * LEAST_BLOCK):
         raise ValueError(f"logits must have at most {most} columns for V={V}; got {row_width}")
-    tensors = {"targets": targets.classes, "target_weights": weights, "token_weights": targets.token_weights}
-    sums = terms.class_weight_sums
     expect_contiguous(
+        targets=classes,
+        target_weights=weights,
+        token_weights=token_weights,
         temperatures=targets.temperatures,
-        **tensors,
         bias=terms.bias,
         class_weights=class_weights,
-        class_weight_sums=sums,
+        class_weight_sums=terms.class_weight_sums,
     )
     column_weights = None
     if class_weights is not None and terms.label_smoothing is not None:
         column_weights = class_weights[terms.v_start :]
     return {
         "logits_ptr": logits,
-        **{f"{name}_ptr": t for name, t in tensors.items()},
+        "targets_ptr": classes,
+        "target_weights_ptr": weights,
+        "token_weights_ptr": token_weights,
         "terms": parts.RowTerms(column_weights, targets.temperatures, *row_terms(terms)),
-        **{"V": V, "row_width": row_width, "V_total": terms.V, "v_start": terms.v_start},
+        "V": V,
+        "row_width": row_width,
+        "V_total": terms.V,
+        "v_start": terms.v_start,
         "logits_stride_n": logits.stride(0),
         "d_logits_stride_n": 0 if d_logits is None else d_logits.stride(0),
         "target_weights_stride_n": 0 if weights is None or len(weights) == 1 else weights.stride(0),
-        **{"ignore_index": terms.ignore_index, "K": targets.classes.shape[1]},
+        "ignore_index": terms.ignore_index,
+        "K": classes.shape[1],
         **vectors(row_width, logits, d_logits),
         **FP_FUSION,
     }
@@ -366,15 +372,16 @@ def cross_entropy(
     `row_width` must not exceed the first multiple of LEAST_BLOCK above V: one masked tile follows the whole ones.
     `alive` says which groups of GROUP columns of `d_logits` hold a gradient of `threshold` or more.
     """
-    new, best, each = _allocators(logits, targets)
-    more = new() if stats else None, best() if stats else None, each() if logprobs else None
-    rows = Rows(new(), new(), new(), *more)
+    new, (N, K) = partial(logits.new_empty, dtype=torch.float32), targets.classes.shape
+    best = logits.new_empty((N,), dtype=torch.int64) if stats else None
+    more = new((N,)) if stats else None, best, new((N, K)) if logprobs else None
+    rows = Rows(new((N,)), new((N,)), new((N,)), *more)
     gradient = parts.Gradient(d_logits, alive, threshold)
     results = {"rows": rows, "partials": NO_PARTIALS, "gradient": gradient, "grad_scale_ptr": grad_scale}
-    if len(logits) > 0:
+    if N > 0:
         with device_of(logits):
             given = _forward_arguments(logits, targets, terms, V, d_logits, many_results=stats and logprobs)
-            cross_entropy_kernel[(len(logits),)](**results, **given)
+            cross_entropy_kernel[(N,)](**results, **given)
     return rows
 
 
@@ -388,20 +395,15 @@ def cross_entropy_partials(
     logprobs: bool = False,
 ) -> Partials:
     """Return the contributions of this device's columns to each row's loss, for classes that are split over devices."""
-    new, best, each = _allocators(logits, targets)
-    more = new(), new(), best() if stats else None, each() if logprobs else None
-    partials = Partials(new(), new(), new() if stats else None, *more)
+    new, (N, K) = partial(logits.new_empty, dtype=torch.float32), targets.classes.shape
+    best = logits.new_empty((N,), dtype=torch.int64) if stats else None
+    more = new((N,)), new((N,)), best, new((N, K)) if logprobs else None
+    partials = Partials(new((N,)), new((N,)), new((N,)) if stats else None, *more)
     results = {"rows": NO_ROWS, "partials": partials, "gradient": NO_GRADIENT, "grad_scale_ptr": None}
-    if len(logits) > 0:
+    if N > 0:
         with device_of(logits):
-            cross_entropy_kernel[(len(logits),)](**results, **_forward_arguments(logits, targets, terms, V, None))
+            cross_entropy_kernel[(N,)](**results, **_forward_arguments(logits, targets, terms, V, None))
     return partials
-
-
-def _allocators(logits: Tensor, targets: Targets) -> tuple[Callable[[], Tensor], ...]:
-    """Return functions that allocate results: (N,) float32, (N,) int64 and (N, K) float32."""
-    shapes = (logits.shape[:1], torch.float32), (logits.shape[:1], torch.int64), (targets.classes.shape, torch.float32)
-    return tuple(partial(logits.new_empty, shape, dtype=dtype) for shape, dtype in shapes)
 
 
 def _forward_arguments(
@@ -415,7 +417,8 @@ def _forward_arguments(
 ) -> dict[str, Any]:
     """Return all arguments of the forward kernel except its results and `grad_scale_ptr`."""
     given = arguments(logits, targets, terms, V, d_logits)
-    many_terms = any(t is not None for t in (terms.softcap, terms.bias, terms.class_weights, terms.label_smoothing))
+    few_terms = terms.softcap is None and terms.bias is None and terms.class_weights is None
+    many_terms = not few_terms or terms.label_smoothing is not None
     return given | tile(given["V"], many_terms=many_terms, many_results=many_results)
 
 
@@ -436,12 +439,13 @@ def cross_entropy_backward(
     N, row_width = logits.shape
     if N == 0:
         return
-    upstreams = {f"d_{name}": t for name, t in upstream._asdict().items()}
-    expect_contiguous(**softmax._asdict(), **upstreams)
-    if upstream.entropy is None:
+    d_loss, d_lse, d_entropy = upstream
+    expect_contiguous(**softmax._asdict(), d_loss=d_loss, d_lse=d_lse, d_entropy=d_entropy)
+    if d_entropy is None:
         softmax = Softmax(softmax.peak, softmax.total)
-    given = arguments(logits, targets, terms, V, d_logits) | {f"{name}_ptr": t for name, t in upstreams.items()}
+    given = arguments(logits, targets, terms, V, d_logits)
+    upstreams = {"d_loss_ptr": d_loss, "d_lse_ptr": d_lse, "d_entropy_ptr": d_entropy}
     meta = backward_tile(row_width)
     with device_of(logits):
         grid = N, cdiv(row_width, meta["BLOCK_V"])
-        cross_entropy_backward_kernel[grid](**given, softmax=softmax, d_logits_ptr=d_logits, **meta)
+        cross_entropy_backward_kernel[grid](**given, **upstreams, softmax=softmax, d_logits_ptr=d_logits, **meta)

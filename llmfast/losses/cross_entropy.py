@@ -131,7 +131,7 @@ def made_ready(
         return Ready(torch_cross_entropy, (logits, targets, options), lambda loss: loss)
     fields = prepare(options, inputs, columns, logits.dtype, stats=return_stats)
     loss = CrossEntropy(**fields, logprobs=logprobs, inplace=options["inplace"])
-    flat = logits.reshape(shape.numel(), logits.shape[-1])
+    flat = logits if len(shape) == 1 else logits.reshape(shape.numel(), logits.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
 
     def finished(found: "tuple[Tensor | None, ...]") -> Any:

@@ -145,7 +145,7 @@ def made_ready(
     if torchs and dtype == torch.float32 and takes_plain_torch(hidden) and targets.numel() * V <= SMALL["hidden"]:
         return Ready(torch_cross_entropy, (F.linear(hidden, weight, bias), targets, options), lambda loss: loss)
     fields = prepare(options, inputs, columns, dtype, stats=return_stats)
-    every, rows = hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
+    every, rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]), fields["targets"]
     budget = None if options["memory_budget"] == "auto" else options["memory_budget"]
 
     def of_rows(valid: "ValidRows | None") -> "tuple[LinearCrossEntropy, tuple[Tensor, Tensor, Tensor | None]]":

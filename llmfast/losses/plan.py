@@ -16,7 +16,7 @@ from llmfast_kernels.terms import GROUP, Terms
 
 # A larger slab saves next to nothing on a GPU: at Llama-3's vocabulary this one holds 4096 rows, and moving W and dW
 # takes a ninth of the products' time (modelled: 459 / rows on an H100). On a CPU, where products are slower, 64 MiB do.
-DEFAULT_SLAB = {"cpu": 64 << 20}
+DEFAULT_SLAB_ON_CPU = 64 << 20
 DEFAULT_SLAB_ELSEWHERE = 1 << 30
 
 
@@ -272,8 +272,18 @@ def planned(
     gpu_memory: int | None = None,
 ) -> LinearCrossEntropyPlan:
     """Return the fastest plan for a call within a budget, as `LinearCrossEntropyPlan.make` describes it."""
-    budget = default_budget(call, device, gpu_memory) if memory_budget == "auto" else memory_budget
-    plan = _best(call, budget, mode, gpu)
+    on_cpu = device.type == "cpu"
+    most = None if on_cpu else _tenth(device) if gpu_memory is None else gpu_memory // 10
+    return _planned(call, None if memory_budget == "auto" else memory_budget, on_cpu, most, mode, gpu)
+
+
+@lru_cache(maxsize=256)  # of a whole call, because comparing two of them takes the host a microsecond
+def _planned(
+    call: Call, budget: int | None, on_cpu: bool, most: int | None, mode: Mode | None, gpu: Gpu
+) -> LinearCrossEntropyPlan:
+    """Return the fastest plan within `budget`, or within what "auto" stands for if that is None, but `most`."""
+    allowed = _default_budget(call, on_cpu, most) if budget is None else budget
+    plan = _best(call, allowed, mode, gpu)
     if plan is not None:
         return plan
     ways = call.ways(mode)
@@ -281,32 +291,25 @@ def planned(
         raise ValueError(f"mode={mode!r} cannot compute this call")
     least = int(call.held_bytes(ways).min())
     plan = _best(call, least, mode, gpu)
-    if memory_budget == "auto" and plan is not None:
+    if budget is None and plan is not None:
         return plan
-    raise BudgetError(least, f"N={call.N}, D={call.D}, V={call.V}", budget)
+    raise BudgetError(least, f"N={call.N}, D={call.D}, V={call.V}", allowed)
 
 
-def default_budget(call: Call, device: torch.device, gpu_memory: int | None = None) -> int:
+def _default_budget(call: Call, on_cpu: bool, most: int | None) -> int:
     """Return the bytes that "auto" stands for: room for the usual slab, and for sums of the weight's gradient.
 
     On a GPU at most a tenth of its memory, not of what is free, because runs must not differ.
     """
-    budget = _room(call, on_cpu=device.type == "cpu")
-    most = None if device.type == "cpu" else _tenth(device) if gpu_memory is None else gpu_memory // 10
-    return call.held + (budget if most is None else min(budget, most))
-
-
-@lru_cache(maxsize=256)
-def _room(call: Call, *, on_cpu: bool) -> int:
-    """Return the bytes of the usual slab and of sums of the weight's gradient."""
     whole = Way(not call.per_token, 1, call.N, call.V, 0, 1)
     separate = bool(call.wants[1] and not call.per_token and call.separate(whole))
     sums = call.V * call.D * call.accumulate_dtype.itemsize * separate
     if on_cpu:
         rounded = call.V * call.D * call.dtype.itemsize * (separate and not call.float32_products)
-        return DEFAULT_SLAB["cpu"] + sums + rounded
+        return call.held + DEFAULT_SLAB_ON_CPU + sums + rounded
     sums += (call.row_bytes + call.joined_bytes) * call.N + call.V * call.wide.itemsize + SCALARS
-    return max(DEFAULT_SLAB_ELSEWHERE, sums)
+    budget = max(DEFAULT_SLAB_ELSEWHERE, sums)
+    return call.held + (budget if most is None else min(budget, most))
 
 
 def may_hold(bytes_: int, budget: int | None, device: torch.device) -> bool:
@@ -331,7 +334,6 @@ def seconds(call: Call, way: Way, gpu: Gpu) -> Any:
     return total
 
 
-@lru_cache(maxsize=256)
 def _best(call: Call, budget: int, mode: Mode | None, gpu: Gpu) -> LinearCrossEntropyPlan | None:
     """Return the fastest plan that keeps to the budget, and of equally fast ones the smallest; None if none does."""
     ways = call.ways(mode)

@@ -65,21 +65,22 @@ class Stages:
             places: Whether to compute the targets' places.
             grad_scale: () float32, or None for 1.
         """
-        V, first = self.plan.call.V, self.plan.way.summed
+        call, V, first = self.plan.call, self.plan.call.V, self.plan.way.summed
         low = self._low(slab) if made is not None else slab
         for rows in self.plan:
             n = rows.stop - rows.start
-            logits, d_logits = slab[:n], None if made is None else low[:n]
-            self.products.logits(self.matrices.hidden[rows], self.matrices.weight, out=logits[:, :V])
+            logits, d_logits = _first(slab, n), None if made is None else _first(low, n)
+            targets = self.targets if n == call.N else self.targets[rows]
+            self.products.logits(_rows(self.matrices.hidden, rows), self.matrices.weight, out=_first(logits, V, 1))
             if kept is not None:
                 kept[rows] = logits[:, first : first + kept.shape[1]]
             alive, filtering = None, {}
             if made is not None and self.grad_filter is not None:
-                alive = slab.new_empty(n, self.plan.call.row_width // GROUP, dtype=torch.int8)
+                alive = slab.new_empty(n, call.row_width // GROUP, dtype=torch.int8)
                 filtering = {"alive": alive, "threshold": self.grad_filter}
             found = self.ops.cross_entropy(
                 logits,
-                self.targets[rows],
+                targets,
                 self.terms,
                 V=V,
                 stats=stats,
@@ -89,10 +90,10 @@ class Stages:
                 **filtering,
             )
             if places:
-                found = found._replace(places=self.ops.places(logits, self.targets[rows], self.terms, V=V))
+                found = found._replace(places=self.ops.places(logits, targets, self.terms, V=V))
             yield found
             if d_logits is not None and made is not None:
-                self._add_rows(rows, d_logits[:, :V], alive, made, add=rows.start > 0)
+                self._add_rows(rows, _first(d_logits, V, 1), alive, made, add=rows.start > 0)
 
     def finish_rows(self, softmax: Softmax, upstream: Upstream, out: Gradients, *, add: bool) -> None:
         """Fill the gradients of the rows that the plan finishes, and of its summed columns, from new logits.
@@ -125,10 +126,11 @@ class Stages:
             out.bias.add_(d_logits.sum(0, dtype=out.bias.dtype))
         d_logits, blocks = (d_logits, None) if alive is None else live_blocks(d_logits, alive)
         if out.hidden is not None:
-            self.products.multiply(d_logits, self.matrices.weight, out=out.hidden[rows], blocks=blocks)
+            self.products.multiply(d_logits, self.matrices.weight, out=_rows(out.hidden, rows), blocks=blocks)
         if out.weight is not None and summed > 0:
-            turned, hidden = None if blocks is None else blocks.T, self.matrices.hidden[rows]
-            self.products.multiply(d_logits[:, :summed].T, hidden, out=out.weight[:summed], add=add, blocks=turned)
+            turned, hidden = None if blocks is None else blocks.T, _rows(self.matrices.hidden, rows)
+            columns, weight = _first(d_logits, summed, 1).T, _first(out.weight, summed)
+            self.products.multiply(columns, hidden, out=weight, add=add, blocks=turned)
 
     def finish_columns(
         self,
@@ -155,22 +157,22 @@ class Stages:
         slab = kept if kept is not None and whole else self._slab(plan.call.N, plan.column_width)
         low = self._low(slab)
         for columns in self._column_slabs(whole):
-            width, weight = columns.stop - columns.start, self.matrices.weight[columns]
+            width, weight = columns.stop - columns.start, _rows(self.matrices.weight, columns)
             if kept is not None and columns.start < first + plan.way.kept:
                 block = slab if whole else kept[:, columns.start - first : columns.stop - first]
             else:
-                block = slab[:, : plan.padded(width)]
-                self.products.logits(self.matrices.hidden, weight, out=block[:, :width])
-            d_block = block if block.dtype == low.dtype else low[:, : block.shape[1]]
+                block = _first(slab, plan.padded(width), 1)
+                self.products.logits(self.matrices.hidden, weight, out=_first(block, width, 1))
+            d_block = block if block.dtype == low.dtype else _first(low, block.shape[1], 1)
             own = self.terms.columns(columns)
             self.ops.cross_entropy_backward(block, self.targets, own, softmax, upstream, V=width, d_logits=d_block)
-            d_logits = d_block[:, :width]
+            d_logits = _first(d_block, width, 1)
             if out.hidden is not None:
                 self.products.multiply(d_logits[finished:], weight, out=out.hidden, add=columns.start > first)
             if out.bias is not None:
                 torch.sum(d_logits, 0, dtype=out.bias.dtype, out=out.bias[columns])
             if out.weight is not None:
-                self._put_columns(d_logits, out.weight[columns], add, factor)
+                self._put_columns(d_logits, _rows(out.weight, columns), add, factor)
 
     def _column_slabs(self, whole: bool) -> Iterator[slice]:
         """Yield the columns that are kept, in slabs unless `whole`, and those that are made again."""
@@ -197,6 +199,19 @@ class Stages:
         """Return a buffer for the gradients of a slab: itself, if the products can read it."""
         dtype = self.plan.call.dtype
         return slab if slab.dtype == dtype else slab.new_empty(slab.shape, dtype=dtype)
+
+
+# Most calls need one slab, and a view takes the host as long as a small allocation.
+
+
+def _first(t: Tensor, n: int, axis: int = 0) -> Tensor:
+    """Return the first `n` rows, or columns, of `t`: itself, if it has no more."""
+    return t if t.shape[axis] <= n else t.narrow(axis, 0, n)
+
+
+def _rows(t: Tensor, rows: slice) -> Tensor:
+    """Return some rows of `t`: itself, if they are all."""
+    return t if rows.stop - rows.start == t.shape[0] else t[rows]
 
 
 def _of_rows(record: Record, rows: slice) -> Record:

@@ -19,6 +19,7 @@ from llmfast_kernels.terms import Rows, Targets, Terms
 SMALL = {"logits": 1 << 22, "hidden": 1 << 18}
 
 _TERMS = [field.name for field in fields(Terms) if field.name in declared(RowOptions)]
+_IDLE = {name: TABLE[name].idle for name in _TERMS if TABLE[name].idle is not None}
 
 
 class LossStats(NamedTuple):
@@ -93,9 +94,16 @@ def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.d
     if options["reduction"] == "mean":  # of tokens, where targets are probabilities, as in torch
         counting = replace(terms, class_weights=None) if inputs.dense else terms
         count = count_of(options["num_valid"], targets, counting, wide)
-    fields = {"targets": targets, "terms": terms, "count": count, "reduction": options["reduction"]}
-    more = {"dtype": dtype, "group": options.get("process_group"), "places": options.get("return_rank", False)}
-    return fields | {"stats": stats, **more}
+    return {
+        "targets": targets,
+        "terms": terms,
+        "count": count,
+        "reduction": options["reduction"],
+        "stats": stats,
+        "dtype": dtype,
+        "group": options.get("process_group"),
+        "places": options.get("return_rank", False),
+    }
 
 
 def make_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtype: torch.dtype) -> Targets:
@@ -129,8 +137,8 @@ def dense_targets(options: LossOptions, targets: Tensor, shape: torch.Size, dtyp
 def make_terms(options: RowOptions, V: int, columns: slice, dtype: torch.dtype) -> Terms:
     """Return the terms of rows over `V` classes, of which this rank holds `columns`."""
     values = {name: options[name] for name in _TERMS}  # type: ignore[literal-required]
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and value == TABLE[name].idle:
+    for name, idle in _IDLE.items():
+        if values[name] == idle:
             values[name] = None
     weights = options["class_weights"]
     if weights is None:
@@ -221,7 +229,7 @@ def reduced(loss: Tensor, reduction: Reduction, count: Tensor | None) -> Tensor:
 
 def restore(t: Tensor, shape: torch.Size) -> Tensor:
     """Reshape (N,) to the caller's leading dimensions `shape`; return a scalar unchanged."""
-    return t.view(shape) if t.dim() else t
+    return t if t.dim() == 0 or len(shape) == 1 else t.view(shape)
 
 
 def finish(

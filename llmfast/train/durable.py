@@ -6,9 +6,13 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file by what `write` writes to the path that it is given."""
+    """Replace a file by what `write` writes to the path that it is given. Who may read it is as for any new file."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
     write(partial)
+    partial.chmod(mode)  # safetensors lets only the owner read its files
     sync(partial)  # else the new name may be on disk before the content
     partial.replace(path)
     sync(path.parent)

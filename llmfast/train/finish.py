@@ -15,6 +15,7 @@ from llmfast.models.sampling import Sampler
 from llmfast.mtp import speculative_generate
 from llmfast.train.checkpoint import whole_weights
 from llmfast.train.config import Config
+from llmfast.train.durable import write_whole
 from llmfast.train.metrics import peak_memory_bytes, plot_loss, print_table, read_metrics, say
 from llmfast.train.parts import evaluation_batches, make_model
 from llmfast.train.pretrained import new_model, save_pretrained, stream_of
@@ -77,7 +78,7 @@ def _save(model: Any, run: Path) -> None:
     from safetensors.torch import save_model
 
     if isinstance(model, Decoder):
-        save_model(model, str(run / "model.safetensors"))
+        write_whole(run / "model.safetensors", lambda path: save_model(model, str(path)))
     else:
         save_pretrained(model, run)
 

@@ -24,6 +24,7 @@ COMMANDS = (
     "_doctor",
     "run_clean",
     "run_compile",
+    "run_examples",
     "run_export",
     "run_generate",
     "run_plan",

@@ -30,6 +30,21 @@ def test_no_handle_stays_open(tmp_path: Path) -> None:
     assert after == before
 
 
+def test_who_may_read_a_new_file_may_read_it(tmp_path: Path) -> None:
+    """Write as safetensors does, whose files only their owner may read, after a run that was killed while writing."""
+    (tmp_path / "new").touch()
+    left = tmp_path / ".x.partial"
+    left.touch(mode=0o600)
+
+    def private(path: Path) -> None:
+        path.unlink()
+        path.touch(mode=0o600)
+
+    write_whole(tmp_path / "x", private)
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert not left.exists()
+
+
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     file.write_text("before")

@@ -68,6 +68,7 @@ def test_every_figure_of_the_table(tmp_path: Path) -> None:
     assert said["tokens per second"] == "12"  # those since this start: (80 - 30) / 4
     assert said["steps skipped"] == "2"
     assert said["in the run folder"] == "loss.png, metrics.jsonl, model.safetensors, sample.txt"
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who can read one file can read all
     # The first three rows of each source: the frequencies of their labels, each once.
     labels = torch.cat([rows.batch([0, 1, 2]).labels.flatten() for rows in data_of().validation.values()])
     share = torch.bincount(labels[labels >= 0]).double() / (labels >= 0).sum()
