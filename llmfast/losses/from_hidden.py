@@ -90,14 +90,13 @@ class LinearCrossEntropy(Loss):
         call, way = plan.call, plan.way
         stages = self._stages(plan, self._matrices(inputs), inputs)
         made = self._row_buffers(stages, wants) if way.in_forward and any(wants) else None
-        # Other ranks may have more classes, and wider rows.
-        slab = stages.matrices.hidden.new_empty(min(way.rows, call.N), call.row_width, dtype=self.slab_dtype)
-        slab = slab[:, : plan.padded(call.V)]
+        slab = self._slab(stages)
         logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
         copied = None if plan.keeps_all else logits
         more = {"stats": self.stats, "logprobs": self.logprobs, "places": self.places}
         factor = None if made is None else self.early_factor
-        parts = list(stages.forward(made, copied, slab, **more, grad_scale=factor))
+        parts = stages.forward(made, copied, slab, **more, grad_scale=factor)
+        parts = list(map(_forgotten, parts) if plan.forgets else parts)
         del slab  # before the chunks' numbers are joined
         found = _joined(parts) if parts else self._no_rows(stages.matrices)
         if made is not None and made.hidden is not None and self.group is not None:
@@ -130,6 +129,8 @@ class LinearCrossEntropy(Loss):
         """Make all gradients from logits that were kept, which are written over, or from new ones."""
         plan, call, way, hidden = stages.plan, stages.plan.call, stages.plan.way, stages.matrices.hidden
         new = hidden.new_empty if call.N > 0 and call.V > 0 else hidden.new_zeros  # where there is no product
+        if len(softmax.peak) < call.N:
+            softmax = _joined(list(stages.forward(None, None, self._slab(stages), stats=False))).softmax
         upstream = returned.per_row(self.count, softmax.peak)
         into, later = self.accumulate_into, way.finished < call.N
         d_hidden = rest = sums = None
@@ -266,6 +267,12 @@ class LinearCrossEntropy(Loss):
             hidden, weight = hidden.contiguous(), weight.contiguous()
         return Matrices(hidden, weight)
 
+    def _slab(self, stages: Stages) -> Tensor:
+        """Make the row stage's slab. Other ranks may have more classes, and wider rows."""
+        plan, call = stages.plan, stages.plan.call
+        slab = stages.matrices.hidden.new_empty(min(plan.way.rows, call.N), call.row_width, dtype=self.slab_dtype)
+        return slab[:, : plan.padded(call.V)]
+
     def _no_rows(self, matrices: Matrices) -> Rows:
         # Each is a tensor of its own: autograd marks some of them as not differentiable.
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -289,6 +296,12 @@ class LinearCrossEntropy(Loss):
         if wants[2]:
             d_bias = hidden.new_zeros(call.V, dtype=call.wide)
         return Gradients(d_hidden, d_weight, d_bias)
+
+
+def _forgotten(rows: Rows) -> Rows:
+    """Return the losses of rows, and nothing that a first backward pass does not read."""
+    none = rows.loss.new_empty(0)
+    return Rows(rows.loss, none, none, None, None, taught=None if rows.taught is None else none)
 
 
 def _joined(parts: list[Rows]) -> Rows:

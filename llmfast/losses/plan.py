@@ -148,6 +148,11 @@ class LinearCrossEntropyPlan:
         return bool(self.call.separate(self.way))
 
     @cached_property
+    def forgets(self) -> bool:
+        """True if a chunk of rows leaves nothing but its losses."""
+        return bool(self.call.forgets(self.way))
+
+    @cached_property
     def sums_hidden(self) -> bool:
         """True if the column stage sums d_hidden in float32, in a buffer that is then cast."""
         return bool(self.call.hidden_sums(self.way) > 0)

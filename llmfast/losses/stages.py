@@ -92,6 +92,7 @@ class Stages:
             if places:
                 found = found._replace(places=self.ops.places(logits, targets, self.terms, V=V))
             yield found
+            del found  # the caller may keep less of it
             if d_logits is not None and made is not None:
                 self._add_rows(rows, _first(d_logits, V, 1), alive, made, add=rows.start > 0)
 

@@ -129,6 +129,20 @@ class Call:
         """Bytes per row beyond those when loss, peak and total of all chunks are joined."""
         return 0 if self.stats else (6 - self._numbers + self.taught) * self.wide.itemsize
 
+    def forgets(self, way: Way) -> Any:
+        """Return whether a chunk of rows leaves nothing but its losses: its gradients are final.
+
+        A second backward pass makes the rest again.
+        """
+        returned = bool(self.stats or self.ids or self.functional or self.per_token)
+        return way.in_forward & (self.column_share(way) == 0) & (not returned)
+
+    def _row_numbers(self, way: Way) -> tuple[Any, Any]:
+        """Return the bytes of numbers per row: of those that are kept, and of more while they are joined."""
+        few = self.forgets(way)
+        kept = np.where(few, self.wide.itemsize + self.plain_row_bytes, self.row_bytes)
+        return kept * self.N, np.where(few, self.wide.itemsize, self.joined_bytes) * self.N * (way.rows < self.N)
+
     def modes(self, way: Way) -> Any:
         """Return the name of each way's mode."""
         chunk = (way.summed >= self.V) if self.wants[1] else np.full_like(way.in_forward, True)
@@ -329,9 +343,11 @@ class Call:
         A gradient that is returned but not made yet leaves its bytes to others.
         """
         rows_slab, columns_slab = self.slab_bytes(way)
-        rows_scratch = self._scratch(np.minimum(way.rows, self.N), self.V)
-        numbers = self.held + self.row_bytes * self.N + self.V * self.wide.itemsize * self.wants[2] + SCALARS
-        joining = np.where(way.rows < self.N, self.joined_bytes * self.N, 0)
+        rows_of_slab = np.minimum(way.rows, self.N)
+        rows_scratch = self._scratch(rows_of_slab, self.V)
+        numbers, joining = self._row_numbers(way)
+        numbers = numbers + self.held + self.V * self.wide.itemsize * self.wants[2] + SCALARS
+        rows_scratch = rows_scratch + self.forgets(way) * (2 + self.taught) * self.wide.itemsize * rows_of_slab
         if not any(self.wants):
             return numbers + np.maximum(rows_slab + rows_scratch, joining)
         h, g = self.hidden_dtype.itemsize, self._sum_bytes(way)

@@ -145,6 +145,25 @@ def test_backward_twice(path: str, reduction: str) -> None:
         torch.testing.assert_close(a, 3 * c)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("mode", ["materialise", "chunk", "two-stage", "recompute"])
+def test_every_mode_makes_what_a_second_backward_pass_needs(path: str, mode: str, dense: bool) -> None:
+    """Cut the rows into chunks, which keep only their losses where their gradients are final."""
+    hidden, weight, targets = draw(30, 300, 8, torch.float32)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "bias": torch.randn(300).requires_grad_()}
+    inputs = hidden.requires_grad_(), weight.requires_grad_(), options["bias"]
+    if dense:
+        targets = torch.rand(30, 300)
+    want = torch.autograd.grad(reference.linear_cross_entropy(hidden, weight, targets, **options), inputs)
+    with forced(mode, rows=30 if mode == "materialise" else 7) as plans:
+        loss = linear_cross_entropy(hidden, weight, targets, **options)
+        assert plans[0].mode == mode or (mode == "materialise" and path == "plain")
+        assert plans[0].forgets == (plans[0].mode == "chunk")
+        for _ in range(3):
+            found = torch.autograd.grad(loss, inputs, retain_graph=True)
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+
+
 def test_a_second_derivative_is_refused(path: str) -> None:
     hidden, weight, targets = draw(200, 3000, 8, torch.float32)
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
