@@ -248,6 +248,9 @@ def limits() -> Iterator[str]:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     newest, earlier = (re.findall(rf"transformers{sign}(\d+\.\d+)", constraints)[0] for sign in ("==", " "))
     yield f"`fuse_loss` and `add_mtp` are tested with transformers {earlier} and {newest}."
+    torch_, triton = (re.findall(rf"{name}==([\d.]+)", constraints)[0] for name in ("torch", "triton"))
+    python = re.findall(r"on Python ([\d.]+\d)", constraints)[0]
+    yield f"The tests run on Python {python} with torch {torch_} and Triton {triton};"
 
 
 def migration() -> Iterator[str]:
@@ -364,6 +367,8 @@ STATED = {
     "limits.md": [
         "(6 · matrix parameters · tokens + 12 · layers · row · width · tokens) /",
         "it takes 0.78 to 0.97 times as long",
+        "with Triton before 3.6 they cannot",
+        "with torch 2.8.0 and Triton 3.4.0, and with torch 2.14.1 and Triton 3.8.0",
     ],
     "losses.md": [
         "is float32 (torch 2.10)",

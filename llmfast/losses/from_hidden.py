@@ -95,8 +95,8 @@ class LinearCrossEntropy(Loss):
         copied = None if plan.keeps_all else logits
         more = {"stats": self.stats, "logprobs": self.logprobs, "places": self.places}
         factor = None if made is None else self.early_factor
-        parts = stages.forward(made, copied, slab, **more, grad_scale=factor)
-        parts = list(map(_forgotten, parts) if plan.forgets else parts)
+        chunks = stages.forward(made, copied, slab, **more, grad_scale=factor)
+        parts = list(map(_forgotten, chunks) if plan.forgets else chunks)
         del slab  # before the chunks' numbers are joined
         found = _joined(parts) if parts else self._no_rows(stages.matrices)
         if made is not None and made.hidden is not None and self.group is not None:
