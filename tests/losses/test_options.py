@@ -273,7 +273,7 @@ def test_the_first_of_equal_logits_is_the_argmax(path: str) -> None:
 @pytest.mark.parametrize("logit_scale", [None, 1.7])
 def test_there_is_an_argmax_wherever_there_are_logits(path: str, softcap: float, logit_scale: float | None) -> None:
     """Compute softcap in two places of a kernel, which a compiler may round differently."""
-    logits, targets = torch.randn(200, 700) * 10, torch.randint(0, 700, (200,))
+    logits, targets = torch.randn(60, 700) * 10, torch.randint(0, 700, (60,))
     options: Options = {"softcap": softcap, "logit_scale": logit_scale, "return_stats": True}
     _, stats = cross_entropy(logits, targets, **options)
     capped = softcap * torch.tanh((logit_scale or 1.0) * logits.double() / softcap)

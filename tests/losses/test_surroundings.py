@@ -17,7 +17,7 @@ from llmfast.train.objective import FurtherTokens
 from support.devices import DEVICE
 from support.launched import unrecorded
 
-N, D, V = 12, 16, 200
+N, D, V = 7, 16, 200
 Loss = Callable[..., Any]
 
 
