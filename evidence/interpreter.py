@@ -63,7 +63,7 @@ _POINTERS_FROM_POINTERS |= {"splat": 1, "unsplat": 0}
 
 _REPLACED = {
     "": (
-        *("TensorHandle", "_get_np_dtype", "_patch_lang", "_implicit_cvt", "interpreter_builder"),
+        *("TensorHandle", "_get_np_dtype", "_patch_lang", "_patch_attr", "_implicit_cvt", "interpreter_builder"),
         "interpreter_semantic",
     ),
     "InterpreterBuilder": (
@@ -106,7 +106,7 @@ def _guard_bfloat16(name: str, method: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         for arg in args:  # a plain loop, because this runs at every operation
-            if _is_bfloat16(arg):
+            if getattr(arg, "holds_bfloat16", False):  # of a handle, see `interpreter_types`
                 break
         else:
             return method(*args, **kwargs)
@@ -284,8 +284,10 @@ def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not observers.computing:
+            return method(self, *args, **kwargs)
         result = method(self, *args, **kwargs)
-        if observers.computing and hasattr(result, "data"):
+        if hasattr(result, "data"):
             elements = result.data.size * (args[0].data.shape[-1] if operation == "dot" else 1)
             for observer in observers.computing:
                 observer.compute(operation, elements, dtype_name(args[0]))

@@ -5,7 +5,8 @@ Values and errors stay the same. What is replaced:
 * A block type and a tensor find their shape, number of elements and name in a table instead of computing them.
 * An operation of two tensors of one type, or of a tensor and a Python number, skips the search for a common type.
 * Integer arithmetic is checked for overflow only where the check can fail: at launches with `debug=True`.
-* A handle's type is compared with its array's by a table.
+* A handle's type is compared with its array's by a table, which also says whether it is bfloat16.
+* A function of `tl` is called without the wrapper that asks for `_semantic`, and a tensor is known to be no constexpr.
 """
 
 import functools
@@ -31,6 +32,8 @@ def install(interpreter: Any) -> None:
     _remember_block_types(core.block_type)
     _remember_shapes(core.tensor)
     _compare_sizes_by_table(interpreter.TensorHandle)
+    _call_functions_directly(interpreter)
+    core._unwrap_if_constexpr = semantic._unwrap_if_constexpr = _unwrapped(core._unwrap_if_constexpr)
     kind: Any = semantic.TritonSemantic
     kind.binary_op_type_checking_impl = _common_type(kind.binary_op_type_checking_impl, interpreter)
     kind.broadcast_impl_value = _broadcast(kind.broadcast_impl_value)
@@ -75,15 +78,40 @@ def _remember_shapes(tensor: Any) -> None:
 
 def _compare_sizes_by_table(handle: Any) -> None:
     stock = handle.__post_init__
-    fits: set[tuple[str, int]] = set()
+    fits: dict[tuple[str, int], bool] = {}
 
     def check(self: Any) -> None:
         key = (self.dtype.name, self.data.itemsize)
-        if key not in fits:
+        bfloat16 = fits.get(key)
+        if bfloat16 is None:
             stock(self)
-            fits.add(key)
+            bfloat16 = fits[key] = self.dtype.scalar.name == "bf16"
+        self.holds_bfloat16 = bfloat16
 
     handle.__post_init__ = check
+
+
+def _call_functions_directly(interpreter: Any) -> None:
+    def patch(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function, its_semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = its_semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = patch
+
+
+def _unwrapped(stock: Callable[..., Any]) -> Callable[..., Any]:
+    others = frozenset((core.tensor, int, float, bool, type(None)))
+
+    @functools.wraps(stock)
+    def unwrapped(value: Any) -> Any:
+        return value if type(value) in others else stock(value)
+
+    return unwrapped
 
 
 def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
