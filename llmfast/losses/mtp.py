@@ -122,11 +122,7 @@ def mtp_cross_entropy(
     divisors = _numbers("num_valid", num_valid, K, labels.device)
     detached = [detach_unembedding] * K if isinstance(detach_unembedding, bool) else list(detach_unembedding)
     expect(len(detached) == K, f"detach_unembedding must be a bool or {K} of them; got {len(detached)}")
-    if document_ids is not None:
-        expect(
-            document_ids.shape == labels.shape and not document_ids.is_floating_point(),
-            f"document_ids must be {tuple(labels.shape)} integers; got {describe(document_ids)}",
-        )
+    expect_documents(document_ids, labels)
     if K == 1 and weights is None and not shared and not any(detached):  # an ordinary loss, bit for bit
         rest["num_valid"] = None if divisors is None else divisors[0]
         return _one_head(hiddens[0], weight, labels, return_stats, rest)
@@ -154,9 +150,22 @@ def mtp_valid_counts(
     Args:
         labels, document_ids: (..., T), as for `mtp_cross_entropy`.
         heads: K.
+
+    Raises:
+        ValueError: `heads` is not positive, or the document ids do not fit the labels.
     """
     expect(heads > 0, f"heads must be positive; got {heads}")
+    expect_documents(document_ids, labels)
     return (head_targets(labels, heads, document_ids, ignore_index) != ignore_index).flatten(1).sum(1)
+
+
+def expect_documents(document_ids: Tensor | None, labels: Tensor) -> None:
+    """Raise ValueError unless there is an integer for each label."""
+    if document_ids is not None:
+        expect(
+            document_ids.shape == labels.shape and not document_ids.is_floating_point(),
+            f"document_ids must be {tuple(labels.shape)} integers; got {describe(document_ids)}",
+        )
 
 
 def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: float) -> Tensor:
@@ -277,8 +286,9 @@ def _separate(
             part, kinds = heads.chosen(these), [kind] * len(these)
             own = _chosen(hiddens, these)
             taken = heads.copied // 2 + joined + (0 if _follow_each_other(these) else own.nbytes)
+            given = {**options, "accumulate_into": None} if kind else options
             try:
-                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, options)
+                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, given)
             except BudgetError as e:
                 raise BudgetError(2 * e.least, e.call, budget) from None
             losses.append(loss)
