@@ -334,3 +334,28 @@ def test_what_a_page_claims_is_so(sentence: str) -> None:
             torch.testing.assert_close(found, wanted)
         else:
             assert found == wanted
+
+
+# Until results of a GPU are among those of `make bench`.
+NEVER_RUN = {
+    "README.md": "*no kernel has run on a GPU yet*",
+    "docs/index.md": "No kernel has run on a GPU yet",
+    "docs/limits.md": "**No kernel of llmfast has run on a GPU.**",
+    "docs/measured.md": "No kernel of llmfast has been timed on a GPU.",
+}
+
+
+def test_pages_agree_on_what_has_not_run() -> None:
+    for page, sentence in NEVER_RUN.items():
+        assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page
+    known = dict(row for row in table("limits.md", "what | how it is known"))
+    unknown = {what for what, how in known.items() if how.startswith("not ") or "not run" in how}
+    assert unknown == {
+        "time taken",
+        "whether drivers and hardware behave like the interpreter",
+        "CUDA graphs, streams, asynchronous copies",
+        "NCCL, several GPUs",
+        "training at scale",
+    }
+    assert "interpreter on a CPU" in known["what kernels compute"] and known["machine code"].startswith("compiled for")
+    assert known["bytes moved"] == "counted in the interpreter"

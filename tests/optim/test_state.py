@@ -504,3 +504,16 @@ def test_there_are_no_averages_without_ema_decay() -> None:
         FusedSGD([torch.ones(2)]).ema_weights(),
     ):
         pass
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, "8bit"])
+def test_states_of_parameters_that_come_later_start_as_those_of_the_others(path: str, dtype: Any) -> None:
+    """Torch makes Adagrad's states when it is constructed, and then no more."""
+    first, later = (torch.nn.Parameter(torch.ones(256)) for _ in range(2))
+    optimizer = FusedAdagrad([first], lr=0.5, initial_accumulator_value=9.0, state_dtype=dtype)
+    optimizer.add_param_group({"params": [later]})
+    for p in (first, later):
+        p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    torch.testing.assert_close(later.detach(), torch.full((256,), 1 - 0.5 * 4 / 5))
+    assert torch.equal(first, later)
