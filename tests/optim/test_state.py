@@ -517,3 +517,29 @@ def test_states_of_parameters_that_come_later_start_as_those_of_the_others(path:
     optimizer.step()
     torch.testing.assert_close(later.detach(), torch.full((256,), 1 - 0.5 * 4 / 5))
     assert torch.equal(first, later)
+
+
+def test_a_loss_of_bits_is_told_where_the_step_is_taken() -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=BF16))
+    for options in ({"master_weights": "split16"}, {"ema_decay": 0.5}):
+        saved, optimizer = FusedAdamW([p], **options), FusedAdamW([p])  # type: ignore[arg-type]
+        p.grad = torch.ones_like(p)
+        saved.step()
+        optimizer.load_state_dict(saved.state_dict())
+        with pytest.warns(UserWarning, match="discards") as told:
+            optimizer.step()
+        assert [warning.filename for warning in told] == [__file__]
+
+
+def test_a_state_on_another_device_is_refused(path: str) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([p], ema_decay=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name in ("exp_avg", "ema_param"):
+        kept = optimizer.state[p][name]
+        optimizer.state[p][name] = kept.to("meta")
+        with pytest.raises(ValueError, match=rf"^state {name} must have the shape and device of .*on meta$"):
+            optimizer.step()
+        optimizer.state[p][name] = kept
+    optimizer.step()
