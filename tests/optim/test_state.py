@@ -543,3 +543,12 @@ def test_a_state_on_another_device_is_refused(path: str) -> None:
             optimizer.step()
         optimizer.state[p][name] = kept
     optimizer.step()
+
+
+def test_loading_leaves_no_hook_behind() -> None:
+    optimizer = FusedAdamW([torch.nn.Parameter(torch.ones(3))])
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(saved | {"param_groups": []})
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 0
