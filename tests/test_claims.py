@@ -359,3 +359,213 @@ def test_pages_agree_on_what_has_not_run() -> None:
     }
     assert "interpreter on a CPU" in known["what kernels compute"] and known["machine code"].startswith("compiled for")
     assert known["bytes moved"] == "counted in the interpreter"
+
+
+# Sentences with the test, in tests/, that shows each: who changes one looks there whether it still holds.
+PROVEN: dict[str, list[tuple[str, str]]] = {
+    "losses.md": [
+        (
+            "A smaller budget never takes more memory, and a larger one is never slower.",
+            "losses/test_plan.py::test_a_smaller_budget_never_holds_more_and_a_larger_one_never_takes_longer",
+        ),
+        (
+            "If the budget is too small for any way, a ValueError names the smallest possible one.",
+            "losses/test_budget.py::test_a_budget_is_kept",
+        ),
+        (
+            "With `inplace=True` it overwrites them with their gradient",
+            "losses/test_cross_entropy.py::test_inplace_overwrites_and_says_so",
+        ),
+        (
+            "A mean divides by the number of tokens, whatever the class weights are, or by the sum of `token_weights`.",
+            "losses/test_probabilities.py::test_statistics_of_the_mean_are_torchs",
+        ),
+        ("The upstream gradients are known only in backward", "losses/test_logprobs.py::test_logits_match_float64"),
+        ("or a tensor with one for each, which gets no gradient", "losses/test_logprobs.py::test_refuses"),
+        (
+            "divides those of the K by their sum; the student's softmax still has all classes",
+            "losses/test_distillation.py::test_any_two_arguments_together_match_float64",
+        ),
+        (
+            "Gradients go to the student alone; the teacher's tensors are detached.",
+            "losses/test_distillation.py::test_gradients_go_where_the_options_say",
+        ),
+        (
+            "tokens with `ignore_index` have no loss at all",
+            "losses/test_distillation.py::test_ignored_tokens_add_nothing",
+        ),
+        ("the graph breaks here", "losses/test_distillation.py::test_compiled_the_graph_breaks"),
+        (
+            "If `num_valid` is an int smaller than the number of tokens, masked rows are also left out",
+            "losses/test_plan.py::test_a_masked_row_takes_no_part_in_the_products",
+        ),
+        (
+            "Gradients of ignored tokens are zero even if the upstream gradient is infinite or NaN.",
+            "losses/test_ignored.py::test_nothing_but_ignored_tokens",
+        ),
+        ("Arguments may be strided, transposed, expanded or offset.", "losses/test_layouts.py::test_any_layout"),
+        (
+            "Inside autocast, inputs are cast once and nothing else is rounded.",
+            "losses/test_surroundings.py::test_autocast_rounds_the_inputs_and_nothing_else",
+        ),
+        (
+            "Meta and fake tensors give meta and fake results.",
+            "losses/test_surroundings.py::test_tensors_without_data_give_shapes",
+        ),
+        (
+            "`num_valid` and `head_weights` must be tensors on the GPU, or numbers.",
+            "losses/test_surroundings.py::test_a_tensor_of_the_host_is_refused_while_a_graph_is_captured",
+        ),
+        (
+            "have the same constructor arguments as torch's modules",
+            "losses/test_modules.py::test_every_argument_is_tried",
+        ),
+        (
+            "so the loss of that token becomes NaN",
+            "losses/test_row_kernels.py::test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else",
+        ),
+        (
+            "it is a device-side assert",
+            "losses/test_row_kernels.py::test_a_target_out_of_range_asserts_in_debug_mode",
+        ),
+        (
+            "a different number of tokens does not trigger a recompile",
+            "losses/test_compiled.py::test_no_recompilation_when_the_number_of_tokens_changes",
+        ),
+        (
+            "`accumulate_into` adds the gradient to a float32 buffer of yours.",
+            "losses/test_plan.py::test_accumulates_into_a_main_grad",
+        ),
+        (
+            "rounds the sum of a bfloat16 weight's gradient after every chunk",
+            "losses/test_budget.py::test_sums_in_the_weights_dtype_round_once_per_chunk",
+        ),
+    ],
+    "mtp.md": [
+        (
+            "Positions past the end of a sequence or document are not predicted.",
+            "losses/test_mtp.py::test_counts_of_valid_tokens",
+        ),
+        (
+            "the gradients equal those of a single backward pass",
+            "mtp/test_sequential.py::test_gradients_are_those_of_one_graph",
+        ),
+        ("so only one head's activations are in memory", "mtp/test_sequential.py::test_one_head_is_alive_at_a_time"),
+        ("The output equals greedy decoding.", "mtp/test_speculative.py::test_the_same_text_in_fewer_passes"),
+        (
+            "every token takes one random number, so the text is that of plain sampling",
+            "mtp/test_speculative.py::test_sampled_text_is_that_of_plain_sampling",
+        ),
+        ("so a pass costs the rows that it adds", "mtp/test_speculative.py::test_a_pass_costs_the_rows_that_it_adds"),
+        ("regardless of the number of heads", "losses/test_mtp.py::test_memory_does_not_grow_with_heads"),
+        ("under DeepSeek-V3's parameter names", "mtp/test_export.py::test_the_names_are_deepseeks"),
+    ],
+    "optimizers.md": [
+        (
+            "a step whose norm is not finite changes nothing",
+            "optim/test_clipping.py::test_a_norm_that_is_not_finite_changes_nothing",
+        ),
+        (
+            "A group that sets `max_grad_norm` is clipped by the norm of its own gradients.",
+            "optim/test_group_options.py::test_a_group_is_clipped_to_its_own_norm_and_the_others_together",
+        ),
+        (
+            "if it is not finite, no group changes",
+            "optim/test_group_options.py::test_a_norm_of_one_group_that_is_not_finite_changes_no_group",
+        ),
+        (
+            "Your own keys stay in the group, as in torch.",
+            "optim/test_options.py::test_keys_of_the_callers_own_stay_in_the_group",
+        ),
+        (
+            "Bits that the new format cannot hold are dropped with a warning.",
+            "optim/test_state.py::test_lost_bits_are_told_of",
+        ),
+        (
+            "it silently ignores names that only the checkpoint has",
+            "optim/test_conversions.py::test_torch_distributed_checkpoint_converts_or_names_what_is_missing",
+        ),
+        (
+            "`load_state_dict` and `--resume` still read the old name",
+            "optim/test_conversions.py::test_low_bits_of_older_checkpoints_are_told_apart_by_their_dtype",
+        ),
+        (
+            "the linear rule (SGD, Goyal et al. 2017) or the square-root rule (Adam and RMSProp, Malladi et al. 2022)",
+            "optim/test_scaling.py::test_scaling_a_learning_rate",
+        ),
+        (
+            "Results equal those of stepping after backward.",
+            "optim/test_release.py::test_matches_stepping_after_backward",
+        ),
+        (
+            "Parameters that are unfrozen or added with `add_param_group` later are updated too.",
+            "optim/test_release.py::test_parameters_that_come_later_are_stepped_like_the_others",
+        ),
+        (
+            "| `ema_decay` | keeps a float32 moving average of each parameter |",
+            "optim/test_precision.py::test_an_average_of_the_weights",
+        ),
+        (
+            "| `zero_grads` | sets gradients to zero after reading them |",
+            "optim/test_precision.py::test_gradients_are_zeroed_on_the_way",
+        ),
+    ],
+    "migration.md": [
+        (
+            "Apex's `FusedAdam` is AdamW by default; llmfast's is Adam.",
+            "optim/test_optimizers.py::test_matches_the_reference_rule",
+        ),
+        ("The loss is float32 for every input dtype.", "losses/test_cross_entropy.py::test_matches_float64"),
+        (
+            "On an accelerator it leaves the gradients unchanged.",
+            "optim/test_clipping.py::test_gradients_stay_as_they_are",
+        ),
+        (
+            "With GradScaler, a step leaves the gradients divided by the scale",
+            "optim/test_optimizers.py::test_a_scaled_step_leaves_gradients_divided",
+        ),
+        (
+            "A class without probability may have a logit of `-inf`; torch's loss is NaN then.",
+            "losses/test_probabilities.py::test_impossible_classes",
+        ),
+        ("llmfast never does.", "losses/test_compiled.py::test_nothing_waits_for_the_device"),
+    ],
+    "how-it-works/chunk-plan.md": [
+        (
+            "if every way needs more, a ValueError names the smallest budget that is enough.",
+            "losses/test_budget.py::test_a_budget_is_kept",
+        ),
+        (
+            "the bytes of every mode and of the budgets above for four models",
+            "losses/test_budget.py::test_a_mode_holds_what_the_plan_says",
+        ),
+    ],
+    "how-it-works/optimizer.md": [
+        (
+            "The noise depends on the seed, the step and the element's position in the whole parameter, but not on how "
+            "the work is divided.",
+            "optim/test_distributed.py::test_stochastic_rounding_does_not_depend_on_the_number_of_ranks",
+        ),
+        (
+            "A step therefore never synchronises with the host",
+            "optim/test_clipping.py::test_the_host_waits_for_nothing",
+        ),
+    ],
+    "how-it-works/row-kernel.md": [
+        (
+            "A confident row therefore keeps its small loss",
+            "losses/test_cross_entropy.py::test_confident_rows_keep_their_gradient",
+        ),
+        ("`-inf` is a valid logit.", "losses/test_cross_entropy.py::test_minus_infinity_masks_the_vocabulary"),
+        ("A mask whose bound it cannot prove", "losses/test_row_kernels.py::test_widest_access_that_rows_allow"),
+    ],
+}
+
+
+@pytest.mark.parametrize("page", PROVEN)
+def test_what_a_page_says_is_shown_by_a_test(page: str) -> None:
+    text = words_of(page)
+    for sentence, test in PROVEN[page]:
+        assert sentence in text, f"docs/{page} does not say: {sentence}"
+        file, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
