@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, modules, reference
+from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, reference
 
 N, D, V = 10, 6, 13
 CLASSES = torch.linspace(0.5, 2.0, V)
@@ -108,7 +108,7 @@ def test_places_of_a_token(path: str) -> None:
         module(h, y[:, 0])
     with pytest.raises(TypeError, match=r"target must be floating point probabilities .*; got \(4, 5, 2, 3\)"):
         module(h, torch.zeros(4, 5, 2, 3, dtype=torch.int64))
-    for name in modules._NOT_OF_PLACES:
+    for name in ("token_weights", "target_weights", "shift", "document_ids", "return_stats"):
         with pytest.raises(ValueError, match=rf"out_features must be \(\) with {name}; got \(2,\)"):
             LinearCrossEntropyLoss(D, 5, out_features=(2,), **{name: 1})
 

@@ -69,13 +69,17 @@ WRONG: dict[str, tuple[list[Any], dict[str, Any]]] = {
 }
 # Options of which every value is taken, or whose checks need several ranks.
 ANY = {"ignore_index", "z_loss", "logit_scale", "soft_weight", "return_stats", "process_group"}
-# Arguments that do not fit the others; an int is the length of a tensor's last axis.
+# Changes after which an argument does not fit the others.
+CLASSES: list[Callable[[Tensor], Any]] = [
+    *(lambda t: t.float(), lambda t: t[:3], lambda t: t + 1, lambda t: t - 1, lambda t: t.to("meta")),
+    lambda t: t[:, None][:, :0],
+]
 MISFITS: dict[str, list[Callable[[Tensor], Any]]] = {
     "logits": [lambda t: t.long(), lambda t: t[0, 0], lambda t: t[:, :0]],
     "hidden": [lambda t: t.long(), lambda t: t[0, 0], lambda t: t[:, :0]],
     "weight": [lambda t: t.long(), lambda t: t[:, :2], lambda t: t[0], lambda t: t[:0], lambda t: t.to("meta")],
-    "targets": [lambda t: t.float(), lambda t: t[:3], lambda t: t + 1, lambda t: t - 1, lambda t: t.to("meta")],
-    "ids": [lambda t: t.float(), lambda t: t[:3], lambda t: t + 1, lambda t: t - 1, lambda t: t.to("meta")],
+    "targets": [*CLASSES, lambda t: torch.zeros(N, V, device="meta")],  # of classes, or probabilities of all
+    "ids": CLASSES,
     "hiddens": [lambda t: t[:, :3], lambda t: t[:0], lambda t: t[0, 0]],
     "teacher": [lambda t: TeacherLogits(torch.zeros(N, V + 1)), lambda t: torch.zeros(N, V)],
 }
@@ -120,3 +124,51 @@ def test_an_argument_that_does_not_fit_is_named(function: Callable[..., Any], na
     for change in MISFITS[name]:
         with pytest.raises((ValueError, TypeError), match=rf"^{name}\b"):
             function(**given | {name: change(given[name])})
+
+
+BF16 = torch.bfloat16
+# Options that fit by themselves, but not with the rest; and how the message goes on.
+TOGETHER: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (cross_entropy, {"logits": torch.zeros(V), "targets": torch.tensor(1), "shift": 1}, "shift needs a token axis"),
+    (cross_entropy, {"document_ids": torch.zeros(N).long()}, "document_ids need shift > 0; got shift=0$"),
+    (cross_entropy, {"target_weights": torch.ones(1)}, r"target_weights need targets of shape \(\.\.\., K\)$"),
+    (cross_entropy, {"num_valid": 3, "reduction": "sum"}, "num_valid needs reduction='mean', .*; got reduction='sum'$"),
+    (linear_cross_entropy, {"grad_filter": 0.1, "reduction": "none"}, "grad_filter needs reduction 'mean' or 'sum'$"),
+    (linear_cross_entropy, {"num_valid": 3, "reduction": "none"}, "num_valid needs reduction='mean'"),
+    (linear_cross_entropy, {"accumulate_dtype": BF16, "grad_filter": 0.1}, ".* does not work with grad_filter$"),
+    (
+        linear_cross_entropy,
+        {"accumulate_dtype": BF16, "accumulate_into": torch.zeros(V, D)},
+        ".* does not work with accumulate_into$",
+    ),
+    (linear_cross_entropy, {"accumulate_into": torch.zeros(V, D)}, "accumulate_into needs a weight that requires a gr"),
+    (linear_distillation, {"beta": 0.5}, "beta needs kind='jsd'; got kind='forward_kl'$"),
+    (linear_logprobs, {"temperature": torch.ones(N, requires_grad=True)}, "temperature gets no gradient here; detach"),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "message"), TOGETHER, ids=named)
+def test_options_that_do_not_fit_each_other_are_named(
+    function: Callable[..., Any], options: dict[str, Any], message: str
+) -> None:
+    given = positional(function) | options
+    if options.get("accumulate_dtype") is BF16:
+        given |= {"hidden": given["hidden"].to(BF16), "weight": given["weight"].to(BF16).requires_grad_()}
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        function(**given)
+
+
+def test_a_weight_that_is_cast_is_not_summed_in_its_own_dtype() -> None:
+    hidden, weight = torch.zeros(N, D).half(), torch.zeros(V, D).half().requires_grad_()
+    with (
+        torch.autocast("cpu", BF16),
+        pytest.raises(ValueError, match=r"^accumulate_dtype must be torch\.float32 for a we"),
+    ):
+        linear_cross_entropy(hidden, weight, IDS, accumulate_dtype=torch.float16)
+
+
+def test_only_targets_may_be_probabilities() -> None:
+    with pytest.raises(TypeError, match=r"^targets must be int64 .*, or floating point probabilities \(4, 7\); got "):
+        cross_entropy(torch.zeros(N, V), torch.zeros(N))
+    with pytest.raises(TypeError, match=r"^ids must be int64 or int32 class indices; got "):
+        logprobs(torch.zeros(N, V), torch.zeros(N))
