@@ -1,4 +1,4 @@
-"""What pages say in tables and sentences about losses and optimizers, compared with the code or tried."""
+"""Tables and sentences of pages about losses and optimizers, compared with the code or tried."""
 
 import inspect
 import re

@@ -297,9 +297,9 @@ def _separate(
             part, kinds = heads.chosen(these), [kind] * len(these)
             own = _chosen(hiddens, these)
             taken = heads.copied // 2 + joined + (0 if _follow_each_other(these) else own.nbytes)
-            given = {**options, "accumulate_into": None} if kind else options
+            mine: LinearOptions = {**options, "accumulate_into": None} if kind else options
             try:
-                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, given)
+                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, mine)
             except BudgetError as e:
                 raise BudgetError(2 * e.least, e.call, budget) from None
             losses.append(loss)
