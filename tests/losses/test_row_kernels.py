@@ -1,5 +1,7 @@
 """The row kernels themselves: what only a launch can show."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +196,25 @@ def test_softcap_does_not_hide_nan(dtype: torch.dtype) -> None:
     x = torch.tensor([[torch.nan, 1.0]], dtype=dtype)
     made = rows.cross_entropy(x, one_each(torch.tensor([0])), Terms(2, softcap=30.0))
     assert made.loss.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "before", "after"),
+    [
+        ("cross_entropy", "cross_entropy_backward_kernel", "read_logits", "store_gradient"),
+        ("distillation", "distillation_backward_kernel", "read_logits", "store_gradient"),
+        ("row", "store_target_gradients", "gradient", "store"),
+        ("pairs", "store_target_gradient", "gradient", "store"),
+    ],
+)
+def test_threads_wait_before_they_overwrite_what_others_read(file: str, function: str, before: str, after: str) -> None:
+    """Look for the barriers: the interpreter has no threads, and machine code is compiled after the tests."""
+    tree = ast.parse(Path(rows.__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
+    (kernel,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    lines: dict[str, list[int]] = {}
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+            lines.setdefault(name, []).append(node.lineno)
+    (barrier,) = lines["debug_barrier"]
+    assert max(lines[before]) < barrier < min(lines[after])
