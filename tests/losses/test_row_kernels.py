@@ -11,9 +11,12 @@ from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels import scale as scaling
+from llmfast_kernels.distillation import distillation, distillation_backward
 from llmfast_kernels.launch import Tile
 from llmfast_kernels.scale import scale
+from llmfast_kernels.teaching import Divergence, TeacherRows
 from llmfast_kernels.terms import Rows, Targets, Terms, Upstream
+from support.launched import unrecorded
 from support.numerics import assert_no_worse
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -218,3 +221,19 @@ def test_threads_wait_before_they_overwrite_what_others_read(file: str, function
             lines.setdefault(name, []).append(node.lineno)
     (barrier,) = lines["debug_barrier"]
     assert max(lines[before]) < barrier < min(lines[after])
+
+
+@pytest.mark.parametrize("target", [-1, 70, 2**40])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("hard", [None, 0.5])
+@unrecorded()
+def test_a_target_out_of_range_makes_its_row_of_a_pair_nan(beta: float, hard: float | None, target: int) -> None:
+    logits, said = torch.randn(2, 3, 70)
+    targets, terms = one_each(torch.tensor([5, target, -100])), Terms(70)
+    given = targets, terms, TeacherRows(terms, logits=said), Divergence(beta, 1.0, 1.0, hard)
+    d_logits, later = torch.empty_like(logits), torch.empty_like(logits)
+    found = distillation(logits, *given, d_logits=d_logits)
+    distillation_backward(logits, *given, found.softmax, Upstream(torch.ones(3)), d_logits=later)
+    assert found.loss.isnan().tolist() == [False, True, False]
+    for gradient in (d_logits, later):
+        assert gradient.isnan().any(1).tolist() == [False, True, False]
