@@ -552,3 +552,33 @@ def test_loading_leaves_no_hook_behind() -> None:
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(saved | {"param_groups": []})
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 0
+
+
+def test_a_copy_has_options_of_its_own() -> None:
+    optimizer = FusedAdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "max_grad_norm": 1.0}], ema_decay=0.5)
+    other = copy.copy(optimizer)
+    other.options.ema_decay, other.group_options[0]["max_grad_norm"] = 0.25, 2.0
+    assert optimizer.options.ema_decay == 0.5 and optimizer.group_options == [{"max_grad_norm": 1.0}]
+
+
+def test_what_torch_does_not_keep_is_not_saved_for_it() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    relative = FusedAdamW([p], decay="relative")
+    assert "lr_max" in relative.state_dict()["param_groups"][0]
+    assert relative.torch_state_dict()["param_groups"][0].keys() == torch.optim.AdamW([p]).param_groups[0].keys()
+    plain, torchs = FusedSGD([p]), torch.optim.SGD([p])
+    for optimizer in (plain, torchs):
+        optimizer.step()
+    assert plain.state_dict()["state"] == torchs.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("state_dtype", [None, FP32, "8bit"], ids=str)
+def test_a_buffer_that_has_seen_no_gradient_is_not_saved(path: str, state_dtype: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(256))
+    optimizer = FusedSGD([p], momentum=0.9, dampening=0.5, state_dtype=state_dtype)
+    for skip, saved in ((1.0, False), (0.0, True)):
+        p.grad, optimizer.found_inf = torch.ones_like(p), torch.tensor(skip)
+        optimizer.step()
+        state = optimizer.state_dict()["state"].get(0, {})
+        assert any(name.startswith("momentum_buffer") for name in state) == saved
