@@ -7,6 +7,7 @@ from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy
+from support.launched import unrecorded
 from support.plans import forced
 
 
@@ -90,6 +91,7 @@ WAYS: list[tuple[str, str, dict[str, int]]] = [
 
 
 @pytest.mark.parametrize(("mode", "reduction", "changes"), WAYS, ids=str)
+@unrecorded()
 def test_a_plan_adds_up_what_is_moved_and_multiplied(mode: str, reduction: str, changes: dict[str, int]) -> None:
     N, D, V = 512, 128, 4096
     with pretending_cuda():
