@@ -10,7 +10,11 @@ import torch
 
 from benchmarks.report import headline
 from llmfast._gpus import H100, H200
+from llmfast.checkup import command
 from llmfast.losses import LinearCrossEntropyPlan
+from llmfast.models import DecoderConfig
+from llmfast.models.cost import count_parameters
+from llmfast.train import Config
 from support.code_blocks import ROOT, commands, expect_command, run_python
 from support.results import kernel, results, row_kernel
 
@@ -28,6 +32,26 @@ def test_commands_exist() -> None:
     assert found
     for words in found:
         expect_command(words)
+
+
+def test_figures_in_the_text_are_the_codes() -> None:
+    words = " ".join(README.split())
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (python,) = re.findall(r'^requires-python = ">=([\d.]+)"', project, re.MULTILINE)
+    assert f"They need a fresh clone, Linux and Python {python} or newer." in words
+    assert f"explains how to check one in {({8: 'eight'})[command.MINUTES]} minutes." in words
+    demo = Config()
+    shape = {name: getattr(demo.model, name) for name in ("width", "layers", "heads")}
+    million = count_parameters(DecoderConfig(demo.data.vocab_size, **shape)).total / 1e6
+    for page in (words, " ".join((ROOT / "docs" / "index.md").read_text(encoding="utf-8").split())):
+        assert re.findall(r"trains? a (\d+) M parameter model", page) == [f"{million:.0f}"]
+
+
+def test_files_of_a_run_are_named_as_it_writes_them() -> None:
+    (listed,) = re.findall(r"The run is in `runs/demo/`: (.*?)\. For", " ".join(README.split()))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "llmfast" / "train").rglob("*.py"))
+    files = re.findall(r"`([\w.]+)`", listed)
+    assert files and all(f'"{name}"' in source for name in files)
 
 
 def test_make_verbs_exist() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy, made_ready
-from llmfast.losses.options import LinearOptions, MTPOptions, Numbers, complete, defaults, takes
+from llmfast.losses.options import TABLE, Inputs, LinearOptions, MTPOptions, Numbers, complete, defaults, takes
 from llmfast.losses.plain import final_logits
 from llmfast.losses.plan import BudgetError
 from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
@@ -122,11 +122,8 @@ def mtp_cross_entropy(
     divisors = _numbers("num_valid", num_valid, K, labels.device)
     detached = [detach_unembedding] * K if isinstance(detach_unembedding, bool) else list(detach_unembedding)
     expect(len(detached) == K, f"detach_unembedding must be a bool or {K} of them; got {len(detached)}")
-    if document_ids is not None:
-        expect(
-            document_ids.shape == labels.shape and not document_ids.is_floating_point(),
-            f"document_ids must be {tuple(labels.shape)} integers; got {describe(document_ids)}",
-        )
+    expect_documents(document_ids, labels)
+    _expect_weights(hiddens if shared else hiddens[0], labels, rest)
     if K == 1 and weights is None and not shared and not any(detached):  # an ordinary loss, bit for bit
         rest["num_valid"] = None if divisors is None else divisors[0]
         return _one_head(hiddens[0], weight, labels, return_stats, rest)
@@ -154,9 +151,23 @@ def mtp_valid_counts(
     Args:
         labels, document_ids: (..., T), as for `mtp_cross_entropy`.
         heads: K.
+
+    Raises:
+        ValueError: `heads` is not positive, or the document ids do not fit the labels.
     """
     expect(heads > 0, f"heads must be positive; got {heads}")
+    expect_documents(document_ids, labels)
     return (head_targets(labels, heads, document_ids, ignore_index) != ignore_index).flatten(1).sum(1)
+
+
+def expect_documents(document_ids: Tensor | None, labels: Tensor) -> None:
+    """Raise ValueError unless there is an integer for each label."""
+    if document_ids is not None:
+        fits = document_ids.shape == labels.shape and document_ids.device == labels.device
+        expect(
+            fits and not document_ids.is_floating_point(),
+            f"document_ids must be {tuple(labels.shape)} integers on {labels.device}; got {describe(document_ids)}",
+        )
 
 
 def head_targets(labels: Tensor, K: int, document_ids: Tensor | None, empty: float) -> Tensor:
@@ -186,11 +197,20 @@ def _numbers(name: str, given: Numbers | None, K: int, device: torch.device) -> 
     if given is None:
         return None
     if not isinstance(given, Tensor):
-        expect(len(given) == K, f"{name} must be {K} numbers, one per head; got {len(given)}")
+        count = len(given) if isinstance(given, Sequence) else given
+        expect(count == K and isinstance(given, Sequence), f"{name} must be {K} numbers, one per head; got {count}")
         given = numbers(given, device)
     expect(given.shape == (K,), f"{name} must be ({K},), one number per head; got {describe(given)}")
     expect(not given.requires_grad, f"{name} gets no gradient here; detach it")
     return on_device(name, given, device)
+
+
+def _expect_weights(hidden: Tensor, labels: Tensor, options: LinearOptions) -> None:
+    """Raise an error for weights that do not fit the labels, by which the divisors are counted."""
+    for name, weights in (("class_weights", options["class_weights"]), ("token_weights", options["token_weights"])):
+        if weights is not None:  # how many classes there are is looked at later
+            for check in TABLE[name].checks:
+                check(name, weights, Inputs(hidden, labels, weights.numel()), options)
 
 
 @dataclass(frozen=True)
@@ -277,8 +297,9 @@ def _separate(
             part, kinds = heads.chosen(these), [kind] * len(these)
             own = _chosen(hiddens, these)
             taken = heads.copied // 2 + joined + (0 if _follow_each_other(these) else own.nbytes)
+            mine: LinearOptions = {**options, "accumulate_into": None} if kind else options
             try:
-                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, options)
+                loss, *sums = _separate(own, weight, replace(part, copied=taken), kinds, stats, mine)
             except BudgetError as e:
                 raise BudgetError(2 * e.least, e.call, budget) from None
             losses.append(loss)

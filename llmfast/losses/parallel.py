@@ -29,8 +29,7 @@ def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, 
     own = min(share, V - start)
     expect(
         columns == own,
-        f"rank {rank} of {world} must hold {own} of {V} classes (the first ranks {share} each); it holds {columns}"
-        + ("; pass vocab_size where the ranks' shares differ" if vocab_size is None else ""),
+        f"rank {rank} of {world} must hold {own} of {V} classes (the first ranks {share} each); it holds {columns}",
     )
     return V, slice(start, start + own)
 

@@ -237,13 +237,13 @@ class LinearCrossEntropyPlan:
             f"linear cross-entropy of N={call.N} tokens, D={call.D}, V={call.V}, {_short(call.dtype)}"
             f" (logits {_short(call.slab_dtype)}), at most {in_bytes(self.budget)} beyond inputs and gradients:"
             f" {self.mode}, {chunks} slab(s) of {self.way.rows} rows",
-            f"{'mode':<14}{'slab':>10}{'held':>10}{'peak':>10}{'HBM':>11}{'products':>10}"
+            f"{'mode':<14}{'slab':>11}{'held':>11}{'peak':>11}{'HBM':>11}{'products':>10}"
             f"   modelled on {self.gpu.name}",
         ]
         for plan in [self, *self.alternatives]:
             lines.append(
-                f"{plan.mode + (' *' if plan is self else ''):<14}{in_bytes(plan.slab_bytes):>10}"
-                f"{in_bytes(plan.held_bytes):>10}{in_bytes(plan.peak_bytes):>10}{in_bytes(plan.hbm_bytes):>11}"
+                f"{plan.mode + (' *' if plan is self else ''):<14}{in_bytes(plan.slab_bytes):>11}"
+                f"{in_bytes(plan.held_bytes):>11}{in_bytes(plan.peak_bytes):>11}{in_bytes(plan.hbm_bytes):>11}"
                 f"{plan.products:>10.2f}   {plan.seconds * 1e3:.2f} ms"
             )
         return "\n".join(lines)

@@ -107,7 +107,7 @@ class Kept:
 
     def _warn(self, what: str) -> None:
         message = f"the state has {what}".format(f"parameter {self._identity}, {describe(self.param)}")
-        warnings.warn(message, stacklevel=6)
+        warnings.warn(message, stacklevel=9)  # below what torch and `eager` wrap around a step
 
     def check(self, base: str) -> None:
         """Raise ValueError if a state does not belong to its parameter."""

@@ -26,6 +26,7 @@ from llmfast.losses import (
     linear_distillation,
     reference,
 )
+from llmfast.losses.distillation import made_ready
 from support.code_blocks import ROOT
 from support.launched import unrecorded
 from support.numerics import assert_close_in_norm
@@ -549,3 +550,38 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
     given = {"teacher": TeacherLogits(torch.zeros(4, 9)), **change}
     with pytest.raises(error, match=message):
         linear_distillation(torch.zeros(4, 5), torch.zeros(9, 5), **given)
+
+
+def test_copies_of_arguments_count_towards_the_budget() -> None:
+    """Count what is made of arguments whose layout or dtype the loss does not take as it is."""
+    N, V, D, K = 6, 20, 4, 3
+    ids, said = torch.arange(K).expand(N, K).contiguous(), torch.rand(N, K).log_softmax(-1) - 1
+
+    def held(teacher: Any = None, *, hidden: Tensor | None = None, targets: Any = "none", **options: Any) -> int:
+        own = torch.zeros(N, D) if hidden is None else hidden
+        y = torch.zeros(N, dtype=torch.int64) if isinstance(targets, str) else targets
+        said = TeacherLogits(torch.zeros(N, V)) if teacher is None else teacher
+        loss = made_ready(own, torch.zeros(V, D), said, y, options).arguments[0]
+        return int(loss.held)
+
+    def turned(*shape: int) -> Tensor:
+        return torch.zeros(*reversed(shape)).T
+
+    assert held() == held(TeacherProbabilities(torch.ones(N, V))) == 0
+    assert held(targets=None) == N * 8
+    assert held(targets=torch.zeros(N, 2, dtype=torch.int64)[:, 0]) == N * 8
+    assert held(token_weights=torch.ones(N, dtype=BF16)) == N * 4
+    assert (
+        held(
+            hidden=torch.zeros(3, 2, D).transpose(0, 1),
+            targets=torch.zeros(2, 3).long(),
+            teacher=TeacherLogits(torch.zeros(2, 3, V)),
+        )
+        == N * D * 4
+    )
+    assert held(TeacherLogits(turned(N, V))) == held(TeacherProbabilities(turned(N, V))) == N * V * 4
+    states = torch.zeros(N, D), torch.zeros(V, D)
+    assert held(TeacherStates(*states, torch.zeros(V))) == 0
+    assert held(TeacherStates(turned(N, D), states[1])) == N * D * 4
+    assert held(TeacherStates(*states, torch.zeros(V, 2)[:, 0])) == V * 4
+    assert held(TeacherTopK(ids, said)) == N * K * (8 + 4)

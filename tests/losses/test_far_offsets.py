@@ -9,6 +9,7 @@ import torch
 from llmfast._dispatch import kernels_on_cpu
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels.distillation import distillation, distillation_backward
+from llmfast_kernels.filtered_matmul import filtered_matmul
 from llmfast_kernels.places import count_above
 from llmfast_kernels.teaching import Divergence, TeacherRows
 from llmfast_kernels.terms import Targets, Terms, Upstream
@@ -24,11 +25,11 @@ pytestmark = [
 ]
 
 
-def far_rows() -> torch.Tensor:
-    """Make four rows of V that lie far apart."""
+def far_rows(N: int = 4, width: int = V, stride: int = STRIDE) -> torch.Tensor:
+    """Make rows that lie far apart."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * (3 * STRIDE + 4096), flags=flags), dtype=torch.bfloat16)
-    return memory.as_strided((4, V), (STRIDE, 1))
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * ((N - 1) * stride + 4096), flags=flags), dtype=torch.bfloat16)
+    return memory.as_strided((N, width), (stride, 1))
 
 
 def test_places_of_ids() -> None:
@@ -75,3 +76,17 @@ def test_offsets_past_two_to_the_31() -> None:
         torch.testing.assert_close(far, d_near, rtol=2e-2, atol=1e-5)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_matrices(transposed: bool) -> None:
+    """Let the second block of rows, of each matrix, begin past 2^31; within a block offsets fit 32 bits."""
+    a, b, alive = torch.randn(256, 256).bfloat16(), torch.randn(256, 64).bfloat16(), torch.ones(2, 2, dtype=torch.int8)
+    far_a, far_b, far_out = (far_rows(256, width, 1 << 24) for width in (256, 64, 64))
+    far_a.copy_(a)
+    far_b.copy_(b)
+    out = torch.empty(256, 64).bfloat16()
+    with kernels_on_cpu():
+        filtered_matmul(a.T if transposed else a, b, alive, out=out)
+        filtered_matmul(far_a.T if transposed else far_a, far_b, alive, out=far_out)
+    assert torch.equal(far_out, out)

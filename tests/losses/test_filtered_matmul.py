@@ -151,3 +151,13 @@ def test_widest_access_that_strides_allow() -> None:
     assert vectors(slab, b[:, :60], out[:, :60])["VECTOR"] == 4
     assert vectors(slab.float(), b.float(), out)["VECTOR"] == 4
     assert vectors(slab, b[:, :63], out)["VECTOR"] == 1
+
+
+def test_accesses_are_as_wide_as_every_address_allows() -> None:
+    whole = {"a": torch.zeros(8, 16), "b": torch.zeros(16, 8), "out": torch.zeros(8, 8)}
+    assert vectors(*whole.values())["VECTOR"] == 4
+    for name, t in whole.items():
+        moved = torch.zeros(t.numel() + 1)[1:].view(t.shape)  # 4 bytes past a multiple of 16
+        assert vectors(*(whole | {name: moved}).values()) == {"VECTOR": 1, "VECTOR_TAIL": True}
+        odd = torch.zeros(t.shape[0], t.shape[1] + 2)[:, : t.shape[1]]
+        assert vectors(*(whole | {name: odd}).values())["VECTOR"] == 2

@@ -245,6 +245,7 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
     """Callers make tensors contiguous; an argument that they forget is an error here."""
     from llmfast_kernels import cross_entropy as rows
     from llmfast_kernels.filtered_matmul import filtered_matmul
+    from llmfast_kernels.places import count_above
     from llmfast_kernels.scale import scale
     from llmfast_kernels.terms import Softmax, Targets, Terms, Upstream
 
@@ -269,3 +270,59 @@ def test_launchers_refuse_what_they_would_misread(kernels: None) -> None:
         scale(z, torch.tensor(2.0), out=transposed(z))
     with pytest.raises(ValueError, match="b must have stride 1 along its rows"):
         filtered_matmul(z, strided(torch.randn(V, D)), torch.ones(1, 2, dtype=torch.int8), out=torch.empty(4, D))
+    with pytest.raises(ValueError, match="out must have stride 1 along its rows"):
+        filtered_matmul(z, torch.randn(V, D), torch.ones(1, 2, dtype=torch.int8), out=transposed(torch.empty(4, D)))
+    with pytest.raises(ValueError, match="a must have stride 1 along its rows"):
+        filtered_matmul(z[:, ::2][::2], torch.randn(V, D), torch.ones(1, 2, dtype=torch.int8), out=torch.empty(2, D))
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        scale(transposed(z), torch.tensor(2.0))
+    kinds = {"targets": strided(y.classes), "temperatures": one, "target_weights": transposed(torch.ones(4, 2))}
+    for name, t in kinds.items():
+        own = {"classes": y.classes, "weights": None, "temperatures": None}
+        own["classes" if name == "targets" else "weights" if name == "target_weights" else name] = t
+        own["classes"] = torch.zeros(4, 2, dtype=torch.int64) if name == "target_weights" else own["classes"]
+        with pytest.raises(ValueError, match=f"{name} must be contiguous"):
+            rows.cross_entropy(z, Targets(**own), Terms(V))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="class_weight_sums must be contiguous"):
+        rows.cross_entropy(z, y, Terms(V, class_weights=torch.ones(V), class_weight_sums=strided(torch.ones(2))))
+    for keys, bias, name in ((transposed(torch.zeros(4, 2)), None, "keys"), (torch.zeros(4, 2), half, "bias")):
+        with pytest.raises(ValueError, match=f"{name} must be contiguous"):
+            count_above(z, keys, Terms(V, bias=bias), V=V)
+
+
+def test_launchers_of_pairs_refuse_what_they_would_misread(kernels: None) -> None:
+    from llmfast_kernels import distillation
+    from llmfast_kernels.teaching import TAUGHT, Divergence, TeacherRows
+    from llmfast_kernels.terms import Softmax, Targets, Terms, Upstream
+
+    z, p, one, half = torch.randn(4, V), torch.rand(4, V), strided(torch.ones(4)), strided(torch.ones(V))
+    y, kl = Targets(torch.zeros(4, 1, dtype=torch.int64)), Divergence(0.0, 1.0, 1.0, None)
+    plain = TeacherRows(Terms(V), logits=z)
+
+    def refused(message: str, *given: Any, **more: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            distillation.distillation(*given, kl, **more)
+
+    refused("targets must be contiguous", z, Targets(strided(y.classes)), Terms(V), plain)
+    refused("token_weights must be contiguous", z, Targets(y.classes, None, one), Terms(V), plain)
+    refused("^bias must be contiguous", z, y, Terms(V, bias=half), plain)
+    refused("teachers_bias must be contiguous", z, y, Terms(V), TeacherRows(Terms(V, bias=half), logits=z))
+    weighed = TeacherRows(Terms(V, class_weights=half), probabilities=p)
+    refused("class_weights must be contiguous", z, y, Terms(V), weighed)
+    for logits, teacher in (
+        (transposed(z), plain),
+        (z, TeacherRows(Terms(V), logits=transposed(z))),
+        (z, TeacherRows(Terms(V), probabilities=transposed(p))),
+        (z, TeacherRows(Terms(V))),
+    ):
+        refused("logits, and the teacher's .*, must have stride 1 along V", logits, y, Terms(V), teacher)
+    refused("logits must have at most 1024 columns for V=9; got 1025", torch.zeros(4, 1025), y, Terms(9), plain, V=9)
+    for name in ("peak", "total", "taught", "d_loss"):
+        good = {"peak": one.contiguous(), "total": one.contiguous(), "d_loss": one.contiguous()}
+        good |= {"taught": torch.ones(4, TAUGHT)}
+        good[name] = transposed(good[name]) if name == "taught" else one
+        softmax = Softmax(good["peak"], good["total"], None, good["taught"])
+        with pytest.raises(ValueError, match=f"{name} must be contiguous"):
+            distillation.distillation_backward(
+                z, y, Terms(V), plain, kl, softmax, Upstream(good["d_loss"]), d_logits=torch.empty_like(z)
+            )

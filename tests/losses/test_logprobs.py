@@ -14,7 +14,16 @@ from torch import Tensor
 
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
-from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, mtp_logprobs, reference
+from llmfast.losses import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_logprobs,
+    logprobs,
+    mtp_cross_entropy,
+    mtp_logprobs,
+    mtp_valid_counts,
+    reference,
+)
 from support.launched import unrecorded
 from support.numerics import assert_close_in_norm, assert_no_worse
 from support.plans import SIZES, forced
@@ -466,5 +475,24 @@ def test_heads_that_do_not_fit() -> None:
         mtp_logprobs(hiddens, weight, labels, heads=2)
     with pytest.raises(ValueError, match="heads must be given where they share hidden states alone; got None"):
         mtp_logprobs(hiddens[0], weight, labels)
+    for heads in (0, -1):
+        with pytest.raises(ValueError, match=f"^heads must be positive; got {heads}$"):
+            mtp_logprobs(hiddens[0], weight, labels, heads=heads)
+    with pytest.raises(ValueError, match=r"^labels must have a token axis$"):
+        mtp_logprobs(hiddens[0, 0], weight, labels[0], heads=2)
     with pytest.raises(TypeError, match=r"mtp_logprobs\(\) got an unexpected keyword argument 'head_weights'"):
         mtp_logprobs(hiddens, weight, labels, head_weights=[1.0, 2.0])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("document_ids", [torch.zeros(3).long(), torch.zeros(2, 4).long(), torch.zeros(4)], ids=str)
+def test_documents_that_do_not_fit_are_refused_wherever_heads_are(document_ids: Tensor) -> None:
+    hiddens, weight, labels = torch.zeros(2, 4, D), torch.zeros(9, D), torch.zeros(4, dtype=torch.int64)
+    message = r"^document_ids must be \(4,\) integers; got "
+    for heads in (hiddens, hiddens[:1]):
+        for function in (mtp_logprobs, mtp_cross_entropy):
+            with pytest.raises(ValueError, match=message):
+                function(heads, weight, labels, document_ids=document_ids)
+    with pytest.raises(ValueError, match=message):
+        mtp_logprobs(hiddens[0], weight, labels, heads=2, document_ids=document_ids)
+    with pytest.raises(ValueError, match=message):
+        mtp_valid_counts(labels, 2, document_ids)

@@ -106,8 +106,20 @@ def test_places_of_a_token(path: str) -> None:
             torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match=r"target must be \(N, 2, 3\), or probabilities"):
         module(h, y[:, 0])
-    with pytest.raises(ValueError, match=r"out_features must be \(\) with shift; got \(2,\)"):
-        LinearCrossEntropyLoss(D, 5, out_features=(2,), shift=1)
+    with pytest.raises(TypeError, match=r"target must be floating point probabilities .*; got \(4, 5, 2, 3\)"):
+        module(h, torch.zeros(4, 5, 2, 3, dtype=torch.int64))
+    for name in ("token_weights", "target_weights", "shift", "document_ids", "return_stats"):
+        with pytest.raises(ValueError, match=rf"out_features must be \(\) with {name}; got \(2,\)"):
+            LinearCrossEntropyLoss(D, 5, out_features=(2,), **{name: 1})
+
+
+def test_places_are_divided_by_what_is_said() -> None:
+    h, y = torch.randn(4, D), torch.randint(0, 5, (4, 2))
+    losses = []
+    for options in ({"num_valid": 7}, {"num_valid": torch.tensor(7.0)}, {"reduction": "sum"}):
+        torch.manual_seed(0)
+        losses.append(LinearCrossEntropyLoss(D, 5, out_features=(2,), **options)(h, y))
+    torch.testing.assert_close(losses[:2], [losses[2] / 7] * 2)
 
 
 def test_parameters_are_where_and_what_is_said() -> None:

@@ -413,7 +413,7 @@ def heads_can_be(case: Case) -> bool:
     return (
         possible({name: value for name, value in case.items() if name not in OF_HEADS})
         and not (shared and (given("head_weights", 1) is None or callable(given("detach_unembedding"))))
-        and not (given("accumulate_into") is not None and given("detach_unembedding", False) is not False)
+        and not (given("accumulate_into") is not None and given("detach_unembedding", False) is True)
     )
 
 
@@ -455,7 +455,7 @@ def sum_of_heads(inputs: list[Tensor], draw: Draw, case: Case, o: Case) -> tuple
     rest = {n: in_float64(o[n]) for n in terms if n in o} | {"reduction": "sum"}
     if case["form"] == "shared":  # the term of logsumexp is a row's, and is divided by what all heads have in common
         weights = torch.stack(
-            [f * (torch.ones(y.shape) if t is None else t) for f, y, t in zip(factors, labels, tokens)], -1
+            [f * (torch.ones(y.shape).double() if t is None else t) for f, y, t in zip(factors, labels, tokens)], -1
         )
         w, b = (t if t is None or not detached[0] else t.detach() for t in (weight, bias))
         common = divisors.max()

@@ -1,5 +1,6 @@
 """Vocab-parallel losses over real processes (gloo), against one process that holds everything."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmfast._dispatch import kernels_on_cpu
-from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, reference
+from llmfast.losses import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_logprobs,
+    logprobs,
+    mtp_cross_entropy,
+    mtp_logprobs,
+    reference,
+)
 from support.plans import SIZES, forced
 from support.ranks import Ranks
 
@@ -43,6 +52,11 @@ def inputs(V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, bias, targets
 
 
+def own_classes(rank: int, world: int, V: int) -> slice:
+    share = -(-V // world)
+    return slice(min(rank * share, V), min((rank + 1) * share, V))
+
+
 def total(result: Any) -> Tensor:
     if not isinstance(result, tuple):
         return (result * torch.linspace(0.5, 1.5, result.numel()).view(result.shape)).sum()
@@ -52,8 +66,7 @@ def total(result: Any) -> Tensor:
 
 def check_rank(rank: int, world: int, V: int) -> None:
     hidden, weight, bias, one = inputs(V)
-    share = -(-V // world)
-    own = slice(min(rank * share, V), min((rank + 1) * share, V))
+    own = own_classes(rank, world, V)
     for name, given in OPTIONS.items():
         options = dict(given)
         if options.get("class_weights"):
@@ -97,8 +110,7 @@ def compare_values(found: Any, truth: Any) -> None:
 def check_logprobs(rank: int, world: int, V: int) -> None:
     """Check each id of a token, wherever its class is, with statistics and all gradients."""
     hidden, weight, bias, one = inputs(V)
-    share = -(-V // world)
-    own = slice(min(rank * share, V), min((rank + 1) * share, V))
+    own = own_classes(rank, world, V)
     ids = torch.stack([one, one.roll(1), one], -1)  # equal ones, and ignored ones next to others
     upstream = torch.linspace(-1, 1, ids.numel()).view(ids.shape)
     temperature = torch.linspace(0.5, 2, one.numel()).view(one.shape)
@@ -139,43 +151,139 @@ def check_dtensors(rank: int, world: int, V: int) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (world,))
-    hidden, weight, _, targets = inputs(V)
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    want = reference.linear_cross_entropy(h, w, targets)
+    hidden, weight, bias, targets = inputs(V)
+    h, w, b = (t.clone().requires_grad_() for t in (hidden, weight, bias))
+    want = reference.linear_cross_entropy(h, w, targets, bias=b)
     assert isinstance(want, Tensor)
-    want_h, want_w = torch.autograd.grad(want, (h, w))
+    want_h, want_w, want_b = torch.autograd.grad(want, (h, w, b))
+
+    def split(t: Tensor) -> DTensor:
+        found: DTensor = distribute_tensor(t, mesh, [Shard(0)]).requires_grad_()
+        return found
+
+    def close(found: DTensor, want: Tensor | None) -> None:
+        assert isinstance(found.grad, DTensor)
+        torch.testing.assert_close(found.grad.full_tensor(), want, rtol=1e-4, atol=1e-6)
 
     # Tensor parallel: hidden replicated, classes sharded.
-    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    sharded, biases = split(weight), split(bias)
     replicated = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
-    loss = linear_cross_entropy(replicated, sharded, targets)
+    loss = linear_cross_entropy(replicated, sharded, targets, bias=biases)
     loss.backward()
-    assert isinstance(sharded.grad, DTensor) and isinstance(replicated.grad, DTensor)
     torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sharded.grad.full_tensor(), want_w, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(replicated.grad.to_local(), want_h, rtol=1e-4, atol=1e-6)
+    for leaf, gradient in ((sharded, want_w), (biases, want_b), (replicated, want_h)):
+        close(leaf, gradient)
 
     # The same with a plain hidden state, and a group that says what is meant.
-    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    plain = hidden.clone().requires_grad_()
-    loss = linear_cross_entropy(plain, sharded, targets, process_group=mesh.get_group())
-    loss.backward()
-    assert isinstance(sharded.grad, DTensor)
-    torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sharded.grad.full_tensor(), want_w, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(plain.grad, want_h, rtol=1e-4, atol=1e-6)
+    for more in ({}, {"vocab_size": V}):
+        sharded, biases = split(weight), split(bias)
+        plain = hidden.clone().requires_grad_()
+        loss = linear_cross_entropy(plain, sharded, targets, bias=biases, process_group=mesh.get_group(), **more)
+        loss.backward()
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+        close(sharded, want_w)
+        close(biases, want_b)
+        torch.testing.assert_close(plain.grad, want_h, rtol=1e-4, atol=1e-6)
 
     # As under FSDP2: every rank has tokens of its own, and gradients are averaged.
-    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    sharded, biases = split(weight), split(bias)
     mine = (hidden * (rank + 1)).requires_grad_()
-    loss = linear_cross_entropy(mine, sharded, targets)
+    loss = linear_cross_entropy(mine, sharded, targets, bias=biases)
     loss.backward()
-    w = weight.clone().requires_grad_()
-    losses = [reference.linear_cross_entropy(hidden * (r + 1), w, targets) for r in range(world)]
+    w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    losses = [reference.linear_cross_entropy(hidden * (r + 1), w, targets, bias=b) for r in range(world)]
     torch.testing.assert_close(loss, losses[rank].detach(), rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
     (sum(losses) / world).backward()  # type: ignore[arg-type, operator]
-    assert isinstance(sharded.grad, DTensor)
-    torch.testing.assert_close(sharded.grad.full_tensor(), w.grad, rtol=1e-4, atol=1e-6)
+    close(sharded, w.grad)
+    close(biases, b.grad)
+
+    for others, message in {
+        (replicated, weight): "weight must be a DTensor where hidden or bias is one",
+        (hidden, distribute_tensor(weight, mesh, [Shard(1)])): "weight must be sharded on dim 0 or replicated; its pl",
+        (distribute_tensor(hidden, mesh, [Shard(0)]), sharded): "hidden must be replicated over the mesh that weight",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(*others, targets)
+
+
+def check_calls(rank: int, world: int, V: int) -> None:
+    """Check what rows do not see: counts, dtypes, buffers, and a second backward pass."""
+    hidden, weight, bias, targets = inputs(V)
+    own, group = own_classes(rank, world, V), {"process_group": dist.group.WORLD, "vocab_size": V}
+    calls: list[tuple[dict[str, Any], torch.dtype, float]] = [
+        ({"ignore_index": 1}, torch.float32, 1e-5),
+        ({"num_valid": 6}, torch.float32, 1e-5),  # as many are valid
+        ({"num_valid": torch.tensor(4.0)}, torch.float32, 1e-5),
+        ({"reduction": "sum", "token_weights": torch.linspace(0.1, 1, N)}, torch.float32, 1e-5),
+        ({"return_stats": True, "label_smoothing": 0.1}, torch.float64, 1e-12),
+        ({"reduction": "none", "token_weights": torch.linspace(0.1, 1, N)}, torch.float64, 1e-12),
+        ({"label_smoothing": 0.1}, torch.bfloat16, 3e-2),
+        ({"reduction": "none", "return_stats": False}, torch.float16, 1e-2),
+        ({"z_loss": 1e-2, "slab_dtype": torch.float32}, torch.bfloat16, 3e-2),
+    ]
+    for options, dtype, near in calls:
+        y = torch.where(targets == 1, 0, targets).masked_fill(targets == -100, options.get("ignore_index", -100))
+        h, w, b = (t.to(dtype).double().requires_grad_() for t in (hidden, weight, bias))
+        meant = {name: value for name, value in options.items() if name != "slab_dtype"}
+        truth = reference.linear_cross_entropy(h, w, y, bias=b, **meant)
+        want = torch.autograd.grad(total(truth), (h, w, b))
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (h, w[own], b[own])]
+        found = linear_cross_entropy(leaves[0], leaves[1], y.int(), bias=leaves[2], **group, **options)
+        for _ in range(2):
+            got = torch.autograd.grad(total(found), leaves, retain_graph=True)
+            for a, t, c in zip(got, leaves, (want[0], want[1][own], want[2][own])):
+                assert a.dtype == t.dtype
+                torch.testing.assert_close(a.double(), c, rtol=near, atol=near, msg=f"{options} {rank}")
+        value, exact = (t[0] if isinstance(t, tuple) else t for t in (found, truth))
+        assert value.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(value.double(), exact, rtol=near, atol=near)
+
+    h, w, b = (t.double().requires_grad_() for t in (hidden, weight, bias))
+    truth = reference.linear_cross_entropy(h, w, targets, bias=b)
+    assert isinstance(truth, Tensor)
+    want = torch.autograd.grad(truth, (h, w, b))
+    for size in SIZES:
+        h, w, b = (t.clone().requires_grad_() for t in (hidden, weight[own], bias[own]))
+        main = torch.full_like(w, 0.5, requires_grad=False)
+        with forced(None, size):
+            linear_cross_entropy(h, w, targets, bias=b, accumulate_into=main, **group).backward()
+        assert w.grad is None
+        for a, c in ((h.grad, want[0]), (main - 0.5, want[1][own]), (b.grad, want[2][own])):
+            assert a is not None
+            torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5)
+
+    even, few = torch.randn(N, 2 * world, generator=torch.Generator().manual_seed(2)), targets.clamp(max=2 * world - 1)
+    found = cross_entropy(even[:, 2 * rank : 2 * rank + 2], few, process_group=dist.group.WORLD)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(even, few))
+    with pytest.raises(ValueError, match="grad_filter does not work with process_group"):
+        linear_cross_entropy(hidden, weight[own], targets, grad_filter=1e-3, **group)
+
+
+def check_heads(rank: int, world: int, V: int) -> None:
+    """Check losses and log-probabilities of several heads, with their hidden states' and all other gradients."""
+    _, weight, bias, labels = inputs(V)
+    own = own_classes(rank, world, V)
+    several = torch.randn(2, N, D, generator=torch.Generator().manual_seed(1))
+    group: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_size": V}
+    options: dict[str, Any] = {"head_weights": [1.0, 0.5], "token_weights": torch.linspace(0.1, 1, N), "softcap": 5.0}
+    for hiddens in (several, several[0]):
+        calls: list[tuple[Any, dict[str, Any]]] = [(mtp_cross_entropy, options | {"z_loss": 1e-2})]
+        calls += [(mtp_cross_entropy, options | {"detach_unembedding": [False, True], "return_stats": True})]
+        calls = calls if hiddens is several else calls[:1]
+        calls += [(mtp_logprobs, {"softcap": 5.0} | ({} if hiddens is several else {"heads": 2}))]
+        for function, given in calls:
+            leaves = [t.double().requires_grad_() for t in (hiddens, weight, bias)]
+            truth = function(leaves[0], leaves[1], labels, bias=leaves[2], **given)
+            mine = [t.clone().requires_grad_() for t in (hiddens, weight[own], bias[own])]
+            found = function(mine[0], mine[1], labels, bias=mine[2], **group, **given)
+            if isinstance(found, tuple):
+                for a, c in zip(found[1], truth[1]):
+                    torch.testing.assert_close(a.double(), c.double(), rtol=1e-5, atol=1e-5)
+                found, truth = found[0], truth[0]
+            torch.testing.assert_close(found.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+            want = torch.autograd.grad(total(truth), leaves)
+            for a, c in zip(torch.autograd.grad(total(found), mine), (want[0], want[1][own], want[2][own])):
+                torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5)
 
 
 def check_fsdp(rank: int, world: int, V: int) -> None:
@@ -213,8 +321,7 @@ def check_ignored(rank: int, world: int, V: int) -> None:
     """Check that a step without a valid label, its sum divided by 0, has gradients of zero."""
     hidden, weight, _, targets = inputs(V)
     ignored = torch.full_like(targets, -100)
-    share = -(-V // world)
-    h, w = hidden.requires_grad_(), weight[min(rank * share, V) : min((rank + 1) * share, V)].clone().requires_grad_()
+    h, w = hidden.requires_grad_(), weight[own_classes(rank, world, V)].clone().requires_grad_()
     z = (hidden @ w.T).detach().requires_grad_()
     given: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_size": V, "reduction": "sum"}
     for size in SIZES:
@@ -228,8 +335,7 @@ def check_ignored(rank: int, world: int, V: int) -> None:
 def check_far_from_zero(rank: int, world: int, V: int) -> None:
     """Check that a rank without classes adds nothing to the peak, however far below zero the others' logits are."""
     hidden, weight, _, targets = inputs(V)
-    share = -(-V // world)
-    own = slice(min(rank * share, V), min((rank + 1) * share, V))
+    own = own_classes(rank, world, V)
     for offset in (-1000.0, 1000.0):
         z = (hidden @ weight.T + offset).double().requires_grad_()
         truth = reference.cross_entropy(z, targets, return_stats=True)
@@ -243,17 +349,16 @@ def check_far_from_zero(rank: int, world: int, V: int) -> None:
 
 
 def check(rank: int, world: int, V: int, kernels: bool) -> None:
-    if kernels:
-        with kernels_on_cpu():
-            check_rank(rank, world, V)
-            check_logprobs(rank, world, V)
-            check_ignored(rank, world, V)
-            check_far_from_zero(rank, world, V)
-    else:
+    """Check everything on both paths, and the slowest of it where ranks are few, or one has no classes."""
+    with kernels_on_cpu() if kernels else nullcontext():
         check_rank(rank, world, V)
         check_logprobs(rank, world, V)
         check_ignored(rank, world, V)
         check_far_from_zero(rank, world, V)
+        if world == 2 or (world == 4 and not kernels):
+            check_calls(rank, world, V)
+            check_heads(rank, world, V)
+    if not kernels:
         check_dtensors(rank, world, V)
         check_fsdp(rank, world, V)
 

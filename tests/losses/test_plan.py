@@ -1,5 +1,6 @@
 """Tests of the linear loss's plan: modes that agree, what they hold and skip, and what the plan reports."""
 
+import dataclasses
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evidence.traffic import counting
+from llmfast._units import in_bytes
 from llmfast.losses import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
@@ -402,3 +404,71 @@ def test_fewer_valid_rows_than_said(path: str) -> None:
     torch.testing.assert_close(ours, truth)
     found, want = (torch.autograd.grad(loss, [hidden, weight]) for loss in (ours, truth))
     torch.testing.assert_close(found, want)
+
+
+def test_a_plan_prints_its_own_figures() -> None:
+    plan = LinearCrossEntropyPlan.make(**LLAMA, slab_dtype=torch.float32, memory_budget=1 << 30)
+    head, columns, *rows = str(plan).splitlines()
+    assert head == (
+        "linear cross-entropy of N=16384 tokens, D=4096, V=128256, bfloat16 (logits float32), at most "
+        f"{in_bytes(1 << 30)} beyond inputs and gradients: {plan.mode}, {len(list(plan))} slab(s) of "
+        f"{plan.way.rows} rows"
+    )
+    assert columns.split() == [
+        "mode",
+        "slab",
+        "held",
+        "peak",
+        "HBM",
+        "products",
+        "modelled",
+        "on",
+        *plan.gpu.name.split(),
+    ]
+    plans = [plan, *plan.alternatives]
+    assert len(rows) == len(plans) > 1
+    for row, p in zip(rows, plans):
+        sizes = " ".join(in_bytes(size) for size in (p.slab_bytes, p.held_bytes, p.peak_bytes, p.hbm_bytes))
+        figures = [*sizes.split(), f"{p.products:.2f}", f"{p.seconds * 1e3:.2f}", "ms"]
+        assert row.removeprefix(p.mode + " *" * (p is plan)).split() == figures
+
+
+@pytest.mark.parametrize(
+    ("argument", "fields"),
+    [
+        (
+            {"dtype": torch.float32},
+            {"dtype": torch.float32, "slab_dtype": torch.float32, "hidden_dtype": torch.float32},
+        ),
+        ({"slab_dtype": torch.float32}, {"slab_dtype": torch.float32}),
+        ({"weight_dtype": torch.float32}, {"weight_dtype": torch.float32}),
+        ({"accumulate_dtype": torch.bfloat16}, {"accumulate_dtype": torch.bfloat16}),
+        ({"wants": (False, True)}, {"wants": (False, True, False)}),
+        ({"reduction": "none"}, {"per_token": True}),
+        ({"kernels": False, "filtered": False}, {"kernels": False, "row_width": 1025}),
+        ({"filtered": True}, {"filtered": True, "row_width": 1152}),
+        ({"device": "cpu"}, {"float32_products": False, "float32_sums": False}),
+    ],
+    ids=str,
+)
+def test_what_is_planned_is_what_was_asked_for(argument: dict[str, Any], fields: dict[str, Any]) -> None:
+    usual = LinearCrossEntropyPlan.make(256, 64, 1025).call
+    call = LinearCrossEntropyPlan.make(256, 64, 1025, **argument).call
+    assert {name: getattr(call, name) for name in fields} == fields
+    assert all(getattr(usual, name) != value for name, value in fields.items())
+    others = {f.name for f in dataclasses.fields(call)} - {*fields, "blocks", "block_bytes", "threads", "row_width"}
+    others -= {"plain_row_bytes", "weight_dtype"}  # which follow from other arguments
+    assert all(getattr(call, name) == getattr(usual, name) for name in others)
+
+
+def test_what_a_plan_adds_up() -> None:
+    plan = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=200 << 20)
+    N, D, V = LLAMA["N"], LLAMA["D"], LLAMA["V"]
+    assert plan.gradient_bytes == 2 * (N + V) * D and plan.peak_bytes == plan.held_bytes + plan.gradient_bytes
+    for changes, size in (({"into": True}, 2 * N * D), ({"wants": (False, True, False)}, 2 * V * D)):
+        assert replace(plan, call=replace(plan.call, **changes)).gradient_bytes == size
+    assert all(step.calls > 0 for step in plan.steps)
+    assert plan.hbm_bytes == sum(step.bytes for step in plan.steps)
+    assert plan.curve and all(each.budget == each.held_bytes for each in plan.curve)
+    with pytest.raises(ValueError, match=r"^mode='chunk' cannot compute this call$"):
+        LinearCrossEntropyPlan.make(**LLAMA, reduction="none", mode="chunk")

@@ -1,5 +1,7 @@
 """The row kernels themselves: what only a launch can show."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
 from llmfast_kernels import scale as scaling
+from llmfast_kernels.distillation import distillation, distillation_backward
 from llmfast_kernels.launch import Tile
 from llmfast_kernels.scale import scale
+from llmfast_kernels.teaching import Divergence, TeacherRows
 from llmfast_kernels.terms import Rows, Targets, Terms, Upstream
+from support.launched import unrecorded
 from support.numerics import assert_no_worse
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -194,3 +199,41 @@ def test_softcap_does_not_hide_nan(dtype: torch.dtype) -> None:
     x = torch.tensor([[torch.nan, 1.0]], dtype=dtype)
     made = rows.cross_entropy(x, one_each(torch.tensor([0])), Terms(2, softcap=30.0))
     assert made.loss.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "before", "after"),
+    [
+        ("cross_entropy", "cross_entropy_backward_kernel", "read_logits", "store_gradient"),
+        ("distillation", "distillation_backward_kernel", "read_logits", "store_gradient"),
+        ("row", "store_target_gradients", "gradient", "store"),
+        ("pairs", "store_target_gradient", "gradient", "store"),
+    ],
+)
+def test_threads_wait_before_they_overwrite_what_others_read(file: str, function: str, before: str, after: str) -> None:
+    """Look for the barriers: the interpreter has no threads, and machine code is compiled after the tests."""
+    tree = ast.parse(Path(rows.__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
+    (kernel,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    lines: dict[str, list[int]] = {}
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+            lines.setdefault(name, []).append(node.lineno)
+    (barrier,) = lines["debug_barrier"]
+    assert max(lines[before]) < barrier < min(lines[after])
+
+
+@pytest.mark.parametrize("target", [-1, 70, 2**40])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("hard", [None, 0.5])
+@unrecorded()
+def test_a_target_out_of_range_makes_its_row_of_a_pair_nan(beta: float, hard: float | None, target: int) -> None:
+    logits, said = torch.randn(2, 3, 70)
+    targets, terms = one_each(torch.tensor([5, target, -100])), Terms(70)
+    given = targets, terms, TeacherRows(terms, logits=said), Divergence(beta, 1.0, 1.0, hard)
+    d_logits, later = torch.empty_like(logits), torch.empty_like(logits)
+    found = distillation(logits, *given, d_logits=d_logits)
+    distillation_backward(logits, *given, found.softmax, Upstream(torch.ones(3)), d_logits=later)
+    assert found.loss.isnan().tolist() == [False, True, False]
+    for gradient in (d_logits, later):
+        assert gradient.isnan().any(1).tolist() == [False, True, False]

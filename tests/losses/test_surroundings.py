@@ -11,7 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evidence.pretend_cuda import pretending_cuda
 from llmfast import _dispatch
-from llmfast.losses import cross_entropy, linear_cross_entropy, linear_logprobs, logprobs, mtp_cross_entropy
+from llmfast.losses import (
+    TeacherLogits,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_logprobs,
+    logprobs,
+    mtp_cross_entropy,
+)
 from llmfast.losses.targets import on_device
 from llmfast.train.objective import FurtherTokens
 from support.devices import DEVICE
@@ -234,6 +242,8 @@ def test_what_needs_data_says_so() -> None:
     y = torch.zeros(N, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="accumulate_into does not work with meta or fake tensors"):
         linear_cross_entropy(h, w, y, accumulate_into=torch.zeros(V, D, device="meta"))
+    with pytest.raises(ValueError, match="accumulate_into does not work with meta or fake tensors"):
+        linear_distillation(h, w, TeacherLogits(h @ w.T), accumulate_into=torch.zeros(V, D, device="meta"))
     group: Any = object()
     for loss in (
         lambda: linear_cross_entropy(h, w, y, process_group=group),

@@ -9,7 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmfast.losses import cross_entropy, linear_cross_entropy, reference
+from llmfast.losses import (
+    TeacherStates,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_logprobs,
+    reference,
+)
 from support.numerics import assert_close_in_norm
 from support.plans import SIZES, forced
 
@@ -206,3 +213,43 @@ def test_a_class_may_be_a_target_twice(
     truth += run(reference.linear_cross_entropy, hidden.double(), weight.double(), **exact)
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+# Each argument that backward reads, and the calls that have it.
+READ = {
+    linear_cross_entropy: ("hidden", "weight", "targets", "bias", "class_weights", "token_weights", "num_valid"),
+    cross_entropy: ("logits", "targets", "class_weights", "token_weights", "num_valid"),
+    linear_logprobs: ("hidden", "weight", "ids", "bias", "temperature"),
+    linear_distillation: ("hidden", "weight", "bias", "token_weights", "teacher.hidden", "teacher.weight"),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(function, name) for function, names in READ.items() for name in names],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_what_backward_reads_must_stay_as_it_was(path: str, function: Any, name: str) -> None:
+    """A change in place would change the gradients silently, so torch is told what is read."""
+    N, V = 5, 30
+    ids = torch.randint(1, V, (N,))
+    tensors = {"hidden": torch.randn(N, 4), "weight": torch.randn(V, 4), "logits": torch.randn(N, V), "targets": ids}
+    tensors |= {"ids": ids, "bias": torch.randn(V), "class_weights": torch.rand(V), "token_weights": torch.rand(N)}
+    tensors |= {"num_valid": torch.tensor(3.0), "temperature": torch.rand(N) + 0.5}
+    teacher = {"teacher.hidden": torch.randn(N, 3), "teacher.weight": torch.randn(V, 3)}
+    given = {n: t for n, t in tensors.items() if n in READ[function]}
+    for leaf in ("hidden", "logits"):
+        if leaf in given:
+            given[leaf].requires_grad_()
+    more: dict[str, Any] = {"label_smoothing": 0.1} if "class_weights" in given else {}
+    if function is linear_distillation:
+        more["teacher"] = TeacherStates(*teacher.values())
+    if function is not linear_logprobs and name != "num_valid":
+        more["reduction"] = "none"
+        given.pop("num_valid", None)
+    loss = function(**given, **more).sum()
+    changed = (given | teacher)[name]
+    with torch.no_grad():
+        changed.mul_(2) if changed.is_floating_point() else changed.sub_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

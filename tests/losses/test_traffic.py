@@ -7,6 +7,7 @@ from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.losses import cross_entropy, linear_cross_entropy
+from support.launched import unrecorded
 from support.plans import forced
 
 
@@ -75,3 +76,31 @@ def test_gradient_filter_pays_for_surviving_blocks(threshold: float, share: floa
         with counting() as counts:
             linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), grad_filter=threshold).backward()
     assert counts.total().dot_flops.total() == (2 + 4 * share) * N * D * V
+
+
+WAYS: list[tuple[str, str, dict[str, int]]] = [
+    ("chunk", "mean", {"rows": 128}),
+    ("chunk", "mean", {"rows": 512}),
+    ("materialise", "none", {}),
+    ("two-stage", "mean", {"rows": 128, "summed": 1024, "kept": 0, "columns": 256}),
+    ("two-stage", "mean", {"rows": 128, "summed": 0, "kept": 256, "columns": 256}),
+    ("recompute", "none", {"rows": 128, "finished": 0, "summed": 0, "kept": 256, "columns": 256}),
+    ("recompute", "none", {"rows": 128, "finished": 512, "summed": 1024, "kept": 0, "columns": 256}),
+    ("recompute", "none", {"rows": 128, "finished": 256, "summed": 0, "kept": 0, "columns": 256}),
+]
+
+
+@pytest.mark.parametrize(("mode", "reduction", "changes"), WAYS, ids=str)
+@unrecorded()
+def test_a_plan_adds_up_what_is_moved_and_multiplied(mode: str, reduction: str, changes: dict[str, int]) -> None:
+    N, D, V = 512, 128, 4096
+    with pretending_cuda():
+        hidden, weight = (torch.randn(n, D, dtype=torch.bfloat16).requires_grad_() for n in (N, V))
+        targets = torch.randint(0, V, (N,))
+        with forced(mode, **changes) as plans, counting(dry=True) as counts:
+            loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction)  # type: ignore[call-overload]
+            loss.backward(torch.full_like(loss, 2.0))
+    (plan,) = plans
+    assert plan.mode == mode
+    assert counts.total().dot_flops.total() == plan.flops
+    assert counts.total().dram == pytest.approx(plan.hbm_bytes, rel=0.012)

@@ -76,6 +76,8 @@ def test_seconds_are_modelled_from_the_data_sheet() -> None:
     step = step_flops(config(), 1000, 100)
     for dtype in (torch.bfloat16, torch.float16):
         assert step.seconds(H100, dtype, utilisation=0.5) == pytest.approx(step.flops / 494.5e12)
+        again = step.seconds(H100, dtype, utilisation=0.5, again=True)
+        assert again == pytest.approx(4 / 3 * step.flops / 494.5e12)
     assert step.seconds(H100, torch.float32, utilisation=1.0) == pytest.approx(step.flops / 66.9e12)
 
 

@@ -7,7 +7,8 @@ import torch
 
 from llmfast.losses import linear_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
-from llmfast.models.decoder import rotate, rotation
+from llmfast.models.blocks import blocks_of
+from llmfast.models.decoder import Block, rotate, rotation
 from llmfast.models.depths import SequentialDepths
 
 
@@ -83,6 +84,13 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
         small(**options)
 
 
+@pytest.mark.parametrize("size", [0, -2])
+@pytest.mark.parametrize("name", ["vocab_size", "width", "layers", "heads"])
+def test_every_size_is_positive(name: str, size: int) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be positive; got {size}$"):
+        DecoderConfig(**{"vocab_size": 50, "width": 32, "layers": 2, "heads": 2} | {name: size})
+
+
 KINDS: list[dict[str, Any]] = [
     {"mtp": "parallel", "mtp_heads": 3},
     {"mtp": "sequential", "mtp_heads": 2},
@@ -120,6 +128,13 @@ def test_plain_decoders_have_the_parameters_they_had() -> None:
         "embedding.weight",
         "norm.weight",
     }
+
+
+@pytest.mark.parametrize("options", [{}, *KINDS, {"mtp": "sequential", "mtp_heads": 2, "mtp_repeated_layer": True}])
+def test_blocks_are_the_layers_of_trunk_and_heads(options: dict[str, Any]) -> None:
+    """They are compiled, recomputed and sharded as units: nothing smaller, and each once."""
+    model = small(**options)
+    assert [*blocks_of(model)] == [module for module in model.modules() if isinstance(module, Block)]
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -274,3 +289,15 @@ def test_samples_from_the_last_tokens_at_a_temperature(temperature: float) -> No
             token = torch.multinomial(p, 1, generator=generator) if temperature else p.argmax()[None]
             wanted = torch.cat([wanted, token])
     assert torch.equal(found, wanted)
+
+
+def test_generating_keeps_nothing_for_gradients() -> None:
+    model, prompt, kept = small(), torch.tensor([1, 2, 3]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+        model.generate(prompt, 3, context=4)
+        model.generate_batch([prompt, prompt[:2]], 3, context=4)
+        assert kept == []
+        next(model.stream(prompt, context=4))
+        assert torch.is_grad_enabled()
+        model(prompt[None])
+    assert kept

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from llmfast.models import Decoder, DecoderConfig, load_llama, save_llama
+from llmfast.models.llama import decoder_config_of
 
 
 def decoder(**options: Any) -> Decoder:
@@ -33,6 +35,43 @@ def test_what_predicts_the_next_token(options: dict[str, Any], tmp_path: Path) -
     assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 77
 
 
+def test_files_say_all_that_others_ask_for(tmp_path: Path) -> None:
+    model = decoder(tie_embeddings=False, rope_base=500.0, norm_eps=1e-6, ffn_width=48).bfloat16()
+    folder = tmp_path / "a" / "b"
+    save_llama(model, folder, more={"eos_token_id": 3})
+    assert json.loads((folder / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 3,
+    }
+    weights = folder / "model.safetensors"
+    with safe_open(str(weights), "pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}  # without it, transformers takes it for no file of torch's
+    assert weights.stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_an_editor_may_leave_its_mark_and_write_whole_numbers(tmp_path: Path) -> None:
+    save_llama(decoder(), tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text()) | {"rope_theta": 10000}
+    file.write_text(json.dumps(values), encoding="utf-8-sig")
+    assert load_llama(tmp_path).config.rope_base == 10000
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -48,6 +87,7 @@ def test_what_predicts_the_next_token(options: dict[str, Any], tmp_path: Path) -
         ({"intermediate_size": 2**40}, "its value for ffn_width is 1099511627776"),
         ({"vocab_size": 2**30}, "does not fit its config.json: .*size mismatch"),
         ({"num_hidden_layers": 10**6}, "must hold the tensors of its config.json's 1000000 layers or depths"),
+        ({"num_nextn_predict_layers": 1000}, "must hold the tensors of its config.json's 1000 layers or depths"),
         ({"num_hidden_layers": 3}, r"missing \['model.layers.2"),
     ],
 )
@@ -73,6 +113,22 @@ def test_damaged_weights(tmp_path: Path) -> None:
     save_llama(decoder(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        load_llama(tmp_path)
+
+
+def test_settings_of_depths_that_are_not_there_are_not_read(tmp_path: Path) -> None:
+    save_llama(decoder(mtp="sequential", mtp_heads=2, mtp_concat="hidden_first"), tmp_path, depths=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["llmfast"]["mtp_heads"] == values["num_nextn_predict_layers"] == 2
+    del values["num_nextn_predict_layers"]
+    assert decoder_config_of(values, tmp_path) == decoder(ffn_width=128).config
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\x00"], ids=["cut off", "too deep", "binary"])
+def test_a_config_that_is_not_json(text: str, tmp_path: Path) -> None:
+    save_llama(decoder(), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON: "):
         load_llama(tmp_path)
 
 

@@ -79,6 +79,16 @@ def test_states_of_groups_that_have_their_own_options(options: dict[str, Any], o
     assert optimizer.state_bytes() == sum(t.nbytes for p in params for t in optimizer.state[p].values())
 
 
+def test_precisions_are_what_their_names_say() -> None:
+    """Formats of equally many bytes would not show otherwise."""
+    for p in PRECISIONS:
+        parts = [{torch.float32: "fp32", torch.bfloat16: "bf16"}[p.parameters]]
+        parts += ["fp32 master" if p.master_weights == "fp32" else p.master_weights] if p.master_weights else []
+        parts += ["8-bit moments"] if p.state_dtype == "8bit" else []
+        assert p.name == ", ".join(parts)
+        assert p.state_dtype in ((torch.float32,) if p.master_weights == "fp32" else (None, "8bit"))
+
+
 def test_bytes_per_parameter_of_each_precision() -> None:
     """Count parameter, gradient and states, as in the table of the optimizers' traffic."""
     numel = 128 * 10_000

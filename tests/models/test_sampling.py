@@ -70,3 +70,17 @@ def test_refuses() -> None:
             Sampler(1.0, top_p)
     with pytest.raises(ValueError, match="logits are not finite"):
         Sampler()(torch.tensor([1.0, math.nan]))
+
+
+def test_a_share_that_is_just_reached_is_enough_and_the_first_of_equals_come_first() -> None:
+    choose = Sampler(temperature=1.0, top_p=0.5, generator=torch.Generator().manual_seed(0))
+    assert {int(choose(torch.zeros(4))) for _ in range(40)} == {0, 1}
+
+
+def test_probabilities_are_float32_whatever_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.dtype] = []
+    multinomial = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *rest, **more: drawn.append(p.dtype) or multinomial(p, 1))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        Sampler(temperature=0.7, top_p=0.9)(torch.randn(9).to(dtype))
+    assert drawn == [torch.float32] * 3

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llmfast.mtp import constant_weights, head_weights, linear_weights, staged_weights
+from llmfast.mtp.schedules import SCHEDULES
 
 
 def test_constant() -> None:
@@ -96,3 +97,10 @@ def test_refuses(changed: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"fraction": 0.5, "K": 2, "schedule": "linear", "weight": 1.0, "final": 0.0}
     with pytest.raises(ValueError, match=message):
         head_weights(**(given | changed))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_every_schedule_ends_with_the_run(schedule: str, fraction: float) -> None:
+    with pytest.raises(ValueError, match=rf"^fraction must be in \[0, 1\]; got {fraction}$"):
+        head_weights(fraction, 3, schedule=schedule, weight=0.5)

@@ -47,3 +47,16 @@ def test_the_highest_rate_is_given_or_the_first_and_never_zero(kind: Any) -> Non
     with pytest.raises(ValueError, match=r"^decay must be one of \('lr', 'independent', 'relative'\); got 'cosine'$"):
         kind([p], decay="cosine")
     assert kind([p]).decay == "lr"
+
+
+@pytest.mark.parametrize("kind", [FusedAdamW, FusedLion])
+def test_the_highest_rate_of_a_run_goes_on(kind: Any) -> None:
+    """A run that is resumed in the midst of its schedule begins with another rate."""
+    p = torch.nn.Parameter(torch.ones(3))
+    saved, resumed = (kind([p], lr=lr, decay="relative", weight_decay=0.5) for lr in (0.5, 0.125))
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.param_groups[0]["lr_max"] == 0.5
+    torchs = torch.optim.AdamW([p]).state_dict()  # which says nothing of it
+    if kind is FusedAdamW:
+        resumed.load_state_dict(torchs)
+        assert resumed.param_groups[0]["lr_max"] == 0.5

@@ -168,3 +168,28 @@ def test_refuses_other_decay(cls: Any) -> None:
         cls([torch.ones(2)], decay="none")
     with pytest.raises(ValueError, match="above 0"):
         cls([torch.ones(2)], lr=0.0, decay="relative")
+
+
+@pytest.mark.parametrize("cls", [FusedAdam, FusedAdamW, FusedSGD, FusedRMSprop, FusedAdagrad, FusedLion])
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_a_rate_of_one_element_gives_a_number_no_dimension(path: str, cls: Any, options: dict[str, Any]) -> None:
+    found = []
+    for lr in (0.125, torch.tensor(0.125), torch.tensor([0.125])):
+        p = torch.nn.Parameter(torch.tensor(2.0))
+        optimizer = cls([p], lr=lr, weight_decay=0.5, **options)
+        for _ in range(2):
+            p.grad = torch.tensor(0.5)
+            optimizer.step()
+        assert p.shape == ()
+        found.append(p.detach())
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
+
+
+def test_betas_learn_through_a_differentiable_step() -> None:
+    betas = tuple(torch.tensor(beta, requires_grad=True) for beta in (0.5, 0.75))
+    p = torch.ones(3, requires_grad=True).clone()
+    optimizer = FusedAdam([p], lr=0.1, betas=betas, differentiable=True)  # type: ignore[arg-type]
+    for _ in range(2):
+        p.grad = torch.tensor([1.0, -2.0, 3.0])
+        optimizer.step()
+    assert all(g.abs() > 0 for g in torch.autograd.grad(p.square().sum(), betas))

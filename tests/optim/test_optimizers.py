@@ -513,3 +513,15 @@ LAYOUT = torch.zeros(4, 6, 5)
 )
 def test_density(tensor: Tensor, dense: bool) -> None:
     assert is_dense(tensor) == dense
+
+
+def test_a_scaler_without_gradients_says_0(path: str) -> None:
+    """It sets the integer, not a tensor, where no parameter had a gradient to look at."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([p], lr=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad, optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(2.0), 0
+    optimizer.step()
+    assert torch.equal(p, before)

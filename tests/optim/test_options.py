@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmfast.optim import FusedAdamW
+from llmfast.optim.formats import PARAM_FORMATS
 from llmfast.optim.options import Options
 
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
@@ -88,3 +89,16 @@ def test_a_group_that_is_refused_is_not_added() -> None:
         assert optimizer.param_groups == before and optimizer.group_options == [{}]
     optimizer.add_param_group({"params": [torch.zeros(1)], "ema_decay": None})
     assert len(optimizer.param_groups) == 2 and optimizer.group_options == [{}, {"ema_decay": None}]
+
+
+@pytest.mark.parametrize("master", [*PARAM_FORMATS])
+def test_float32_parameters_need_no_more_bits(path: str, master: Any) -> None:
+    found = []
+    for options in ({}, {"master_weights": master}):
+        wide, low = (torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+        optimizer = FusedAdamW([wide, low], lr=0.1, **options)
+        for p in (wide, low):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        found.append((wide.detach(), optimizer.state[wide].keys()))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]

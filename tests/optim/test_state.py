@@ -504,3 +504,81 @@ def test_there_are_no_averages_without_ema_decay() -> None:
         FusedSGD([torch.ones(2)]).ema_weights(),
     ):
         pass
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, "8bit"])
+def test_states_of_parameters_that_come_later_start_as_those_of_the_others(path: str, dtype: Any) -> None:
+    """Torch makes Adagrad's states when it is constructed, and then no more."""
+    first, later = (torch.nn.Parameter(torch.ones(256)) for _ in range(2))
+    optimizer = FusedAdagrad([first], lr=0.5, initial_accumulator_value=9.0, state_dtype=dtype)
+    optimizer.add_param_group({"params": [later]})
+    for p in (first, later):
+        p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    torch.testing.assert_close(later.detach(), torch.full((256,), 1 - 0.5 * 4 / 5))
+    assert torch.equal(first, later)
+
+
+def test_a_loss_of_bits_is_told_where_the_step_is_taken() -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=BF16))
+    for options in ({"master_weights": "split16"}, {"ema_decay": 0.5}):
+        saved, optimizer = FusedAdamW([p], **options), FusedAdamW([p])  # type: ignore[arg-type]
+        p.grad = torch.ones_like(p)
+        saved.step()
+        optimizer.load_state_dict(saved.state_dict())
+        with pytest.warns(UserWarning, match="discards") as told:
+            optimizer.step()
+        assert [warning.filename for warning in told] == [__file__]
+
+
+def test_a_state_on_another_device_is_refused(path: str) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([p], ema_decay=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name in ("exp_avg", "ema_param"):
+        kept = optimizer.state[p][name]
+        optimizer.state[p][name] = kept.to("meta")
+        with pytest.raises(ValueError, match=rf"^state {name} must have the shape and device of .*on meta$"):
+            optimizer.step()
+        optimizer.state[p][name] = kept
+    optimizer.step()
+
+
+def test_loading_leaves_no_hook_behind() -> None:
+    optimizer = FusedAdamW([torch.nn.Parameter(torch.ones(3))])
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(saved | {"param_groups": []})
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 0
+
+
+def test_a_copy_has_options_of_its_own() -> None:
+    optimizer = FusedAdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "max_grad_norm": 1.0}], ema_decay=0.5)
+    other = copy.copy(optimizer)
+    other.options.ema_decay, other.group_options[0]["max_grad_norm"] = 0.25, 2.0
+    assert optimizer.options.ema_decay == 0.5 and optimizer.group_options == [{"max_grad_norm": 1.0}]
+
+
+def test_what_torch_does_not_keep_is_not_saved_for_it() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    relative = FusedAdamW([p], decay="relative")
+    assert "lr_max" in relative.state_dict()["param_groups"][0]
+    assert relative.torch_state_dict()["param_groups"][0].keys() == torch.optim.AdamW([p]).param_groups[0].keys()
+    plain, torchs = FusedSGD([p]), torch.optim.SGD([p])
+    for optimizer in (plain, torchs):
+        optimizer.step()
+    assert plain.state_dict()["state"] == torchs.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("state_dtype", [None, FP32, "8bit"], ids=str)
+def test_a_buffer_that_has_seen_no_gradient_is_not_saved(path: str, state_dtype: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(256))
+    optimizer = FusedSGD([p], momentum=0.9, dampening=0.5, state_dtype=state_dtype)
+    for skip, saved in ((1.0, False), (0.0, True)):
+        p.grad, optimizer.found_inf = torch.ones_like(p), torch.tensor(skip)
+        optimizer.step()
+        state = optimizer.state_dict()["state"].get(0, {})
+        assert any(name.startswith("momentum_buffer") for name in state) == saved

@@ -1,0 +1,174 @@
+"""Every argument of every loss that does not fit is refused by its name, whatever else is right."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast.losses import (
+    TeacherLogits,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_logprobs,
+    logprobs,
+    mtp_cross_entropy,
+    mtp_logprobs,
+)
+
+N, D, V = 4, 3, 7
+IDS = torch.tensor([0, 1, 2, 6])
+
+
+def positional(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return arguments that fit, by name."""
+    names = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    tensors: dict[str, Any] = {"logits": torch.zeros(N, V), "hidden": torch.zeros(N, D), "weight": torch.zeros(V, D)}
+    tensors |= {"hiddens": torch.zeros(2, N, D), "targets": IDS, "ids": IDS, "labels": IDS}
+    tensors |= {"teacher": TeacherLogits(torch.zeros(N, V))}
+    return {name: tensors[name] for name in names}
+
+
+def tensors(fits: Tensor, *, differentiable: bool = False) -> list[Tensor]:
+    """Return tensors of another shape, kind of number and device, and one that wants a gradient."""
+    other = fits.long() if fits.is_floating_point() else fits.float()
+    wrong = [torch.cat([fits, fits[:1]]), other, fits.to("meta")]
+    return wrong if differentiable or not fits.is_floating_point() else [*wrong, fits.clone().requires_grad_()]
+
+
+# Values that an option must not have, next to arguments that fit, and other options that it needs.
+WRONG: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "label_smoothing": ([-0.1, 1.1], {}),
+    "softcap": ([0.0, -1.0], {}),
+    "memory_budget": ([0, -1], {}),
+    "grad_filter": ([0.0, -1.0], {}),
+    "shift": ([-1], {}),
+    "reduction": (["average", ""], {}),
+    "num_valid": ([-1, torch.ones(3)], {}),
+    "vocab_size": ([V + 1, V - 1], {}),
+    "slab_dtype": ([torch.float64, torch.int32], {}),
+    "accumulate_dtype": ([torch.float16, torch.float64], {}),
+    "temperature": ([0.0, -1.0, torch.zeros(N)], {}),
+    "kind": (["kl"], {}),
+    "beta": ([-0.1, 1.1], {"kind": "jsd"}),
+    "bias": (tensors(torch.zeros(V), differentiable=True), {}),
+    "class_weights": (tensors(torch.ones(V)), {}),
+    "token_weights": (tensors(torch.ones(N)), {}),
+    "target_weights": (tensors(torch.ones(N, 2)), {"targets": IDS[:, None].expand(N, 2)}),
+    "document_ids": (tensors(torch.zeros(N, dtype=torch.int64)), {"shift": 1}),
+    "accumulate_into": ([torch.zeros(V + 1, D), torch.zeros(V, D).half(), torch.zeros(V, D, device="meta")], {}),
+    "head_weights": ([[1.0], torch.ones(3), torch.ones(2, requires_grad=True)], {}),
+    "detach_unembedding": ([[True]], {}),
+    "heads": ([0], {"hiddens": torch.zeros(N, D)}),
+    "hard_weight": ([0.5], {"targets": None}),
+    "return_rank": ([True], {}),
+    "inplace": ([True], {"logits": torch.zeros(V, N).T}),
+}
+# Options of which every value is taken, or whose checks need several ranks.
+ANY = {"ignore_index", "z_loss", "logit_scale", "soft_weight", "return_stats", "process_group"}
+# Changes after which an argument does not fit the others.
+CLASSES: list[Callable[[Tensor], Any]] = [
+    *(lambda t: t.float(), lambda t: t[:3], lambda t: t + 1, lambda t: t - 1, lambda t: t.to("meta")),
+    lambda t: t[:, None][:, :0],
+]
+MISFITS: dict[str, list[Callable[[Tensor], Any]]] = {
+    "logits": [lambda t: t.long(), lambda t: t[0, 0], lambda t: t[:, :0]],
+    "hidden": [lambda t: t.long(), lambda t: t[0, 0], lambda t: t[:, :0]],
+    "weight": [lambda t: t.long(), lambda t: t[:, :2], lambda t: t[0], lambda t: t[:0], lambda t: t.to("meta")],
+    "targets": [*CLASSES, lambda t: torch.zeros(N, V, device="meta")],  # of classes, or probabilities of all
+    "ids": CLASSES,
+    "hiddens": [lambda t: t[:, :3], lambda t: t[:0], lambda t: t[0, 0]],
+    "teacher": [lambda t: TeacherLogits(torch.zeros(N, V + 1)), lambda t: torch.zeros(N, V)],
+}
+FUNCTIONS = [
+    cross_entropy,
+    linear_cross_entropy,
+    logprobs,
+    linear_logprobs,
+    linear_distillation,
+    mtp_cross_entropy,
+    mtp_logprobs,
+]
+
+
+def options_of(function: Callable[..., Any]) -> list[str]:
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+OPTIONS = [(function, name) for function in FUNCTIONS for name in options_of(function) if name not in ANY]
+ARGUMENTS = [(function, name) for function in FUNCTIONS for name in positional(function) if name in MISFITS]
+
+
+def named(case: object) -> str:
+    return getattr(case, "__name__", str(case))
+
+
+@pytest.mark.parametrize(("function", "name"), OPTIONS, ids=named)
+def test_an_option_that_does_not_fit_is_named(function: Callable[..., Any], name: str) -> None:
+    values, needed = WRONG[name]
+    known = {*positional(function), *options_of(function)}
+    given = positional(function) | {k: v for k, v in needed.items() if k in known}
+    if name in ("accumulate_into", "accumulate_dtype"):
+        given["weight"] = given["weight"].clone().requires_grad_()
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}\b"):
+            function(**given, **{name: value})
+
+
+@pytest.mark.parametrize(("function", "name"), ARGUMENTS, ids=named)
+def test_an_argument_that_does_not_fit_is_named(function: Callable[..., Any], name: str) -> None:
+    given = positional(function)
+    for change in MISFITS[name]:
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}\b"):
+            function(**given | {name: change(given[name])})
+
+
+BF16 = torch.bfloat16
+# Options that fit by themselves, but not with the rest; and how the message goes on.
+TOGETHER: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (cross_entropy, {"logits": torch.zeros(V), "targets": torch.tensor(1), "shift": 1}, "shift needs a token axis"),
+    (cross_entropy, {"document_ids": torch.zeros(N).long()}, "document_ids need shift > 0; got shift=0$"),
+    (cross_entropy, {"target_weights": torch.ones(1)}, r"target_weights need targets of shape \(\.\.\., K\)$"),
+    (cross_entropy, {"num_valid": 3, "reduction": "sum"}, "num_valid needs reduction='mean', .*; got reduction='sum'$"),
+    (linear_cross_entropy, {"grad_filter": 0.1, "reduction": "none"}, "grad_filter needs reduction 'mean' or 'sum'$"),
+    (linear_cross_entropy, {"num_valid": 3, "reduction": "none"}, "num_valid needs reduction='mean'"),
+    (linear_cross_entropy, {"accumulate_dtype": BF16, "grad_filter": 0.1}, ".* does not work with grad_filter$"),
+    (
+        linear_cross_entropy,
+        {"accumulate_dtype": BF16, "accumulate_into": torch.zeros(V, D)},
+        ".* does not work with accumulate_into$",
+    ),
+    (linear_cross_entropy, {"accumulate_into": torch.zeros(V, D)}, "accumulate_into needs a weight that requires a gr"),
+    (linear_distillation, {"beta": 0.5}, "beta needs kind='jsd'; got kind='forward_kl'$"),
+    (linear_logprobs, {"temperature": torch.ones(N, requires_grad=True)}, "temperature gets no gradient here; detach"),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "message"), TOGETHER, ids=named)
+def test_options_that_do_not_fit_each_other_are_named(
+    function: Callable[..., Any], options: dict[str, Any], message: str
+) -> None:
+    given = positional(function) | options
+    if options.get("accumulate_dtype") is BF16:
+        given |= {"hidden": given["hidden"].to(BF16), "weight": given["weight"].to(BF16).requires_grad_()}
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        function(**given)
+
+
+def test_a_weight_that_is_cast_is_not_summed_in_its_own_dtype() -> None:
+    hidden, weight = torch.zeros(N, D).half(), torch.zeros(V, D).half().requires_grad_()
+    with (
+        torch.autocast("cpu", BF16),
+        pytest.raises(ValueError, match=r"^accumulate_dtype must be torch\.float32 for a we"),
+    ):
+        linear_cross_entropy(hidden, weight, IDS, accumulate_dtype=torch.float16)
+
+
+def test_only_targets_may_be_probabilities() -> None:
+    with pytest.raises(TypeError, match=r"^targets must be int64 .*, or floating point probabilities \(4, 7\); got "):
+        cross_entropy(torch.zeros(N, V), torch.zeros(N))
+    with pytest.raises(TypeError, match=r"^ids must be int64 or int32 class indices; got "):
+        logprobs(torch.zeros(N, V), torch.zeros(N))
