@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from evidence.compiler import TARGETS
 from llmfast import _gpus
+from llmfast.checkup import command
 from llmfast.checkup.record import SCHEMA as RESULTS
 from llmfast.checkup.record import Finding
 from llmfast.checkup.runner import CheckUp, Outcome
 from llmfast.checkup.sections import SECTIONS, TUNING
 from llmfast.data.reader import TABLE_SUFFIXES, TEXT_SUFFIXES
-from llmfast.train.config import SCHEMA, load_config
+from llmfast.models import Decoder
+from llmfast.train.config import SCHEMA, decoder_config, load_config
 from support.code_blocks import ROOT
 from support.names import exists, parsers
 
@@ -145,3 +149,64 @@ def test_gpus_of_the_pages_are_known() -> None:
     for page in PAGES:
         for gpu in re.findall(r"--gpu (\w+)", page.read_text(encoding="utf-8")):
             assert _gpus.chosen(gpu), name_of(page)
+
+
+# What a page says of settings on --resume, and which settings that is about.
+TAKE_EFFECT = {
+    "Rates": ["optimizer.lr"],
+    "betas": ["optimizer.beta1", "optimizer.beta2"],
+    "momentum": ["optimizer.momentum"],
+    "decay": ["optimizer.weight_decay", "optimizer.decay"],
+    "clipping": ["optimizer.max_grad_norm"],
+    "schedules": ["optimizer.schedule", "optimizer.warmup_steps", "train.mtp_schedule"],
+    "the mixture's weights": ["data.weights"],
+    "steps": ["train.steps"],
+    "batch sizes": ["train.batch_size", "train.micro_batch_size"],
+    "ranks": ["train.parallel", "train.shard_size"],
+    "devices": ["train.device"],
+}
+CANNOT_CHANGE = {
+    "The model": ["model.width", "model.layers", "model.mtp", "model.pretrained"],
+    "the optimizer's name": ["optimizer.name"],
+    "the sources and how they are cut into rows": ["data.sources", "data.seq_len", "data.packing", "data.split"],
+    "the seed": ["train.seed"],
+    "`train.param_dtype`": ["train.param_dtype"],
+}
+
+
+def test_what_changes_on_resume_is_what_the_page_says() -> None:
+    text = " ".join(prose(ROOT / "docs" / "trainer.md").split())
+    listed = text.partition("is refused by name. ")[2].partition(" take effect.")
+    assert re.split(r", | and ", listed[0]) == list(TAKE_EFFECT)
+    convert, _, rest = listed[2].partition(" convert the optimizer's states.")
+    refused = rest.strip().partition(" cannot change;")[0]
+    assert refused == "{}, {}, {}, {} and {}".format(*CANNOT_CHANGE)
+    for name in [*names(convert), *(name for listed in TAKE_EFFECT.values() for name in listed)]:
+        assert not SCHEMA.settings[name].declared["kept"], name
+    for name in (name for listed in CANNOT_CHANGE.values() for name in listed):
+        assert SCHEMA.settings[name].declared["kept"], name
+
+
+def test_what_the_pages_count_in_words() -> None:
+    """Targets of the compiler, minutes of a check-up, and the parameters of the demo."""
+    number = {4: "four", 5: "five", 6: "six", 8: "eight"}
+    text = {page: " ".join(page.read_text(encoding="utf-8").split()) for page in PAGES if page.stem != "CHANGELOG"}
+    gpus = [found for page in text.values() for found in re.findall(r"compiled? for (?:the )?(\w+) GPUs", page)]
+    assert len(gpus) >= 2 and set(gpus) == {number[len(TARGETS)]}
+    minutes = re.findall(r"how to check one in (\w+) minutes", text[ROOT / "README.md"])
+    assert minutes == [number[int(command.MINUTES)]]
+    with torch.device("meta"):
+        demo = Decoder(decoder_config(load_config(None), SCHEMA.settings["data.vocab_size"].default))
+    millions = round(sum(p.numel() for p in demo.parameters()) / 1e6)
+    said = [found for page in text.values() for found in re.findall(r"train\w* a (\d+) M parameter model", page)]
+    assert len(said) == 2 and set(said) == {str(millions)}
+
+
+def test_a_runs_folder_holds_what_the_page_lists() -> None:
+    listed = [name for row in table("trainer.md", "| file |") for name in names(row[0])]
+    assert listed == [
+        *("config.toml", "metrics.jsonl", "tokenizer.json", "checkpoint-<step>/"),
+        *("model.safetensors", "loss.png", "sample.txt"),
+    ]
+    exported = " ".join(prose(ROOT / "docs" / "trainer.md").split()).partition("and its tokenizer: ")[2].partition(". ")
+    assert exported[0] == "config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
