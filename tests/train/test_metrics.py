@@ -94,6 +94,8 @@ def test_a_line_has_all_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatc
         ([0.5] * 100, {}, [3, 30, 60, 90, 100]),  # lines 15 s apart
         ([0.5] * 100, {40: 600.0}, [3, 30, 60, 90, 100]),  # an evaluation does not make steps slow
         ([0.04] * 1000, {}, [3, 300, 600, 900, 1000]),
+        ([2.0] * 20, {}, [3, 6, 12, 18, 20]),  # twice a power of ten times log_every, too
+        ([0.25] * 130, {}, [3, 60, 120, 130]),
         ([90.0, *[0.5] * 99], {}, [3, 6, 30, 60, 90, 100]),  # the first step compiles
         ([0.5] * 20 + [9.0] * 40, {}, [3, 30, 33, 36, 39, 42, 45, 48, 51, 54, 57, 60]),  # a run that becomes slow
         ([60.0] * 11, {}, [3, 6, 9, 11]),
