@@ -50,10 +50,10 @@ def test_the_time_left_is_by_the_steps_of_this_start(done: int, monkeypatch: pyt
 
 def test_a_resumed_run_keeps_its_lines_up_to_where_it_resumes(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for resume_at, kept in ((0, []), (2, [1, 2]), (0, [])):
+    for resume_at, kept in ((0, []), (2, [0, 1, 2]), (0, [])):  # a new run begins a new file, also at step 0
         file = MetricsFile(path, resume_at=resume_at)
         assert [line["step"] for line in read_metrics(path)] == kept
-        for step in range(resume_at + 1, 5):
+        for step in range(resume_at + (resume_at > 0), 5):
             file.write(step=step, tokens=10 * step)
             assert read_metrics(path)[-1] == {"step": step, "tokens": 10 * step}  # at once
         file.close()
