@@ -1,4 +1,4 @@
-"""What a check-up notes about a machine: of the right GPU, and as much as there is to know."""
+"""Facts that a check-up notes about a machine: of the right GPU, and as much as there is to know."""
 
 import platform
 import subprocess

@@ -62,7 +62,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_generated(context: int) 
 
 
 def test_a_new_token_is_read_alone_until_the_context_is_full() -> None:
-    """From then on, the last tokens are read again without a cache."""
+    """The last tokens are read again, without a cache, from then on."""
     read: list[tuple[list[int], Any, bool]] = []
 
     class Model:
