@@ -26,6 +26,7 @@ from llmfast.losses import CrossEntropyLoss, linear_cross_entropy, linear_logpro
 from llmfast.optim import FusedAdamW
 from llmfast.train.config import SCHEMA, load_config
 from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
+from support.names import exists
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -230,21 +231,6 @@ def test_names_exist(page: Path) -> None:
         if name.startswith("llmfast.integrations") and find_spec("transformers") is None:
             continue
         assert exists(name), f"{name} does not exist"
-
-
-def exists(name: str) -> bool:
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        for attribute in parts[end:]:
-            if not hasattr(found, attribute):
-                return False
-            found = getattr(found, attribute)
-        return True
-    return False
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -51,3 +51,40 @@ def test_it_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     lines: list[str] = []
     doctor.report(lines.append)
     assert "  no_such_thing not installed: pip install 'llmfast-torch[hf]'" in lines
+
+
+OPERATIONS = ["cross_entropy", "linear_cross_entropy", "mtp_cross_entropy"]
+OPERATIONS += [f"Fused{name}" for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Lion")]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_it_notices_each_operation_that_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = getattr(doctor, name)
+
+    class Wrong(right if name.startswith("Fused") else object):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(1.0001)
+
+    Wrong.__name__ = name
+    loss = lambda x, *args, **options: right(x * 1.0001, *args, **options)  # noqa: E731
+    monkeypatch.setattr(doctor, name, Wrong if name.startswith("Fused") else loss)
+    monkeypatch.setattr(doctor, "KERNEL_DTYPES", (torch.float32,))
+    lines: list[str] = []
+    assert doctor.report(lines.append) is False
+    assert [line for line in lines if "WRONG" in line] == [line for line in lines if f" {name}, float32" in line]
+
+
+def test_errors_are_those_of_the_dtype() -> None:
+    """A check in float32 of what is said to be bfloat16 would find the kernels right whatever they do."""
+    for dtype, least, most in (
+        (torch.float32, 0.0, 2e-6),
+        (torch.float16, 2e-5, 2e-3),
+        (torch.bfloat16, 2e-4, 2e-2),
+    ):
+        found = dict(doctor._checks(torch.device("cpu"), dtype))
+        assert len(found) == 9
+        for what, error in found.items():
+            assert least <= error <= most and what.endswith(str(dtype).removeprefix("torch.")), (what, error)

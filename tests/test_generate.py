@@ -205,6 +205,16 @@ def test_broken_characters_do_not_hold_up_what_follows() -> None:
     assert stream.put(0xE4) == "" and stream.rest() == "\ufffd" and stream.rest() == ""
 
 
+def test_without_a_seed_each_text_is_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    texts = []
+    for seed in ([], [], ["--seed=0"], ["--seed=0"]):
+        torch.manual_seed(0)  # which has no part in it
+        assert main(["generate", str(tmp_path / "run"), "--prompt=a", "--temperature=1", "--max-tokens=30", *seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1] and texts[2] == texts[3]
+
+
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Keep what was printed, and end its line."""
     write_run(tmp_path / "run")

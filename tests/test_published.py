@@ -5,7 +5,6 @@ published.txt has them all. A difference is either a mistake, or a change of wha
 """
 
 import argparse
-import contextlib
 import enum
 import functools
 import importlib
@@ -15,14 +14,13 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
-from unittest import mock
 
 import torch
 
-from llmfast import _gpus, cli
-from llmfast._commands import CommandParser
+from llmfast import _gpus
 from llmfast.train.config import SCHEMA
 from llmfast.train.settings import LARGEST
+from support.names import parsers
 
 FILE = Path(__file__).parent / "published.txt"
 PACKAGES = ("losses", "losses.reference", "optim", "mtp", "data", "models", "plan", "train", "clean")
@@ -89,20 +87,6 @@ def settings() -> Iterator[str]:
         parts += [f"by name: {s.by}"] * bool(s.by) + [f"kept by a {s.declared['kept']}"] * bool(s.declared["kept"])
         parts += [f"also {', '.join(aliases[name])}"] if name in aliases else []
         yield "; ".join(parts)
-
-
-def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield the commands' parsers by name, those of commands within commands included."""
-    stop = mock.patch.object(CommandParser, "parse_args", autospec=True, side_effect=SystemExit)
-    with stop as called, contextlib.suppress(SystemExit):
-        cli.main([])
-    left: list[tuple[str, argparse.ArgumentParser]] = [("llmfast", called.call_args.args[0])]
-    while left:
-        name, parser = left.pop(0)
-        yield name, parser
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                left += [(f"{name} {command}", each) for command, each in action.choices.items()]
 
 
 def flags() -> Iterator[str]:

@@ -1,17 +1,18 @@
 """`llmfast doctor --full`, its page, and a comparison of two machines."""
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from llmfast.checkup import command, runner
-from llmfast.checkup.page import check, comparison, page
-from llmfast.checkup.sections import Section
+from llmfast.checkup.page import COMPARED, check, comparison, page
+from llmfast.checkup.sections import SECTIONS, Section
 from llmfast.cli import main
 
 
@@ -133,3 +134,81 @@ def test_from_the_command_line_to_the_files(
     assert set(written["sections"][0]["cases"]) >= {"versions", "device", "copy bandwidth"}
     assert "pretended H100: 2 right, 0 wrong, 0 not reached." in files[1].read_text()
     assert f"written to {files[0]}" in capsys.readouterr().out
+
+
+class Pretended:
+    """A check-up that has these results, or is interrupted."""
+
+    made: ClassVar[list[tuple[float, list[str]]]] = []
+    results: Any = None
+
+    def __init__(self, minutes: float, sections: Sequence[Section]) -> None:
+        self.made.append((minutes, [section.name for section in sections]))
+
+    def run(self, write: Any) -> Any:
+        write(self.results)
+        if self.results["date"] == "interrupted":
+            raise KeyboardInterrupt
+        return self.results
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "CheckUp", Pretended)
+    monkeypatch.setattr(Pretended, "made", [])
+    return Pretended
+
+
+def test_the_exit_code_says_whether_something_is_wrong(
+    pretended: type[Pretended], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
+    every = [section.name for section in SECTIONS]
+    for found, status, more, given in (
+        (results("H100", 0.8), 1, [], (8.0, every)),
+        (results("H100", 0.8), 0, ["--minutes=4.5", "--tune"], (4.5, [*every, "tuning"])),
+        (results("H100", 0.8, date="interrupted"), 130, ["--sections", "speed", "here"], (8.0, ["speed", "here"])),
+    ):
+        if status == 0:
+            del found["sections"][0]["findings"][2]
+        pretended.results = found
+        assert main(["doctor", "--full", *files, *more]) == status
+        assert pretended.made.pop() == given and pretended.made == []
+        assert json.loads((tmp_path / "a.json").read_text()) == found
+        assert (tmp_path / "a.md").read_text() == page(found)
+        out, err = capsys.readouterr()
+        if status == 130:
+            assert out == "" and err == "llmfast: interrupted; what was finished is written\n"
+        else:
+            said = [f"1 right, {status} wrong, 1 not reached", *(f"written to {path}" for path in files[1::2])]
+            assert out.splitlines() == said
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_a_folder_that_is_missing_is_said_before_any_work(
+    option: str, pretended: type[Pretended], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nowhere" / "a"
+    assert main(["doctor", "--full", option, str(path)]) == 2 and pretended.made == []
+    assert capsys.readouterr().err == f"llmfast: error: {path}: there is no folder {path.parent}\n"
+
+
+def test_a_page_has_all_findings_and_the_time_they_took() -> None:
+    text = page(results("H100", 0.8))
+    speed = text.partition("## Speed\n")[2]
+    assert "\n4 of 10 seconds.\n" in speed
+    assert "|  | device | cuda | name H100, bytes 1,234,567 |" in speed
+    assert "| WRONG | rows | a \\| b | error two lines |" in speed
+    assert "curve" not in text and text.count("| device | cuda |") == 1  # what is not wrong comes once
+
+
+def test_a_figure_stands_for_a_finding() -> None:
+    """Shares come before times, which say less about a machine."""
+    for order in itertools.permutations(COMPARED, 2):
+        first = next(name for name in COMPARED if name in order)
+        one, two = results("H100", 0.8), results("B200", 0.7)
+        for each in (one, two):
+            each["sections"][0]["findings"][1]["figures"] = {name: 2.0 + COMPARED.index(name) for name in order}
+        value = 2 + COMPARED.index(first)
+        assert f"| rows | loss | {first} | {value} | {value} |" in comparison(one, two)

@@ -18,6 +18,7 @@ from llmfast.data import (
     Tokenizer,
     is_held_out,
     load,
+    open_token_file,
     prepare,
     write_ds,
 )
@@ -194,6 +195,10 @@ def test_few_documents_are_a_source(
     assert data.split == {folder: "end"}
     (line,) = said
     assert line.startswith(f"{folder}: validating on the last ") and "% of its text; it has too few documents" in line
+    # The cut is moved by at most half the share that is wanted: a fifth, 4,000 characters or held_out.
+    share = float(line.partition("the last ")[2].partition("%")[0]) / 100
+    wanted = max(0.05, min(0.2, 4000 / (files * characters)))
+    assert wanted / 2 - 0.002 <= share <= 1.5 * wanted + 0.002
     words = [set(text_of(part[folder], data.tokenizer).split()) for part in (data.train, data.validation)]
     cut_short = 4  # words at the ends of parts and of rows
     assert len(words[0] & words[1]) <= cut_short
@@ -263,6 +268,9 @@ def test_few_documents_of_tokens_are_a_source(documents: int, tmp_path: Path) ->
     assert [line.partition("% ")[2] for line in said] == [
         "of its tokens; it has too few documents to hold out whole ones"
     ]
+    _, validation = open_token_file(path, vocab_size=264).split(0.05, "end")
+    share = validation.num_tokens / sum(len(text) + 1 for text in texts)
+    assert said == [f"{path}: validating on the last {share:.1%} {said[0].partition('% ')[2]}"]
     kept, held = (part[str(path)].batch(range(len(part[str(path)]))).tokens for part in (data.train, data.validation))
     total = sum(len(text) + 1 for text in texts)
     assert total - 3 * 64 <= kept.numel() + held.numel() <= total

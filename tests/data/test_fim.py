@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -531,7 +532,8 @@ def test_samples() -> None:
     rows = FIMRows(pack([np.arange(40)], 10, EOT), FIM(BYTES))
     wrong: list[Any] = [[1], [[0, 1]], [0.5, 1.0]]
     for samples in wrong:
-        with pytest.raises(ValueError, match="samples must be 2 integers, one for each row"):
+        shape, dtype = map(re.escape, (str(np.shape(samples)), str(np.asarray(samples).dtype)))
+        with pytest.raises(ValueError, match=f"samples must be 2 integers, one for each row; got {shape} {dtype}$"):
             rows.batch([0, 1], samples)
     with pytest.raises(ValueError, match="samples must not be negative"):
         rows.batch([0, 1], [0, -1])

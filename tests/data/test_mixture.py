@@ -264,6 +264,13 @@ def test_continued_pretraining_keeps_a_floor_of_what_was_before() -> None:
     assert two == {"code": "0.05->0.35", "maths": "0.05->0.35", "general": "rest"}
     with pytest.raises(ValueError, match=r"end must be at most 0.9, to leave floor=0.1 for replay; got 0.95"):
         continued_weights(["code"], ["general"], end=0.95)
+    assert continued_weights(["code"], ["general"], start=0, end=1, floor=0) == {"code": "0->1", "general": "rest"}
+    for name, share in (("start", -0.1), ("start", 1.1), ("end", -0.1), ("end", 1.1)):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\]; got {share}"):
+            continued_weights(["code"], ["general"], floor=-1, **{name: share})
+    for target, general, named in (([], ["general"], "target"), (["code"], [], "general")):
+        with pytest.raises(ValueError, match=f"{named} must name at least one source"):
+            continued_weights(target, general)
     assert continued_weights(["code"], ["general"], replay=False) == {"code": 1.0, "general": 0.0}
 
 

@@ -253,6 +253,13 @@ def test_lines_of_wide_characters_are_an_error_of_the_file(encoding: str, by: st
         load(str(tmp_path))
 
 
+def test_a_later_line_of_wide_characters_costs_that_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + '{"text": "b"}'.encode("utf-16-le") + b'\n{"text": "c"}\n')
+    said: list[str] = []
+    assert [document.text for document in load(str(tmp_path), say=said.append)] == ["a", "c"]
+    assert said == [f"{tmp_path}: 1 document is left out: not JSON (1, a.jsonl, line 2)"]
+
+
 def test_few_null_characters_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a null, \0, and more text")
     assert [document.text for document in load(str(tmp_path))] == ["a null, \0, and more text"]

@@ -116,7 +116,10 @@ def test_text_files_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no text in .*empty\.txt$"):
         load(str(tmp_path / "empty.txt"))
     (tmp_path / "broken.txt").write_bytes(b"ok so far \xff")
-    with pytest.raises(ValueError, match=r"broken\.txt is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"broken\.txt is not UTF-8 text: broken\.txt, byte 10; "):
+        load(str(tmp_path))
+    (tmp_path / "broken.txt").write_bytes("wide".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"broken\.txt is not UTF-8 text: broken\.txt, byte 1; "):
         load(str(tmp_path))
 
 
@@ -130,6 +133,35 @@ def test_load_by_name(code: list[Document]) -> None:
         load("code, prose")
     with pytest.raises(ValueError, match="unknown source '': expected 'code'"):
         load("")
+
+
+def test_of_pythons_folder_only_what_is_hand_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, latin = b"decoding_table = (\n", b"# -*- coding: latin-1 -*-\nx = '\xe9'\n"
+    files = {"table.py": table, "encodings/cp1.py": table, "encodings/cp2.py": b"x = 1\n" + table, "B.PY": latin}
+    files |= {"encodings/map.py": b"decoding_map  = {}", "encodings/used.py": b"x = decoding_table = 1"}
+    files |= {
+        "_sysconfigdata_x.py": b"x",
+        "blank.py": b" \n",
+        "broken.py": b"x = '\xe9'",
+        "nonsense.py": b"# coding: no",
+    }
+    files |= {"test/x.py": b"x", "lib/site-packages/x.py": b"x", "pydoc_data/x.py": b"x", "notes.txt": b"x"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert [d.name for d in python_code()] == ["B.PY", "encodings/used.py", "table.py"]
+    assert next(python_code()).text.endswith("x = 'é'\n")
+
+
+def test_a_topic_that_mostly_repeats_a_longer_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = "one\n\ntwo\n\nthree\n\nfour and more"
+    topics = {"b": several, "half": "one\n\n two\n\nnew\n\nmore", "most": "one\n\ntwo\n\nnew too", "blank": " \n"}
+    monkeypatch.setattr("pydoc_data.topics.topics", topics)
+    assert [(d.name, d.text) for d in sources._topics()] == [
+        ("topics/b", several),
+        ("topics/half", topics["half"]),
+    ]
 
 
 def test_load_of_an_empty_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

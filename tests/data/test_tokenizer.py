@@ -141,6 +141,7 @@ def test_training_arguments() -> None:
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match="vocab_size must be at least 261; got 260"):
         BPETokenizer.train(TEXTS, 260)
+    assert BPETokenizer.train(TEXTS[:1], 261).vocab_size == 261
     with pytest.raises(ValueError, match="texts"):
         BPETokenizer.train(["", ""])
     with pytest.raises(TypeError, match="one string"):

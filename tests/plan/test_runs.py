@@ -94,3 +94,15 @@ def test_refuses_runs_that_are_no_points(make_run: MakeRun) -> None:
     (silent / "metrics.jsonl").write_text('{"step": 700, "tokens": 1, "validation_mean": "x"}')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: validation_mean must be a number; got 'x'"):
         read_run(silent)
+
+
+def test_one_evaluation_is_enough(make_run: MakeRun) -> None:
+    """A run shorter than train.eval_every is evaluated at its end; what other lines say does not count."""
+    folder = make_run(64, 500)
+    whole, log = read_run(folder), folder / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([line for line in lines if "validation_mean" not in line] + lines[-1:]) + "\n")
+    assert read_run(folder) == whole
+    log.write_text('{"step": 500, "tokens": 3, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=f"{folder.name} has no validation loss in its metrics.jsonl"):
+        read_run(folder)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from llmfast.optim import FusedAdamW, FusedSGD
 from llmfast.train import checkpoint
-from llmfast.train.checkpoint import Checkpoints
+from llmfast.train.checkpoint import Checkpoints, settings_of
 from llmfast.train.config import Config
 from llmfast.train.metrics import read_metrics
 from llmfast.train.parallel import World
@@ -713,3 +713,11 @@ def test_an_error_of_the_disk_is_told_once_and_leaves_nothing(
         trainer.save()
         trainer.checkpoints.wait()
         assert saved(tmp_path) == [0, 3] and trainer.checkpoints.is_saved(3)
+
+
+def test_settings_of_groups_are_noted_in_full() -> None:
+    """A rate in a tensor, which prints as 0.1235, is compared to its last bit; parameters and names are none."""
+    optimizer = fused(nn.Linear(2, 2))
+    optimizer.param_groups[0] |= {"lr": torch.tensor(0.123456789), "param_names": ["a"]}
+    (noted,) = settings_of(optimizer)
+    assert noted["lr"] == repr(torch.tensor(0.123456789).item()) and not noted.keys() & {"params", "param_names"}

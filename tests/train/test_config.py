@@ -240,3 +240,12 @@ def test_keys_of_tables_may_hold_dots() -> None:
     config = load_config(None, [*given, "data.split.texts/a.b.txt=end"])
     assert config.data.weights == {"texts/a.b.txt": 0.5, "c.txt": "rest", "code": "0.1->0.7"}
     assert config.data.split == {"texts/a.b.txt": "end"}
+
+
+def test_a_value_that_no_file_or_flag_has_set_is_named_alone() -> None:
+    base = Config()
+    base.train.steps = 0
+    with pytest.raises(ConfigError, match=r"^train\.steps must be .*; got 0"):
+        load_config(None, base=base)
+    with pytest.raises(ConfigError, match=r"^--set train\.steps=-1: train\.steps must be .*; got -1"):
+        load_config(None, ["train.steps=-1"])

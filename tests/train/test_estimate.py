@@ -165,7 +165,7 @@ def test_ways_are_settings() -> None:
     assert [way.name for way in ways(1)] == ["one GPU", "one GPU, recomputing"]
     assert [way.name for way in ways(4)] == ["DDP", "FSDP2", "DDP, recomputing", "FSDP2, recomputing"]
     assert [way.parallel for way in ways(16)] == ["ddp", "hsdp", "fsdp"] * 2
-    assert [way.parallel for way in ways(12)] == ["ddp", "fsdp"] * 2
+    assert [way.parallel for way in ways(12)] == [way.parallel for way in ways(8)] == ["ddp", "fsdp"] * 2
     assert list(ways(16, small=True))[:6] == list(ways(16))
     config = load_config(None, ["train.checkpoint_activations=true", "train.batch_size=64"])
     for gpus in (1, 8, 64):
@@ -193,6 +193,8 @@ def test_the_largest_micro_batch_that_fits() -> None:
         assert changed.train.micro_batch_size == rows and found.peak <= peak
     changed, _ = most_rows(config, model, gpus=1, gpu_memory=1 << 20, least=4, most=36)
     assert changed.train.micro_batch_size == 4
+    changed, _ = most_rows(config, model, gpus=1, gpu_memory=1 << 20, least=36, most=36)  # there is no other
+    assert changed.train.micro_batch_size == 36
 
 
 def test_a_batch_of_any_size_is_searched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

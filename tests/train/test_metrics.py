@@ -50,10 +50,10 @@ def test_the_time_left_is_by_the_steps_of_this_start(done: int, monkeypatch: pyt
 
 def test_a_resumed_run_keeps_its_lines_up_to_where_it_resumes(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for resume_at, kept in ((0, []), (2, [1, 2]), (0, [])):
+    for resume_at, kept in ((0, []), (2, [0, 1, 2]), (0, [])):  # a new run begins a new file, also at step 0
         file = MetricsFile(path, resume_at=resume_at)
         assert [line["step"] for line in read_metrics(path)] == kept
-        for step in range(resume_at + 1, 5):
+        for step in range(resume_at + (resume_at > 0), 5):
             file.write(step=step, tokens=10 * step)
             assert read_metrics(path)[-1] == {"step": step, "tokens": 10 * step}  # at once
         file.close()
@@ -94,6 +94,8 @@ def test_a_line_has_all_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatc
         ([0.5] * 100, {}, [3, 30, 60, 90, 100]),  # lines 15 s apart
         ([0.5] * 100, {40: 600.0}, [3, 30, 60, 90, 100]),  # an evaluation does not make steps slow
         ([0.04] * 1000, {}, [3, 300, 600, 900, 1000]),
+        ([2.0] * 20, {}, [3, 6, 12, 18, 20]),  # twice a power of ten times log_every, too
+        ([0.25] * 130, {}, [3, 60, 120, 130]),
         ([90.0, *[0.5] * 99], {}, [3, 6, 30, 60, 90, 100]),  # the first step compiles
         ([0.5] * 20 + [9.0] * 40, {}, [3, 30, 33, 36, 39, 42, 45, 48, 51, 54, 57, 60]),  # a run that becomes slow
         ([60.0] * 11, {}, [3, 6, 9, 11]),

@@ -40,6 +40,8 @@ def test_several_processes_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert world.agreed("mine") == "the first's" and asked == [(0, "background")]
     assert world.sum(torch.ones(2)).tolist() == [3, 3]
     assert world.any(True) is True and world.any(False) is False
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.add_(1))  # where one of the others has said yes
+    assert world.any(False) is True
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmfast.cli import main
+from llmfast.models.sampling import Sampler
 from llmfast.train import pretrained
 
 
@@ -58,3 +59,26 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_generated(context: int) 
 
     stream = pretrained._stream(Model(), 7, torch.tensor([1, 2]), context, largest)
     assert [int(next(stream)) for _ in range(3)] == [6, 6, 6]
+
+
+def test_a_new_token_is_read_alone_until_the_context_is_full() -> None:
+    """The last tokens are read again, without a cache, from then on."""
+    read: list[tuple[list[int], Any, bool]] = []
+
+    class Model:
+        def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> None: ...
+
+        def __call__(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> SimpleNamespace:
+            read.append((input_ids[0].tolist(), past_key_values, use_cache))
+            logits = torch.zeros(1, input_ids.shape[1], 10)
+            logits[0, -1, len(read)] = 1.0
+            return SimpleNamespace(logits=logits, past_key_values=f"cache {len(read)}")
+
+    stream = pretrained._stream(Model(), 10, torch.tensor([7, 8]), 3, Sampler())
+    assert [int(next(stream)) for _ in range(4)] == [1, 2, 3, 4]
+    assert read == [
+        ([7, 8], None, True),
+        ([1], "cache 1", True),
+        ([8, 1, 2], None, False),
+        ([1, 2, 3], None, False),
+    ]

@@ -408,6 +408,9 @@ def test_what_never_changes_is_said(tmp_path: Path) -> None:
     assert "Learning rate" in two.titles  # of one of them it changes
     same = page(tmp_path / "a", folder(tmp_path / "c", [logged(2, **constant)]))
     assert "Learning rate: a 0.003, c 0.003 throughout." in same.text
+    for mebibytes, said in ((10 * 1024, "GiB: 10"), (10 * 1024 - 1, "MiB: 10,239")):
+        lines = [logged(step, **constant | {"memory_bytes": mebibytes * 2**20}) for step in (2, 4)]
+        assert f"Peak memory, {said} throughout." in page(folder(tmp_path / said, lines)).text
     begun = page(folder(tmp_path / "d", [evaluated(0)]))
     assert begun.figures == [] and "All sources, nats per token: 4.6, logged once." in begun.text
 

@@ -1,0 +1,96 @@
+"""The rules by which a check-up calls a figure right or wrong, on both sides of each bound."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.checkup import memory, numerics, training
+
+EPS = torch.finfo(torch.float32).eps
+COARSE = torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    ("planned", "slack", "most"), [(1000, 5, 1025), (0.5e9, 0, 510_000_000), (1000, None, 1020 + (16 << 20))]
+)
+def test_memory_may_pass_its_plan_by_a_fiftieth_and_the_slack(planned: int, slack: int | None, most: int) -> None:
+    options = {} if slack is None else {"slack": slack}
+    for measured in (most, most + 1):
+        found = memory.compared("peak", measured, int(planned), **options)
+        assert found.what == "peak" and found.ok is (measured == most)
+        figures = {"measured_bytes": measured, "planned_bytes": int(planned), "ratio": measured / int(planned)}
+        assert found.figures == figures
+
+
+@pytest.mark.parametrize(
+    ("truth", "torchs", "scale", "right", "wrong"),
+    [
+        (1.0, 1.0, 0.0, 1 + EPS, 1 + 2 * EPS),
+        (4.0, 4.0, 0.0, 4 - 4 * EPS, 4 - 8 * EPS),
+        (1.0, 1.25, 0.0, 0.75 - EPS, 0.75 - 2 * EPS),
+        (1.0, 1.0, 100.0, 1 + 400 * EPS, 1 + 402 * EPS),
+        (0.0, 0.0, 0.0, 0.9e-9, 1.1e-9),
+    ],
+)
+def test_a_number_may_be_off_by_torchs_error_and_a_rounding(
+    truth: float, torchs: float, scale: float, right: float, wrong: float
+) -> None:
+    def excess(ours: float, dtype: torch.dtype = torch.float32) -> float:
+        exact, plain = torch.tensor([truth, 1.0]).double(), torch.tensor([torchs, 1.0])
+        return numerics.excess(torch.tensor([ours, 1.0], dtype=dtype), plain, exact, scale)
+
+    assert excess(right) <= 0 < excess(wrong)
+    if truth == torchs == 4.0:  # a rounding is one of the result's own dtype
+        assert excess(4 + 4 * COARSE, torch.bfloat16) <= 0 < excess(4 + 8 * COARSE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_must_be_where_the_truth_has_it(odd: float) -> None:
+    for ours, truth, by in (([odd], [1.0], math.inf), ([1.0], [odd], math.inf), ([odd], [odd], 0.0)):
+        assert numerics.excess(torch.tensor(ours), torch.tensor(truth), torch.tensor(truth)) == by
+    finite = torch.ones(1)
+    assert numerics.excess_in_norm(torch.tensor([odd]), finite, finite) == math.inf
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_norm_may_be_off_by_more_than_torchs(factor: float) -> None:
+    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    torchs, slack = truth + torch.tensor([0.0, 0.1]), 2e-6 * 5 + 1e-6
+    options = {} if factor == 1.5 else {"factor": factor}
+    for more in (-1e-6, 1e-6):
+        ours = truth + torch.tensor([factor * 0.1 + slack + more, 0.0], dtype=torch.float64)
+        assert numerics.excess_in_norm(ours, torchs.double(), truth, **options) == pytest.approx(more, abs=2e-8)
+
+
+def test_a_comparison_says_how_far_apart_they_are() -> None:
+    ours, truth = torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])
+    for by in (-1.0, 0.0, 1e-9):
+        found = numerics.told("loss", by, ours, truth)
+        assert (found.what, found.ok) == ("loss", by <= 0)
+        assert found.figures == {"excess": by, "relative_error": pytest.approx(0.1)}
+
+
+@pytest.mark.parametrize(("apart", "right"), [(0.0499, True), (-0.0499, True), (0.0501, False), (-0.0501, False)])
+def test_curves_may_part_by_little_at_their_ends(apart: float, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends are means over the last tenth of the steps."""
+
+    def trained(ours: bool, *args: Any) -> tuple[list[float], float]:
+        curve = [5.0, *[1.0] * 17, 3.0 + apart * ours, 2.0 + apart * ours]
+        return curve, 2.0 if ours else 4.0
+
+    monkeypatch.setattr(training, "trained", trained)
+    last, learns, curves, times = training.curves(None, 20, 1, 1, torch.device("cpu"))  # type: ignore[arg-type]
+    assert (last.what, last.ok) == ("last losses", right)
+    wanted = {"ours": 2.5 + apart, "plain_torch": 2.5, "apart": abs(apart), "allowed": 0.05}
+    assert last.figures == pytest.approx(wanted)
+    assert learns.ok is True and learns.figures == {"first": 5.0, "last": pytest.approx(2.5 + apart)}
+    assert curves.figures == {"ours": trained(True)[0], "plain_torch": trained(False)[0]} and curves.ok is None
+    assert times.figures == {"seconds": 2.0, "plain_torch_seconds": 4.0, "ours_to_plain": 0.5} and times.ok is None
+
+
+def test_a_run_that_learns_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "trained", lambda *args: ([2.0, 2.0, 2.0], 1.0))
+    found = training.curves(None, 3, 1, 1, torch.device("cpu"))  # type: ignore[arg-type]
+    assert [one.ok for one in found] == [True, False, None, None]
