@@ -33,7 +33,7 @@ def install(interpreter: Any) -> None:
     _remember_shapes(core.tensor)
     _compare_sizes_by_table(interpreter.TensorHandle)
     _call_functions_directly(interpreter)
-    core._unwrap_if_constexpr = semantic._unwrap_if_constexpr = _unwrapped(core._unwrap_if_constexpr)
+    core._unwrap_if_constexpr = _unwrapped(core._unwrap_if_constexpr)
     kind: Any = semantic.TritonSemantic
     kind.binary_op_type_checking_impl = _common_type(kind.binary_op_type_checking_impl, interpreter)
     kind.broadcast_impl_value = _broadcast(kind.broadcast_impl_value)
