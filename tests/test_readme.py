@@ -153,7 +153,7 @@ def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
         N, D, V = (row["size"][axis] for axis in "NDV")
         held = row["peak_bytes"] - 2 * (N * D + V * D)
         low = row["way"].startswith(("Liger", "torch linear")) and "float32 sums" not in row["way"]
-        for more, longer in ((64 << 10, 1.0), (0, 1.011)):
+        for more, longer in ((64 << 10, 1.0), (0, 1.032)):
             plan = LinearCrossEntropyPlan.make(
                 N, D, V, memory_budget=int(held) + more, accumulate_dtype=torch.bfloat16 if low else None
             )

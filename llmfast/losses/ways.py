@@ -301,7 +301,7 @@ class Call:
 
         share = self.column_share(way)
         new, slabs = share - kept, self.column_slabs(way)
-        parts = slabs + (kept > 0)
+        parts = slabs + self.kept_slabs(way)
         if self.teacher_width:
             times = later + share
             moved = (chunks * W * later + W * share + H * times) * teachers * e + 2 * L * times * self.teacher_bytes
@@ -324,10 +324,14 @@ class Call:
         new = np.where(self.column_share(way) > 0, self.V - way.summed * self.wants[1] - way.kept, 0)
         return _ceil(new, way.columns)
 
+    def kept_slabs(self, way: Way) -> Any:
+        """Return the number of slabs in which the column stage goes through logits that were kept."""
+        return np.where(way.kept >= self.V, way.kept > 0, _ceil(way.kept, way.columns))
+
     def hidden_sums(self, way: Way) -> Any:
         """Return the bytes of the float32 sum of d_hidden that the column stage fills."""
         rest = np.where(way.in_forward, 0, self.N - way.finished) * self.wants[0]
-        once = self.column_slabs(way) + (way.kept > 0) <= 1
+        once = self.column_slabs(way) + self.kept_slabs(way) <= 1
         needed = ~once & (self.hidden_dtype != self.wide)
         return np.where(needed, rest * self.D * self.wide.itemsize, 0)
 
