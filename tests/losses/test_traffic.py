@@ -85,6 +85,8 @@ WAYS: list[tuple[str, str, dict[str, int]]] = [
     ("two-stage", "mean", {"rows": 128, "summed": 1024, "kept": 0, "columns": 256}),
     ("two-stage", "mean", {"rows": 128, "summed": 0, "kept": 256, "columns": 256}),
     ("recompute", "none", {"rows": 128, "finished": 0, "summed": 0, "kept": 256, "columns": 256}),
+    ("two-stage", "mean", {"rows": 128, "summed": 0, "kept": 1024, "columns": 128}),
+    ("recompute", "none", {"rows": 128, "finished": 0, "summed": 0, "kept": 2048, "columns": 96}),
     ("recompute", "none", {"rows": 128, "finished": 512, "summed": 1024, "kept": 0, "columns": 256}),
     ("recompute", "none", {"rows": 128, "finished": 256, "summed": 0, "kept": 0, "columns": 256}),
 ]
