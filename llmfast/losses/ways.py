@@ -332,8 +332,9 @@ class Call:
         rows_scratch = self._scratch(np.minimum(way.rows, self.N), self.V)
         numbers = self.held + self.row_bytes * self.N + self.V * self.wide.itemsize * self.wants[2] + SCALARS
         joining = np.where(way.rows < self.N, self.joined_bytes * self.N, 0)
+        casts = self._casts(np.minimum(way.rows, self.N), self.V)
         if not any(self.wants):
-            return numbers + np.maximum(rows_slab + rows_scratch, joining)
+            return numbers + np.maximum(rows_slab + np.maximum(rows_scratch, casts), joining)
         h, g = self.hidden_dtype.itemsize, self._sum_bytes(way)
         whole, separate = way.kept >= self.V, self.separate(way)
         kept = np.where(whole, 0, self.N * way.kept * self.slab_dtype.itemsize)
@@ -348,7 +349,7 @@ class Call:
         finishing = way.in_forward | (way.finished > 0)
         working = kept + rows_scratch
         looking = rows_slab // self.logit_bytes * (self.slab_dtype.itemsize + self.teacher_bytes)
-        looking = looking - room - d_hidden  # for peak and total
+        looking = looking + np.maximum(casts - rows_scratch, 0) - room - d_hidden  # for peak and total
         forward = working + np.where(way.in_forward, rows_slab + own_sums - room + self._rows_product(way), looking)
         finished_slab = np.minimum(way.rows, way.finished) * self.row_width * self.logit_bytes
         again = working + finished_slab + own_sums - room + hidden_sums + self._rows_product(way)
