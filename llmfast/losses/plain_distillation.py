@@ -136,6 +136,54 @@ def distillation_backward(
         store_gradient(d, hard.ignored[rows], d_logits[rows])
 
 
+def teachers_gradient(
+    logits: Tensor,  # (N, V) of the student
+    targets: Targets,  # (N, 1), whose token weights are what is upstream
+    terms: Terms,
+    teacher: TeacherRows,  # probabilities, or log-probabilities of some ids
+    divergence: Divergence,
+    *,
+    out: Tensor,  # (N, V) or (N, K), filled
+) -> None:
+    """Fill `out` with the gradient of soft_weight * divergence for a teacher's probabilities or log-probabilities.
+
+    With g, the derivative for a probability (see `_derivative`), that for the logarithm of one is p (g - G). Where the
+    K are divided by their sum, G is sum p g. Where the others are one class, G is g of that class.
+    """
+    assert targets.token_weights is not None
+    ignored = targets.classes[:, 0] == terms.ignore_index
+    for rows, space in row_blocks(logits, torch.promote_types(logits.dtype, torch.float32)):
+        x = read_logits(logits[rows], terms, space)
+        s = x.sub(x.amax(1)[:, None]).div_(divergence.temperature)
+        s.sub_(s.exp().sum(1).log_()[:, None])
+        said = _said(teacher, s, rows, divergence)
+        if teacher.ids is None:
+            d = _derivative(s, said.logprobs, divergence.beta)
+        else:
+            at = teacher.ids[rows].clamp(min=0)
+            own = said.logprobs.gather(1, at).masked_fill_(teacher.ids[rows] < 0, -torch.inf)
+            d, p = _derivative(s.gather(1, at), own, divergence.beta), own.exp()
+            ratio = said.first[:, None]
+            others = _derivative(torch.zeros_like(ratio), ratio, divergence.beta) if teacher.bucket else None
+            d.sub_((p * d).sum(1, keepdim=True) if others is None else others).mul_(p)
+        d *= (targets.token_weights[rows] * divergence.soft_weight)[:, None]
+        store_gradient(d, ignored[rows], out[rows])
+
+
+def _derivative(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    """Return that of the divergence for the teacher's probabilities: log(p / q) + 1, -q / p or beta log(p / m).
+
+    A class without a probability gets none, though that of the first two is infinite in the limit.
+    """
+    if beta == 0:
+        d = (t - s).add_(1.0)
+    elif beta == 1:
+        d = (s - t).exp_().neg_()
+    else:
+        d = (t - _mixture(s, t, beta)).mul_(beta)
+    return d.masked_fill_(t == -torch.inf, 0.0)
+
+
 def _teachers_logits(teacher: TeacherRows, rows: slice, dtype: torch.dtype, V: int, temperature: float) -> Tensor:
     assert teacher.logits is not None
     given = teacher.logits[rows, :V]

@@ -197,7 +197,8 @@ def _classes(teacher: AnyTeacher, q: Tensor, o: dict[str, Any]) -> tuple[Tensor,
         return q, dense.scatter(-1, ids, p)[..., :-1]
     wider = torch.cat([q, q.new_full((*q.shape[:-1], 1), -torch.inf)], -1)
     rest = wider.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    p_rest = torch.log(-torch.expm1(p.logsumexp(-1, keepdim=True).clamp(max=0.0)))
+    left = -torch.expm1(p.logsumexp(-1, keepdim=True).clamp(max=0.0))
+    p_rest = torch.where(left > 0, torch.where(left > 0, left, 1.0).log(), -torch.inf)  # no NaN in its gradient
     return torch.cat([wider.gather(-1, ids), rest], -1), torch.cat([p, p_rest], -1)
 
 
