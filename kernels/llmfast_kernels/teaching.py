@@ -24,7 +24,7 @@ class Divergence:
     """
 
     beta: float
-    temperature: float
+    temperature: float  # of all rows, where `Targets.temperatures` is None
     soft_weight: float
     hard_weight: float | None  # None: there are no targets to learn
     entropy: bool = True  # False: the cross-entropy -sum(p log q), which is KL(p || q) and the entropy of p

@@ -66,8 +66,8 @@ def linear_distillation(
             ignores no token.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: share of the teacher in the mixture of "jsd", in [0, 1]; by default 0.5.
-        temperature: a number that divides the logits of student and teacher; a teacher's probabilities are taken as
-            they are. Without bias and softcap, hidden states of both sides can be divided by one per token instead.
+        temperature: a positive number, or a tensor (...) of them, that divides the logits of student and teacher,
+            without a gradient of its own; a teacher's probabilities are taken as they are.
         soft_weight: of the divergence.
         hard_weight: of the cross-entropy of `targets`, which takes the student's logits without temperature.
         token_weights: (...), of each token's loss.
@@ -111,15 +111,16 @@ def made_ready(
         expect_data(hidden, "accumulate_into")
     divergence = _divergence(options, teacher)
 
-    shared = {**_OF_LOSSES, **{name: value for name, value in options.items() if name in _OF_LOSSES}}
+    shared = {**_OF_LOSSES, **{name: value for name, value in options.items() if name in {*_OF_LOSSES, "temperature"}}}
     fields = prepare(cast(Any, shared), inputs, slice(0, V), dtype, stats=False)
     flat, own, rows = (
         hidden.reshape(-1, hidden.shape[-1]),
         fields["targets"],
         flattened(teacher, hidden, V, options["ignore_index"]),
     )
-    fields["targets"] = Taught(own.classes, own.weights, own.token_weights, teacher=rows)
+    fields["targets"] = Taught(own.classes, own.weights, own.token_weights, own.temperatures, teacher=rows)
     held = _copied(hidden, flat) + _copied(options["token_weights"], own.token_weights)
+    held += _copied(options["temperature"], own.temperatures)
     held += own.classes.nbytes if targets is None else _copied(targets, own.classes)
     held += sum(_copied(getattr(teacher, name, None), getattr(rows, name)) for name in _SHARED)
     theirs = learning(teacher)
@@ -154,6 +155,6 @@ def _divergence(options: DistillationOptions, teacher: AnyTeacher) -> Divergence
         not (beta == 1 and dropped),
         "teacher.tail must be 'bucket' for reverse_kl, which is infinite where a teacher has probability 0; got 'drop'",
     )
-    return Divergence(
-        beta, float(options["temperature"]), float(options["soft_weight"]), options["hard_weight"] or None
-    )
+    temperature = options["temperature"]
+    same = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    return Divergence(beta, same, float(options["soft_weight"]), options["hard_weight"] or None)

@@ -181,7 +181,7 @@ def _exchanged(
     loss: LinearDistillation, inputs: Tensors, students: Matrices, weights: Tensor | None
 ) -> LinearDistillation:
     """Return the sum of the rows' divergences times `weights`, with student and teacher exchanged."""
-    teacher, terms, bias = loss.targets.teacher, loss.terms, inputs[2]
+    teacher, terms, bias, temperatures = loss.targets.teacher, loss.terms, inputs[2], loss.targets.temperatures
     dtype = loss.dtype if teacher.hidden is None else teacher.hidden.dtype
     wide = torch.promote_types(dtype, torch.float32)
     student = Teacher(
@@ -195,7 +195,10 @@ def _exchanged(
     return replace(
         loss,
         targets=Taught(
-            loss.targets.classes, token_weights=None if weights is None else weights.to(wide), teacher=student
+            loss.targets.classes,
+            token_weights=None if weights is None else weights.to(wide),
+            temperatures=None if temperatures is None else temperatures.to(wide),
+            teacher=student,
         ),
         terms=replace(terms, softcap=teacher.softcap, logit_scale=teacher.logit_scale),
         divergence=loss.divergence.exchanged,

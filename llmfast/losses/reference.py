@@ -154,6 +154,8 @@ def linear_distillation(
     o: dict[str, Any] = {**complete("linear_distillation", _DISTILLATION, options)}
     logits = hidden @ weight.T
     x = _final(logits if o["bias"] is None else logits + o["bias"], o)
+    if isinstance(o["temperature"], Tensor):
+        o["temperature"] = o["temperature"].to(x.dtype)[..., None]
     q = (x / o["temperature"]).log_softmax(-1)
     q, p = _classes(teacher, q, o)
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[o["kind"]] if o["beta"] is None else o["beta"]

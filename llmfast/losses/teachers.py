@@ -117,7 +117,7 @@ class Taught(Targets):
 
     def __getitem__(self, rows: "slice | Tensor") -> "Taught":
         own = super().__getitem__(rows)
-        return Taught(own.classes, own.weights, own.token_weights, teacher=self.teacher[rows])
+        return Taught(own.classes, own.weights, own.token_weights, own.temperatures, teacher=self.teacher[rows])
 
 
 def flattened(teacher: AnyTeacher, hidden: Tensor, V: int, ignore_index: int) -> Teacher:

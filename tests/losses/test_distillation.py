@@ -90,7 +90,7 @@ FACTORS: dict[str, list[Any]] = {
     "learns": [False, True],
     "kind": KINDS,
     "beta": [None, 0.0, 0.1, 0.9, 1.0],
-    "temperature": [1.0, 0.6, 2.5],
+    "temperature": [1.0, 0.6, 2.5, "of each token"],
     "hard_weight": [0.0, 0.4],
     "logits": [{}, {"softcap": 0.7}, {"logit_scale": -1.3}, {"softcap": 5.0, "logit_scale": 1.7}],
     "reduction": ["mean", "sum", "none"],
@@ -132,6 +132,8 @@ def test_any_two_arguments_together_match_float64(path: str, case: Case) -> None
     options = {name: case[name] for name in ("reduction", "temperature", "num_valid")} | {"kind": kind, "beta": beta}
     options |= {"soft_weight": 0.7, "hard_weight": 0.0 if targets is None else case["hard_weight"], **case["logits"]}
     options["token_weights"] = torch.rand(tokens) if case["weights"] else None
+    if case["temperature"] == "of each token":
+        options["temperature"] = torch.rand(tokens) + 0.5
     upstream = torch.randn(tokens if case["reduction"] == "none" else ())
     # Where the bucket is empty but for a rounding error, the gradient of its probability is one too.
     learns = case["learns"] and (case["teacher"] != "top K in a bucket" or case["K"] < V)
@@ -279,27 +281,33 @@ def test_the_student_of_itself_has_nothing_to_learn(path: str) -> None:
         assert abs(loss) < 1e-6 and all(g.abs().max() < 1e-6 for g in gradients)
 
 
-def test_hidden_states_divided_by_a_temperature_per_token(path: str) -> None:
-    h, w, T = torch.randn(9, D), torch.randn(300, D), torch.rand(9) + 0.5
-    teacher = TeacherStates(torch.randn(9, TEACHER_D), torch.randn(300, TEACHER_D))
-
-    def loss(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        divided = TeacherStates(teacher.hidden / T[:, None], teacher.weight)
-        return linear_distillation(h / T[:, None], w, divided, token_weights=T**2, reduction="sum")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_temperature_per_token(path: str, kind: str, reduction: str) -> None:
+    """Compare with a call for each token; these launches are compiled too."""
+    h, w, T, y = torch.randn(5, D), torch.randn(9000, D), torch.rand(5) + 0.5, torch.tensor([0, 8999, -100, 7, 9])
+    said = draw_teacher("capped states", (5,), 9000, 0, F32)
+    options: dict[str, Any] = {"kind": kind, "hard_weight": 0.5, "token_weights": T**2}
+    upstream = torch.ones(()) if reduction == "mean" else torch.randn(5)
 
     def each(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch.stack(
+        one = {**options, "reduction": "none"}
+        losses = torch.cat(
             [
                 reference.linear_distillation(
-                    h[n : n + 1], w, TeacherStates(teacher.hidden[n : n + 1], teacher.weight), temperature=float(t)
+                    h[n : n + 1],
+                    w,
+                    replace(said, hidden=said.hidden[n : n + 1]),
+                    y[n : n + 1],
+                    **{**one, "temperature": float(T[n]), "token_weights": T[n : n + 1] ** 2},
                 )
-                * t**2
-                for n, t in enumerate(T)
+                for n in range(5)
             ]
-        ).sum()
+        )
+        return losses if reduction == "none" else losses.sum() / (T**2)[y >= 0].sum()
 
-    ours, want = (outcome(f, [h, w], torch.ones(())) for f in (loss, each))
-    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+    ours = outcome(linear_distillation, [h, w], upstream, said, y, temperature=T, reduction=reduction, **options)
+    torch.testing.assert_close(ours, outcome(each, [h, w], upstream), rtol=1e-4, atol=1e-5)
 
 
 def test_the_hard_loss_alone_is_the_cross_entropy(path: str) -> None:
@@ -605,8 +613,10 @@ def test_the_table_in_the_documentation() -> None:
         ({"kind": "kl"}, ValueError, "kind must be 'forward_kl', 'reverse_kl' or 'jsd'; got 'kl'"),
         ({"beta": 0.5}, ValueError, "beta needs kind='jsd'; got kind='forward_kl'"),
         ({"kind": "jsd", "beta": 1.5}, ValueError, r"beta must be in \[0, 1\]; got 1.5"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a positive number; got 0.0"),
-        ({"temperature": torch.ones(4)}, TypeError, r"temperature must be a number, for all tokens; got \(4,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a positive number, or one for each token; got 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature must be \(4,\)"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, ValueError, "positive for each token; found"),
+        ({"temperature": torch.ones(4, requires_grad=True)}, ValueError, "temperature gets no gradient here"),
         ({"hard_weight": 0.5}, ValueError, "hard_weight needs targets; got targets=None"),
         ({"targets": torch.zeros(4, 2).long()}, ValueError, r"targets must be \(4,\)"),
         ({"targets": torch.full((4,), 9)}, ValueError, r"targets must be in \[0, 9\).*found 9"),
