@@ -238,7 +238,7 @@ class LossOptions(RowOptions, total=False):
 class RankOptions(TypedDict, total=False):
     """Options for classes that are split over ranks."""
 
-    process_group: Annotated["ProcessGroup | None", Option(None, _indices)]
+    process_group: Annotated["ProcessGroup | None", Option(None)]
     vocab_size: Annotated[int | None, Option(None, _vocab_size)]
 
 
