@@ -245,19 +245,24 @@ def _linear_cross_entropy(way: Callable[..., Any], job: Job, dtype: Any) -> _Ope
     return _Operation(run, errors)
 
 
-def _linear_logprobs(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
+def _matrices(job: Job, dtype: Any) -> "tuple[Any, Any]":
+    """Return hidden states (N, D) and the weight of an output layer (V, D)."""
     import torch
 
     from evidence.dry_run import reserve
 
     N, D, V = (job.size[name] for name in ("N", "D", "V"))
-    torch.manual_seed(0)
     if job.dry:
-        hidden, weight = reserve(N, D, dtype=dtype), reserve(V, D, dtype=dtype)
-    else:
-        hidden, weight = torch.randn(N, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    ids, upstream = torch.randint(0, V, (N,)), torch.randn(N)
+        return reserve(N, D, dtype=dtype), reserve(V, D, dtype=dtype)
+    return torch.randn(N, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
+
+
+def _linear_logprobs(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
+    import torch
+
+    torch.manual_seed(0)
+    hidden, weight = (t.requires_grad_() for t in _matrices(job, dtype))
+    ids, upstream = torch.randint(0, len(weight), (len(hidden),)), torch.randn(len(hidden))
     made: dict[str, Any] = {}
 
     def run() -> None:
@@ -270,6 +275,34 @@ def _linear_logprobs(way: Callable[..., Any], job: Job, dtype: Any) -> _Operatio
         truth.backward(upstream.double())
         return {
             "loss": _relative(made["found"].detach(), truth.detach()),
+            "hidden": _relative(hidden.grad, h.grad),
+            "weight": _relative(weight.grad, w.grad),
+        }
+
+    return _Operation(run, errors)
+
+
+def _linear_distillation(way: Callable[..., Any], job: Job, dtype: Any) -> _Operation:
+    import torch
+
+    from llmfast.losses import TeacherStates, reference
+
+    torch.manual_seed(0)
+    hidden, weight = (t.requires_grad_() for t in _matrices(job, dtype))
+    teacher = _matrices(job, dtype)
+    made: dict[str, Any] = {}
+
+    def run() -> None:
+        made["loss"] = way(hidden, weight, *teacher)
+        made["loss"].backward()
+
+    def errors() -> dict[str, float]:
+        h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+        said = TeacherStates(*(t.double() for t in teacher))
+        truth = reference.linear_distillation(h, w, said, kind="jsd")
+        truth.backward()
+        return {
+            "loss": _relative(made["loss"].detach(), truth.detach()),
             "hidden": _relative(hidden.grad, h.grad),
             "weight": _relative(weight.grad, w.grad),
         }
@@ -303,6 +336,7 @@ _OPERATIONS: dict[str, Callable[[Callable[..., Any], Job, Any], _Operation]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "mtp_cross_entropy": _linear_cross_entropy,
     "linear_logprobs": _linear_logprobs,
+    "linear_distillation": _linear_distillation,
 }
 
 

@@ -27,7 +27,18 @@ def draw(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     rows: list[Row] = results["rows"]
     parts = [head({"again": [], **results["about"]})]
-    for section in (compared, real_sizes, heads, learned, optimizers, clock, kernels, machine_code):
+    for section in (
+        compared,
+        real_sizes,
+        heads,
+        logprobs,
+        distilled,
+        learned,
+        optimizers,
+        clock,
+        kernels,
+        machine_code,
+    ):
         if text := section(rows, folder):
             parts.append(text)
     parts.append(how_it_was_made(rows))
@@ -75,6 +86,7 @@ def compared(rows: list[Row], folder: Path) -> str:
         ("cross_entropy", "The loss of given logits on the same inputs"),
         ("mtp_cross_entropy", "The losses of four heads on the same inputs"),
         ("linear_logprobs", "Log-probabilities of one id per token on the same inputs"),
+        ("linear_distillation", "The divergence from a teacher on the same inputs"),
     ):
         mine = chosen(rows, section="compared", operation=operation)
         if not mine:
@@ -100,7 +112,7 @@ def compared(rows: list[Row], folder: Path) -> str:
     legend = (
         "*Bytes per logit*: distinct bytes that each launch reads and writes, over N·V. *Requested*: bytes including "
         "repeated accesses, as if there were no caches. *Products*: FLOPs of matrix products over 2·N·D·V; the minimum "
-        "is 3. K heads have K·N rows. *Peak*: tensors beyond the inputs. "
+        "is 3, or 4 with a teacher. K heads have K·N rows. *Peak*: tensors beyond the inputs. "
         "*Host waits*: operators that make the host wait for the GPU. *Errors*: norm of the "
         "difference from the float64 result, over the norm of that result."
     )
@@ -113,6 +125,10 @@ def heads(rows: list[Row], folder: Path) -> str:
 
 def logprobs(rows: list[Row], folder: Path) -> str:
     return by_size(rows, "linear_logprobs", "Log-probabilities of one id per token at realistic sizes")
+
+
+def distilled(rows: list[Row], folder: Path) -> str:
+    return by_size(rows, "linear_distillation", "The divergence from a teacher of the same width at realistic sizes")
 
 
 def by_size(rows: list[Row], operation: str, title: str) -> str:

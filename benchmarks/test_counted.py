@@ -17,15 +17,17 @@ pytestmark = pytest.mark.usefixtures("benchmark")
 COMPARED = [Job("linear_cross_entropy", way, SMALL, dry=False) for way in ways("linear_cross_entropy", "counted")]
 COMPARED += [Job("cross_entropy", way, {"N": 256, "V": 16384}, dry=False) for way in ways("cross_entropy", "counted")]
 COMPARED += [Job("mtp_cross_entropy", way, SMALL_HEADS, dry=False) for way in ways("mtp_cross_entropy", "counted")]
-COMPARED += [Job("linear_logprobs", way, SMALL, dry=False) for way in ways("linear_logprobs", "counted")]
+OF_TOKENS = ("linear_logprobs", "linear_distillation")
+COMPARED += [Job(operation, way, SMALL, dry=False) for operation in OF_TOKENS for way in ways(operation, "counted")]
 SIZES = [{"N": N, "D": D, "V": V} for D, V in MODELS.values() for N in TOKENS]
 SIZES += [{"N": 16384, "D": 4096, "V": V} for V in (8192, 32768, 262144)]  # with Llama-3's size, a sweep over V
 LINEAR = [Job("linear_cross_entropy", way, size) for size in SIZES for way in ways("linear_cross_entropy", "counted")]
 MTP = [Job("mtp_cross_entropy", way, size) for size in HEADS for way in ways("mtp_cross_entropy", "counted")]
-LOGPROBS = [
-    Job("linear_logprobs", way, {"N": 8192, "D": D, "V": V})
-    for D, V in (MODELS["Llama-3"], MODELS["Qwen-3"])
-    for way in ways("linear_logprobs", "counted")
+OTHERS = [
+    Job(operation, way, {"N": 8192, "D": D, "V": V})
+    for operation in OF_TOKENS
+    for D, V in (MODELS[name] for name in ("Llama-3", "Gemma-2", "Qwen-3"))
+    for way in ways(operation, "counted")
 ]
 # A program of its kernels processes a fixed share of a tensor, so large tensors take minutes to interpret.
 SMALL_ONLY = ("FlashOptim, 8-bit states",)
@@ -76,7 +78,7 @@ def test_same_inputs(add: Add, counted: dict[Job, Result], job: Job) -> None:
     record(add, "compared", counted[job])
 
 
-@pytest.mark.parametrize("job", LINEAR + MTP + LOGPROBS, ids=name)
+@pytest.mark.parametrize("job", LINEAR + MTP + OTHERS, ids=name)
 def test_real_sizes(add: Add, counted: dict[Job, Result], job: Job) -> None:
     record(add, "real sizes", counted[job])
 

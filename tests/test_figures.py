@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.report import SHOWN, bytes_per_parameter, gib
+from benchmarks.report import SHOWN, bytes_per_parameter, gib, unique
 from evidence.roofline import H100
 from llmfast import _gpus
 from llmfast.checkup import command, numerics, record, speed, tuning
+from llmfast.checkup.shapes import MODELS, SMALL
 from llmfast.data import cache, reader, split, tokenizer
 from llmfast.losses import LinearCrossEntropyPlan, linear_cross_entropy, plan
 from llmfast.losses.plan import row_width
@@ -184,7 +185,26 @@ def rows_of_logits() -> Iterator[str]:
     yield f"Long rows use {tile(50257)['THREADS']:,} threads each"
 
 
+def beside_others(operation: str, error: str) -> Iterator[str]:
+    """Yield the rows of a table of all libraries: GiB held beyond inputs and gradients, modelled ms, and an error."""
+    N, chosen = 8192, {"operation": operation, "dtype": "bfloat16"}
+    yield f"{N:,} tokens, bfloat16): GiB held"
+    for way in unique(row["way"] for row in ROWS if row.get("operation") == operation):
+        cells = []
+        for D, V in (MODELS[name] for name in ("Llama-3", "Gemma-2", "Qwen-3")):
+            row = one(ROWS, section="real sizes", way=way, size={"N": N, "D": D, "V": V}, **chosen)
+            held = row["peak_bytes"] - 2 * (N * D + V * D)
+            cells.append(f"{gib(held)} GiB, {row['seconds'][H100.name] * 1e3:.0f} ms")
+        wrong = one(ROWS, section="compared", way=way, size=SMALL, **chosen)["errors"][error]
+        yield f"| {way} | {' | '.join(cells)} | {wrong:.1e} |".replace("e-0", "e-")
+
+
 def losses() -> Iterator[str]:
+    yield from beside_others("linear_logprobs", "loss")
+    yield from beside_others("linear_distillation", "weight")
+    compared = {"section": "compared", "operation": "linear_logprobs", "size": SMALL}
+    cut, ours = (one(ROWS, way=way, **compared)["errors"]["hidden"] for way in ("cut-cross-entropy", "llmfast"))
+    assert round(cut / ours) == 10, "ten times that of the others"
     cpu, elsewhere = plan.DEFAULT_SLAB_ON_CPU, plan.DEFAULT_SLAB_ELSEWHERE
     yield f"is {cpu // MIB} MiB on a CPU. On a GPU it is {elsewhere // GIB} GiB, or the weight's gradient in float32"
     low, wide = (
@@ -391,6 +411,9 @@ STATED = {
         "| the same with a mixture, JSD | 46.45 | 5.00 |",
         "| `linear_distillation`, either | 0.98 | 5.00 |",
         "| `memory_budget=16 << 20`, either | 0.02 | 8.00 |",
+        "| the teacher learns: `F.kl_div`, forward KL | 21.92 | 9.00 |",
+        "| the teacher learns: `linear_distillation`, either | 1.96 | 12.00 |",
+        "| the teacher learns: `memory_budget=16 << 20`, either | 0.02 | 18.00 |",
         "TRITON_DEBUG=1",
     ],
     "migration.md": [

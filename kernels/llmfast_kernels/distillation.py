@@ -80,6 +80,7 @@ def distillation_kernel(
         pairs.store_ignored(row, n, rows, d_logits_ptr, d_logits, BLOCK_V)
         return
 
+    weights = pairs.of_row(weights, n)
     here = y >= 0
     target = pairs.Target(y, parts.read_logits(row, y, here, here), pairs.read_teacher(taught, y, here, PROBABILITIES))
     running = pairs.fold_pairs(
@@ -182,6 +183,7 @@ def distillation_backward_kernel(
             parts.store_zeros(row, start, out, TAIL=True, BLOCK_V=BLOCK_V)
         return
 
+    weights = pairs.of_row(weights, n)
     t = tl.load(d_loss_ptr + n)
     if token_weights_ptr is not None:
         t *= tl.load(token_weights_ptr + n)
@@ -265,14 +267,16 @@ def arguments(
     if values is None or values.stride(1) != 1 or logits.stride(1) != 1:
         raise ValueError("logits, and the teacher's logits or probabilities, must have stride 1 along V")
     tensors = {"targets": targets.classes, "token_weights": targets.token_weights}
-    own = teacher.terms
-    expect_contiguous(**tensors, bias=terms.bias, teachers_bias=own.bias, class_weights=own.class_weights)
+    own, temperatures = teacher.terms, targets.temperatures
+    expect_contiguous(
+        **tensors, temperatures=temperatures, bias=terms.bias, teachers_bias=own.bias, class_weights=own.class_weights
+    )
     row_width = logits.shape[1]
     V = V or row_width
     if row_width > (most := (V // LEAST_BLOCK + 1) * LEAST_BLOCK):
         raise ValueError(f"logits must have at most {most} columns for V={V}; got {row_width}")
     beta, T = divergence.beta, divergence.temperature
-    tempered = (1.0 / T, T) if T != 1.0 else (None, None)
+    inverse, temperature = (1.0 / T, T) if T != 1.0 else (None, None)
     kind = {0.0: pairs.FORWARD_KL, 1.0: pairs.REVERSE_KL}.get(beta, pairs.MIXED)
     access = vectors(row_width, logits, d_logits)
     # Threads that read more neighbours of the teacher's row than of the student's would exchange them in every tile.
@@ -287,7 +291,12 @@ def arguments(
         **{f"{name}_ptr": t for name, t in tensors.items()},
         "terms": parts.RowTerms(None, None, *row_terms(terms)),
         "weights": pairs.Weights(
-            divergence.soft_weight, divergence.hard_weight, beta if kind is pairs.MIXED else None, *tempered
+            divergence.soft_weight,
+            divergence.hard_weight,
+            beta if kind is pairs.MIXED else None,
+            inverse,
+            temperature,
+            temperatures,
         ),
         "teacher": pairs.Given(values, own.bias, own.logit_scale, own.softcap, class_weights, *smoothed),
         **{"V": V, "row_width": row_width, "logits_stride_n": logits.stride(0)},

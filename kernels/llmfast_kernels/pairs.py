@@ -27,6 +27,7 @@ class Weights(NamedTuple):
     beta: Any  # None unless MIXED
     inverse: Any  # 1 / temperature, or None for 1
     temperature: Any  # or None for 1
+    temperatures: Any = None  # (N,) f32, one for each row instead; or None
 
 
 class Given(NamedTuple):
@@ -76,6 +77,15 @@ class Target(NamedTuple):
     column: Any  # outside of the row if it is not to be written
     x: Any  # its logit
     t: Any  # the teacher's logit or probability of it
+
+
+@triton.jit
+def of_row(weights, n):
+    """Return the weights of row `n`, whose temperature may be its own."""
+    if weights.temperatures is not None:
+        temperature = tl.load(weights.temperatures + n)
+        weights = Weights(weights.soft, weights.hard, weights.beta, 1.0 / temperature, temperature, None)
+    return weights
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """A teacher's part of a row's loss, as records. No Triton: the plain torch path uses the same."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +24,18 @@ class Divergence:
     """
 
     beta: float
-    temperature: float
+    temperature: float  # of all rows, where `Targets.temperatures` is None
     soft_weight: float
     hard_weight: float | None  # None: there are no targets to learn
     entropy: bool = True  # False: the cross-entropy -sum(p log q), which is KL(p || q) and the entropy of p
+
+    @property
+    def exchanged(self) -> "Divergence":
+        """The same divergence of the student's probabilities from the teacher's, without targets."""
+        beta = 1.0 - self.beta
+        if self.beta > 0:  # a mixture stays one
+            beta = min(beta, math.nextafter(1.0, 0.0))
+        return Divergence(beta, self.temperature, self.soft_weight, None)
 
 
 CROSS_ENTROPY = Divergence(0.0, 1.0, 1.0, None, entropy=False)

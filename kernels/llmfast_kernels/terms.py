@@ -15,7 +15,7 @@ class Targets:
     classes: Tensor  # (N, K) int64 or int32, contiguous
     weights: Tensor | None = None  # (N, K) or (1, K) f32 with stride 1 over K, or None for 1
     token_weights: Tensor | None = None  # (N,) f32, or None for 1
-    temperatures: Tensor | None = None  # (N,) f32 that divide the rows' logits, after softcap; or None for 1
+    temperatures: Tensor | None = None  # (N,) f32 that divide the rows' logits, after softcap; or None for the same
     # (N, V) with stride 1 over V, or None: probabilities of all classes. `classes` is (N, 1) then, and means nothing.
     probabilities: Tensor | None = None
 

@@ -4,6 +4,7 @@ A way is a plain function of the tensors. Libraries that are not installed are s
 run in the interpreter (the extra `bench`); a GPU machine may have more.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
@@ -201,6 +202,42 @@ def _cut_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
     return -_load("cut_cross_entropy", "linear_cross_entropy")(hidden, weight, ids, reduction="none")
 
 
+# Distillation: (hidden (N, D), weight (V, D), the teacher's (N, D) and (V, D)) -> the mean Jensen-Shannon divergence.
+
+
+def _distilled(budget: int | None = None, **options: Any) -> Callable[..., Any]:
+    def run(hidden: Tensor, weight: Tensor, theirs: Tensor, output: Tensor) -> Any:
+        most = "auto" if budget is None else min(budget, len(hidden) * len(weight) // 4)
+        more = {"kind": "jsd", "memory_budget": most, **options}
+        return losses.linear_distillation(hidden, weight, losses.TeacherStates(theirs, output), **more)
+
+    return run
+
+
+def _divergence(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Tensor:
+    with torch.no_grad():
+        p = F.linear(*teacher).float().log_softmax(-1)
+    q = F.linear(hidden, weight).float().log_softmax(-1)
+    m = torch.logaddexp(p, q) - math.log(2)
+    one, other = (F.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q))
+    return (one + other) / 2
+
+
+def _trl_divergence(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Any:
+    trainer = _load("trl.experimental.gkd.gkd_trainer", "GKDTrainer")
+    with torch.no_grad():
+        theirs = F.linear(*teacher)[:, None]
+    return trainer.generalized_jsd_loss(F.linear(hidden, weight)[:, None], theirs)  # (batch, tokens, V)
+
+
+def _liger_divergence(accumulate: torch.dtype | None) -> Callable[..., Any]:
+    def run(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Any:
+        loss = _load("liger_kernel.transformers.functional", "liger_fused_linear_jsd")
+        return loss(hidden, weight, *teacher, accum_dtype=accumulate)
+
+    return run
+
+
 # Multi-token prediction: (hiddens (K, N, D), weight (V, D), labels (N,)) -> the sum of the heads' mean losses.
 
 
@@ -306,6 +343,15 @@ _WAYS: dict[str, list[Way]] = {
         Way("torch, float32 logits", _gathered_float32, TORCH, KERNELS),
         Way("TRL", _trl, TRL, KERNELS),
         Way("cut-cross-entropy", _cut_logprobs, CCE, KERNELS),
+    ],
+    "linear_distillation": [
+        Way("llmfast", _distilled(), LLMFAST, KERNELS),
+        Way("llmfast, 200 MiB", _distilled(200 << 20), LLMFAST, KERNELS),
+        Way("llmfast, float32 logits", _distilled(slab_dtype=torch.float32), LLMFAST, KERNELS),
+        Way("torch, float32 logits", _divergence, TORCH, KERNELS),
+        Way("TRL", _trl_divergence, TRL, KERNELS),
+        Way("Liger", _liger_divergence(None), LIGER, KERNELS),
+        Way("Liger, float32 sums", _liger_divergence(torch.float32), LIGER, KERNELS),
     ],
     "mtp_cross_entropy": [
         Way("llmfast", losses.mtp_cross_entropy, LLMFAST, KERNELS),

@@ -63,7 +63,7 @@ def cross_entropy(
         targets: (...), int64 or int32, in [0, V) or `ignore_index`; or (..., K), K targets for each token's logits; or
             (..., V) probabilities of all classes, in any floating point dtype, as torch takes them. They get no
             gradient, and options that need class indices are errors: `shift`, `document_ids`, `target_weights`,
-            `return_stats`, `process_group`, and an `ignore_index` that is not negative.
+            `return_stats`, and an `ignore_index` that is not negative.
         ignore_index: target value that counts in neither the sum nor the mean.
         reduction: "mean", "sum", or "none" for one loss per token.
         num_valid: what the mean divides by instead, as an int or a one-element tensor: the number of valid tokens
@@ -83,7 +83,7 @@ def cross_entropy(
         return_stats: also return `LossStats`: per-token loss, lse, entropy, argmax and accuracy.
         process_group: logits hold only this rank's classes, in rank order, split as by `torch.chunk` (vocab-parallel);
             everything else is the same on all ranks, and so is what comes back. It takes two all-reduces of a few
-            numbers per token; `class_weights` are those of all classes.
+            numbers per token; `class_weights`, and `targets` that are probabilities, are those of all classes.
         vocab_size: with `process_group`, the number of all classes, if it does not divide evenly.
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
             second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their

@@ -2,18 +2,15 @@
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import expect
-from llmfast._dispatch import expect_data, multiplies_into_float32, use_kernels
-from llmfast.losses import plain_distillation
+from llmfast._dispatch import expect_data
 from llmfast.losses.autograd import adapter
-from llmfast.losses.from_hidden import LinearCrossEntropy
+from llmfast.losses.from_teacher import LinearDistillation
 from llmfast.losses.linear_cross_entropy import _check_matrices, _compute_dtype, _copied, _gradient_dtype
 from llmfast.losses.options import (
     DistillationOptions,
@@ -25,13 +22,9 @@ from llmfast.losses.options import (
     defaults,
     takes,
 )
-from llmfast.losses.products import Products
-from llmfast.losses.rows import RowOps
 from llmfast.losses.targets import Ready, prepare, restore
-from llmfast.losses.teachers import AnyTeacher, Taught, TeacherTopK, flattened
-from llmfast.losses.ways import Call
-from llmfast_kernels.teaching import TAUGHT, Divergence
-from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
+from llmfast.losses.teachers import LEARNING, AnyTeacher, Taught, TeacherStates, TeacherTopK, flattened, learning
+from llmfast_kernels.teaching import Divergence
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,13 +60,14 @@ def linear_distillation(
         hidden: (..., D) of the student, float32, bfloat16, float16 or float64; any leading dimensions.
         weight: (V, D) of the student, as in `linear_cross_entropy`.
         teacher: `TeacherStates`, `TeacherLogits`, `TeacherProbabilities` or `TeacherTopK`, of the same tokens and
-            classes. It gets no gradient: its tensors are detached.
+            classes. Those of its tensors that require a gradient get one, made in backward after the student's; a
+            probability of 0 gets none. Pass detached tensors of a teacher that should not learn.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`. Tokens to be ignored have no loss at all. None
             ignores no token.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: share of the teacher in the mixture of "jsd", in [0, 1]; by default 0.5.
-        temperature: a number that divides the logits of student and teacher; a teacher's probabilities are taken as
-            they are. Without bias and softcap, hidden states of both sides can be divided by one per token instead.
+        temperature: a positive number, or a tensor (...) of them, that divides the logits of student and teacher,
+            without a gradient of its own; a teacher's probabilities are taken as they are.
         soft_weight: of the divergence.
         hard_weight: of the cross-entropy of `targets`, which takes the student's logits without temperature.
         token_weights: (...), of each token's loss.
@@ -81,7 +75,8 @@ def linear_distillation(
             what is not ignored, which without weights is the number of those tokens.
         num_valid: what the mean divides by instead, as an int or a one-element tensor.
         bias, memory_budget, slab_dtype, accumulate_into, accumulate_dtype: as in `linear_cross_entropy`. There are two
-            slabs of logits, the student's and the one that is made of a `TeacherStates`. `slab_dtype` is that of both.
+            slabs of logits, the student's and the one that is made of a `TeacherStates`. `slab_dtype` is that of both;
+            `accumulate_into` and `accumulate_dtype` are of the student's weight.
         ignore_index, softcap, logit_scale: as in `linear_cross_entropy`; `softcap` and `logit_scale` are the student's.
 
     Returns:
@@ -116,17 +111,20 @@ def made_ready(
         expect_data(hidden, "accumulate_into")
     divergence = _divergence(options, teacher)
 
-    shared = {**_OF_LOSSES, **{name: value for name, value in options.items() if name in _OF_LOSSES}}
+    shared = {**_OF_LOSSES, **{name: value for name, value in options.items() if name in {*_OF_LOSSES, "temperature"}}}
     fields = prepare(cast(Any, shared), inputs, slice(0, V), dtype, stats=False)
     flat, own, rows = (
         hidden.reshape(-1, hidden.shape[-1]),
         fields["targets"],
         flattened(teacher, hidden, V, options["ignore_index"]),
     )
-    fields["targets"] = Taught(own.classes, own.weights, own.token_weights, teacher=rows)
+    fields["targets"] = Taught(own.classes, own.weights, own.token_weights, own.temperatures, teacher=rows)
     held = _copied(hidden, flat) + _copied(options["token_weights"], own.token_weights)
+    held += _copied(options["temperature"], own.temperatures)
     held += own.classes.nbytes if targets is None else _copied(targets, own.classes)
     held += sum(_copied(getattr(teacher, name, None), getattr(rows, name)) for name in _SHARED)
+    theirs = learning(teacher)
+    held += sum(_copied(getattr(teacher, name, None), t) for name, t in zip(LEARNING, theirs))
     budget = options["memory_budget"]
     wide = torch.promote_types(dtype, torch.float32)
     loss = LinearDistillation(
@@ -138,10 +136,12 @@ def made_ready(
         teacher_dtype=options["slab_dtype"],
         weight_dtype=_gradient_dtype(weight, wide),
         accumulate_dtype=options["accumulate_dtype"] or wide,
+        by_kernels=rows.ids is None,
+        teachers_weight_dtype=_gradient_dtype(teacher.weight, wide) if isinstance(teacher, TeacherStates) else None,
         grad_filter=None,
         accumulate_into=options["accumulate_into"],
     )
-    arguments = loss, torch.is_grad_enabled(), flat, weight, options["bias"]
+    arguments = loss, torch.is_grad_enabled(), flat, weight, options["bias"], *theirs
     return Ready(adapter(loss, flat), arguments, lambda found: restore(found[0], shape))
 
 
@@ -155,85 +155,6 @@ def _divergence(options: DistillationOptions, teacher: AnyTeacher) -> Divergence
         not (beta == 1 and dropped),
         "teacher.tail must be 'bucket' for reverse_kl, which is infinite where a teacher has probability 0; got 'drop'",
     )
-    return Divergence(
-        beta, float(options["temperature"]), float(options["soft_weight"]), options["hard_weight"] or None
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearDistillation(LinearCrossEntropy):
-    """A linear loss of rows that have a teacher. The inputs are those of `LinearCrossEntropy`."""
-
-    targets: Taught
-    divergence: Divergence
-    teacher_dtype: torch.dtype | None  # of the teacher's logits; None for that of its hidden states
-
-    @property
-    def traceable(self) -> bool:
-        return False
-
-    def ops(self, t: Tensor) -> RowOps:
-        functions: Any = plain_distillation
-        if self._by_kernels(t):
-            from llmfast_kernels import distillation as functions  # not everyone has Triton
-        return (
-            super()
-            .ops(t)
-            ._replace(
-                cross_entropy=partial(self._rows, functions.distillation),
-                cross_entropy_backward=partial(self._rows_backward, functions.distillation_backward),
-            )
-        )
-
-    def _by_kernels(self, t: Tensor) -> bool:
-        return use_kernels(t) and self.targets.teacher.ids is None
-
-    def _rows(self, function: Any, logits: Tensor, targets: Targets, terms: Terms, **more: Any) -> Rows:
-        for name in ("stats", "logprobs"):
-            assert not more.pop(name)
-        rows: Rows = function(
-            logits, targets, terms, self._teacher(logits, targets, terms, more["V"]), self.divergence, **more
-        )
-        return rows
-
-    def _rows_backward(
-        self,
-        function: Any,
-        logits: Tensor,
-        targets: Targets,
-        terms: Terms,
-        softmax: Softmax,
-        upstream: Upstream,
-        *,
-        V: int,
-        d_logits: Tensor,
-    ) -> None:
-        teacher = self._teacher(logits, targets, terms, V)
-        more = {"softmax": softmax, "upstream": upstream, "V": V, "d_logits": d_logits}
-        function(logits, targets, terms, teacher, self.divergence, **more)
-
-    def _teacher(self, logits: Tensor, targets: Targets, terms: Terms, V: int) -> Any:
-        columns = slice(terms.v_start, terms.v_start + V)
-        return cast(Taught, targets).teacher.slab(columns, logits.shape[1], self.teacher_dtype, self._products())
-
-    def _products(self) -> Products:
-        hidden = self.targets.teacher.hidden
-        return Products(hidden is not None and multiplies_into_float32(hidden.device, hidden.dtype))
-
-    def _taught(self, call: Call) -> Call:
-        teacher = self.targets.teacher
-        K = 0 if teacher.ids is None else teacher.ids.shape[1]
-        more: dict[str, Any] = {"taught": TAUGHT, "keeps": False}
-        if not (call.kernels and teacher.ids is None):
-            more |= plain_distillation.space(K)
-        if teacher.hidden is not None:
-            dtype = self.teacher_dtype or teacher.hidden.dtype
-            cast_for_product = dtype != teacher.hidden.dtype and not self._products().float32
-            more["teacher_width"] = teacher.hidden.shape[1]
-            more["teacher_bytes"] = dtype.itemsize
-            more["teacher_cast"] = dtype.itemsize if cast_for_product else 0
-        return replace(call, **more)
-
-    def _no_rows(self, matrices: Any) -> Rows:
-        rows = super()._no_rows(matrices)
-        return rows._replace(taught=rows.loss.new_empty((0, TAUGHT)))
+    temperature = options["temperature"]
+    same = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    return Divergence(beta, same, float(options["soft_weight"]), options["hard_weight"] or None)

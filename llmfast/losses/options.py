@@ -238,7 +238,7 @@ class LossOptions(RowOptions, total=False):
 class RankOptions(TypedDict, total=False):
     """Options for classes that are split over ranks."""
 
-    process_group: Annotated["ProcessGroup | None", Option(None, _indices)]
+    process_group: Annotated["ProcessGroup | None", Option(None)]
     vocab_size: Annotated[int | None, Option(None, _vocab_size)]
 
 
@@ -295,14 +295,6 @@ class MTPLogprobOptions(LinearLogprobOptions, total=False):
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
-def _one_number(name: str, value: Any, inputs: Inputs, options: Any) -> None:
-    if isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} must be a number, for all tokens; got {describe(value)}. Without bias and softcap, hidden states "
-            "divided by it have that effect"
-        )
-
-
 def _beta(name: str, value: float, inputs: Inputs, options: Any) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1]; got {value}")
@@ -316,7 +308,7 @@ class DistillationOptions(TargetOptions, LogitOptions, ProductOptions, total=Fal
         Kind, Option("forward_kl", must("be 'forward_kl', 'reverse_kl' or 'jsd'", lambda x: x in get_args(Kind)))
     ]
     beta: Annotated[float | None, Option(None, _beta)]
-    temperature: Annotated[float, Option(1.0, _one_number, must("be a positive number", lambda x: x > 0))]
+    temperature: Annotated[float | Tensor, Option(1.0, _temperature)]  # or (...)
     soft_weight: Annotated[float, Option(1.0)]
     hard_weight: Annotated[float, Option(0.0)]
     token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)

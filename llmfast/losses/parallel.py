@@ -11,6 +11,7 @@ from llmfast._checks import expect
 from llmfast._dtensor import is_dtensor
 from llmfast.losses import plain
 from llmfast.losses.rows import RowOps
+from llmfast_kernels.teaching import TAUGHT
 from llmfast_kernels.terms import Partials, Rows, Targets, Terms, Upstream
 
 ProcessGroup: TypeAlias = "dist.ProcessGroup"
@@ -80,7 +81,8 @@ def _cross_entropy(
     total, pull, mass, *more = sums
     log_total = total.log()
     H = log_total - more.pop(0) / total if stats else None
-    loss = plain.add_terms(mass * log_total - pull, peak * ops.peak_unit + log_total, terms)
+    lse = peak * ops.peak_unit + log_total
+    loss = plain.add_terms(mass * log_total - pull, lse, terms)
     if targets.token_weights is not None:
         loss *= targets.token_weights
     if best is not None:
@@ -88,7 +90,11 @@ def _cross_entropy(
         dist.all_reduce(best, dist.ReduceOp.MIN, group)
     ignored = targets.classes == terms.ignore_index
     each = torch.where(ignored, 0, torch.stack(more, 1) - log_total[:, None]) if more else None
-    rows = Rows(loss, peak, total, H, best, each)
+    taught = None
+    if targets.probabilities is not None:  # what multiplies the softmax in the gradient
+        taught = total.new_zeros((len(total), TAUGHT))
+        taught[:, 2] = mass if terms.z_loss is None else mass + 2 * terms.z_loss * lse
+    rows = Rows(loss, peak, total, H, best, each, taught=taught)
     plain.empty_where(ignored.all(1), rows)
     if d_logits is not None and V > 0:
         ones = torch.ones_like(loss)

@@ -78,10 +78,11 @@ def distillation(
     for rows, space in row_blocks(logits, wide):
         x = read_logits(logits[rows], terms, space)
         peak = x.amax(1)
-        below = (x - peak[:, None]).div_(divergence.temperature)
+        T = _temperature(targets, rows, divergence)
+        below = (x - peak[:, None]).div_(T)
         total = below.exp().sum(1)
         s = below.sub_(total.log()[:, None])
-        said = _said(teacher, s, rows, divergence)
+        said = _said(teacher, s, rows, T)
         soft, centre = _divergence(s, said, divergence.beta)
         peaks[rows], totals[rows] = peak, total
         taught[rows, 0], taught[rows, 1], taught[rows, 2] = said.first, said.second, centre
@@ -92,7 +93,7 @@ def distillation(
             taught[rows, 3] = log_total = below.exp_().sum(1).log_()
             loss[rows] += divergence.hard_weight * (log_total - y)
         if d_logits is not None:
-            d = _gradient(s, said.logprobs, centre, divergence)
+            d = _gradient(s, said.logprobs, centre, divergence, T)
             if divergence.hard_weight is not None:
                 below = torch.sub(x, peak[:, None], out=s)
                 hard.add_gradient(d, below, taught[rows, 3], divergence.hard_weight, rows)
@@ -125,9 +126,10 @@ def distillation_backward(
     for rows, space in row_blocks(logits, softmax.peak.dtype):
         x = read_logits(logits[rows], terms, space)
         peak, taught = softmax.peak[rows], softmax.taught[rows]
-        s = (x - peak[:, None]).div_(divergence.temperature).sub_(softmax.total[rows].log()[:, None])
-        t = _said_again(teacher, s, rows, divergence, taught, terms.v_start)
-        d = _gradient(s, t, taught[:, 2], divergence)
+        T = _temperature(targets, rows, divergence)
+        s = (x - peak[:, None]).div_(T).sub_(softmax.total[rows].log()[:, None])
+        t = _said_again(teacher, s, rows, T, taught, terms.v_start)
+        d = _gradient(s, t, taught[:, 2], divergence, T)
         if divergence.hard_weight is not None:
             below = torch.sub(x, peak[:, None], out=s)
             hard.add_gradient(d, below, taught[:, 3], divergence.hard_weight, rows)
@@ -136,18 +138,72 @@ def distillation_backward(
         store_gradient(d, hard.ignored[rows], d_logits[rows])
 
 
-def _teachers_logits(teacher: TeacherRows, rows: slice, dtype: torch.dtype, V: int, temperature: float) -> Tensor:
+def teachers_gradient(
+    logits: Tensor,  # (N, V) of the student
+    targets: Targets,  # (N, 1), whose token weights are what is upstream
+    terms: Terms,
+    teacher: TeacherRows,  # probabilities, or log-probabilities of some ids
+    divergence: Divergence,
+    *,
+    out: Tensor,  # (N, V) or (N, K), filled
+) -> None:
+    """Fill `out` with the gradient of soft_weight * divergence for a teacher's probabilities or log-probabilities.
+
+    With g, the derivative for a probability (see `_derivative`), that for the logarithm of one is p (g - G). Where the
+    K are divided by their sum, G is sum p g. Where the others are one class, G is g of that class.
+    """
+    assert targets.token_weights is not None
+    ignored = targets.classes[:, 0] == terms.ignore_index
+    for rows, space in row_blocks(logits, torch.promote_types(logits.dtype, torch.float32)):
+        x = read_logits(logits[rows], terms, space)
+        T = _temperature(targets, rows, divergence)
+        s = x.sub(x.amax(1)[:, None]).div_(T)
+        s.sub_(s.exp().sum(1).log_()[:, None])
+        said = _said(teacher, s, rows, T)
+        if teacher.ids is None:
+            d = _derivative(s, said.logprobs, divergence.beta)
+        else:
+            at = teacher.ids[rows].clamp(min=0)
+            own = said.logprobs.gather(1, at).masked_fill_(teacher.ids[rows] < 0, -torch.inf)
+            d, p = _derivative(s.gather(1, at), own, divergence.beta), own.exp()
+            ratio = said.first[:, None]
+            others = _derivative(torch.zeros_like(ratio), ratio, divergence.beta) if teacher.bucket else None
+            d.sub_((p * d).sum(1, keepdim=True) if others is None else others).mul_(p)
+        d *= (targets.token_weights[rows] * divergence.soft_weight)[:, None]
+        store_gradient(d, ignored[rows], out[rows])
+
+
+def _derivative(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    """Return that of the divergence for the teacher's probabilities: log(p / q) + 1, -q / p or beta log(p / m).
+
+    A class without a probability gets none, though that of the first two is infinite in the limit.
+    """
+    if beta == 0:
+        d = (t - s).add_(1.0)
+    elif beta == 1:
+        d = (s - t).exp_().neg_()
+    else:
+        d = (t - _mixture(s, t, beta)).mul_(beta)
+    return d.masked_fill_(t == -torch.inf, 0.0)
+
+
+def _temperature(targets: Targets, rows: slice, divergence: Divergence) -> float | Tensor:
+    """Return the temperature of all rows, or those of some, (rows, 1)."""
+    return divergence.temperature if targets.temperatures is None else targets.temperatures[rows, None]
+
+
+def _teachers_logits(teacher: TeacherRows, rows: slice, like: Tensor, T: float | Tensor) -> Tensor:
     assert teacher.logits is not None
-    given = teacher.logits[rows, :V]
-    t = plain.final_logits(given.to(dtype), teacher.terms.bias, teacher.terms)
-    return t / temperature if temperature != 1.0 else t
+    given = teacher.logits[rows, : like.shape[1]]
+    t = plain.final_logits(given.to(like.dtype), teacher.terms.bias, teacher.terms)
+    return t / T if isinstance(T, Tensor) or T != 1.0 else t
 
 
-def _said(teacher: TeacherRows, s: Tensor, rows: slice, divergence: Divergence) -> _Said:
+def _said(teacher: TeacherRows, s: Tensor, rows: slice, T: float | Tensor) -> _Said:
     """Return what the teacher says about whole rows, of which `s` are the student's log-probabilities."""
     none = s.new_zeros(len(s))
     if teacher.logits is not None:
-        t = _teachers_logits(teacher, rows, s.dtype, s.shape[1], divergence.temperature)
+        t = _teachers_logits(teacher, rows, s, T)
         peak = t.amax(1)
         t = t - peak[:, None]
         log_total = t.exp().sum(1).log_()
@@ -169,12 +225,12 @@ def _said(teacher: TeacherRows, s: Tensor, rows: slice, divergence: Divergence) 
 
 
 def _said_again(
-    teacher: TeacherRows, s: Tensor, rows: slice, divergence: Divergence, taught: Tensor, v_start: int
+    teacher: TeacherRows, s: Tensor, rows: slice, T: float | Tensor, taught: Tensor, v_start: int
 ) -> Tensor:
     """Return the teacher's log-probabilities of some columns, from the numbers of whole rows."""
     first, second = taught[:, 0, None], taught[:, 1, None]
     if teacher.logits is not None:
-        t = _teachers_logits(teacher, rows, s.dtype, s.shape[1], divergence.temperature)
+        t = _teachers_logits(teacher, rows, s, T)
         return (t - first).sub_(second)
     if teacher.probabilities is not None:
         return teacher.probabilities[rows].to(s.dtype).log()
@@ -216,12 +272,12 @@ def _mixture(s: Tensor, t: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
 
 
-def _gradient(s: Tensor, t: Tensor, centre: Tensor, divergence: Divergence) -> Tensor:
+def _gradient(s: Tensor, t: Tensor, centre: Tensor, divergence: Divergence, T: float | Tensor) -> Tensor:
     """Return the gradient of soft_weight * divergence for the student's logits, before their cap and scale.
 
     The divergence's own is q centre - p, q (log(q / p) - centre) or (1 - beta) q (log(q / m) - centre).
     """
-    beta, factor = divergence.beta, divergence.soft_weight / divergence.temperature
+    beta, factor = divergence.beta, divergence.soft_weight / T
     q = s.exp()
     if beta == 0:
         return q.mul_(centre[:, None]).sub_(t.exp()).mul_(factor)

@@ -154,6 +154,8 @@ def linear_distillation(
     o: dict[str, Any] = {**complete("linear_distillation", _DISTILLATION, options)}
     logits = hidden @ weight.T
     x = _final(logits if o["bias"] is None else logits + o["bias"], o)
+    if isinstance(o["temperature"], Tensor):
+        o["temperature"] = o["temperature"].to(x.dtype)[..., None]
     q = (x / o["temperature"]).log_softmax(-1)
     q, p = _classes(teacher, q, o)
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[o["kind"]] if o["beta"] is None else o["beta"]
@@ -197,7 +199,8 @@ def _classes(teacher: AnyTeacher, q: Tensor, o: dict[str, Any]) -> tuple[Tensor,
         return q, dense.scatter(-1, ids, p)[..., :-1]
     wider = torch.cat([q, q.new_full((*q.shape[:-1], 1), -torch.inf)], -1)
     rest = wider.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    p_rest = torch.log(-torch.expm1(p.logsumexp(-1, keepdim=True).clamp(max=0.0)))
+    left = -torch.expm1(p.logsumexp(-1, keepdim=True).clamp(max=0.0))
+    p_rest = torch.where(left > 0, torch.where(left > 0, left, 1.0).log(), -torch.inf)  # no NaN in its gradient
     return torch.cat([wider.gather(-1, ids), rest], -1), torch.cat([p, p_rest], -1)
 
 

@@ -70,7 +70,21 @@ def row_ops(t: Tensor, *, dense: bool = False) -> RowOps:
         rows: Rows = functions.dense_cross_entropy(*args, **more)
         return rows
 
-    return ops._replace(cross_entropy=cross_entropy, cross_entropy_backward=functions.dense_cross_entropy_backward)
+    def partials(logits: Tensor, targets: Targets, terms: Terms, *, V: int, **more: Any) -> Partials:
+        assert not any(more.values())
+        unweighted = replace(targets, token_weights=None), replace(terms, z_loss=None)
+        rows: Rows = functions.dense_cross_entropy(logits, *unweighted, V=V)
+        assert rows.taught is not None
+        mass = rows.taught[:, 2]
+        # A loss of these columns alone; where all their logits are -inf they have no part in it.
+        pull = torch.where(rows.total > 0, mass * rows.total.log() - rows.loss, 0.0)
+        return Partials(rows.peak, rows.total, None, pull, mass, None)
+
+    return ops._replace(
+        cross_entropy=cross_entropy,
+        cross_entropy_partials=partials,
+        cross_entropy_backward=functions.dense_cross_entropy_backward,
+    )
 
 
 @cache

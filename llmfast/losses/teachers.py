@@ -93,6 +93,22 @@ class Teacher:
         return TeacherRows(terms, ids=self.ids, logprobs=self.logprobs, bucket=self.bucket)
 
 
+# Tensors of teachers that may get gradients, in the order of the loss's inputs after the student's.
+LEARNING = ("hidden", "weight", "bias", "logits", "probabilities", "logprobs")
+_OF_TOKENS = {"hidden", "logits", "probabilities", "logprobs"}
+
+
+def learning(teacher: AnyTeacher) -> tuple[Tensor | None, ...]:
+    """Return the tensors that `LEARNING` names, with one row per token; none if none requires a gradient."""
+    given: list[Tensor | None] = [getattr(teacher, name, None) for name in LEARNING]
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
+        return (None,) * len(LEARNING)
+    return tuple(
+        t if t is None or name not in _OF_TOKENS else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+        for name, t in zip(LEARNING, given)
+    )
+
+
 @dataclass(frozen=True)
 class Taught(Targets):
     """Targets of rows that have a teacher too."""
@@ -101,7 +117,7 @@ class Taught(Targets):
 
     def __getitem__(self, rows: "slice | Tensor") -> "Taught":
         own = super().__getitem__(rows)
-        return Taught(own.classes, own.weights, own.token_weights, teacher=self.teacher[rows])
+        return Taught(own.classes, own.weights, own.token_weights, own.temperatures, teacher=self.teacher[rows])
 
 
 def flattened(teacher: AnyTeacher, hidden: Tensor, V: int, ignore_index: int) -> Teacher:

@@ -352,8 +352,9 @@ class Call:
         numbers, joining = self._row_numbers(way)
         numbers = numbers + self.held + self.V * self.wide.itemsize * self.wants[2] + SCALARS
         rows_scratch = rows_scratch + self.forgets(way) * (2 + self.taught) * self.wide.itemsize * rows_of_slab
+        casts = self._casts(rows_of_slab, self.V)
         if not any(self.wants):
-            return numbers + np.maximum(rows_slab + rows_scratch, joining)
+            return numbers + np.maximum(rows_slab + np.maximum(rows_scratch, casts), joining)
         h, g = self.hidden_dtype.itemsize, self._sum_bytes(way)
         whole, separate = way.kept >= self.V, self.separate(way)
         kept = np.where(whole, 0, self.N * way.kept * self.slab_dtype.itemsize)
@@ -368,7 +369,7 @@ class Call:
         finishing = way.in_forward | (way.finished > 0)
         working = kept + rows_scratch
         looking = rows_slab // self.logit_bytes * (self.slab_dtype.itemsize + self.teacher_bytes)
-        looking = looking - room - d_hidden  # for peak and total
+        looking = looking + np.maximum(casts - rows_scratch, 0) - room - d_hidden  # for peak and total
         forward = working + np.where(way.in_forward, rows_slab + own_sums - room + self._rows_product(way), looking)
         finished_slab = np.minimum(way.rows, way.finished) * self.row_width * self.logit_bytes
         again = working + finished_slab + own_sums - room + hidden_sums + self._rows_product(way)

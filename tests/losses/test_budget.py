@@ -324,3 +324,29 @@ def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, ignored: int, options: di
     assert least < (1 << 18) + 60 * N * options.get("K", 0)  # bytes per id: the results, and their places and masks
     for budget in (least, 2 * least, 1 << 19, 1 << 20, 2 << 20, 4 << 20):
         assert held(budget) <= budget
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"K": 1}, {}], ids=str)
+@pytest.mark.parametrize("learns", [True, False])
+def test_copies_for_unrounded_logits_are_in_the_budget(learns: bool, options: dict[str, Any]) -> None:
+    """Take a CPU, which multiplies low precision into float32 by casting."""
+    hidden, weight = (torch.randn(n, 256).bfloat16().requires_grad_(learns) for n in (64, 4096))
+    targets = torch.randint(0, 4096, (64,))
+
+    def held(budget: int) -> int:
+        hidden.grad = weight.grad = None
+        with torch.set_grad_enabled(learns), counting() as counts:
+            given = {"slab_dtype": F32, "memory_budget": budget}
+            if "K" in options:
+                out = linear_logprobs(hidden, weight, targets, **given)  # type: ignore[arg-type]
+            else:
+                out = linear_cross_entropy(hidden, weight, targets, **given, **options)
+            if learns:
+                out.sum().backward()
+        return counts.peak_bytes - (hidden.nbytes + weight.nbytes) * learns
+
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        held(1)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    for budget in (least, 2 * least, 4 << 20, 16 << 20):
+        assert budget < least or held(budget) <= budget

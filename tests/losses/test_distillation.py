@@ -57,17 +57,23 @@ def draw_teacher(name: str, tokens: tuple[int, ...], V: int, K: int, dtype: torc
     return TeacherTopK(ids, values.to(dtype), "drop" if name == "top K" else "bucket")
 
 
-def in_dtype(teacher: Any, dtype: torch.dtype) -> Any:
-    """Return a teacher whose products have this dtype."""
+def in_dtype(teacher: Any, dtype: torch.dtype, *, learns: bool = False) -> Any:
+    """Return a teacher whose products have this dtype; one that `learns` has all tensors in it, as leaves."""
+    wide = torch.promote_types(dtype, F32)
+    if learns:
+        floats = {name: t for name, t in vars(teacher).items() if isinstance(t, Tensor) and t.is_floating_point()}
+        leaves = {name: t.to(wide if name == "bias" else dtype) for name, t in floats.items()}
+        return replace(teacher, **{name: t.detach().clone().requires_grad_() for name, t in leaves.items()})
     if not isinstance(teacher, TeacherStates):
         return teacher
     return replace(teacher, hidden=teacher.hidden.to(dtype), weight=teacher.weight.to(dtype))
 
 
 def outcome(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, *given: Any, **o: Any) -> Any:
-    """Return the loss, and the gradients of its sum weighted by what is upstream."""
+    """Return the loss, and the gradients of its sum weighted by what is upstream; of a teacher that learns too."""
     h, w, *b = leaves = [t.detach().clone().requires_grad_() for t in inputs]
     loss = function(h, w, *given, bias=b[0] if b else None, **o)
+    leaves += [t for t in (vars(given[0]).values() if given else ()) if isinstance(t, Tensor) and t.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype).expand_as(loss))]
 
 
@@ -82,9 +88,10 @@ def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], eps: f
 
 FACTORS: dict[str, list[Any]] = {
     "teacher": TEACHERS,
+    "learns": [False, True],
     "kind": KINDS,
     "beta": [None, 0.0, 0.1, 0.9, 1.0],
-    "temperature": [1.0, 0.6, 2.5],
+    "temperature": [1.0, 0.6, 2.5, "of each token"],
     "hard_weight": [0.0, 0.4],
     "logits": [{}, {"softcap": 0.7}, {"logit_scale": -1.3}, {"softcap": 5.0, "logit_scale": 1.7}],
     "reduction": ["mean", "sum", "none"],
@@ -126,11 +133,15 @@ def test_any_two_arguments_together_match_float64(path: str, case: Case) -> None
     options = {name: case[name] for name in ("reduction", "temperature", "num_valid")} | {"kind": kind, "beta": beta}
     options |= {"soft_weight": 0.7, "hard_weight": 0.0 if targets is None else case["hard_weight"], **case["logits"]}
     options["token_weights"] = torch.rand(tokens) if case["weights"] else None
+    if case["temperature"] == "of each token":
+        options["temperature"] = torch.rand(tokens) + 0.5
     upstream = torch.randn(tokens if case["reduction"] == "none" else ())
+    # Where the bucket is empty but for a rounding error, the gradient of its probability is one too.
+    learns = case["learns"] and (case["teacher"] != "top K in a bucket" or case["K"] < V)
 
     def run(function: Any, dtype: torch.dtype, **more: Any) -> list[Tensor]:
         own = [t.to(dtype) for t in inputs]
-        return outcome(function, own, upstream, in_dtype(teacher, dtype), targets, **options, **more)
+        return outcome(function, own, upstream, in_dtype(teacher, dtype, learns=learns), targets, **options, **more)
 
     with forced(None, case["size"]):
         ours = run(linear_distillation, dtype, slab_dtype=None if dtype == F64 else case["slab_dtype"])
@@ -271,27 +282,33 @@ def test_the_student_of_itself_has_nothing_to_learn(path: str) -> None:
         assert abs(loss) < 1e-6 and all(g.abs().max() < 1e-6 for g in gradients)
 
 
-def test_hidden_states_divided_by_a_temperature_per_token(path: str) -> None:
-    h, w, T = torch.randn(9, D), torch.randn(300, D), torch.rand(9) + 0.5
-    teacher = TeacherStates(torch.randn(9, TEACHER_D), torch.randn(300, TEACHER_D))
-
-    def loss(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        divided = TeacherStates(teacher.hidden / T[:, None], teacher.weight)
-        return linear_distillation(h / T[:, None], w, divided, token_weights=T**2, reduction="sum")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_temperature_per_token(path: str, kind: str, reduction: str) -> None:
+    """Compare with a call for each token; these launches are compiled too."""
+    h, w, T, y = torch.randn(5, D), torch.randn(9000, D), torch.rand(5) + 0.5, torch.tensor([0, 8999, -100, 7, 9])
+    said = draw_teacher("capped states", (5,), 9000, 0, F32)
+    options: dict[str, Any] = {"kind": kind, "hard_weight": 0.5, "token_weights": T**2}
+    upstream = torch.ones(()) if reduction == "mean" else torch.randn(5)
 
     def each(h: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch.stack(
+        one = {**options, "reduction": "none"}
+        losses = torch.cat(
             [
                 reference.linear_distillation(
-                    h[n : n + 1], w, TeacherStates(teacher.hidden[n : n + 1], teacher.weight), temperature=float(t)
+                    h[n : n + 1],
+                    w,
+                    replace(said, hidden=said.hidden[n : n + 1]),
+                    y[n : n + 1],
+                    **{**one, "temperature": float(T[n]), "token_weights": T[n : n + 1] ** 2},
                 )
-                * t**2
-                for n, t in enumerate(T)
+                for n in range(5)
             ]
-        ).sum()
+        )
+        return losses if reduction == "none" else losses.sum() / (T**2)[y >= 0].sum()
 
-    ours, want = (outcome(f, [h, w], torch.ones(())) for f in (loss, each))
-    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+    ours = outcome(linear_distillation, [h, w], upstream, said, y, temperature=T, reduction=reduction, **options)
+    torch.testing.assert_close(ours, outcome(each, [h, w], upstream), rtol=1e-4, atol=1e-5)
 
 
 def test_the_hard_loss_alone_is_the_cross_entropy(path: str) -> None:
@@ -365,14 +382,52 @@ def test_impossible_classes_of_the_teacher(path: str, kind: str) -> None:
 
 def test_gradients_go_where_the_options_say(path: str) -> None:
     h, w = torch.randn(7, D), torch.randn(300, D).requires_grad_()
-    th, tw = torch.randn(7, TEACHER_D, requires_grad=True), torch.randn(300, TEACHER_D, requires_grad=True)
+    th, tw = torch.randn(7, TEACHER_D), torch.randn(300, TEACHER_D)
     (want,) = torch.autograd.grad(linear_distillation(h, w, TeacherStates(th, tw)), w)
     main = torch.ones(300, D)
-    linear_distillation(h, w, TeacherStates(th, tw), accumulate_into=main).backward()
-    assert w.grad is th.grad is tw.grad is None
+    linear_distillation(h, w, TeacherStates(th, tw.requires_grad_()), accumulate_into=main).backward()
+    assert w.grad is th.grad is None and tw.grad is not None
     torch.testing.assert_close(main, want + 1, rtol=1e-5, atol=1e-5)
+    alone = torch.autograd.grad(linear_distillation(h, w.detach(), TeacherStates(th, tw)), tw)[0]
+    torch.testing.assert_close(alone, tw.grad)
+    with torch.no_grad():
+        assert not linear_distillation(h, w, TeacherStates(th, tw)).requires_grad
     half = torch.autograd.grad(linear_distillation(h, w, TeacherStates(th, tw), num_valid=14), w)[0]
     torch.testing.assert_close(half, want / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_a_teacher_learns_by_the_same_function(path: str) -> None:
+    """Let both sides be one network with two output layers, and backward run twice, under autocast too."""
+    x, a, b = torch.randn(7, D), torch.randn(D, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
+    c = torch.randn(300, D, requires_grad=True)
+
+    def loss(function: Callable[..., Tensor]) -> Tensor:
+        return function(x @ a, b, TeacherStates(x @ a, c), kind="jsd", beta=0.2)
+
+    ours = loss(linear_distillation)
+    want = torch.autograd.grad(loss(reference.linear_distillation), [a, b, c])
+    for retained in (True, False):
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, [a, b, c], retain_graph=retained), want, rtol=1e-4, atol=1e-6
+        )
+    with torch.autocast("cpu", BF16):
+        low = torch.autograd.grad(loss(linear_distillation), [a, b, c])
+    assert all(g.dtype == F32 and (g - t).norm() < 0.05 * t.norm() for g, t in zip(low, want))
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+def test_nothing_is_learned_where_a_teachers_probability_is_0(path: str, tail: Any) -> None:
+    h, w = torch.randn(2, D, requires_grad=True), torch.randn(9, D)
+    p = torch.tensor([[0.5, 0.5, *[0.0] * 7], [1.0, *[0.0] * 8]], requires_grad=True)
+    ids = torch.tensor([[3, -100], [4, 5]])
+    logprobs = torch.tensor([[0.0, -1.0], [-1.0, -2.0]], requires_grad=True)
+    for kind in ("forward_kl", "jsd"):
+        loss = linear_distillation(h, w, TeacherProbabilities(p), kind=kind)  # type: ignore[arg-type]
+        (d,) = torch.autograd.grad(loss, p)
+        assert d.isfinite().all() and d[p > 0].all() and not d[p == 0].any()
+        loss = linear_distillation(h, w, TeacherTopK(ids, logprobs, tail), kind=kind)  # type: ignore[arg-type]
+        (d,) = torch.autograd.grad(loss, logprobs)
+        assert d.isfinite().all() and not d[ids == -100].any()
 
 
 def test_a_second_backward_and_a_change_of_the_teacher() -> None:
@@ -428,27 +483,36 @@ ON_A_CPU: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("name", "options"), ON_A_CPU, ids=str)
-def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "dtype", "learns"),
+    [
+        *((name, options, dtype, False) for name, options in ON_A_CPU for dtype in (F32, BF16)),
+        *((name, options, BF16, True) for name, options in ON_A_CPU if len(options) == 2 or name == "probabilities"),
+    ],
+    ids=str,
+)
+def test_a_budget_is_kept_on_a_cpu(name: str, options: dict[str, Any], dtype: torch.dtype, learns: bool) -> None:
     N, V = 64, 4096
     hidden, weight = (torch.randn(n, 32).to(dtype).requires_grad_() for n in (N, V))
     teacher, targets = draw_teacher(name, (N,), V, 16, dtype), torch.randint(0, V, (N,))
+    teacher = in_dtype(teacher, dtype, learns=learns)
+    leaves = [hidden, weight, *(t for t in vars(teacher).values() if isinstance(t, Tensor) and t.requires_grad)]
 
     def held(budget: int) -> int:
-        hidden.grad = weight.grad = None
+        for t in leaves:
+            t.grad = None
         with counting() as counts:
             loss = linear_distillation(hidden, weight, teacher, targets, memory_budget=budget, **options)
             loss.backward(torch.ones_like(loss))
-        return counts.peak_bytes - hidden.nbytes - weight.nbytes
+        return counts.peak_bytes - sum(t.nbytes for t in leaves)
 
     with pytest.raises(ValueError, match="memory_budget must be at least") as error:
         held(1)
     found = re.search(r"at least (\d+) bytes", str(error.value))
     assert found is not None
     least = int(found[1])
-    assert least < 1 << 19
-    for budget in (least, 2 * least, 1 << 20, 4 << 20):
+    assert least < (1 << 19) + V * 32 * 4 * learns  # a float32 copy of the student's weight, for `slab_dtype`
+    for budget in (least, 1 << 20) if learns else (least, 2 * least, 1 << 20, 4 << 20):
         assert held(budget) <= budget
 
 
@@ -459,25 +523,36 @@ class Nothing:
         return lambda *arguments, **options: None
 
 
-def count(N: int, function: Callable[..., Tensor], D: int = 2048, V: int = 128256, **options: Any) -> Counts:
+def count(
+    N: int, function: Callable[..., Tensor], D: int = 2048, V: int = 128256, *, learns: bool = False, **options: Any
+) -> Counts:
     """Count a call at the size of a real model on a pretended GPU, without computing anything large."""
     hidden, weight = (reserve(n, D, dtype=BF16).requires_grad_() for n in (N, V))
-    teacher = TeacherStates(*(reserve(n, 2 * D, dtype=BF16) for n in (N, V)))
+    teacher = TeacherStates(*(reserve(n, 2 * D, dtype=BF16).requires_grad_(learns) for n in (N, V)))
     pair = {"distillation_kernel": Nothing(), "distillation_backward_kernel": Nothing()}
     kernels = mock.patch.multiple(llmfast_kernels.distillation, **pair)
     scale = mock.patch.object(llmfast_kernels.scale, "scale_kernel", Nothing())
     with kernels, scale, pretending_cuda(), counting(dry=True) as counts:
         loss = function(hidden, weight, teacher, **options)
         loss.backward(torch.ones_like(loss))
-    counts.peak_bytes -= hidden.nbytes + weight.nbytes
+    counts.peak_bytes -= (hidden.nbytes + weight.nbytes) * (3 if learns else 1)
     return counts
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("slab_dtype", [None, F32])
-@pytest.mark.parametrize("N", [1024, 8192])
-def test_a_budget_is_kept(N: int, slab_dtype: torch.dtype | None, reduction: str) -> None:
-    options = {"slab_dtype": slab_dtype, "reduction": reduction}
+@pytest.mark.parametrize(
+    ("N", "slab_dtype", "reduction", "learns"),
+    [
+        *(
+            (N, dtype, reduction, False)
+            for N in (1024, 8192)
+            for dtype in (None, F32)
+            for reduction in ("mean", "none")
+        ),
+        *((8192, dtype, reduction, True) for dtype, reduction in ((None, "mean"), (F32, "none"))),
+    ],
+)
+def test_a_budget_is_kept(N: int, slab_dtype: torch.dtype | None, reduction: str, learns: bool) -> None:
+    options = {"slab_dtype": slab_dtype, "reduction": reduction, "learns": learns}
     with pytest.raises(ValueError, match="memory_budget must be at least") as error:
         count(N, linear_distillation, memory_budget=1, **options)
     least = int(str(error.value).split("at least ")[1].split()[0])
@@ -487,8 +562,7 @@ def test_a_budget_is_kept(N: int, slab_dtype: torch.dtype | None, reduction: str
 
 
 def plain_kl(h: Tensor, w: Tensor, teacher: TeacherStates, kind: str = "forward_kl") -> Tensor:
-    with torch.no_grad():
-        t = F.linear(teacher.hidden, teacher.weight)
+    t = F.linear(teacher.hidden, teacher.weight)
     q, p = (x.float().log_softmax(-1) for x in (F.linear(h, w), t))
     del t
     if kind == "forward_kl":
@@ -499,18 +573,21 @@ def plain_kl(h: Tensor, w: Tensor, teacher: TeacherStates, kind: str = "forward_
 
 def test_the_table_in_the_documentation() -> None:
     page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    calls: dict[str, list[tuple[Any, dict[str, Any]]]] = {
-        "`F.kl_div` of `log_softmax` in float32, forward KL": [(plain_kl, {})],
-        "the same with a mixture, JSD": [(plain_kl, {"kind": "jsd"})],
-        "`linear_distillation`, either": [(linear_distillation, {}), (linear_distillation, {"kind": "jsd"})],
-        "`memory_budget=16 << 20`, either": [
-            (linear_distillation, {"memory_budget": 16 << 20, "kind": kind}) for kind in ("forward_kl", "jsd")
-        ],
+    both = [{"kind": "forward_kl"}, {"kind": "jsd"}]
+    tight = [{"memory_budget": 16 << 20, **options} for options in both]
+    calls: dict[str, tuple[Any, list[dict[str, Any]]]] = {
+        "`F.kl_div` of `log_softmax` in float32, forward KL": (plain_kl, both[:1]),
+        "the same with a mixture, JSD": (plain_kl, both[1:]),
+        "`linear_distillation`, either": (linear_distillation, both),
+        "`memory_budget=16 << 20`, either": (linear_distillation, tight),
+        "the teacher learns: `F.kl_div`, forward KL": (plain_kl, both[:1]),
+        "the teacher learns: `linear_distillation`, either": (linear_distillation, both),
+        "the teacher learns: `memory_budget=16 << 20`, either": (linear_distillation, tight),
     }
-    for name, ways in calls.items():
+    for name, (function, ways) in calls.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
-        for function, options in ways:
-            counts = count(8192, function, **options)
+        for options in ways:
+            counts = count(8192, function, learns=name.startswith("the teacher learns"), **options)
             products = counts.total().dot_flops.total() / (2 * 8192 * 2048 * 128256)
             assert row.endswith(f"| {counts.peak_bytes / (1 << 30):.2f} | {products:.2f} |")
 
@@ -537,8 +614,10 @@ def test_the_table_in_the_documentation() -> None:
         ({"kind": "kl"}, ValueError, "kind must be 'forward_kl', 'reverse_kl' or 'jsd'; got 'kl'"),
         ({"beta": 0.5}, ValueError, "beta needs kind='jsd'; got kind='forward_kl'"),
         ({"kind": "jsd", "beta": 1.5}, ValueError, r"beta must be in \[0, 1\]; got 1.5"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a positive number; got 0.0"),
-        ({"temperature": torch.ones(4)}, TypeError, r"temperature must be a number, for all tokens; got \(4,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a positive number, or one for each token; got 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature must be \(4,\)"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, ValueError, "positive for each token; found"),
+        ({"temperature": torch.ones(4, requires_grad=True)}, ValueError, "temperature gets no gradient here"),
         ({"hard_weight": 0.5}, ValueError, "hard_weight needs targets; got targets=None"),
         ({"targets": torch.zeros(4, 2).long()}, ValueError, r"targets must be \(4,\)"),
         ({"targets": torch.full((4,), 9)}, ValueError, r"targets must be in \[0, 9\).*found 9"),

@@ -34,6 +34,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "class_weights": True,
         "token_weights": torch.linspace(0.1, 1, N),
     },
+    "probabilities": {
+        "probabilities": True,
+        "label_smoothing": 0.1,
+        "z_loss": 1e-2,
+        "softcap": 5.0,
+        "class_weights": True,
+        "token_weights": torch.linspace(0.1, 1, N),
+    },
     "several targets": {
         "label_smoothing": 0.1,
         "z_loss": 1e-2,
@@ -74,6 +82,8 @@ def check_rank(rank: int, world: int, V: int) -> None:
         targets = one
         if "target_weights" in options:  # a row may have one twice, and one that is ignored next to others
             targets = torch.stack([one, one.roll(1), torch.full_like(one, 1)], -1)
+        if options.pop("probabilities", False):  # each rank has those of all classes
+            targets = torch.rand(N, V, generator=torch.Generator().manual_seed(V)).softmax(-1)
         h, w, b = (t.clone().double().requires_grad_() for t in (hidden, weight, bias))
         truth = reference.linear_cross_entropy(h, w, targets, bias=b, **options)
         want = torch.autograd.grad(total(truth), (h, w, b))

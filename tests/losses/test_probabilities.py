@@ -17,6 +17,8 @@ from evidence.dry_run import reserve
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, reference
+from llmfast.losses.rows import row_ops
+from llmfast_kernels.terms import Targets, Terms
 from support.launched import unrecorded
 from support.layouts import offset, sliced, strided, transposed
 from support.numerics import assert_close_in_norm
@@ -289,6 +291,19 @@ def test_a_budget_is_kept(options: dict[str, Any]) -> None:
     for budget in (least, 32 << 20, 200 << 20, 1 << 30):
         if budget >= least and 8 * N * 128256 / budget < 400:  # launches to count
             assert count(N, memory_budget=budget, **options).peak_bytes <= budget
+
+
+def test_the_columns_of_a_rank(path: str) -> None:
+    """Columns whose logits are all -inf take no part. `test_parallel.py` adds up those of all ranks."""
+    x, p = torch.randn(2, 300), torch.rand(2, 600).softmax(-1)
+    x[1], p[1, 300:] = -torch.inf, 0
+    targets = Targets(torch.zeros(2, 1).long(), token_weights=torch.full((2,), 3.0), probabilities=p)
+    found = row_ops(x, dense=True).cross_entropy_partials(x, targets, Terms(600, v_start=300, z_loss=0.5), V=300)
+    below = (x[0] - x[0].max()).double()
+    torch.testing.assert_close(found.pull.double(), torch.stack([(p[0, 300:] * below).sum(), below[0] * 0]))
+    torch.testing.assert_close(found.total.double(), torch.stack([below.exp().sum(), below[0] * 0]))
+    torch.testing.assert_close(found.mass, p[:, 300:].sum(1))
+    assert found.peak.isfinite().all()
 
 
 P = torch.full((4, 9), 1 / 9)

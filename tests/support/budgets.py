@@ -131,7 +131,9 @@ def _pairs(compiled: Compiled) -> Iterator[str]:
     # and of a given probability, is an instruction on AMD; on NVIDIA it is a polynomial, accurate near 1.
     capped = sum(compiled.kind.argument(f"{name}.softcap") is not None for name in ("terms", "teacher"))
     hard = compiled.kind.argument("weights.hard") is not None
-    tempered = hard and compiled.kind.argument("weights.temperature") is not None
+    tempered = hard and any(
+        compiled.kind.argument(f"weights.{name}") is not None for name in ("temperature", "temperatures")
+    )
     logarithms = (compiled.kind.argument("weights.beta") is not None) + (given and not cross_entropy)
     functions = 1 + (not given) + tempered + 2 * capped + amd * logarithms
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
