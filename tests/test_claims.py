@@ -387,8 +387,12 @@ PROVEN: dict[str, list[tuple[str, str]]] = {
             "losses/test_distillation.py::test_any_two_arguments_together_match_float64",
         ),
         (
-            "Gradients go to the student alone; the teacher's tensors are detached.",
-            "losses/test_distillation.py::test_gradients_go_where_the_options_say",
+            "A teacher learns too where its tensors require a gradient",
+            "losses/test_distillation.py::test_a_teacher_learns_by_the_same_function",
+        ),
+        (
+            "A class without probability gets no gradient.",
+            "losses/test_distillation.py::test_nothing_is_learned_where_a_teachers_probability_is_0",
         ),
         (
             "tokens with `ignore_index` have no loss at all",

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -159,10 +158,9 @@ ERRORS: dict[str, list[Callable[[], None]]] = {
         *(partial(a_file, "a.txt", "Grüße".encode(encoding)) for encoding in ("latin-1", "utf-16")),
     ],
     "Options that are about class indices are errors: `shift`, `document_ids`, `target_weights`, an `ignore_index` "
-    "that is not negative, `return_stats`, `grad_filter` and `process_group`.": [
+    "that is not negative, `return_stats` and `grad_filter`.": [
         *(partial(probabilities, **{name: 1}) for name in ("shift", "ignore_index", "return_stats", "grad_filter")),
         *(partial(probabilities, **{name: torch.ones(2)}) for name in ("document_ids", "target_weights")),
-        partial(probabilities, process_group=mock.Mock()),
     ],
     "Probabilities that require a gradient are an error too, as only the other inputs get one.": [
         partial(probabilities, learned=True)
