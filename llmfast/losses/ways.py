@@ -132,10 +132,11 @@ class Call:
     def forgets(self, way: Way) -> Any:
         """Return whether a chunk of rows leaves nothing but its losses: its gradients are final.
 
-        A second backward pass makes the rest again.
+        A second backward pass makes the rest again. Ranks keep it, because theirs would have to make it at once, and a
+        rank without classes has nothing to make.
         """
-        returned = bool(self.stats or self.ids or self.functional or self.per_token)
-        return way.in_forward & (self.column_share(way) == 0) & (not returned)
+        needed = bool(self.stats or self.ids or self.functional or self.per_token or self.ranks)
+        return way.in_forward & (self.column_share(way) == 0) & (not needed)
 
     def _row_numbers(self, way: Way) -> tuple[Any, Any]:
         """Return the bytes of numbers per row: of those that are kept, and of more while they are joined."""
