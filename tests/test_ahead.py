@@ -25,12 +25,12 @@ V = 1000
 BF16 = torch.bfloat16
 
 
-def compiled(*arguments: str) -> str:
-    """Run the command in a process that does not interpret kernels; return what it prints."""
+def compiled(folder: Path, *arguments: str) -> str:
+    """Run the command in `folder`, in a process that does not interpret kernels; return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-m", "llmfast.cli", "compile", "--gpu", "H100", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +61,7 @@ def launched() -> Recorder:
 
 def test_what_was_compiled_is_found_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, there = tmp_path / "made", tmp_path / "there"
-    said = compiled("--out", str(made), "--at", str(there), "--vocab", str(V))
+    said = compiled(tmp_path, "--out", str(made), "--at", "there", "--vocab", str(V))
     before = binaries(made)
     assert said.splitlines() == [
         f"{len(before)} binaries for H100 (sm_90) in {made}",
@@ -78,7 +78,10 @@ def test_what_was_compiled_is_found_elsewhere(tmp_path: Path, monkeypatch: pytes
 
 def test_formats_of_optimizers_and_softcap(tmp_path: Path) -> None:
     formats = ["--master-weights", "split8", "--state-dtype", "8bit", "--optimizers", "lion"]
-    compiled("--out", str(tmp_path), "--vocab", str(V), "--softcap", *formats)
+    said = compiled(tmp_path, "--out", ".", "--vocab", str(V), "--softcap", *formats)
+    assert said.splitlines()[-1] == f"use them with TRITON_CACHE_DIR={tmp_path}"
+    noted = [json.loads(path.read_text())["child_paths"].values() for path in tmp_path.glob("*/__grp__*.json")]
+    assert noted and all(Path(path).is_file() and path.startswith(f"{tmp_path}/") for paths in noted for path in paths)
     kernels = [json.loads(path.read_text()) for path in tmp_path.glob("*/*_kernel.json") if "__grp__" not in path.name]
     assert {tuple(kernel["target"].values()) for kernel in kernels} == {("cuda", 90, 32)}
     rows = [kernel["num_warps"] for kernel in kernels if kernel["name"] == "cross_entropy_kernel"]

@@ -1,7 +1,7 @@
 """Plant known faults one at a time and see that a test notices: `make faults`.
 
 `tests/faults.json` lists single careless edits, drawn blindly from all parts of the project, each with the test that
-fails with it. All take about ten minutes; `--area` and `--number` choose some.
+fails with it. All take about a quarter of an hour; `--area` and `--number` choose some.
 """
 
 import argparse

@@ -314,6 +314,8 @@ def _meant(got: Any, kind: Any) -> str:
     """Suggest the choice of a Literal that is meant: "bf16-mixed" is bfloat16, "adamw_torch" is adamw."""
     values = get_args(kind) if get_origin(kind) is Literal else get_args(get_args(kind)[-1])
     choices = [value for value in values if value and isinstance(value, str)]
+    if isinstance(got, list | dict):  # as deep as a file nests them
+        return ""
     text = _SPELLINGS.sub(lambda found: _FULL[found[0]], str(got).lower())
     begun = [choice for choice in choices if text.startswith(choice)]
     near = [max(begun, key=len)] if begun else difflib.get_close_matches(text, choices, n=1)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
+
 from llmfast import cli
 from llmfast.train.config import decoder_config, load_config
+from llmfast.train.parallel import World, micro_batch_size, shard_count
+from llmfast.train.settings import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```([\w-]*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -89,7 +94,9 @@ def expect_command(words: list[str]) -> None:
     """Fail if the command names a sub-command, option, setting, make target or file that does not exist."""
     program, *rest = words
     if program == "torchrun":
-        expect_llmfast(rest[rest.index("llmfast.cli") + 1 :])
+        own, arguments = rest[: rest.index("llmfast.cli")], rest[rest.index("llmfast.cli") + 1 :]
+        counts = [int(own[own.index(option) + 1]) for option in ("--nnodes", "--nproc-per-node") if option in own]
+        expect_llmfast(arguments, ranks=math.prod(counts))
     elif Path(program).name == "llmfast":
         expect_llmfast(rest)
     elif program == "make":
@@ -110,8 +117,8 @@ def expect_command(words: list[str]) -> None:
         assert program in ("pip", "git", "cd"), f"what is {program}?"
 
 
-def expect_llmfast(arguments: list[str]) -> None:
-    """Check arguments with the command line's own parser, and settings with the trainer's."""
+def expect_llmfast(arguments: list[str], *, ranks: int = 1) -> None:
+    """Check arguments with the command line's own parser, and settings with the trainer's, for so many ranks."""
     with mock.patch.multiple(cli, **{name: mock.DEFAULT for name in COMMANDS}) as ran:
         try:
             cli.main(arguments)
@@ -125,6 +132,11 @@ def expect_llmfast(arguments: list[str]) -> None:
     config = load_config(ROOT / file if file and (ROOT / file).exists() else None, getattr(args, "set", []))
     if not config.model.pretrained:
         decoder_config(config, config.data.vocab_size)
+    try:
+        shard_count(config, ranks)
+        micro_batch_size(config, World(torch.device("cpu"), size=ranks))
+    except ConfigError as e:
+        raise AssertionError(f"{ranks} ranks refuse {shlex.join(arguments)}") from e
     with ExitStack() as stack:  # options can be right and yet not go together: only the work is left out
         for place, answer in WORK.items():
             stack.enter_context(mock.patch(place, answer))

@@ -188,6 +188,17 @@ def test_every_setting_says_what_it_means_and_what_it_takes() -> None:
         assert load_config(None, [f"{name}={json.dumps(s.default)}", *chosen]) == load_config(None, chosen), name
 
 
+@pytest.mark.parametrize("name", SCHEMA.settings)
+@pytest.mark.parametrize("deep", ["table", "list"])
+def test_a_value_of_any_depth_has_a_short_message(name: str, deep: str, tmp_path: Path) -> None:
+    """Nest as deep as a damaged file may: as many dotted keys as there are, or as many brackets as TOML reads."""
+    file = tmp_path / "c.toml"
+    file.write_text(f"{name}.{'b.' * 5000}c = 1\n" if deep == "table" else f"{name} = {'[' * 150}{']' * 150}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(file)
+    assert name.partition(".")[2] in str(error.value) and len(str(error.value)) < 1000
+
+
 def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("[optimizer]\nlearning_rate = 0.1\n")
