@@ -2,7 +2,7 @@
 
     x.ds           tokens: uint16, or uint32 for a vocabulary of more than 65536
     x.ds.index     one uint64 per document: the token at which it ends, counted from the start of x.ds
-    x.ds.metadata  three lines of text: "tokenizer|bytes per token", the number of tokens, and the same for people
+    x.ds.metadata  three lines of text: "tokenizer|bytes per token", the number of tokens, and the same in millions
 
     x.bin          tokens of one of `MEGATRON_DTYPES`
     x.idx          "MMIDIDX", two zero bytes, uint64 1, uint8 code of the dtype, uint64 S sequences, uint64 D,

@@ -20,7 +20,7 @@ class Bucket(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Position of a piece in the whole tensor, whose element e // run * stride + e % run + offset is its element e."""
+    """Position of a piece in the whole tensor: its element e is element e // run * stride + e % run + offset there."""
 
     run: int = 1
     stride: int = 1
@@ -177,9 +177,9 @@ def shard_of(p: Tensor) -> Shard:
     for d in reversed(range(len(shape) - 1)):
         strides[d] = strides[d + 1] * shape[d + 1]
     offset = sum(offset * stride for offset, stride in zip(offsets, strides))
-    # Within a piece, elements are consecutive from the last cut dimension on, unless only dimension 0 is cut. A piece
-    # that is cut along two further dimensions is numbered as if along the last alone: its noise is as random, but
-    # differs from that of other shardings.
+    # If only dimension 0 is cut, all elements of a piece are consecutive, otherwise those from the last cut dimension
+    # on. A piece that is cut along two further dimensions is numbered as if it were cut along the last one only: its
+    # noise is as random, but differs from that of other shardings.
     cut = [d for d in range(1, len(shape)) if sizes[d] != shape[d]]
     if not cut:
         return Shard(1, 1, offset, bucket)
