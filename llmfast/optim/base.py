@@ -126,13 +126,13 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
                 if table.refresh(addresses, hyper, on_device):
                     self._in_graphs += (table,)  # the graph uses its memory even after the plan has changed
         sums = {} if plan.clips == {None} else self._sums(plan)
-        told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
+        amp_on = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
         if sums and len(plan.clips) > 1:  # a norm that is not finite skips the whole step, not only its groups
-            told = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in told.items()}
+            amp_on = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in amp_on.items()}
         self.grad_norm = None
         for table in plan.tables:
             device, clip = table.signature.device, table.signature.clip
-            norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *told[device])
+            norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *amp_on[device])
             self.grad_norm = norm if norm is not None else self.grad_norm
         amounts: dict[Any, Amount] = {}
         for batch in plan.batches:
@@ -142,7 +142,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
             device, clip = batch.kind.device, batch.kind.clip
             if (device, clip) not in amounts:
                 limit = self._limit(clip)
-                amounts[device, clip] = Amount.of(*told[device], sums.get(device, {}).get(clip), limit)
+                amounts[device, clip] = Amount.of(*amp_on[device], sums.get(device, {}).get(clip), limit)
             amount = amounts[device, clip]
             if not amount.skipped:
                 update = self._step_by_torch if batch.kind.by_torch else self._step_plainly

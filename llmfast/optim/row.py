@@ -118,11 +118,11 @@ class Batch:
         self.has_complex = any(row.local.is_complex() for row in rows)
         self._params = [row.param for row in rows]
         self._sharded = any(map(is_dtensor, self._params))
-        self._seen = _looks(self._params)
+        self._seen = _gradient_kinds(self._params)
 
     def looks(self) -> bool:
         """Return False if a gradient differs in kind from the one for which the batch was made."""
-        now = _looks(self._params)
+        now = _gradient_kinds(self._params)
         return now == self._seen or all(kind is None or kind == seen for kind, seen in zip(now, self._seen))
 
     def used(self) -> tuple[list[Row], list[Tensor]]:
@@ -134,7 +134,7 @@ class Batch:
         return [row for row, g in zip(self.rows, grads) if g is not None], found
 
 
-def _looks(params: list[Tensor]) -> list[Any]:
+def _gradient_kinds(params: list[Tensor]) -> list[Any]:
     """Return dtype, layout and strides of each parameter's gradient."""
     grads = [p.grad for p in params]
     strided = torch.strided
