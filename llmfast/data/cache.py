@@ -1,4 +1,4 @@
-"""Keep what takes long to compute from text, by the content of the text, so that a second start is short.
+"""Cache what takes long to compute from text, by the content of the text, so that the next run starts sooner.
 
 Entries are files in `LLMFAST_CACHE`, by default `~/.cache/llmfast`; an empty value keeps nothing. The least recently
 used ones are removed when all take more than `MOST_BYTES`. What cannot be read or written is computed again.
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-LEAST_CHARACTERS = 1_000_000  # of text: with less, nothing takes long
+LEAST_CHARACTERS = 1_000_000  # less text is not cached, because nothing takes long
 MOST_BYTES = 20 << 30
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -46,7 +46,7 @@ def _cached(texts: Sequence[str], how: str, make: Callable[[], Arrays]) -> Array
     file = Path(folder) / f"{_digest(texts, how)}.npz"
     try:
         with np.load(file) as found:
-            arrays: Arrays = {name: found[name] for name in ("values", "lengths")}  # zip's checksums reveal damage
+            arrays: Arrays = {name: found[name] for name in ("values", "lengths")}  # the checksums of zip reveal damage
         with contextlib.suppress(OSError):
             os.utime(file)
         return arrays

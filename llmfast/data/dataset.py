@@ -115,24 +115,24 @@ def prepare(
         expect(vocab_size >= MIN_BPE_VOCAB_SIZE, f"vocab_size must be at least {MIN_BPE_VOCAB_SIZE}; got {vocab_size}")
     given: dict[str, Split] = dict(split or {})
     places = _places(sources, given)
-    files = [name for name, where in places.items() if _is_tokens(where)]
-    if files:
+    token_sources = [name for name, where in places.items() if _is_tokens(where)]
+    if token_sources:
         saved = tokenizer not in ("bpe", "bytes")
         expect(saved, f"token files need the tokenizer.json they were written with; got tokenizer={tokenizer!r}")
         expect(not whole, "fim_unit='document' needs texts; token files support fim_unit='context'")
-    texts_at = {name: where for name, where in places.items() if name not in files}
+    texts_at = {name: where for name, where in places.items() if name not in token_sources}
     documents = {name: load(where, text_column=text_column, say=say) for name, where in texts_at.items()}
     chosen: dict[str, Split] = {n: given.get(n) or _default_split(documents.get(n), held_out) for n in places}
     while True:
         texts = {name: _parts(name, documents[name], held_out, chosen[name]) for name in documents}
         encoder = _tokenizer(tokenizer, [text for train, _ in texts.values() for text in train], vocab_size)
         rearranged = None if fim is None else fim(encoder)
-        tokens = {name: open_token_file(places[name], vocab_size=encoder.vocab_size) for name in files}
+        tokens = {name: open_token_file(places[name], vocab_size=encoder.vocab_size) for name in token_sources}
         rows: dict[str, tuple[Rows, Rows | None]] = {}
         short: dict[str, ValueError] = {}
         for name in places:
             try:
-                if name in files:
+                if name in token_sources:
                     rows[name] = _rows_of_tokens(tokens[name], held_out, chosen[name], seq_len)
                 else:
                     rows[name] = _rows_of_texts(texts[name], encoder, seq_len, packing, rearranged if whole else None)
@@ -146,7 +146,7 @@ def prepare(
             break
     for name in places if held_out > 0 else ():
         if chosen[name] == "end":
-            if name in files:
+            if name in token_sources:
                 what, (kept, held) = "tokens", (part.num_tokens for part in tokens[name].split(held_out, "end"))
             else:
                 what, (kept, held) = "text", (sum(map(len, part)) for part in texts[name])

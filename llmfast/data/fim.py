@@ -386,4 +386,8 @@ def _check_pieces(tokenizer: Tokenizer) -> None:
     pieces = tokenizer.encode_batch([piece for k in range(len(text) + 1) for piece in (text[:k], text[k:])])
     for k in range(len(text) + 1):
         again = tokenizer.decode(np.concatenate(pieces[2 * k : 2 * k + 2]))
-        expect(again == text, f"tokenizer must keep pieces of a text, or use level='token'; {text!r} became {again!r}")
+        expect(
+            again == text,
+            f"tokenizer must keep pieces of a text as they are, for level='char'; {text!r} became {again!r}. Use "
+            "level='token'",
+        )

@@ -21,14 +21,14 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, *, max_length: int
         "eos_token": END_OF_TEXT,
         "pad_token": _PAD if _PAD in tokenizer.special_ids else END_OF_TEXT,
         "model_max_length": max_length,
-        "model_input_names": ["input_ids", "attention_mask"],  # or transformers 4 adds one that no Llama takes
+        "model_input_names": ["input_ids", "attention_mask"],  # not token_type_ids, which no Llama takes
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def ids_for_transformers(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of the tokens above, by their names in config.json and generation_config.json."""
+    """Return the ids of these tokens, by their names in config.json and generation_config.json."""
     end = tokenizer.eot_id
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.special_ids.get(_PAD, end)}
 

@@ -192,7 +192,7 @@ class Mixture:
         }
 
     def _new_order(self, source: int, epoch: int) -> Ints:
-        """Order a source's rows by its number: by name, which may be a path, moved text would be read otherwise."""
+        """Order a source's rows by its number, because its name may be a path, which changes if text is moved."""
         name = self.sources[source]
         key = name.encode("utf-8", "surrogateescape") if self._by_name else (source,)
         return permutation(self.rows[name], self.seed, epoch, *key)

@@ -46,7 +46,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: npt.ArrayLike, samples: npt.ArrayLike | None = None) -> Batch:
-        """Return rows (B,), each as in the training sequence whose number is in `samples`, (B,)."""
+        """Return the rows at `indices`, (B,), each as in the training sequence whose number is in `samples`, (B,)."""
         ...
 
 

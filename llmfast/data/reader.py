@@ -38,7 +38,7 @@ NO_TEXT = "no text"  # fault of a line or row whose text column is missing or no
 _NEEDED = {".parquet": "pyarrow", ".zst": "zstandard"}  # packages of the extra `formats`
 _CLEANED = {"report.json", "report.md", "logs", "text"}  # always written by `llmfast clean`
 _CHUNK = 1 << 17  # compressed bytes read at a time
-_MANY_NULLS = 8  # a file has many null characters, as text has not, if one in so many is null
+_MANY_NULLS = 8  # a file is not UTF-8 text if more than one in so many of its characters is null
 _NAMED_COLUMNS = 20  # maximum number in a message
 
 

@@ -56,7 +56,7 @@ def python_code() -> Iterator[Document]:
 def python_prose() -> Iterator[Document]:
     """Yield English about Python: the language reference ("topics/<name>"), then the docstrings ("docstrings/<path>").
 
-    The docstrings of a file form one document, in the order of the file, unindented. Files with less than 200
+    The docstrings of a file form one document, in the order of the file, unindented. Files with fewer than 200
     characters of docstrings are skipped.
     """
     yield from _topics()

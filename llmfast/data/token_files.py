@@ -2,7 +2,7 @@
 
     x.ds           tokens: uint16, or uint32 for a vocabulary of more than 65536
     x.ds.index     one uint64 per document: the token at which it ends, counted from the start of x.ds
-    x.ds.metadata  three lines of text: "tokenizer|bytes per token", the number of tokens, and the same for people
+    x.ds.metadata  three lines of text: "tokenizer|bytes per token", the number of tokens, and the same in millions
 
     x.bin          tokens of one of `MEGATRON_DTYPES`
     x.idx          "MMIDIDX", two zero bytes, uint64 1, uint8 code of the dtype, uint64 S sequences, uint64 D,
@@ -132,7 +132,7 @@ class TokenFile:
         for at in range(0, len(tokens), CHUNK):
             self._expect_ids(at, tokens[at : at + CHUNK])
 
-    def _sample(self) -> None:
+    def _expect_sample(self) -> None:
         tokens = self.tokens
         for at in np.unique(np.linspace(0, max(len(tokens) - BLOCK, 0), SAMPLED_BLOCKS, dtype=np.int64)).tolist():
             self._expect_ids(at, tokens[at : at + BLOCK])
@@ -314,7 +314,7 @@ def read_megatron(path: str | PathLike[str], *, vocab_size: int) -> TokenFile:
 
 def _opened(path: Path, dtype: np.dtype[Any], vocab_size: int, ends: Ends) -> TokenFile:
     file = TokenFile(path, dtype, vocab_size, start=0, document_ends=ends.astype(np.int64))
-    file._sample()
+    file._expect_sample()
     return file
 
 

@@ -1,4 +1,4 @@
-"""Encode text as token ids and back: bytes, which need nothing, or byte-level BPE trained on the given text.
+"""Encode text as token ids and back: bytes, which need no training, or byte-level BPE trained on the given text.
 
 Both reproduce every text exactly, and neither ever produces a special id from text: a document that contains
 "<|endoftext|>" is encoded as ordinary characters.
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
     def special_ids(self) -> Mapping[str, int]: ...  # "<|fim_prefix|>" and so on
 
     @property
-    def start_ids(self) -> Sequence[int]: ...  # what every text begins with, where it is not cut
+    def start_ids(self) -> Sequence[int]: ...  # with which every uncut text begins
 
     def encode(self, text: str) -> TokenIds: ...
 

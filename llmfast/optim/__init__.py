@@ -1,4 +1,4 @@
-"""Optimizers that are drop-ins for `torch.optim`, and Lion, with one update launch a step."""
+"""Drop-in replacements for the optimizers of `torch.optim`, and Lion, with one update launch per dtype signature."""
 
 from llmfast.optim import reference
 from llmfast.optim.adagrad import FusedAdagrad

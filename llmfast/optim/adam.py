@@ -74,7 +74,7 @@ class _Adam(DecoupledDecay, FusedOptimizer):
         numbers |= {"beta1": beta1, "beta2": beta2}
         decoupled = group["decoupled_weight_decay"]
         if call.fused:
-            # torch_adam would come here too, but makes a tensor of the number 1 for each parameter on the way.
+            # `torch_adam` would call these too, but would first create a tensor of the number 1 for each parameter.
             one = torch.ones((), dtype=torch.float32, device="cpu")
             torch._foreach_add_(steps, one)  # pyright: ignore[reportPrivateImportUsage]
             kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
@@ -95,10 +95,10 @@ class FusedAdam(_Adam, torch.optim.Adam):
     """`torch.optim.Adam` with one launch for all tensors of a dtype signature; weight decay is an L2 penalty.
 
     Constructor, parameter groups, state names and state_dict are the same, so checkpoints are interchangeable, and
-    schedulers, hooks, closures, GradScaler, `maximize` and `amsgrad` work. Arithmetic is float32 for all dtypes, and
-    bias corrections are float64; gradients may have any dtype. Step counters are on the parameter's device, and a step
-    never waits for the device; a learning rate in a device tensor is read there. A step can be captured in a CUDA
-    graph.
+    schedulers, hooks, closures, GradScaler, `maximize` and `amsgrad` work. Arithmetic is float32 (float64 for float64
+    parameters), and bias corrections are float64; gradients may have any dtype. Step counters are on the parameter's
+    device, and a step never waits for the device; a learning rate in a device tensor is read there. A step can be
+    captured in a CUDA graph.
 
     Args:
         params: Parameters or groups of them, named or not, as for any torch optimizer.

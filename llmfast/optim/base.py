@@ -21,7 +21,7 @@ NUMBERS = {float, int}
 
 
 class Decay(NamedTuple):
-    """Weight decay of a group: shares of itself that a parameter loses in a step, and the L2 penalty."""
+    """Weight decay of a group: the fraction by which a step shrinks a parameter, in two parts, and the L2 penalty."""
 
     decay_by_lr: float = 0.0  # per unit of lr
     decay: float = 0.0  # whatever lr is, unless it is 0
@@ -42,12 +42,12 @@ class TorchCall(NamedTuple):
 
 
 class FusedOptimizer(Planner, StateSaver, StateLoader):
-    """A fused optimizer; it comes before a torch optimizer among the bases.
+    """The base class of fused optimizers. A subclass names it before the torch optimizer that it replaces.
 
     Constructor, groups, state names and state_dict stay torch's. Parameters on an accelerator go through pointer
     tables, with one update launch per dtype signature for all groups. Parameters on a CPU go through torch's fused CPU
-    kernels where these are right. Whatever neither can take goes one by one, through torch's own update or through the
-    same rule in plain torch.
+    kernels where these are right. All others are updated by torch's own unfused function, or one by one by the same
+    rule in plain torch.
     """
 
     # torch.amp.GradScaler then leaves `grad_scale` and `found_inf` on the device for `step` to read.
@@ -55,7 +55,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
     _plan: Plan | None = None
 
     _in_graphs: tuple[PointerTable, ...] = ()
-    _in_backward: Any = None  # the `ReleaseHandle` that steps it
+    _in_backward: Any = None  # the `ReleaseHandle` that steps this optimizer
 
     grad_norm: Tensor | None = None
     """Norm of the last step's gradients before clipping, if `max_grad_norm` is set: float32, on the device.
@@ -65,11 +65,11 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
 
     @abstractmethod
     def _rule_arguments(self, group: dict[str, Any]) -> dict[str, float]:
-        """Return the rule's own hyperparameters, by the names that both of its functions take."""
+        """Return the rule's own hyperparameters, by the names that the kernels' rule and the plain one take."""
 
     @abstractmethod
     def _torch_update(self, call: TorchCall) -> None:
-        """Take one step with torch's function, which knows `grad_scale` only if it is fused."""
+        """Take one step with torch's function. Only its fused form takes `grad_scale`."""
 
     def _decay(self, group: dict[str, Any]) -> Decay:
         """Return the group's weight decay: an L2 penalty, unless the optimizer says otherwise."""
@@ -81,7 +81,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
 
     @property
     def steps_in_backward(self) -> bool:
-        """True from `optimizer_in_backward` until its handle's `remove`. Copies of the optimizer do not step there."""
+        """True from `optimizer_in_backward` until its handle's `remove`; False for copies of the optimizer."""
         return self._in_backward is not None
 
     @torch.no_grad()
@@ -113,6 +113,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
         return loss
 
     def follow(self, plan: Plan, gradients: Gradients) -> None:
+        """Update the parameters of a plan; `gradients` are the addresses for its tables."""
         amp: list[Tensor | None] = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         amp = [t if isinstance(t, Tensor) else None for t in amp]  # without gradients, GradScaler sets the integer 0
         if plan.tables:
@@ -125,13 +126,13 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
                 if table.refresh(addresses, hyper, on_device):
                     self._in_graphs += (table,)  # the graph uses its memory even after the plan has changed
         sums = {} if plan.clips == {None} else self._sums(plan)
-        told = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
+        amp_on = {device: (_on(device, amp[0]), _on(device, amp[1])) for device in plan.devices}
         if sums and len(plan.clips) > 1:  # a norm that is not finite skips the whole step, not only its groups
-            told = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in told.items()}
+            amp_on = {device: (scale, _unless_finite(sums[device], skip)) for device, (scale, skip) in amp_on.items()}
         self.grad_norm = None
         for table in plan.tables:
             device, clip = table.signature.device, table.signature.clip
-            norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *told[device])
+            norm = table.step(sums.get(device, {}).get(clip), self.options.zero_grads, *amp_on[device])
             self.grad_norm = norm if norm is not None else self.grad_norm
         amounts: dict[Any, Amount] = {}
         for batch in plan.batches:
@@ -141,7 +142,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
             device, clip = batch.kind.device, batch.kind.clip
             if (device, clip) not in amounts:
                 limit = self._limit(clip)
-                amounts[device, clip] = Amount.of(*told[device], sums.get(device, {}).get(clip), limit)
+                amounts[device, clip] = Amount.of(*amp_on[device], sums.get(device, {}).get(clip), limit)
             amount = amounts[device, clip]
             if not amount.skipped:
                 update = self._step_by_torch if batch.kind.by_torch else self._step_plainly
@@ -150,13 +151,13 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
             if self.options.zero_grads:
                 for row in rows:
                     cast(Tensor, row.param.grad).zero_()
-        # Several clips have a common norm; a rank without gradients has the norm of the others.
+        # With several clips, this is the norm of all their gradients; a rank without any has the norm of the others.
         if sums and (len(plan.clips) > 1 or self.grad_norm is None):
             device, each = next(iter(sums.items()))
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
 
     def _limit(self, clip: int | None) -> float | None:
-        """Return the norm that gradients are clipped to."""
+        """Return the norm to which the gradients of a clip are limited; None without a clip."""
         if clip is None:
             return None
         limit: float | None = self.options.max_grad_norm if clip == SHARED else self.option(clip, "max_grad_norm")
@@ -165,7 +166,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
     # Without kernels.
 
     def _step_by_torch(self, batch: Batch, rows: list[Row], grads: list[Tensor], amount: Amount) -> None:
-        if amount.skip is not None and bool(amount.skip):  # waits on a GPU, for sparse and complex parameters
+        if amount.skip is not None and bool(amount.skip):  # waits for a GPU, if sparse or complex ones are there
             return
         index, fused = batch.kind.group, batch.kind.fused
         group = _with_numbers_on(batch.kind.device, self.param_groups[index])
@@ -213,11 +214,8 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
 
     def _hyper(self, index: int) -> Hyper:
         """Return the group's hyperparameters by the kernels' names. Those that live on a device stay tensors."""
-        group, own, o = (
-            self.param_groups[index],
-            self.group_options[index],
-            self.options,
-        )  # without `self.option`, for speed
+        # For speed, options are read without `self.option`.
+        group, own, o = self.param_groups[index], self.group_options[index], self.options
         ema_decay, limit = own.get("ema_decay", o.ema_decay), own.get("max_grad_norm", o.max_grad_norm)
         decay = self._decay(group)
         return {
@@ -270,7 +268,7 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
         if self._in_backward is not None:
             self._in_backward.expect_possible(group, options.max_grad_norm)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict, unpickling and deepcopy come this way
+    def __setstate__(self, state: dict[str, Any]) -> None:  # called by load_state_dict, unpickling and deepcopy
         super().__setstate__(state)
         self._plan = None
 
@@ -286,7 +284,7 @@ def _number(x: float | Tensor) -> float | Tensor:
 
 
 def _with_numbers_on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """Copy hyperparameters that are tensors on other devices. CPU tensors stay: they work with any device."""
+    """Copy hyperparameter tensors from other devices to `device`. CPU tensors stay: they work with any device."""
 
     def near(x: Any) -> Any:
         return _on(device, x) if isinstance(x, Tensor) and x.device not in (device, torch.device("cpu")) else x
@@ -312,7 +310,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _unless_finite(sums: dict[int | None, Tensor], skip: Tensor | None) -> Tensor:
-    """Return `found_inf`, set as well where a sum of squares is not finite."""
+    """Return `found_inf`, which is also set if a sum of squares is not finite."""
     total = torch.cat([*sums.values()]).sum()
     found = (total.abs() < math.inf).logical_not().float()  # not `>=`, because NaN compares as False
     return found if skip is None else found + skip.reshape(())

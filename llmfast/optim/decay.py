@@ -1,4 +1,4 @@
-"""Weight decay apart from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+"""Weight decay that is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ DecayMode = Literal["lr", "independent", "relative"]
 
 
 class DecoupledDecay(GroupedOptions):
-    """A part of an optimizer: `decay` selects the fraction by which a step shrinks a parameter.
+    """A mixin for optimizers: `decay` selects the fraction by which a step shrinks a parameter.
 
     "lr": lr * weight_decay. "independent": weight_decay for every lr, but nothing at lr 0. "relative": weight_decay
     times lr / lr_max, where `lr_max` is a key of the group, by default its first lr.

@@ -47,7 +47,7 @@ def noise(element: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 
 
 def split(x: Tensor, low_bits: int) -> tuple[Tensor, Tensor]:
-    """Split float32 of any shape into bfloat16 and the integers (int16 or int8) by which it misses."""
+    """Split float32 of any shape into bfloat16 and what that misses, as int16 or int8 in units of the last bit kept."""
     shift = 16 - low_bits
     bits = x.view(torch.int32).long()
     kept = (bits + ((1 << shift) >> 1)) >> shift
@@ -66,7 +66,7 @@ def joined(high: Tensor, low: Tensor, low_bits: int) -> Tensor:
 
 
 def sixteen(low: Tensor) -> Tensor:
-    """Return the low half of `split` with 16 bits, as it is saved; 8 are zero if there were 8."""
+    """Widen the low half of `split` to 16 bits, as it is saved; the last 8 are zero if it had only 8."""
     return low.to(torch.int16) * 256 if low.dtype == torch.int8 else low.to(torch.int16)
 
 
@@ -99,7 +99,7 @@ def encoded(x: Tensor, random: Tensor | None, signed: bool) -> tuple[Tensor, Ten
     """Return codes (int8, or uint8 for values without a sign) and scales; without random bits, round to nearest."""
     magnitude = x.abs()
     groups = torch.nn.functional.pad(magnitude, (0, -x.numel() % PER_SCALE)).view(-1, PER_SCALE)
-    scale = groups.amax(1)  # NaN is the largest
+    scale = groups.amax(1)  # NaN if there is one
     inverse = torch.where(scale > 0, 1 / scale, 0)
     y = magnitude * inverse.repeat_interleave(PER_SCALE)[: x.numel()]
     chance = 0.5 if random is None else (random & 0xFFFF).float() * (1 / 65536)
@@ -149,12 +149,12 @@ class ParamFormat:
 
     state: str | None = None  # the name under which `low` is kept
     dtype: torch.dtype | None = None  # of `low`; None is the parameter's
-    is_copy = False  # whether `low` is the parameter, of which `p` is only rounded
+    is_copy = False  # whether `low` is the whole parameter, of which `p` is a rounded copy
     bfloat16_only = False
     noisy = False  # whether `write` takes random bits
 
     def bytes_per_parameter(self, param_dtype: torch.dtype) -> int:
-        """Return how many bytes the format keeps per parameter, besides the parameter."""
+        """Return how many bytes the format keeps per parameter, in addition to the parameter itself."""
         return 0 if self.state is None else (self.dtype or param_dtype).itemsize
 
     def reads(self, p: Tensor, low: Tensor) -> bool:
@@ -170,7 +170,7 @@ class ParamFormat:
         p.copy_(value)
 
     def keep(self, p: Tensor, low: Any, value: Tensor) -> None:
-        """Write into a new `low` what `p` misses of this value. `p` stays as it is, or nearly."""
+        """Write into a new `low` what `p` lacks of this value. `p` changes by a rounding error at most."""
 
 
 class _Fp32(ParamFormat):
@@ -275,7 +275,7 @@ StateDtype = torch.dtype | Literal["8bit"]
 
 
 class StateFormat:
-    """Format of a state that has its parameter's shape; this base class uses `dtype` (None: the parameter's)."""
+    """Format of a state that has its parameter's shape; this base class has `dtype` (None: the parameter's)."""
 
     coded = False  # whether it is kept as 8-bit codes and scales, which are rounded stochastically
 
@@ -291,7 +291,7 @@ class _Coded(StateFormat):
     coded = True
 
     def __init__(self) -> None:
-        super().__init__(torch.float32)  # for states that 8 bits are too few for
+        super().__init__(torch.float32)  # the dtype of states that need more than 8 bits
 
     def bytes(self, numel: int, param_dtype: torch.dtype) -> int:
         return numel + 4 * -(-numel // PER_SCALE)
@@ -304,7 +304,7 @@ STATE_FORMATS: dict[StateDtype | None, StateFormat] = {
     torch.float16: StateFormat(torch.float16),
     "8bit": _Coded(),
 }
-CODES: Mapping[bool, torch.dtype] = {True: torch.int8, False: torch.uint8}  # of states with a sign, and without
+CODES: Mapping[bool, torch.dtype] = {True: torch.int8, False: torch.uint8}  # by whether states have a sign
 
 
 def is_code(t: Tensor) -> bool:

@@ -34,7 +34,7 @@ class GroupedOptions(torch.optim.Optimizer):
         return dataclasses.replace(self.options, **self.group_options[index])
 
     def _match_groups(self) -> None:
-        """Raise an error if the options of groups can no longer be matched to groups."""
+        """Check that every group has its options; raise an error if they can no longer be matched."""
         if len(self.group_options) != len(self.param_groups):
             if any(self.group_options):
                 raise RuntimeError(

@@ -47,11 +47,11 @@ class Kept:
         return value
 
     def keep(self, name: str, first: float, code: torch.dtype | None) -> None:
-        """Create the state in the parameter's memory order, or convert it: to the options' dtype, or to codes (`code`).
+        """Create a state, filled with `first`, in the parameter's memory order, or convert the existing one.
 
-        8-bit codes are named `<name>_code`, and their scales `<name>_scale`. The codes of a DTensor are named `<name>`,
-        because it is saved as numbers under that name, and torch.distributed.checkpoint loads only names that the
-        optimizer's state has.
+        Its dtype is that of the options, or `code` if it is kept as 8-bit codes. Those are named `<name>_code`, and
+        their scales `<name>_scale`. The codes of a DTensor are named `<name>`, because it is saved decoded under that
+        name, and torch.distributed.checkpoint loads only names that the optimizer's state has.
         """
         p, state, wanted = self.param, self.state, self._options.state_format.dtype
         stored = stored_name(state, name)
@@ -103,11 +103,11 @@ class Kept:
             state[name] = _empty_like(p, dtype)
             asked.keep(local(p), local(state[name]), local(value).float())
         elif kept:
-            self._warn(f"more bits ({kept[0]}) of {{}}, than its dtype, which master_weights={master!r} discards")
+            self._warn(f"additional bits ({kept[0]}) of {{}}, which master_weights={master!r} discards")
 
     def _warn(self, what: str) -> None:
         message = f"the state has {what}".format(f"parameter {self._identity}, {describe(self.param)}")
-        warnings.warn(message, stacklevel=9)  # below what torch and `eager` wrap around a step
+        warnings.warn(message, stacklevel=9)  # the caller's line, below the frames that torch and `eager` add to a step
 
     def check(self, base: str) -> None:
         """Raise ValueError if a state does not belong to its parameter."""

@@ -54,7 +54,7 @@ class FusedLion(DecoupledDecay, FusedOptimizer):
         betas: Coefficients of the direction, and of the stored average.
         weight_decay: A step shrinks a parameter by the fraction lr * weight_decay.
         maximize: Maximize instead of minimizing.
-        decay: Which fraction a step shrinks a parameter by: see `FusedAdamW`.
+        decay: The fraction by which a step shrinks a parameter: see `FusedAdamW`.
         extras: See `llmfast.optim.Extras`.
 
     Raises:

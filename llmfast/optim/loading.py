@@ -60,7 +60,7 @@ class StateLoader(StateKeeper):
         return [*zip(keys, places(self.param_groups))]
 
     def _readable(self, i: Any, saved: dict[str, Any]) -> dict[str, Any]:
-        """Rename one parameter's saved state to current names, without entries that a flattened one left empty.
+        """Give one parameter's saved states their current names, without those that a flattened state dict left empty.
 
         From a flattened state dict, torch.distributed.checkpoint passes on entries whose names are in the current
         state, and an empty dict for names that are missing.
@@ -69,7 +69,7 @@ class StateLoader(StateKeeper):
         if len(empty) == len(saved):
             return {}
         for name in sorted(empty):
-            # Neither a scale of a state that was saved as numbers nor torch's missing counter is ever saved.
+            # Two may be missing: the scale of a state that was saved decoded, and a counter that torch does not keep.
             scale_of_numbers = name.endswith("_scale") and name.removesuffix("_scale") in saved.keys() - empty
             if not scale_of_numbers and (name != "step" or self.torch_counts_steps):
                 raise ValueError(

@@ -93,6 +93,7 @@ class Options:
 
     @classmethod
     def given(cls, extras: Extras) -> "Options":
+        """Make options from a constructor's keywords; raise TypeError for an unknown one."""
         names = [field.name for field in fields(cls)]
         for name in extras:
             if name not in names:
@@ -102,7 +103,7 @@ class Options:
     def given_in(self, group: dict[str, Any], allowed: Collection[str], optimizer: type) -> dict[str, Any]:
         """Return the options that a parameter group sets for itself.
 
-        `allowed` names torch's keys. Any other key is the caller's own and stays in the group.
+        `allowed` are the optimizer's own keys. Any other key is the caller's and stays in the group.
 
         Raises:
             ValueError: an option is out of range or can only be set for the whole optimizer, or a key resembles the

@@ -1,4 +1,4 @@
-"""Updates in plain torch, one tensor at a time: for CPU tensors in formats that torch does not know, among others."""
+"""Updates in plain torch, one tensor at a time, such as those of CPU tensors in formats that torch does not support."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,19 +21,19 @@ def with_l2(grad: Tensor, param: Tensor, l2: float) -> Tensor:
 
 
 def fall(param: Tensor, decay: Number, change: Tensor) -> None:
-    """Subtract a change, and the share `decay` of the parameter itself."""
+    """Shrink a parameter by the fraction `decay`, and subtract a change."""
     param.sub_(decay * _bounded(param) + change)
 
 
 def _bounded(param: Tensor) -> Tensor:
-    """Keep an infinite weight infinite after subtracting a share of it, instead of NaN."""
+    """Clamp to finite values: an infinite weight then stays infinite when a fraction of it is subtracted, not NaN."""
     largest = torch.finfo(param.dtype).max
     return param.clamp(-largest, largest)
 
 
 @dataclass
 class Amount:
-    """Factor applied to gradients: scaled, clipped, or zero. Tensors are scalars on the device."""
+    """The factor that unscales and clips gradients, and whether to skip the step. Tensors are scalars on the device."""
 
     factor: Tensor | None = None  # float64
     skip: Tensor | None = None  # bool
@@ -43,6 +43,7 @@ class Amount:
     def of(
         cls, grad_scale: Tensor | None, found_inf: Tensor | None, sums: Tensor | None, max_norm: float | None
     ) -> "Amount":
+        """Combine GradScaler's tensors with `sums`, (n,) float64, which add up to the square of the gradients' norm."""
         amount = cls()
         if grad_scale is not None:
             amount.factor = 1 / grad_scale.double().reshape(())
@@ -73,8 +74,8 @@ class Amount:
 
 
 def leave(t: Tensor, x: Tensor) -> None:
-    """Write a tensor where another is, such as a gradient that was scaled and clipped, as torch's `unscale_` does."""
-    if t.layout == torch.strided:  # an expanded gradient is written once per element of its memory
+    """Overwrite `t` with `x`, such as a gradient with the unscaled and clipped one, as torch's `unscale_` does."""
+    if t.layout == torch.strided:  # write each element of an expanded gradient's memory once
         once = tuple(slice(None) if stride else slice(1) for stride in t.stride())
         t, x = t[once], x[once]
     t.copy_(x)
@@ -83,7 +84,7 @@ def leave(t: Tensor, x: Tensor) -> None:
 @contextmanager
 def undone_if(skip: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
     """Undo all changes in the context if `skip`, a scalar on the device, is set, without waiting for the device."""
-    if skip is None or skip.device.type == "cpu":  # `Amount.skipped` has decided
+    if skip is None or skip.device.type == "cpu":  # the caller has checked `Amount.skipped`
         yield
         return
     before = [t.clone() for t in tensors]

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     dtensors: list[Tensor]  # on any of the paths
     # Buckets of clipped DTensors. They are the same on all ranks, even if gradients are missing on some.
     buckets: dict[tuple[int, Bucket], torch.device]
-    clips: frozenset[int | None]  # of all groups: see `Row.clip`
+    clips: frozenset[int | None]  # of all planned parameters: see `Row.clip`
     devices: list[torch.device]  # on which something is updated, here or on other ranks
 
 
@@ -70,7 +70,7 @@ class Planner(StateKeeper):
         return found
 
     def make_plan(self, chosen: Place | None = None) -> tuple[Plan, Gradients]:
-        """Plan for all parameters, or for one, in a time that does not depend on how many others there are."""
+        """Plan for all parameters, or for the `chosen` one, in a time that does not depend on the number of others."""
         if any(capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
             raise RuntimeError("take one step before a CUDA graph is captured: the first makes states and tables")
         settings = self._settings()
@@ -110,7 +110,6 @@ class Planner(StateKeeper):
         only = None if chosen is None else chosen.param
         watch = Watch(self.param_groups, self.state, only)  # after the tables, which move step counters into one buffer
         self._loaded = self._loaded - clips.keys()
-        kinds = frozenset(clips.values())
         here = [*(table.signature.device for table in tables), *(kind.device for kind in batches)]
         devices = [*dict.fromkeys([*here, *buckets.values()])]
         plan = Plan(
@@ -121,7 +120,7 @@ class Planner(StateKeeper):
             waiting=waiting,
             dtensors=dtensors,
             buckets=buckets,
-            clips=kinds,
+            clips=frozenset(clips.values()),
             devices=devices,
         )
         return plan, gradients

@@ -29,7 +29,7 @@ class ReleaseHandle:
         optimizer._in_backward = self
 
     def take(self, params: list[Tensor]) -> None:
-        """Step these in backward too, as soon as they require gradients."""
+        """Step these parameters in backward too, as soon as they require gradients."""
         for p in params:
             if not (p.is_floating_point() or p.is_complex()):  # it can never require gradients
                 continue
@@ -54,7 +54,7 @@ class ReleaseHandle:
     @torch.no_grad()
     def _step(self, p: Tensor) -> None:
         optimizer, groups = self._optimizer, self._optimizer.param_groups
-        for index, group in enumerate(groups):  # their settings may have changed since
+        for index, group in enumerate(groups):  # settings may have changed since the last step
             _expect_settings(group, optimizer.option(index, "max_grad_norm"))
         place = self._places.get(p)
         if place is None or not place.holds(groups):
@@ -111,7 +111,7 @@ def optimizer_in_backward(model: nn.Module, optimizer: FusedOptimizer) -> Releas
             backward raises.
 
     Returns:
-        A handle, whose `remove()` ends it.
+        A handle whose `remove()` ends stepping in backward.
 
     Raises:
         ValueError: a parameter of the model is not the optimizer's, the optimizer has `max_grad_norm` or

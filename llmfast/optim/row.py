@@ -20,7 +20,7 @@ class Bucket(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Position of a piece in the whole tensor, whose element e // run * stride + e % run + offset is its element e."""
+    """Position of a piece in the whole tensor: its element e is element e // run * stride + e % run + offset there."""
 
     run: int = 1
     stride: int = 1
@@ -118,11 +118,11 @@ class Batch:
         self.has_complex = any(row.local.is_complex() for row in rows)
         self._params = [row.param for row in rows]
         self._sharded = any(map(is_dtensor, self._params))
-        self._seen = _looks(self._params)
+        self._seen = _gradient_kinds(self._params)
 
     def looks(self) -> bool:
         """Return False if a gradient differs in kind from the one for which the batch was made."""
-        now = _looks(self._params)
+        now = _gradient_kinds(self._params)
         return now == self._seen or all(kind is None or kind == seen for kind, seen in zip(now, self._seen))
 
     def used(self) -> tuple[list[Row], list[Tensor]]:
@@ -134,7 +134,7 @@ class Batch:
         return [row for row, g in zip(self.rows, grads) if g is not None], found
 
 
-def _looks(params: list[Tensor]) -> list[Any]:
+def _gradient_kinds(params: list[Tensor]) -> list[Any]:
     """Return dtype, layout and strides of each parameter's gradient."""
     grads = [p.grad for p in params]
     strided = torch.strided
@@ -177,9 +177,9 @@ def shard_of(p: Tensor) -> Shard:
     for d in reversed(range(len(shape) - 1)):
         strides[d] = strides[d + 1] * shape[d + 1]
     offset = sum(offset * stride for offset, stride in zip(offsets, strides))
-    # Within a piece, elements are consecutive from the last cut dimension on, unless only dimension 0 is cut. A piece
-    # that is cut along two further dimensions is numbered as if along the last alone: its noise is as random, but
-    # differs from that of other shardings.
+    # If only dimension 0 is cut, all elements of a piece are consecutive, otherwise those from the last cut dimension
+    # on. A piece that is cut along two further dimensions is numbered as if it were cut along the last one only: its
+    # noise is as random, but differs from that of other shardings.
     cut = [d for d in range(1, len(shape)) if sizes[d] != shape[d]]
     if not cut:
         return Shard(1, 1, offset, bucket)

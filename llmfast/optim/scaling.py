@@ -1,4 +1,4 @@
-"""Laws of the learning rate and the batch: scaling with the batch size, and the best ones for a budget of FLOPs."""
+"""Rules for learning rate and batch size: how the rate follows the batch, and the best ones for a budget of FLOPs."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from llmfast._checks import expect
 
 ScalingRule = Literal["linear", "sqrt"]
 RULES: dict[ScalingRule, Callable[[float], float]] = {"linear": lambda ratio: ratio, "sqrt": math.sqrt}
-"""Factors on the learning rate for so many times the batch, by name."""
+"""Factor on the learning rate for a batch that is `ratio` times as large, by the name of the rule."""
 
 
 def scale_lr(lr: float, batch: float, base_batch: float, rule: ScalingRule = "linear") -> float:
@@ -34,7 +34,7 @@ def scale_lr(lr: float, batch: float, base_batch: float, rule: ScalingRule = "li
 
 
 def optimal_batch(flops: float) -> float:
-    """Compute the best batch, in tokens, for a training of so many FLOPs: 0.2920 C^0.3271.
+    """Compute the best batch, in tokens, for a training run of so many FLOPs: 0.2920 C^0.3271.
 
     By DeepSeek LLM (Bi et al. 2024, arXiv:2401.02954, eq. 1), for AdamW. Values in a wide range around it are nearly as
     good.
@@ -47,7 +47,7 @@ def optimal_batch(flops: float) -> float:
 
 
 def optimal_lr(flops: float) -> float:
-    """Compute the best highest learning rate at `optimal_batch`: 0.3118 C^-0.1250, by the same equation.
+    """Compute the best peak learning rate at `optimal_batch`: 0.3118 C^-0.1250, by the same equation.
 
     Raises:
         ValueError: `flops` is not a finite number above 0.

@@ -61,7 +61,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     rule = staticmethod(sgd)
     torch_counts_steps = False
     takes_sparse = True
-    cpu_kernel_dtypes = (torch.float32, torch.float64)  # of fewer bits, whole vectors stay as they are: pytorch#191763
+    cpu_kernel_dtypes = (torch.float32, torch.float64)  # with fewer bits, it skips whole vectors: pytorch#191763
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
     def _torch_update(self, call: TorchCall) -> None:
         group, params, grads, states, *_ = call
-        # Torch has no buffer before the first gradient, which it neither damps nor differentiates; here it is there.
+        # Torch creates the buffer from the first gradient, undamped and detached. Here the buffer exists before that.
         started = [bool(state["step"] > 0) for state in states]
         for first in (False, True):
             chosen = [i for i, has in enumerate(started) if has != first]

@@ -26,7 +26,7 @@ class StateKeeper(GroupedOptions, ABC):
     squares: ClassVar[frozenset[str]] = frozenset()
     # Names of states that need more than 8 bits; they are float32 if the others have 8.
     never_coded: ClassVar[frozenset[str]] = frozenset()
-    # Parameters whose states were loaded, until these are in use.
+    # Parameters whose states were loaded and have not been used by a plan since.
     _loaded: set[Tensor] | frozenset[Tensor] = frozenset()
 
     @abstractmethod
@@ -44,7 +44,7 @@ class StateKeeper(GroupedOptions, ABC):
         if state.get("step") is None:  # torch's SGD has no counter; a momentum buffer shows that it has stepped
             before = state.get("momentum_buffer") is not None and not self.torch_counts_steps
             state["step"] = torch.tensor(float(before), dtype=torch.float32, device="cpu")
-        # Torch creates it on the default device, in the default dtype. For complex ones it stays as torch has it.
+        # Torch creates the counter on the default device, in the default dtype. For complex parameters it stays there.
         home = state["step"].device if p.is_complex() else p.device
         state["step"] = state["step"].to(home, torch.float32)
         kept = Kept(p, state, o, identity)
@@ -81,7 +81,7 @@ class StateKeeper(GroupedOptions, ABC):
                         Kept(p, state, self.options).check(name)
 
     def state_bytes(self) -> int:
-        """Count the bytes of all states once every parameter has had a step, from shapes, which may be on "meta"."""
+        """Count the bytes of all states once every parameter has had a step. Parameters may be on "meta"."""
         total = 0
         for index, group in enumerate(self.param_groups):
             o, names = self.options_of(index), [name for name in self._state_names(group) if name is not None]

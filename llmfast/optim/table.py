@@ -119,9 +119,8 @@ class PointerTable:
     def refresh(self, addresses: list[int], hyper: list[Hyper], on_device: list[tuple[int, str, Tensor]]) -> bool:
         """Bring gradient addresses and hyperparameters, one dict per group, up to date on the device.
 
-        Hyperparameters that live on a device, such as a learning rate, are copied there to their group and name; the
-        host does not look at them.
-        Return True while a CUDA graph is captured.
+        Hyperparameters that live on a device, such as a learning rate, are copied there, by the index of their group
+        and their name; the host does not look at them. Return True while a CUDA graph is captured.
         """
         in_graph = capturing(self.signature.device)
         if in_graph or (addresses, hyper) != self._known:
@@ -177,9 +176,10 @@ class PointerTable:
     def step(
         self, sums: Tensor | None, zero: bool, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor | None:
-        """Update every tensor of the table in two launches; with sums of squares, clip to their root.
+        """Update every tensor of the table in two launches.
 
-        Return that root.
+        If `sums`, (n,) float64, are given, they add up to the square of the gradients' norm: clip by it, and return the
+        norm before clipping.
         """
         from llmfast_kernels import optimizer as kernels
 

@@ -1,4 +1,4 @@
-"""Check that parameters and states are those, and in the places, for which a plan was made.
+"""Check that parameters and states are still those for which a plan was made, at the same addresses.
 
 Kernels take addresses, so everything is checked before every step, and for hundreds of small tensors the checks
 determine the speed of a step. Some code looks unusual for this reason: `map` over functions written in C is the fastest
@@ -16,7 +16,7 @@ from llmfast._dtensor import is_dtensor, local
 
 
 class Watch:
-    """Parameters in their groups, and their states: all of them, or those of one parameter."""
+    """A record of the parameters in their groups and of their states, or only of one parameter, to detect changes."""
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], only: Tensor | None) -> None:
         self._only = only
@@ -27,6 +27,7 @@ class Watch:
         self._seen = self._look(state)
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> bool:
+        """Return True if nothing that was recorded has changed."""
         if self._only is None:
             if len(groups) != len(self._params):
                 return False
@@ -40,7 +41,7 @@ class Watch:
 
     def _look(self, state: dict[Any, dict[str, Any]]) -> tuple[list[int], list[int], list[int]]:
         """Return sizes and addresses of the parameters, and addresses of all state tensors."""
-        sizes = list(map(Tensor.numel, self._locals))  # a parameter cut short stays where it is
+        sizes = list(map(Tensor.numel, self._locals))  # a shortened parameter keeps its address
         states = state.values() if self._only is None else [state.get(self._only, {})]
         values: Iterable[Any] = chain.from_iterable(map(dict.values, states))
         if self._dtensors:

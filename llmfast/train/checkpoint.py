@@ -1,7 +1,7 @@
-"""Checkpoints of a run, written by torch.distributed.checkpoint (DCP) while training continues; whole, or not there.
+"""Checkpoints of a run, written by torch.distributed.checkpoint (DCP) while training continues.
 
 A folder `checkpoint-<step>` holds what DCP writes, `meta.json`, and `checksums.json` with the size and SHA-256 of each
-file. It gets its name once all of that is on disk. Until then, whatever happens, the earlier ones are still there.
+file. It gets its name once all of that is on disk, so it is never incomplete. Until then, the earlier ones remain.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[Path, Future[None]] | None = None
         self._last = -1  # step of the checkpoint that was last written, begun or loaded
-        self._own = False  # whether those in `run` are this run's
+        self._own = False  # whether the checkpoints in `run` are this run's
 
     def is_saved(self, step: int) -> bool:
         """Return True if the last checkpoint is of this step: nothing was trained since."""
@@ -90,14 +90,15 @@ class Checkpoints:
         """Copy the state and begin to write it, once the checkpoint before it is on disk.
 
         Raises:
-            OSError: the one before could not be written, or there is no room for this one. It names the last good one.
+            OSError: the one before could not be written, or there is no room for this one. The message names the last
+                good one.
         """
         self.wait()
         final = self.run / f"checkpoint-{step:08d}"
         partial = _partial(final)
         state = {**_state(module, optimizer), "sums": dict(sums), "rng": _rng(self._world.rank)}
         self._agree_on(self._make_room(final, _bytes_of(state)) if self._world.main else "")
-        # torch 2.8 has no such argument here, and finds out by itself where there are no groups.
+        # torch 2.8 does not have this argument. Without process groups, torch finds out by itself.
         alone: dict[str, Any] = {"no_dist": True} if self._world.size == 1 and dist.is_initialized() else {}
         future: Any = async_save(
             state,
@@ -122,7 +123,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """True as soon as this rank knows that the one being written will not be whole: `wait` says why."""
+        """True as soon as this rank knows that writing the last checkpoint has failed; `wait` raises the reason."""
         return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
     def wait(self) -> None:
@@ -135,7 +136,7 @@ class Checkpoints:
             written.result()
         except (OSError, *_UNREADABLE) as e:
             problem = f"{final.name} could not be written: {_last_line(e)}; {self.last_good()}"
-            if self._world.main:  # others may need the room
+            if self._world.main:  # free the space for others
                 shutil.rmtree(_partial(final), ignore_errors=True)
         self._agree_on(problem)
 
@@ -144,7 +145,8 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Restore the newest whole checkpoint, on however many ranks; return what was saved with it.
 
-        Groups of the optimizer keep the settings that differ from those it was made with before (`settings_of`).
+        Groups of the optimizer keep those settings that differ from the ones the saved run was started with; see
+        `settings_of`.
 
         Args:
             accept: called with what was saved next to the tensors, before anything is restored; it may raise.
@@ -157,7 +159,7 @@ class Checkpoints:
         self._last, self._own = _step_of(folder), True
         meta, keys = _meta(folder), _keys(folder)
         accept(meta)
-        # Before `_state` takes a step of nothing, which an optimizer may count.
+        # Read before `_state` takes a step with gradients of zero, which an optimizer may count.
         own, now = [dict(group) for group in optimizer.param_groups], settings_of(optimizer)
         sums = {
             name.removeprefix("sums."): torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
@@ -172,7 +174,7 @@ class Checkpoints:
         for name in [name for name in states if f"optimizer.state.{name}" not in there]:
             del states[name]
         params = dict(plain(module).named_parameters())
-        if isinstance(optimizer, FusedOptimizer):  # which brings any format into its own
+        if isinstance(optimizer, FusedOptimizer):  # which converts any format to its own
             states.update({name: _as_saved(params[name], name, mine, keys) for name, mine in states.items()})
         groups: list[dict[str, Any]] = state["optimizer"]["param_groups"]
         for i, group in enumerate(groups):
@@ -188,16 +190,16 @@ class Checkpoints:
         for group, mine, today, then in zip(groups, own, now, meta.get("groups") or _settings_then(optimizer, now)):
             group |= {name: mine[name] for name in today if name not in group or today[name] != then.get(name)}
         try:
-            some = StateDictOptions(strict=False)
-            set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=some)
+            lenient = StateDictOptions(strict=False)
+            set_optimizer_state_dict(plain(module), optimizer, state["optimizer"], options=lenient)
         except _UNREADABLE as e:
-            raise OSError(f"{folder} does not go with the optimizer there is now: {_reason(e)}") from e
+            raise OSError(f"{folder} does not fit the current optimizer: {_reason(e)}") from e
         for name, value in rng.items():
             (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
         return meta, sums
 
     def retire_newer(self) -> None:
-        """Rename the checkpoints that `load` has skipped, once all else works: they would be taken for newer ones."""
+        """Rename the damaged checkpoints that `load` has skipped: they would be taken for newer ones. Call it last."""
         if self._world.main:
             for damaged in _checkpoints(self.run, after=self._last):
                 _retire(damaged)
@@ -205,13 +207,13 @@ class Checkpoints:
     # While writing.
 
     def _agree_on(self, problem: str) -> None:
-        """Raise OSError on all ranks if the first one has a problem; DCP tells it of problems of others in writing."""
+        """Raise OSError on all ranks if the first one has a problem; DCP tells it when another rank cannot write."""
         if problem := self._world.agreed(problem):
             self._last = -1
             raise OSError(problem)
 
     def _make_room(self, final: Path, needed: int) -> str:
-        """Make room for a checkpoint; return the problem, or nothing."""
+        """Make room for a checkpoint; return a description of the problem, "" if there is none."""
         try:
             for stale in self.run.glob(".*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -269,9 +271,9 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
 
 
 def _settings_then(optimizer: torch.optim.Optimizer, now: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Guess what `settings_of` would have given when a run of an earlier version began, which did not write it down.
+    """Guess what `settings_of` returned when a run began whose version did not save it.
 
-    Groups of ours hold settings alone, so today's can all take effect. Of others, nothing counts as changed.
+    Groups of our optimizers hold only settings, so all of today's take effect. Those of others count as unchanged.
     """
     return [{} for _ in now] if isinstance(optimizer, FusedOptimizer) else now
 
@@ -308,7 +310,7 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     fresh = not optimizer.state
     both: Any = get_state_dict(plain(module), optimizer)
     model, states = both
-    if fresh:  # that has taken a step with gradients of zero, for states to be there
+    if fresh:  # `get_state_dict` has taken a step with gradients of zero, so that there are states
         for state in (*optimizer.state.values(), *states["state"].values()):
             if "step" in state:
                 state["step"] = state["step"] * 0
@@ -316,12 +318,12 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
 
 
 def _as_saved(p: Tensor, name: str, mine: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """Make room for one parameter's state as it is in the checkpoint, which may be of other formats than `mine`."""
+    """Allocate one parameter's state in the formats of the checkpoint, which may differ from those of `mine`."""
     prefix = f"optimizer.state.{name}."
     found: dict[str, Any] = {}
     for key, saved in keys.items():
         state = key.removeprefix(prefix)
-        if not key.startswith(prefix) or "." in state:  # or of a parameter whose name goes on
+        if not key.startswith(prefix) or "." in state:  # or the key of a parameter whose name is longer
             continue
         if state in mine:
             found[state] = mine[state]
@@ -329,13 +331,13 @@ def _as_saved(p: Tensor, name: str, mine: dict[str, Any], keys: dict[str, Any]) 
             continue
         elif saved.size == p.shape and not (is_dtensor(p) and state.endswith(("_code", "_scale"))):
             found[state] = torch.empty_like(p, dtype=saved.properties.dtype, requires_grad=False)
-        else:  # step counters, scales, and the codes that these are of, which only one process has written
+        else:  # step counters, and codes with their scales, which a run of one process has written
             found[state] = torch.empty(saved.size, dtype=saved.properties.dtype, device=p.device)
     return found
 
 
 def _spread_codes(p: Tensor, state: dict[str, Any]) -> None:
-    """Decode 8-bit states that one process has written, where the parameter is a DTensor's: see `state_dict`."""
+    """Decode 8-bit states from a run of one process if the parameter is now a DTensor; see `StateSaver.state_dict`."""
     if not is_dtensor(p):
         return
     for name in [name.removesuffix("_code") for name in state if name.endswith("_code")]:
@@ -372,8 +374,8 @@ def _meta(folder: Path) -> dict[str, Any]:
         or any(not isinstance(group, dict) for group in groups)
     ):
         raise OSError(
-            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step, recent losses, and of "
-            f"later versions settings of groups and what the trainer was told; got {meta!r:.200}"
+            f"{folder / META} must have the counts {', '.join(counts)}, the folder's step and recent losses, and may "
+            f"have settings of groups and what the trainer was told; got {meta!r:.200}"
         )
     return meta
 
@@ -388,7 +390,7 @@ def _keys(folder: Path) -> dict[str, Any]:
 
 
 def _reason(e: BaseException) -> str:
-    if isinstance(e, CheckpointException) and e.failures:  # of the first rank's, not where in torch it was
+    if isinstance(e, CheckpointException) and e.failures:  # the first failed rank's, without traceback
         e = next(iter(e.failures.values()))[0]
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [line for line in lines if "mismatch" in line.lower() or "missing" in line.lower()]

@@ -1,4 +1,4 @@
-"""The settings of a run: what there are, what they mean and which of them go together."""
+"""The settings of a run: their names, types and meanings, and which of them go together."""
 
 import dataclasses
 import sys
@@ -52,22 +52,22 @@ def _listed(value: Any) -> Any:
 
 PathText = Annotated[str, AfterValidator(_without_null)]
 Name = Annotated[PathText, AfterValidator(_folder_name)]
-Texts = Annotated[list[str], BeforeValidator(_listed)]  # one of them may be given by itself
+Texts = Annotated[list[str], BeforeValidator(_listed)]  # a single one may be given without a list
 Weight = Annotated[AnyWeight, PlainValidator(_weight)]
 
 
 def _own_heads(m: "ModelConfig") -> tuple[str, int]:
-    """Describe the heads that have weights: "shared" reads all its targets off the one hidden state of "none"."""
+    """Describe the heads that have weights: "shared" predicts all its targets from the hidden state that "none" has."""
     return ("none", 0) if m.mtp == "shared" else (m.mtp, m.mtp_heads)
 
 
 @dataclass
 class ModelConfig:
-    """The model: one that is there already, or a decoder, with the defaults and choices of `DecoderConfig`."""
+    """The model: a pretrained one, or a decoder, with the defaults and choices of `DecoderConfig`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    # The upper bounds are far beyond any use. Without them, modules and tables would be made without end.
+    # The upper bounds are far beyond any use. Without them, a typing error would create modules until memory is full.
     width: int = setting(
         DecoderConfig.width,
         "width of the hidden states",
@@ -304,8 +304,8 @@ SCHEMA = Schema(Config)
 def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
     """Read the defaults (or `base`), then the file, then the overrides, `section.key=value`, and check the result.
 
-    Where one of them names another optimizer than what is below it, that optimizer's defaults take the place of all
-    that was set for the other.
+    Where one of these layers names another optimizer than the layers below it, that optimizer's defaults replace
+    everything that was set for the other.
 
     Raises:
         ConfigError: naming the key, the value that came and the closest valid key.
@@ -384,7 +384,7 @@ def expect_same_weights(before: Config, after: Config, run: Path) -> None:
 def _read_toml(path: Path) -> Tree:
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)  # a device may have no end
+            content = file.read(LARGEST_FILE + 1)  # no more, because a device may be endless
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from e
     if len(content) > LARGEST_FILE:

@@ -43,7 +43,7 @@ def continued_config(
     config = _settings(run)
     if not general and not config.data.sources:
         raise ConfigError(f"--general must name the old text: {run} is a model that does not say what it has read")
-    # Runs that do not say how they were split held out whole documents.
+    # Versions that did not save data.split held out whole documents.
     split: dict[str, Split] = dict.fromkeys((source_name(source)[0] for source in config.data.sources), "documents")
     split |= config.data.split
     read = {_place(source): source_name(source)[0] for source in config.data.sources}
@@ -74,7 +74,7 @@ def continued_config(
 
 
 def _place(source: str) -> str:
-    """Return where a source's text is, by which two of them are the same."""
+    """Return where a source's text is; two sources with the same place are the same."""
     where = source_name(source)[1]
     return os.path.realpath(where) if Path(where).exists() else where
 
@@ -96,7 +96,7 @@ def _expect_apart(target: Sequence[str], general: Sequence[str]) -> None:
 
 
 def _settings(run: Path) -> Config:
-    """Read a run's settings; those for a folder of Hugging Face are defaults, without text."""
+    """Read a run's settings; for a folder of a Hugging Face model, return defaults without text."""
     if (run / "config.toml").exists() or not (run / CONFIG).exists():
         config = load_config(run / "config.toml")
         config.runs = str(run.parent)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file by what `write` writes to the path that it is given. Who may read it is as for any new file."""
+    """Replace a file with what `write` writes to the path that it is given; its permissions are those of a new file."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     partial.touch()

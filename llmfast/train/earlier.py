@@ -32,7 +32,7 @@ def resume_command(name: str, runs: str, *changes: str) -> str:
 
 
 def runs_in(folder: Path) -> str:
-    """Say which runs a folder holds or is part of, at the end of a message that it is no run; say nothing if none."""
+    """Return the end of a message that a folder is not a run: the runs that it holds or is part of, "" if none."""
     if (folder.parent / "config.toml").is_file():  # a checkpoint or a file of a run
         return f"; did you mean {folder.parent}?"
     names = sorted(file.parent.name for file in folder.glob("*/config.toml"))
@@ -42,7 +42,7 @@ def runs_in(folder: Path) -> str:
 
 def saved_settings(run: Path, overrides: Iterable[str] = ()) -> Config:
     """Read the settings of a run, with overrides."""
-    # A run that does not say which column is the text has read no files with columns.
+    # Versions that did not save data.text_column read no files with columns.
     return load_config(run / "config.toml", overrides, base=Config(data=DataConfig(text_column="")))
 
 
@@ -65,7 +65,7 @@ def expect_weights_usable(
         before = config_of(about["settings"], f"the checkpoint in {run}")
     elif (run / "config.toml").exists():
         before = saved_settings(run)
-    else:  # of a program with its own model
+    else:  # a program trained its own model
         say(f"{run} does not say how its weights were trained: only their shapes are compared")
         return
     expect_same_weights(before, config, run)
@@ -98,6 +98,7 @@ def digest(file: Path) -> str:
 
 
 def content(tokenizer: Tokenizer) -> bytes:
+    """Return what a tokenizer saves; two with the same content give the same ids."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(file := Path(folder) / "tokenizer.json")
         return file.read_bytes()

@@ -1,4 +1,4 @@
-"""Memory that a run with given settings takes, estimated before it begins, and ways to take less."""
+"""Estimate, before a run begins, how much memory it takes, and list ways to take less."""
 
 import math
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def most_rows(
 
     found = of(most)
     fewer = [rows for rows in _divisors(most) if least <= rows < most]
-    # All of a step's rows at once take no gradients of earlier ones, so they are not part of the search.
+    # A step in one micro-batch accumulates no gradients and may take less than one in two: it is tried by itself.
     if fits(found[1].peak, gpu_memory) or not fewer:
         return found
     found, low, high = of(fewer[0]), 0, len(fewer)
@@ -136,8 +136,8 @@ class Way:
 def ways(gpus: int, *, small: bool = False) -> Iterator[Way]:
     """Yield the ways to train on so many GPUs, those that cost the least time first.
 
-    Sharding comes before activations that are computed again, which is a third more work, and HSDP within machines
-    before FSDP2 between them.
+    Sharding comes before computing activations again, which is a third more work, and HSDP, which shards within
+    machines, before FSDP2, which shards across them.
     """
     spread = [Way("ddp" if gpus > 1 else "")]
     if gpus > NODE and gpus % NODE == 0:

@@ -33,7 +33,7 @@ def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_b
     if isinstance(model, Decoder) and model.mtp is not None and model.config.targets > 1:
         acceptance, per_pass = _acceptance(config, model, data, trainer.device)
         written = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "acceptance" in line]
-        if trainer.step not in written:  # by this run, before it was started again
+        if trainer.step not in written:  # the run may have finished before and been resumed
             trainer.metrics.write(
                 step=trainer.step, tokens=trainer.tokens, acceptance=acceptance, tokens_per_pass=per_pass
             )
@@ -84,7 +84,7 @@ def _save(model: Any, run: Path) -> None:
 
 
 def whole_model(config: Config, trainer: Trainer, tokenizer: Tokenizer) -> Any:
-    """Gather the model on the first rank, None on others; all ranks must call."""
+    """Return the whole model on the first rank and None on the others; all ranks must call."""
     if trainer.world.size == 1:
         return trainer.model
     weights = whole_weights(trainer.module)

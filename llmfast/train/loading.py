@@ -19,7 +19,7 @@ from llmfast.train.pretrained import positions_of, read_model
 class Loaded(NamedTuple):
     """A model, in evaluation mode, and its tokenizer."""
 
-    model: Any  # a `Decoder`; of a run with `model.pretrained` transformers' own
+    model: Any  # a `Decoder`, or transformers' own class if the run has `model.pretrained`
     tokenizer: Tokenizer
 
 
@@ -40,7 +40,7 @@ def load_run(run: str | Path) -> Loaded:
 
 @dataclass(frozen=True)
 class Opened:
-    """All about a trained model that can be said before its weights are read."""
+    """Everything known about a trained model before its weights are read."""
 
     folder: Path
     tokenizer: Tokenizer

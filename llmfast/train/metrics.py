@@ -19,8 +19,8 @@ from rich.table import Table
 from llmfast._checks import expect
 from llmfast.train.durable import write_whole
 
-PLAIN_SECONDS = 15.0  # between lines, at most if steps allow it, where the output is a file and a bar makes no sense
-FEW = 25  # Evaluations are dots, without lines across the steps between them, if there are no more than this.
+PLAIN_SECONDS = 15.0  # between lines, or one step if that is longer, where the output is not a terminal
+FEW = 25  # up to this many evaluations are drawn as dots, without lines between them
 
 
 class MetricsFile:
@@ -99,7 +99,7 @@ def read_metrics(path: Path, *, losses: bool = True) -> list[dict[str, Any]]:
 
 def number(value: Any) -> float:
     """Return a logged number; NaN for anything else, and for an integer too large to be meant."""
-    if isinstance(value, int) and abs(value) >= 2**63:  # perhaps also for a float
+    if isinstance(value, int) and abs(value) >= 2**63:  # perhaps too large for a float as well
         return math.nan
     return float(value) if isinstance(value, int | float) else math.nan
 
@@ -191,7 +191,7 @@ def print_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
-    """Plot training and validation loss over tokens, and the entropy of held-out token frequencies, to be beaten."""
+    """Plot training and validation loss over tokens, and the entropy of held-out token frequencies as a baseline."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

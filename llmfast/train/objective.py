@@ -41,7 +41,7 @@ class Objective(Protocol):
 class Summed:
     """An objective made of a function of model and batch that returns the sum of all valid tokens' losses.
 
-    These are counted as the labels that are not -100, in `batch.labels` or `batch["labels"]`.
+    Valid tokens are those whose label is not -100, in `batch.labels` or `batch["labels"]`.
     """
 
     def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
@@ -98,7 +98,7 @@ class FurtherTokens:
     def __init__(self, heads: int, weights_at: Callable[[int], list[float]], *, shared: bool, detached: bool) -> None:
         self.heads, self._weights_at = heads, weights_at
         self._detached = [detached and k > 0 for k in range(heads)]
-        self._alone = heads == 1 and not shared  # then this is the loss of the next token, to the last bit
+        self._alone = heads == 1 and not shared  # the result then equals the next token's loss to the last bit
 
     def num_valid(self, batch: Batch) -> Tensor:
         return mtp_valid_counts(batch.labels, self.heads, batch.document_ids)

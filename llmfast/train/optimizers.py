@@ -1,4 +1,4 @@
-"""The optimizers that settings can name, the settings that each of them has, and how it is made of these."""
+"""The optimizers that settings can name, the settings that each of them has, and how it is made from these."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,8 @@ from llmfast.optim.formats import STATE_FORMATS, MasterWeights, StateDtype
 from llmfast.optim.scaling import ScalingRule
 from llmfast.train.settings import RUN, By, ConfigError, fill, had, setting
 
-# Each optimizer, and where its defaults for training a language model are not those of its constructor. What other
-# settings it has follows from the constructor's arguments.
+# Each optimizer, and its defaults for training a language model where they are not those of its constructor. Its other
+# settings follow from the constructor's arguments.
 OPTIMIZERS: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
     "adamw": (FusedAdamW, {"lr": 1.5e-3, "beta2": 0.95, "weight_decay": 0.1}),
     "adam": (FusedAdam, {"lr": 1.5e-3, "beta2": 0.95}),
@@ -82,7 +82,7 @@ class OptimizerConfig:
     )
     weight_decay: float = setting(
         _own("weight_decay"),
-        "decay of matrices, an L2 penalty but for adamw and lion; gains are not decayed",
+        "decay of matrices, an L2 penalty except for adamw and lion; gains are not decayed",
         ge=0,
         aka=("wd",),
     )
@@ -139,7 +139,7 @@ class OptimizerConfig:
 
         Args:
             params: all parameters.
-            extras: `llmfast.optim.Extras`, instead of the settings' formats.
+            extras: `llmfast.optim.Extras`, which take precedence over the settings' formats.
 
         Raises:
             ConfigError: it does not have one of the settings, or they contradict each other.

@@ -125,7 +125,7 @@ def prepare_blocks(model: nn.Module, config: Config) -> None:
 
 
 def spread(module: nn.Module, config: Config, world: World, own: Sequence[str] = ()) -> nn.Module:
-    """Spread the module over all ranks, except the parameters named in `own`, of which each rank has its own.
+    """Spread the module over all ranks, except the parameters named in `own`, which each rank has to itself.
 
     FSDP2 replaces parameters by DTensors, so optimizers are made afterwards.
 
@@ -167,7 +167,7 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Clip like torch's function, which does not mix plain tensors with DTensors, or DTensors of several meshes."""
+    """Clip like torch's function, but also mixtures of plain tensors and DTensors, and DTensors of several meshes."""
     kinds: dict[Any, list[nn.Parameter]] = {}
     for p in parameters:
         if p.grad is not None:

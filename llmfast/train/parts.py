@@ -18,8 +18,8 @@ from llmfast.train.pretrained import OwnLoss
 from llmfast.train.schedule import head_weights_at, highest_lr
 from llmfast.train.settings import ConfigError
 
-LARGE = 200_000_000  # parameters from which on the defaults, which are the demo's, may be too high
-MOST_EPOCHS = 4  # passes that teach about as much as fresh text
+LARGE = 200_000_000  # from so many parameters on, the default learning rates, made for the demo, may be too high
+MOST_EPOCHS = 4  # up to so many passes teach about as much as new text
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -62,7 +62,7 @@ def settle(config: Config, data: Dataset) -> None:
 
 
 def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
-    """Say what about the run's length, and the learning rate of a large or pretrained model, is likely a mistake."""
+    """Yield warnings about the run's length, and about the learning rate of a large or pretrained model."""
     yield from _doubts_of_rate(config, parameters)
     o, t = config.optimizer, config.train
     for name, epochs in mixture.epochs().items():
@@ -79,7 +79,7 @@ def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
 
 
 def _doubts_of_rate(config: Config, parameters: int) -> Iterator[str]:
-    """Say that a rate at or above the default is too high; what is known for adamw is taken in proportion."""
+    """Yield a warning if a rate at or above the default is too high. Limits known for adamw scale with the defaults."""
     o, t, rates = config.optimizer, config.train, SCHEMA.settings["optimizer.lr"].by
     default = rates[o.name]
     if o.lr < default:
@@ -120,7 +120,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Decoder:
 def make_optimizer(config: Config, model: torch.nn.Module) -> FusedOptimizer:
     """Make the optimizer that the settings name."""
     o = config.optimizer
-    limit = None if o.in_backward else o.max_grad_norm or math.inf  # which measures all the same
+    limit = None if o.in_backward else o.max_grad_norm or math.inf  # infinity still measures the norm
     optimizer = o.make(model.parameters(), max_grad_norm=limit)
     for group in optimizer.param_groups:
         if "lr_max" in group:

@@ -1,4 +1,4 @@
-"""Models of Hugging Face as a run's model: `model.pretrained`, the folder of one that transformers opens.
+"""Hugging Face models as a run's model: `model.pretrained`, the folder of one that transformers opens.
 
 A run copies its config.json and its tokenizer, so that it resumes without that folder. When it has finished, its own
 folder is one that transformers opens.
@@ -69,7 +69,7 @@ def open_pretrained(config: Config, folder: Path, *, weights: bool) -> nn.Module
 
 
 def read_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """Read a model; of a run that has not finished, or not again, with the weights of its newest checkpoint.
+    """Read a model. A run that has not finished, or not since it was resumed, gives its newest checkpoint's weights.
 
     Raises:
         ValueError, OSError: the folder holds no causal language model, or it is damaged.
@@ -99,7 +99,7 @@ def new_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
 
 
 def positions_of(folder: Path) -> int | None:
-    """Return how many positions a model can tell apart, None if any; errors are those of `read_model`."""
+    """Return how many positions a model can tell apart, None if unlimited; errors are those of `read_model`."""
     return _most_positions(_described(folder)[1])
 
 
@@ -126,7 +126,7 @@ class OwnLoss(NextToken):
     """The next token's cross-entropy as a model of Hugging Face computes it, without logits.
 
     Labels are shifted already. Positions count from 0 in each document, from which transformers knows that its masks
-    must keep documents apart. To know, it waits for the device once per forward.
+    must keep documents apart. To find out, it waits for the device once per forward.
     """
 
     def __call__(self, model: Any, batch: Batch, num_valid: Tensor, step: int, detail: bool) -> tuple[Tensor, Sums]:
@@ -192,7 +192,7 @@ def _expect_same_tokenizer(config: Config, tokenizer: Tokenizer, folder: Path) -
 
 
 def _expect_fitting(name: str, settings: Any, config: Config, tokenizer: Tokenizer) -> None:
-    """Check what the text and the model, which is named and described, need of each other."""
+    """Check that the tokenizer, row length and FIM go with the model `name`, which `settings` describe."""
     rows, d = settings.get_text_config().vocab_size, config.data
     expect(
         tokenizer.vocab_size <= rows,

@@ -33,7 +33,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """A reader that raises UnpicklingError for metadata that names any other types than its own."""
+    """A reader that raises UnpicklingError for metadata that names other types than its own."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         rank = kwargs.get("rank")  # ranks may have their own, which DCP looks for first
@@ -50,6 +50,6 @@ class Planner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         clean = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), clean)  # what torch reads without restriction, we have written
+        torch.save(torch.load(value, weights_only=True), clean)  # torch reads this copy without restriction
         clean.seek(0)
         super().load_bytes(read_item, clean)

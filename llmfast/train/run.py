@@ -1,4 +1,4 @@
-"""A run from its settings to its report: `llmfast train` is this."""
+"""A run from its settings to its closing table: what `llmfast train` does."""
 
 import shutil
 import time
@@ -82,9 +82,9 @@ def train(
     config.name = run.name
     if resume:
         saved = saved_settings(run)
-        config.data.split = config.data.split or saved.data.split  # chosen by the run, not by its settings
+        config.data.split = config.data.split or saved.data.split  # the run may have chosen it, not its settings
         expect_resumable(saved, config, run, str(run))
-    micro_batch_size(config, world)  # or raise, as all up to the seed
+    micro_batch_size(config, world)  # only to raise errors, like everything up to the seed
     shard_count(config, world.size)
     if not config.model.pretrained:
         decoder_config(config, config.data.vocab_size)
@@ -102,7 +102,7 @@ def train(
     order = Mixed(data, make_mixture(config, data))
     model = pretrained or _model_to_train(config, data, world, None if resume else partial(say, console))
     model.to(world.device)
-    torch.manual_seed(t.seed + world.rank)  # what is random in training must differ between ranks
+    torch.manual_seed(t.seed + world.rank)  # random numbers in training must differ between ranks
     _print_plan(config, data, order, model, f"{world.device} in {dtype}", world, console)
     if dry_run:
         say(console, f"{_memory_in_words(config, model, world.size)}nothing was trained")
@@ -124,7 +124,7 @@ def train(
     )
     if resume:
         _resume(trainer, config, run)
-    if world.main and overwrite and run.exists():  # only now that everything else has been seen to work
+    if world.main and overwrite and run.exists():  # only now, after everything else has worked
         _remove(run, console)
     with _interruptible(trainer, config, run, console, resume=resume):
         if world.main:
@@ -147,7 +147,7 @@ def _hooks(
 
 
 def _model_to_train(config: Config, data: Dataset, world: World, say: Any) -> Decoder:
-    """Make the model, with the weights of `train.init_from` in a run that begins: then `say` is given."""
+    """Make the model, with the weights of `train.init_from` unless the run is resumed: then `say` is None."""
     t = config.train
     model = make_model(config, data.tokenizer).to(world.device)
     if t.init_from and say is not None:
@@ -287,7 +287,7 @@ class Shares(Hooks):
 class Utilisation(Hooks):
     """A hook that adds to each line of the log the share of the GPUs' peak rate that the model's products reach.
 
-    That is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs that `llmfast.plan` counts.
+    That is MFU (Chowdhery et al. 2022, arXiv:2204.02311), by the FLOPs of `step_flops`.
     """
 
     def __init__(self, config: Config, model: Decoder, world: World, console: Console) -> None:
@@ -304,7 +304,7 @@ class Utilisation(Hooks):
 
 
 class Profile(Hooks):
-    """A hook that traces steps 3 to 6, after what the first ones set up."""
+    """A hook that traces steps 3 to 6: the first ones also set things up."""
 
     def __init__(self, run: Path) -> None:
         self._file, self._profile, self._begun = run / "trace.json", torch.profiler.profile(), 0

@@ -80,7 +80,7 @@ def read_value(text: str) -> Any:
     """Read a setting's value as it is given on the command line: TOML, or text where it is not."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # more digits or brackets than Python takes, too
+    except (ValueError, RecursionError):  # also for more digits or brackets than Python parses
         return text.strip()
 
 
@@ -345,7 +345,7 @@ def _lay(table: Tree, tree: Tree, places: dict[str, str], place: str, prefix: st
 
 
 def shown(value: Any) -> str:
-    """Write a value for a message: a file may nest and be as long as it likes."""
+    """Write a value for a message, cut short: values in a file may be long or deeply nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
     return short.repr(value)

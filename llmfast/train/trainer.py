@@ -77,7 +77,7 @@ class Hooks:
 
 
 class NonFinite(RuntimeError):
-    """Error: too many steps had a gradient that is not finite."""
+    """Error that ends a run in which too many steps had a gradient that is not finite."""
 
 
 class Trainer:
@@ -99,7 +99,7 @@ class Trainer:
         validation: by name, a function that returns the batches to evaluate, from the beginning each time.
         hooks: see `Hooks`.
         world: the ranks; by default this process alone, on the model's device.
-        dtype: of autocast; float32 is no autocast.
+        dtype: the dtype of autocast; float32 disables it.
         console: where progress is printed; by default the terminal, on the first rank.
         about: facts about the weights that checkpoints record, as JSON; `resume` shows them to `accept`.
     """
@@ -138,8 +138,8 @@ class Trainer:
         ):
             what = "train.vocab_parallel" if t.parallel == "ddp" else f"train.parallel={t.parallel!r}"
             raise TypeError(
-                f"with {what} optimizer must be a function that makes one of the model, whose parameters are replaced; "
-                f"got {type(optimizer).__name__}"
+                f"with {what} optimizer must be a function that makes one for the model, whose parameters are "
+                f"replaced; got {type(optimizer).__name__}"
             )
         prepare_blocks(model, config)
         self.model = model
@@ -169,11 +169,11 @@ class Trainer:
         self._lr_shares = [float(g["lr"]) / scheduled if scheduled else 1.0 for g in self.optimizer.param_groups]
         self._lr_is_given = optimizer is self.optimizer or any(share != 1.0 for share in self._lr_shares)
         self.step = 0  # steps done
-        self.sequences = 0  # read by all ranks: the next one's number
+        self.sequences = 0  # read by all ranks so far, which is the number of the next one
         self.seconds = 0.0  # spent on steps, without evaluations and checkpoints
         self.tokens = 0  # valid labels of all ranks, up to the last line of the log
-        self.skipped = 0  # steps whose gradient was not finite, up to then
-        self.sums: Sums = self._nothing()  # since then
+        self.skipped = 0  # steps whose gradient was not finite, up to the last line of the log
+        self.sums: Sums = self._nothing()  # of the steps after the last line of the log
         self.logged_step = 0
         self.metrics: MetricsFile | None = None
         self.checkpoints: Checkpoints | None = None
@@ -204,7 +204,7 @@ class Trainer:
         meta, tensors = self.checkpoints.load(self.module, self.optimizer, accept)
         self.step, self.sequences, self.tokens = meta["step"], meta["sequences"], meta["tokens"]
         self.skipped, self.logged_step, self._recent = meta["skipped"], meta["logged_step"], meta["recent"]
-        if self.world.main:  # of all ranks
+        if self.world.main:  # the saved sums are those of all ranks together
             self.sums = {name: t.to(self.device) for name, t in tensors.items()}
         if (take := getattr(self.data, "resume", None)) is not None:
             take(meta.get("data"), self.sequences)
@@ -257,10 +257,10 @@ class Trainer:
         result = {}
         for name, batches in self.validation.items():
             total = torch.zeros(2, dtype=torch.float64, device=self.device)
-            # Where each rank has a share of the classes, all ranks work on one batch, and the first counts it.
+            # If each rank has a share of the classes, all ranks work on the same batch, and only the first counts it.
             left, size = iter(batches()), 1 if self._vocab_parallel else self.world.size
             while several := list(islice(left, size)):  # one for each rank
-                mine = self.world.rank < len(several)  # FSDP2 needs the others all the same
+                mine = self.world.rank < len(several)  # FSDP2 needs the other ranks to take part, too
                 batch = several[self.world.rank] if mine else several[0]
                 count = self.objective.num_valid(batch)
                 counts = on_device(count.clamp(min=1), self.device)
@@ -318,7 +318,7 @@ class Trainer:
         first = range(self.sequences + self.world.rank * rows, self.sequences + t.batch_size, self.world.size * rows)
         batches = [self.data.batch(i, rows) for i in first]
         num_valid = on_device(torch.stack([self.objective.num_valid(batch) for batch in batches]).sum(0), self.device)
-        self.world.sum(num_valid)  # the one number for each head that all ranks have to know of each other
+        self.world.sum(num_valid)  # one number per head: all that the ranks must know of each other
         divisors = num_valid.clamp(min=1)
         detail = (self.step + 1) % t.log_every == 0 or self.step + 1 == t.steps
         for number, batch in enumerate(batches):
@@ -338,13 +338,13 @@ class Trainer:
 
     def _optimizer_step(self) -> Tensor | None:
         """Clip and step, or skip the step if the gradient is not finite; return its norm."""
-        if isinstance(self.optimizer, FusedOptimizer):  # sees to both itself, without a wait
+        if isinstance(self.optimizer, FusedOptimizer):  # does both itself, without waiting for the device
             self.optimizer.step()
             norm = self.optimizer.grad_norm
         else:
             most = self.config.optimizer.max_grad_norm or math.inf
             norm = clip_grad_norm_(self.model.parameters(), most)
-            if bool(norm.isfinite()):  # torch's own optimizers have no other way
+            if bool(norm.isfinite()):  # torch's own optimizers cannot skip a step without this wait
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -376,7 +376,7 @@ class Trainer:
         losses = {source: loss for source, (loss, _) in results.items()}
         for hook in self.hooks:
             hook.on_evaluate(self, losses)
-        since = int(self.sums["tokens"])  # the line before, counted on the first rank, which writes
+        since = int(self.sums["tokens"])  # after the last log line; counted on the first rank, which writes
         self._write(self.tokens + since, validation=losses, validation_mean=weighted_mean(results))
         self.say(f"step {self.step}: validation loss " + ", ".join(f"{name} {x:.3f}" for name, x in losses.items()))
 

@@ -1,8 +1,8 @@
 """An output layer that is divided over the ranks: each has some of the classes, for the tokens of all ranks.
 
 A rank alone holds the parameters, gradients, optimizer states and logits of its classes, so no gradient is reduced.
-Hidden states are sent instead: every rank receives those of all ranks, (W N, D), and the sum of their gradients. That
-is less than the output layer where V > W N.
+Hidden states are sent instead: every rank receives those of all W ranks, (W N, D), and the sum of their gradients.
+That is less than the output layer where V > W N.
 """
 
 from typing import Any
@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (grad,) = upstream
-        # The whole gradient is here. It is multiplied by the ranks, as the loss is this rank's share.
+        # The whole gradient is here. It is multiplied by the number of ranks, because the loss is this rank's share.
         own = grad.chunk(ctx.mesh.size(), dim=grad.dim() - 3)[ctx.mesh.get_local_rank()]
         return own * ctx.mesh.size(), None
 

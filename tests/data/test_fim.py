@@ -483,7 +483,7 @@ def test_tokenizers_that_cannot_do_it() -> None:
         ValueError, match=r"no <\|fim_middle\|>, <\|fim_suffix\|>, which FIM needs; it has <\|endoftext"
     ):
         FIM(WithoutSentinels())
-    with pytest.raises(ValueError, match="tokenizer must keep pieces of a text, or use level='token'"):
+    with pytest.raises(ValueError, match="tokenizer must keep pieces of a text as they are"):
         FIM(WithSpaces())
     FIM(WithSpaces(), level="token")
 

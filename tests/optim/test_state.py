@@ -298,7 +298,8 @@ def test_lost_bits_are_told_of(path: str, source: Any) -> None:
     optimizer = FusedAdamW([torch.ones(3, dtype=BF16, requires_grad=True)], lr=0.01, master_weights=source)
     train(optimizer, 1)
     name = {"fp32": "master_param", "kahan": "kahan_comp"}.get(source, "low_bits")
-    with pytest.warns(UserWarning, match=rf"has more bits \({name}\) of parameter 0, \(3,\) torch.bfloat16.*discards"):
+    warning = rf"has additional bits \({name}\) of parameter 0, \(3,\) torch.bfloat16.*discards"
+    with pytest.warns(UserWarning, match=warning):
         other = loaded_at_lr_0(optimizer, None)
     assert torch.equal(values(of(other)), values(of(optimizer)))
     assert other.state_dict()["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}

@@ -433,7 +433,7 @@ def test_an_optimizer_of_another_kind_is_an_error(tmp_path: Path) -> None:
         made.register_load_state_dict_pre_hook(refuse)
         return made
 
-    with pytest.raises(OSError, match=r"checkpoint-00000004 does not go with the optimizer there is now: ") as e:
+    with pytest.raises(OSError, match=r"checkpoint-00000004 does not fit the current optimizer: ") as e:
         trainer_of(settings(), refusing, run=tmp_path)[0].resume()
     assert str(e.value).endswith("now: master_weights='split16' must be 'split8'; not both")
 

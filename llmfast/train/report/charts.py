@@ -127,7 +127,7 @@ class Chart:
     def _places(self, series: Series) -> Array:
         """Return x and y, (points, 2). What cannot be drawn is NaN: only y if x can be, so that its gap has a place.
 
-        That is what is not finite, beyond 1e100 in size, or below 1e-100 on a logarithmic axis.
+        What is not finite, beyond 1e100 in size, or below 1e-100 on a logarithmic axis cannot be drawn.
         """
         at = [(p.tokens if self.over == "tokens" else p.step, p.value * self.factor) for p in series.points]
         xy = np.array(at, dtype=np.float64).reshape(-1, 2)

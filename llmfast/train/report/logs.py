@@ -58,7 +58,7 @@ def read_log(folder: Path, name: str) -> Log:
 
 
 def flat(config: Config) -> dict[str, str]:
-    """Write the settings that the run has as text, by dotted key; those that are tables key by key."""
+    """Return the settings that the run has, as text by dotted key; a table gives one entry per key."""
     found: dict[str, str] = {}
     for name, s in SCHEMA.settings.items():
         if (value := s.of(config)) is None:
@@ -75,7 +75,7 @@ def _text(value: Any) -> str:
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
     """Collect the curves; steps that have no value where one is expected get a point that says so."""
-    # An evaluation knows the tokens up to the last line of the log: interpolating between two lines is closer.
+    # Earlier versions give an evaluation the tokens of the last line before it: interpolating between lines is closer.
     known = {0.0: 0.0} | {float(line["step"]): float(line["tokens"]) for line in lines if "loss" in line}
     steps, tokens = np.array(sorted(known.items())).T
     curves: dict[str, dict[str, list[Point]]] = {}

@@ -19,7 +19,7 @@ from llmfast.train.report.logs import Log, flat
 
 TEXT = ("data.sources", "data.held_out", "data.tokenizer", "data.vocab_size")  # settings that change what is predicted
 STYLES: dict[str, Style] = {"source_loss": "training", "validation": "validation"}
-Charts = list[Drawn | str | None]  # of what never changes a sentence
+Charts = list[Drawn | str | None]  # a sentence instead of a chart of what never changes
 
 
 @dataclass
@@ -86,7 +86,7 @@ def _summary(logs: Sequence[Log]) -> Section:
             row += [", ".join(f"{100 * head[-1].value:.0f} %" for head in heads) or "-"]
             row += [_last(log.curve("tokens_per_pass"), "{:.2f}")]
         numbers = 2 + len(differing)
-        rows.append([*row[:numbers], *(cell.replace(" ", "\u00a0") for cell in row[numbers:])])  # not to be broken
+        rows.append([*row[:numbers], *(cell.replace(" ", "\u00a0") for cell in row[numbers:])])  # not to wrap
     notes = []
     if others := [key for key in differing if key in TEXT]:
         notes.append(f"The runs differ in {', '.join(others)}: their losses are not of the same tokens.")
@@ -114,7 +114,7 @@ def _loss(logs: Sequence[Log]) -> Section:
 
 
 def _means(points: list[Point], count: int = 50) -> list[Point]:
-    """Average stretches of a line into `count` points; a stretch with a value that is not a number is none either."""
+    """Average stretches of a line into `count` points; the mean of a stretch that holds NaN is NaN."""
     size = math.ceil(len(points) / count) or 1
     stretches = [points[i : i + size] for i in range(0, len(points), size)]
     found = []
