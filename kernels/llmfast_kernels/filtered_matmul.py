@@ -90,7 +90,7 @@ def filtered_matmul_kernel(
     VECTOR: tl.constexpr,  # elements an access may move at once: D and the strides are multiples of it
     VECTOR_TAIL: tl.constexpr,  # so is the length of a's rows, or where TRANSPOSED of its columns
 ):
-    a_stride = a_stride // VECTOR * VECTOR  # says to the compiler what the comment says
+    a_stride = a_stride // VECTOR * VECTOR  # tells the compiler what the comment on VECTOR says
     b_stride_k = b_stride_k // VECTOR * VECTOR
     out_stride_m = out_stride_m // VECTOR * VECTOR
     D = D // VECTOR * VECTOR

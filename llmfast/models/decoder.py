@@ -146,10 +146,10 @@ class Decoder(nn.Module):
 
     def trunk(
         self,
-        tokens: Tensor,
+        tokens: Tensor,  # (B, T) int64
         *,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,  # (B, T)
+        document_ids: Tensor | None = None,  # (B, T)
         cache: Sequence[KeyValues] | None = None,
     ) -> Trunk:
         """Run the part before the final norm and the heads, with the same arguments as the whole model."""
@@ -173,8 +173,8 @@ class Decoder(nn.Module):
     def stream(self, tokens: Tensor, *, context: int, sampler: Sampler | None = None) -> Iterator[Tensor]:
         """Yield tokens (1,) that continue `tokens`, (T,) int64 and not empty, without end.
 
-        The model sees the last `context`. As long as that is all, a token costs one row; then every token costs
-        `context` rows, because the positions of all others change. The default sampler is greedy.
+        The model sees the last `context` tokens. As long as these are all there are, a token costs one row; then every
+        token costs `context` rows, because the positions of all others change. The default sampler is greedy.
 
         Raises:
             ValueError: The model's logits are not finite, so that there is nothing to sample from.
@@ -265,8 +265,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, D)
-        rope: Tensor,
-        mask: Tensor | None,
+        rope: Tensor,  # (2, B, 1, T, head_width / 2)
+        mask: Tensor | None,  # (B, 1, T, T), or None for causal attention
         kept: KeyValues | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, kept)
