@@ -69,7 +69,7 @@ def filtered_matmul_kernel(
     # in
     a_ptr,  # (M, K)
     b_ptr,  # (K, D)
-    blocks_ptr,  # (M / BLOCK, K / BLOCK + 1) int32: in a row the living blocks, ascending, the dead, and how many live
+    blocks_ptr,  # (M / BLOCK, K / BLOCK + 1) int32: per row living blocks, ascending; dead ones; how many live
     # out
     out_ptr,  # (M, D)
     # sizes

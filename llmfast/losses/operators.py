@@ -182,12 +182,12 @@ class Operators:
         loss, returned = loss.weighted(Returned(d_loss, d_lse, d_entropy))
         softmax = Softmax(peak, total, entropy, None if loss.targets.probabilities is None else taught)
         found = loss.backward(inputs, wants, softmax, returned, None)
-        return _returned([peak.new_empty(0) if g is None else g for g in found])
+        return _outputs([peak.new_empty(0) if g is None else g for g in found])
 
     def _fake_backward(self, *arguments: Any) -> Any:
         *flat, peak, _, _, _, _, _, _ = arguments
         inputs, _, wants = self._split(flat)
-        return _returned(
+        return _outputs(
             [t.new_empty(t.shape) if want and t is not None else peak.new_empty(0) for t, want in zip(inputs, wants)]
         )
 
@@ -225,8 +225,8 @@ class Operators:
         return (*gradients, *(None for _ in arguments[self._count :]))
 
 
-def _returned(tensors: list[Tensor]) -> Any:
-    """Return tensors as an operator must: one by itself, several as a tuple."""
+def _outputs(tensors: list[Tensor]) -> Any:
+    """Return tensors as an operator must return them: one by itself, several as a tuple."""
     return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 

@@ -17,7 +17,7 @@ Record = TypeVar("Record", Softmax, Upstream)
 
 
 class Matrices(NamedTuple):
-    """The inputs in the compute dtype."""
+    """Hidden states and weight in the compute dtype."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)

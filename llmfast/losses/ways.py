@@ -113,7 +113,7 @@ class Call:
         """Bytes of numbers per row: loss, peak and total, and an upstream gradient; and what is returned besides.
 
         The losses of a mean or sum are gone when there is an upstream gradient. Log-probabilities have upstream
-        gradients of their own, which become weights. Ranks add them up.
+        gradients of their own, which become weights. Ranks hold more of them while they add them up.
         """
         each = (7 if self.ranks else 3) * self.ids
         numbers = (10 if self.stats else self._numbers) + each + self.taught

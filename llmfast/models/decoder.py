@@ -255,6 +255,8 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and a feed-forward layer, each of which reads a norm of its input and adds to it."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -275,13 +277,21 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention with rotary embeddings, causal unless there is a mask."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, kept: KeyValues | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rope: Tensor,  # (2, B, 1, T, head_width / 2)
+        mask: Tensor | None,  # (B, 1, T, T)
+        kept: KeyValues | None = None,
+    ) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = rotate(q, rope), rotate(k, rope)
         before = 0
