@@ -17,7 +17,7 @@ class CompileOnlyDriver:
     """Driver that answers Triton's queries during compilation.
 
     Args:
-        target: Such as "sm_90" or "gfx942".
+        target: A GPU, such as "sm_90" or "gfx942".
         folder: Where Triton keeps its binaries, None for its own folder.
     """
 

@@ -50,7 +50,7 @@ BY_ROW = [
 
 @triton.jit
 def store_partials(n, partials, peak, total, moment, pull, mass):
-    """Write a row's contributions, except those that take a look at its columns or targets."""
+    """Write a row's contributions, except those that need another look at its columns or targets."""
     tl.store(partials.peak + n, peak)
     tl.store(partials.total + n, total)
     tl.store(partials.pull + n, pull)

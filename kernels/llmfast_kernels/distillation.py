@@ -71,7 +71,7 @@ def distillation_kernel(
         row_width = parts.known_multiple(row_width, VECTOR)
     row = parts.Row(logits_ptr + n * parts.known_multiple(logits_stride_n, VECTOR), terms, V, row_width)
     values = teacher.ptr + n * parts.known_multiple(teacher_stride_n, TEACHER_VECTOR)
-    taught = parts.Row(values, teacher, V, V)  # whose terms of logits have the names that reading a row asks for
+    taught = parts.Row(values, teacher, V, V)  # `Given` names its terms as `read_logits` does
     d_logits = d_logits_ptr
     if d_logits_ptr is not None:
         d_logits += n * parts.known_multiple(d_logits_stride_n, VECTOR)
@@ -171,7 +171,7 @@ def distillation_backward_kernel(
         row_width = parts.known_multiple(row_width, VECTOR)
     row = parts.Row(logits_ptr + n * parts.known_multiple(logits_stride_n, VECTOR), terms, V, row_width)
     values = teacher.ptr + n * parts.known_multiple(teacher_stride_n, TEACHER_VECTOR)
-    taught = parts.Row(values, teacher, V, V)  # whose terms of logits have the names that reading a row asks for
+    taught = parts.Row(values, teacher, V, V)  # `Given` names its terms as `read_logits` does
     d_logits = d_logits_ptr + n * parts.known_multiple(d_logits_stride_n, VECTOR)
     start = tl.program_id(1) * BLOCK_V
     y = tl.load(targets_ptr + n).to(tl.int64)

@@ -69,7 +69,7 @@ def filtered_matmul_kernel(
     # in
     a_ptr,  # (M, K)
     b_ptr,  # (K, D)
-    blocks_ptr,  # (M / BLOCK, K / BLOCK + 1) int32: in a row the living blocks, ascending, the dead, and how many live
+    blocks_ptr,  # (M / BLOCK, K / BLOCK + 1) int32: per row living blocks, ascending; dead ones; how many live
     # out
     out_ptr,  # (M, D)
     # sizes
@@ -90,7 +90,7 @@ def filtered_matmul_kernel(
     VECTOR: tl.constexpr,  # elements an access may move at once: D and the strides are multiples of it
     VECTOR_TAIL: tl.constexpr,  # so is the length of a's rows, or where TRANSPOSED of its columns
 ):
-    a_stride = a_stride // VECTOR * VECTOR  # says to the compiler what the comment says
+    a_stride = a_stride // VECTOR * VECTOR  # tells the compiler what the comment on VECTOR says
     b_stride_k = b_stride_k // VECTOR * VECTOR
     out_stride_m = out_stride_m // VECTOR * VECTOR
     D = D // VECTOR * VECTOR

@@ -22,10 +22,10 @@ class Tile(NamedTuple):
 
 
 class Choice:
-    """A tile that nothing but a clock can choose: the default, and others with which the kernel works as well.
+    """A tile that only measurements can choose: the default, and others that work too.
 
-    `llmfast doctor --full --tune` times them all. There is no tuning at run time: the default is
-    changed where the choice is made.
+    `llmfast doctor --full --tune` times them all. There is no tuning at run time: to choose another tile, change the
+    default in the source.
     """
 
     def __init__(self, default: Tile, *others: Tile) -> None:
@@ -50,7 +50,7 @@ def warps(threads: int) -> int:
 
 
 def expect_contiguous(**tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor whose strides a kernel would not look at: it would read something else."""
+    """Raise ValueError for a tensor that is not contiguous: a kernel that ignores its strides would misread it."""
     for name, t in tensors.items():
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous; got strides {t.stride()} for shape {tuple(t.shape)}")

@@ -1,7 +1,8 @@
 """The parts of the kernels over pairs of rows, a student's and a teacher's: reading, running sums, and gradient.
 
-Exponents are base 2, and what `row.py` says of peaks holds for both rows, whose logits are x / temperature here. u and
-w are the logits of student and teacher less their peaks, s and w their log-probabilities, q and p their probabilities.
+Exponents are base 2, and what `row.py` says of peaks holds for both rows, whose logits are x / temperature here. u is
+the student's logit less the peak, s its log-probability and q its probability. w is the teacher's logit less the peak
+while rows are folded, later its log-probability, and p its probability.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from llmfast_kernels.teaching import TAUGHT
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 MIXED: tl.constexpr = tl.constexpr(2)
-CROSS_ENTROPY: tl.constexpr = tl.constexpr(3)  # forward KL without the entropy of p, which may be any numbers
+CROSS_ENTROPY: tl.constexpr = tl.constexpr(3)  # forward KL without the entropy of p; p may be any numbers
 NUMBERS: tl.constexpr = tl.constexpr(TAUGHT)
 
 

@@ -36,7 +36,7 @@ GROUP: tl.constexpr = tl.constexpr(shared.GROUP)
 
 
 class RowTerms(NamedTuple):
-    """The members of `Terms` that kernels take as they are, after two more. What is not used is None."""
+    """Two members of its own, then those of `Terms` that kernels take as they are. What is not used is None."""
 
     column_weights: Any  # (V,) f32: the class weights of the columns here; None without label smoothing
     temperatures: Any  # (N,) f32
@@ -132,10 +132,10 @@ def tanh(x):
 def capped(x, cap, EXACT: tl.constexpr):
     """Return cap * tanh(x / cap), to 1e-6 of it unless EXACT.
 
-    On an H100, memory needs the time of about 34 instructions for the two passes over a logit of 16 bits, of which 4
-    can be special functions. So here a ratio of polynomials takes one special function where tanh takes two. The ratio
+    On an H100, the two passes over a logit of 16 bits take memory the time of about 34 instructions, of which 4 can be
+    special functions. So here a ratio of polynomials takes one special function where tanh takes two. The ratio
     was fitted to |x / cap| < 8 and is off by 1.5e-7 of its value; the rest is rounding. A logit of 16 bits is known to
-    5e-4 of itself at best. Logits of 32 bits take twice the time to move, and tanh has more of it.
+    5e-4 of itself at best. Logits of 32 bits take twice the time to move, which is enough for tanh.
     """
     if EXACT:
         y = cap * tanh(x * (1.0 / cap))
@@ -195,7 +195,7 @@ def read_column_weights(row, v, inside):
 
 @triton.jit
 def read_targets(n, targets_ptr, V_total, ignore_index, K: tl.constexpr):
-    """Return row n's classes, UNKNOWN or IGNORED. One register each, all the way along the row."""
+    """Return row n's classes, UNKNOWN or IGNORED. Each takes a register for as long as the row does."""
     k = tl.arange(0, triton.next_power_of_2(K))
     y = tl.load(targets_ptr + n * K + k, mask=k < K, other=ignore_index).to(tl.int64)
     known = (y >= 0) & (y < V_total)
@@ -263,14 +263,14 @@ def fold_tile(
     pulled = x * read_column_weights(row, v, inside)
     if TAIL:
         pulled = tl.where(inside, pulled, 0.0)
-        x = tl.where(inside, x, float("-inf"))  # after softcap, which would make a logit of it
+        x = tl.where(inside, x, float("-inf"))  # after softcap, which would make it finite
 
     SMOOTH: tl.constexpr = row.terms.label_smoothing is not None  # pyright: ignore[reportAssignmentType]
     THREADS: tl.constexpr = running.peak.shape[0]
     ROUNDS: tl.constexpr = BLOCK_V // (THREADS * VECTOR)
     x = tl.reshape(x, (ROUNDS, THREADS, VECTOR))
     pull = running.pull
-    if SMOOTH and not ENTROPY:  # first, which takes the fewest registers here, but not with the entropy
+    if SMOOTH and not ENTROPY:  # added up first, which takes fewer registers; with the entropy, last
         pull += tl.sum(tl.sum(tl.reshape(pulled, (ROUNDS, THREADS, VECTOR)), axis=2), axis=0)
     tile_peak = tl.max(tl.max(x, axis=2), axis=0) * LOG2E
     best = running.best

@@ -42,7 +42,7 @@ CROSS_ENTROPY = Divergence(0.0, 1.0, 1.0, None, entropy=False)
 
 
 class TeacherRows(NamedTuple):
-    """A teacher's word on N rows and some columns: logits, probabilities, or log-probabilities of some ids."""
+    """A teacher's N rows of some columns: logits, probabilities, or log-probabilities of some ids."""
 
     terms: Terms  # bias, scale and cap of its logits; or class weights and label smoothing of its probabilities
     logits: Tensor | None = None  # (N, columns or more)

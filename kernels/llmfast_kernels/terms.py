@@ -15,7 +15,7 @@ class Targets:
     classes: Tensor  # (N, K) int64 or int32, contiguous
     weights: Tensor | None = None  # (N, K) or (1, K) f32 with stride 1 over K, or None for 1
     token_weights: Tensor | None = None  # (N,) f32, or None for 1
-    temperatures: Tensor | None = None  # (N,) f32 that divide the rows' logits, after softcap; or None for the same
+    temperatures: Tensor | None = None  # (N,) f32 that divide the rows' logits, after softcap; or None
     # (N, V) with stride 1 over V, or None: probabilities of all classes. `classes` is (N, 1) then, and means nothing.
     probabilities: Tensor | None = None
 
@@ -30,7 +30,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Terms:
-    """The same for every row. None: without."""
+    """Parts of the loss that are the same for every row. None leaves a part out."""
 
     V: int  # classes in all, also where a buffer holds only some of them
     ignore_index: int = -100
@@ -50,7 +50,7 @@ class Terms:
 
 
 class Rows(NamedTuple):
-    """Results of N rows, all (N,) but the last two. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
+    """Results of N rows, all (N,) but the last three. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
     logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
     peak is the largest logit in the unit of the row operations that made it.
@@ -90,7 +90,7 @@ class Upstream(NamedTuple):
 class Partials(NamedTuple):
     """Contributions of some columns to the results of N rows, all (N,) but the last; the columns' ranks combine them.
 
-    t is x - peak, peaks being the largest of these columns. Ignored rows have 0 everywhere, and an argmax of -1.
+    t is x - peak, with the peak of these columns alone. Ignored rows have 0 everywhere, and an argmax of -1.
     """
 
     peak: Tensor  # f32: the largest x, in the unit of the row operations that made it

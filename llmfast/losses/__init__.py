@@ -1,4 +1,4 @@
-"""Losses for large vocabularies. Triton kernels on a GPU, plain torch elsewhere; `reference` says what they mean."""
+"""Losses for large vocabularies. Triton kernels on a GPU, plain torch elsewhere; `reference` defines them."""
 
 from llmfast.losses import reference
 from llmfast.losses.cross_entropy import cross_entropy

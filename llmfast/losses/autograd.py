@@ -24,7 +24,7 @@ class EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Loss, grad_enabled: bool, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Inside `forward` autograd has disabled gradients, so that the caller has to say whether they are enabled.
+        # Inside `forward` autograd has disabled gradients, so the caller has to say whether they are enabled.
         wants = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[2:])
         rows, lse, kept = loss.forward(inputs, wants)
         ctx.set_materialize_grads(False)

@@ -70,12 +70,12 @@ def cross_entropy(
             of the whole step under gradient accumulation or data parallelism.
         label_smoothing: share of each target spread evenly over the classes, in [0, 1].
         z_loss: coefficient of logsumexp^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
-            Once per token that has a valid target, and not scaled by class or target weights. A mean divides it by
-            the same number as all else, the sum of weights (Liger-Kernel divides it by the count of tokens).
+            It is added once per token that has a valid target, and is not scaled by class or target weights. A mean
+            divides it by the same number as all else, the sum of weights (Liger-Kernel divides by the count of tokens).
         softcap: bounds logits to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2.1).
         logit_scale: factor on the logits, before softcap: 1 / temperature.
-        class_weights: (V,), as `weight` of torch's.
-        token_weights: (...), of each row's loss.
+        class_weights: (V,), like `weight` of torch's function.
+        token_weights: (...), factors of the tokens' losses.
         target_weights: (K,) or (..., K), with K targets: sparse soft labels, or the weights of several heads.
         shift: the target of token t is `targets[..., t + shift]` of the same sequence (the last leading dimension);
             the last `shift` tokens are ignored. With shift=1, labels may be the input tokens themselves.
@@ -83,7 +83,8 @@ def cross_entropy(
         return_stats: also return `LossStats`: per-token loss, lse, entropy, argmax and accuracy.
         process_group: logits hold only this rank's classes, in rank order, split as by `torch.chunk` (vocab-parallel);
             everything else is the same on all ranks, and so is what comes back. It takes two all-reduces of a few
-            numbers per token; `class_weights`, and `targets` that are probabilities, are those of all classes.
+            numbers per token, three with `return_stats`. `class_weights`, and `targets` that are probabilities, are
+            those of all classes.
         vocab_size: with `process_group`, the number of all classes, if it does not divide evenly.
         inplace: write the gradient over `logits` in the forward pass: one read and one write of them in all, and no
             second buffer. Their values are gone afterwards, their version counter says so, and whatever shares their

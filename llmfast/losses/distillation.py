@@ -1,4 +1,4 @@
-"""Distillation from a teacher: neither side's logits need ever exist at once."""
+"""Distillation from a teacher, without ever holding all logits of either side."""
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
@@ -68,15 +68,15 @@ def linear_distillation(
         beta: share of the teacher in the mixture of "jsd", in [0, 1]; by default 0.5.
         temperature: a positive number, or a tensor (...) of them, that divides the logits of student and teacher,
             without a gradient of its own; a teacher's probabilities are taken as they are.
-        soft_weight: of the divergence.
-        hard_weight: of the cross-entropy of `targets`, which takes the student's logits without temperature.
-        token_weights: (...), of each token's loss.
+        soft_weight: factor of the divergence.
+        hard_weight: factor of the cross-entropy of `targets`, which takes the student's logits without temperature.
+        token_weights: (...), factors of the tokens' losses.
         reduction: "mean", "sum", or "none" for one loss per token. The mean divides by the sum of `token_weights` of
             what is not ignored, which without weights is the number of those tokens.
         num_valid: what the mean divides by instead, as an int or a one-element tensor.
         bias, memory_budget, slab_dtype, accumulate_into, accumulate_dtype: as in `linear_cross_entropy`. There are two
             slabs of logits, the student's and the one that is made of a `TeacherStates`. `slab_dtype` is that of both;
-            `accumulate_into` and `accumulate_dtype` are of the student's weight.
+            `accumulate_into` and `accumulate_dtype` are for the student's weight.
         ignore_index, softcap, logit_scale: as in `linear_cross_entropy`; `softcap` and `logit_scale` are the student's.
 
     Returns:

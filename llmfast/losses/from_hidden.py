@@ -26,7 +26,7 @@ from llmfast_kernels.terms import Rows, Softmax, Upstream
 
 @dataclass
 class Kept:
-    """State between forward and backward. Gradients are scaled and logits written over by the first backward pass."""
+    """State between forward and backward. The first backward pass scales the gradients and writes over the logits."""
 
     plan: LinearCrossEntropyPlan
     made: Gradients | None  # as far as they are made in the forward pass; `late_factor` is still to be multiplied in
@@ -44,7 +44,7 @@ class LinearCrossEntropy(Loss):
     """Cross-entropy of hidden @ weight.T + bias. The inputs are `hidden` (N, D), `weight` (V, D) and `bias` (V,)."""
 
     budget: int | None  # bytes to hold beyond inputs and gradients; None chooses
-    held: int  # bytes that the caller has taken of them
+    held: int  # bytes of the budget that the caller has taken
     slab_dtype: torch.dtype
     weight_dtype: torch.dtype  # of the weight's gradient
     accumulate_dtype: torch.dtype  # of its sums over chunks
@@ -70,13 +70,13 @@ class LinearCrossEntropy(Loss):
         if not (self.functional and wants[1]):
             return True
         # An operator returns the weight's gradient as a float32 sum of all columns, if there is room for that and for
-        # what a slab of one row takes besides. An inequality specialises no graph on the number of rows.
+        # all else that a slab of one row takes. An inequality does not fix a graph's number of rows.
         hidden, weight = cast(tuple[Tensor, Tensor], inputs[:2])
         (N, D), V, wide = hidden.shape, weight.shape[0], torch.promote_types(self.dtype, torch.float32)
         return may_hold(V * D * wide.itemsize + 100 * N + 40 * V + 4096, self.budget, weight.device)
 
     def fits(self, inputs: Tensors) -> bool:
-        """Return whether a call with gradients for what requires them keeps to the budget."""
+        """Return whether this call, with gradients for all inputs that require them, keeps to the budget."""
         enabled = torch.is_grad_enabled()
         wants = tuple(enabled and t is not None and t.requires_grad for t in inputs)
         try:
@@ -246,7 +246,7 @@ class LinearCrossEntropy(Loss):
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)
 
     def _taught(self, call: Call) -> Call:
-        """Return the call with what a teacher, or probabilities of all classes, cost."""
+        """Return the call with the cost of targets that are probabilities of all classes."""
         if self.targets.probabilities is None:
             return call
         space: dict[str, Any] = {} if call.kernels else plain_dense.space()
@@ -299,13 +299,13 @@ class LinearCrossEntropy(Loss):
 
 
 def _forgotten(rows: Rows) -> Rows:
-    """Return the losses of rows, and nothing that a first backward pass does not read."""
+    """Return the losses of rows, without what the first backward pass does not read."""
     none = rows.loss.new_empty(0)
     return Rows(rows.loss, none, none, None, None, taught=None if rows.taught is None else none)
 
 
 def _joined(parts: list[Rows]) -> Rows:
-    """Concatenate the rows of all chunks, of which there are some."""
+    """Concatenate the rows of all chunks; there must be at least one."""
     if len(parts) == 1:
         return parts[0]
 

@@ -13,7 +13,7 @@ from llmfast_kernels.terms import Softmax
 
 @dataclass
 class HeldGradient:
-    """States that logits hold their own gradient. It can be used once."""
+    """A sign that the logits hold their own gradient, which can be used once."""
 
     used: bool = False
 

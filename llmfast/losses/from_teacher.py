@@ -10,8 +10,8 @@ student and m = beta p + (1 - beta) q it is, times the temperature,
     KL(q || p)  p - q
     a mixture   beta p (log(p / m) - KL(p || m))
 
-A teacher of hidden states therefore has a linear loss like the student's, in chunks of its own. One of logits has a
-loss of rows that exist, and `plain_distillation.teachers_gradient` makes the gradients of probabilities. For these two
+A teacher of hidden states therefore has a linear loss like the student's, in chunks of its own. A teacher of logits has
+a loss of these logits, and `plain_distillation.teachers_gradient` makes the gradients of probabilities. For these two
 the student's logits are made again, a slab of rows at a time.
 """
 
@@ -36,7 +36,7 @@ from llmfast_kernels.teaching import TAUGHT, Divergence
 from llmfast_kernels.terms import Rows, Softmax, Targets, Terms, Upstream
 
 OWN = 3  # inputs of the student: hidden, weight and bias; those after them are `LEARNING`
-_NUMBERS = 12  # per row, that the student's loss leaves and that are made of what is upstream
+_NUMBERS = 12  # numbers per row: what the student's loss leaves, and what is made of upstream gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class LinearDistillation(LinearCrossEntropy):
     divergence: Divergence
     teacher_dtype: torch.dtype | None  # of the teacher's logits; None for that of its hidden states
     teachers_weight_dtype: torch.dtype | None  # of the gradient of the teacher's weight
-    by_kernels: bool  # where there are kernels; plain torch reads a teacher's ids
+    by_kernels: bool  # use kernels, where there are any; only plain torch reads a teacher's ids
 
     @property
     def traceable(self) -> bool:
@@ -137,7 +137,7 @@ class LinearDistillation(LinearCrossEntropy):
 
 
 def _expect_room(loss: LinearDistillation, inputs: Tensors, wants: tuple[bool, ...]) -> None:
-    """Raise BudgetError unless the gradients of both sides keep to the budget. It names what is enough for both."""
+    """Raise BudgetError unless both sides' gradients keep to the budget. The error names what is enough for both."""
     errors = []
     try:
         loss._plan(inputs[:OWN], wants[:OWN], per_token=not loss.makes_gradients(inputs[:OWN], wants[:OWN]))
@@ -157,11 +157,11 @@ def _gradients(
     """Return the gradients of `LEARNING`.
 
     Args:
-        loss: Of the student.
+        loss: The student's loss.
         inputs: Its inputs, and those of the teacher.
         wants: Which of them need a gradient.
-        upstream: (N,) of each row's loss, without its token weight.
-        students: Hidden states and weight as they are multiplied.
+        upstream: (N,) gradients of the rows' losses, without their token weights.
+        students: The student's hidden states and weight as they are multiplied.
     """
     token_weights, theirs, some = loss.targets.token_weights, inputs[OWN:], wants[OWN:]
     turn = _exchanged(loss, inputs, students, upstream if token_weights is None else upstream * token_weights)
@@ -224,7 +224,7 @@ def _plan(loss: LinearDistillation, inputs: Tensors, wants: tuple[bool, ...]) ->
     """Return the plan for the teacher's gradients; it looks at no data."""
     own, teacher = cast(tuple[Tensor, Tensor], inputs[:2]), loss.targets.teacher
     if teacher.hidden is not None:
-        # Without rows, for widths and dtypes alone.
+        # They have no rows: a plan needs only widths and dtypes.
         students = Matrices(*(t.new_empty((0, t.shape[1]), dtype=loss.dtype) for t in own))
         turn = _exchanged(loss, inputs, students, None)
         return turn._plan(inputs[OWN : 2 * OWN], wants[OWN : 2 * OWN], per_token=False)

@@ -61,7 +61,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     **options: "Unpack[LinearOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Cross-entropy of the logits `hidden @ weight.T + bias`, without ever holding them all.
+    """Compute the cross-entropy of the logits `hidden @ weight.T + bias`, without ever holding them all.
 
     All options of `cross_entropy` mean the same here; logits are softcap(logit_scale * (hidden @ weight.T + bias)).
 
@@ -98,14 +98,14 @@ def linear_cross_entropy(
         As `cross_entropy`. With nothing to average the mean is NaN and the gradients zero. Gradients of ignored tokens
         are zero, and so is what they add to the others, also where the upstream gradient is infinite or NaN.
 
-    For mean and sum, gradients are made in the forward pass as far as `memory_budget` allows; only those that are
-    needed, in float32 accumulation. Losses per token, and gradients through `LossStats`, compute logits again in
+    For mean and sum, gradients are made in the forward pass as far as `memory_budget` allows: only those that are
+    needed, accumulated in float32. Losses per token, and gradients through `LossStats`, compute logits again in
     backward. Backward with `retain_graph=True` works: the second time, gradients are computed again. Inside
-    `torch.compile` this is one operator, with `process_group`, DTensors or `accumulate_into` a break in the graph.
+    `torch.compile` this is one operator; `process_group`, DTensors and `accumulate_into` break the graph instead.
 
     Raises:
-        ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together, or no way holds as
-            little as `memory_budget`; the message says how much the least takes.
+        ValueError, TypeError: as `cross_entropy`, or `hidden` and `weight` do not fit together, or
+            `memory_budget` is too small; the message says what the least is.
     """
     ready = made_ready(0, hidden, weight, targets, return_stats, options)
     found: Tensor | tuple[Tensor, LossStats] = ready.finished(ready.function(*ready.arguments))
@@ -122,7 +122,7 @@ def made_ready(
     *,
     logprobs: bool = False,
 ) -> Ready:
-    """Prepare `linear_cross_entropy`, or `linear_logprobs`, for a caller that has taken so many bytes of the budget."""
+    """Prepare `linear_cross_entropy`, or `linear_logprobs`, for a caller that has taken `held` bytes of the budget."""
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
     options = complete("linear_cross_entropy", _LOGPROBS if logprobs else _DEFAULTS, given)
@@ -150,7 +150,7 @@ def made_ready(
 
     def of_rows(valid: "ValidRows | None") -> "tuple[LinearCrossEntropy, tuple[Tensor, Tensor, Tensor | None]]":
         flat, own = (every, rows) if valid is None else valid.gather(every, rows)
-        # Rows that were gathered have a gradient of their own, which those of all rows are made of.
+        # Gathered rows have a gradient of their own, from which that of all rows is made.
         copied = _copied(hidden, flat) * (1 if valid is None else 2) + _copied(targets, own.classes)
         copied += _copied(options["token_weights"], own.token_weights) + _copied(targets, own.probabilities)
         copied += _copied(options["target_weights"], own.weights)
@@ -173,7 +173,7 @@ def made_ready(
     loss, tensors = of_rows(valid)
     planned = budget is not None and not has_no_data(every)  # torch.compile leaves plans to its operators
     if valid is not None and planned and not loss.fits(tensors):
-        valid = None  # the copy of some rows takes more than they save
+        valid = None  # the copy of these rows takes more than it saves
         loss, tensors = of_rows(None)
 
     def finished(found: "tuple[Tensor | None, ...]") -> Any:
@@ -195,7 +195,7 @@ def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:
 
 
 def _copied(given: Any, used: Tensor | None) -> int:
-    """Return the bytes that a tensor takes besides the one it was made of."""
+    """Return the bytes of `used` if it is a copy of `given`, else 0."""
     if given is None or used is None or has_no_data(used) or used.data_ptr() == given.data_ptr():
         return 0
     return used.nbytes

@@ -56,7 +56,7 @@ def logprobs(
         softcap: bounds logits to (-softcap, softcap), before the temperature.
         logit_scale: factor on the logits, before softcap.
         temperature: divides the logits after softcap, as a sampler does: one number for all tokens, or (...), one for
-            each. It gets no gradient. On a GPU nobody looks whether a tensor's numbers are positive.
+            each. It gets no gradient. On a GPU a tensor's numbers are not checked to be positive.
         return_stats: also return `LogprobStats`: lse, entropy and argmax of each token.
         return_rank: with `return_stats`, the statistics have each id's rank: how many classes have a larger logit. An
             equal logit does not count, so that the most probable class has rank 0. It takes one more pass over the
@@ -185,7 +185,7 @@ def mtp_logprobs(
         shared or (hiddens.dim() >= 2 and hiddens.shape[1:-1] == labels.shape and hiddens.shape[0] > 0),
         f"hiddens must be (K, *{tuple(labels.shape)}, D), or the same without K; got {describe(hiddens)}",
     )
-    expect(shared == (heads is not None), f"heads must be given where they share hidden states alone; got {heads}")
+    expect(shared == (heads is not None), f"heads must be given if hidden states are shared, only then; got {heads}")
     expect(heads is None or heads > 0, f"heads must be positive; got {heads}")
     expect_documents(document_ids, labels)
     ids = head_targets(labels, heads or hiddens.shape[0], document_ids, rest["ignore_index"])
@@ -204,7 +204,7 @@ def mtp_logprobs(
 def _of_hidden(
     held: int, hidden: Tensor, weight: Tensor, ids: Tensor, return_stats: bool, options: Any
 ) -> Tensor | tuple[Tensor, LogprobStats]:
-    """Compute `linear_logprobs` for a caller that has taken so many bytes of the budget."""
+    """Compute `linear_logprobs` for a caller that has taken `held` bytes of the budget."""
     ready = ready_from_hidden(held, hidden, weight, ids, return_stats, options, logprobs=True)
     found: Tensor | tuple[Tensor, LogprobStats] = ready.finished(ready.function(*ready.arguments))
     return found
@@ -213,8 +213,8 @@ def _of_hidden(
 def _as_loss(function: str, known: Any, given: Mapping[str, Any], return_stats: bool) -> Any:
     """Return the options of a loss per token with the same softmax; it has no temperature.
 
-    cap * tanh(x / cap) / temperature has the form of another cap, of which both `cap` and `x` are divided. Those of
-    each token are made where its row is read.
+    cap * tanh(x / cap) / temperature is another softcap, with both `cap` and `x` divided by the temperature. A tensor
+    of temperatures is applied where each row is read.
     """
     complete(function, known, cast(Any, given))
     wanted = given.get("return_rank", False)

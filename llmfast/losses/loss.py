@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """Gradients of what the caller got; None where nothing came back."""
+    """Upstream gradients of the results; None for a result that got none."""
 
     loss: Tensor | None  # () or (N,); (N, K) for log-probabilities
     lse: Tensor | None  # (N,)
@@ -43,9 +43,9 @@ class Returned(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(ABC):
-    """A loss whose arguments are checked. Its inputs, the tensors that get gradients, come with each call.
+    """A loss with checked arguments. Its inputs, the tensors that get gradients, are passed to each call.
 
-    `group`, and what subclasses give a default, exist outside `torch.compile` only.
+    Operators (`operators.py`) take no `group`, and none of the fields to which subclasses give a default.
     """
 
     targets: Targets
@@ -54,18 +54,18 @@ class Loss(ABC):
     count: Tensor | None  # () that a mean divides by
     stats: bool
     dtype: torch.dtype  # of logits and their gradients
-    logprobs: bool = False  # return those of the targets, (N, K), in the place of losses
-    places: bool = False  # return also those of the targets, with statistics
+    logprobs: bool = False  # return the targets' log-probabilities, (N, K), instead of losses
+    places: bool = False  # with statistics, return the targets' places too, see `Rows`
     group: "ProcessGroup | None" = None
 
     def value(self, rows: Rows) -> Tensor:
-        """Return what the caller gets of the rows: their reduced loss, or log-probabilities."""
+        """Return what the caller gets: the rows' reduced loss, or their log-probabilities."""
         return reduced(rows.loss, self.reduction, self.count) if rows.logprobs is None else rows.logprobs
 
     def weighted(self, returned: Returned) -> "tuple[Loss, Returned]":
-        """Return a loss with one number for each row, and a gradient of that, which lead to the same gradients.
+        """Return a loss with one number per row, and its upstream gradient, that give the inputs the same gradients.
 
-        The gradient of log-probabilities is that of a cross-entropy whose targets weigh what is upstream, negated.
+        Log-probabilities have the gradient of a cross-entropy whose target weights are the negated upstream gradients.
         """
         if not self.logprobs or returned.loss is None:
             return self, returned
@@ -76,8 +76,8 @@ class Loss(ABC):
     def divides_early(self) -> bool:
         """True if gradients made in the forward pass are divided by `count` as they are written.
 
-        An upstream gradient of 1 then leaves nothing to do. float16 would underflow, and waits for the loss scale to
-        come down from upstream.
+        An upstream gradient of 1 then leaves nothing to do. float16 would underflow, and waits for the loss scale
+        that the upstream gradient brings.
         """
         return not self.is_half
 
@@ -91,7 +91,7 @@ class Loss(ABC):
         return reciprocal(self.count) if self.count is not None and self.divides_early else None
 
     def late_factor(self, d_loss: Tensor) -> Tensor:
-        """Return what is left to multiply those gradients by once their upstream gradient, (), is known."""
+        """Return the factor that those gradients still need once their upstream gradient, (), is known."""
         return divided(d_loss, None if self.divides_early else self.count)
 
     @property

@@ -93,7 +93,7 @@ class LinearCrossEntropyLoss(nn.Module):
         weight: Tensor | None = None,  # (num_classes,)
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
-        options: None = None,  # torch's, on chunks; here it is memory_budget
+        options: None = None,  # torch's, about chunks; memory_budget takes their place
         **more: Any,
     ) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ def mtp_cross_entropy(
         head_weights: (K,), default 1 each. A tensor may change from step to step, without a wait or a recompilation.
         num_valid: (K,), what each head's sum is divided by: over several ranks or micro-batches, the number of its
             valid tokens in all of them (`mtp_valid_counts`). Default: the number here.
-        detach_unembedding: of these heads, or of all, no gradient reaches `weight` and `bias`.
+        detach_unembedding: one bool, or one per head: from these heads no gradient reaches `weight` and `bias`.
         return_stats: also return `MTPStats`.
         options: the others are as in `linear_cross_entropy`. `token_weights` are the labels' and move with them.
             A list's copy counts towards `memory_budget`. If only some heads are detached, the two kinds take half each.
@@ -206,16 +206,16 @@ def _numbers(name: str, given: Numbers | None, K: int, device: torch.device) -> 
 
 
 def _expect_weights(hidden: Tensor, labels: Tensor, options: LinearOptions) -> None:
-    """Raise an error for weights that do not fit the labels, by which the divisors are counted."""
+    """Raise an error for weights that do not fit the labels, before the divisors are counted from them."""
     for name, weights in (("class_weights", options["class_weights"]), ("token_weights", options["token_weights"])):
-        if weights is not None:  # how many classes there are is looked at later
+        if weights is not None:  # the number of classes is checked later
             for check in TABLE[name].checks:
                 check(name, weights, Inputs(hidden, labels, weights.numel()), options)
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """The targets of K heads, and what each target counts."""
+    """The targets of K heads, and the weight of each target."""
 
     targets: Tensor  # (K, ..., T)
     valid: Tensor  # (K, ..., T) bool
@@ -259,7 +259,7 @@ def _heads(
         if moved is not None:
             counting = torch.where(valid, counting * moved.to(wide), 0.0)  # the weight of an ignored label may be NaN
         divisors = counting.flatten(1).sum(1)
-    # In the buffer of logits, gradients stay near their own size: what all heads have in common is divided by later.
+    # In the buffer of logits, gradients stay near their own size: the divisor that all heads share comes later.
     common = divisors.max().to(wide)
     factors = torch.ones(K, dtype=wide, device=targets.device) if weights is None else weights.to(wide)
     factors = torch.where(factors == 0, NEGLIGIBLE, factors)
@@ -291,7 +291,7 @@ def _separate(
             options = {**options, "memory_budget": max(1, budget // 2)}
         losses: list[Tensor] = []
         head_loss, head_hits = [factors] * len(detached), [factors] * len(detached)
-        joined = hiddens.nbytes if hiddens.requires_grad else 0  # autograd makes it of both kinds' gradients
+        joined = hiddens.nbytes if hiddens.requires_grad else 0  # autograd joins both kinds' gradients in it
         for kind in (False, True):
             these = [k for k, is_detached in enumerate(detached) if is_detached == kind]
             part, kinds = heads.chosen(these), [kind] * len(these)

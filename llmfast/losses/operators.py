@@ -2,8 +2,8 @@
 
 Imported only while `torch.compile` traces: outside, the way through torch's dispatcher would cost more host time than
 the launches. An operator takes and returns tensors and numbers, so a loss is laid out flat, field by field, with the
-schema that the fields' types spell out. What a call does not have comes back empty. Operators write over nothing and
-alias nothing, so the compiler may plan memory around them; `inplace=True` therefore means nothing here.
+schema that the fields' types spell out. A result that a call does not have is an empty tensor. Operators write over
+nothing and alias nothing, so the compiler may plan memory around them; `inplace=True` therefore means nothing here.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def _revision(folder: Path) -> str:
 
     torch keeps compiled graphs on disk, and finds them by the graph of the forward pass. What `_differentiate` adds is
     not part of that: a graph that an earlier llmfast compiled, or one that divides elsewhere, would be taken for the
-    present one. Hence this name, and where gradients are divided, are among every operator's arguments.
+    present one. So every operator takes this name, and where gradients are divided, as an argument.
     """
     code = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(code).hexdigest()[:12]
@@ -76,8 +76,8 @@ def _built(record: Any, values: Iterator[Any]) -> Any:
 class Operators:
     """The forward and backward operator of a loss, `llmfast::<name>` and `llmfast::<name>_backward`.
 
-    Both take the inputs, the loss laid out flat, and which gradients are wanted. Forward returns the loss's value, what
-    the rows have, and the gradients of the inputs as far as they are made there.
+    Both take the inputs, the loss laid out flat, and which gradients are wanted. Forward returns the loss's value, the
+    rows' results, and the gradients of the inputs as far as they are made there.
     """
 
     def __init__(self, name: str, loss: type[Loss], inputs: dict[str, str], changes: dict[str, Any]) -> None:
@@ -182,12 +182,12 @@ class Operators:
         loss, returned = loss.weighted(Returned(d_loss, d_lse, d_entropy))
         softmax = Softmax(peak, total, entropy, None if loss.targets.probabilities is None else taught)
         found = loss.backward(inputs, wants, softmax, returned, None)
-        return _returned([peak.new_empty(0) if g is None else g for g in found])
+        return _outputs([peak.new_empty(0) if g is None else g for g in found])
 
     def _fake_backward(self, *arguments: Any) -> Any:
         *flat, peak, _, _, _, _, _, _ = arguments
         inputs, _, wants = self._split(flat)
-        return _returned(
+        return _outputs(
             [t.new_empty(t.shape) if want and t is not None else peak.new_empty(0) for t, want in zip(inputs, wants)]
         )
 
@@ -225,8 +225,8 @@ class Operators:
         return (*gradients, *(None for _ in arguments[self._count :]))
 
 
-def _returned(tensors: list[Tensor]) -> Any:
-    """Return tensors as an operator must: one by itself, several as a tuple."""
+def _outputs(tensors: list[Tensor]) -> Any:
+    """Return tensors as an operator must return them: one by itself, several as a tuple."""
     return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 

@@ -24,7 +24,7 @@ Numbers = Tensor | Sequence[float]
 Reduction = Literal["mean", "sum", "none"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Names elsewhere, for a hint: torch's `weight` resembles `token_weights`, which is another thing.
+# Names that other libraries use, for hints: torch's `weight` resembles `token_weights` but means something else.
 _ELSEWHERE = {
     "weight": "class_weights",
     "ce_weight": "class_weights",
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     dense: bool = False  # the targets are probabilities of all classes
 
 
-# Raises an error unless the value of an option, which is not None, fits the inputs and the other options.
+# A function that raises an error unless an option's value (never None) fits the inputs and the other options.
 Check = Callable[[str, Any, Inputs, "LossOptions"], None]
 
 
@@ -64,7 +64,7 @@ class Option:
 
 
 def must(wanted: str, test: Callable[[Any], bool]) -> Check:
-    """Make a check of a value by itself. It makes its message late: torch.compile has none for symbolic numbers."""
+    """Make a check of a value alone. Its message is made late, because torch.compile cannot format symbolic numbers."""
 
     def check(name: str, value: Any, inputs: Inputs, options: "LossOptions") -> None:
         if not test(value):
@@ -74,7 +74,7 @@ def must(wanted: str, test: Callable[[Any], bool]) -> Check:
 
 
 def tensor(*shapes: str, floating: bool = True, differentiable: bool = False) -> Check:
-    """Make a check of a tensor: "V" classes, "v" classes of this rank, "T" the tokens' shape, "K" or "TK"."""
+    """Make a check of a tensor. Shapes: "V" classes, "v" classes of this rank, "T" the tokens' shape, "K" or "TK"."""
 
     def check(name: str, t: Tensor, inputs: Inputs, options: "LossOptions") -> None:
         tokens, K, device = tuple(inputs.rows.shape[:-1]), inputs.targets.shape[-1:], inputs.rows.device
@@ -195,34 +195,34 @@ def _grad_filter(name: str, value: float, inputs: Inputs, options: "LossOptions"
 
 
 class TargetOptions(TypedDict, total=False):
-    """Options of everything that is computed of rows, which say what targets count."""
+    """Options that say which targets count. Losses and log-probabilities have them."""
 
     ignore_index: Annotated[int, Option(-100, _ignore_index)]
 
 
 class TermOptions(TypedDict, total=False):
-    """Options that add to a loss."""
+    """Options that change the loss of a row or add to it."""
 
     label_smoothing: Annotated[float, Option(0.0, must("be in [0, 1]", lambda x: 0 <= x <= 1), idle=0.0)]
     z_loss: Annotated[float, Option(0.0, idle=0.0)]
 
 
 class LogitOptions(TypedDict, total=False):
-    """Options of everything that is computed of rows, which say what the logits are."""
+    """Options that say what the logits are. Losses and log-probabilities have them."""
 
     softcap: Annotated[float | None, Option(None, must("be positive", lambda x: x > 0))]
     logit_scale: Annotated[float | None, Option(None, idle=1.0)]
 
 
 class RowOptions(TargetOptions, TermOptions, LogitOptions, total=False):
-    """Options of every loss that say what the loss of a row is."""
+    """Options that say what the loss of a row is. Every cross-entropy has them."""
 
     class_weights: Annotated[Tensor | None, Option(None, tensor("V"))]  # (V,)
     token_weights: Annotated[Tensor | None, Option(None, tensor("T"))]  # (...)
 
 
 class LossOptions(RowOptions, total=False):
-    """Options of both losses, and of their definitions in `reference`."""
+    """Options of `cross_entropy` and `linear_cross_entropy`, and of their definitions in `reference`."""
 
     reduction: Annotated[
         Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", lambda x: x in get_args(Reduction)))

@@ -21,7 +21,7 @@ def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, 
     """Return V of all ranks and this rank's columns, split as `torch.chunk` and DTensor split.
 
     Raises:
-        ValueError: this rank holds another number of columns than that split gives it.
+        ValueError: this rank does not hold the number of columns that this split gives it.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     V = columns * world if vocab_size is None else vocab_size
@@ -36,7 +36,7 @@ def own_columns(group: Any, columns: int, vocab_size: int | None) -> tuple[int, 
 
 
 def over_ranks(ops: RowOps, group: Any) -> RowOps:
-    """Return `ops` with a cross-entropy, and counts, over the columns of all ranks, the same on each."""
+    """Return `ops` whose cross-entropy and counts are over the columns of all ranks, and the same on each."""
     return ops._replace(
         cross_entropy=partial(_cross_entropy, ops, group), count_above=partial(_count_above, ops, group)
     )
@@ -55,7 +55,10 @@ def _cross_entropy(
     d_logits: Tensor | None = None,
     grad_scale: Tensor | None = None,  # ()
 ) -> Rows:
-    """Compute rows with two all-reduces of a few numbers per row; the gradient takes a launch of its own."""
+    """Compute rows with two all-reduces of a few numbers per row, and a third for the argmax.
+
+    The gradient takes a launch of its own.
+    """
     if V == 0:  # fewer classes than ranks
         none = logits.new_zeros(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
         lowest = torch.full_like(none, torch.finfo(none.dtype).min)
@@ -143,7 +146,7 @@ def local_weight(hidden: Tensor, weight: Tensor, options: Any) -> tuple[Tensor, 
             hidden.device_mesh == mesh and all(hidden.placements[i] == Replicate() for i in own_classes),
             f"hidden must be replicated over the mesh that weight is sharded on; it is {hidden.placements}",
         )
-        expect(len(own_classes) == 1, "weight may be sharded over one dimension of its mesh")
+        expect(len(own_classes) == 1, "weight may be sharded over only one dimension of its mesh")
         split = {"process_group": mesh.get_group(own_classes[0]), "vocab_size": weight.shape[0]}
         return local(hidden), local(weight), {**options, **split, "bias": local(bias)}
     # Each rank has tokens of its own (FSDP2): the whole weight, and a gradient averaged over the mesh.

@@ -19,10 +19,10 @@ BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in
 
 
 def space(terms: Terms, stats: bool, K: int = 1, *, temperatures: bool = False) -> dict[str, int]:
-    """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
+    """Return the memory that the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
     given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
     buffers = 1 if not (stats or temperatures) and all(t is None for t in given) else 5
-    per_row = 40 * K  # places and masks of the targets, and numbers of backward
+    per_row = 40 * K  # columns and masks of the targets, and numbers of backward
     return {
         "blocks": buffers,
         "block_bytes": BLOCK_BYTES,
@@ -32,7 +32,7 @@ def space(terms: Terms, stats: bool, K: int = 1, *, temperatures: bool = False) 
 
 
 class _Weights:
-    """The weights of each row and target. None stands for 1, or for no smoothing."""
+    """The weights a, b and c of `llmfast_kernels.row`, and t per token. None stands for 1, or for no smoothing."""
 
     def __init__(self, targets: Targets, terms: Terms, V: int, dtype: torch.dtype) -> None:
         classes = targets.classes

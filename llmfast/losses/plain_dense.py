@@ -1,7 +1,7 @@
 """Cross-entropy of rows whose targets are probabilities of all classes, in plain torch.
 
 The functions have the signatures of the Triton launchers, where `llmfast_kernels.distillation` says what they compute.
-Of the numbers in `Rows.taught`, only the third is used here too: what multiplies the softmax in the gradient.
+Of the numbers in `Rows.taught`, only the third is used: what multiplies the softmax in the gradient.
 """
 
 import torch
@@ -16,7 +16,7 @@ BLOCKS = 6  # buffers for a block of rows, at most
 
 
 def space() -> dict[str, int]:
-    """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
+    """Return the memory that the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
     return {
         "blocks": BLOCKS,
         "block_bytes": plain.BLOCK_BYTES,

@@ -21,7 +21,7 @@ BLOCKS = 9  # buffers for a block of rows, at most
 
 
 def space(K: int) -> dict[str, int]:
-    """Return what the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
+    """Return the memory that the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
     return {
         "blocks": BLOCKS,
         "block_bytes": plain.BLOCK_BYTES,
@@ -40,14 +40,14 @@ class _Hard:
         self.columns = torch.where(self.here, classes - terms.v_start, 0).long()
 
     def add_gradient(self, d: Tensor, below: Tensor, log_total: Tensor, weight: float, rows: slice) -> None:
-        """Add that of weight * (log_total - below[target]); `below` is written over."""
+        """Add the gradient of weight * (log_total - below[target]); `below` is written over."""
         d.add_(below.sub_(log_total[:, None]).exp_(), alpha=weight)
         own = self.here[rows].to(d.dtype).mul_(-weight)
         d.scatter_add_(1, self.columns[rows, None], own[:, None])
 
 
 class _Said(NamedTuple):
-    """A teacher's word on a block of rows."""
+    """A teacher's log-probabilities of a block of rows."""
 
     logprobs: Tensor  # (rows, V)
     first: Tensor  # (rows,): the first two of `Rows.taught`
@@ -149,8 +149,8 @@ def teachers_gradient(
 ) -> None:
     """Fill `out` with the gradient of soft_weight * divergence for a teacher's probabilities or log-probabilities.
 
-    With g, the derivative for a probability (see `_derivative`), that for the logarithm of one is p (g - G). Where the
-    K are divided by their sum, G is sum p g. Where the others are one class, G is g of that class.
+    Let g be the derivative for a probability p, see `_derivative`. The derivative for log(p) is then p (g - G). If the
+    K probabilities are divided by their sum, G is sum p g; if the other classes count as one, G is the g of that class.
     """
     assert targets.token_weights is not None
     ignored = targets.classes[:, 0] == terms.ignore_index
@@ -174,9 +174,9 @@ def teachers_gradient(
 
 
 def _derivative(s: Tensor, t: Tensor, beta: float) -> Tensor:
-    """Return that of the divergence for the teacher's probabilities: log(p / q) + 1, -q / p or beta log(p / m).
+    """Return the derivative of the divergence for the teacher's p: log(p / q) + 1, -q / p or beta log(p / m).
 
-    A class without a probability gets none, though that of the first two is infinite in the limit.
+    It is 0 for a class of probability 0, though the first two are infinite in the limit.
     """
     if beta == 0:
         d = (t - s).add_(1.0)
@@ -262,7 +262,7 @@ def _divergence(s: Tensor, said: _Said, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _expected(logprobs: Tensor, values: Tensor) -> Tensor:
-    """Return the sums of probabilities times `values`, which are written over; nothing where there is none."""
+    """Return the sums of probabilities times `values`, which are written over; 0 times anything is 0."""
     p = logprobs.exp()
     return values.mul_(p).masked_fill_(p == 0, 0.0).sum(1)
 

@@ -54,25 +54,25 @@ class LinearCrossEntropyPlan:
         gpu: Gpu = H100,
         gpu_memory: int | None = None,
     ) -> "LinearCrossEntropyPlan":
-        """Plan a linear cross-entropy of these shapes. It need not be possible here: no GPU is asked.
+        """Plan a linear cross-entropy of these shapes. The call need not be possible here: no GPU is needed.
 
         Args:
             N: Tokens.
             D: Hidden width.
             V: Classes of this rank.
-            dtype: Of the matrix products.
-            slab_dtype: Of the logits. None: `dtype`.
-            weight_dtype: Of the weight's gradient. None: `dtype`.
-            accumulate_dtype: Of the sums over chunks. None: float32.
+            dtype: Dtype of the matrix products.
+            slab_dtype: Dtype of the logits. None: `dtype`.
+            weight_dtype: Dtype of the weight's gradient. None: `dtype`.
+            accumulate_dtype: Dtype of the sums over chunks. None: float32.
             device: Where the call runs; it decides what "auto" is.
             memory_budget: Most bytes to hold beyond the inputs and the gradients that are returned, or "auto".
-            reduction: Of the loss.
+            reduction: Reduction of the loss.
             wants: Whether gradients of hidden and weight are needed.
             mode: None chooses by budget, reduction and `wants`.
             kernels: Whether the Triton kernels run, for which rows are padded.
             filtered: Whether there is a `grad_filter`.
-            gpu: The one that times are modelled for.
-            gpu_memory: In bytes; "auto" takes at most a tenth of it. None: of the GPU that is here, if there is one.
+            gpu: The GPU that times are modelled for.
+            gpu_memory: Bytes of a GPU; "auto" takes at most a tenth. None: those of the GPU that is here, if any.
 
         Raises:
             ValueError: Every way holds more than the budget. The message says how much the least holds.
@@ -104,7 +104,7 @@ class LinearCrossEntropyPlan:
         """The kind of way.
 
         *materialise* keeps all logits until backward. *chunk* makes all gradients in the forward pass. *two-stage*
-        makes there those of hidden, and leaves some columns of the weight's gradient to backward. *recompute* leaves
+        makes those of hidden there, and leaves some columns of the weight's gradient to backward. *recompute* leaves
         everything to backward.
         """
         return str(self.call.modes(self.way))  # type: ignore[return-value]
@@ -135,7 +135,7 @@ class LinearCrossEntropyPlan:
         way = way._replace(summed=summed, kept=kept, columns=max(1, min(way.columns, V)))
         return replace(self, call=replace(call, V=V), way=way)
 
-    # What every backward pass asks for, worked out once: plans are remembered.
+    # Every backward pass asks for these. They are worked out once, because plans are remembered.
 
     @cached_property
     def column_share(self) -> float:
@@ -286,7 +286,7 @@ def planned(
 def _planned(
     call: Call, budget: int | None, on_cpu: bool, most: int | None, mode: Mode | None, gpu: Gpu
 ) -> LinearCrossEntropyPlan:
-    """Return the fastest plan within `budget`, or within what "auto" stands for if that is None, but `most`."""
+    """Return the fastest plan within `budget`; None stands for "auto", at most `most`."""
     allowed = _default_budget(call, on_cpu, most) if budget is None else budget
     plan = _best(call, allowed, mode, gpu)
     if plan is not None:

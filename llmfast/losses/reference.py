@@ -89,7 +89,7 @@ def _of_probabilities(x: Tensor, targets: Tensor, o: dict[str, Any]) -> Tensor:
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
-    targets: Tensor,  # (...) or (..., K)
+    targets: Tensor,  # (...) or (..., K); or (..., V) probabilities
     *,
     bias: Tensor | None = None,  # (V,)
     return_stats: bool = False,
@@ -120,7 +120,7 @@ def logprobs(
         return each
     rank = None
     if o["return_rank"]:
-        order = _final(logits, {**o, "softcap": None})  # which makes some equal by rounding
+        order = _final(logits, {**o, "softcap": None})  # a softcap makes some equal by rounding
         own = order.gather(-1, y.masked_fill(~keep, 0).long())
         above = torch.stack([(order > logit).sum(-1) for logit in own.split(1, -1)], -1)
         rank = torch.where(keep, above, -1).view(ids.shape)

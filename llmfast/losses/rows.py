@@ -21,7 +21,7 @@ class RowOps(NamedTuple):
     cross_entropy_backward: Callable[..., None]
     scale: Callable[..., Tensor]
     count_above: Callable[..., Tensor]
-    peak_unit: float  # times `Rows.peak` is the largest logit
+    peak_unit: float  # `Rows.peak` times this is the largest logit
 
     def lse(self, rows: Rows) -> Tensor:
         """Return (N,) logsumexp of the logits."""
@@ -76,7 +76,7 @@ def row_ops(t: Tensor, *, dense: bool = False) -> RowOps:
         rows: Rows = functions.dense_cross_entropy(logits, *unweighted, V=V)
         assert rows.taught is not None
         mass = rows.taught[:, 2]
-        # A loss of these columns alone; where all their logits are -inf they have no part in it.
+        # `rows.loss` is of these columns alone; if all their logits are -inf, they have no part in the whole loss.
         pull = torch.where(rows.total > 0, mass * rows.total.log() - rows.loss, 0.0)
         return Partials(rows.peak, rows.total, None, pull, mass, None)
 

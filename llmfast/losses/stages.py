@@ -17,7 +17,7 @@ Record = TypeVar("Record", Softmax, Upstream)
 
 
 class Matrices(NamedTuple):
-    """The inputs in the compute dtype."""
+    """Hidden states and weight in the compute dtype."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -57,7 +57,7 @@ class Stages:
         """Yield the results of each chunk of rows.
 
         Args:
-            made: Filled with the gradients of grad_scale * sum(loss), of the weight as many rows as there are.
+            made: Filled with the gradients of grad_scale * sum(loss); the weight's may have fewer rows than V.
             kept: (N, columns) that logits are copied to, from column `summed` on; None to copy nothing.
             slab: (rows, padded V) for the logits.
             stats: Whether to compute entropy and argmax.
@@ -99,7 +99,7 @@ class Stages:
     def finish_rows(self, softmax: Softmax, upstream: Upstream, out: Gradients, *, add: bool) -> None:
         """Fill the gradients of the rows that the plan finishes, and of its summed columns, from new logits.
 
-        `add` adds to the weight's gradient.
+        With `add`, the weight's gradient is added to what is there.
         """
         V, finished = self.plan.call.V, self.plan.way.finished
         slab = self._slab(min(self.plan.way.rows, finished), self.plan.padded(V))
@@ -146,10 +146,10 @@ class Stages:
         """Fill the gradients of the other columns, and the sum of d_hidden over them.
 
         Args:
-            softmax: Of all columns.
+            softmax: Softmax of all columns.
             upstream: Gradients of the rows' results.
             kept: Logits that were kept, which are written over.
-            out: Gradients: of the rows that are not finished; of the whole weight and bias.
+            out: Gradients of the rows that are not finished, and of the whole weight and bias.
             add: Whether to add to the weight's gradient.
             factor: Multiplies the weight's gradient, in float32; `upstream` leaves it out then.
         """
@@ -202,7 +202,7 @@ class Stages:
         return slab if slab.dtype == dtype else slab.new_empty(slab.shape, dtype=dtype)
 
 
-# Most calls need one slab, and a view takes the host as long as a small allocation.
+# No view is made of a whole tensor: most calls need one slab, and a view takes the host as long as a small allocation.
 
 
 def _first(t: Tensor, n: int, axis: int = 0) -> Tensor:

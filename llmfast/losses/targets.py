@@ -46,7 +46,10 @@ class LogprobStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Ready:
-    """A call that is checked, up to its launches, which callers make so that few functions lead to a kernel."""
+    """A checked call, whose result is finished(function(*arguments)).
+
+    The public function evaluates that itself, so that few functions lead to a kernel.
+    """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -54,7 +57,10 @@ class Ready:
 
 
 class RowStats(NamedTuple):
-    """The statistics of `LossStats` per row, all (N,), without the accuracy. `finish` gives them the caller's shape."""
+    """The statistics of `LossStats` per row, without the accuracy, and the places of `Rows`.
+
+    All are (N,), places (N, K). `finish` and `finish_logprobs` give them the caller's shape.
+    """
 
     token_loss: Tensor
     lse: Tensor
@@ -91,7 +97,7 @@ def prepare(options: LossOptions, inputs: Inputs, columns: slice, dtype: torch.d
     targets = make(options, inputs.targets, inputs.rows.shape[:-1], wide)
     terms = make_terms(options, inputs.V, columns, wide)
     count = None
-    if options["reduction"] == "mean":  # of tokens, where targets are probabilities, as in torch
+    if options["reduction"] == "mean":  # the number of tokens where targets are probabilities, as in torch
         counting = replace(terms, class_weights=None) if inputs.dense else terms
         count = count_of(options["num_valid"], targets, counting, wide)
     return {

@@ -59,7 +59,7 @@ AnyTeacher = TeacherStates | TeacherLogits | TeacherProbabilities | TeacherTopK
 
 @dataclass(frozen=True)
 class Teacher:
-    """Any of them, checked, with one row per token. What it does not have is None."""
+    """Any of these teachers, checked, with one row per token. What it does not have is None."""
 
     hidden: Tensor | None = None  # (N, D)
     weight: Tensor | None = None  # (V, D)
@@ -78,7 +78,7 @@ class Teacher:
         return replace(self, **{name: t[rows] for name, t in given.items()})
 
     def slab(self, columns: slice, width: int, dtype: torch.dtype | None, products: Products) -> TeacherRows:
-        """Return what it says about `columns`. Logits that are made have `width` columns and, if not None, `dtype`."""
+        """Return what the teacher says about `columns`. Logits it makes have `width` columns, and `dtype` if given."""
         bias = None if self.bias is None else self.bias[columns]
         V = columns.stop - columns.start
         terms = Terms(V, bias=bias, softcap=self.softcap, logit_scale=self.logit_scale)
@@ -189,7 +189,7 @@ def _top(teacher: TeacherTopK, hidden: Tensor, V: int, ignore_index: int) -> Tea
         ordered = ids.masked_fill(none, -1).sort(1)[0]
         same = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         expect(not same.any(), f"teacher.ids must differ within a token; got {ordered[:, 1:][same][:1]} twice")
-    # Whatever is no class lies in no column.
+    # -1 lies in no column, and stands for whatever is no class.
     ids = torch.where(none | (ids < 0) | (ids >= V), -1, ids)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logprobs = logprobs.detach().reshape(-1, K).to(wide).masked_fill(ids < 0, -torch.inf)

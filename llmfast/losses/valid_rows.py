@@ -14,9 +14,9 @@ from llmfast_kernels.terms import Targets
 class ValidRows:
     """Rows of a batch that have a valid target, and room for more of them."""
 
-    N: int  # of the batch
-    index: Tensor  # (n,) of the rows, in order; 0 where fewer than n are valid
-    surplus: Tensor  # (n,) bool: gathered in vain
+    N: int  # rows of the batch
+    index: Tensor  # (n,) numbers of the rows, in order; then 0 if fewer than n are valid
+    surplus: Tensor  # (n,) bool: True for those zeros
     count: Tensor  # ()
     ignore_index: int
 
@@ -48,7 +48,7 @@ def valid_rows(
 ) -> ValidRows | None:
     """Find the rows to compute: at most `num_valid` where that is an int; on a CPU just the valid ones. None for all.
 
-    On a CPU, all rows are computed if a copy of the valid ones and of their gradients took a quarter of the `budget`.
+    On a CPU, all rows are computed if a copy of the valid ones and their gradients would take a quarter of `budget`.
 
     Raises:
         ValueError: more rows than `num_valid` are valid. Only on a CPU: elsewhere looking would be a wait.

@@ -27,7 +27,7 @@ import torch
 Mode = Literal["materialise", "chunk", "two-stage", "recompute"]
 
 SHARES = 32  # steps from none to all of the columns that are summed or kept, and of the rows that are finished
-ALIGNED = 64  # columns that a slab's width, and every share of the columns, is a multiple of where it can be
+ALIGNED = 64  # every share of the columns but the whole is a multiple of this
 SCALARS = 64  # bytes of the loss, the count and a few more numbers
 NARROWEST = 16  # columns of the narrowest slab, whose rows still start at multiples of 16 bytes
 
@@ -81,8 +81,8 @@ class Call:
     into: bool = False  # the weight's gradient is added to a buffer of the caller's
     functional: bool = False  # an operator of torch: only what it returns lives on until backward
     stats: bool = False  # statistics are returned
-    ids: int = 0  # per row, whose log-probabilities are returned
-    places: bool = False  # and their places among the classes
+    ids: int = 0  # ids per row whose log-probabilities are returned
+    places: bool = False  # their places among the classes are returned too
     float32_products: bool = True  # low precision can be multiplied into float32
     float32_sums: bool = True  # and added there
     blocks: int = 0  # buffers of plain torch for each block of rows, in float32
@@ -113,7 +113,7 @@ class Call:
         """Bytes of numbers per row: loss, peak and total, and an upstream gradient; and what is returned besides.
 
         The losses of a mean or sum are gone when there is an upstream gradient. Log-probabilities have upstream
-        gradients of their own, which become weights. Ranks add them up.
+        gradients of their own, which become weights. Ranks hold more of them while they add them up.
         """
         each = (7 if self.ranks else 3) * self.ids
         numbers = (10 if self.stats else self._numbers) + each + self.taught
@@ -126,7 +126,7 @@ class Call:
 
     @property
     def joined_bytes(self) -> int:
-        """Bytes per row beyond those when loss, peak and total of all chunks are joined."""
+        """Bytes per row beyond `row_bytes` while loss, peak and total of all chunks are joined."""
         return 0 if self.stats else (6 - self._numbers + self.taught) * self.wide.itemsize
 
     def forgets(self, way: Way) -> Any:
@@ -202,9 +202,9 @@ class Call:
 
     @property
     def divides_late(self) -> bool:
-        """True if gradients of the forward pass are divided by the count, and so passed over, once they are complete.
+        """True if gradients of the forward pass are divided by the count once they are complete, in one more pass.
 
-        For others this launch returns at once, as long as the upstream gradient is 1.
+        Otherwise that launch returns at once, as long as the upstream gradient is 1.
         """
         return self.is_half or self.filtered or not (self.kernels or self.dtype == torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Small model for training and tests."""
+"""A small model for training and tests."""
 
 from llmfast.models.decoder import Decoder, DecoderConfig
 from llmfast.models.llama import load_llama, save_llama

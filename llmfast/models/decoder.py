@@ -146,10 +146,10 @@ class Decoder(nn.Module):
 
     def trunk(
         self,
-        tokens: Tensor,
+        tokens: Tensor,  # (B, T) int64
         *,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,  # (B, T)
+        document_ids: Tensor | None = None,  # (B, T)
         cache: Sequence[KeyValues] | None = None,
     ) -> Trunk:
         """Run the part before the final norm and the heads, with the same arguments as the whole model."""
@@ -173,8 +173,8 @@ class Decoder(nn.Module):
     def stream(self, tokens: Tensor, *, context: int, sampler: Sampler | None = None) -> Iterator[Tensor]:
         """Yield tokens (1,) that continue `tokens`, (T,) int64 and not empty, without end.
 
-        The model sees the last `context`. As long as that is all, a token costs one row; then every token costs
-        `context` rows, because the positions of all others change. The default sampler is greedy.
+        The model sees the last `context` tokens. As long as these are all there are, a token costs one row; then every
+        token costs `context` rows, because the positions of all others change. The default sampler is greedy.
 
         Raises:
             ValueError: The model's logits are not finite, so that there is nothing to sample from.
@@ -255,6 +255,8 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and a feed-forward layer, each of which reads a norm of its input and adds to it."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -265,8 +267,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, D)
-        rope: Tensor,
-        mask: Tensor | None,
+        rope: Tensor,  # (2, B, 1, T, head_width / 2)
+        mask: Tensor | None,  # (B, 1, T, T), or None for causal attention
         kept: KeyValues | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, kept)
@@ -275,13 +277,21 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention with rotary embeddings, causal unless there is a mask."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, kept: KeyValues | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rope: Tensor,  # (2, B, 1, T, head_width / 2)
+        mask: Tensor | None,  # (B, 1, T, T)
+        kept: KeyValues | None = None,
+    ) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = rotate(q, rope), rotate(k, rope)
         before = 0

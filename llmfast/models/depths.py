@@ -14,7 +14,7 @@ HiddenKind = Literal["pre_norm", "post_norm"]
 
 
 class SequentialDepths(nn.Module):
-    """Depths after a trunk that predicts the next token; depth k at row t predicts token t + 1 + k, k = 1..D.
+    """Depths after a trunk that predicts the next token; depth k at row t predicts token t + 1 + k, k = 1..depths.
 
         h_0 = the trunk's output
         h_k = block_k(eh_proj_k([enorm_k(Emb(x_{t+k})); hnorm_k(h_{k-1})]))
@@ -38,8 +38,8 @@ class SequentialDepths(nn.Module):
 
         Args:
             make_block: Called once per depth; a block is any module `block(x, *args)` from (B, T, D) to (B, T, D).
-            depths: D.
-            width: D of the hidden states, the same as the embedding's.
+            depths: How many there are.
+            width: D, the width of the hidden states and of the embedding.
             concat_order: What `eh_proj` reads first. DeepSeek's paper says the hidden state, its weights the embedding.
             hidden: What a depth reads from the previous one, and so what the caller has to pass: the residual stream
                 ("pre_norm"), or the stream after the norm for the unembedding ("post_norm").

@@ -35,7 +35,7 @@ _BLOCK: dict[str, list[str]] = {
 }
 _DEPTH = {"enorm": ["enorm"], "hnorm": ["hnorm"], "eh_proj": ["eh_proj"], "norm": ["shared_head.norm"]}
 _SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
-_BEYOND = 2**31  # any size
+_BEYOND = 2**31  # any size or number of the configuration is smaller
 _OWN = ("mtp_heads", "mtp_concat", "mtp_hidden", "mtp_repeated_layer", "mtp_detach")  # the layout has no names for them
 
 
@@ -180,7 +180,7 @@ def _config(model: Decoder, depths: bool) -> dict[str, Any]:
 
 
 def decoder_config_of(values: dict[str, Any], file: Path) -> DecoderConfig:
-    """Describe the decoder of a config.json; ValueError if there is none."""
+    """Return the configuration of the decoder that a config.json describes; ValueError if it describes none."""
     ours, depths = values.get("llmfast", {}), values.get("num_nextn_predict_layers", 0)
     wrote = f"{file} must be of a model that llmfast wrote"
     other = f"another one can be trained further: `llmfast train --model.pretrained {file.parent}`"

@@ -27,7 +27,7 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Precision:
-    """Formats of parameters and states: the parameters' dtype, and `llmfast.optim.Extras` under their names.
+    """Formats of parameters and states: the parameters' dtype, and two options of `llmfast.optim.Extras`.
 
     Gradients have the parameters' dtype. Float32 parameters are trained under autocast to bfloat16, bfloat16 ones
     without autocast.
@@ -111,20 +111,22 @@ def estimate_memory(
     """Estimate the memory for training `config`'s decoder as `llmfast train` does: packed rows, the fused loss.
 
     With `shards`, FSDP2 keeps an equal part of each parameter, gradient and state on each device. The parameters of a
-    block are whole while it works: at most those of two blocks at a time, one of which arrives, with the gradients of
-    one and what is sent of two. Gradients of micro-batches before a step's last one stay whole.
+    block are whole while it works. At most two blocks are whole at a time, because the next one arrives meanwhile; in
+    addition there are the gradients of one and what is sent of two. Gradients of micro-batches before a step's last one
+    stay whole.
 
     Args:
         config: The decoder.
         batch_size: Rows per micro-batch, on one device.
         seq_len: Tokens per row.
         accumulate: Micro-batches per step.
+        precision: Formats of parameters and states.
         autocast: Use autocast to bfloat16 for float32 parameters; others are bfloat16 anyway.
         checkpoint_activations: Keep only the input of each block, and recompute the rest.
         in_backward: The optimizer steps during backward and frees the gradients.
-        optimizer: Its class, or a function that makes it of the parameters and the precision's two options.
+        optimizer: Its class, or a function that makes it from the parameters and the precision's two options.
         device: An NVIDIA GPU, or a CPU.
-        gpu_memory: In bytes; the fused loss holds at most a tenth of it beyond its gradients.
+        gpu_memory: Bytes of the GPU; the fused loss holds at most a tenth of them beyond its gradients.
         ranks: Devices that train together. DDP keeps gradients throughout, in the buckets that it reduces.
         shards: Devices that share one set of parameters, as with FSDP2 and HSDP.
 

@@ -15,7 +15,7 @@ def sequential_backward(
     loss: Callable[[int, Tensor], Tensor],
     *args: Any,
 ) -> Tensor:
-    """Run forward and backward of `sum_k loss(k, head_k(trunk_out, *args))` per head, and then of the trunk.
+    """Run forward and backward of `sum_k loss(k, head_k(trunk_out, *args))` head by head, then the trunk's backward.
 
     The gradients equal those of one graph. Peak memory is the trunk's activations and those of the largest head, while
     one graph keeps those of all heads. This helps with large heads, or with losses that keep their logits. With

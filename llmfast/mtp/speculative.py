@@ -141,7 +141,7 @@ class _SequentialDrafts:
         self._again = [empty for _ in self._caches]
 
     def guess(self, trunk: Trunk, tokens: Tensor, rows: int, count: int) -> Tensor:
-        """Draft as above."""
+        """Draft as `_ParallelDrafts.guess` does."""
         model, depths, known = self._model, self._depths, len(tokens)
         hidden = (trunk.out if depths.hidden == "pre_norm" else model.norm(trunk.out))[:, :rows]
         for k, kept in enumerate(self._caches[:count], 1):

@@ -471,9 +471,9 @@ def test_heads_that_do_not_fit() -> None:
     hiddens, weight, labels = torch.zeros(2, 4, D), torch.zeros(9, D), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"hiddens must be \(K, \*\(3,\), D\)"):
         mtp_logprobs(hiddens, weight, labels[:3])
-    with pytest.raises(ValueError, match="heads must be given where they share hidden states alone; got 2"):
+    with pytest.raises(ValueError, match="heads must be given if hidden states are shared, only then; got 2"):
         mtp_logprobs(hiddens, weight, labels, heads=2)
-    with pytest.raises(ValueError, match="heads must be given where they share hidden states alone; got None"):
+    with pytest.raises(ValueError, match="heads must be given if hidden states are shared, only then; got None"):
         mtp_logprobs(hiddens[0], weight, labels)
     for heads in (0, -1):
         with pytest.raises(ValueError, match=f"^heads must be positive; got {heads}$"):

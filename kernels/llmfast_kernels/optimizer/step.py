@@ -195,7 +195,7 @@ def update_tile(
 
     g = load_grad(at.grad, start, i, mask, grad_aligned, ALIGNED).to(tl.float32) * scalars.grad_factor
     if UNSCALE:
-        # The sign is the update's alone.
+        # grad_factor is negative to maximize, but the stored gradient keeps its sign.
         unscaled = tl.where(scalars.grad_factor < 0.0, -g, g).to(grad_type)
         store_grad(at.grad, start, i, unscaled, mask, grad_aligned, ALIGNED)
     p = READ(p_ptr, mask, load(low_ptr, pairs[2], HALF, mask))
@@ -397,7 +397,7 @@ def update_kernel(
         at,
         start,
         count,
-        # Threads would exchange unscaled gradients, in order to store them one by one.
+        # Unaligned, threads would exchange unscaled gradients in order to store them one by one.
         aligned & grad_aligned if UNSCALE else aligned,
         None if UNSCALE else grad_aligned,
         scalars,

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(
-    4096
-)  # elements per program: small models still fill a GPU, and the table stays comparatively small
+# Elements per program: small models still fill a GPU, and the table stays comparatively small.
+CHUNK = tl.constexpr(4096)
 
 # One tensor. Addresses are 0 for a tensor that does not exist.
 ROW = np.dtype(
