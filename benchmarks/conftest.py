@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--results",
         type=Path,
-        help="folder for results; those of a part replace its own there",
+        help="folder for results; a part of the suite replaces only its own rows there",
     )
 
 

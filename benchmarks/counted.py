@@ -26,7 +26,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """Job: what to count."""
+    """Operation, implementation and size to count."""
 
     operation: str  # of llmfast.checkup.ways
     way: str

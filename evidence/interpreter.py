@@ -432,7 +432,7 @@ def _patch_launch(interpreter: Any) -> None:
         try:
             return function(*args, **kwargs)
         except (interpreter.InterpreterError, observers.Objection):
-            raise  # once named is enough; stock Triton would wrap it again at each level
+            raise  # wrapped already; stock Triton would wrap it again at each level
         except Exception as error:
             raise interpreter.InterpreterError(repr(error)) from error
 
@@ -446,7 +446,7 @@ def _with_room(function: Callable[..., Any], *args: Any) -> Any:
 
 
 # Python keeps frames in chunks of 16 KiB and maps a new one for a call that does not fit into the last. Near the end
-# of a chunk that is every call, which took half of the time of some kernels. After a frame of half a megabyte there is
+# of a chunk every call does so, which took half of the time of some kernels. After a frame of half a megabyte there is
 # room.
 _with_room.__code__ = _with_room.__code__.replace(co_stacksize=70_000)
 

@@ -119,7 +119,7 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
     known: dict[tuple[str, Any], Array] = {}
 
     def constant(self: Any, value: Any, like: Any) -> Any:
-        key = (like.type.name, value or str(value))  # 0.0 and -0.0 are equal, and not the same
+        key = (like.type.name, value or str(value))  # 0.0 and -0.0 are equal but differ
         array = known.get(key)
         if array is None:
             if len(known) >= _MANY:

@@ -35,7 +35,7 @@ def install(interpreter: Any) -> None:
 def _emulated(interpreter: Any, name: str, function: Callable[..., Array] | None) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if function is None:
-            raise NotImplementedError(f"libdevice.{name} in the interpreter")
+            raise NotImplementedError(f"libdevice.{name} has no counterpart in NumPy")
         values = [interpreter.interpreter_semantic.to_tensor(arg) for arg in args]
         if any(value.dtype.scalar == tl.bfloat16 for value in values):
             raise NotImplementedError(f"libdevice.{name} on bfloat16 values: it takes float32 and float64")

@@ -254,11 +254,11 @@ def _nvidia_resources(kernel: Any, instructions: Sequence[Instruction]) -> dict[
 
 def _nvidia_occupancy(metadata: Any, registers: int) -> float:
     threads, programs, shared_kib = _NVIDIA_LIMITS[metadata.target.arch]
-    registers_a_warp = -(-registers * 32 // 256) * 256
+    registers_per_warp = -(-registers * 32 // 256) * 256
     fit = min(
         programs,
         threads // (32 * metadata.num_warps),
-        65536 // (registers_a_warp * metadata.num_warps),
+        65536 // (registers_per_warp * metadata.num_warps),
         (shared_kib << 10) // (metadata.shared + 1024),  # the system reserves 1 KiB per program
     )
     return float(fit * 32 * metadata.num_warps / threads)

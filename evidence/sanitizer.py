@@ -140,9 +140,8 @@ class Sanitizer(Observer):
         self._memories: list[_Memory] = []
         self._add_memories(tensors)
         self._released: dict[int, set[int]] = {}
-        self._undefined: list[
-            tuple[str, Array, int]
-        ] = []  # argument, addresses and element size of loads of undefined memory
+        # Argument, addresses and element size of each load of undefined memory.
+        self._undefined: list[tuple[str, Array, int]] = []
 
         run(programs)
         self._check_outputs()
@@ -197,7 +196,8 @@ class Sanitizer(Observer):
                 name, addresses, size = self._undefined[0]
                 low = self._bounds[name].low if name in self._bounds else memory.low
                 self._fail(
-                    f"writes {memory.name} as it read {name}, which nobody wrote", (int(addresses[0]) - low) // size
+                    f"writes {memory.name} from what it read in {name}, which nobody wrote",
+                    (int(addresses[0]) - low) // size,
                 )
 
     def _check_order(self, programs: Sequence[int], run: Run) -> None:

@@ -277,7 +277,7 @@ _BY_INDEX = {_aten.index, _aten.index_put_}  # which wait to count the elements 
 _WRITE_ONLY = {_aten.fill_, _aten.zero_, _aten.copy_, _aten.normal_, _aten.uniform_, _aten.random_, _aten.bernoulli_}
 _NO_TRAFFIC = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _NO_TRAFFIC |= {_aten._unsafe_view, _aten.detach, _aten.alias, _aten.lift_fresh, _aten.set_, _aten.resize_}
-_INPUT_IS_A_MODEL = {
+_ONLY_SHAPE_OF_INPUT = {
     _aten.zeros_like,
     _aten.ones_like,
     _aten.full_like,
@@ -285,9 +285,10 @@ _INPUT_IS_A_MODEL = {
     _aten.new_full,
     _aten.new_ones,
 }
-_INPUT_IS_A_MODEL |= {_aten.rand_like, _aten.randn_like}
+_ONLY_SHAPE_OF_INPUT |= {_aten.rand_like, _aten.randn_like}
 
-# Operators that touch only part of a tensor: their reads per argument, as multiples of another argument.
+# Operators that touch only part of a tensor. `_PICKS` names the argument of which a part is read, `_SCATTERS` the one
+# whose size is that of the part of `self` that is touched.
 _PICKS = {_aten.gather: "self", _aten.index_select: "self", _aten.index: "self", _aten.embedding: "weight"}
 _PICKS |= {_aten.nll_loss_forward: "self", _aten.take: "self"}
 _SCATTERS = {_aten.index_add_: "source", _aten.scatter_add_: "src", _aten.scatter_: "src", _aten.index_put_: "values"}
@@ -356,7 +357,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
             writes = bound.get("grad_scale") is not None  # if so, gradients are unscaled in place
         if writes:
             written += tensors
-        if not (writes and (argument.is_out or packet in _WRITE_ONLY)) and packet not in _INPUT_IS_A_MODEL:
+        if not (writes and (argument.is_out or packet in _WRITE_ONLY)) and packet not in _ONLY_SHAPE_OF_INPUT:
             read |= {(t.data_ptr(), tuple(t.shape)): t for t in tensors}
     loaded, stored = sum(map(_bytes, read.values())), sum(map(_bytes, written or results))
     if packet in _PICKS:

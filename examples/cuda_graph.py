@@ -55,7 +55,7 @@ def captured(step: Step) -> torch.cuda.CUDAGraph:
 
 
 def train(steps: int = 60, rows: int = 16, context: int = 128, ordinary: int | None = 3) -> list[float]:
-    """Train and return the losses. Only the first `ordinary` steps run without the graph; None runs all of them so.
+    """Train and return the losses. Only the first `ordinary` steps run without the graph; with None, all steps do.
 
     The ordinary steps compile the kernels and create the optimizer's states and tables, which a capture cannot do.
     """

@@ -44,7 +44,7 @@ def sequence_logprobs(model: TinyGPT, sequences: list[Tensor], prompts: list[int
 def train(
     steps: int, rows: int = 8, device: str = "cpu", logprobs: Callable[..., Tensor] = sequence_logprobs
 ) -> tuple[list[float], list[float]]:
-    """Return the loss of each step, and the mean difference of rewards of what is preferred and what is not."""
+    """Train; return the loss and the margin of each step: by how much the reward of the preferred line is higher."""
     torch.manual_seed(0)
     policy = TinyGPT().to(device)
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -1,8 +1,8 @@
 """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) of a small GPT, without logits.
 
-The policy is rewarded for the letter e. Each prompt is continued several times, at temperatures of their own; a reward
-counts against the mean of its prompt's. Two updates follow, with the clipped ratio to the old policy and a bonus for
-entropy. All sequences are packed into one row, and no logits exist in training.
+The policy is rewarded for the letter e. Each prompt is continued several times, each time at another temperature, and
+each reward is compared with the mean of its prompt's rewards. Two updates follow, with the clipped ratio to the old
+policy and a bonus for entropy. All sequences are packed into one row, and no logits exist in training.
 
 python examples/grpo.py
 """

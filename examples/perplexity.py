@@ -1,8 +1,8 @@
 """Perplexity of a text of any length in constant memory, and how often the next byte is among the likeliest.
 
-A window slides over the text; a byte counts once, and all but the first have at least half of a window before them.
-Nothing of the text's length is on the device: one sum in float64 and three counts, which are read at the end. Logits
-exist as far as `memory_budget` allows.
+A window slides over the text. Each byte counts once, and all but those of the first window have at least half a window
+of context. The device holds only a sum in float64 and three counts, which are read at the end, however long the text
+is. `memory_budget` limits the logits.
 
 python examples/perplexity.py
 """
@@ -21,13 +21,13 @@ from llmfast.optim import FusedAdamW
 
 @torch.no_grad()
 def measured(model: TinyGPT, text: Tensor, rows: int = 8, context: int = 128, budget: Any = "auto") -> dict[str, float]:
-    """Return perplexity, and the share of bytes of rank 0 and of rank below 5.
+    """Return the perplexity, and the shares of bytes with rank 0 and with a rank below 5.
 
     Args:
         model: The model.
         text: (length,) tokens in the host's memory.
-        rows: Windows of a batch.
-        context: Tokens of a window.
+        rows: Windows per batch.
+        context: Tokens per window.
         budget: Bytes to hold beyond hidden states, see `linear_logprobs`.
     """
     device, step = model.head.weight.device, context // 2

@@ -52,4 +52,4 @@ def train(steps: int = 200) -> list[float]:
 
 if __name__ == "__main__":
     losses = train()
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a byte")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per byte")

@@ -57,7 +57,7 @@ class Packing:
     """Several sequences in one row, which do not see each other: no padding, and one pass of the model for all."""
 
     def __init__(self, sequences: Sequence[Tensor], prompts: Sequence[int]) -> None:
-        """Pack `sequences` of tokens, whose first `prompts` tokens are given."""
+        """Pack `sequences` of tokens; `prompts` are the numbers of their first tokens, which are not predicted."""
         device, each = sequences[0].device, [torch.arange(len(s), device=s.device) for s in sequences]
         ids = [
             s.roll(-1).masked_fill((at < n - 1) | (at == len(s) - 1), -100)
@@ -65,11 +65,11 @@ class Packing:
         ]
         self.tokens = torch.cat([*sequences])[None]  # (1, T)
         self.ids = torch.cat(ids)[None]  # (1, T): what each token is to predict, -100 within prompts and at ends
-        self.places = torch.cat(each)  # (T,) of tokens in their sequences
+        self.places = torch.cat(each)  # (T,): the position of each token in its sequence
         lengths = torch.tensor([len(s) for s in sequences], device=device)
         self.sequence = torch.arange(len(sequences), device=device).repeat_interleave(
             lengths
-        )  # (T,) that tokens are of
+        )  # (T,): the sequence of each token
         self.count = len(sequences)
         self.mask = (self.sequence[:, None] == self.sequence) & (self.places[:, None] >= self.places)
 

@@ -1,7 +1,7 @@
 """Distillation from files: a teacher writes its likeliest bytes once, and a student learns from them without it.
 
 Each file has one row of packed lines: tokens, and for each token the ids and log-probabilities of the teacher's K
-likeliest next bytes, in 16 bits. What the K leave of the probability is one more class, for teacher and student. The
+likeliest next bytes, in 16 bits. The rest of the probability is one more class, for teacher and student. The
 student never has all logits at once.
 
 python examples/top_k_distillation.py
@@ -34,7 +34,7 @@ def sequences(rows: int) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def write(model: TinyGPT, folder: Path, files: int, rows: int = 8) -> None:
-    """Write what the teacher says of so many packed rows, one file each."""
+    """Write the teacher's answers for `files` rows of packed lines, one file each."""
     device = model.head.weight.device
     for number, lines in zip(range(files), sequences(rows)):
         packed = Packing([line.to(device) for line in lines], [1] * len(lines))
@@ -52,7 +52,7 @@ def write(model: TinyGPT, folder: Path, files: int, rows: int = 8) -> None:
 
 
 def read(file: Path, device: str) -> tuple[Packing, TeacherTopK]:
-    """Read a row of packed lines, and what the teacher says of it."""
+    """Read a row of packed lines, and the teacher's answers for it."""
     said = load_file(file, device=device)
     lines = said["lines"].long().split(said["lengths"].tolist())
     top = TeacherTopK(said["ids"][None].int(), said["logprobs"][None].float(), tail="bucket")  # llmfast

@@ -1,6 +1,6 @@
 """TRL's preference and policy trainers (DPO, GRPO, KTO, RLOO) with llmfast's log-probabilities.
 
-These trainers ask their model for the log-probabilities of the labels, in the place of logits. `use_logprobs` lets
+These trainers ask their model for the log-probabilities of the labels instead of logits. `use_logprobs` lets
 llmfast answer, for any model that `fuse_loss` takes, with its own scales, softcaps and adapters.
 
 pip install '.[hf,trl]' && python examples/trl_logprobs.py
@@ -23,9 +23,9 @@ from llmfast.optim import FusedAdamW
 
 
 def use_logprobs(trainer: Any, **options: Any) -> None:
-    """Let the model of a trainer, and its reference, answer TRL by `model_logprobs`, which has the `options`.
+    """Let a trainer's model and its reference model answer TRL by `model_logprobs` with these `options`.
 
-    Call this after the trainer is made, which gives both models a forward of its own.
+    Call this after the trainer is made: TRL replaces the forward of both models.
     """
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
@@ -47,7 +47,7 @@ def answering(lm: Any, options: dict[str, Any]) -> Any:
             loss=-found.sum() / known.sum().clamp(min=1),
             log_probs=found[:, :-1],
             entropy=stats.entropy[:, :-1],
-            mean_logits=torch.full_like(found, torch.nan)[:, :-1],  # TRL logs it, and computes nothing of it
+            mean_logits=torch.full_like(found, torch.nan)[:, :-1],  # TRL only logs it
             is_top1=(known & (stats.argmax == ids))[:, :-1],
             label_mask=known[:, :-1],
         )

@@ -19,7 +19,7 @@ _kernels_on_cpu = False
 
 
 def use_kernels(t: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Return True if the Triton kernels process tensors like `t`, or with `dtype` those of another dtype next to it.
+    """Return True if the Triton kernels process tensors like `t`, or, given `dtype`, tensors of that dtype next to `t`.
 
     All code that chooses a path calls this function.
     """

@@ -30,7 +30,7 @@ class Gpu:
 
 
 def _gpu(name: str, gb: int, bandwidth: float, tensor_cores: float, float32: float, special: float) -> Gpu:
-    """Make a GPU of terabytes and TFLOPs per second, and of multiprocessors times GHz.
+    """Make a GPU from GB, TB/s, TFLOP/s twice, and multiprocessors times GHz.
 
     Special functions take 16 lanes on each of NVIDIA's multiprocessors and AMD's compute units.
     """
@@ -45,7 +45,7 @@ H100_NVL = _gpu("H100 NVL", 94, 3.9, 835, 60, 132 * 1.785)
 H200 = replace(H100, name="H200", memory=141 * GB, bandwidth=4.8e12)
 GPUS = (A100, H100, H200, B200, MI300X)  # GPUs used for modelled times
 
-# By the names that users give them. For GeForce cards and the L40S, matrix products with float32 accumulation.
+# By the names that users give them. GeForce cards and the L40S: matrix products with float32 accumulation.
 KNOWN = {
     "A100": A100,
     "A100-40": replace(A100, name="A100 40 GB SXM", memory=40 * GB, bandwidth=1.555e12),
@@ -111,5 +111,5 @@ def _gigabytes(name: str) -> int | None:
 
 
 def _model(gpu: Gpu) -> str:
-    """Return its name without memory size and form factor."""
+    """Return a GPU's name without memory size and form factor."""
     return re.sub(r" (\d+ GB|SXM)", "", gpu.name)

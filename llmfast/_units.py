@@ -56,7 +56,7 @@ def parse_bytes(text: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Write a time in the largest unit of which there are two."""
+    """Write a time in the largest unit of which it has at least two."""
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
     units = (("days", 86_400), ("hours", 3600), ("minutes", 60))

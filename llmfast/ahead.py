@@ -43,15 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=128256, help="classes of the loss (default: %(default)s)")
     parser.add_argument("--softcap", action="store_true", help="also for a loss whose logits are capped")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of logits and parameters (default: bfloat16)"
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=["bfloat16"],
+        help="dtypes of logits and parameters (default: bfloat16)",
     )
     parser.add_argument(
-        "--optimizers", nargs="*", choices=OPTIMIZERS, default=["adamw"], help="with and without clipping"
+        "--optimizers",
+        nargs="*",
+        choices=OPTIMIZERS,
+        default=["adamw"],
+        help="with and without clipping (default: adamw)",
     )
     parser.add_argument(
-        "--master-weights", choices=[name for name in PARAM_FORMATS if name], help="of optimizers of 16-bit parameters"
+        "--master-weights", choices=[name for name in PARAM_FORMATS if name], help="extra bits of 16-bit parameters"
     )
-    parser.add_argument("--state-dtype", choices=["8bit", *DTYPES], help="of optimizers (default: the parameters')")
+    parser.add_argument(
+        "--state-dtype", choices=["8bit", *DTYPES], help="dtype of the states (default: the parameters')"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch_losses(dtype: torch.dtype, V: int, *, softcap: float | None) -> None:
-    """Launch what losses without other options launch, on logits of `V` columns and on the linear loss's own slab."""
+    """Launch the kernels of losses without options, on logits of `V` columns and on the linear loss's own slab."""
     from llmfast_kernels import cross_entropy as rows
     from llmfast_kernels.scale import scale
     from llmfast_kernels.terms import Targets, Terms, Upstream

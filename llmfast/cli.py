@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "continue",
         help="train a run's model further, on new text",
         description="Continued pretraining: from a run's last weights, on a growing share of new text and a replay of "
-        "old text. Says at the end what was learned and what was forgotten.",
+        "old text. At the end it says what was learned and what was forgotten.",
     )
     further.add_argument("from_run", type=Path, metavar="RUN", help="the folder of a run, or of a Hugging Face model")
     further.add_argument(
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "clean",
         help="clean a folder of text, by datatrove",
         description="Clean text for training: repair, language, quality, repetition, addresses, duplicates, and if "
-        "asked for tokens. Says what went, why, and shows some of it.",
+        "asked for tokens. Reports what was removed and why, with samples.",
     )
     add_clean_arguments(clean)
     clean.set_defaults(run=run_clean)
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         added.set_defaults(run=command)
 
     settings = commands.add_parser("settings", help="list the trainer's settings, with meaning and default")
-    settings.add_argument("word", nargs="?", default="", help="only those that have this in a name or the meaning")
+    settings.add_argument("word", nargs="?", default="", help="only settings with this in their name or meaning")
     settings.set_defaults(run=_settings)
 
     doctor = commands.add_parser(

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export(run: Path, to: Path, *, depths: bool = False) -> None:
-    """Write a run's model as a `LlamaForCausalLM`, which it is, with its tokenizer; the folder is whole or not there.
+    """Write a run's model as a `LlamaForCausalLM`, with its tokenizer; the folder is either complete or absent.
 
     Of a model with further heads, only the part that predicts the next token is written. transformers is not needed.
 

@@ -216,7 +216,7 @@ class TextStream:
         self.ends_line = False
 
     def put(self, token: int) -> str:
-        """Add a token; return the text that is now certain, which may be none."""
+        """Add a token; return the text that is now certain, which may be empty."""
         self._new.append(token)
         text = self._text()
         return "" if text.endswith(_BROKEN) and len(self._new) < _HELD else self._release(text)

@@ -217,8 +217,8 @@ def data() -> Iterator[str]:
     share = {0.2: "fifth"}[split.LEAST_SHARE]
     yield f"at least {split.LEAST_CHARACTERS:,} characters or a {share} of the text, whichever is smaller"
     yield f"runs of digits, punctuation or spaces, at {tokenizer.LONGEST_WORD} characters"
-    yield {1_000_000: "What takes long with more than a million characters"}[cache.LEAST_CHARACTERS]
-    yield f"Above {cache.MOST_BYTES // GIB} GiB, the least recently used go."
+    yield {1_000_000: "take long with more than a million characters"}[cache.LEAST_CHARACTERS]
+    yield f"Above {cache.MOST_BYTES // GIB} GiB, the least recently used are removed."
     (formats,) = {extras()[package] for package in reader._NEEDED.values()}
     assert reader._NEEDED.keys() == {".parquet", ".zst"}
     yield f"`.parquet` and `.zst` need the extra `{formats}`."
@@ -404,7 +404,6 @@ STATED = {
         '0 stands for `"forward_kl"` and 1 for `"reverse_kl"`',
         "not multiplied by temperature^2; `soft_weight=temperature**2` does that",
         "gives them probability 0",
-        "what is left of 1",
         # tests/losses/test_distillation.py counts the table again.
         "for 8,192 tokens in bfloat16, 128,256 classes, a student of width 2,048 and a teacher of width 4,096",
         "| `F.kl_div` of `log_softmax` in float32, forward KL | 19.05 | 5.00 |",
@@ -419,7 +418,7 @@ STATED = {
     "migration.md": [
         "at N = 1,024, D = 256, V = 16,384, bfloat16",
         "torch 2.13's loss",
-        "With `accumulate_dtype=torch.bfloat16`, it takes 3,",
+        "With `accumulate_dtype=torch.bfloat16`, it takes 3 and sums",
         "| `shift=True` | `shift=1` |",
         "`grad_filter=2.4e-4`; by default nothing is skipped",
         "from about 10 MiB on (`memory_budget=16 << 20`)",

@@ -1,4 +1,4 @@
-"""Check a change in about a minute: `make check`. `make test` and `make lint` check everything.
+"""Check a change in 90 seconds: `make check`. `make test` and `make lint` check everything.
 
 ruff reads the files that changed since the branch left `main`, and mypy all of them. Then come the tests of the changed
 files, followed by a few of each area, until the time is up. pytest says how many were left out.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Where the tests of a folder are, if not in the folder of the same name. The first that fits counts.
+# The folder below tests/ that has the tests of a folder. The first that fits counts.
 FOLDERS = {
     "kernels/llmfast_kernels/optimizer": "optim",
     "kernels/llmfast_kernels": "losses",
@@ -34,9 +34,11 @@ SAMPLE = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks one after another, up to the first that fails; return its exit status."""
-    parser = argparse.ArgumentParser(description="Check a change in about a minute.")
-    parser.add_argument("--base", default=None, help="commit to compare with; by default where main was left")
-    parser.add_argument("--seconds", type=float, default=70.0, help="for all checks; tests beyond are left out")
+    parser = argparse.ArgumentParser(description="Check a change in 90 seconds.")
+    parser.add_argument("--base", default=None, help="commit to compare with; by default where the branch left main")
+    parser.add_argument(
+        "--seconds", type=float, default=70.0, help="for all checks; tests that do not fit are left out"
+    )
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     files = changed(options.base or left("main"))

@@ -38,7 +38,7 @@ def known(file: Path = LIST) -> list[PlantedFault]:
 
 
 def verdict(fault: PlantedFault, tree: Path) -> str:
-    """Plant a fault in a copy of the project, run its test, and mend it.
+    """Plant a fault in a copy of the project, run its test, and undo it.
 
     Returns:
         "caught", "survived", "skipped" if the test needs what is not installed, or "outdated" if the line or the test
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line per fault; return 1 if one survives."""
     faults = known()
     parser = argparse.ArgumentParser(description="Plant known faults and see that a test notices each.")
-    parser.add_argument("--area", choices=sorted({fault.area for fault in faults}), help="only these")
-    parser.add_argument("--number", type=int, nargs="+", metavar="N", help="only these, counted from 0")
+    parser.add_argument("--area", choices=sorted({fault.area for fault in faults}), help="only faults of this area")
+    parser.add_argument("--number", type=int, nargs="+", metavar="N", help="only these faults, counted from 0")
     options = parser.parse_args(arguments)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Checks of what only a GPU has: graphs, streams, a compiler for it, memory that moves, several devices.
 
-Each case does something twice, once in the plainest way and once in the way that is checked, and compares to the bit
-unless it says otherwise.
+Each case does something twice, once in the plainest way and once in the way that is checked. The results must have
+equal bits unless the case allows a tolerance.
 """
 
 from collections.abc import Callable, Iterator
@@ -155,7 +155,7 @@ class Graph:
 
 
 def step_in_graph(cls: Any, options: dict[str, Any], device: torch.device) -> Iterator[Finding]:
-    """Capture a step; replays must be steps, also after one outside of the graph."""
+    """Capture a step; its replays, and a step outside of the graph after them, must equal plain steps."""
     dtype = torch.bfloat16 if "master_weights" in options else torch.float32
     wanted = stepped(cls, options, device, 4, dtype=dtype)
     params = parameters(device, dtype)
@@ -305,7 +305,7 @@ def lr_on_device(device: torch.device) -> Iterator[Finding]:
 
 
 def default_device(device: torch.device, shapes: tuple[int, int, int]) -> Iterator[Finding]:
-    """Do the same under another default device."""
+    """Run a loss and steps under another default device; results must stay the same."""
     run, tensors = loss_of("linear_cross_entropy", device, shapes)
     wanted, steps = with_gradients(run, tensors), stepped(FusedAdamW, {"max_grad_norm": 0.5}, device, 3)
     torch.set_default_device(device)

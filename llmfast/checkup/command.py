@@ -39,7 +39,7 @@ def asked(args: argparse.Namespace) -> bool:
 
 
 def _given(args: argparse.Namespace) -> list[str]:
-    """Return the parts of a check-up that the command line names; 0 minutes are named as well."""
+    """Return the options of a check-up that the command line gives; `--minutes 0` counts as given."""
     values = {name: getattr(args, name) for name in PARTS}
     return [f"--{name}" for name, value in values.items() if value is not None and value is not False]
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare and args.full:
         return fail("--compare and --full exclude each other")
     if not args.full and (given := _given(args)):
-        return fail(f"{given[0]} needs --full, of which it is a part")
+        return fail(f"{given[0]} has no meaning without --full")
     if args.compare:
         try:
             first, second = (check(json.loads(path.read_text(encoding="utf-8"))) for path in args.compare)

@@ -68,7 +68,7 @@ def linear(shape: tuple[int, int, int], mode: str, device: torch.device) -> Iter
 
     run()
     hidden.grad = weight.grad = None
-    slack = SLACK if N > 1000 else 64 * N  # of a row, the loss keeps a few numbers
+    slack = SLACK if N > 1000 else 64 * N  # the loss keeps a few numbers per row
     found = compared("peak", clock.gpu_peak_bytes(run), plan.peak_bytes, slack)
     yield Finding(found.what, found.ok, found.figures | {"mode": plan.mode})
 

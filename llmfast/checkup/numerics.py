@@ -65,7 +65,7 @@ def cases(device: torch.device, size: Size) -> list[Case]:
 
 
 def excess(ours: Tensor, torchs: Tensor, truth: Tensor, scale: float = 0.0) -> float:
-    """Return by how much |truth - ours| passes |truth - torch| and a slack at worst; not above 0 if all is right.
+    """Return by how much |truth - ours| exceeds |truth - torch| + slack at worst; not above 0 if all is right.
 
     The slack is one rounding of the result's own dtype, since torch can be lucky, and a few roundings of float32 at the
     size of the intermediate values, `scale` (for a loss, that of the logits). NaN or infinity where the truth has
@@ -81,7 +81,7 @@ def excess(ours: Tensor, torchs: Tensor, truth: Tensor, scale: float = 0.0) -> f
 
 
 def excess_in_norm(ours: Tensor, torchs: Tensor, truth: Tensor, *, factor: float = 1.5) -> float:
-    """Return the same of norms, for sums in which single elements differ by luck."""
+    """Return the same for norms, because single elements of long sums differ by luck."""
     truth = truth.double()
     if not bool(ours.isfinite().all()):
         return float("inf")
@@ -370,7 +370,7 @@ def wide(device: torch.device, sizes: Sizes) -> Iterator[Finding]:
         yield told(f"{what} of the last rows", excess(ours, theirs, truth, scale), ours, truth)
 
 
-# Optimizers: our class and options; those of torch's that is the same, if there is one.
+# Our optimizers that inherit from one of torch's, which is the reference, and options for both.
 OPTIMIZERS: list[tuple[type[FusedOptimizer], dict[str, Any]]] = [
     (FusedAdamW, {"weight_decay": 0.1}),
     (FusedAdam, {"weight_decay": 0.1, "amsgrad": True}),
@@ -447,7 +447,7 @@ def _format_case(options: dict[str, Any], device: torch.device, sizes: Sizes) ->
 def formats(options: dict[str, Any], device: torch.device, sizes: Sizes) -> Iterator[Finding]:
     """Compare precision formats with the same optimizer on the CPU, whose plain torch does the same bit for bit.
 
-    A root or a quotient may round otherwise there, so a few elements may come out one code or rounding apart.
+    A root or a quotient may be rounded differently there, so a few elements may come out one code or rounding apart.
     """
     results: dict[str, list[Tensor]] = {}
     for where in (device, torch.device("cpu")):

@@ -22,7 +22,7 @@ def check(results: Any) -> Results:
     """Return results that this version can read.
 
     Raises:
-        ValueError: they are no results of a check-up, or those of a newer version.
+        ValueError: they are not the results of a check-up, or are those of a newer version.
     """
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise ValueError(f"results must be a JSON object with schema {SCHEMA!r}; got {results!r:.80}")

@@ -13,7 +13,7 @@ class Section(NamedTuple):
 
     name: str
     title: str
-    share: float  # of the time; what one section leaves, those after it get
+    share: float  # of the time; what a section leaves goes to those after it
     processes: int = 1  # that share the cases; more where compiling takes longest, one where times are measured
 
     def cases(self, device: torch.device, size: Size) -> list[Case]:

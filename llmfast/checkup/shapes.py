@@ -1,4 +1,4 @@
-"""Sizes used by the benchmarks: output layers and parameter lists of real models."""
+"""Sizes used by the benchmarks and the check-up: output layers and parameter lists of real models."""
 
 # Hidden width and vocabulary.
 MODELS = {

@@ -1,4 +1,4 @@
-"""A short training run on the GPU, by the kernels and by plain torch: two curves that must be one."""
+"""A short training run on the GPU, by the kernels and by plain torch: the two curves must coincide."""
 
 import sys
 from collections.abc import Iterator

@@ -332,7 +332,7 @@ _WAYS: dict[str, list[Way]] = {
         Way("Liger, C = 16", _liger(None, 16), LIGER, KERNELS),
         Way("Liger, float32 sums", _liger(torch.float32), LIGER, KERNELS),
         Way("cut-cross-entropy", _cut_cross_entropy(), CCE, KERNELS),
-        # Has the same counts on random numbers, of which the filter drops nothing.
+        # Not counted: the filter drops nothing of random numbers, so its counts would be those above.
         Way("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
         Way("Quack", _quack, QUACK, GPU_ONLY),
     ],

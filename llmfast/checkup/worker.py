@@ -1,7 +1,7 @@
 """The process of one section: `python -m llmfast.checkup.worker SECTION --journal FILE`.
 
-It says in the journal which case it begins before it begins it, so that the parent of a dead process knows which case
-killed it and can start another one after that case.
+It notes each case in the journal before it begins, so that the parent of a dead process knows which case killed it and
+can start another one after that case.
 """
 
 import argparse

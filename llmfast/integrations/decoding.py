@@ -36,7 +36,7 @@ def speculative_generate(model: nn.Module, tokens: Tensor, count: int) -> Specul
     name = type(lm).__name__
     expect(isinstance(lm, WithHeads), f"model must have heads of add_mtp; this {name} has none")
     expect(
-        not lm._is_stateful, f"model must keep keys and values, of which drafts can be removed; {name} keeps a state"
+        not lm._is_stateful, f"model must keep keys and values, from which drafts can be removed; {name} keeps a state"
     )
     expect(tokens.dim() == 1 and len(tokens) > 0, f"tokens must be (T,) with T > 0; got {describe(tokens)}")
     expect(count >= 0, f"count must not be negative; got {count}")

@@ -299,7 +299,7 @@ class Logits(StandIn):
 class LazyLogits:
     """Logits that a model in eval mode returns next to its loss: a tensor, computed when it is first used.
 
-    Shape, dtype and device are known before, and a change of dtype waits too: accelerate makes one of every output.
+    Shape, dtype and device are known before. A change of dtype waits too: accelerate changes that of every output.
     `isinstance` takes them for a tensor, as the Trainer requires of what it keeps.
     """
 

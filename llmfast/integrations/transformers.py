@@ -103,7 +103,7 @@ def unfuse_loss(model: M) -> M:
 
 
 class ModelLogprobOptions(TypedDict, total=False):
-    """Options of `model_logprobs`, as in `linear_logprobs`; what the logits are, the model says."""
+    """Options of `model_logprobs`, as in `linear_logprobs`; the model itself determines what the logits are."""
 
     ignore_index: int
     temperature: float | Tensor
@@ -120,7 +120,7 @@ def model_logprobs(
     return_stats: bool = False,
     **options: "Unpack[ModelLogprobOptions]",
 ) -> Any:
-    """Ask a model of `fuse_loss` for the log-probabilities of `ids` in the place of logits.
+    """Ask a model of `fuse_loss` for the log-probabilities of `ids` instead of logits.
 
     They are those of `model(**inputs).logits`, with the model's own scales, softcaps and adapters, for preference and
     policy losses. The forward runs through `model` as it is given, so that wrappers (PEFT, DDP, FSDP) do their part.
@@ -143,7 +143,7 @@ def model_logprobs(
     known = [*ModelLogprobOptions.__annotations__]
     if not options.keys() <= set(known):
         raise TypeError(f"options of model_logprobs must be among {known}; got {[*options]}")
-    expect(inputs.get("labels") is None, "inputs must have no labels, of which the model would compute a loss")
+    expect(inputs.get("labels") is None, "inputs must have no labels: with them the model would compute a loss")
     lm = causal_lm(getattr(model, "module", model))
     expect(isinstance(lm, Fused), f"model must have been fused by fuse_loss; this {type(lm).__name__} was not")
     asked = Asked(ids, {**options, "return_stats": return_stats})
@@ -163,7 +163,7 @@ class Asked:
         self.ids, self.options, self.found = ids, options, None
 
     def answered(self, outputs: Any) -> Any:
-        """Return a model's outputs with log-probabilities in the place of logits.
+        """Return a model's outputs with log-probabilities instead of logits.
 
         They are made within the forward, and returned by it, so that wrappers see a tensor with a gradient.
         """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmfast.train.estimate import Way
 
 ASPECT = 100  # width per layer: Llama's models of 1 to 70 B parameters have 80 to 128
-# From so many parameters on: tokens per row, vocabulary.
+# Least number of parameters, tokens per row, vocabulary.
 SIZES = ((1e9, 4096, 32768), (1e8, 2048, 32768), (1e7, 1024, 8192), (0, 256, 8192))
 UNTIED = 3e9  # parameters from which on the output layer has weights of its own
 LEAST, MOST = 1e6, 1e13  # parameters that a plan is made for
@@ -47,7 +47,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Wish:
-    """Demands on a run. One of the first four numbers is enough, two of them say all; `flops` are 6 N D."""
+    """Demands on a run: a budget (`flops`, as 6 N D, or `seconds`), a size, tokens. Two of them determine the third."""
 
     flops: float | None = None
     seconds: float | None = None
@@ -57,7 +57,7 @@ class Wish:
     vocab_size: int | None = None
 
     def allocated(self, law: ChinchillaLaw, flops: float | None) -> Allocation:
-        """Divide `flops`, if they are given, and find what is not given by the law."""
+        """Return the given numbers, completed by the law; they spend `flops` if these are given."""
         N, D = self.params, self.tokens
         if flops is None:
             if N and D:
@@ -93,7 +93,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tried:
-    """A way to train, with the rows that each GPU takes at once and what that holds there."""
+    """A way to train, with the rows that each GPU takes at once and the memory that they need there."""
 
     way: "Way"
     rows: int
@@ -103,7 +103,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Advice:
-    """A run in the first way that fits the GPUs, which is the last of those that were tried; or in none."""
+    """A run in the last way that was tried: the first that fits the GPUs, if any does."""
 
     shape: Shape
     tried: list[Tried]
@@ -117,7 +117,7 @@ class Advice:
 def advise(machine: Machine, wish: Wish, law: ChinchillaLaw) -> Advice:
     """Find a run for a wish, in the way that costs the least time of those that fit.
 
-    To compute activations again takes a third more time per token, so a run of given length gets a smaller model.
+    Computing activations again takes a third more time per token, so a run of given length gets a smaller model.
 
     Raises:
         ValueError: The wish is for a model so small or large that no plan is made for it, or the GPUs fill no machines.
@@ -126,7 +126,7 @@ def advise(machine: Machine, wish: Wish, law: ChinchillaLaw) -> Advice:
 
     expect(
         machine.gpus <= NODE or machine.gpus % NODE == 0,
-        f"--gpus must be at most {NODE}, those of a machine, or a multiple of {NODE}; got {machine.gpus}",
+        f"--gpus must be at most {NODE}, the number in a machine, or a multiple of {NODE}; got {machine.gpus}",
     )
     shapes = {again: _shape(machine, wish, law, again=again) for again in (False, True)}
     tried: list[Tried] = []
@@ -160,13 +160,13 @@ def decoder_for(params: float, vocab_size: int) -> DecoderConfig:
 
 
 def size(model: DecoderConfig) -> int:
-    """Count the parameters of a decoder without further heads, as `cost.count_parameters` does but without modules."""
+    """Count the parameters of a decoder without further heads, like `cost.count_parameters`, but without modules."""
     D, F = model.width, model.hidden_ffn
     return model.layers * (4 * D * D + 3 * D * F + 2 * D) + D + model.vocab_size * D * (2 - model.tie_embeddings)
 
 
 def _shape(machine: Machine, wish: Wish, law: ChinchillaLaw, *, again: bool) -> Shape:
-    """Choose the model, and the steps that it takes or that there is time for."""
+    """Choose the model, and its number of steps: as many as its tokens take, or as there is time for."""
     from llmfast.train.config import Config
 
     again_costs = cost.AGAIN if again else 1
@@ -195,7 +195,7 @@ def _shape(machine: Machine, wish: Wish, law: ChinchillaLaw, *, again: bool) -> 
 
 
 def _sized(machine: Machine, wish: Wish, law: ChinchillaLaw, counted: float) -> tuple[Allocation, DecoderConfig, int]:
-    """Choose a model and its row by the law, which counts a share `counted` of the FLOPs that there is time for."""
+    """Choose a model and a row length by the law, which counts only a share `counted` of the FLOPs in a given time."""
     a = wish.allocated(law, wish.flops if wish.seconds is None else wish.seconds * machine.rate * counted)
     expect(
         LEAST <= a.params <= MOST,

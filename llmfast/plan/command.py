@@ -32,7 +32,7 @@ SOURCES = {
     "besiroglu": ("Besiroglu et al. 2024", laws.BESIROGLU),
     "hoffmann": ("Hoffmann et al. 2022", laws.HOFFMANN),
 }
-# Options without a topic, by the names of what they are parsed to: those of any budget, and those of a planned run.
+# Options without a topic, by the names of their parsed values: those of any budget, and those of a planned run.
 BUDGET = {"flops": "--flops", "params": "--params", "tokens": "--tokens"}
 PLANNED = {"days": "--days", "seq_len": "--seq-len", "vocab_size": "--vocab-size", "settings": "--out"}
 
@@ -65,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     fit.add_argument("--out", type=Path, metavar="FILE", help="a picture of the fit: .png, .svg, .pdf")
-    fit.add_argument("--flops", dest="budget", metavar="C", help="the budget to plan for (default: up to 100 runs)")
+    fit.add_argument(
+        "--flops",
+        dest="budget",
+        metavar="C",
+        help="the budget to plan for (default: 1, 10 and 100 times the largest run)",
+    )
     fit.add_argument(
         "--resamples", type=int, default=RESAMPLES, help="resamples for the intervals; 0: none (default: %(default)s)"
     )
@@ -90,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lr.add_argument(
         "--base-batch", required=True, metavar="SIZE", help="the batch that --lr was found at, in rows or tokens"
     )
-    lr.add_argument("--batch", required=True, metavar="SIZE", help="the batch to find one for, in the same unit")
+    lr.add_argument("--batch", required=True, metavar="SIZE", help="the batch to find a rate for, in the same unit")
 
 
 def _schema() -> Any:
@@ -367,7 +372,7 @@ def _sizes(config: "Config", e: MemoryEstimate, have: int | None) -> list[str]:
     lines = [f"  {name:<36}{in_bytes(size):>12}" for name, size in sizes if size]
     for name, peak in (("at most at a time", e.peak), ("... with all logits", e.peak_unfused)):
         lines.append(f"  {name:<36}{in_bytes(peak):>12}   {_judged(peak, have)}".rstrip())
-    return [*lines, "  not counted: the GPU's context and workspaces, about 1 GiB, and fragments"]
+    return [*lines, "  not counted: the GPU's context and workspaces, about 1 GiB, and fragmentation"]
 
 
 def _estimates(rows: Sequence[tuple[str, Callable[[], MemoryEstimate]]], have: int | None) -> list[str]:
@@ -400,7 +405,7 @@ def _what_fits(config: "Config", model: DecoderConfig, gpus: int, have: int) -> 
         if memory.fits(e.peak, have):
             others = {name: s.of(changed) for name, s in SCHEMA.settings.items() if s.of(changed) != s.of(config)}
             return "it fits with " + shlex.join(word for text in overrides(others) for word in ("--set", text))
-    return f"nothing of this fits: {remedies(e, have, model='a smaller model', rows='shorter rows')}"
+    return f"none of these fits: {remedies(e, have, model='a smaller model', rows='shorter rows')}"
 
 
 def _memory_there(args: argparse.Namespace) -> int | None:

@@ -51,7 +51,7 @@ class Fit(Generic[Law]):
 
     @property
     def outliers(self) -> list[int]:
-        """Indices of runs whose loss is off by more than 2 % and five standard deviations, estimated by the median."""
+        """Return the indices of runs off by more than 2 % and by five standard deviations, estimated by the median."""
         size = np.abs(self.residuals)
         return [int(i) for i in np.flatnonzero(size > max(0.02, 5 * 1.4826 * float(np.median(size))))]
 
@@ -268,7 +268,7 @@ def _solved(gram: Array, moment: Array) -> Array:
 
 
 def distinct(x: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Assign numbers to the runs' values, (runs,), from the smallest on; values within 2 % of the next are one.
+    """Assign numbers to the values of runs, (runs,), from the smallest on; values within 2 % of the next share one.
 
     Runs of the same length do not train on exactly the same number of labels.
     """
@@ -291,7 +291,7 @@ def _expect_determined(name: str, factor: float, exponent: float) -> None:
     expect(factor > 0, f"the loss of these runs does not fall with {name}")
     expect(
         1.01 * LOWEST < exponent < HIGHEST / 1.01,
-        f"these runs do not determine an exponent of {name}: the best one is at the end of what was searched, "
+        f"these runs do not determine an exponent of {name}: the best one is at an end of the searched range, "
         f"{LOWEST} to {HIGHEST}",
     )
 

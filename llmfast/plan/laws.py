@@ -95,7 +95,7 @@ class PowerLaw:
 class KaplanLaw:
     """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (arXiv:2001.08361, eq. 1.5).
 
-    N without embeddings; D are the tokens there are, seen until the loss on held-out text is least.
+    N does not include embeddings. D is the size of the text, which is read until the loss on held-out text is lowest.
     """
 
     N_c: float
@@ -204,9 +204,9 @@ KAPLAN_D = PowerLaw(scale=5.4e13, exponent=0.095)
 KAPLAN_C = PowerLaw(scale=3.1e8 * PF_DAY, exponent=0.050)
 """The same table: loss by FLOPs, optimally spent at small batches."""
 KAPLAN = KaplanLaw(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)
-"""Kaplan's table 2, of N and tokens: fitted together, so other values."""
+"""Kaplan's table 2: N and tokens fitted together, which gives other values."""
 
-# They found no floor for language, but one for mathematics, on problems harder than those of the training.
+# Henighan et al. found no floor for language, but one for mathematics, on problems harder than those trained on.
 HENIGHAN_N = PowerLaw(scale=1.47e14, exponent=0.070)
 """Henighan et al. 2020 (arXiv:2010.14701), table 1: language, by parameters without embeddings."""
 HENIGHAN_C = PowerLaw(scale=3.47e8 * PF_DAY, exponent=0.048)

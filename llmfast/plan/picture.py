@@ -15,8 +15,8 @@ from llmfast.plan.laws import ChinchillaLaw, PowerLaw
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BEYOND = 10.0  # how many times the largest run's budget the frontier is drawn
-# The formats there are, each with the field of it that says what wrote the file.
+BEYOND = 10.0  # the frontier is drawn up to this many times the largest run's budget
+# Supported formats, each with its metadata field for the program that wrote the file.
 FIELDS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
 
 

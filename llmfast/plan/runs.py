@@ -49,7 +49,7 @@ def read_run(folder: Path) -> Run:
     config = load_config(folder / "config.toml")
     expect(
         not config.train.init_from,
-        f"{folder} began with the weights of {config.train.init_from}: its tokens are not all that its loss owes to",
+        f"{folder} began with the weights of {config.train.init_from}: its loss is not due to its own tokens alone",
     )
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_mean" in line]
     expect(len(lines) > 0, f"{folder} has no validation loss in its metrics.jsonl")

@@ -80,11 +80,11 @@ def settings_lines(advice: Advice, machine: Machine, out: Path | None) -> list[s
 
 
 def remedies(need: MemoryEstimate, have: int, *, model: str, rows: str) -> str:
-    """Say what would make a training fit that does not in its smallest way, for `have` bytes on each GPU.
+    """Say what would make a training fit that needs too much even in its smallest way.
 
     Args:
-        need: What that way takes.
-        have: What there is.
+        need: What that way takes on each GPU.
+        have: Bytes of memory on each GPU.
         model: How to ask for a smaller model.
         rows: How to ask for shorter rows.
     """

@@ -103,7 +103,7 @@ def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys
 @pytest.mark.parametrize("others", [[], ["--compare", "a", "b"]])
 def test_parts_of_full_need_it(arguments: list[str], others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *arguments, *others]) == 2
-    assert capsys.readouterr().err == f"llmfast: error: {arguments[0]} needs --full, of which it is a part\n"
+    assert capsys.readouterr().err == f"llmfast: error: {arguments[0]} has no meaning without --full\n"
 
 
 def test_two_results_are_compared_without_a_third(capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,7 +221,7 @@ def test_undefined_memory_may_be_read_but_not_used(dtype: torch.dtype) -> None:
         x[:10] = torch.arange(10)
         padded_sum_kernel[(1,)](x, out := torch.empty(1), 10, USE_PADDING=False, BLOCK=16)
         assert out.item() == 45
-        with pytest.raises(Fault, match=r"writes out_ptr as it read x_ptr, which nobody wrote: element 10"):
+        with pytest.raises(Fault, match=r"writes out_ptr from what it read in x_ptr, which nobody wrote: element 10"):
             padded_sum_kernel[(1,)](x, out, 10, USE_PADDING=True, BLOCK=16)
 
 
@@ -363,7 +363,7 @@ def test_undefined_memory_is_not_used_in_updates() -> None:
         x[:10] = 1
         padded_update_kernel[(1,)](x, out := torch.zeros(1), 10, MASKED=True, BLOCK=16)
         assert out.item() == 10
-        with pytest.raises(Fault, match="writes out_ptr as it read x_ptr, which nobody wrote: element 10"):
+        with pytest.raises(Fault, match="writes out_ptr from what it read in x_ptr, which nobody wrote: element 10"):
             padded_update_kernel[(1,)](x, out, 10, MASKED=False, BLOCK=16)
 
 

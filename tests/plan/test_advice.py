@@ -194,7 +194,7 @@ def test_remedies_are_those_that_help() -> None:
 
 def test_gpus_of_several_machines_fill_them(plan: Callable[..., list[str]]) -> None:
     (line,) = plan("--gpu", "H100", "--gpus", "12", "--days", "1", code=2)
-    assert line.endswith("--gpus must be at most 8, those of a machine, or a multiple of 8; got 12")
+    assert line.endswith("--gpus must be at most 8, the number in a machine, or a multiple of 8; got 12")
     assert any("--nproc-per-node 6 " in line for line in plan("--gpu", "H100", "--gpus", "6", "--days", "1"))
 
 

@@ -147,9 +147,9 @@ def test_what_each_of_several_gpus_holds(plan: Callable[..., str]) -> None:
     assert any("checkpoint_activations=true" in change for change in changes)
     again = plan("memory", *flags, "--gpus", "8", "--gpu-memory", "8GiB", "--set=train.parallel=fsdp", *changes)
     assert line(again, "at most at a time").endswith("fits (8.00 GiB)") and "it fits with" not in again
-    whole = "nothing of this fits: each GPU first holds the whole model in float32, 3.0"
+    whole = "none of these fits: each GPU first holds the whole model in float32, 3.0"
     assert whole in plan("memory", *flags, "--gpus", "8", "--gpu-memory", "1GiB")
-    rows = "nothing of this fits: take more --gpus, a --gpu with more memory, a smaller model or shorter rows"
+    rows = "none of these fits: take more --gpus, a --gpu with more memory, a smaller model or shorter rows"
     assert rows in plan("memory", *flags, "--gpus", "8", "--gpu-memory", "3.5GiB", "--data.seq_len=65536")
     assert "/ (8 GPUs * utilisation * FLOPs per second of the data sheet)" in text and " GPUs * util" not in alone
     assert "launches and communication are not in it" in text and "launches are not in it" in alone
