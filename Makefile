@@ -25,7 +25,7 @@ train: $(STAMP)-train ## train the demo model, or another with ARGS: make train 
 continued: $(STAMP)-train ## train on prose, then on code with and without a replay of prose (six minutes)
 	$(PY) examples/continued_pretraining.py $(ARGS)
 
-chapter: $(STAMP)-train,clean ## test statements of textbooks by small runs (90 minutes), or one: make chapter ARGS="decay"
+chapter: $(STAMP)-train,clean ## test statements of textbooks by small runs (an hour), or one: make chapter ARGS="decay"
 	$(PY) -m examples.chapter $(ARGS)
 
 check: $(STAMP)-train,test,dev ## check a change in 90 seconds: lint, its tests, and a few of all others

@@ -7,6 +7,7 @@ used ones are removed when all take more than `MOST_BYTES`. What cannot be read 
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 LEAST_CHARACTERS = 1_000_000  # less text is not cached, because nothing takes long
 MOST_BYTES = 20 << 30
+_ENTRY = re.compile(r"[0-9a-f]{40}(\.npz|\.\w+\.partial)")  # whole, or left by a process that was killed
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
@@ -81,7 +83,7 @@ def _parts(arrays: Arrays) -> list[npt.NDArray[np.generic]]:
 def _write(file: Path, arrays: Arrays) -> None:
     """Write a file as a whole: several processes may write the same one, and each may be killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(".partial", dir=file.parent)
+    handle, name = tempfile.mkstemp(".partial", f"{file.stem}.", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as out:
             np.savez(out, values=arrays["values"], lengths=arrays["lengths"])
@@ -92,7 +94,8 @@ def _write(file: Path, arrays: Arrays) -> None:
 
 
 def _prune(folder: Path) -> None:
-    entries = sorted(((s.st_mtime, s.st_size, path) for path in folder.iterdir() for s in [path.stat()]), reverse=True)
+    ours = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]  # the folder may hold other files
+    entries = sorted(((s.st_mtime, s.st_size, path) for path in ours for s in [path.stat()]), reverse=True)
     total = 0
     for _, size, path in entries:
         total += size

@@ -240,7 +240,7 @@ class LinearCrossEntropy(Loss):
             keeps=keeps and not self.functional,
             ids=K if self.logprobs else 0,
             places=self.places,
-            **({} if kernels else plain.space(self.terms, self.stats, K, temperatures=temperatures)),
+            **({} if kernels else plain.space(self.terms, self.stats, K, temperatures=temperatures, dtype=wide)),
         )
         call = self._taught(call)
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)

@@ -18,11 +18,16 @@ from llmfast_kernels.terms import GROUP, Partials, Rows, Softmax, Targets, Terms
 BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in its cache
 
 
-def space(terms: Terms, stats: bool, K: int = 1, *, temperatures: bool = False) -> dict[str, int]:
-    """Return the memory that the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`."""
+def space(
+    terms: Terms, stats: bool, K: int = 1, *, temperatures: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
+    """Return the memory that the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`.
+
+    Numbers per row have `dtype`.
+    """
     given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
     buffers = 1 if not (stats or temperatures) and all(t is None for t in given) else 5
-    per_row = 40 * K  # columns and masks of the targets, and numbers of backward
+    per_row = (36 + dtype.itemsize) * K  # columns and masks of the targets, and a number of backward
     return {
         "blocks": buffers,
         "block_bytes": BLOCK_BYTES,
@@ -291,7 +296,7 @@ def row_blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     """
     N, V = logits.shape
     threads = torch.get_num_threads()
-    step = max(threads, threads * BLOCK_BYTES // (4 * max(V, 1)))  # each row is one thread's
+    step = max(threads, threads * BLOCK_BYTES // (dtype.itemsize * max(V, 1)))  # each row is one thread's
     space = logits.new_empty(min(step, N), V, dtype=dtype)
     return ((slice(start, min(start + step, N)), space[: N - start]) for start in range(0, N, step))
 

@@ -5,6 +5,7 @@ file. It gets its name once all of that is on disk, so it is never incomplete. U
 """
 
 import hashlib
+import inspect
 import json
 import shutil
 import warnings
@@ -100,6 +101,7 @@ class Checkpoints:
         self._agree_on(self._make_room(final, _bytes_of(state)) if self._world.main else "")
         # torch 2.8 does not have this argument. Without process groups, torch finds out by itself.
         alone: dict[str, Any] = {"no_dist": True} if self._world.size == 1 and dist.is_initialized() else {}
+        alone = alone if "no_dist" in inspect.signature(async_save).parameters else {}
         future: Any = async_save(
             state,
             storage_writer=FileSystemWriter(partial, sync_files=True),

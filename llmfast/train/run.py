@@ -304,18 +304,25 @@ class Utilisation(Hooks):
 
 
 class Profile(Hooks):
-    """A hook that traces steps 3 to 6: the first ones also set things up."""
+    """A hook that traces steps 3 to 6 on the first rank, because the first two also set things up.
+
+    Of a run with fewer steps left, it traces the last four.
+    """
 
     def __init__(self, run: Path) -> None:
-        self._file, self._profile, self._begun = run / "trace.json", torch.profiler.profile(), 0
+        self._file, self._profile = run / "trace.json", torch.profiler.profile()
+        self._begun = self._first = self._last = 0
 
     def before_step(self, trainer: Trainer) -> None:
+        if self._begun == 0:
+            self._last = min(6, trainer.config.train.steps - trainer.step)
+            self._first = max(1, self._last - 3)
         self._begun += 1
-        if self._begun == 3:
+        if self._begun == self._first and trainer.world.main:
             self._profile.start()
 
     def after_step(self, trainer: Trainer) -> None:
-        if self._begun == 6 and trainer.world.main:
+        if self._begun == self._last and trainer.world.main:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._file))
-            trainer.say(f"profile of steps 3 to 6: {self._file}")
+            trainer.say(f"profile of steps {self._first} to {self._last}: {self._file}")

@@ -86,6 +86,18 @@ def test_the_least_recently_used_entries_go(kept: Path, monkeypatch: pytest.Monk
     assert not lengths(["fourth one"])[1] and not lengths(["first one"])[1] and lengths(["second one"])[1]
 
 
+def test_files_of_others_stay_and_what_a_kill_left_goes(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LLMFAST_CACHE` may name a folder with other files, which must not be taken for old entries."""
+    monkeypatch.setattr(module, "MOST_BYTES", 1 << 20)
+    (kept / "folder").mkdir(parents=True)
+    for name in ("weights.npz", "thesis.txt", f"{'a' * 40}.npz", f"{'b' * 40}.x1_y.partial"):
+        (kept / name).write_bytes(bytes(1 << 20))
+        os.utime(kept / name, (1, 1))
+    lengths(["a text"])
+    others = {path.name for path in kept.iterdir()}
+    assert {"folder", "weights.npz", "thesis.txt"} < others and len(others) == 4
+
+
 def test_data_are_the_same_from_the_cache(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "texts").mkdir()
     for i in range(40):

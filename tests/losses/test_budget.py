@@ -296,7 +296,7 @@ def test_a_float32_gradient_of_a_bfloat16_weight_is_not_rounded(path: str, mode:
 ON_A_CPU: list[dict[str, Any]] = [{}, {"softcap": 30.0, "label_smoothing": 0.1}, {"return_stats": True}]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
 @pytest.mark.parametrize("ignored", [0, 100])
 @pytest.mark.parametrize(
     "options",

@@ -435,7 +435,7 @@ def test_an_optimizer_of_another_kind_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match=r"checkpoint-00000004 does not fit the current optimizer: ") as e:
         trainer_of(settings(), refusing, run=tmp_path)[0].resume()
-    assert str(e.value).endswith("now: master_weights='split16' must be 'split8'; not both")
+    assert str(e.value).endswith("optimizer: master_weights='split16' must be 'split8'; not both")
 
 
 def test_a_stream_refuses_another_batch_size() -> None:

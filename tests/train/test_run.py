@@ -12,6 +12,7 @@ import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from llmfast.train.metrics import MetricsFile, read_metrics
 from llmfast.train.objective import NextToken
 from llmfast.train.parallel import World
 from llmfast.train.parts import doubts, make_mixture, prepare_data
-from llmfast.train.run import _memory_in_words, _print_plan, train
+from llmfast.train.run import Profile, _memory_in_words, _print_plan, train
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.checkpoints import signed
@@ -576,6 +577,22 @@ def test_a_profile_is_a_trace_of_some_steps(settings: list[str], capsys: pytest.
     assert f"profile of steps 3 to 6: {trace}" in capsys.readouterr().out
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "aten::scaled_dot_product_attention" in names
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(1, "1 to 1"), (5, "2 to 5"), (9, "3 to 6")])
+def test_a_profile_of_few_steps_and_of_other_ranks(steps: int, traced: str, tmp_path: Path) -> None:
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        said: list[str] = []
+        config = SimpleNamespace(train=SimpleNamespace(steps=steps + 3))
+        trainer: Any = SimpleNamespace(
+            step=3, config=config, world=World(torch.device("cpu"), rank, size), say=said.append
+        )
+        hook = Profile(tmp_path)
+        for _ in range(steps):
+            hook.before_step(trainer)
+            hook.after_step(trainer)
+        assert said == ([f"profile of steps {traced}: {tmp_path / 'trace.json'}"] if rank == 0 else [])
+        assert torch.autograd.profiler._is_profiler_enabled is False
 
 
 def test_the_log_has_what_there_is_to_see(settings: list[str], corpus: Path, tmp_path: Path) -> None:
