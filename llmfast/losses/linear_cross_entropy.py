@@ -155,6 +155,8 @@ def made_ready(
         copied += _copied(options["token_weights"], own.token_weights) + _copied(targets, own.probabilities)
         copied += _copied(options["target_weights"], own.weights)
         copied += _copied(options.get("temperature"), own.temperatures)
+        if valid is not None and logprobs:  # those of the rows, and of all rows
+            copied += valid.N * own.classes.shape[1] * wide.itemsize
         copied += _copied(options["class_weights"], fields["terms"].class_weights)
         loss = LinearCrossEntropy(
             **{**fields, "targets": own},

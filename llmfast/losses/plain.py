@@ -27,7 +27,7 @@ def space(
     """
     given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
     buffers = 1 if not (stats or temperatures) and all(t is None for t in given) else 5
-    per_row = (36 + dtype.itemsize) * K  # columns and masks of the targets, and a number of backward
+    per_row = (12 + 7 * dtype.itemsize) * K  # columns and masks of the targets, and numbers of backward
     return {
         "blocks": buffers,
         "block_bytes": BLOCK_BYTES,
