@@ -380,7 +380,6 @@ STATED = {
         "a multiple of 8 elements turns them into 2-byte loads",
         "if not padded, are read 2 or 4 bytes at a time",
         "for an H100 in bfloat16 at V = 50,257",
-        "up to about 1e9, costs no precision",
     ],
     "index.md": ["trains a 4 M parameter model"],
     "integrations.md": ["in less than half of its memory at a vocabulary of 128k"],

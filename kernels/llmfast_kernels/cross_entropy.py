@@ -32,7 +32,6 @@ MANY_TERMS = Choice(Tile(8, 1024), Tile(8, 512), Tile(8, 256))
 # Entropy, argmax and log-probabilities together spill in 64 registers, which 1024 threads leave to each.
 MANY_RESULTS = Tile(8, 512)
 BACKWARD = Choice(Tile(8, 256), Tile(16, 256), Tile(8, 512), Tile(8, 128))
-PEAK_UNIT: float = parts.LN2.value  # a peak that the launchers return or take, times this, is the largest logit
 
 # Triton would compile a separate binary for each of these that is 1 or a multiple of 16. That would gain nothing,
 # because VECTOR already tells the kernels which multiples they can rely on.
@@ -152,7 +151,7 @@ def cross_entropy_kernel(
     # Read after the loop, because values that stay alive during the loop would take registers from it.
     a, b, t = parts.weigh_targets(n, y, target_weights_ptr, target_weights_stride_n, terms, V_total)
     peak = tl.max(running.peak, axis=0)
-    shift = running.peak - peak
+    shift = parts.fall(running.peak, peak)
     rescale = tl.exp2(shift)
     moment = tl.sum(rescale * tl.fma(shift, running.total, running.moment), axis=0) * parts.LN2 if ENTROPY else 0.0
     total = tl.sum(running.total * rescale, axis=0)
@@ -160,17 +159,17 @@ def cross_entropy_kernel(
         tl.store(argmax_ptr + n, (parts.find_peak(row, running, peak, full, BLOCK_V) + v_start).to(tl.int64))
 
     # Only differences from the peak are used. A confident row thus keeps its small loss to float32's last bits.
-    below = tl.fma(targets.x, parts.LOG2E, -peak)
-    pull = tl.sum(tl.where(here, a * below, 0.0), axis=0) * parts.LN2
+    below = targets.x - peak
+    pull = tl.sum(tl.where(here, a * below, 0.0), axis=0)
     mass = tl.sum(tl.where(here, a, 0.0), axis=0)
     if terms.label_smoothing is not None:
         class_weight = parts.sum_of_class_weights(terms, V, 0)
-        pull += b * (tl.sum(running.pull, axis=0) - class_weight * (peak * parts.LN2))
+        pull += b * (tl.sum(running.pull, axis=0) - class_weight * peak)
         mass += b * class_weight
 
     if rows.loss is None:
         store_partials(n, partials, peak, total, moment, pull * t, mass)
-        parts.put_targets(partials.below, n, y, tl.where(here, below * parts.LN2, 0.0), K)
+        parts.put_targets(partials.below, n, y, tl.where(here, below, 0.0), K)
     else:  # not a `return` above: the compiler would still compile this part, where members of `rows` are None
         log_total = tl.log(total)
         if token_weights_ptr is not None:
@@ -180,7 +179,7 @@ def cross_entropy_kernel(
         tl.store(rows.peak + n, peak)
         tl.store(rows.total + n, total)
         parts.put(rows.entropy, n, log_total - moment / total)
-        parts.put_targets(rows.logprobs, n, y, tl.where(here, below * parts.LN2 - log_total, 0.0), K)
+        parts.put_targets(rows.logprobs, n, y, tl.where(here, below - log_total, 0.0), K)
 
         if gradient.d_logits is not None:
             d_logits = gradient.d_logits + n * parts.known_multiple(d_logits_stride_n, VECTOR)

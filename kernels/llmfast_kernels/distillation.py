@@ -95,7 +95,7 @@ def distillation_kernel(
             row, taught, frame, weights, THREADS, PROBABILITIES=PROBABILITIES, BLOCK_V=BLOCK_V, VECTOR=VECTOR
         )
     else:
-        soft, centre = pairs.kl_divergence(running, both, KIND, PROBABILITIES)
+        soft, centre = pairs.kl_divergence(running, both, weights, KIND, PROBABILITIES)
     if KIND == pairs.CROSS_ENTROPY:
         soft, centre = parts.add_terms_of_lse(soft, centre, both.peak, log_total * parts.LN2, terms)
 
@@ -104,10 +104,8 @@ def distillation_kernel(
     loss = weights.soft * tl.where(centre == centre, soft, centre)
     hard_log_total = tl.log2(both.untempered)
     if weights.hard is not None:
-        below = tl.fma(target.x, pairs.exponent_scale(weights), -both.peak)
-        if weights.temperature is not None:
-            below *= weights.temperature
-        loss += weights.hard * ((hard_log_total - tl.sum(tl.where(here, below, 0.0), axis=0)) * parts.LN2)
+        below = tl.sum(tl.where(here, target.x - both.peak, 0.0), axis=0)
+        loss += weights.hard * tl.fma(hard_log_total, parts.LN2, -below)
     t = 1.0
     if token_weights_ptr is not None:
         t = tl.load(token_weights_ptr + n)

@@ -1,7 +1,7 @@
 """The parts of the kernels over pairs of rows, a student's and a teacher's: reading, running sums, and gradient.
 
-Exponents are base 2, and what `row.py` says of peaks holds for both rows, whose logits are x / temperature here. u is
-the student's logit less the peak, s its log-probability and q its probability. w is the teacher's logit less the peak
+Exponents and log-probabilities are base 2. What `row.py` says of peaks holds for both rows. u is the student's logit
+less the peak, over the temperature, s its log-probability and q its probability. w is the same of the teacher's logit
 while rows are folded, later its log-probability, and p its probability.
 """
 
@@ -17,6 +17,7 @@ FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 MIXED: tl.constexpr = tl.constexpr(2)
 CROSS_ENTROPY: tl.constexpr = tl.constexpr(3)  # forward KL without the entropy of p; p may be any numbers
+LOWEST_SHIFT: tl.constexpr = tl.constexpr(-1.0e35)  # times the sum of a thread, still finite
 NUMBERS: tl.constexpr = tl.constexpr(TAUGHT)
 
 
@@ -99,6 +100,16 @@ def exponent_scale(weights):
 
 
 @triton.jit
+def fall(before, after, scale):
+    """Return by how much the exponents of sums fall when their peak rises from `before` to `after`.
+
+    A divergence takes this number itself, also where its exponential is 0. It is finite because threads that have
+    folded nothing multiply it by a sum of 0.
+    """
+    return tl.maximum((before - after) * scale, LOWEST_SHIFT)
+
+
+@triton.jit
 def soft_factor(weights, KIND: tl.constexpr):
     """Return what multiplies the gradient of the divergence."""
     factor = weights.soft
@@ -151,10 +162,10 @@ def fold_pair(
     t = tl.reshape(t, (ROUNDS, THREADS, VECTOR))
 
     scale = exponent_scale(weights)
-    peak = tl.maximum(running.peak, tl.max(tl.max(x, axis=2), axis=0) * scale)
-    u = tl.fma(x, scale, -peak[None, :, None])
+    peak = tl.maximum(running.peak, tl.max(tl.max(x, axis=2), axis=0))
+    u = (x - peak[None, :, None]) * scale
     e = tl.exp2(u)
-    shift = running.peak - peak
+    shift = fall(running.peak, peak, scale)
     rescale = tl.exp2(shift)
     total = running.total * rescale + tl.sum(tl.sum(e, axis=2), axis=0)
     untempered = running.untempered
@@ -166,10 +177,10 @@ def fold_pair(
         p = t
         w = tl.log2(t)
     else:
-        teacher_peak = tl.maximum(teacher_peak, tl.max(tl.max(t, axis=2), axis=0) * scale)
-        w = tl.fma(t, scale, -teacher_peak[None, :, None])
+        teacher_peak = tl.maximum(teacher_peak, tl.max(tl.max(t, axis=2), axis=0))
+        w = (t - teacher_peak[None, :, None]) * scale
         p = tl.exp2(w)
-    teacher_shift = running.teacher_peak - teacher_peak
+    teacher_shift = fall(running.teacher_peak, teacher_peak, scale)
     teacher_rescale = tl.exp2(teacher_shift)
     teacher_total = running.teacher_total * teacher_rescale + tl.sum(tl.sum(p, axis=2), axis=0)
     moment = running.moment
@@ -189,12 +200,12 @@ def fold_pair(
 def log_probabilities(x, t, frame, weights, PROBABILITIES: tl.constexpr):
     """Return the log-probabilities of both in base 2, and the teacher's probabilities."""
     scale = exponent_scale(weights)
-    s = tl.fma(x, scale, -frame.peak) - frame.log_total
+    s = (x - frame.peak) * scale - frame.log_total
     if PROBABILITIES:
         w = tl.log2(t)
         p = t
     else:
-        w = tl.fma(t, scale, -frame.teacher_peak) - frame.teacher_log_total
+        w = (t - frame.teacher_peak) * scale - frame.teacher_log_total
         p = tl.exp2(w)
     return s, w, p
 
@@ -390,23 +401,25 @@ def joined(running, weights, PROBABILITIES: tl.constexpr):
 
     The moments are relative to the rows' peaks, and still one per thread. The teacher's total is 1 for probabilities.
     """
+    scale = exponent_scale(weights)
     peak = tl.max(running.peak, axis=0)
-    shift = running.peak - peak
+    shift = fall(running.peak, peak, scale)
     total = tl.sum(running.total * tl.exp2(shift), axis=0)
     untempered = total
     if weights.hard is not None and weights.temperature is not None:
         untempered = tl.sum(running.untempered * tl.exp2(shift * weights.temperature), axis=0)
     teacher_peak = tl.max(running.teacher_peak, axis=0)
-    teacher_shift = running.teacher_peak - teacher_peak
+    teacher_shift = fall(running.teacher_peak, teacher_peak, scale)
     teacher_total = tl.sum(running.teacher_total * tl.exp2(teacher_shift), axis=0)
     return Pair(peak, total, untempered, teacher_peak, teacher_total, running.moment)
 
 
 @triton.jit
-def kl_divergence(running, both, KIND: tl.constexpr, PROBABILITIES: tl.constexpr):
+def kl_divergence(running, both, weights, KIND: tl.constexpr, PROBABILITIES: tl.constexpr):
     """Return a Kullback-Leibler divergence or a cross-entropy, and what its gradient subtracts."""
-    shift = running.peak - both.peak
-    teacher_shift = running.teacher_peak - both.teacher_peak
+    scale = exponent_scale(weights)
+    shift = fall(running.peak, both.peak, scale)
+    teacher_shift = fall(running.teacher_peak, both.teacher_peak, scale)
     log_total = tl.log2(both.total)
     if KIND != REVERSE_KL:
         moment = tl.fma(teacher_shift - shift, running.teacher_total, running.moment)

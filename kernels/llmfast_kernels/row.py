@@ -6,10 +6,9 @@ A row's logits are x = softcap(logit_scale * (given + bias)), its targets y_k we
 
 with a_k = (1 - label_smoothing) w_k c[y_k], b = label_smoothing / V sum_k w_k and class weights c. All of it is linear
 in lse and x, so a row needs its peak, the sum of its exponentials, and what pulls the loss down: sum a_k x[y_k] +
-b sum c_v x_v. Exponents are base 2, and peaks are those of x log2(e). Everything that follows comes from the difference
-of x log2(e) and the peak, which one fma makes and rounds once: it is as good for logits of 1e8 as for those of 1. lse
-rounds at the size of the logits, and is made only for the z-loss and for callers that ask for it. Arithmetic is
-float32. An option that is not used is a None pointer or scalar, and costs nothing.
+b sum c_v x_v. Everything that follows comes from the difference of x and the peak, which is exact where it is small, so
+that no logit is too large. lse rounds at the size of the logits, and is made only for the z-loss and for callers that
+ask for it. Arithmetic is float32. An option that is not used is a None pointer or scalar, and costs nothing.
 
 Passes over a row work on one tile at a time. Whole tiles carry no mask, so that they load 16 bytes at a time whatever V
 is; a tile where the row ends is a TAIL, which does.
@@ -25,7 +24,9 @@ from llmfast_kernels import terms as shared
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite, so that a row (or a lane) of -inf logits makes no inf - inf.
-LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# Its exponential is 0 as that of -inf is, but 0 * -inf would be NaN.
+LOWEST_EXPONENT: tl.constexpr = tl.constexpr(-1000.0)
 # Targets that are not classes.
 IGNORED: tl.constexpr = tl.constexpr(-2)
 UNKNOWN: tl.constexpr = tl.constexpr(-1)
@@ -81,8 +82,8 @@ class OwnTargets(NamedTuple):
 class Running(NamedTuple):
     """Each thread's folded part of a row, (THREADS,) each."""
 
-    peak: Any  # max of x log2(e)
-    total: Any  # sum of 2^t with t = x log2(e) - peak
+    peak: Any  # max of x
+    total: Any  # sum of 2^t with t = (x - peak) log2(e)
     moment: Any  # sum of t 2^t
     pull: Any  # sum of c x
     best: Any  # start of the tile that the peak lies in
@@ -117,6 +118,18 @@ def put_targets(ptr, n, y, values, K: tl.constexpr):
     if ptr is not None:
         k = tl.arange(0, y.shape[0])
         tl.store(ptr + n * K + k, tl.where(y == UNKNOWN, float("nan"), values), mask=k < K)
+
+
+@triton.jit
+def exponent(x, peak):
+    """Return the exponent of base 2 of x: its exponential is what GPUs compute."""
+    return (x + -peak) * LOG2E  # with `x - peak`, NVIDIA's assembler spills where many options meet
+
+
+@triton.jit
+def fall(before, after):
+    """Return by how much the exponents of sums fall when their peak rises from `before` to `after`."""
+    return tl.maximum(exponent(before, after), LOWEST_EXPONENT)
 
 
 @triton.jit
@@ -234,7 +247,7 @@ def sum_of_class_weights(terms, columns, PLACE: tl.constexpr):
 def add_terms_of_lse(loss, slope, peak, log_total, terms):
     """Add to a row's loss what depends on lse alone, and its derivative to the slope of the loss in lse."""
     if terms.z_loss is not None:
-        lse = tl.fma(peak, LN2, log_total)
+        lse = peak + log_total
         loss += terms.z_loss * lse * lse
         slope += 2.0 * terms.z_loss * lse
     return loss, slope
@@ -272,18 +285,18 @@ def fold_tile(
     pull = running.pull
     if SMOOTH and not ENTROPY:  # added up first, which takes fewer registers; with the entropy, last
         pull += tl.sum(tl.sum(tl.reshape(pulled, (ROUNDS, THREADS, VECTOR)), axis=2), axis=0)
-    tile_peak = tl.max(tl.max(x, axis=2), axis=0) * LOG2E
+    tile_peak = tl.max(tl.max(x, axis=2), axis=0)
     best = running.best
     if ARGMAX:
         best = tl.where(tile_peak > running.peak, start, best)
     peak = tl.maximum(running.peak, tile_peak)
-    t = tl.fma(x, LOG2E, -peak[None, :, None])
+    t = exponent(x, peak[None, :, None])
     exponentials = tl.exp2(t)
-    shift = running.peak - peak
+    shift = fall(running.peak, peak)
     rescale = tl.exp2(shift)
     moment = running.moment
     if ENTROPY:
-        t = tl.maximum(t, -1000.0)  # 2^-1000 is 0 as 2^-inf is, but 0 * -inf would be NaN
+        t = tl.maximum(t, LOWEST_EXPONENT)
         moment = rescale * tl.fma(shift, running.total, moment) + tl.sum(tl.sum(t * exponentials, axis=2), axis=0)
     total = running.total * rescale + tl.sum(tl.sum(exponentials, axis=2), axis=0)
     if SMOOTH and ENTROPY:
@@ -317,9 +330,9 @@ def through_softcap(d, x, terms):
 def gradient(x, c, slopes, terms):
     """Return the gradient of the given logits without the targets' own part.
 
-    (factor e + entropy_factor e (t ln(2) + entropy_shift) - smooth c) x', where e = 2^t and t = x log2(e) - peak.
+    (factor e + entropy_factor e (t ln(2) + entropy_shift) - smooth c) x', where e = 2^t and t is x's exponent.
     """
-    t = tl.fma(x, LOG2E, -slopes.peak)
+    t = exponent(x, slopes.peak)
     e = tl.exp2(t)
     d = e * slopes.factor
     if slopes.entropy_factor is not None:

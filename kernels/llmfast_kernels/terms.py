@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     """Results of N rows, all (N,) but the last three. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
     logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
-    peak is the largest logit in the unit of the row operations that made it.
+    peak is the largest logit.
     """
 
     loss: Tensor  # f32
@@ -68,6 +68,11 @@ class Rows(NamedTuple):
     @property
     def softmax(self) -> "Softmax":
         return Softmax(self.peak, self.total, self.entropy, self.taught)
+
+    @property
+    def lse(self) -> Tensor:
+        """Logsumexp of the logits."""
+        return self.peak + self.total.log()
 
 
 class Softmax(NamedTuple):
@@ -93,7 +98,7 @@ class Partials(NamedTuple):
     t is x - peak, with the peak of these columns alone. Ignored rows have 0 everywhere, and an argmax of -1.
     """
 
-    peak: Tensor  # f32: the largest x, in the unit of the row operations that made it
+    peak: Tensor  # f32: the largest x
     total: Tensor  # f32: sum(exp(t))
     moment: Tensor | None  # f32: sum(t exp(t)), for the entropy
     pull: Tensor  # f32: what pulls the loss down, less mass * peak

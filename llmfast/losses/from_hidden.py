@@ -104,7 +104,7 @@ class LinearCrossEntropy(Loss):
         later = any(wants) and (not way.in_forward or plan.column_share > 0)
         cast_now = later and any(t is not used for t, used in zip(inputs, stages.matrices))
         kept = Kept(plan, made, logits, stages.matrices if cast_now else None)
-        return Found(found, stages.ops.lse(found) if self.stats else None, kept)
+        return Found(found, found.lse if self.stats else None, kept)
 
     def backward(
         self, inputs: Tensors, wants: tuple[bool, ...], softmax: Softmax, returned: Returned, kept: Kept | None

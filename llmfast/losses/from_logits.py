@@ -36,7 +36,7 @@ class CrossEntropy(Loss):
         rows = ops.cross_entropy(logits, self.targets, self.terms, V=logits.shape[1], **more)
         if self.places:
             rows = rows._replace(places=ops.places(logits, self.targets, self.terms, V=logits.shape[1]))
-        return Found(rows, ops.lse(rows) if stats else None)
+        return Found(rows, rows.lse if stats else None)
 
     def backward(
         self,

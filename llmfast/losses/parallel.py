@@ -70,7 +70,7 @@ def _cross_entropy(
     peak, best = own.peak.clone(), own.argmax
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
     # Finite, also for a rank without classes.
-    shift = ((own.peak - peak) * ops.peak_unit).clamp(min=torch.finfo(peak.dtype).min)
+    shift = (own.peak - peak).clamp(min=torch.finfo(peak.dtype).min)
     rescale = shift.exp()
     parts = [own.total * rescale, own.pull + own.mass * shift, own.mass]
     if own.moment is not None:
@@ -84,7 +84,7 @@ def _cross_entropy(
     total, pull, mass, *more = sums
     log_total = total.log()
     H = log_total - more.pop(0) / total if stats else None
-    lse = peak * ops.peak_unit + log_total
+    lse = peak + log_total
     loss = plain.add_terms(mass * log_total - pull, lse, terms)
     if targets.token_weights is not None:
         loss *= targets.token_weights

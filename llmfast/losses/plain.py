@@ -176,7 +176,7 @@ def cross_entropy_partials(
     for rows, space in row_blocks(logits, dtype):
         x = read_logits(logits[rows], _of_rows(terms, targets, rows), space)
         peak, where = x.max(1)
-        finite = peak.clamp(min=-1e38)
+        finite = peak.clamp(min=torch.finfo(dtype).min)
         below = x - finite[:, None]
         exponentials = below.exp()
         peaks[rows] = finite

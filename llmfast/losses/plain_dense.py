@@ -41,7 +41,7 @@ def dense_cross_entropy(
     for rows, space in row_blocks(logits, loss.dtype):
         x = read_logits(logits[rows], terms, space)
         p = _weighed(targets, terms, rows, x)
-        peak = x.amax(1).clamp(min=-1e38)  # finite, also of columns that are all impossible
+        peak = x.amax(1).clamp(min=torch.finfo(x.dtype).min)  # finite, also of columns that are all impossible
         below = x - peak[:, None]
         pull = (below * p).masked_fill_(p == 0, 0.0).sum(1)  # an impossible class may have a logit of -inf
         mass = p.sum(1)

@@ -192,20 +192,19 @@ def _temperature(targets: Targets, rows: slice, divergence: Divergence) -> float
     return divergence.temperature if targets.temperatures is None else targets.temperatures[rows, None]
 
 
-def _teachers_logits(teacher: TeacherRows, rows: slice, like: Tensor, T: float | Tensor) -> Tensor:
+def _teachers_logits(teacher: TeacherRows, rows: slice, like: Tensor) -> Tensor:
     assert teacher.logits is not None
     given = teacher.logits[rows, : like.shape[1]]
-    t = plain.final_logits(given.to(like.dtype), teacher.terms.bias, teacher.terms)
-    return t / T if isinstance(T, Tensor) or T != 1.0 else t
+    return plain.final_logits(given.to(like.dtype), teacher.terms.bias, teacher.terms)
 
 
 def _said(teacher: TeacherRows, s: Tensor, rows: slice, T: float | Tensor) -> _Said:
     """Return what the teacher says about whole rows, of which `s` are the student's log-probabilities."""
     none = s.new_zeros(len(s))
     if teacher.logits is not None:
-        t = _teachers_logits(teacher, rows, s, T)
+        t = _teachers_logits(teacher, rows, s)
         peak = t.amax(1)
-        t = t - peak[:, None]
+        t = (t - peak[:, None]).div_(T)
         log_total = t.exp().sum(1).log_()
         return _Said(t.sub_(log_total[:, None]), peak, log_total, None)
     if teacher.probabilities is not None:
@@ -230,8 +229,7 @@ def _said_again(
     """Return the teacher's log-probabilities of some columns, from the numbers of whole rows."""
     first, second = taught[:, 0, None], taught[:, 1, None]
     if teacher.logits is not None:
-        t = _teachers_logits(teacher, rows, s, T)
-        return (t - first).sub_(second)
+        return (_teachers_logits(teacher, rows, s) - first).div_(T).sub_(second)
     if teacher.probabilities is not None:
         return teacher.probabilities[rows].to(s.dtype).log()
     assert teacher.ids is not None and teacher.logprobs is not None

@@ -21,11 +21,6 @@ class RowOps(NamedTuple):
     cross_entropy_backward: Callable[..., None]
     scale: Callable[..., Tensor]
     count_above: Callable[..., Tensor]
-    peak_unit: float  # `Rows.peak` times this is the largest logit
-
-    def lse(self, rows: Rows) -> Tensor:
-        """Return (N,) logsumexp of the logits."""
-        return rows.peak * self.peak_unit + rows.total.log()
 
     def places(self, logits: Tensor, targets: Targets, terms: Terms, *, V: int) -> Tensor:
         """Return how many of all classes have a larger logit than each target, as in `Rows`."""
@@ -49,7 +44,6 @@ _PLAIN = RowOps(
     plain.cross_entropy_backward,
     plain.scale,
     plain.count_above,
-    peak_unit=1.0,
 )
 
 
@@ -94,5 +88,4 @@ def _launchers() -> RowOps:
     from llmfast_kernels.places import count_above
     from llmfast_kernels.scale import scale
 
-    backward, unit = rows.cross_entropy_backward, rows.PEAK_UNIT
-    return RowOps(rows.cross_entropy, rows.cross_entropy_partials, backward, scale, count_above, peak_unit=unit)
+    return RowOps(rows.cross_entropy, rows.cross_entropy_partials, rows.cross_entropy_backward, scale, count_above)
