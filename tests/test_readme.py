@@ -143,7 +143,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
 def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
     """Compare modelled times within few more bytes; cut-cross-entropy holds next to nothing, at a larger error.
 
-    The more bytes are a few numbers per row, which others do not make, and rows that are padded.
+    The more bytes are peak and total of 1,024 rows, where torch keeps all logits.
     """
     compared = ahead = 0
     for row in results("results.json"):
@@ -154,7 +154,7 @@ def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
         N, D, V = (row["size"][axis] for axis in "NDV")
         held = row["peak_bytes"] - 2 * (N * D + V * D)
         low = row["way"].startswith(("Liger", "torch linear")) and "float32 sums" not in row["way"]
-        for more, longer in ((64 << 10, 1.0), (0, 1.032)):
+        for more, longer in ((16 << 10, 1.0), (0, 1.032)):
             plan = LinearCrossEntropyPlan.make(
                 N, D, V, memory_budget=int(held) + more, accumulate_dtype=torch.bfloat16 if low else None
             )
@@ -162,4 +162,4 @@ def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
         ahead += plan.seconds > row["seconds"][H100.name]
         compared += 1
     assert compared > 50
-    assert ahead <= 4
+    assert ahead <= 3

@@ -163,7 +163,7 @@ def fold_pair(
 
     scale = exponent_scale(weights)
     peak = tl.maximum(running.peak, tl.max(tl.max(x, axis=2), axis=0))
-    u = (x - peak[None, :, None]) * scale
+    u = parts.exponent(x, peak[None, :, None], scale)
     e = tl.exp2(u)
     shift = fall(running.peak, peak, scale)
     rescale = tl.exp2(shift)
@@ -178,7 +178,7 @@ def fold_pair(
         w = tl.log2(t)
     else:
         teacher_peak = tl.maximum(teacher_peak, tl.max(tl.max(t, axis=2), axis=0))
-        w = (t - teacher_peak[None, :, None]) * scale
+        w = parts.exponent(t, teacher_peak[None, :, None], scale)
         p = tl.exp2(w)
     teacher_shift = fall(running.teacher_peak, teacher_peak, scale)
     teacher_rescale = tl.exp2(teacher_shift)
@@ -200,12 +200,12 @@ def fold_pair(
 def log_probabilities(x, t, frame, weights, PROBABILITIES: tl.constexpr):
     """Return the log-probabilities of both in base 2, and the teacher's probabilities."""
     scale = exponent_scale(weights)
-    s = (x - frame.peak) * scale - frame.log_total
+    s = parts.exponent(x, frame.peak, scale) - frame.log_total
     if PROBABILITIES:
         w = tl.log2(t)
         p = t
     else:
-        w = (t - frame.teacher_peak) * scale - frame.teacher_log_total
+        w = parts.exponent(t, frame.teacher_peak, scale) - frame.teacher_log_total
         p = tl.exp2(w)
     return s, w, p
 

@@ -121,15 +121,15 @@ def put_targets(ptr, n, y, values, K: tl.constexpr):
 
 
 @triton.jit
-def exponent(x, peak):
-    """Return the exponent of base 2 of x: its exponential is what GPUs compute."""
-    return (x + -peak) * LOG2E  # with `x - peak`, NVIDIA's assembler spills where many options meet
+def exponent(x, peak, scale):
+    """Return the exponent of x in base 2, where `scale` is log2(e) over the temperature."""
+    return (x + -peak) * scale  # with `x - peak`, NVIDIA's assembler spills where many options meet
 
 
 @triton.jit
 def fall(before, after):
     """Return by how much the exponents of sums fall when their peak rises from `before` to `after`."""
-    return tl.maximum(exponent(before, after), LOWEST_EXPONENT)
+    return tl.maximum((before - after) * LOG2E, LOWEST_EXPONENT)
 
 
 @triton.jit
@@ -285,12 +285,12 @@ def fold_tile(
     pull = running.pull
     if SMOOTH and not ENTROPY:  # added up first, which takes fewer registers; with the entropy, last
         pull += tl.sum(tl.sum(tl.reshape(pulled, (ROUNDS, THREADS, VECTOR)), axis=2), axis=0)
-    tile_peak = tl.max(tl.max(x, axis=2), axis=0)
+    tile_peak = tl.max(tl.max(x, axis=0), axis=1)
     best = running.best
     if ARGMAX:
         best = tl.where(tile_peak > running.peak, start, best)
     peak = tl.maximum(running.peak, tile_peak)
-    t = exponent(x, peak[None, :, None])
+    t = exponent(x, peak[None, :, None], LOG2E)
     exponentials = tl.exp2(t)
     shift = fall(running.peak, peak)
     rescale = tl.exp2(shift)
@@ -332,7 +332,7 @@ def gradient(x, c, slopes, terms):
 
     (factor e + entropy_factor e (t ln(2) + entropy_shift) - smooth c) x', where e = 2^t and t is x's exponent.
     """
-    t = exponent(x, slopes.peak)
+    t = exponent(x, slopes.peak, LOG2E)
     e = tl.exp2(t)
     d = e * slopes.factor
     if slopes.entropy_factor is not None:

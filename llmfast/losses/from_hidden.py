@@ -7,6 +7,7 @@ multiplied in, while casting where that is needed, and the column stage finishes
 """
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -89,16 +90,19 @@ class LinearCrossEntropy(Loss):
         plan = self._plan(inputs, wants, per_token=not self.makes_gradients(inputs, wants))
         call, way = plan.call, plan.way
         stages = self._stages(plan, self._matrices(inputs), inputs)
-        made = self._row_buffers(stages, wants) if way.in_forward and any(wants) else None
+        make = cache(partial(self._row_buffers, stages, wants)) if way.in_forward and any(wants) else None
         slab = self._slab(stages)
         logits = slab if plan.keeps_all else slab.new_empty(call.N, way.kept) if way.kept > 0 else None
         copied = None if plan.keeps_all else logits
         more = {"stats": self.stats, "logprobs": self.logprobs, "places": self.places}
-        factor = None if made is None else self.early_factor
-        chunks = stages.forward(made, copied, slab, **more, grad_scale=factor)
-        parts = list(map(_forgotten, chunks) if plan.forgets else chunks)
-        del slab  # before the chunks' numbers are joined
-        found = _joined(parts) if parts else self._no_rows(stages.matrices)
+        factor = None if make is None else self.early_factor
+        results = _Results(plan, slab)
+        for part in stages.forward(make, copied, slab, **more, grad_scale=factor):
+            results.add(part)
+            del part  # before its products are made
+        del slab
+        found = results.rows or self._no_rows(stages.matrices)
+        made = None if make is None else make()
         if made is not None and made.hidden is not None and self.group is not None:
             sum_over_ranks(made.hidden, self.group)  # each rank has its columns' part
         later = any(wants) and (not way.in_forward or plan.column_share > 0)
@@ -130,7 +134,10 @@ class LinearCrossEntropy(Loss):
         plan, call, way, hidden = stages.plan, stages.plan.call, stages.plan.way, stages.matrices.hidden
         new = hidden.new_empty if call.N > 0 and call.V > 0 else hidden.new_zeros  # where there is no product
         if len(softmax.peak) < call.N:
-            softmax = _joined(list(stages.forward(None, None, self._slab(stages), stats=False))).softmax
+            results = _Results(plan, hidden)
+            for part in stages.forward(None, None, self._slab(stages), stats=False):
+                results.add(part)
+            softmax = (results.rows or self._no_rows(stages.matrices)).softmax
         upstream = returned.per_row(self.count, softmax.peak)
         into, later = self.accumulate_into, way.finished < call.N
         d_hidden = rest = sums = None
@@ -298,19 +305,29 @@ class LinearCrossEntropy(Loss):
         return Gradients(d_hidden, d_weight, d_bias)
 
 
-def _forgotten(rows: Rows) -> Rows:
-    """Return the losses of rows, without what the first backward pass does not read."""
-    none = rows.loss.new_empty(0)
-    return Rows(rows.loss, none, none, None, None, taught=None if rows.taught is None else none)
+class _Results:
+    """Results of all rows, gathered from their chunks; of a plan that forgets, the sums of the chunks' losses."""
 
+    def __init__(self, plan: LinearCrossEntropyPlan, like: Tensor) -> None:
+        self.rows: Rows | None = None  # None before the first chunk
+        self._N, self._done, self._losses = plan.call.N, 0, None
+        if plan.forgets:
+            self._losses = like.new_empty(plan.chunks, dtype=plan.call.wide)
+            none = self._losses.new_empty(0)
+            self.rows = Rows(self._losses, none, none, None, None, taught=none if plan.call.taught else None)
 
-def _joined(parts: list[Rows]) -> Rows:
-    """Concatenate the rows of all chunks; there must be at least one."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def join(name: str) -> Any:
-        columns = [getattr(part, name) for part in parts]
-        return None if columns[0] is None else torch.cat(columns)
-
-    return Rows(*(join(name) for name in Rows._fields))
+    def add(self, part: Rows) -> None:
+        n, start = len(part.loss), self._done
+        if self._losses is not None:
+            torch.sum(part.loss, 0, out=self._losses[start])
+            self._done += 1
+            return
+        if n == self._N:
+            self.rows = part
+            return
+        if self.rows is None:
+            self.rows = Rows._make([None if t is None else t.new_empty(self._N, *t.shape[1:]) for t in part])
+        for whole, some in zip(self.rows, part):  # copies: the kernels would be compiled again for unaligned slices
+            if whole is not None and some is not None:
+                whole[start : start + n] = some
+        self._done += n

@@ -114,6 +114,11 @@ class LinearCrossEntropyPlan:
         N, rows = self.call.N, self.way.rows
         return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
 
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of rows."""
+        return -(-self.call.N // self.way.rows) if self.call.N else 0
+
     def column_slabs(self) -> Iterator[slice]:
         """Yield the columns whose logits the column stage makes, slab by slab."""
         V, columns = self.call.V, self.way.columns
@@ -232,11 +237,10 @@ class LinearCrossEntropyPlan:
 
     def __str__(self) -> str:
         call = self.call
-        chunks = -(-call.N // self.way.rows) if call.N else 0
         lines = [
             f"linear cross-entropy of N={call.N} tokens, D={call.D}, V={call.V}, {_short(call.dtype)}"
             f" (logits {_short(call.slab_dtype)}), at most {in_bytes(self.budget)} beyond inputs and gradients:"
-            f" {self.mode}, {chunks} slab(s) of {self.way.rows} rows",
+            f" {self.mode}, {self.chunks} slab(s) of {self.way.rows} rows",
             f"{'mode':<14}{'slab':>11}{'held':>11}{'peak':>11}{'HBM':>11}{'products':>10}"
             f"   modelled on {self.gpu.name}",
         ]
@@ -312,7 +316,7 @@ def _default_budget(call: Call, on_cpu: bool, most: int | None) -> int:
     if on_cpu:
         rounded = call.V * call.D * call.dtype.itemsize * (separate and not call.float32_products)
         return call.held + DEFAULT_SLAB_ON_CPU + sums + rounded
-    sums += (call.row_bytes + call.joined_bytes) * call.N + call.V * call.wide.itemsize + SCALARS
+    sums += 2 * call.row_bytes * call.N + call.V * call.wide.itemsize + SCALARS
     budget = max(DEFAULT_SLAB_ELSEWHERE, sums)
     return call.held + (budget if most is None else min(budget, most))
 

@@ -1,6 +1,6 @@
 """The two stages of a linear cross-entropy: whole rows of logits, then whole columns. `ways.py` describes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -45,7 +45,7 @@ class Stages:
 
     def forward(
         self,
-        made: Gradients | None,
+        make: Callable[[], Gradients] | None,
         kept: Tensor | None,
         slab: Tensor,
         *,
@@ -54,10 +54,11 @@ class Stages:
         places: bool = False,
         grad_scale: Tensor | None = None,
     ) -> Iterator[Rows]:
-        """Yield the results of each chunk of rows.
+        """Yield the results of each chunk of rows. Whoever keeps less of them than all drops the rest at once.
 
         Args:
-            made: Filled with the gradients of grad_scale * sum(loss); the weight's may have fewer rows than V.
+            make: Returns what is filled with the gradients of grad_scale * sum(loss); the weight's may have fewer rows
+                than V. It is called when the first chunk has its results, whose bytes the gradients may take.
             kept: (N, columns) that logits are copied to, from column `summed` on; None to copy nothing.
             slab: (rows, padded V) for the logits.
             stats: Whether to compute entropy and argmax.
@@ -66,16 +67,16 @@ class Stages:
             grad_scale: () float32, or None for 1.
         """
         call, V, first = self.plan.call, self.plan.call.V, self.plan.way.summed
-        low = self._low(slab) if made is not None else slab
+        low = self._low(slab) if make is not None else slab
         for rows in self.plan:
             n = rows.stop - rows.start
-            logits, d_logits = _first(slab, n), None if made is None else _first(low, n)
+            logits, d_logits = _first(slab, n), None if make is None else _first(low, n)
             targets = self.targets if n == call.N else self.targets[rows]
             self.products.logits(_rows(self.matrices.hidden, rows), self.matrices.weight, out=_first(logits, V, 1))
             if kept is not None:
                 kept[rows] = logits[:, first : first + kept.shape[1]]
             alive, filtering = None, {}
-            if made is not None and self.grad_filter is not None:
+            if make is not None and self.grad_filter is not None:
                 alive = slab.new_empty(n, call.row_width // GROUP, dtype=torch.int8)
                 filtering = {"alive": alive, "threshold": self.grad_filter}
             found = self.ops.cross_entropy(
@@ -92,9 +93,9 @@ class Stages:
             if places:
                 found = found._replace(places=self.ops.places(logits, targets, self.terms, V=V))
             yield found
-            del found  # the caller may keep less of it
-            if d_logits is not None and made is not None:
-                self._add_rows(rows, _first(d_logits, V, 1), alive, made, add=rows.start > 0)
+            del found
+            if d_logits is not None and make is not None:
+                self._add_rows(rows, _first(d_logits, V, 1), alive, make(), add=rows.start > 0)
 
     def finish_rows(self, softmax: Softmax, upstream: Upstream, out: Gradients, *, add: bool) -> None:
         """Fill the gradients of the rows that the plan finishes, and of its summed columns, from new logits.

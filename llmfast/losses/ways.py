@@ -124,25 +124,25 @@ class Call:
     def _numbers(self) -> int:
         return 4 if self.per_token or self.functional else 3
 
-    @property
-    def joined_bytes(self) -> int:
-        """Bytes per row beyond `row_bytes` while loss, peak and total of all chunks are joined."""
-        return 0 if self.stats else (6 - self._numbers + self.taught) * self.wide.itemsize
-
     def forgets(self, way: Way) -> Any:
-        """Return whether a chunk of rows leaves nothing but its losses: its gradients are final.
+        """Return whether a chunk of rows, one of several, leaves nothing but the sum of its losses.
+
+        Its gradients are final then.
 
         A second backward pass makes the rest again. Ranks keep it, because theirs would have to make it at once, and a
         rank without classes has nothing to make.
         """
         needed = bool(self.stats or self.ids or self.functional or self.per_token or self.ranks)
-        return way.in_forward & (self.column_share(way) == 0) & (not needed)
+        several = way.rows < self.N
+        return way.in_forward & several & (self.column_share(way) == 0) & (not needed)
 
     def _row_numbers(self, way: Way) -> tuple[Any, Any]:
-        """Return the bytes of numbers per row: of those that are kept, and of more while they are joined."""
-        few = self.forgets(way)
-        kept = np.where(few, self.wide.itemsize + self.plain_row_bytes, self.row_bytes)
-        return kept * self.N, np.where(few, self.wide.itemsize, self.joined_bytes) * self.N * (way.rows < self.N)
+        """Return the bytes of numbers per row: of those that are kept, and of a chunk's until they are copied."""
+        few, rows = self.forgets(way), np.minimum(way.rows, self.N)
+        sums = self.wide.itemsize * _ceil(self.N, way.rows) + self.plain_row_bytes * self.N
+        kept = np.where(few, sums, self.row_bytes * self.N)
+        numbers = (3 + self.taught) * self.wide.itemsize
+        return kept, rows * np.where(few, numbers, self.row_bytes * (way.rows < self.N))
 
     def modes(self, way: Way) -> Any:
         """Return the name of each way's mode."""
@@ -350,12 +350,12 @@ class Call:
         rows_slab, columns_slab = self.slab_bytes(way)
         rows_of_slab = np.minimum(way.rows, self.N)
         rows_scratch = self._scratch(rows_of_slab, self.V)
-        numbers, joining = self._row_numbers(way)
+        numbers, of_chunk = self._row_numbers(way)
         numbers = numbers + self.held + self.V * self.wide.itemsize * self.wants[2] + SCALARS
-        rows_scratch = rows_scratch + self.forgets(way) * (2 + self.taught) * self.wide.itemsize * rows_of_slab
+        rows_scratch = rows_scratch + of_chunk
         casts = self._casts(rows_of_slab, self.V)
         if not any(self.wants):
-            return numbers + np.maximum(rows_slab + np.maximum(rows_scratch, casts), joining)
+            return numbers + rows_slab + np.maximum(rows_scratch, casts)
         h, g = self.hidden_dtype.itemsize, self._sum_bytes(way)
         whole, separate = way.kept >= self.V, self.separate(way)
         kept = np.where(whole, 0, self.N * way.kept * self.slab_dtype.itemsize)
@@ -371,7 +371,10 @@ class Call:
         working = kept + rows_scratch
         looking = rows_slab // self.logit_bytes * (self.slab_dtype.itemsize + self.teacher_bytes)
         looking = looking + np.maximum(casts - rows_scratch, 0) - room - d_hidden  # for peak and total
-        forward = working + np.where(way.in_forward, rows_slab + own_sums - room + self._rows_product(way), looking)
+        making = rows_slab + own_sums - room + self._rows_product(way)
+        at_once = way.in_forward & (way.rows >= self.N)  # no gradient is made before the only chunk's results
+        forward = np.where(at_once, kept + making, working + np.where(way.in_forward, making, looking))
+        forward = np.maximum(forward, np.where(at_once, working + rows_slab + casts - d_hidden - d_weight, 0))
         finished_slab = np.minimum(way.rows, way.finished) * self.row_width * self.logit_bytes
         again = working + finished_slab + own_sums - room + hidden_sums + self._rows_product(way)
         again = np.where(~way.in_forward & finishing, again, 0)
@@ -379,7 +382,7 @@ class Call:
         columns = columns - np.where(finishing, 0, d_hidden * (hidden_sums > 0))
         columns = columns + self._scratch(self.N, np.where(whole, self.V, np.minimum(way.columns, self.V)))
         columns = np.where(self.column_share(way) > 0, columns, 0)
-        most = own_sums + kept + np.maximum(joining - room, 0)  # while numbers are joined, or the sums scaled
+        most = own_sums + kept  # while the sums are scaled
         for held in (forward, again, columns, hidden_sums):
             most = np.maximum(most, held)
         return numbers + ranks + most
