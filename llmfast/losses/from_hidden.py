@@ -327,7 +327,7 @@ class _Results:
             return
         if self.rows is None:
             self.rows = Rows._make([None if t is None else t.new_empty(self._N, *t.shape[1:]) for t in part])
-        for whole, some in zip(self.rows, part):  # copies: the kernels would be compiled again for unaligned slices
-            if whole is not None and some is not None:
-                whole[start : start + n] = some
+        # By one launch. The row kernel does not write there, because it would be compiled again for unaligned slices.
+        some = [t for t in part if t is not None]
+        torch._foreach_copy_([t[start : start + n] for t in self.rows if t is not None], some)
         self._done += n

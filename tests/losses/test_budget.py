@@ -124,7 +124,7 @@ def made(options: dict[str, Any], N: int, V: int) -> dict[str, Any]:
     return {name: reserve(*sizes[x], dtype=BF16) if x in sizes else x for name, x in options.items()}
 
 
-LAUNCHES = 400  # about as many are counted in a second
+LAUNCHES = 300  # as many are counted in half a second; slabs of a row take 256 at N = 512
 BUDGETS = (8 << 20, 64 << 20, 200 << 20, 1 << 30, 3 << 30, 8 << 30)
 
 
@@ -143,7 +143,8 @@ def least_of(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) ->
     return int(found[1])
 
 
-ALL = [(N, call) for call in CALLS for N in (1024, 16384)] + [(4096, "mean"), (65536, "mean"), (65536, "four heads")]
+ALL = [(N, call) for call in CALLS for N in (512, 16384)]
+ALL += [(4096, "mean"), (65536, "mean"), (65536, "four heads")]
 
 
 @pytest.mark.parametrize(("N", "call"), ALL)
@@ -158,7 +159,7 @@ def test_a_budget_is_kept(model: str, N: int, call: str) -> None:
     options = made(options, N, V)
     least = least_of(hidden, weight, targets, **options)
     for budget in (least, *BUDGETS[:: 1 if call == "mean" else 2]):
-        if budget >= least and 4 * N * V / budget < LAUNCHES:
+        if budget >= least and 4 * N * V / (budget - least + 8 * V) < LAUNCHES:
             hidden.grad = weight.grad = None
             with counted_memory() as counts:
                 run(hidden, weight, targets, memory_budget=budget, **options)

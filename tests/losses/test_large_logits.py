@@ -70,10 +70,10 @@ LOSSES: dict[str, Loss] = {
     "linear": of_hidden_states,
     "logprobs": log_probabilities,
 } | {
-    f"{kind} {'from' if from_large else 'to'} large, temperature {T}": partial(
-        distilled, kind=kind, temperature=T, hard_weight=1 - T, from_large=from_large
+    f"{kind} {'from' if from_large else 'to'} large": partial(
+        distilled, kind=kind, temperature=0.6, hard_weight=0.5, from_large=from_large
     )
-    for kind, T, from_large in product(["forward_kl", "reverse_kl", "jsd"], [1.0, 0.6], [False, True])
+    for kind, from_large in product(["forward_kl", "reverse_kl", "jsd"], [False, True])
 }
 
 
