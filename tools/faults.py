@@ -19,7 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "faults.json"
 LEFT_OUT = shutil.ignore_patterns(".*", "runs", "site", "__pycache__", "build", "dist")
-NOTHING_COLLECTED = 5  # pytest's exit status
+NOTHING_COLLECTED, CANNOT_RUN = 5, (3, 4)  # exit statuses of pytest: internal error, wrong usage
 
 
 class PlantedFault(NamedTuple):
@@ -59,7 +59,7 @@ def verdict(fault: PlantedFault, tree: Path) -> str:
         return next(
             (v for v, word in (("survived", "passed"), ("skipped", "skipped")) if word in done.stdout), "outdated"
         )
-    return "outdated" if "not found: " in done.stdout + done.stderr else "caught"
+    return "outdated" if done.returncode in CANNOT_RUN else "caught"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
