@@ -43,6 +43,11 @@ class Terms:
     logit_scale: float | None = None
     softcap: float | None = None
 
+    @property
+    def without_lse(self) -> "Terms":
+        """The terms without those that depend on logsumexp alone."""
+        return replace(self, z_loss=None)
+
     def columns(self, columns: slice) -> "Terms":
         """Return the terms for a buffer that holds these columns of the present one."""
         bias = None if self.bias is None else self.bias[columns]

@@ -96,7 +96,7 @@ def _cross_entropy(
     taught = None
     if targets.probabilities is not None:  # what multiplies the softmax in the gradient
         taught = total.new_zeros((len(total), TAUGHT))
-        taught[:, 2] = mass if terms.z_loss is None else mass + 2 * terms.z_loss * lse
+        taught[:, 2] = plain.slope_of_lse(mass, terms, lse)
     rows = Rows(loss, peak, total, H, best, each, taught=taught)
     plain.empty_where(ignored.all(1), rows)
     if d_logits is not None and V > 0:

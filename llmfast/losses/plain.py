@@ -139,7 +139,7 @@ def cross_entropy(
         if H is not None:
             H[rows] = log_total - (p * torch.where(p > 0, x - peak[:, None], 0)).sum(1)
         if d_logits is not None:
-            slope = _slope(None if mass is None else mass[rows], terms, lse)
+            slope = slope_of_lse(None if mass is None else mass[rows], terms, lse)
             if slope is not None:
                 p *= slope[:, None]
             weights.subtract(p, rows)
@@ -226,7 +226,7 @@ def cross_entropy_backward(
         if d_entropy is not None and entropy is not None:
             shift = (entropy - log_total)[rows, None]
             extra = torch.where(p > 0, p * (x - peak[rows, None] + shift), 0) * -d_entropy[rows, None]
-        slope = _slope(None if mass is None else mass[rows], terms, (peak + log_total)[rows])
+        slope = slope_of_lse(None if mass is None else mass[rows], terms, (peak + log_total)[rows])
         if d_lse is None:
             if slope is not None:
                 p *= slope[:, None]
@@ -255,7 +255,7 @@ def count_above(logits: Tensor, keys: Tensor, terms: Terms, *, V: int) -> Tensor
 
 
 def add_terms(loss: Tensor, lse: Tensor, terms: Terms) -> Tensor:
-    """Add the terms that depend on logsumexp alone; `_slope` has their derivative."""
+    """Add the terms that depend on logsumexp alone; `slope_of_lse` has their derivative."""
     return loss if terms.z_loss is None else loss + terms.z_loss * lse * lse
 
 
@@ -332,7 +332,7 @@ def through_softcap(d: Tensor, x: Tensor, terms: Terms) -> None:
         d *= terms.logit_scale
 
 
-def _slope(mass: Tensor | None, terms: Terms, lse: Tensor) -> Tensor | None:
+def slope_of_lse(mass: Tensor | None, terms: Terms, lse: Tensor) -> Tensor | None:
     """Return the derivative of the loss with respect to logsumexp, (rows,); None for 1."""
     if terms.z_loss is None:
         return mass

@@ -4,6 +4,8 @@ The functions have the signatures of the Triton launchers, where `llmfast_kernel
 Of the numbers in `Rows.taught`, only the third is used: what multiplies the softmax in the gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def dense_cross_entropy(
         log_total = total.log()
         lse = peak + log_total
         loss[rows] = plain.add_terms(mass * log_total - pull, lse, terms)
-        slope = mass if terms.z_loss is None else mass + 2 * terms.z_loss * lse
+        slope: Any = plain.slope_of_lse(mass, terms, lse)
         peaks[rows], totals[rows], taught[rows, 2] = peak, total, slope
         if d_logits is not None:
             d = below.mul_((slope / total)[:, None]).sub_(p)

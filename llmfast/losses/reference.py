@@ -53,9 +53,7 @@ def cross_entropy(
     losses = (1 - smoothing) * c[y] * surprise.gather(-1, y)
     if smoothing:
         losses = losses + smoothing / V * (c * surprise).sum(-1, keepdim=True)
-    loss = torch.where(keep, w * losses, 0.0).sum(-1)
-    if o["z_loss"]:
-        loss = loss + o["z_loss"] * lse**2
+    loss = _add_terms_of_lse(torch.where(keep, w * losses, 0.0).sum(-1), lse, o)
     valid = keep.any(-1)
     loss = torch.where(valid, t * loss, 0.0)
     total = torch.where(keep, t[..., None] * w * c[y], 0.0).sum() if o["num_valid"] is None else o["num_valid"]
@@ -71,13 +69,18 @@ def cross_entropy(
     return result, LossStats(loss.detach(), *stats, accuracy)
 
 
+def _add_terms_of_lse(loss: Tensor, lse: Tensor, o: dict[str, Any]) -> Tensor:
+    return loss + o["z_loss"] * lse**2 if o["z_loss"] else loss
+
+
 def _of_probabilities(x: Tensor, targets: Tensor, o: dict[str, Any]) -> Tensor:
     """Compute the cross-entropy of final logits against probabilities of all classes."""
     smoothing, lse = o["label_smoothing"], x.logsumexp(-1)
     p = (1 - smoothing) * targets.to(x.dtype) + smoothing / x.shape[-1]
     if o["class_weights"] is not None:
         p = p * o["class_weights"].to(x.dtype)
-    loss = torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, lse[..., None] - x)).sum(-1) + o["z_loss"] * lse**2
+    loss = torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, lse[..., None] - x)).sum(-1)
+    loss = _add_terms_of_lse(loss, lse, o)
     t = torch.ones_like(lse) if o["token_weights"] is None else o["token_weights"].to(x.dtype)
     loss = t * loss
     total = t.sum() if o["num_valid"] is None else o["num_valid"]

@@ -66,7 +66,7 @@ def row_ops(t: Tensor, *, dense: bool = False) -> RowOps:
 
     def partials(logits: Tensor, targets: Targets, terms: Terms, *, V: int, **more: Any) -> Partials:
         assert not any(more.values())
-        unweighted = replace(targets, token_weights=None), replace(terms, z_loss=None)
+        unweighted = replace(targets, token_weights=None), terms.without_lse
         rows: Rows = functions.dense_cross_entropy(logits, *unweighted, V=V)
         assert rows.taught is not None
         mass = rows.taught[:, 2]
