@@ -143,7 +143,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
 def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
     """Compare modelled times within few more bytes; cut-cross-entropy holds next to nothing, at a larger error.
 
-    The more bytes are peak and total of 1,024 rows, where torch keeps all logits.
+    The extra 16 KiB are for the numbers of 1,024 rows; torch keeps all logits instead.
     """
     compared = ahead = 0
     for row in results("results.json"):

@@ -6,7 +6,7 @@ A program reads a row of the student and the same row of the teacher, tile by ti
 Kullback-Leibler divergences need, in one pass; for a mixture, whose logarithm takes final sums, a second one. The last
 pass writes the gradient, from reads that the caches serve. `pairs.py` has the parts.
 
-In `Rows.taught`, a row has the teacher's peak and the logarithm of its sum, in base 2; the number that the gradient
+In `Rows.taught`, a row has the teacher's peak; the logarithm in base 2 of its sum; the number that the gradient
 subtracts (see `gradient`); and the logarithm in base 2 of the student's sum without temperature.
 """
 

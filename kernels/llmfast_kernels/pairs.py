@@ -17,7 +17,6 @@ FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 MIXED: tl.constexpr = tl.constexpr(2)
 CROSS_ENTROPY: tl.constexpr = tl.constexpr(3)  # forward KL without the entropy of p; p may be any numbers
-LOWEST_SHIFT: tl.constexpr = tl.constexpr(-1.0e35)  # times the sum of a thread, still finite
 NUMBERS: tl.constexpr = tl.constexpr(TAUGHT)
 
 
@@ -59,9 +58,9 @@ class Frame(NamedTuple):
     """Numbers that turn the logits of two rows into log-probabilities in base 2."""
 
     peak: Any
-    log_total: Any
+    log_total: Any  # base 2
     teacher_peak: Any
-    teacher_log_total: Any
+    teacher_log_total: Any  # base 2
 
 
 class Slopes(NamedTuple):
@@ -70,7 +69,7 @@ class Slopes(NamedTuple):
     centre: Any
     factor: Any
     hard_factor: Any  # or None
-    hard_log_total: Any
+    hard_log_total: Any  # base 2
 
 
 class Target(NamedTuple):
@@ -101,12 +100,11 @@ def exponent_scale(weights):
 
 @triton.jit
 def fall(before, after, scale):
-    """Return by how much the exponents of sums fall when their peak rises from `before` to `after`.
+    """Return the change, 0 or less, of the exponents of sums whose peak rises from `before` to `after`.
 
-    A divergence takes this number itself, also where its exponential is 0. It is finite because threads that have
-    folded nothing multiply it by a sum of 0.
+    Divergences add it up, so it is finite: threads that have folded nothing multiply it by 0.
     """
-    return tl.maximum((before - after) * scale, LOWEST_SHIFT)
+    return tl.maximum((before - after) * scale, -1.0e35)  # finite also times the sum of a thread
 
 
 @triton.jit

@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     """Results of N rows, all (N,) but the last three. Ignored rows have loss, lse and entropy 0, and an argmax of -1.
 
     logsumexp is kept as peak and total: one float32 would lose what the logits differ by where they are all large. The
-    peak is the largest logit.
+    peak is the largest logit. A plan that forgets leaves a sum of losses per chunk, and no peaks and totals.
     """
 
     loss: Tensor  # f32

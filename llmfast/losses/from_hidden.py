@@ -137,7 +137,9 @@ class LinearCrossEntropy(Loss):
             results = _Results(plan, hidden)
             for part in stages.forward(None, None, self._slab(stages), stats=False):
                 results.add(part)
-            softmax = (results.rows or self._no_rows(stages.matrices)).softmax
+                del part
+            assert results.rows is not None  # there are rows
+            softmax = results.rows.softmax
         upstream = returned.per_row(self.count, softmax.peak)
         into, later = self.accumulate_into, way.finished < call.N
         d_hidden = rest = sums = None
@@ -317,6 +319,7 @@ class _Results:
             self.rows = Rows(self._losses, none, none, None, None, taught=none if plan.call.taught else None)
 
     def add(self, part: Rows) -> None:
+        """Take the results of the next chunk: keep them, copy them, or add up their losses."""
         n, start = len(part.loss), self._done
         if self._losses is not None:
             torch.sum(part.loss, 0, out=self._losses[start])
@@ -327,7 +330,8 @@ class _Results:
             return
         if self.rows is None:
             self.rows = Rows._make([None if t is None else t.new_empty(self._N, *t.shape[1:]) for t in part])
-        # By one launch. The row kernel does not write there, because it would be compiled again for unaligned slices.
+        # One launch, where dtypes agree. The row kernel could write there itself, but would be compiled again for
+        # slices that are not aligned.
         some = [t for t in part if t is not None]
         torch._foreach_copy_([t[start : start + n] for t in self.rows if t is not None], some)
         self._done += n

@@ -154,7 +154,7 @@ class LinearCrossEntropyPlan:
 
     @cached_property
     def forgets(self) -> bool:
-        """True if a chunk of rows leaves nothing but its losses."""
+        """True if a chunk of rows leaves nothing but the sum of its losses."""
         return bool(self.call.forgets(self.way))
 
     @cached_property
@@ -316,6 +316,7 @@ def _default_budget(call: Call, on_cpu: bool, most: int | None) -> int:
     if on_cpu:
         rounded = call.V * call.D * call.dtype.itemsize * (separate and not call.float32_products)
         return call.held + DEFAULT_SLAB_ON_CPU + sums + rounded
+    # The results of all rows, and those of a chunk before they are copied.
     sums += 2 * call.row_bytes * call.N + call.V * call.wide.itemsize + SCALARS
     budget = max(DEFAULT_SLAB_ELSEWHERE, sums)
     return call.held + (budget if most is None else min(budget, most))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from llmfast.losses import plain
 from llmfast.losses.plan import LinearCrossEntropyPlan
 from llmfast.losses.products import Products, live_blocks
 from llmfast.losses.rows import RowOps
@@ -54,11 +55,12 @@ class Stages:
         places: bool = False,
         grad_scale: Tensor | None = None,
     ) -> Iterator[Rows]:
-        """Yield the results of each chunk of rows. Whoever keeps less of them than all drops the rest at once.
+        """Yield the results of each chunk of rows. The caller drops what it does not keep before it asks for the next.
 
         Args:
-            make: Returns what is filled with the gradients of grad_scale * sum(loss); the weight's may have fewer rows
-                than V. It is called when the first chunk has its results, whose bytes the gradients may take.
+            make: Returns the buffers for the gradients of grad_scale * sum(loss), the same ones at each call; the
+                weight's may have fewer rows than V. It is first called after the row operation of the first chunk, so
+                that they may take the bytes of its results.
             kept: (N, columns) that logits are copied to, from column `summed` on; None to copy nothing.
             slab: (rows, padded V) for the logits.
             stats: Whether to compute entropy and argmax.
@@ -125,7 +127,7 @@ class Stages:
         """
         summed = self.plan.way.summed
         if out.bias is not None:
-            out.bias.add_(d_logits.sum(0, dtype=out.bias.dtype))
+            _add_rows_to(out.bias, d_logits)
         d_logits, blocks = (d_logits, None) if alive is None else live_blocks(d_logits, alive)
         if out.hidden is not None:
             self.products.multiply(d_logits, self.matrices.weight, out=_rows(out.hidden, rows), blocks=blocks)
@@ -172,7 +174,7 @@ class Stages:
             if out.hidden is not None:
                 self.products.multiply(d_logits[finished:], weight, out=out.hidden, add=columns.start > first)
             if out.bias is not None:
-                torch.sum(d_logits, 0, dtype=out.bias.dtype, out=out.bias[columns])
+                _add_rows_to(out.bias[columns], d_logits)
             if out.weight is not None:
                 self._put_columns(d_logits, _rows(out.weight, columns), add, factor)
 
@@ -214,6 +216,15 @@ def _first(t: Tensor, n: int, axis: int = 0) -> Tensor:
 def _rows(t: Tensor, rows: slice) -> Tensor:
     """Return some rows of `t`: itself, if they are all."""
     return t if rows.stop - rows.start == t.shape[0] else t[rows]
+
+
+def _add_rows_to(total: Tensor, t: Tensor) -> None:
+    """Add the rows of `t` to `total`, (columns,): in blocks on a CPU, where torch first casts all that it adds up."""
+    step = len(t)
+    if t.is_cpu and t.dtype != total.dtype:
+        step = plain.BLOCK_BYTES // (total.element_size() * max(1, t.shape[1]))
+    for block in t.split(max(1, step)):
+        total.add_(block.sum(0, dtype=total.dtype))
 
 
 def _of_rows(record: Record, rows: slice) -> Record:

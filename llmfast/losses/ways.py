@@ -24,10 +24,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from llmfast_kernels.terms import GROUP
+
 Mode = Literal["materialise", "chunk", "two-stage", "recompute"]
 
 SHARES = 32  # steps from none to all of the columns that are summed or kept, and of the rows that are finished
 ALIGNED = 64  # every share of the columns but the whole is a multiple of this
+RANKS_NUMBERS = 16  # per row, while ranks add up what they found of its columns
 SCALARS = 64  # bytes of the loss, the count and a few more numbers
 NARROWEST = 16  # columns of the narrowest slab, whose rows still start at multiples of 16 bytes
 
@@ -127,22 +130,21 @@ class Call:
     def forgets(self, way: Way) -> Any:
         """Return whether a chunk of rows, one of several, leaves nothing but the sum of its losses.
 
-        Its gradients are final then.
-
-        A second backward pass makes the rest again. Ranks keep it, because theirs would have to make it at once, and a
-        rank without classes has nothing to make.
+        Its gradients are final then, and a second backward pass makes the rest again. Ranks keep it, because theirs
+        would have to make it at once, and a rank without classes has nothing to make.
         """
         needed = bool(self.stats or self.ids or self.functional or self.per_token or self.ranks)
         several = way.rows < self.N
         return way.in_forward & several & (self.column_share(way) == 0) & (not needed)
 
     def _row_numbers(self, way: Way) -> tuple[Any, Any]:
-        """Return the bytes of numbers per row: of those that are kept, and of a chunk's until they are copied."""
+        """Return the bytes of the rows' numbers: of those that are kept, and of a chunk's before they are added."""
         few, rows = self.forgets(way), np.minimum(way.rows, self.N)
         sums = self.wide.itemsize * _ceil(self.N, way.rows) + self.plain_row_bytes * self.N
         kept = np.where(few, sums, self.row_bytes * self.N)
         numbers = (3 + self.taught) * self.wide.itemsize
-        return kept, rows * np.where(few, numbers, self.row_bytes * (way.rows < self.N))
+        added_up = RANKS_NUMBERS * self.wide.itemsize * self.ranks
+        return kept, rows * (np.where(few, numbers, self.row_bytes * (way.rows < self.N)) + added_up)
 
     def modes(self, way: Way) -> Any:
         """Return the name of each way's mode."""
@@ -351,8 +353,9 @@ class Call:
         rows_of_slab = np.minimum(way.rows, self.N)
         rows_scratch = self._scratch(rows_of_slab, self.V)
         numbers, of_chunk = self._row_numbers(way)
-        numbers = numbers + self.held + self.V * self.wide.itemsize * self.wants[2] + SCALARS
-        rows_scratch = rows_scratch + of_chunk
+        # The bias has a gradient and a chunk's part of it.
+        numbers = numbers + self.held + 2 * self.V * self.wide.itemsize * self.wants[2] + SCALARS
+        rows_scratch = rows_scratch + of_chunk + self._flags(rows_of_slab)
         casts = self._casts(rows_of_slab, self.V)
         if not any(self.wants):
             return numbers + rows_slab + np.maximum(rows_scratch, casts)
@@ -424,6 +427,10 @@ class Call:
         if self.slab_dtype == self.dtype or self.float32_products:
             return teachers
         return np.maximum(teachers, (rows + columns) * self.D * self.slab_dtype.itemsize)
+
+    def _flags(self, rows: Any) -> Any:
+        """Return the bytes that say which groups of columns a filter keeps, as the kernels write them and padded."""
+        return 2 * rows * (self.row_width // GROUP) * (self.filtered and self.kernels)
 
     def _scratch(self, rows: Any, width: Any) -> Any:
         """Return the bytes that plain torch takes for a block of rows."""

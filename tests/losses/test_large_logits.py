@@ -1,4 +1,4 @@
-"""Every loss at logits of every size that float32 holds, as a large offset or as large differences, on both paths."""
+"""Every loss at logits of sizes up to 1e30, as a large offset or as large differences, on both paths."""
 
 from collections.abc import Callable
 from functools import partial
@@ -59,7 +59,7 @@ def distilled(module: Any, large: Tensor, other: Tensor, *, from_large: bool, **
     return loss
 
 
-# Gradients of a Kullback-Leibler divergence are differences of logits, as large as they are; those of others are not.
+# Gradients of a Kullback-Leibler divergence are differences of logits, as large as the logits; those of others are not.
 LOSSES: dict[str, Loss] = {
     "cross_entropy": per_token,
     "smoothed": partial(per_token, label_smoothing=0.1),

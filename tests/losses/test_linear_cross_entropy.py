@@ -148,7 +148,7 @@ def test_backward_twice(path: str, reduction: str) -> None:
 @pytest.mark.parametrize("dense", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("mode", ["materialise", "chunk", "two-stage", "recompute"])
 def test_every_mode_makes_what_a_second_backward_pass_needs(path: str, mode: str, dense: bool) -> None:
-    """Cut the rows into chunks, which keep only their losses where their gradients are final."""
+    """Cut the rows into chunks, which keep only the sum of their losses where their gradients are final."""
     hidden, weight, targets = draw(30, 300, 8, torch.float32)
     options = {"label_smoothing": 0.1, "z_loss": 0.01, "bias": torch.randn(300).requires_grad_()}
     inputs = hidden.requires_grad_(), weight.requires_grad_(), options["bias"]

@@ -1,5 +1,6 @@
 """Budgets for the machine code of each kernel, for every kind of launch that the tests made."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -8,6 +9,7 @@ from evidence.launches import Specialization
 from llmfast_kernels.pairs import CROSS_ENTROPY
 
 _TYPE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int16": 16, "int8": 8, "uint8": 8}
+_SUM = re.compile("FADD|v_(pk_)?(add|sub)_f32")
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float64": 64}
 
 
@@ -79,6 +81,9 @@ def _rows(compiled: Compiled) -> Iterator[str]:
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
     others_loaded = _has(compiled, "terms.bias") or _has(compiled, "terms.column_weights")
     for loop in loops:
+        sums = sum(count for name, count in loop.opcodes.items() if _SUM.match(name))
+        if loop.load_bits and loop.store_bits and 2 * sums < elements:  # of which an instruction may make two
+            yield "joins the product that makes a logit with the subtraction of the peak, which is of rounded logits"
         loaded = loop.load_bits.get(bits, 0) * bits / _logit_bits(compiled)  # of several turns, where it is unrolled
         turns = 1 if others_loaded else max(1, loaded / elements)
         if loop.transcendentals > turns * (functions * elements + 4):
