@@ -80,9 +80,10 @@ def _rows(compiled: Compiled) -> Iterator[str]:
     functions = 1 if softcap is None else 2 if _logit_bits(compiled) == 16 else 3
     elements = _constant(compiled, "BLOCK_V") / _constant(compiled, "THREADS")
     others_loaded = _has(compiled, "terms.bias") or _has(compiled, "terms.column_weights")
+    products = any(compiled.kind.argument(f"terms.{name}") for name in ("logit_scale", "softcap", "temperatures"))
     for loop in loops:
-        sums = sum(count for name, count in loop.opcodes.items() if _SUM.match(name))
-        if loop.load_bits and loop.store_bits and 2 * sums < elements:  # of which an instruction may make two
+        sums = 2 * sum(count for name, count in loop.opcodes.items() if _SUM.match(name))  # an instruction may make two
+        if loop.load_bits and loop.store_bits and sums < elements and products:
             yield "joins the product that makes a logit with the subtraction of the peak, which is of rounded logits"
         loaded = loop.load_bits.get(bits, 0) * bits / _logit_bits(compiled)  # of several turns, where it is unrolled
         turns = 1 if others_loaded else max(1, loaded / elements)
