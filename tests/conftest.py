@@ -78,3 +78,10 @@ def _recorded_where_there_is_something_new(request: pytest.FixtureRequest) -> It
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unpictured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs that are trained in this process end without loss.png, whose drawing takes longer than their steps."""
+    for name in ("finish", "run"):
+        monkeypatch.setattr(f"llmfast.train.{name}.plot_loss", lambda *args, **options: None)

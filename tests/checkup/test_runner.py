@@ -18,9 +18,12 @@ from llmfast.checkup.record import Case, Finding, Journal
 from llmfast.checkup.runner import CheckUp, write_json
 from llmfast.checkup.sections import SECTIONS, Section
 
-# A worker of a section, with a case per letter of MADE, or of MADE_<its name>.
+# A worker of a section, with a case per letter of MADE, or of MADE_<its name>. It computes nothing, and does without
+# torch, whose import would take most of its time; tests/checkup/test_command.py runs the worker as it is.
 WORKER = """if True:
     import os, signal, sys, time
+    from unittest import mock
+    sys.modules["torch"] = mock.MagicMock()
     from llmfast.checkup import sections, worker
     from llmfast.checkup.record import Case, Finding
 

@@ -14,9 +14,11 @@ import torch
 
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
-from llmfast.checkup import behaviour, clock, speed
+from llmfast.checkup import behaviour, clock, memory, speed
+from llmfast.checkup.record import Finding
 
 MEMORY = 80 << 30
+ROWS = 24  # of a linear loss: the interpreter computes one after another
 
 
 class Graph:
@@ -44,6 +46,17 @@ def kernel_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def linear_in_memory(shape: tuple[int, int, int], mode: str, device: torch.device) -> Iterator[Finding]:
+    return _linear_in_memory((ROWS, *shape[1:]), mode, device)
+
+
+def linear_in_time(model: str, N: int, D: int, V: int) -> Iterator[Finding]:
+    return _linear_in_time(model, ROWS, D, V)
+
+
+_linear_in_memory, _linear_in_time = memory.linear, speed.linear
+
+
 @contextmanager
 def pretending_a_gpu() -> Iterator[None]:
     """Pretend CUDA tensors and all that a check-up does with the device."""
@@ -55,7 +68,8 @@ def pretending_a_gpu() -> Iterator[None]:
         for owner, replaced in (
             (behaviour, {"Graph": Graph}),
             (clock, {"gpu_peak_bytes": peak_bytes, "kernel_seconds": kernel_seconds}),
-            (speed, {"ROUNDS": 1}),
+            (memory, {"linear": linear_in_memory}),
+            (speed, {"ROUNDS": 1, "linear": linear_in_time}),
             (
                 torch,
                 {

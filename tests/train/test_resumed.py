@@ -5,7 +5,7 @@ import dataclasses
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import Hooks, Trainer
 from support.checkpoints import signed
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unpictured")
 SETTINGS = [name for name in SCHEMA.settings if "." in name]
 # Read only where there are several ranks; tests/train/test_ranks.py resumes under others.
 OF_RANKS = {"train.parallel", "train.shard_size"}
@@ -83,9 +84,11 @@ def copied(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "runs" / "copied"))
 
 
-@pytest.fixture(autouse=True)
-def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+@pytest.fixture(autouse=True, scope="module")
+def _not_compiled() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self: None)
+        yield
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -232,6 +235,14 @@ def test_every_setting_takes_effect_or_is_refused_by_name(
     assert name in reads.names | OF_RANKS, f"{name} does nothing in a run that goes on: declare it as `kept`"
 
 
+@pytest.fixture(scope="module")
+def plain(bases: Callable[[str], Path]) -> Path:
+    """Make a run of six steps at a constant rate, with a checkpoint in the middle."""
+    base = bases("adamw")
+    always = ["train.steps=6", "train.save_every=3", "optimizer.schedule=constant", "optimizer.warmup_steps=1"]
+    return train(load_config(base / "config.toml", [*always, f"runs={base.parent}", "name=plain"]), console=QUIET)
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(str(folder / "model.safetensors"))
 
@@ -244,12 +255,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
         *("optimizer.schedule='linear'", "optimizer.warmup_steps=7", "train.mtp_weight=2.0"),
     ],
 )
-def test_what_is_given_on_resume_is_what_happens_from_then_on(override: str, base: Path, tmp_path: Path) -> None:
+def test_what_is_given_on_resume_is_what_happens_from_then_on(override: str, plain: Path, tmp_path: Path) -> None:
     """Compare bit for bit with a run that never stopped and in which a program changed the setting."""
-    always = [
-        *(f"runs={tmp_path}", "train.steps=6", "train.save_every=3"),
-        *("optimizer.schedule=constant", "optimizer.warmup_steps=1"),
-    ]
 
     class Change(Hooks):
         def before_step(self, trainer: Trainer) -> None:
@@ -264,8 +271,7 @@ def test_what_is_given_on_resume_is_what_happens_from_then_on(override: str, bas
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmfast.train.run.Utilisation", lambda *_: Change())
-        whole = train(load_config(base / "config.toml", [*always, "name=whole"]), console=QUIET)
-    plain = train(load_config(base / "config.toml", [*always, "name=plain"]), console=QUIET)
+        whole = train(load_config(plain / "config.toml", [f"runs={tmp_path}", "name=whole"]), console=QUIET)
     shutil.copytree(plain, folder := tmp_path / "resumed")
     shutil.rmtree(folder / "checkpoint-00000006")
     train(resumed_config(folder, [override]), resume=True, console=QUIET)
@@ -327,10 +333,20 @@ def test_settings_of_a_checkpoint_that_are_none(copied: Path) -> None:
             train(resumed_config(copied, []), resume=True, console=QUIET)
 
 
+STILL = ["optimizer.lr=0", "train.steps=3", "train.save_every=9"]
+
+
+@pytest.fixture(scope="module")
+def same(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """Return the trainer of a run that went on for a step in the formats that it had."""
+    other = shutil.copytree(bases("adamw"), tmp_path_factory.mktemp("same") / "other")
+    return trained(resumed_config(Path(other), STILL), resume=True)
+
+
 @pytest.mark.parametrize("master", ["", "fp32", "split16", "split8", "kahan", "stochastic"])
 @pytest.mark.parametrize("state_dtype", ["", "float32", "8bit"])
 @pytest.mark.filterwarnings("ignore:the state holds")
-def test_formats_convert(master: str, state_dtype: str, copied: Path, base: Path) -> None:
+def test_formats_convert(master: str, state_dtype: str, copied: Path, same: Trainer) -> None:
     """Convert the parameters' extra bits and the moments from split16 and bfloat16 to all other formats."""
     overrides = [f"optimizer.master_weights='{master}'", f"optimizer.state_dtype='{state_dtype}'", "optimizer.lr=0"]
 
@@ -346,10 +362,7 @@ def test_formats_convert(master: str, state_dtype: str, copied: Path, base: Path
         found: Tensor = decoded(state, name) if f"{name}_scale" in state else state[name].float()
         return found
 
-    still = ["optimizer.lr=0", "train.steps=3", "train.save_every=9"]
-    shutil.copytree(copied, other := copied.with_name("other"))
-    same = trained(resumed_config(other, still), resume=True)
-    now = trained(resumed_config(copied, [*still, *overrides]), resume=True)
+    now = trained(resumed_config(copied, [*STILL, *overrides]), resume=True)
     kept = {"fp32": 24, "split16": 24, "split8": 16, "kahan": 15}.get(master, 8)  # bits of a significand
     for (p, *moments), (q, *theirs) in zip(values(now), values(same)):
         torch.testing.assert_close(p, q, rtol=2.0**-kept, atol=0)
