@@ -115,7 +115,7 @@ def trained(
     """Run some steps that are the same whatever `put` makes of parameters and gradients."""
     params = [put(t).requires_grad_() for t in drawn(0, SHAPES, dtype)]
     optimizer = make(params)
-    for step in range(1, 4):
+    for step in (1, 2):
         for p, g in zip(params, drawn(step, SHAPES, dtype)):
             p.grad = put(g)
         optimizer.step()
