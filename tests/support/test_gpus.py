@@ -58,7 +58,7 @@ ASKING = [
     "tests/test_doctor.py::test_it_says_what_is_there_and_that_all_is_well",
     "tests/train/test_run.py::test_resuming_changes_nothing",
     "tests/examples/test_recipes.py::test_cuda_graph_says_that_it_needs_a_gpu",
-    "tests/plan/test_command.py::test_imports_without_the_packages_of_the_trainer",
+    "tests/test_packaging.py::test_kernels_folder_is_not_a_package",
     "tests/support/test_gpus.py::test_no_gpu_is_here",
 ]
 
