@@ -13,6 +13,8 @@ from llmfast.train.metrics import read_metrics
 from llmfast.train.run import train
 from llmfast.train.settings import ConfigError
 
+pytestmark = pytest.mark.usefixtures("unpictured")
+
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:

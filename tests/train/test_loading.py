@@ -17,6 +17,7 @@ from llmfast.train import Hooks, Trainer, load_config, load_run, loading, train
 from llmfast.train.earlier import resumed_config, saved_settings
 from support.runs import write_run
 
+pytestmark = pytest.mark.usefixtures("unpictured")
 KINDS = [
     [],
     ["model.tie_embeddings=false", "train.param_dtype=bfloat16"],

@@ -21,6 +21,7 @@ from llmfast.train.trainer import Trainer
 from support.launched import unrecorded
 from support.waiting import NoWaiting
 
+pytestmark = pytest.mark.usefixtures("unpictured")
 KINDS = {"parallel": 2, "sequential": 1, "shared": 3}  # mtp_heads
 
 
