@@ -284,12 +284,12 @@ def blocks(d_logits: Tensor, threshold: float) -> Tensor:
 
 
 def test_gradient_filter_drops_blocks_below_the_threshold(path: str) -> None:
-    N, V, D, threshold = 300, 1000, 16, 1e-3
+    N, V, D, threshold = 140, 1000, 16, 1e-3
     torch.manual_seed(1)
     hidden = torch.randn(N, D).requires_grad_()
     weight = torch.randn(V, D)
-    weight[128:384] -= 2 * hidden.detach()[128:256].mean(0)  # classes that most rows rule out
-    hidden.data[128:256, 0] = 30.0
+    weight[128:384] -= 2 * hidden.detach()[:128].mean(0)  # classes that most rows rule out
+    hidden.data[:128, 0] = 30.0
     weight[128:384, 0] = -1.0
     weight.requires_grad_()
     targets = torch.randint(0, 128, (N,))
@@ -330,15 +330,15 @@ def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) ->
     assert found[128].eq(-0.75).all() and found[:128].eq(0).all()
 
 
-@pytest.mark.parametrize("rows", [200, 150])
+@pytest.mark.parametrize("rows", [140, 70])
 def test_a_gradient_filter_that_keeps_nothing_leaves_the_bias_alone(path: str, rows: int) -> None:
-    hidden, weight, bias = (torch.randn(*shape).mul(0.1).requires_grad_() for shape in ((200, 8), (300, 8), (300,)))
-    targets = torch.randint(0, 300, (200,))
+    hidden, weight, bias = (torch.randn(*shape).mul(0.1).requires_grad_() for shape in ((140, 8), (300, 8), (300,)))
+    targets = torch.randint(0, 300, (140,))
     with forced("chunk", rows=rows):
         loss = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="sum", grad_filter=2.0)
         d_hidden, d_weight, d_bias = gradients(loss, hidden, weight, bias)
-        whole = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="sum")
-        (wanted,) = gradients(whole, bias)
+    whole = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum")
+    (wanted,) = gradients(whole, bias)
     assert d_hidden.eq(0).all() and d_weight.eq(0).all()
     assert wanted.abs().min() > 1e-3
     torch.testing.assert_close(d_bias, wanted)
