@@ -22,7 +22,7 @@ from llmfast.losses import (
 from support.plans import SIZES, forced
 from support.ranks import Ranks
 
-N, D = 7, 5
+N, D = 5, 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "none": {"reduction": "none"},
@@ -75,7 +75,7 @@ def total(result: Any) -> Tensor:
 def check_rank(rank: int, world: int, V: int) -> None:
     hidden, weight, bias, one = inputs(V)
     own = own_classes(rank, world, V)
-    for name, given in OPTIONS.items():
+    for place, (name, given) in enumerate(OPTIONS.items()):
         options = dict(given)
         if options.get("class_weights"):
             options["class_weights"] = torch.linspace(0.5, 1.5, V)
@@ -87,7 +87,7 @@ def check_rank(rank: int, world: int, V: int) -> None:
         h, w, b = (t.clone().double().requires_grad_() for t in (hidden, weight, bias))
         truth = reference.linear_cross_entropy(h, w, targets, bias=b, **options)
         want = torch.autograd.grad(total(truth), (h, w, b))
-        for size in SIZES:
+        for size in [*SIZES][(place + world) % 2 :: 2]:  # the other two where there is one rank more or less
             h1, w1, b1 = (t.clone().requires_grad_() for t in (hidden, weight[own], bias[own]))
             with forced(None, size):
                 found = linear_cross_entropy(
@@ -222,8 +222,8 @@ def check_calls(rank: int, world: int, V: int) -> None:
     own, group = own_classes(rank, world, V), {"process_group": dist.group.WORLD, "vocab_size": V}
     calls: list[tuple[dict[str, Any], torch.dtype, float]] = [
         ({"ignore_index": 1}, torch.float32, 1e-5),
-        ({"num_valid": 6}, torch.float32, 1e-5),  # as many are valid
-        ({"num_valid": torch.tensor(4.0)}, torch.float32, 1e-5),
+        ({"num_valid": N - 1}, torch.float32, 1e-5),  # as many are valid
+        ({"num_valid": torch.tensor(3.0)}, torch.float32, 1e-5),
         ({"reduction": "sum", "token_weights": torch.linspace(0.1, 1, N)}, torch.float32, 1e-5),
         ({"return_stats": True, "label_smoothing": 0.1}, torch.float64, 1e-12),
         ({"reduction": "none", "token_weights": torch.linspace(0.1, 1, N)}, torch.float64, 1e-12),
