@@ -298,7 +298,7 @@ def test_a_float32_gradient_of_a_bfloat16_weight_is_not_rounded(path: str, mode:
 ON_A_CPU: list[dict[str, Any]] = [{}, {"softcap": 30.0, "label_smoothing": 0.1}, {"return_stats": True}]
 
 
-OF_ROWS = [{"reduction": reduction, **options} for reduction in ("mean", "none") for options in ON_A_CPU]
+OF_ROWS: list[dict[str, Any]] = [{"reduction": x, **options} for x in ("mean", "none") for options in ON_A_CPU]
 OF_ROWS += [{"K": K, "return_stats": K == 8, "softcap": 30.0 if K == 8 else None} for K in (1, 8, 64)]
 # Any two of options, dtype and ignored tokens meet.
 ON_A_CPU_CASES = [
