@@ -333,5 +333,6 @@ class _Results:
         # One launch, where dtypes agree. The row kernel could write there itself, but would be compiled again for
         # slices that are not aligned.
         some = [t for t in part if t is not None]
-        torch._foreach_copy_([t[start : start + n] for t in self.rows if t is not None], some)
+        whole = [t[start : start + n] for t in self.rows if t is not None]
+        torch._foreach_copy_(whole, some)  # pyright: ignore[reportPrivateImportUsage]
         self._done += n

@@ -96,7 +96,8 @@ def _cross_entropy(
     taught = None
     if targets.probabilities is not None:  # what multiplies the softmax in the gradient
         taught = total.new_zeros((len(total), TAUGHT))
-        taught[:, 2] = plain.slope_of_lse(mass, terms, lse)
+        slope: Any = plain.slope_of_lse(mass, terms, lse)
+        taught[:, 2] = slope
     rows = Rows(loss, peak, total.clone(), H, best, each, taught=taught)  # without the other sums
     plain.empty_where(ignored.all(1), rows)
     if d_logits is not None and V > 0:
