@@ -219,3 +219,10 @@ def test_a_runs_folder_holds_what_the_page_lists() -> None:
     ]
     exported = " ".join(prose(ROOT / "docs" / "trainer.md").split()).partition("and its tokenizer: ")[2].partition(". ")
     assert exported[0] == "config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
+
+
+def test_lines_that_an_update_rule_takes() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stated = {file: int(lines) for file, lines in re.findall(r"^\| `(\S+lion\.py)` \| (\d+)", text, re.MULTILINE)}
+    assert len(stated) == 2
+    assert stated == {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in stated}
