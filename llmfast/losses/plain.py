@@ -57,6 +57,7 @@ class _Weights:
             weights = weights * (1 - terms.label_smoothing)
         if terms.class_weights is not None:
             weights = weights * terms.class_weights[known]
+        self.whole = plain  # each row's weights add up to 1, however they are smoothed
         if not (plain and terms.label_smoothing is None):
             self.a = weights
         self.c = None if terms.class_weights is None else terms.class_weights[terms.v_start : terms.v_start + V]
@@ -66,8 +67,10 @@ class _Weights:
 
     def mass(self, *, everywhere: bool) -> Tensor | None:
         """Return the weight of logsumexp in the loss, (N,): of the columns here, or of all."""
+        if self.whole and (everywhere or self.V == self.terms.V):
+            return None
         if self.a is None:
-            return None if everywhere or self.V == self.terms.V else self.here[:, 0].to(torch.float32)
+            return self.here[:, 0].to(torch.float32)
         mass = self.a.sum(1) if everywhere else torch.where(self.here, self.a, 0).sum(1)
         if self.b is not None:
             sums = self.terms.class_weight_sums
