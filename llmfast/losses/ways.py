@@ -355,7 +355,8 @@ class Call:
         numbers, of_chunk = self._row_numbers(way)
         # The bias has a gradient and a chunk's part of it.
         numbers = numbers + self.held + 2 * self.V * self.wide.itemsize * self.wants[2] + SCALARS
-        rows_scratch = rows_scratch + of_chunk + self._flags(rows_of_slab)
+        numbers = numbers + self._flags(rows_of_slab)
+        rows_scratch = rows_scratch + of_chunk
         casts = self._casts(rows_of_slab, self.V)
         if not any(self.wants):
             return numbers + rows_slab + np.maximum(rows_scratch, casts)
@@ -429,8 +430,9 @@ class Call:
         return np.maximum(teachers, (rows + columns) * self.D * self.slab_dtype.itemsize)
 
     def _flags(self, rows: Any) -> Any:
-        """Return the bytes that say which groups of columns a filter keeps, as the kernels write them and padded."""
-        return 2 * rows * (self.row_width // GROUP) * (self.filtered and self.kernels)
+        """Return the bytes that say which groups of columns a filter keeps: as written, padded, and by blocks."""
+        blocks = _ceil(rows, GROUP)
+        return (rows + blocks * GROUP + blocks) * (self.row_width // GROUP) * (self.filtered and self.kernels)
 
     def _scratch(self, rows: Any, width: Any) -> Any:
         """Return the bytes that plain torch takes for a block of rows."""

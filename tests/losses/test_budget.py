@@ -87,6 +87,21 @@ def test_a_mode_holds_what_the_plan_says(
     assert counts.total().dot_flops.total() == plan.flops
 
 
+@pytest.mark.parametrize(
+    ("mode", "option"), [("chunk", "grad_filter"), ("chunk", "bias"), ("two-stage", "bias"), ("recompute", "bias")]
+)
+@pytest.mark.parametrize("size", ["small", "most"])
+def test_what_a_filter_and_a_bias_take_is_in_the_plan(size: str, mode: str, option: str) -> None:
+    hidden, weight, targets = leaf(2048, 16, dtype=BF16), leaf(8192, 16, dtype=BF16), torch.zeros(2048).long()
+    given: dict[str, Any] = {"grad_filter": 1e-5} if option == "grad_filter" else {"bias": leaf(8192, dtype=BF16)}
+    with forced(mode, size) as plans, counted_memory() as counts:
+        linear_cross_entropy(hidden, weight, targets, **given).backward()
+    (plan,) = plans
+    assert plan.mode == mode
+    returned = 2 * 8192 if option == "bias" else 0  # which `peak_bytes` does not count
+    assert counts.peak_bytes - returned <= plan.peak_bytes
+
+
 def test_each_shape_is_dominated_by_another_tensor() -> None:
     """Each argument of every `max` in the plan is then the larger one for some shape."""
     for shape in ("hidden states", "weight", "logits"):
