@@ -77,14 +77,17 @@ class _Weights:
             mass = mass + self.b * ((self.terms.V if everywhere else self.V) if sums is None else sums[int(everywhere)])
         return mass
 
-    def pull(self, x: Tensor, y_x: Tensor, peak: Tensor, rows: slice) -> Tensor:
-        """Return the sum of a x[y] + b sum(c x), (rows,), minus the same sum for the peak."""
-        below = torch.where(self.here[rows], y_x - peak[:, None], 0)
-        pull = (below if self.a is None else below * self.a[rows]).sum(1)
-        if self.b is not None:
-            below = x - peak[:, None]  # a sum of logits would round at their size
+    def pull(self, y_below: Tensor, below: Tensor | None, rows: slice) -> Tensor:
+        """Return the sum of a x[y] + b sum(c x), (rows,), minus the same sum for the peak.
+
+        `y_below`, (rows, K), and `below`, (rows, V), are x[y] and x minus the peak: a sum of logits would round at
+        their size. Only smoothing needs `below`.
+        """
+        y_below = torch.where(self.here[rows], y_below, 0)
+        pull = (y_below if self.a is None else y_below * self.a[rows]).sum(1)
+        if self.b is not None and below is not None:
             # In autocast `below @ c` would be rounded; products with `out` are not.
-            smoothed = below.sum(1) if self.c is None else torch.mv(below, self.c, out=below.new_empty(len(x)))
+            smoothed = below.sum(1) if self.c is None else torch.mv(below, self.c, out=below.new_empty(len(below)))
             pull = pull + self.b[rows] * smoothed
         return pull
 
@@ -126,17 +129,21 @@ def cross_entropy(
         given, own = logits[rows], _of_rows(terms, targets, rows)
         x = read_logits(given, own, space)
         peak = x.amax(1)
-        y_x = x.gather(1, weights.columns[rows])
-        pull = weights.pull(x, y_x, peak, rows)
+        y_below = x.gather(1, weights.columns[rows]) - peak[:, None]
         if best is not None:
             best[rows] = x.argmax(1)
         needs_x = stats or (d_logits is not None and terms.softcap is not None)
+        below = None
+        if weights.b is not None:
+            below = torch.sub(x, peak[:, None], out=None if needs_x else space if x is given else x)
+            x = x if needs_x else below  # has the same softmax
+        pull = weights.pull(y_below, below, rows)
         p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows], space)
         largest = p.amax(1)  # 1 / sum(exp(x - peak))
         log_total = -largest.log()
         lse = peak + log_total
-        if each is not None:  # not y_x - lse, which rounds at the size of the logits
-            each[rows] = torch.where(weights.here[rows], y_x - peak[:, None] - log_total[:, None], 0)
+        if each is not None:  # not x[y] - lse, which rounds at the size of the logits
+            each[rows] = torch.where(weights.here[rows], y_below - log_total[:, None], 0)
         peaks[rows], totals[rows] = peak, largest.reciprocal()
         loss[rows] = add_terms((log_total if mass is None else mass[rows] * log_total) - pull, lse, terms)
         if H is not None:
@@ -186,10 +193,10 @@ def cross_entropy_partials(
         totals[rows] = exponentials.sum(1)
         if moments is not None:
             moments[rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
-        y_x = x.gather(1, weights.columns[rows])
-        pulls[rows] = weights.pull(x, y_x, finite, rows)
+        y_below = below.gather(1, weights.columns[rows])
+        pulls[rows] = weights.pull(y_below, below, rows)
         if each is not None:
-            each[rows] = torch.where(weights.here[rows], y_x - finite[:, None], 0)
+            each[rows] = torch.where(weights.here[rows], y_below, 0)
         if best is not None:
             best[rows] = where + terms.v_start
     mass = weights.mass(everywhere=False)
