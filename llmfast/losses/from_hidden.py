@@ -189,6 +189,7 @@ class LinearCrossEntropy(Loss):
         made, kept.made, logits, kept.logits = kept.made, None, kept.logits, None
         factor, into, bias = self.late_factor(returned.loss), self.accumulate_into, stages.terms.bias
         d_hidden, sums, d_bias = made
+        del made  # each is freed when its successor is there
         if d_hidden is not None:
             as_made = d_hidden.dtype == call.hidden_dtype
             out = None if as_made else d_hidden.new_empty(d_hidden.shape, dtype=call.hidden_dtype)
@@ -205,7 +206,7 @@ class LinearCrossEntropy(Loss):
             if way.summed > 0:
                 out = None if d_weight is sums else d_weight[: way.summed]
                 put_scaled(stages.ops, sums[: way.summed], factor, out, add=into is not None)
-        del made, sums
+        del sums
         if plan.column_share > 0:
             # float16 gradients must not be divided by a count before they are summed.
             like, later = softmax.peak, factor if call.is_half else None

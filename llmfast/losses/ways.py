@@ -369,7 +369,7 @@ class Call:
         d_weight = self.V * self.D * self.weight_dtype.itemsize * (self.wants[1] and not self.into)
         room = np.where(separate, d_weight, 0)
         ranks = self.N * self.D * self.wide.itemsize * (self.ranks and self.wants[0] and self.hidden_dtype != self.wide)
-
+        unrounded = ranks - d_hidden * (ranks > 0)  # instead of what is returned, until both are there for the cast
         hidden_sums = 0 if ranks else self.hidden_sums(way)
         finishing = way.in_forward | (way.finished > 0)
         working = kept + rows_scratch
@@ -387,9 +387,12 @@ class Call:
         columns = columns + self._scratch(self.N, np.where(whole, self.V, np.minimum(way.columns, self.V)))
         columns = np.where(self.column_share(way) > 0, columns, 0)
         most = own_sums + kept  # while the sums are scaled
-        for held in (forward, again, columns, hidden_sums):
+        for held in (again, columns, hidden_sums):
             most = np.maximum(most, held)
-        return numbers + ranks + most
+        casting = np.where(way.in_forward, kept + own_sums - room, 0) + ranks
+        early = np.maximum(forward + unrounded, most)
+        late = np.maximum(forward, most + unrounded)
+        return numbers + np.maximum(np.where(way.in_forward, early, late), casting)
 
     def _rows_product(self, way: Way) -> Any:
         """Return the bytes of products that cannot be written where they belong, in the row stage."""

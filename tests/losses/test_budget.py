@@ -19,7 +19,7 @@ from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast.losses import linear_cross_entropy, linear_logprobs, mtp_cross_entropy, reference
 from support.numerics import assert_close_in_norm
-from support.plans import forced
+from support.plans import chosen, forced
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MODES = ["materialise", "chunk", "two-stage", "recompute"]
@@ -181,6 +181,27 @@ def test_a_budget_is_kept(model: str, N: int, call: str) -> None:
                 run(hidden, weight, targets, memory_budget=budget, **options)
             gradients = hidden.nbytes + weight.nbytes
             assert counts.peak_bytes - gradients <= budget, budget
+
+
+@pytest.mark.parametrize("call", ["mean", "losses per token", "everything", "log-probabilities"])
+@pytest.mark.parametrize("model", ["GPT-2", "Llama-3"])
+def test_one_of_several_ranks_keeps_its_budget(model: str, call: str) -> None:
+    everything = {"label_smoothing": 0.1, "z_loss": 1e-4, "token_weights": "N", "return_stats": True}
+    D, V = MODELS[model]
+    columns, N = -(-V // 4), 16384  # of the first of four ranks
+    options = made(dict({**CALLS, "everything": everything}[call]), N, V)
+    hidden, weight = leaf(N, D, dtype=BF16), leaf(columns, D, dtype=BF16)
+    targets = torch.zeros(N, *([options["K"]] if "K" in options else []), dtype=torch.int64)
+    with mock.patch.multiple(torch.distributed, get_world_size=lambda group: 4, get_rank=lambda group: 0):
+        with mock.patch.object(torch.distributed, "all_reduce", lambda *arguments: None):
+            options |= {"process_group": "four ranks", "vocab_size": V}
+            least = least_of(hidden, weight, targets, **options)
+            for budget in (least + (8 << 20), least + (64 << 20), 1 << 30):
+                hidden.grad = weight.grad = None
+                with chosen() as plans, counted_memory() as counts:
+                    run(hidden, weight, targets, memory_budget=budget, **options)
+                held = counts.peak_bytes - hidden.nbytes - weight.nbytes
+                assert 0.95 * plans[0].held_bytes <= held <= min(budget, plans[0].held_bytes), budget
 
 
 @pytest.mark.parametrize("budget", [40 << 20, 64 << 20, 200 << 20])

@@ -46,6 +46,19 @@ def forced(mode: str | None, size: str = "middle", **changes: Any) -> Iterator[l
         yield plans
 
 
+@contextmanager
+def chosen() -> Iterator[list[LinearCrossEntropyPlan]]:
+    """List the plans that linear losses choose themselves."""
+    plans: list[LinearCrossEntropyPlan] = []
+
+    def plan(*arguments: Any, **options: Any) -> LinearCrossEntropyPlan:
+        plans.append(planned(*arguments, **options))
+        return plans[-1]
+
+    with mock.patch.object(from_hidden, "planned", plan):
+        yield plans
+
+
 def least_budget(N: int, D: int, V: int, **options: Any) -> int:
     """Return the smallest budget that a plan keeps to."""
     return LinearCrossEntropyPlan.make(N, D, V, **options).curve[0].held_bytes
