@@ -59,10 +59,10 @@ fuzz: $(STAMP)-train,test ## test the command line with invalid input for ten mi
 faults: $(STAMP)-train,test ## plant known faults one at a time and see that a test notices each: make faults ARGS="--area optim"
 	$(PY) -m tools.faults $(ARGS)
 
-bench: $(STAMP)-train,bench ## run all benchmarks and write benchmarks/results/
+bench: $(STAMP)-train,bench,trl ## run all benchmarks and write benchmarks/results/
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-bench-mtp: $(STAMP)-train,bench ## train every kind of multi-token prediction (half an hour), then run make bench
+bench-mtp: $(STAMP)-train,bench,trl ## train every kind of multi-token prediction (half an hour), then run make bench
 	$(PY) -m benchmarks.mtp_runs runs/bench-mtp $(ARGS)
 
 clean: ## remove .venv, caches and builds; keep runs/

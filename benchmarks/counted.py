@@ -28,7 +28,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 class Job:
     """Operation, implementation and size to count."""
 
-    operation: str  # of llmfast.checkup.ways
+    operation: str  # of llmfast.checkup.implementations
     way: str
     size: dict[str, Any]  # N, D, V and possibly K for a loss; "parameters" for an optimizer
     dry: bool = True
@@ -129,10 +129,10 @@ def run(job: Job) -> Result:
     from evidence.pretend_cuda import pretending_cuda
     from evidence.roofline import GPUS, seconds
     from evidence.traffic import counting
-    from llmfast.checkup.ways import ways
+    from llmfast.checkup.implementations import implementations
 
     dtype = getattr(torch, job.dtype)
-    way = ways(job.operation, "counted", dtype)[job.way]
+    way = implementations(job.operation, "counted", dtype)[job.way]
     recorder = Recorder()
     start = time.perf_counter()
     with bfloat16_arithmetic(), observing(recorder):

@@ -26,7 +26,8 @@ def default_folder() -> Path:
 def write(folder: Path, rows: list[report.Row], *, part: bool = False) -> None:
     """Write `results.json` and everything generated from it.
 
-    Rows of a `part` of the suite replace those of the same section, operation and way. The file says what ran again.
+    Rows of a `part` of the suite replace those of the same section, operation and way. The file says what ran again,
+    and names the versions of libraries that were not there the first time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, described = folder / "results.json", about()
@@ -37,7 +38,9 @@ def write(folder: Path, rows: list[report.Row], *, part: bool = False) -> None:
             old | {"what": [kind for kind in old["what"] if kind not in again["what"]]}
             for old in earlier["about"].get("again", [])
         ]
-        described = earlier["about"] | {"again": [*(old for old in before if old["what"]), again]}
+        versions = described["versions"] | earlier["about"]["versions"]
+        again_and_before = {"again": [*(old for old in before if old["what"]), again], "versions": versions}
+        described = earlier["about"] | again_and_before
         replaced = {(_kind(row), row.get("way")) for row in rows}
         rows = [*rows, *(row for row in earlier["rows"] if (_kind(row), row.get("way")) not in replaced)]
     # One line per row keeps diffs between versions readable.
@@ -52,7 +55,7 @@ def _kind(row: report.Row) -> str:
 
 def about() -> dict[str, Any]:
     """Describe the machine, the versions and the date."""
-    from llmfast.checkup.ways import versions
+    from llmfast.checkup.implementations import versions
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=_HERE, capture_output=True, text=True)

@@ -9,25 +9,37 @@ import torch
 from benchmarks.conftest import Add
 from benchmarks.counted import Job, Result
 from evidence.compiler import compile_launches
+from llmfast.checkup.implementations import OPTIMIZERS, implementations
 from llmfast.checkup.shapes import HEADS, MODELS, PARAMETERS, SMALL, SMALL_HEADS, TOKENS
-from llmfast.checkup.ways import OPTIMIZERS, ways
 
 pytestmark = pytest.mark.usefixtures("benchmark")
 
-COMPARED = [Job("linear_cross_entropy", way, SMALL, dry=False) for way in ways("linear_cross_entropy", "counted")]
-COMPARED += [Job("cross_entropy", way, {"N": 256, "V": 16384}, dry=False) for way in ways("cross_entropy", "counted")]
-COMPARED += [Job("mtp_cross_entropy", way, SMALL_HEADS, dry=False) for way in ways("mtp_cross_entropy", "counted")]
+COMPARED = [
+    Job("linear_cross_entropy", way, SMALL, dry=False) for way in implementations("linear_cross_entropy", "counted")
+]
+COMPARED += [
+    Job("cross_entropy", way, {"N": 256, "V": 16384}, dry=False) for way in implementations("cross_entropy", "counted")
+]
+COMPARED += [
+    Job("mtp_cross_entropy", way, SMALL_HEADS, dry=False) for way in implementations("mtp_cross_entropy", "counted")
+]
 OF_TOKENS = ("linear_logprobs", "linear_distillation")
-COMPARED += [Job(operation, way, SMALL, dry=False) for operation in OF_TOKENS for way in ways(operation, "counted")]
+COMPARED += [
+    Job(operation, way, SMALL, dry=False) for operation in OF_TOKENS for way in implementations(operation, "counted")
+]
 SIZES = [{"N": N, "D": D, "V": V} for D, V in MODELS.values() for N in TOKENS]
 SIZES += [{"N": 16384, "D": 4096, "V": V} for V in (8192, 32768, 262144)]  # with Llama-3's size, a sweep over V
-LINEAR = [Job("linear_cross_entropy", way, size) for size in SIZES for way in ways("linear_cross_entropy", "counted")]
-MTP = [Job("mtp_cross_entropy", way, size) for size in HEADS for way in ways("mtp_cross_entropy", "counted")]
+LINEAR = [
+    Job("linear_cross_entropy", way, size)
+    for size in SIZES
+    for way in implementations("linear_cross_entropy", "counted")
+]
+MTP = [Job("mtp_cross_entropy", way, size) for size in HEADS for way in implementations("mtp_cross_entropy", "counted")]
 OTHERS = [
     Job(operation, way, {"N": 8192, "D": D, "V": V})
     for operation in OF_TOKENS
     for D, V in (MODELS[name] for name in ("Llama-3", "Gemma-2", "Qwen-3"))
-    for way in ways(operation, "counted")
+    for way in implementations(operation, "counted")
 ]
 # A program of its kernels processes a fixed share of a tensor, so large tensors take minutes to interpret.
 SMALL_ONLY = ("FlashOptim, 8-bit states",)
@@ -35,7 +47,7 @@ ADAMW = [
     Job("adamw", way, {"parameters": size}, dtype=str(dtype).removeprefix("torch."))
     for dtype in (torch.float32, torch.bfloat16)
     for size in PARAMETERS
-    for way in ways("adamw", "counted", dtype)
+    for way in implementations("adamw", "counted", dtype)
     if size == "124M" or way not in SMALL_ONLY
 ]
 
@@ -44,7 +56,7 @@ OPTIMIZER_JOBS = [
     Job(operation, way.name, {"parameters": "124M"}, dtype=str(way.dtypes[0]).removeprefix("torch."))
     for operation in OPTIMIZERS
     for dtype in (torch.float32, torch.bfloat16)
-    for way in ways(operation, "counted", dtype).values()
+    for way in implementations(operation, "counted", dtype).values()
 ]
 
 
@@ -133,7 +145,9 @@ def ours(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job.way == "llmfast"]
 
 
-@pytest.mark.parametrize("job", ours(LINEAR) + ours(COMPARED[: len(ways("linear_cross_entropy", "counted"))]), ids=name)
+@pytest.mark.parametrize(
+    "job", ours(LINEAR) + ours(COMPARED[: len(implementations("linear_cross_entropy", "counted"))]), ids=name
+)
 def test_ours_multiplies_no_more_than_it_must(counted: dict[Job, Result], job: Job) -> None:
     N, D, V = (job.size[axis] for axis in "NDV")
     assert counted[job].dot_flops == 6 * N * D * V

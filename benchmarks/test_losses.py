@@ -8,8 +8,8 @@ import torch
 from benchmarks.clock import peak_bytes
 from benchmarks.conftest import Add, Race
 from llmfast.checkup.clock import copy_bandwidth, device, linear_layer_seconds
+from llmfast.checkup.implementations import implementations
 from llmfast.checkup.shapes import MODELS, TOKENS
-from llmfast.checkup.ways import ways
 
 GPU = torch.cuda.is_available()
 TIER = "gpu" if GPU else "cpu"
@@ -39,7 +39,7 @@ def race_losses(
 ) -> None:
     """Time all implementations that fit in the device's memory on the same tensors, and record the results."""
     runs, peaks = {}, {}
-    for name, way in ways(operation, TIER, dtype).items():
+    for name, way in implementations(operation, TIER, dtype).items():
 
         def run(way: Any = way.run) -> None:
             clear(leaves)
@@ -100,7 +100,7 @@ def test_cross_entropy(race: Race, add: Add, shape: str, dtype: torch.dtype) -> 
         pytest.skip("not enough memory")
     logits = torch.randn(N, V, device=device()).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (N,), device=device())
-    # Implementations that overwrite the logits are counted, not timed: they need new logits every time.
+    # One overwrites the logits with their gradient; the numbers do not matter for the time.
     race_losses(add, race, "cross_entropy", shape, {"N": N, "V": V}, dtype, [logits], targets)
     if GPU:
         floor = 6 * N * V / copy_bandwidth()

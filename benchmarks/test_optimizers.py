@@ -9,8 +9,8 @@ import torch
 from benchmarks.conftest import Add, Race
 from llmfast._dispatch import kernels_on_cpu
 from llmfast.checkup.clock import Run, copy_bandwidth, device
+from llmfast.checkup.implementations import implementations
 from llmfast.checkup.shapes import PARAMETERS
-from llmfast.checkup.ways import ways
 
 GPU = torch.cuda.is_available()
 TIER = "gpu" if GPU else "cpu"
@@ -43,7 +43,7 @@ def test_adamw(race: Race, add: Add, model: str, dtype: torch.dtype) -> None:
         pytest.skip("not enough memory")
     steps: dict[str, Run] = {}
     tensors = parameters(shapes, dtype)
-    for name, way in ways("adamw", TIER, dtype).items():
+    for name, way in implementations("adamw", TIER, dtype).items():
         try:
             optimizer = way.run(tensors)  # all of them update the same parameters
             optimizer.step()
@@ -77,7 +77,7 @@ def test_host_time_of_a_step(race: Race, add: Add, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch, "_foreach_add_", lambda *args, **kwargs: None)  # step counters, a launch on a GPU
     shapes = [(8, 8)] * 300  # so small that only host time counts
-    ours, theirs = ways("adamw", "cpu")["llmfast"], ways("adamw", "cpu")["torch fused"]
+    ours, theirs = implementations("adamw", "cpu")["llmfast"], implementations("adamw", "cpu")["torch fused"]
     with kernels_on_cpu():
         runs: dict[str, Callable[[], object]] = {
             "llmfast, launches left out": ours.run(parameters(shapes, torch.float32)).step,

@@ -1,4 +1,4 @@
-"""The functions of libdevice in NumPy, for Triton's interpreter, which has none of them."""
+"""NumPy implementations of libdevice functions, which Triton's interpreter lacks; one without raises when called."""
 
 import inspect
 from collections.abc import Callable
@@ -11,8 +11,14 @@ from triton.language.extra import libdevice
 from evidence import observers
 from evidence.observers import Array
 
-# Functions whose NumPy name differs. The others are looked up in NumPy by their own name.
-_RENAMED: dict[str, Callable[..., Array]] = {
+_SAME = (
+    *("abs", "cbrt", "ceil", "copysign", "cos", "cosh", "exp", "exp2", "expm1", "floor", "fmod", "hypot"),
+    *("isinf", "isnan", "log", "log10", "log1p", "log2", "nextafter", "rint", "sin", "sinh", "sqrt", "tan"),
+    *("tanh", "trunc"),
+)
+# Not looked up by name: NumPy's `round` and `remainder` round halves and quotients differently.
+FUNCTIONS: dict[str, Callable[..., Array]] = {
+    **{name: getattr(np, name) for name in _SAME},
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "exp10": lambda x: np.power(10.0, x),
     "pow": np.power,
@@ -25,27 +31,30 @@ _RENAMED: dict[str, Callable[..., Array]] = {
 
 
 def install(interpreter: Any) -> None:
-    """Replace every function of libdevice. Kernels import them by name, so this must precede the kernels' import."""
+    """Replace all functions of `triton.language.extra.libdevice`.
+
+    Kernels import them by name, so this must precede the import of kernels.
+    """
     for name, stub in inspect.getmembers(libdevice, inspect.isfunction):
         if stub.__module__ == libdevice.__name__:
-            function = _RENAMED.get(name, getattr(np, name, None))
-            setattr(libdevice, name, _emulated(interpreter, name, function))
+            setattr(libdevice, name, _emulated(interpreter, name, FUNCTIONS.get(name)))
 
 
 def _emulated(interpreter: Any, name: str, function: Callable[..., Array] | None) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if function is None:
-            raise NotImplementedError(f"libdevice.{name} has no counterpart in NumPy")
+            raise NotImplementedError(f"libdevice.{name} is not emulated: evidence/libdevice.py lists what is")
         values = [interpreter.interpreter_semantic.to_tensor(arg) for arg in args]
-        if any(value.dtype.scalar == tl.bfloat16 for value in values):
-            raise NotImplementedError(f"libdevice.{name} on bfloat16 values: it takes float32 and float64")
+        for scalar in (value.dtype.scalar for value in values):
+            if scalar not in (tl.float32, tl.float64):  # the compiler finds no function for anything else
+                raise NotImplementedError(f"libdevice.{name} takes float32 and float64; got {scalar}")
         result = function(*(value.handle.data for value in values))
-        dtype = tl.int32 if result.dtype == np.bool_ else values[0].dtype.scalar
-        result = result.astype(np.int32 if result.dtype == np.bool_ else values[0].handle.data.dtype)
+        dtype = tl.int1 if result.dtype == np.bool_ else values[0].dtype.scalar
+        result = result.astype(bool if dtype == tl.int1 else values[0].handle.data.dtype)
         for observer in observers.computing:
             observer.compute("libdevice", result.size, observers.dtype_name(values[0]))
-        shape = max((value.type for value in values), key=lambda kind: kind.is_block())
-        kind = tl.block_type(dtype, [int(n) for n in shape.shape]) if shape.is_block() else dtype
+        is_block = any(value.type.is_block() for value in values)
+        kind = tl.block_type(dtype, list(result.shape)) if is_block else dtype
         return tl.tensor(interpreter.TensorHandle(result, dtype), kind)
 
     return call

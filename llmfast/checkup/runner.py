@@ -44,6 +44,7 @@ class Outcome:
     not_reached: dict[str, str] = field(default_factory=dict)  # why
 
 
+MINUTES = 8.0
 Say = Callable[[str], None]
 
 
@@ -57,7 +58,7 @@ class CheckUp:
         worker: the command that starts a section's process, to which options are appended.
     """
 
-    minutes: float = 8.0
+    minutes: float = MINUTES
     device: str = "cuda"
     size: Size = "full"
     sections: Sequence[Section] = SECTIONS

@@ -1,6 +1,6 @@
-"""Sizes used by the benchmarks and the check-up: output layers and parameter lists of real models."""
+"""Sizes for the benchmarks and the check-up: output layers and parameters of models, and small ones."""
 
-# Hidden width and vocabulary.
+# Width D and vocabulary V of the output layers of GPT-2, Llama-3 8B, Gemma-2 2B and Qwen-3 4B.
 MODELS = {
     "GPT-2": (768, 50257),
     "Llama-3": (4096, 128256),
@@ -9,10 +9,10 @@ MODELS = {
 }
 TOKENS = (1024, 8192, 16384, 65536)
 
-# Small enough to compute in the interpreter, but with realistic proportions.
+# Small enough to run in the interpreter, but with realistic proportions.
 SMALL = {"N": 1024, "D": 256, "V": 16384}
 SMALL_HEADS = {"K": 4, "N": 256, "D": 256, "V": 8192}
-# Four heads on the tokens of one micro-batch, also at the size of DeepSeek-V3, which trains one such head.
+# Multi-token prediction with four heads, at the sizes of Llama-3 and of DeepSeek-V3 (which trains fewer).
 HEADS = [{"K": 4, "N": 8192, "D": D, "V": V} for D, V in (MODELS["Llama-3"], (7168, 129280))]
 
 
@@ -24,10 +24,10 @@ def _gpt2() -> list[tuple[int, ...]]:
     return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
 
 
-def _llama(width: int, hidden: int, key_value: int, layers: int, *, tied: bool) -> list[tuple[int, ...]]:
+def _llama(width: int, ffn_width: int, kv_width: int, layers: int, *, tied: bool) -> list[tuple[int, ...]]:
     layer: list[tuple[int, ...]] = [
-        *((width, width), (key_value, width), (key_value, width), (width, width)),
-        *((hidden, width), (hidden, width), (width, hidden), (width,), (width,)),
+        *((width, width), (kv_width, width), (kv_width, width), (width, width)),
+        *((ffn_width, width), (ffn_width, width), (width, ffn_width), (width,), (width,)),
     ]
     embeddings: list[tuple[int, ...]] = [(128256, width)] * (1 if tied else 2)
     return [*embeddings, *layer * layers, (width,)]

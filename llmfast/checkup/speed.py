@@ -13,9 +13,9 @@ from torch import Tensor
 
 from llmfast._gpus import H100, named
 from llmfast.checkup import clock
+from llmfast.checkup.implementations import implementations
 from llmfast.checkup.record import Case, Figures, Finding, Size
 from llmfast.checkup.shapes import MODELS, PARAMETERS
-from llmfast.checkup.ways import ways
 from llmfast.losses import LinearCrossEntropyPlan
 
 # The share of the copy bandwidth below which a kernel is marked as slow. Large sizes only: small ones are latency.
@@ -149,7 +149,7 @@ def linear(model: str, N: int, D: int, V: int) -> Iterator[Finding]:
     weight = (torch.randn(V, D, dtype=torch.float32, device=device) * D**-0.5).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(0, V, (N,), dtype=torch.int64, device=device)
     runs: dict[str, Callable[[], object]] = {}
-    for name, way in ways("linear_cross_entropy", "gpu").items():
+    for name, way in implementations("linear_cross_entropy", "gpu").items():
         if "compiled" in name:  # half a minute of compiling
             continue
 
@@ -195,7 +195,7 @@ def _optimizers(operation: str, shapes: list[tuple[int, ...]], dtype: torch.dtyp
     params = _parameters(shapes, dtype)
     numel = sum(p.numel() for p in params)
     runs: dict[str, Callable[[], object]] = {}
-    for name, way in ways(operation, "gpu", dtype).items():
+    for name, way in implementations(operation, "gpu", dtype).items():
         if "one by one" in name:
             continue
         try:

@@ -138,7 +138,7 @@ def cross_entropy(
             below = torch.sub(x, peak[:, None], out=None if needs_x else space if x is given else x)
             x = x if needs_x else below  # has the same softmax
         pull = weights.pull(y_below, below, rows)
-        del below  # or it would be held beside the softmax
+        del below  # or it would be held during the softmax
         p = torch.softmax(x, 1) if needs_x else _softmax(x, given, None if d_logits is None else d_logits[rows], space)
         largest = p.amax(1)  # 1 / sum(exp(x - peak))
         log_total = -largest.log()

@@ -14,14 +14,14 @@ class GroupedOptions(torch.optim.Optimizer):
 
     options: Options
     group_options: list[dict[str, Any]]
-    """Options that parameter groups have in place of `options`, one dict per group; see `Extras`."""
-    # Keys of groups that torch's optimizer does not have.
+    """Options of parameter groups that override `options`, one dict per group; see `Extras`."""
+    # Group keys that torch's optimizer does not have.
     own_group_keys: ClassVar[tuple[str, ...]] = ()
     # Arguments of the constructor, beyond `Extras`, that cannot be set per group.
     whole_arguments: ClassVar[tuple[str, ...]] = ()
 
     def _take(self, extras: Extras) -> None:
-        """Take the extra options; call this before torch's constructor, which adds parameter groups."""
+        """Store the extra options; call this before torch's constructor, which adds parameter groups."""
         self.options = Options.given(extras)
         self.group_options = []
 
@@ -34,11 +34,16 @@ class GroupedOptions(torch.optim.Optimizer):
         return dataclasses.replace(self.options, **self.group_options[index])
 
     def _match_groups(self) -> None:
-        """Check that every group has its options; raise an error if they can no longer be matched."""
+        """Give new groups an empty entry in `group_options`, and check that the options are where they take effect.
+
+        Raises:
+            RuntimeError: groups were added or removed by hand although some have options of their own.
+            ValueError: an option is set in a group itself.
+        """
         if len(self.group_options) != len(self.param_groups):
             if any(self.group_options):
                 raise RuntimeError(
-                    f"param_groups must only grow, by add_param_group, if groups have their own options; "
+                    f"param_groups must be changed only by add_param_group if groups have their own options; "
                     f"got {len(self.param_groups)} groups for group_options={self.group_options}"
                 )
             self.group_options = [{} for _ in self.param_groups]
@@ -51,7 +56,7 @@ class GroupedOptions(torch.optim.Optimizer):
                 )
 
     def _clip_of(self, index: int) -> int | None:
-        """Return the clip that a group belongs to: its index, SHARED, or None if it is not clipped."""
+        """Return which norm clips a group: the group's index for its own, SHARED, or None if it is not clipped."""
         if self.option(index, "max_grad_norm") is None:
             return None
         return index if "max_grad_norm" in self.group_options[index] else SHARED
@@ -72,11 +77,10 @@ class GroupedOptions(torch.optim.Optimizer):
             for p, name in zip(group["params"], names):
                 options.expect_fits(p, name)
             self._complete_group(group, options)
-        except ValueError:
+        except BaseException:
             self.param_groups.pop()
             raise
         self.group_options.append(own)
 
     def _complete_group(self, group: dict[str, Any], options: Options) -> None:
         """Fill in missing keys of a new group; raise ValueError if its options contradict each other."""
-        return

@@ -1,8 +1,7 @@
 """Check that parameters and states are still those for which a plan was made, at the same addresses.
 
-Kernels take addresses, so everything is checked before every step, and for hundreds of small tensors the checks
-determine the speed of a step. Some code looks unusual for this reason: `map` over functions written in C is the fastest
-loop in Python.
+Kernels take addresses, so everything is checked before every step. With hundreds of small tensors the checks take most
+of a step's time. Hence `map` over functions written in C, the fastest loop in Python.
 """
 
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from llmfast._dtensor import is_dtensor, local
 
 
 class Watch:
-    """A record of the parameters in their groups and of their states, or only of one parameter, to detect changes."""
+    """A snapshot of all parameters and states, or of one parameter and its state, that detects changes."""
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], only: Tensor | None) -> None:
         self._only = only
@@ -40,14 +39,15 @@ class Watch:
         return self._look(state) == self._seen
 
     def _look(self, state: dict[Any, dict[str, Any]]) -> tuple[list[int], list[int], list[int]]:
-        """Return sizes and addresses of the parameters, and addresses of all state tensors."""
+        """Return sizes and addresses of the parameters, and addresses of their state tensors."""
         sizes = list(map(Tensor.numel, self._locals))  # a shortened parameter keeps its address
+        params = list(map(Tensor.data_ptr, self._locals))
         states = state.values() if self._only is None else [state.get(self._only, {})]
         values: Iterable[Any] = chain.from_iterable(map(dict.values, states))
         if self._dtensors:
             values = map(local, values)
         try:
-            return sizes, list(map(Tensor.data_ptr, self._locals)), list(map(Tensor.data_ptr, values))
-        except TypeError:  # the state may hold other objects
+            return sizes, params, list(map(Tensor.data_ptr, values))
+        except TypeError:  # a state may hold other objects than tensors
             found = chain.from_iterable(map(dict.values, states))
-            return sizes, [], [local(t).data_ptr() if isinstance(t, Tensor) else id(t) for t in (*self._locals, *found)]
+            return sizes, params, [local(t).data_ptr() if isinstance(t, Tensor) else id(t) for t in found]

@@ -1,4 +1,4 @@
-"""A thin trainer. Using it needs the extra `llmfast-torch[train]`; importing only this package does not."""
+"""A thin trainer. Its names are imported on first use, because they need the extra `train`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
+_MODULE_OF = {
     **dict.fromkeys(("Config", "load_config"), "config"),
     "ConfigError": "settings",
     **dict.fromkeys(("Loaded", "load_run"), "loading"),
@@ -42,11 +42,16 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     except ModuleNotFoundError as e:
-        if e.name is not None and e.name.partition(".")[0] == "llmfast":
+        missing = "llmfast" if e.name is None else e.name.partition(".")[0]
+        if missing.startswith("llmfast"):  # ours, also llmfast_kernels
             raise
-        raise ImportError(f"llmfast.train needs {e.name}: pip install 'llmfast-torch[train]'") from e
+        raise ImportError(f"llmfast.train needs {missing}: pip install 'llmfast-torch[train]'") from e
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

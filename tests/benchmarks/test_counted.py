@@ -5,8 +5,8 @@ import math
 import pytest
 
 from benchmarks.counted import Job, count
+from llmfast.checkup.implementations import implementations, versions
 from llmfast.checkup.shapes import PARAMETERS
-from llmfast.checkup.ways import versions, ways
 
 SIZE = {"N": 32, "D": 32, "V": 500}
 
@@ -16,12 +16,12 @@ def results() -> dict[tuple[str, str, bool], object]:
     """Count all installed implementations, computed and dry; keyed by operation, way and dryness."""
     jobs = [
         Job("linear_cross_entropy", way, SIZE, dry=dry)
-        for way in ways("linear_cross_entropy", "counted")
+        for way in implementations("linear_cross_entropy", "counted")
         for dry in (False, True)
     ]
     jobs += [
         Job("cross_entropy", way, {"N": 32, "V": 500}, dry=dry)
-        for way in ways("cross_entropy", "counted")
+        for way in implementations("cross_entropy", "counted")
         for dry in (False, True)
     ]
     jobs += [Job("adamw", "llmfast", {"parameters": "124M"}), Job("adamw", "torch fused", {"parameters": "124M"})]
@@ -72,10 +72,12 @@ def test_a_job_that_fails_is_named() -> None:
 
 
 def test_ways_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmfast.checkup.ways.find_spec", lambda name: None if name == "liger_kernel" else object())
-    names = list(ways("linear_cross_entropy", "counted"))
+    monkeypatch.setattr(
+        "llmfast.checkup.implementations.find_spec", lambda name: None if name == "liger_kernel" else object()
+    )
+    names = list(implementations("linear_cross_entropy", "counted"))
     assert names[0] == "llmfast" and not any("Liger" in name for name in names)
-    assert "apex" in ways("adamw", "gpu") and "apex" not in ways("adamw", "counted")
+    assert "apex" in implementations("adamw", "gpu") and "apex" not in implementations("adamw", "counted")
 
 
 def test_versions_are_those_installed() -> None:

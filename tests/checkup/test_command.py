@@ -80,7 +80,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("# a, llmfast 1.2 and b, llmfast 1.2\n")
     paths[1].write_text("{")
     assert main(["doctor", "--compare", *map(str, paths)]) == 2
-    assert "--compare: Expecting property name" in capsys.readouterr().err
+    assert f"--compare: {paths[1]}: Expecting property name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--minutes", "0"], "--minutes must be above 0; got 0.0"),
         (["--sections", "sped"], "section must be one of"),
-        ([], "needs a GPU that torch can use, and finds none"),
+        ([], "needs a GPU that torch can use, but there is none"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments: Sequence[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_parts_of_full_need_it(arguments: list[str], others: list[str], capsys: 
 
 def test_two_results_are_compared_without_a_third(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--full", "--compare", "a", "b"]) == 2
-    assert "--compare and --full exclude each other" in capsys.readouterr().err
+    assert "--compare and --full cannot be combined" in capsys.readouterr().err
 
 
 def test_from_the_command_line_to_the_files(
@@ -179,7 +179,8 @@ def test_the_exit_code_says_whether_something_is_wrong(
         assert (tmp_path / "a.md").read_text() == page(found)
         out, err = capsys.readouterr()
         if status == 130:
-            assert out == "" and err == "llmfast: interrupted; what was finished is written\n"
+            finished = "".join(f"; finished sections are in {path}" for path in files[1::2])
+            assert out == "" and err == f"llmfast: interrupted{finished}\n"
         else:
             said = [f"1 right, {status} wrong, 1 not reached", *(f"written to {path}" for path in files[1::2])]
             assert out.splitlines() == said
@@ -191,7 +192,7 @@ def test_a_folder_that_is_missing_is_said_before_any_work(
 ) -> None:
     path = tmp_path / "nowhere" / "a"
     assert main(["doctor", "--full", option, str(path)]) == 2 and pretended.made == []
-    assert capsys.readouterr().err == f"llmfast: error: {path}: there is no folder {path.parent}\n"
+    assert capsys.readouterr().err == f"llmfast: error: {option}: {path} must be a file in a folder that exists\n"
 
 
 def test_a_page_has_all_findings_and_the_time_they_took() -> None:

@@ -51,7 +51,7 @@ def given(monkeypatch: pytest.MonkeyPatch, **ways: Callable[..., Any]) -> list[A
         asked.append(arguments)
         return {name.replace("_", " "): SimpleNamespace(run=run) for name, run in ways.items()}
 
-    monkeypatch.setattr(speed, "ways", of)
+    monkeypatch.setattr(speed, "implementations", of)
     return asked
 
 

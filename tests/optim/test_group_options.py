@@ -483,5 +483,5 @@ def test_groups_may_be_taken_away_where_none_has_options() -> None:
     optimizer.step()
     assert "exp_avg_code" in optimizer.state[params[2]] and "exp_avg" in optimizer.state[params[0]]
     optimizer.param_groups.pop(0)
-    with pytest.raises(RuntimeError, match=r"param_groups must only grow.*got 1 groups for group_options"):
+    with pytest.raises(RuntimeError, match=r"param_groups must be changed only by.*got 1 groups for group_options"):
         optimizer.step()

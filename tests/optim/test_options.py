@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -87,6 +88,10 @@ def test_a_group_that_is_refused_is_not_added() -> None:
         with pytest.raises(ValueError, match=r"parameter 0 of group 1|parameters; got"):
             optimizer.add_param_group(group)
         assert optimizer.param_groups == before and optimizer.group_options == [{}]
+    another = mock.patch.object(optimizer, "_complete_group", side_effect=TypeError("another error"))
+    with another, pytest.raises(TypeError, match="another error"):
+        optimizer.add_param_group({"params": [torch.zeros(1)]})
+    assert optimizer.param_groups == before and optimizer.group_options == [{}]
     optimizer.add_param_group({"params": [torch.zeros(1)], "ema_decay": None})
     assert len(optimizer.param_groups) == 2 and optimizer.group_options == [{}, {"ema_decay": None}]
 

@@ -108,17 +108,22 @@ def test_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("rich.table", "llmfast.train needs rich.table: pip install 'llmfast-torch"), ("llmfast.x", None)],
+    [
+        ("rich.table", "llmfast.train needs rich: pip install 'llmfast-torch"),
+        ("llmfast.x", None),
+        ("llmfast_kernels", None),
+        (None, None),
+    ],
 )
 def test_only_a_package_that_is_missing_is_said_to_need_the_extra(
-    missing: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+    missing: str | None, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
     monkeypatch.setattr(llmfast.train, "import_module", fails)
     kind = ImportError if message else ModuleNotFoundError
-    with pytest.raises(kind, match=message or f"No module named '{missing}'") as caught:
+    with pytest.raises(kind, match=message or f"No module named {missing!r}") as caught:
         llmfast.train.__getattr__("load_run")
     assert type(caught.value) is kind
 

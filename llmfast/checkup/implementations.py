@@ -1,7 +1,7 @@
-"""Every implementation of the same operation: ours, torch's, and other libraries', called as their users call them.
+"""Implementations of each operation that is benchmarked: ours, torch's and other libraries'.
 
-A way is a plain function of the tensors. Libraries that are not installed are skipped. `make bench` installs those that
-run in the interpreter (the extra `bench`); a GPU machine may have more.
+A loss is a function of tensors, and an optimizer a function of parameters. Libraries that are not installed are
+skipped. `make bench` installs those that run in the interpreter; a GPU machine may have more.
 """
 
 import math
@@ -22,13 +22,13 @@ from llmfast.losses import from_hidden
 from llmfast.losses.ways import Call
 
 EVERYWHERE = frozenset({"cpu", "counted", "gpu"})
-KERNELS = frozenset({"counted", "gpu"})  # needs Triton: on a GPU, or in the interpreter
+NOT_ON_CPU = frozenset({"counted", "gpu"})
 GPU_ONLY = frozenset({"gpu"})
 
 
 @dataclass(frozen=True)
 class Library:
-    """Library that a way belongs to."""
+    """A library, which may be installed."""
 
     module: str  # must be importable
     distribution: str  # for looking up the version
@@ -36,7 +36,7 @@ class Library:
     def installed(self) -> bool:
         try:
             return find_spec(self.module) is not None
-        except (ImportError, ValueError):  # a different package with the parent's name
+        except (ImportError, ValueError):  # the parent package is missing, or is another one of that name
             return False
 
 
@@ -53,8 +53,8 @@ TRL = Library("trl", "trl")
 
 
 @dataclass(frozen=True)
-class Way:
-    """Implementation of an operation by one library, or one mode of it."""
+class Implementation:
+    """An operation as one library computes it, or one mode of that library."""
 
     name: str
     run: Callable[..., Any]
@@ -63,20 +63,20 @@ class Way:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
-def ways(operation: str, tier: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Way]:
-    """Return the installed ways of an operation in a tier ("cpu", "counted" or "gpu"), ours first."""
-    found = (w for w in _WAYS[operation] if tier in w.tiers and dtype in w.dtypes and w.library.installed())
-    return {way.name: way for way in found}
+def implementations(operation: str, tier: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Implementation]:
+    """Return the installed implementations of an operation in a tier ("cpu", "counted" or "gpu"), ours first."""
+    found = (i for i in _IMPLEMENTATIONS[operation] if tier in i.tiers and dtype in i.dtypes and i.library.installed())
+    return {one.name: one for one in found}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of installed libraries that the ways use."""
-    libraries = {way.library for ways in _WAYS.values() for way in ways if way.library.installed()}
+    """Return the versions of Triton and of the libraries that are installed."""
+    libraries = {one.library for several in _IMPLEMENTATIONS.values() for one in several if one.library.installed()}
     return {name: metadata.version(name) for name in sorted({"triton", *(one.distribution for one in libraries)})}
 
 
 def _load(module: str, name: str) -> Any:
-    """Import lazily at the first call: other libraries may be missing, or need patches first."""
+    """Return an attribute of a module, imported only now: it may be missing, or may have to be patched first."""
     return getattr(import_module(module), name)
 
 
@@ -121,25 +121,31 @@ def _torch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return _load("torch.nn.functional", "linear_cross_entropy")(hidden, weight, targets, options=options)
 
 
+def _at_most(budget: int, hidden: Tensor, weight: Tensor) -> int:
+    """Return the budget, or an eighth of the bytes of bfloat16 logits, so that small inputs are split as well."""
+    return min(budget, len(hidden) * len(weight) // 4)
+
+
 def _within(budget: int, **options: Any) -> Callable[..., Any]:
-    """Give our loss a budget, or an eighth of the bfloat16 logits' bytes if that is less."""
+    """Return our loss with a memory budget."""
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-        most = min(budget, len(hidden) * len(weight) // 4)
+        most = _at_most(budget, hidden, weight)
         return losses.linear_cross_entropy(hidden, weight, targets, memory_budget=most, **options)
 
     return run
 
 
 def _rounded_sums(budget: int) -> Callable[..., Any]:
-    """Give our loss a budget and bfloat16 sums; on small inputs, in as many chunks of rows as at Llama-3's sizes.
+    """Return our loss with a memory budget and sums in bfloat16.
 
-    For small inputs the plan would find a faster way that rounds once. Its error says nothing about large ones.
+    Small inputs are split into as many chunks as large ones (Llama-3's) would be. Their own plan would have a single
+    chunk, which rounds once, and that error would say nothing about large inputs.
     """
     within = _within(budget, accumulate_dtype=torch.bfloat16)
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-        if weight.numel() >= 1 << 24:
+        if weight.numel() >= 1 << 24:  # not small
             return within(hidden, weight, targets)
         N, (D, V) = 16384, MODELS["Llama-3"]
         large = losses.LinearCrossEntropyPlan.make(N, D, V, memory_budget=budget, accumulate_dtype=torch.bfloat16)
@@ -155,7 +161,7 @@ def _rounded_sums(budget: int) -> Callable[..., Any]:
 
 
 def _liger(accumulate: torch.dtype | None, chunk: int = 1) -> Callable[..., Any]:
-    """Give Liger's loss a dtype of its sums, and a multiple of its usual chunk."""
+    """Return Liger's loss with sums of this dtype, and chunks this many times the usual size."""
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
         loss = _load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
@@ -188,8 +194,7 @@ def _gathered_float32(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 def _logprobs_within(budget: int) -> Callable[..., Any]:
     def run(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
-        most = min(budget, len(hidden) * len(weight) // 4)
-        return losses.linear_logprobs(hidden, weight, ids, memory_budget=most)
+        return losses.linear_logprobs(hidden, weight, ids, memory_budget=_at_most(budget, hidden, weight))
 
     return run
 
@@ -206,10 +211,11 @@ def _cut_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
 
 
 def _distilled(budget: int | None = None, **options: Any) -> Callable[..., Any]:
-    def run(hidden: Tensor, weight: Tensor, theirs: Tensor, output: Tensor) -> Any:
-        most = "auto" if budget is None else min(budget, len(hidden) * len(weight) // 4)
+    def run(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Any:
+        most = "auto" if budget is None else _at_most(budget, hidden, weight)
         more = {"kind": "jsd", "memory_budget": most, **options}
-        return losses.linear_distillation(hidden, weight, losses.TeacherStates(theirs, output), **more)
+        teacher = losses.TeacherStates(teacher_hidden, teacher_weight)
+        return losses.linear_distillation(hidden, weight, teacher, **more)
 
     return run
 
@@ -226,8 +232,8 @@ def _divergence(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Tensor:
 def _trl_divergence(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Any:
     trainer = _load("trl.experimental.gkd.gkd_trainer", "GKDTrainer")
     with torch.no_grad():
-        theirs = F.linear(*teacher)[:, None]
-    return trainer.generalized_jsd_loss(F.linear(hidden, weight)[:, None], theirs)  # (batch, tokens, V)
+        logits = F.linear(*teacher)[:, None]
+    return trainer.generalized_jsd_loss(F.linear(hidden, weight)[:, None], logits)  # (batch, tokens, V)
 
 
 def _liger_divergence(accumulate: torch.dtype | None) -> Callable[..., Any]:
@@ -243,13 +249,14 @@ def _liger_divergence(accumulate: torch.dtype | None) -> Callable[..., Any]:
 
 def _shared_logits(heads: int) -> Callable[..., Any]:
     def run(hiddens: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        # All heads predict from one hidden state, so this is another loss, of as many logits as one head has.
         return losses.mtp_cross_entropy(hiddens[0], weight, labels, head_weights=[1.0] * heads)
 
     return run
 
 
 def _head_by_head(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Sum separate losses of the heads with shifted labels, as is common."""
+    """Return a loss that is computed for each head separately, with shifted labels, and summed, as is common."""
 
     def run(hiddens: Tensor, weight: Tensor, labels: Tensor) -> Any:
         moved = [F.pad(labels[k:], (0, k), value=-100) for k in range(len(hiddens))]
@@ -261,11 +268,11 @@ def _head_by_head(loss: Callable[..., Any]) -> Callable[..., Any]:
 # Optimizers: parameters -> an object with a `step` method.
 
 Parameters = Iterable[Tensor]
-SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+_ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 
 def _adamw(module: str, name: str, **options: Any) -> Callable[[Parameters], Any]:
-    return lambda params: _load(module, name)(params, **SETTINGS, **options)
+    return lambda params: _load(module, name)(params, **_ADAMW, **options)
 
 
 class _Clipped:
@@ -303,100 +310,108 @@ _MODES: dict[str, dict[str, Any]] = {
     "stochastic, 8-bit states": {"master_weights": "stochastic", "state_dtype": "8bit"},
     "split8, 8-bit states": {"master_weights": "split8", "state_dtype": "8bit"},
 }
-# All except plain AdamW, which is measured at more sizes.
+# All except plain AdamW, which is counted at more sizes.
 OPTIMIZERS = ("adamw, clipped", "sgd, momentum", "rmsprop", "adagrad", "adamw, bfloat16 with more bits")
-_WAYS: dict[str, list[Way]] = {
+_IMPLEMENTATIONS: dict[str, list[Implementation]] = {
     "cross_entropy": [
-        Way("llmfast", losses.cross_entropy, LLMFAST, EVERYWHERE),
-        Way("llmfast in place", lambda x, y: losses.cross_entropy(x, y, inplace=True), LLMFAST, frozenset({"counted"})),
-        Way("torch", F.cross_entropy, TORCH, EVERYWHERE),
-        Way("torch compiled", _compiled(F.cross_entropy), TORCH, GPU_ONLY),
-        Way("Liger", _liger_cross_entropy, LIGER, KERNELS),  # also in place; it accepts leaves and overwrites them
-        Way("Quack", _quack_cross_entropy, QUACK, GPU_ONLY),
+        Implementation("llmfast", losses.cross_entropy, LLMFAST, EVERYWHERE),
+        Implementation(
+            "llmfast in place", lambda x, y: losses.cross_entropy(x, y, inplace=True), LLMFAST, frozenset({"counted"})
+        ),
+        Implementation("torch", F.cross_entropy, TORCH, EVERYWHERE),
+        Implementation("torch compiled", _compiled(F.cross_entropy), TORCH, GPU_ONLY),
+        Implementation("Liger", _liger_cross_entropy, LIGER, NOT_ON_CPU),  # overwrites the logits, also of a leaf
+        Implementation("Quack", _quack_cross_entropy, QUACK, GPU_ONLY),
     ],
     "linear_cross_entropy": [
-        Way("llmfast", losses.linear_cross_entropy, LLMFAST, EVERYWHERE),
-        Way("llmfast, 16 MiB", _within(16 << 20), LLMFAST, KERNELS),
-        Way("llmfast, 200 MiB", _within(200 << 20), LLMFAST, KERNELS),
-        Way("llmfast, 200 MiB, bf16 sums", _rounded_sums(200 << 20), LLMFAST, KERNELS),
-        Way("torch", _unfused, TORCH, EVERYWHERE),
-        Way("torch, float32 logits", _unfused_float32, TORCH, KERNELS),
-        Way("torch compiled", _compiled(_unfused_float32), TORCH, GPU_ONLY),
+        Implementation("llmfast", losses.linear_cross_entropy, LLMFAST, EVERYWHERE),
+        Implementation("llmfast, 16 MiB", _within(16 << 20), LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, 200 MiB", _within(200 << 20), LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, 200 MiB, bf16 sums", _rounded_sums(200 << 20), LLMFAST, NOT_ON_CPU),
+        Implementation("torch", _unfused, TORCH, EVERYWHERE),
+        Implementation("torch, float32 logits", _unfused_float32, TORCH, NOT_ON_CPU),
+        Implementation("torch compiled", _compiled(_unfused_float32), TORCH, GPU_ONLY),
         *(
-            [Way("torch linear_cross_entropy", _torch_chunks, TORCH, EVERYWHERE)]
+            [Implementation("torch linear_cross_entropy", _torch_chunks, TORCH, EVERYWHERE)]
             if hasattr(torch.nn, "LinearCrossEntropyOptions")
             else []
         ),
-        Way("Liger", _liger(None), LIGER, KERNELS),
-        Way("Liger, C = 8", _liger(None, 8), LIGER, KERNELS),
-        Way("Liger, C = 16", _liger(None, 16), LIGER, KERNELS),
-        Way("Liger, float32 sums", _liger(torch.float32), LIGER, KERNELS),
-        Way("cut-cross-entropy", _cut_cross_entropy(), CCE, KERNELS),
-        # Not counted: the filter drops nothing of random numbers, so its counts would be those above.
-        Way("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
-        Way("Quack", _quack, QUACK, GPU_ONLY),
+        Implementation("Liger", _liger(None), LIGER, NOT_ON_CPU),
+        Implementation("Liger, C = 8", _liger(None, 8), LIGER, NOT_ON_CPU),
+        Implementation("Liger, C = 16", _liger(None, 16), LIGER, NOT_ON_CPU),
+        Implementation("Liger, float32 sums", _liger(torch.float32), LIGER, NOT_ON_CPU),
+        Implementation("cut-cross-entropy", _cut_cross_entropy(), CCE, NOT_ON_CPU),
+        # Not counted: of random inputs the filter drops nothing, so the counts are those of the row above.
+        Implementation("cut-cross-entropy, unfiltered", _cut_cross_entropy(filter_eps=None), CCE, GPU_ONLY),
+        Implementation("Quack", _quack, QUACK, GPU_ONLY),
     ],
     "linear_logprobs": [
-        Way("llmfast", losses.linear_logprobs, LLMFAST, KERNELS),
-        Way("llmfast, 200 MiB", _logprobs_within(200 << 20), LLMFAST, KERNELS),
-        Way("torch", _gathered, TORCH, KERNELS),
-        Way("torch, float32 logits", _gathered_float32, TORCH, KERNELS),
-        Way("TRL", _trl, TRL, KERNELS),
-        Way("cut-cross-entropy", _cut_logprobs, CCE, KERNELS),
+        Implementation("llmfast", losses.linear_logprobs, LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, 200 MiB", _logprobs_within(200 << 20), LLMFAST, NOT_ON_CPU),
+        Implementation("torch", _gathered, TORCH, NOT_ON_CPU),
+        Implementation("torch, float32 logits", _gathered_float32, TORCH, NOT_ON_CPU),
+        Implementation("TRL", _trl, TRL, NOT_ON_CPU),
+        Implementation("cut-cross-entropy", _cut_logprobs, CCE, NOT_ON_CPU),
     ],
     "linear_distillation": [
-        Way("llmfast", _distilled(), LLMFAST, KERNELS),
-        Way("llmfast, 200 MiB", _distilled(200 << 20), LLMFAST, KERNELS),
-        Way("llmfast, float32 logits", _distilled(slab_dtype=torch.float32), LLMFAST, KERNELS),
-        Way("torch, float32 logits", _divergence, TORCH, KERNELS),
-        Way("TRL", _trl_divergence, TRL, KERNELS),
-        Way("Liger", _liger_divergence(None), LIGER, KERNELS),
-        Way("Liger, float32 sums", _liger_divergence(torch.float32), LIGER, KERNELS),
+        Implementation("llmfast", _distilled(), LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, 200 MiB", _distilled(200 << 20), LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, float32 logits", _distilled(slab_dtype=torch.float32), LLMFAST, NOT_ON_CPU),
+        Implementation("torch, float32 logits", _divergence, TORCH, NOT_ON_CPU),
+        Implementation("TRL", _trl_divergence, TRL, NOT_ON_CPU),
+        Implementation("Liger", _liger_divergence(None), LIGER, NOT_ON_CPU),
+        Implementation("Liger, float32 sums", _liger_divergence(torch.float32), LIGER, NOT_ON_CPU),
     ],
     "mtp_cross_entropy": [
-        Way("llmfast", losses.mtp_cross_entropy, LLMFAST, KERNELS),
-        Way("llmfast, shared logits", _shared_logits(4), LLMFAST, KERNELS),
-        Way("llmfast, head by head", _head_by_head(losses.linear_cross_entropy), LLMFAST, KERNELS),
-        Way("torch, head by head", _head_by_head(_unfused), TORCH, KERNELS),
-        Way("Liger, head by head", _head_by_head(_liger(None)), LIGER, KERNELS),
-        Way("Liger, head by head, float32 sums", _head_by_head(_liger(torch.float32)), LIGER, KERNELS),
-        Way("cut-cross-entropy, head by head", _head_by_head(_cut_cross_entropy()), CCE, KERNELS),
+        Implementation("llmfast", losses.mtp_cross_entropy, LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, shared logits", _shared_logits(4), LLMFAST, NOT_ON_CPU),
+        Implementation("llmfast, head by head", _head_by_head(losses.linear_cross_entropy), LLMFAST, NOT_ON_CPU),
+        Implementation("torch, head by head", _head_by_head(_unfused), TORCH, NOT_ON_CPU),
+        Implementation("Liger, head by head", _head_by_head(_liger(None)), LIGER, NOT_ON_CPU),
+        Implementation("Liger, head by head, float32 sums", _head_by_head(_liger(torch.float32)), LIGER, NOT_ON_CPU),
+        Implementation("cut-cross-entropy, head by head", _head_by_head(_cut_cross_entropy()), CCE, NOT_ON_CPU),
     ],
     "adamw": [
-        Way("llmfast", lambda params: optim.FusedAdamW(params, **SETTINGS), LLMFAST, EVERYWHERE),
-        Way("torch fused", _adamw("torch.optim", "AdamW", fused=True), TORCH, EVERYWHERE),
-        Way("torch foreach", _adamw("torch.optim", "AdamW", foreach=True), TORCH, EVERYWHERE),
-        Way("torch, one by one", _adamw("torch.optim", "AdamW", foreach=False), TORCH, EVERYWHERE),
-        Way("optimi", _adamw("optimi", "AdamW", triton=True), OPTIMI, KERNELS),
-        Way("FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, KERNELS, (torch.bfloat16,)),
-        Way("apex", _adamw("apex.optimizers", "FusedAdam", adam_w_mode=True), APEX, GPU_ONLY),
-        Way("bitsandbytes, 8-bit states", _adamw("bitsandbytes.optim", "AdamW8bit"), BITSANDBYTES, GPU_ONLY),
+        Implementation("llmfast", lambda params: optim.FusedAdamW(params, **_ADAMW), LLMFAST, EVERYWHERE),
+        Implementation("torch fused", _adamw("torch.optim", "AdamW", fused=True), TORCH, EVERYWHERE),
+        Implementation("torch foreach", _adamw("torch.optim", "AdamW", foreach=True), TORCH, EVERYWHERE),
+        Implementation("torch, one by one", _adamw("torch.optim", "AdamW", foreach=False), TORCH, EVERYWHERE),
+        Implementation("optimi", _adamw("optimi", "AdamW", triton=True), OPTIMI, NOT_ON_CPU),
+        Implementation(
+            "FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, NOT_ON_CPU, BFLOAT16
+        ),
+        Implementation("apex", _adamw("apex.optimizers", "FusedAdam", adam_w_mode=True), APEX, GPU_ONLY),
+        Implementation("bitsandbytes, 8-bit states", _adamw("bitsandbytes.optim", "AdamW8bit"), BITSANDBYTES, GPU_ONLY),
     ],
     "adamw, clipped": [
-        Way("llmfast", _ours(optim.FusedAdamW, max_grad_norm=1.0), LLMFAST, KERNELS, FLOAT32),
-        Way("torch fused", _clipped(_torchs("AdamW", fused=True)), TORCH, KERNELS, FLOAT32),
-        Way("torch foreach", _clipped(_torchs("AdamW", foreach=True)), TORCH, KERNELS, FLOAT32),
+        Implementation("llmfast", _ours(optim.FusedAdamW, max_grad_norm=1.0), LLMFAST, NOT_ON_CPU, FLOAT32),
+        Implementation("torch fused", _clipped(_torchs("AdamW", fused=True)), TORCH, NOT_ON_CPU, FLOAT32),
+        Implementation("torch foreach", _clipped(_torchs("AdamW", foreach=True)), TORCH, NOT_ON_CPU, FLOAT32),
     ],
     "sgd, momentum": [
-        Way("llmfast", _ours(optim.FusedSGD, momentum=0.9), LLMFAST, KERNELS, FLOAT32),
-        Way("torch fused", _torchs("SGD", momentum=0.9, fused=True), TORCH, KERNELS, FLOAT32),
-        Way("torch foreach", _torchs("SGD", momentum=0.9, foreach=True), TORCH, KERNELS, FLOAT32),
+        Implementation("llmfast", _ours(optim.FusedSGD, momentum=0.9), LLMFAST, NOT_ON_CPU, FLOAT32),
+        Implementation("torch fused", _torchs("SGD", momentum=0.9, fused=True), TORCH, NOT_ON_CPU, FLOAT32),
+        Implementation("torch foreach", _torchs("SGD", momentum=0.9, foreach=True), TORCH, NOT_ON_CPU, FLOAT32),
     ],
     "rmsprop": [
-        Way("llmfast", _ours(optim.FusedRMSprop), LLMFAST, KERNELS, FLOAT32),
-        Way("torch foreach", _torchs("RMSprop", foreach=True), TORCH, KERNELS, FLOAT32),
+        Implementation("llmfast", _ours(optim.FusedRMSprop), LLMFAST, NOT_ON_CPU, FLOAT32),
+        Implementation("torch foreach", _torchs("RMSprop", foreach=True), TORCH, NOT_ON_CPU, FLOAT32),
     ],
     "adagrad": [
-        Way("llmfast", _ours(optim.FusedAdagrad), LLMFAST, KERNELS, FLOAT32),
-        Way("torch fused", _torchs("Adagrad", fused=True), TORCH, KERNELS, FLOAT32),
-        Way("torch foreach", _torchs("Adagrad", foreach=True), TORCH, KERNELS, FLOAT32),
+        Implementation("llmfast", _ours(optim.FusedAdagrad), LLMFAST, NOT_ON_CPU, FLOAT32),
+        Implementation("torch fused", _torchs("Adagrad", fused=True), TORCH, NOT_ON_CPU, FLOAT32),
+        Implementation("torch foreach", _torchs("Adagrad", foreach=True), TORCH, NOT_ON_CPU, FLOAT32),
     ],
     "adamw, bfloat16 with more bits": [
         *(
-            Way(f"llmfast, {what}", _ours(optim.FusedAdamW, **options), LLMFAST, KERNELS, BFLOAT16)
+            Implementation(f"llmfast, {what}", _ours(optim.FusedAdamW, **options), LLMFAST, NOT_ON_CPU, BFLOAT16)
             for what, options in _MODES.items()
         ),
-        Way("optimi, kahan", _adamw("optimi", "AdamW", triton=True, kahan_sum=True), OPTIMI, KERNELS, BFLOAT16),
-        Way("FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, KERNELS, BFLOAT16),
+        Implementation(
+            "optimi, kahan", _adamw("optimi", "AdamW", triton=True, kahan_sum=True), OPTIMI, NOT_ON_CPU, BFLOAT16
+        ),
+        Implementation(
+            "FlashOptim, 8-bit states", _adamw("flashoptim", "FlashAdamW"), FLASHOPTIM, NOT_ON_CPU, BFLOAT16
+        ),
     ],
 }
