@@ -32,7 +32,7 @@ from support.launched import unrecorded
 from support.layouts import LAYOUTS, expanded, strided, transposed
 from support.plans import SIZES, forced
 
-T, D, V, K = 4, 16, 130, 2
+T, D, V, K = 3, 16, 130, 2
 
 
 def labels(*shape: int) -> Tensor:
@@ -224,7 +224,8 @@ def test_any_dtype_that_is_allowed(path: str, function: Callable[..., Any], name
     usual = tensors[name].dtype
     tensors[name] = tensors[name].to(dtype)
     got = call(function, tensors, **options)
-    want = call(function, {**tensors, name: tensors[name].to(usual)}, **options)
+    with mock.patch.object(_dispatch, "_kernels_on_cpu", False), devices.plain():
+        want = call(function, {**tensors, name: tensors[name].to(usual)}, **options)
     for a, b in zip(got, want):
         eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0  # the gradient of a bias has the bias's dtype
         torch.testing.assert_close(a.double(), b.double(), rtol=max(1e-5, eps), atol=max(1e-6, eps / 100))

@@ -348,12 +348,13 @@ def test_a_temperature_of_an_ignored_token_may_be_anything(kernels: None) -> Non
     torch.testing.assert_close(found[2], logprobs(x, ids, temperature=0.5)[2])
 
 
-@pytest.mark.parametrize(("budget", "K"), [(None, 3), ("auto", None), (60_000, 3)])
+@pytest.mark.parametrize(("budget", "K"), [(None, 3), ("auto", None), (12_000, 3)])
 @unrecorded()
 def test_whole_graphs(path: str, budget: Any, K: int | None) -> None:
-    hidden, weight, ids = torch.randn(40, 8), torch.randn(300, 8), draw_ids((40,), K, 300)
+    N = 12
+    hidden, weight, ids = torch.randn(N, 8), torch.randn(300, 8), draw_ids((N,), K, 300)
     options: dict[str, Any] = {"return_stats": True, "return_rank": True, "softcap": 9.0}
-    options["temperature"] = torch.linspace(0.5, 2, 40) if K else 1.5
+    options["temperature"] = torch.linspace(0.5, 2, N) if K else 1.5
 
     def of(h: Tensor, w: Tensor) -> Any:
         if budget is None:
@@ -361,7 +362,7 @@ def test_whole_graphs(path: str, budget: Any, K: int | None) -> None:
         return linear_logprobs(h * 1.0, w, ids, memory_budget=budget, **options)
 
     torch._dynamo.reset()
-    upstream = upstream_of(ids, (40,))
+    upstream = upstream_of(ids, (N,))
     compiled = torch.compile(of, backend="aot_eager", fullgraph=True)
     for a, b in zip(outcome(compiled, [hidden, weight], upstream), outcome(of, [hidden, weight], upstream)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

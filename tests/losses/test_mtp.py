@@ -64,7 +64,13 @@ def leaves(K: int, shared: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return hiddens, (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_()
 
 
-CASES = [(K, form, kind, torch.float64) for K in (1, 2, 3, 4) for form in FORMS for kind in KINDS]
+CASES = [
+    (K, form, kind, torch.float64)
+    for i, K in enumerate((1, 2, 3, 4))
+    for j, form in enumerate(FORMS)
+    for k, kind in enumerate(KINDS)
+    if (i + j + k) % 2 == 0  # any two meet
+]
 CASES += [(K, form, "packed", torch.float32) for K in (1, 4) for form in FORMS]
 CASES += [(3, form, "prompts", dtype) for form in FORMS for dtype in (torch.bfloat16, torch.float16)]
 

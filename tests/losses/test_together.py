@@ -18,6 +18,7 @@ from llmfast.losses import (
     reference,
 )
 from support.numerics import assert_close_in_norm
+from support.pairs import covering
 from support.plans import SIZES, forced
 
 START = 2.0**-10  # of a main_grad: too much to be overlooked, too little to round the gradient away
@@ -45,8 +46,7 @@ def filtered(d_logits: Tensor, threshold: float, rows: int) -> Tensor:
     return torch.cat([of_chunk(d) for d in d_logits.split(rows)])
 
 
-@pytest.mark.parametrize("rows", [192, 144, 64])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("rows", "added"), [(192, True), (144, False), (64, True)])
 def test_a_filtered_gradient_adds_up_over_chunks(path: str, rows: int, added: bool) -> None:
     N, V, D, threshold = 192, 260, 8, 1e-3
     hidden, weight, targets = peaked(N, V, D)
@@ -128,11 +128,13 @@ def test_whatever_is_asked_for_together(
             assert (a - c).norm() <= (b - c).norm() + 2**-8 * c.norm()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_written_to_says_so(path: str, size: str, reduction: str, dtype: torch.dtype) -> None:
+WRITTEN = covering({"size": [*SIZES], "reduction": ["mean", "sum", "none"], "dtype": [torch.float32, torch.bfloat16]})
+
+
+@pytest.mark.parametrize("case", WRITTEN, ids=lambda case: "-".join(map(str, case.values())))
+def test_what_is_written_to_says_so(path: str, case: dict[str, Any]) -> None:
     """Let torch notice if a caller saved it for backward."""
+    size, reduction, dtype = case.values()
     hidden, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (9, 300))
     main_grad, scale = torch.ones(300, 8), torch.ones((), requires_grad=True)
     held = (main_grad * scale).sum()
@@ -182,22 +184,23 @@ def test_the_first_of_equals_through_the_linear_loss(path: str, cut: int) -> Non
 # A class that is a row's target more than once.
 
 
-@pytest.mark.parametrize("V", [4, 5, 60, 3000])
-@pytest.mark.parametrize(
-    "targets",
-    [[[3, 3]], [[3, 3], [0, 2]], [[2, 2, 2], [1, 2, 1], [-100, 0, 0]], [[1, -100, 1, 1, 0]]],
-    ids=["one row", "pairs", "three", "ignored among them"],
+TWICE = covering(
+    {
+        "V": [4, 5, 60, 3000],
+        "targets": [[[3, 3]], [[3, 3], [0, 2]], [[2, 2, 2], [1, 2, 1], [-100, 0, 0]], [[1, -100, 1, 1, 0]]],
+        "weighted": [False, True],
+        "options": [{}, {"softcap": 2.0, "label_smoothing": 0.1}],
+        "reduction": ["mean", "none"],
+    }
 )
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "label_smoothing": 0.1}], ids=["plain", "with options"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_class_may_be_a_target_twice(
-    path: str, V: int, targets: list[list[int]], weighted: bool, options: dict[str, Any], reduction: str
-) -> None:
-    y = torch.tensor(targets)
+
+
+@pytest.mark.parametrize("case", TWICE, ids=str)
+def test_a_class_may_be_a_target_twice(path: str, case: dict[str, Any]) -> None:
+    y, V = torch.tensor(case["targets"]), case["V"]
     hidden, weight = torch.randn(len(y), 6), torch.randn(V, 6)
-    more: dict[str, Any] = {"reduction": reduction, **options}
-    if weighted:
+    more: dict[str, Any] = {"reduction": case["reduction"], **case["options"]}
+    if case["weighted"]:
         more["target_weights"] = torch.rand(y.shape) + 0.5
 
     def run(loss: Any, *leaves: Tensor, **more: Any) -> list[Tensor]:
@@ -206,7 +209,7 @@ def test_a_class_may_be_a_target_twice(
         value.sum().backward()
         return [value.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
-    exact = {**more, "target_weights": more["target_weights"].double()} if weighted else more
+    exact = {**more, "target_weights": more["target_weights"].double()} if case["weighted"] else more
     logits = hidden @ weight.T
     ours = run(cross_entropy, logits, **more) + run(linear_cross_entropy, hidden, weight, **more)
     truth = run(reference.cross_entropy, logits.double(), **exact)
