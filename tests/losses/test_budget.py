@@ -65,13 +65,18 @@ BOTH, FIRST = (True, True), "logits and gradients"
 CASES = [(*dtypes, shape, BOTH) for dtypes in DTYPES for shape in SHAPES]
 CASES += [(*dtypes, FIRST, wants) for dtypes in DTYPES for wants in ((True, False), (False, True))]
 CASES += [(F16, None, "logits", BOTH)]  # which a CPU multiplies slowly
+SIZES_OF_MODES = [
+    (*case, mode, size)
+    for i, case in enumerate(CASES)
+    for j, mode in enumerate(MODES)
+    for k, size in enumerate(("small", "most"))
+    if (i + j + k) % 2 == 0  # any two meet
+]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("dtype", "slab_dtype", "shape", "wants"), CASES, ids=str)
-@pytest.mark.parametrize("size", ["small", "most"])
+@pytest.mark.parametrize(("dtype", "slab_dtype", "shape", "wants", "mode", "size"), SIZES_OF_MODES, ids=str)
 def test_a_mode_holds_what_the_plan_says(
-    mode: str, dtype: torch.dtype, slab_dtype: torch.dtype | None, shape: str, wants: tuple[bool, bool], size: str
+    dtype: torch.dtype, slab_dtype: torch.dtype | None, shape: str, wants: tuple[bool, bool], mode: str, size: str
 ) -> None:
     """Compare to the byte, except for a few numbers per row."""
     if mode == "two-stage" and not wants[1]:
@@ -139,7 +144,7 @@ def made(options: dict[str, Any], N: int, V: int) -> dict[str, Any]:
     return {name: reserve(*sizes[x], dtype=BF16) if x in sizes else x for name, x in options.items()}
 
 
-LAUNCHES = 300  # as many are counted in half a second
+LAUNCHES = 200  # as many are counted in a third of a second
 BUDGETS = (8 << 20, 64 << 20, 200 << 20, 1 << 30, 3 << 30, 8 << 30)
 
 
@@ -369,7 +374,7 @@ def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, ignored: int, options: di
     least = int(str(error.value).split("at least ")[1].split()[0])
     each = 15 * max(dtype.itemsize, 4)  # bytes per id: the results, and their places and masks
     assert least < (1 << 18) + each * N * options.get("K", 0)
-    for budget in (least, 2 * least, 1 << 19, 1 << 20, 2 << 20, 4 << 20):
+    for budget in (least, 2 * least, 1 << 19, 1 << 20, 4 << 20):
         assert budget < least or held(budget) <= budget
 
 

@@ -167,7 +167,9 @@ def test_no_recompilation_when_the_number_of_tokens_changes() -> None:
     assert graphs == 1
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("path", "reduction"), [("plain", "mean"), ("plain", "none"), ("kernels", "none")], indirect=["path"]
+)
 @unrecorded()
 def test_operators_keep_their_promises(path: str, reduction: str) -> None:
     """Run torch's own checks: schema, fakes, autograd registration, and tracing with static and dynamic shapes."""

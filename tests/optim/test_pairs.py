@@ -7,6 +7,7 @@ one rounding only. Settings come from the constructors and from `Options`: a new
 
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 import pickle
@@ -91,6 +92,7 @@ SQUARES = {"exp_avg_sq", "square_avg", "sum"}
 LATE, NEVER = 7, 8  # indices of the parameters whose first gradient comes in the second step, and never
 
 
+@functools.cache
 def arguments_of(cls: type) -> set[str]:
     return inspect.signature(cls.__init__).parameters.keys() - NOT_VARIED
 
