@@ -25,7 +25,7 @@ from evidence.replaced import replaced
 DEVICE = torch.device("cuda", 0)
 # The properties an H100 reports.
 PROPERTIES = SimpleNamespace(
-    name="pretended H100", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0, warp_size=32
+    name="pretended H100", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0, warp_size=32, uuid="0-1"
 )
 
 _FACTORIES = (

@@ -74,12 +74,13 @@ def properties(device: torch.device) -> Figures:
         "l2_bytes": getattr(p, "L2_cache_size", None),
         "devices": torch.cuda.device_count(),
     }
-    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    # By its name: CUDA_VISIBLE_DEVICES gives GPUs other numbers than nvidia-smi.
+    command = ["nvidia-smi", f"--id=GPU-{p.uuid}", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        line = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return found
-    return found | dict(zip(STATE, lines[device.index or 0].split(", ")))
+    return found | dict(zip(STATE, line.split(", ")))
 
 
 def rate(sample: Callable[[], float], unit: str, printed: float | None) -> Iterator[Finding]:

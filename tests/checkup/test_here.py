@@ -14,27 +14,36 @@ from llmfast.checkup import clock, here
 from support.pretended_gpu import pretending_a_gpu
 
 
-def smi(lines: list[str]) -> Any:
-    """Pretend to be nvidia-smi, which prints a line per GPU."""
+def smi(states: dict[str, list[str]]) -> Any:
+    """Pretend to be nvidia-smi, which is asked for one GPU by its name, not by torch's number."""
 
     def run(command: list[str], **options: Any) -> Any:
-        assert command[0] == "nvidia-smi" and command[2] == "--format=csv,noheader"
-        assert command[1].removeprefix("--query-gpu=").split(",") == list(here.STATE)
+        name, which, what, how = command
+        assert (name, how) == ("nvidia-smi", "--format=csv,noheader")
+        assert what.removeprefix("--query-gpu=").split(",") == list(here.STATE)
         assert options == {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        return SimpleNamespace(stdout="\n".join(lines) + "\n")
+        return SimpleNamespace(stdout=", ".join(states[which.removeprefix("--id=GPU-")]) + "\n")
 
     return run
 
 
 @pytest.mark.parametrize("index", [None, 0, 1])
 def test_the_state_is_that_of_the_gpu_that_is_looked_at(index: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = [[f"{gpu}-{what}" for what in here.STATE] for gpu in range(2)]
-    monkeypatch.setattr(subprocess, "run", smi([", ".join(state) for state in states]))
+    states = {f"{gpu}-{gpu}": [f"{gpu}-{what}" for what in here.STATE] for gpu in range(2)}
+    monkeypatch.setattr(subprocess, "run", smi(states))
     with pretending_a_gpu():
+        of_any = torch.cuda.get_device_properties
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(
+                **vars(of_any(device)) | {"uuid": f"{device.index or 0}-{device.index or 0}"}
+            ),
+        )
         device = torch.device("cuda") if index is None else torch.device("cuda", index)
         found = here.properties(device)
         p = torch.cuda.get_device_properties(device)
-    assert found.items() >= dict(zip(here.STATE, states[index or 0])).items()
+    assert found.items() >= dict(zip(here.STATE, states[f"{index or 0}-{index or 0}"])).items()
     assert (found["name"], found["bytes"]) == (p.name, p.total_memory)
     assert found["multiprocessors"] == p.multi_processor_count and found["capability"] == f"{p.major}.{p.minor}"
 
