@@ -36,8 +36,10 @@ T, D, V, K = 3, 16, 130, 2
 
 
 def labels(*shape: int) -> Tensor:
-    y = torch.randint(0, V, shape)
-    return y.masked_fill(torch.rand(shape) < 0.2, -100)
+    """Draw labels, some of them ignored; not the last of a sequence, so that a mean is of something."""
+    y, ignored = torch.randint(0, V, shape), torch.rand(shape) < 0.2
+    ignored[..., -1] = False
+    return y.masked_fill(ignored, -100)
 
 
 # What each argument may hold; tensors alone, other arguments have their defaults.
