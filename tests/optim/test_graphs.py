@@ -1,5 +1,6 @@
 """A step in a CUDA graph: what was captured is played again, and steps outside the graph do not disturb it."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,6 +143,28 @@ def test_a_learning_rate_on_the_device_is_read_at_every_replay(monkeypatch: pyte
         lr.fill_(0.25)
         graph.replay()
         torch.testing.assert_close(p.detach(), torch.full((4,), 1 - 0.5 - 0.5 - 0.25))
+
+
+def test_what_a_graph_copies_at_every_replay_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[weakref.ref[Tensor]] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default and args[0].dtype == torch.int64:
+                copied.extend(map(weakref.ref, args[:2]))
+            return func(*args, **(kwargs or {}))
+
+    with pretending_cuda():
+        a, params = make()
+        a.step()
+        with monkeypatch.context() as patch, Copies():
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            a.step()
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)  # elsewhere, so that addresses are copied again
+            a.step()
+    assert len(copied) == 2 and all(t() is not None for t in copied)
 
 
 def test_the_first_step_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
