@@ -8,7 +8,7 @@ from torch import Tensor
 from llmfast._checks import describe, expect
 from llmfast.losses.cross_entropy import made_ready as ready_from_logits
 from llmfast.losses.linear_cross_entropy import made_ready as ready_from_hidden
-from llmfast.losses.mtp import expect_documents, head_targets, stacked
+from llmfast.losses.mtp import expect_labels, head_targets, stacked
 from llmfast.losses.options import (
     TABLE,
     LinearLogprobOptions,
@@ -187,7 +187,7 @@ def mtp_logprobs(
     )
     expect(shared == (heads is not None), f"heads must be given if hidden states are shared, only then; got {heads}")
     expect(heads is None or heads > 0, f"heads must be positive; got {heads}")
-    expect_documents(document_ids, labels)
+    expect_labels(labels, document_ids, hiddens if shared else hiddens[0], weight, rest)
     ids = head_targets(labels, heads or hiddens.shape[0], document_ids, rest["ignore_index"])
     ids = ids.movedim(0, -1).contiguous() if shared else ids
     given = _as_loss("linear_logprobs", _FROM_HIDDEN, rest, return_stats)

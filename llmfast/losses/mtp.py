@@ -7,7 +7,7 @@ that share a hidden state are several targets of a row, and cost no more than on
 
 # pyright: reportTypedDictNotRequiredAccess=false
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -16,7 +16,17 @@ from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy, made_ready
-from llmfast.losses.options import TABLE, Inputs, LinearOptions, MTPOptions, Numbers, complete, defaults, takes
+from llmfast.losses.options import (
+    TABLE,
+    Inputs,
+    LinearOptions,
+    MTPOptions,
+    Numbers,
+    check_targets,
+    complete,
+    defaults,
+    takes,
+)
 from llmfast.losses.plain import final_logits
 from llmfast.losses.plan import BudgetError
 from llmfast.losses.targets import LossStats, make_terms, numbers, on_device, weights_that_count
@@ -122,7 +132,7 @@ def mtp_cross_entropy(
     divisors = _numbers("num_valid", num_valid, K, labels.device)
     detached = [detach_unembedding] * K if isinstance(detach_unembedding, bool) else list(detach_unembedding)
     expect(len(detached) == K, f"detach_unembedding must be a bool or {K} of them; got {len(detached)}")
-    expect_documents(document_ids, labels)
+    expect_labels(labels, document_ids, hiddens if shared else hiddens[0], weight, rest)
     _expect_weights(hiddens if shared else hiddens[0], labels, rest)
     if K == 1 and weights is None and not shared and not any(detached):  # an ordinary loss, bit for bit
         rest["num_valid"] = None if divisors is None else divisors[0]
@@ -158,6 +168,17 @@ def mtp_valid_counts(
     expect(heads > 0, f"heads must be positive; got {heads}")
     expect_documents(document_ids, labels)
     return (head_targets(labels, heads, document_ids, ignore_index) != ignore_index).flatten(1).sum(1)
+
+
+def expect_labels(
+    labels: Tensor, document_ids: Tensor | None, hidden: Tensor, weight: Tensor, options: Mapping[str, Any]
+) -> None:
+    """Raise an error for labels or document ids that do not fit one head's hidden states, or the weight."""
+    expect_documents(document_ids, labels)
+    alone, V = options["process_group"] is None, options["vocab_size"]
+    if alone == (V is None) and weight.dim() == 2 and len(weight) > 0:  # what does not fit is refused later
+        V = len(weight) if alone else V
+        check_targets(Inputs(hidden, labels, V, name="labels"), options["ignore_index"])
 
 
 def expect_documents(document_ids: Tensor | None, labels: Tensor) -> None:

@@ -381,14 +381,15 @@ def check(
     given: Mapping[str, Any], options: LossOptions, inputs: Inputs, table: "Mapping[str, Option] | None" = None
 ) -> None:
     """Raise ValueError or TypeError unless the targets, and the options that are `given`, fit the rest."""
-    _check_targets(inputs, options["ignore_index"])
+    check_targets(inputs, options["ignore_index"])
     for name, value in given.items():
         if value is not None:
             for test in (TABLE if table is None else table)[name].checks:
                 test(name, value, inputs, options)
 
 
-def _check_targets(inputs: Inputs, ignore_index: int) -> None:
+def check_targets(inputs: Inputs, ignore_index: int) -> None:
+    """Raise ValueError or TypeError unless the targets fit the rows and classes; call them as `inputs` says."""
     rows, targets, V, _, _, name, dense = inputs
     shape = rows.shape[:-1]
     if dense:

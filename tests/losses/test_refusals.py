@@ -172,3 +172,14 @@ def test_only_targets_may_be_probabilities() -> None:
         cross_entropy(torch.zeros(N, V), torch.zeros(N))
     with pytest.raises(TypeError, match=r"^ids must be int64 or int32 class indices; got "):
         logprobs(torch.zeros(N, V), torch.zeros(N))
+
+
+@pytest.mark.parametrize("function", [mtp_cross_entropy, mtp_logprobs])
+@pytest.mark.parametrize(
+    ("label", "error", "says"),
+    [(7, ValueError, r"in \[0, 7\) or ignore_index=-100; found 7"), (1.0, TypeError, "int64 or int32 class indices")],
+)
+def test_labels_are_called_labels(path: str, function: Any, label: float, error: Any, says: str) -> None:
+    hiddens, weight = torch.randn(2, 4, 3), torch.randn(7, 3)
+    with pytest.raises(error, match=f"^labels must be {says}"):
+        function(hiddens, weight, torch.full((4,), label))
