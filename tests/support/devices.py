@@ -55,8 +55,12 @@ ON_GPU = DEVICE == "cuda"
 
 
 def environment() -> dict[str, str]:
-    """Return environment variables to be set before torch and Triton are imported."""
-    return {"LLMFAST_CACHE": ""} | ({} if ON_GPU else {"TRITON_INTERPRET": "1", **gpus.hiding()})
+    """Return environment variables to be set before NumPy, torch and Triton are imported."""
+    if ON_GPU:
+        return {"LLMFAST_CACHE": ""}
+    # There is one worker per core: more threads, of NumPy or of processes that tests start, would wait for each other.
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return {"LLMFAST_CACHE": "", "TRITON_INTERPRET": "1", **threads, **gpus.hiding()}
 
 
 def install() -> None:
