@@ -25,7 +25,7 @@ def space(
 
     Numbers per row have `dtype`.
     """
-    given = (terms.label_smoothing, terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
+    given = (terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
     buffers = 1 if not (stats or temperatures) and all(t is None for t in given) else 5
     per_row = (12 + 7 * dtype.itemsize) * K  # columns and masks of the targets, and numbers of backward
     return {
@@ -148,7 +148,7 @@ def cross_entropy(
         peaks[rows], totals[rows] = peak, largest.reciprocal()
         loss[rows] = add_terms((log_total if mass is None else mass[rows] * log_total) - pull, lse, terms)
         if H is not None:
-            H[rows] = log_total - (p * torch.where(p > 0, x - peak[:, None], 0)).sum(1)
+            H[rows] = log_total - times_where_positive(x - peak[:, None], p).sum(1)
         if d_logits is not None:
             slope = slope_of_lse(None if mass is None else mass[rows], terms, lse)
             if slope is not None:
@@ -185,17 +185,18 @@ def cross_entropy_partials(
     each = peaks.new_zeros(targets.classes.shape) if logprobs else None
     weights = _Weights(targets, terms, width, dtype)
     for rows, space in row_blocks(logits, dtype):
-        x = read_logits(logits[rows], _of_rows(terms, targets, rows), space)
+        given = logits[rows]
+        x = read_logits(given, _of_rows(terms, targets, rows), space)
         peak, where = x.max(1)
         finite = peak.clamp(min=torch.finfo(dtype).min)
-        below = x - finite[:, None]
-        exponentials = below.exp()
-        peaks[rows] = finite
-        totals[rows] = exponentials.sum(1)
-        if moments is not None:
-            moments[rows] = (exponentials * torch.where(exponentials > 0, below, 0)).sum(1)
+        below = torch.sub(x, finite[:, None], out=space if x is given else x)
         y_below = below.gather(1, weights.columns[rows])
         pulls[rows] = weights.pull(y_below, below, rows)
+        peaks[rows] = finite
+        exponentials = below.exp_() if moments is None else below.exp()
+        totals[rows] = exponentials.sum(1)
+        if moments is not None:
+            moments[rows] = times_where_positive(below, exponentials).sum(1)
         if each is not None:
             each[rows] = torch.where(weights.here[rows], y_below, 0)
         if best is not None:
@@ -235,8 +236,8 @@ def cross_entropy_backward(
             p = torch.sub(x, peak[rows, None], out=None if needs_x else space).sub_(log_total[rows, None]).exp_()
         extra = None
         if d_entropy is not None and entropy is not None:
-            shift = (entropy - log_total)[rows, None]
-            extra = torch.where(p > 0, p * (x - peak[rows, None] + shift), 0) * -d_entropy[rows, None]
+            extra = (x - peak[rows, None]).add_((entropy - log_total)[rows, None])
+            extra = times_where_positive(extra, p).mul_(-d_entropy[rows, None])
         slope = slope_of_lse(None if mass is None else mass[rows], terms, (peak + log_total)[rows])
         if d_lse is None:
             if slope is not None:
@@ -248,7 +249,8 @@ def cross_entropy_backward(
             weights.subtract(pulls, rows)
             factor = d_row[rows] if slope is None else d_row[rows] * slope
             p *= (factor + d_lse[rows])[:, None]
-            p += pulls * d_row[rows, None]
+            p += pulls.mul_(d_row[rows, None])
+            del pulls
         if extra is not None:
             p += extra
         through_softcap(p, x, own)
@@ -336,11 +338,16 @@ def final_logits(x: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
 
 
 def through_softcap(d: Tensor, x: Tensor, terms: Terms) -> None:
-    """Turn the gradient of the final logits `x` into that of the given ones, in place."""
+    """Turn the gradient of the final logits `x` into that of the given ones, in place. `x` is written over."""
     if terms.softcap is not None:
-        d *= 1 - (x / terms.softcap) ** 2
+        d *= x.div_(terms.softcap).square_().neg_().add_(1)
     if terms.logit_scale is not None:
         d *= terms.logit_scale
+
+
+def times_where_positive(x: Tensor, p: Tensor) -> Tensor:
+    """Multiply `x` by `p` in place. Where `p` is 0, where `x` may be infinite, the product is 0."""
+    return x.mul_(p).masked_fill_((p > 0).logical_not_(), 0.0)
 
 
 def slope_of_lse(mass: Tensor | None, terms: Terms, lse: Tensor) -> Tensor | None:

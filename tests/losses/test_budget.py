@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -195,6 +195,12 @@ def test_a_budget_is_kept(N: int, call: str, model: str) -> None:
             assert counts.peak_bytes - gradients <= budget, budget
 
 
+def first_of_ranks(world: int) -> AbstractContextManager[Any]:
+    """Pretend to be the first of several ranks, whose sums are its own."""
+    pretended = {"get_world_size": lambda group: world, "get_rank": lambda group: 0, "all_reduce": lambda *given: None}
+    return mock.patch.multiple(torch.distributed, **pretended)
+
+
 @pytest.mark.parametrize("call", ["mean", "losses per token", "everything", "log-probabilities"])
 @pytest.mark.parametrize("model", ["GPT-2", "Llama-3"])
 def test_one_of_several_ranks_keeps_its_budget(model: str, call: str) -> None:
@@ -205,8 +211,7 @@ def test_one_of_several_ranks_keeps_its_budget(model: str, call: str) -> None:
     hidden, weight = leaf(N, D, dtype=BF16), leaf(columns, D, dtype=BF16)
     targets = torch.zeros(N, *([options["K"]] if "K" in options else []), dtype=torch.int64)
     options |= {"process_group": "four ranks", "vocab_size": V}
-    pretended = {"get_world_size": lambda group: 4, "get_rank": lambda group: 0, "all_reduce": lambda *arguments: None}
-    with mock.patch.multiple(torch.distributed, **pretended):
+    with first_of_ranks(4):
         least = least_of(hidden, weight, targets, **options)
         for budget in (least + (8 << 20), least + (64 << 20), 1 << 30):
             hidden.grad = weight.grad = None
@@ -347,6 +352,7 @@ ON_A_CPU: list[dict[str, Any]] = [{}, {"softcap": 30.0, "label_smoothing": 0.1},
 
 
 OF_ROWS: list[dict[str, Any]] = [{"reduction": x, **options} for x in ("mean", "none") for options in ON_A_CPU]
+OF_ROWS += [{"ranks": 2}, {"ranks": 2, "reduction": "none", "label_smoothing": 0.1}, {"ranks": 2, "K": 8}]
 OF_ROWS += [{"K": K, "return_stats": K == 8, "softcap": 30.0 if K == 8 else None} for K in (1, 8, 64)]
 # Any two of options, dtype and ignored tokens meet.
 ON_A_CPU_CASES = [
@@ -362,11 +368,14 @@ def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, ignored: int, options: di
     hidden, weight = (torch.randn(n, D).to(dtype).requires_grad_() for n in (N, V))
     targets = torch.randint(0, V, (N, options["K"]) if "K" in options else (N,))
     targets[:ignored] = -100
+    given = {name: value for name, value in options.items() if name != "ranks"}
+    if ranks := options.get("ranks"):
+        given |= {"process_group": "ranks", "vocab_size": V * ranks}
 
     def held(budget: int) -> int:
         hidden.grad = weight.grad = None
-        with counting() as counts:
-            run(hidden, weight, targets, memory_budget=budget, **options)
+        with counting() as counts, first_of_ranks(ranks) if ranks else nullcontext():
+            run(hidden, weight, targets, memory_budget=budget, **given)
         return counts.peak_bytes - hidden.nbytes - weight.nbytes
 
     with pytest.raises(ValueError, match="memory_budget must be at least") as error:
