@@ -127,7 +127,7 @@ def the_optimizer() -> Iterator[str]:
     }.items():
         yield f"| {kept} | {math.floor(bytes_per_parameter(counted(more, f'llmfast, {mode}', 'bfloat16')))} |"
     # tests/optim/test_traffic.py compares that page with counts.
-    _, coded = re.findall(r"bfloat16 moments; 8-bit moments \| ([\d.]+); ([\d.]+) \|", MEASURED)[0]
+    (coded,) = re.findall(r"with bfloat16 moments, ([\d.]+) with 8-bit moments \|", MEASURED)
     yield f'| `"stochastic"`, 8-bit moments | nothing | {coded} |'
     yield f"one float32 scale per {PER_SCALE} elements"
     yield f"GPT-2's {counted('adamw', 'llmfast')['size']['parameters'].removesuffix('M')} M parameters"

@@ -223,7 +223,6 @@ class LinearCrossEntropy(Loss):
         copies = (t for t in (hidden, weight) if t.dtype != self.dtype or (self.grad_filter and not t.is_contiguous()))
         wide = torch.promote_types(self.dtype, torch.float32)
         kernels = kernels and self.dtype != torch.float64
-        temperatures = self.targets.temperatures is not None
         K = self.targets.classes.shape[1]
         widest = V if self.group is None else -(-self.terms.V // group_size(self.group))
         call = Call(
@@ -250,7 +249,7 @@ class LinearCrossEntropy(Loss):
             keeps=keeps and not self.functional,
             ids=K if self.logprobs else 0,
             places=self.places,
-            **({} if kernels else plain.space(self.terms, self.stats, K, temperatures=temperatures, dtype=wide)),
+            **({} if kernels else plain.space(self.terms, self.stats, K, wide)),
         )
         call = self._taught(call)
         return planned(call, "auto" if self.budget is None else self.budget, device).narrowed(V)

@@ -18,15 +18,13 @@ from llmfast_kernels.terms import GROUP, Partials, Rows, Softmax, Targets, Terms
 BLOCK_BYTES = 1 << 20  # per thread: several passes over a block of rows stay in its cache
 
 
-def space(
-    terms: Terms, stats: bool, K: int = 1, *, temperatures: bool = False, dtype: torch.dtype = torch.float32
-) -> dict[str, int]:
+def space(terms: Terms, stats: bool, K: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Return the memory that the functions take for a block of rows, as fields of `llmfast.losses.ways.Call`.
 
     Numbers per row have `dtype`.
     """
-    given = (terms.class_weights, terms.softcap, terms.bias, terms.logit_scale)
-    buffers = 1 if not (stats or temperatures) and all(t is None for t in given) else 5
+    smoothed_weights = terms.class_weights is not None and terms.label_smoothing is not None
+    buffers = 5 if stats else 1 + (terms.softcap is not None) + smoothed_weights
     per_row = (12 + 7 * dtype.itemsize) * K  # columns and masks of the targets, and numbers of backward
     return {
         "blocks": buffers,
@@ -161,6 +159,7 @@ def cross_entropy(
             if alive is not None and threshold is not None:
                 groups = _groups(p) >= threshold
                 alive[rows] = F.pad(groups, (0, alive.shape[1] - groups.shape[1]))
+        del p  # before the next block's is made
     if weights.t is not None:
         loss *= weights.t
     return empty_where(weights.ignored, Rows(loss, peaks, totals, H, best, each))
@@ -255,6 +254,7 @@ def cross_entropy_backward(
             p += extra
         through_softcap(p, x, own)
         store_gradient(p, weights.ignored[rows], d_logits[rows])
+        del p, extra  # before the next block's are made
 
 
 def count_above(logits: Tensor, keys: Tensor, terms: Terms, *, V: int) -> Tensor:
@@ -325,16 +325,16 @@ def _of_rows(terms: Terms, targets: Targets, rows: slice) -> Terms:
 
 def read_logits(given: Tensor, terms: Terms, space: Tensor) -> Tensor:
     """Return the final logits of a block, or `given` itself if nothing changes it."""
-    return final_logits(given if given.dtype == space.dtype else space.copy_(given), terms.bias, terms)
+    return final_logits(given if given.dtype == space.dtype else space.copy_(given), terms.bias, terms, out=space)
 
 
-def final_logits(x: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
-    """Return softcap(logit_scale * (x + bias)), or `x` itself if nothing changes it."""
+def final_logits(x: Tensor, bias: Tensor | None, terms: Terms, *, out: Tensor | None = None) -> Tensor:
+    """Return softcap(logit_scale * (x + bias)), in `out` or new, or `x` itself if nothing changes it."""
     if bias is not None:
-        x = x + bias
+        x = torch.add(x, bias, out=out)
     if terms.logit_scale is not None:
-        x = x * terms.logit_scale
-    return x if terms.softcap is None else (x / terms.softcap).tanh_().mul_(terms.softcap)
+        x = torch.mul(x, terms.logit_scale, out=out)
+    return x if terms.softcap is None else torch.div(x, terms.softcap, out=out).tanh_().mul_(terms.softcap)
 
 
 def through_softcap(d: Tensor, x: Tensor, terms: Terms) -> None:
@@ -366,7 +366,9 @@ def _softmax(x: Tensor, given: Tensor, d_logits: Tensor | None, space: Tensor) -
 
 def _groups(d: Tensor) -> Tensor:
     """Return the largest absolute value of each group of GROUP columns."""
-    return F.pad(d.abs(), (0, -d.shape[1] % GROUP)).view(d.shape[0], -1, GROUP).amax(2)
+    whole = d.shape[1] // GROUP * GROUP
+    parts = d[:, :whole].unflatten(1, (-1, GROUP)), d[:, None, whole:]
+    return torch.cat([torch.maximum(t.amax(2), -t.amin(2)) for t in parts if t.numel() > 0], 1)
 
 
 def store_gradient(p: Tensor, ignored: Tensor, d_logits: Tensor) -> None:

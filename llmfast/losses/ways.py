@@ -415,7 +415,8 @@ class Call:
         width = np.minimum(width, self.V - way.summed)
         took = 0 * way.rows
         if self.wants[1] and self.is_half and not self.per_token:
-            took = np.where(way.in_forward, width * self.D * wide, took)
+            rounded = 0 if self.float32_products else e
+            took = np.where(way.in_forward, width * self.D * (wide + rounded), took)
         direct = self.weight_dtype == self.dtype and not self.into
         if low and not self.float32_products:
             took = np.maximum(took, 0 if direct or not self.wants[1] else width * self.D * e)
