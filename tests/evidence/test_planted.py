@@ -3,6 +3,7 @@
 The package of kernels is copied with one line changed and launched as always. Without the change nothing is found.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -116,6 +117,19 @@ def test_an_unaligned_pointer_taken_for_an_aligned_one(
         adamw(planted, monkeypatch, **{name: 1})
 
 
+def broken_budgets(package: str) -> list[str]:
+    recorder = Recorder()
+    with observing(recorder):
+        rows(package, V=32768, dtype=torch.bfloat16)
+    compiled = compile_launches(list(recorder.kinds.values()), ["sm_90"])
+    return [found for c in compiled for found in violations(c)]
+
+
+@functools.cache
+def broken_budgets_without_a_fault() -> list[str]:
+    return broken_budgets(KERNELS)
+
+
 @pytest.mark.parametrize(
     ("module", "line", "changed", "problem"),
     [
@@ -132,12 +146,5 @@ def test_an_unaligned_pointer_taken_for_an_aligned_one(
     ids=["a spill", "narrow accesses"],
 )
 def test_worse_machine_code(plant: Plant, module: ModuleType, line: str, changed: str, problem: str) -> None:
-    def broken_budgets(package: str) -> list[str]:
-        recorder = Recorder()
-        with observing(recorder):
-            rows(package, V=32768, dtype=torch.bfloat16)
-        compiled = compile_launches(list(recorder.kinds.values()), ["sm_90"])
-        return [found for c in compiled for found in violations(c)]
-
-    assert broken_budgets(KERNELS) == []
+    assert broken_budgets_without_a_fault() == []
     assert any(problem in found for found in broken_budgets(plant(module, line, changed)))

@@ -53,6 +53,14 @@ MASTERS: list[MasterWeights | None] = [None, "fp32", "split16", "split8", "stoch
 STATES: list[StateDtype | None] = [None, F32, "8bit"]
 # Every pair of master weights meets every pair of states; averages are there in half of them.
 FORMATS = [Format(m, s, (i + j) % 2 == 0) for (i, m), (j, s) in product(enumerate(MASTERS), enumerate(STATES))]
+
+
+def half_of_the_targets(source: Format, other: bool) -> list[Format]:
+    """Return one half or the other; over all sources both have all pairs of master weights, and of states."""
+    offset = MASTERS.index(source.master) // 2 + STATES.index(source.state) + other
+    return [form for form in FORMATS if (offset + MASTERS.index(form.master)) % 2 == 0]
+
+
 # What of a weight, and of a moment, a format keeps: relative errors. What the weight's own bits cannot hold is lost.
 WEIGHTS = {None: 2.0**-8, "stochastic": 2.0**-7, "fp32": 0.0, "split16": 0.0, "split8": 2.0**-16, "kahan": 2.0**-16}
 MOMENTS: dict[Any, float] = {None: 2.0**-8, F32: 0.0, "8bit": 0.07}
@@ -73,7 +81,7 @@ def step(model: nn.Module, optimizer: FusedOptimizer, seed: int) -> None:
 
 def trained(form: Format) -> tuple[nn.Module, FusedAdamW]:
     model, optimizer = made(form)
-    for seed in range(3):
+    for seed in range(2):
         step(model, optimizer, seed)
     return model, optimizer
 
@@ -158,7 +166,7 @@ def test_torch_distributed_checkpoint_converts_or_names_what_is_missing(
     truth = held(optimizer)
     weights, states = get_state_dict(model, optimizer, options=options)
     save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path)
-    for target in FORMATS:
+    for target in half_of_the_targets(source, flat):
         other, resumed = made(target, seed=1)
         weights, states = get_state_dict(other, resumed, options=options)
         missing = target.names - source.names
@@ -184,7 +192,7 @@ def test_whole_state_dicts_are_converted(source: Format, offload: bool) -> None:
     model, optimizer = trained(source)
     truth = held(optimizer)
     weights, states = map(copy.deepcopy, get_state_dict(model, optimizer, options=options))
-    for target in FORMATS:
+    for target in half_of_the_targets(source, offload):
         if offload and target.averaged and not source.averaged:
             continue  # what is filled in is a copy then, which looks like what was saved
         other, resumed = made(target, seed=1)

@@ -5,6 +5,7 @@ import functools
 import shutil
 import signal
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ from support.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VOCABULARY, T, STEPS = 263, 16, 3
+VOCABULARY, T, STEPS = 263, 16, 2
 SOURCES = ["prompts", "texts"]
 Lines = list[dict[str, Any]]
 
@@ -214,12 +215,20 @@ def whole_batch(mtp: str, untied: bool = False) -> Any:
     return alone(settings(mtp, vocab_parallel=untied))
 
 
-@pytest.mark.parametrize("mtp", ["none", "parallel", "sequential", "shared"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("size", [1, 2, 4])
+IN_PARTS = [("none", "ddp"), ("sequential", "fsdp")]  # with each of these a step is cut into any number of parts
+# All other kinds of models are shared in turns by each way to share them.
+SHARED = [
+    (size, parallel, mtp)
+    for (k, size), (j, parallel), (i, mtp) in product(
+        enumerate((1, 2, 4)), enumerate(("ddp", "fsdp")), enumerate(("none", "parallel", "sequential", "shared"))
+    )
+    if (mtp, parallel) in IN_PARTS or (i + j + k) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("size", "parallel", "mtp"), SHARED)
 def test_ranks_and_micro_batches_train_like_one_process(ranks: Any, size: int, parallel: str, mtp: str) -> None:
-    """Cut a step into any number of parts with each kind of model or way to share it, not with each pair of them."""
-    for parts in (1, 2, 4) if (mtp, parallel) in (("none", "ddp"), ("sequential", "fsdp")) else (2,):
+    for parts in (1, 2, 4) if (mtp, parallel) in IN_PARTS else (2,):
         config = settings(mtp, parallel=parallel, micro_batch_size=16 // (size * parts))
         if size == 1:
             assert_same(alone(config), whole_batch(mtp))
@@ -438,11 +447,17 @@ def check_run(rank: int, size: int, config: Config, folder: str, resume: bool) -
     return data.read, results(trainer)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "ddp, classes", "fsdp, classes"])
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 4)], ids=str)
-def test_a_run_goes_on_with_other_ranks(ranks: Any, parallel: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+OTHER_RANKS = [
+    *(((2, 1), kind) for kind in ("ddp", "fsdp, classes")),
+    *(((1, 2), kind) for kind in ("fsdp", "ddp, classes")),
+    *(((2, 4), kind) for kind in ("ddp", "fsdp, classes")),
+]
+
+
+@pytest.mark.parametrize(("sizes", "kind"), OTHER_RANKS, ids=str)
+def test_a_run_goes_on_with_other_ranks(ranks: Any, kind: str, sizes: tuple[int, int], tmp_path: Path) -> None:
     """Resume within a line of the log, with another checkpoint before the end."""
-    parallel, _, classes = parallel.partition(", ")
+    parallel, _, classes = kind.partition(", ")
     config = settings(
         parallel=parallel,
         steps=7,
