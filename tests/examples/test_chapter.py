@@ -46,7 +46,7 @@ CLAIM = re.compile(
 @pytest.mark.usefixtures("unpictured")
 def test_every_part_runs_a_few_steps_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clean a few texts of those that are read first; all others would take most of the time to parse."""
-    monkeypatch.setattr("examples.chapter.dirt.load", lambda name: islice(python_prose(), 60))
+    monkeypatch.setattr("examples.chapter.dirt.load", lambda name: islice(python_prose(), 40))
     monkeypatch.setattr("examples.chapter.dirty.FEW", 20)
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--quick", "--jobs", "1"]
     main(folders)

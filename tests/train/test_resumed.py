@@ -88,6 +88,7 @@ def copied(base: Path, tmp_path: Path) -> Path:
 def _not_compiled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "compile", lambda self: None)
+        patch.setattr("llmfast.train.finish.ACCEPTANCE_PROMPTS", 1)
         yield
 
 
