@@ -8,8 +8,10 @@ import importlib
 import inspect
 import json
 import os
+import queue
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
@@ -165,6 +167,34 @@ def write_corpus(root: Path) -> None:
     (root / "more.jsonl").write_text("\n".join(lines) + "\n\n")
     packed = gzip.compress(json.dumps({"text": FRENCH}).encode() + b"\n")
     (root / "damaged.jsonl.gz").write_bytes(packed[:-4])
+
+
+class NoServer:
+    """A manager of queues for a process that is alone: datatrove starts a server for them at every stage."""
+
+    Queue = staticmethod(queue.Queue)
+
+    def shutdown(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quickly() -> Iterator[None]:
+    import multiprocess
+    from loguru._better_exceptions import ExceptionFormatter
+
+    folders = ExceptionFormatter._get_lib_dirs()  # asked for at every change of the log, which takes most of its time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExceptionFormatter, "_get_lib_dirs", staticmethod(lambda: folders))
+        patch.setattr(multiprocess, "Manager", NoServer)
+        yield
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import multiprocess
+
+    monkeypatch.setattr(multiprocess, "Manager", multiprocess.get_context().Manager)
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +360,7 @@ def test_parts_of_several_workers(
     assert 1 < len(files) < 9 and sorted(texts) == sorted(kept(output).values())
 
 
+@pytest.mark.usefixtures("servers")
 def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     corpus = tmp_path / "in"
     corpus.mkdir()
@@ -346,6 +377,7 @@ def arguments(*values: str | Path) -> argparse.Namespace:
     return parser.parse_args([str(value) for value in values])
 
 
+@pytest.mark.usefixtures("servers")
 def test_one_document_by_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bread.txt").write_text(BREAD)
     assert run(arguments(tmp_path / "bread.txt", tmp_path / "new" / "out")) == 0
