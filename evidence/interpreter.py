@@ -17,8 +17,8 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
 * NumPy's floating-point warnings are silent inside a kernel, where overflow to infinity may be intended.
 * `tl.reduce` with a custom function combines whole arrays, not single elements.
 * The stock interpreter patches `triton.language` again for each call of a `@triton.jit` helper, including `tl.sum` and
-  `tl.max`, and looks up NumPy's types in a table that it builds for each value. Here a launch patches it once, types
-  are remembered, and programs run where Python's stack has room.
+  `tl.max`, and looks up NumPy's types in a table that it builds for each value. Here a launch patches it once, with
+  what the first launch has found to patch, types are remembered, and programs run where Python's stack has room.
 * `evidence.observers` are notified of launches, memory accesses and arithmetic. A pointer knows which argument it came
   from.
 
@@ -64,7 +64,7 @@ _POINTERS_FROM_POINTERS |= {"splat": 1, "unsplat": 0}
 _REPLACED = {
     "": (
         *("TensorHandle", "_get_np_dtype", "_patch_lang", "_patch_attr", "_implicit_cvt", "interpreter_builder"),
-        "interpreter_semantic",
+        *("interpreter_semantic", "_LangPatchScope"),
     ),
     "InterpreterBuilder": (
         *("cast_impl", "binary_op", "create_fp_to_fp", "create_fma", "create_clampf", "create_maxnumf"),
@@ -375,12 +375,21 @@ def _patch_launch(interpreter: Any) -> None:
     # A stand-in for the launched function that sees both modules a helper may see, so that helpers need no patching.
     sees_all = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
+    changes: list[tuple[Any, str, Any]] = []  # which the first launch looks for, and all make
+
     def patch_language(fn: Callable[..., Any]) -> Any:
+        if changes:
+            scope = interpreter._LangPatchScope()
+            for change in changes:
+                scope.set_attr(*change)
+            return scope
         scope = stock_patch_language(sees_all)
         for module in (tl, tl.core):
             scope.set_attr(module, "multiple_of", _checked_multiple_of(module.multiple_of))
         # NumPy 2.4 refuses int() of an array of one element, which Triton 3.6 asks for.
         scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+        changed = dict.fromkeys((owner, name) for owner, name, _ in scope._changes)
+        changes.extend((owner, name, vars(owner)[name]) for owner, name in changed)
         return scope
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
