@@ -8,7 +8,6 @@ import importlib
 import inspect
 import json
 import os
-import queue
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from llmfast.clean import Report, add_arguments, clean, folder, run
 from llmfast.cli import main
 from llmfast.data import load, prepare
 from llmfast.data.tokenizer import BPETokenizer, ByteTokenizer
+from support.datatrove import quickly, with_servers
 
 for needed in folder.NEEDED:
     pytest.importorskip(needed)
@@ -169,32 +169,16 @@ def write_corpus(root: Path) -> None:
     (root / "damaged.jsonl.gz").write_bytes(packed[:-4])
 
 
-class NoServer:
-    """A manager of queues for a process that is alone: datatrove starts a server for them at every stage."""
-
-    Queue = staticmethod(queue.Queue)
-
-    def shutdown(self) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _quickly() -> Iterator[None]:
-    import multiprocess
-    from loguru._better_exceptions import ExceptionFormatter
-
-    folders = ExceptionFormatter._get_lib_dirs()  # asked for at every change of the log, which takes most of its time
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ExceptionFormatter, "_get_lib_dirs", staticmethod(lambda: folders))
-        patch.setattr(multiprocess, "Manager", NoServer)
+    with quickly():
         yield
 
 
 @pytest.fixture
-def servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    import multiprocess
-
-    monkeypatch.setattr(multiprocess, "Manager", multiprocess.get_context().Manager)
+def servers() -> Iterator[None]:
+    with with_servers():
+        yield
 
 
 @pytest.fixture(scope="module")

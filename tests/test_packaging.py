@@ -78,7 +78,7 @@ def test_llmfast_has_no_kernels_and_imports_no_triton():
             for name in imported(node):
                 assert name.split(".")[0] != "triton", f"{path}:{node.lineno} imports {name} at module level"
         for node in ast.walk(tree):
-            attribute = isinstance(node, ast.Attribute) and ast.unparse(node) == "triton.jit"
+            attribute = dotted(node) == "triton.jit"
             name = (
                 isinstance(node, ast.ImportFrom) and node.module == "triton" and "jit" in [a.name for a in node.names]
             )

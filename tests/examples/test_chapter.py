@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,10 @@ from examples.chapter.scaling import LARGE, predicted
 from examples.chapter.told import Found, as_good_as_best, compared, differ, found, verdict
 from llmfast.data import ByteTokenizer, fim_prompt
 from llmfast.data.sources import python_prose
+from llmfast.plan import fit_chinchilla
 from llmfast.train import FurtherTokens, Trainer, load_config
 from llmfast.train.trainer import NonFinite
+from support.datatrove import quickly
 
 FINISHED = finished()
 NUMBER = r"-?\d+\.\d{3}"
@@ -38,6 +41,16 @@ TRIPLE = rf"({NUMBER}) \(({NUMBER}) to ({NUMBER})\)"
 CLAIM = re.compile(
     rf"{TRIPLE}[^()\n]*?{TRIPLE}(?: \||:) (no difference was seen|[^|()\n]*? is (?:lower|higher) by ({NUMBER}))"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fitted_once() -> Iterator[None]:
+    """Fit a law to the same numbers once, however many tests tell it."""
+    fit = cache(lambda *numbers, **options: fit_chinchilla(*map(list, numbers), **options))
+    with pytest.MonkeyPatch.context() as patch:
+        name = "examples.chapter.scaling.fit_chinchilla"
+        patch.setattr(name, lambda *numbers, **options: fit(*map(tuple, numbers), **options))
+        yield
 
 
 # The experiments.
@@ -49,7 +62,8 @@ def test_every_part_runs_a_few_steps_and_none_twice(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("examples.chapter.dirt.load", lambda name: islice(python_prose(), 40))
     monkeypatch.setattr("examples.chapter.dirty.FEW", 20)
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--quick", "--jobs", "1"]
-    main(folders)
+    with quickly():
+        main(folders)
     written, seconds = {}, 0.0
     for name, part in parts().items():
         written[name] = (tmp_path / "results" / f"{name}.json").read_text()

@@ -19,7 +19,7 @@ def trained(mtp: str, heads: int) -> Decoder:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     text = torch.tensor(PERIOD * 5)
     rows = torch.stack([text[i : i + 25] for i in range(8)])
-    for _ in range(120):
+    for _ in range(80):
         loss = mtp_cross_entropy(model(rows[:, :-1], all_heads=True), model.unembedding, rows[:, 1:])
         loss.backward()
         optimizer.step()
