@@ -72,6 +72,10 @@ PAIRS: list[tuple[Options, Options, Options]] = [
 ]
 
 
+def name_of(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
 # Every pair of groups meets both classes and both dtypes, which meet each other too.
 TOGETHER = [
     ([FusedAdamW, FusedSGD][(i + j) % 2], dtype, *pair)
@@ -79,7 +83,7 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "dtype", "all_of_them", "first", "second"), TOGETHER, ids=str)
+@pytest.mark.parametrize(("cls", "dtype", "all_of_them", "first", "second"), TOGETHER, ids=name_of)
 @unrecorded()
 def test_two_groups_are_two_optimizers(
     path: str, cls: Any, dtype: torch.dtype, all_of_them: Options, first: Options, second: Options
