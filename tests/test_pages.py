@@ -52,6 +52,25 @@ def names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_variables_of_make_are_its_own(page: Path) -> None:
+    """`CONSTRAINTS` is a file, or nothing."""
+    variables = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"\bmake [\w-]+ ([A-Z_]+)=", text)) <= {*variables}
+    for value in re.findall(r"\bCONSTRAINTS=([^\s`\"]*)", text):
+        assert value == "" or (ROOT / value).is_file(), value
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "results" not in page.parts], ids=name_of)
+def test_modelled_times_in_sentences_are_of_an_h100(page: Path) -> None:
+    """Only the page of results, which is generated, has those of the others."""
+    others = {gpu.name.split()[0] for gpu in _gpus.GPUS} - {"H100"}
+    for sentence in re.split(r"(?<=[.:])\s", prose(page)):
+        if "modelled" in sentence.lower():
+            assert not others.intersection(re.findall(r"[A-Z]+\d+\w*", sentence)), sentence
+
+
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as mkdocs and GitHub make them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)

@@ -101,6 +101,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
     # The rounding error of normally distributed numbers; for the gradient itself it is slightly smaller.
     rounding = "1.6e-3"
     assert float((exact.bfloat16() - exact).norm() / exact.norm()) == pytest.approx(float(rounding), abs=1e-4)
+    assert f"milliseconds on an {H100.name.split()[0]}, *modelled*" in README
     assert f"rounding to bfloat16 alone costs {rounding}" in README
 
     def took(way: str, dtype: str = "float32") -> str:

@@ -98,6 +98,13 @@ def test_files_of_others_stay_and_what_a_kill_left_goes(kept: Path, monkeypatch:
     assert {"folder", "weights.npz", "thesis.txt"} < others and len(others) == 4
 
 
+def test_another_vocabulary_is_another_tokenizer(kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"Line {i} is about the number {i}.\n" for i in range(400)))
+    source = f"mine={tmp_path / 'text.txt'}"
+    sizes = [prepare([source], vocab_size=n, seq_len=16, held_out=0.1).tokenizer.vocab_size for n in (300, 320, 300)]
+    assert sizes == [300, 320, 300] and len(list(kept.iterdir())) > 0
+
+
 def test_data_are_the_same_from_the_cache(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "texts").mkdir()
     for i in range(40):

@@ -437,6 +437,20 @@ def test_nothing_is_learned_where_a_teachers_probability_is_0(path: str, tail: A
         assert d.isfinite().all() and not d[ids == -100].any()
 
 
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_probabilities_of_the_top_may_add_up_to_a_little_more_than_1(path: str, kind: Any, tail: Any) -> None:
+    """Rounded log-probabilities do, and the bucket of all others would have less than none."""
+    h, w, ids = torch.randn(2, D, requires_grad=True), torch.randn(9, D), torch.tensor([[3, 5], [4, 0]])
+    found = []
+    for more in (0.0, 1e-6):
+        logprobs = torch.tensor([[0.6, 0.4 + more], [0.5, 0.5 + more]]).log()
+        loss = linear_distillation(h, w, TeacherTopK(ids, logprobs, tail), kind=kind)
+        found.append((loss.detach(), *torch.autograd.grad(loss, h)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_a_second_backward_and_a_change_of_the_teacher() -> None:
     h, w = torch.randn(7, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
     teacher = TeacherStates(torch.randn(7, TEACHER_D), torch.randn(300, TEACHER_D))

@@ -185,6 +185,17 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_run_stays_what_it_was() -> None:
+    """Refuse another model, other data except for weights of the future, and other beginnings."""
+    kept = {name for name in SETTINGS if SCHEMA.settings[name].declared["kept"]}
+    whole = {name for name in SETTINGS if name.startswith(("data.", "model."))} - {"data.weights", "model.mtp_detach"}
+    assert kept - whole == {
+        *("optimizer.initial_accumulator_value", "optimizer.name", "train.init_from"),
+        *("train.param_dtype", "train.seed"),
+    }
+    assert kept >= whole
+
+
 @pytest.mark.filterwarnings("ignore:the state holds remainder")  # bits that "stochastic" has no place for
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_takes_effect_or_is_refused_by_name(
