@@ -19,6 +19,7 @@ from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
 from llmfast.losses import linear_cross_entropy, linear_logprobs, mtp_cross_entropy, reference
 from support.numerics import assert_close_in_norm
+from support.pairs import Case, covering
 from support.plans import chosen, forced
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -385,6 +386,76 @@ def test_a_budget_is_kept_on_a_cpu(dtype: torch.dtype, ignored: int, options: di
     assert least < (1 << 18) + each * N * options.get("K", 0)
     for budget in (least, 2 * least, 1 << 19, 1 << 20, 4 << 20):
         assert budget < least or held(budget) <= budget
+
+
+FACTORS: dict[str, list[Any]] = {
+    "kind": ["loss", "log-probabilities", "heads"],
+    "dtype": [F32, BF16, F16, F64],
+    "wants": [(True, True), (True, False), (False, True)],
+    "bias": [False, True],
+    "ignored": [0, 5, 32],
+    "ranks": [0, 2],
+    "K": [1, 3],
+    "return_stats": [False, True],
+    "softcap": [None, 30.0],
+    "logit_scale": [None, 1.5],
+    "reduction": ["mean", "none"],
+    "label_smoothing": [0.0, 0.1],
+    "z_loss": [0.0, 1e-3],
+    "class_weights": [False, True],
+    "token_weights": [False, True],
+    "grad_filter": [None, 1e-4],
+}
+OF_A_LOSS = ("reduction", "label_smoothing", "z_loss", "class_weights", "token_weights", "grad_filter")
+
+
+def can_be(case: Case) -> bool:
+    """Return False for options that one of the functions does not have, or that exclude each other."""
+    set_ = {name for name, value in case.items() if value != FACTORS[name][0]}
+    kind = case.get("kind")
+    if kind == "log-probabilities" and set_.intersection(OF_A_LOSS):
+        return False
+    if kind == "heads" and set_.intersection(("reduction", "K")):
+        return False
+    filtering = "grad_filter" in set_ and set_.intersection(("ranks", "return_stats", "reduction", "K"))
+    return not filtering and not (kind == "loss" and "K" in set_)
+
+
+@pytest.mark.parametrize("case", covering(FACTORS, can_be), ids=lambda case: "-".join(map(str, case.values())))
+def test_any_two_options_together_keep_a_budget_on_a_cpu(case: Case) -> None:
+    N, D, V, ranks, kind = 64, 16, 4096, case["ranks"], case["kind"]
+    names = ("return_stats", "softcap", "logit_scale", *(OF_A_LOSS if kind != "log-probabilities" else ()))
+    given = {name: case[name] for name in names if not (kind == "heads" and name == "reduction")}
+    given |= {"K": case["K"]} if kind == "log-probabilities" else {"heads": 4} if kind == "heads" else {}
+    tokens = (4, N // 4) if kind == "heads" else (N,)
+    for name, shape in (("class_weights", (V * max(1, ranks),)), ("token_weights", tokens[-1:])):
+        if name in given:
+            given[name] = torch.rand(shape) if case[name] else None
+    hidden, weight = (
+        torch.randn(*shape, D).to(case["dtype"]).requires_grad_(wanted)
+        for shape, wanted in zip((tokens, (V,)), case["wants"], strict=True)
+    )
+    leaves = [t for t in (hidden, weight) if t.requires_grad]
+    if case["bias"]:
+        leaves.append(torch.randn(V).to(case["dtype"]).requires_grad_())
+        given["bias"] = leaves[-1]
+    if ranks:
+        given |= {"process_group": "ranks", "vocab_size": V * ranks}
+    targets = torch.randint(0, V, (tokens[-1], case["K"]) if kind == "log-probabilities" else tokens[-1:])
+    targets[: min(case["ignored"], len(targets) - 1)] = -100
+
+    def held(budget: int) -> int:
+        for leaf in leaves:
+            leaf.grad = None
+        with counting() as counts, first_of_ranks(ranks) if ranks else nullcontext():
+            run(hidden, weight, targets, memory_budget=budget, **given)
+        return counts.peak_bytes - sum(leaf.nbytes for leaf in leaves)
+
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        held(1)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    for budget in (least, 2 * least, 1 << 20, 4 << 20):
+        assert budget < least or held(budget) <= budget, budget
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"K": 1}, {}], ids=str)
