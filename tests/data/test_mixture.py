@@ -133,6 +133,18 @@ def test_shares_are_those_of_the_weights_in_force(consumed: int) -> None:
     assert [line[2] for line in lines] == [a if a == b else f"{a} -> {b}" for a, b in zip(first, last)]
 
 
+@pytest.mark.parametrize("total", [15_000, 40_000])
+def test_resuming_with_another_total_moves_the_points_of_the_weights(total: int) -> None:
+    """Let them end at the new total, with the shares that a new mixture of that length ends with."""
+    resumed, new = mixture(total).resumed(mixture(20_000).state(), 5000), mixture(total)
+    window = 2000
+    for stop in (total // 2, total):
+        shares = [
+            np.bincount(one.sequences(stop - window, stop)[0], minlength=len(ROWS)) / window for one in (resumed, new)
+        ]
+        assert shares[0] == pytest.approx(shares[1], abs=0.02), stop
+
+
 def test_resuming_with_the_same_weights_changes_nothing() -> None:
     whole = np.stack(mixture().sequences(0, 20_000))
     resumed = mixture().resumed(mixture().state(), 5000)

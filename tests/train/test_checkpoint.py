@@ -339,9 +339,13 @@ def test_a_damaged_one_does_not_push_out_whole_ones(tmp_path: Path) -> None:
     trainer_of(settings(steps=8, save_every=4, keep_last=2), run=tmp_path)[0].fit()
     cut(tmp_path / "checkpoint-00000008")
     resumed, _ = trainer_of(settings(steps=6, keep_last=1), run=tmp_path)
+    good = Checkpoints(tmp_path, World(torch.device("cpu")))
+    assert good.last_good() == f"the last good one is {tmp_path / 'checkpoint-00000004'}"
     resumed.resume()
     resumed.fit()
     assert saved(tmp_path) == [6]
+    cut(tmp_path / "checkpoint-00000006")
+    assert good.last_good() == "there is no earlier one"
 
 
 class Counting(torch.optim.SGD):
