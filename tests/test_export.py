@@ -30,6 +30,16 @@ def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_depths_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "model.mtp=sequential", "model.mtp_heads=2")
+    layers = {}
+    for folder, options in (("plain", []), ("whole", ["--depths"])):
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / folder), *options]) == 0
+        names = load_file(str(tmp_path / folder / "model.safetensors"))
+        layers[folder] = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    assert layers == {"plain": {"0", "1"}, "whole": {"0", "1", "2", "3"}}
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, full = tmp_path / "run", tmp_path / "full"
     write_run(run)

@@ -58,6 +58,8 @@ def test_variables_of_make_are_its_own(page: Path) -> None:
     variables = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"\bmake [\w-]+ ([A-Z_]+)=", text)) <= {*variables}
+    assigned = re.findall(r"`([A-Z]\w*)=", text)
+    assert {name for name in assigned if "_" not in name or name in variables} <= {*variables}, assigned
     for value in re.findall(r"\bCONSTRAINTS=([^\s`\"]*)", text):
         assert value == "" or (ROOT / value).is_file(), value
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from llmfast.cli import main
 from llmfast.train.config import Config, dump_config, load_config
+from llmfast.train.metrics import FEW
 from llmfast.train.report import add_arguments, run, write_report
 from llmfast.train.report.charts import BUCKETS, HEIGHT, WIDTH, Chart, Drawn, Point, Series, thinned
 from llmfast.train.report.logs import read_log
@@ -333,8 +334,8 @@ def test_evaluations_are_dots_until_there_are_many(tmp_path: Path) -> None:
     """A line would pass over steps that were not evaluated, also where evaluations are missing among many."""
     ends = page(folder(tmp_path / "ends", [*(logged(s) for s in range(2, 41, 2)), evaluated(0), evaluated(40)]))
     assert ends.figures[0].dots == 2 and "gaps" not in ends.figures[0].note
-    few = page(folder(tmp_path / "few", [logged(40), *(evaluated(s) for s in range(0, 41, 2))])).figures[0]
-    assert [len(stretch) for name, stretch in few.lines if name == "few, validation"] == [1] * 21
+    few = page(folder(tmp_path / "few", [logged(60), *(evaluated(2 * i) for i in range(FEW))])).figures[0]
+    assert [len(stretch) for name, stretch in few.lines if name == "few, validation"] == [1] * FEW
     many = [evaluated(s) for s in range(0, 400, 10) if s not in (150, 320, 330)]
     figure = page(folder(tmp_path / "many", [*(logged(s) for s in range(2, 401, 2)), *many])).figures[0]
     assert [len(stretch) for name, stretch in figure.lines if name == "many, validation"] == [15, 16, 6]
