@@ -1,6 +1,7 @@
 """The decoder under Hugging Face's names, there and back."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_refuses_other_models(change: dict[str, Any], message: str, tmp_path: Pa
         file.write_text(content)
         with pytest.raises(ValueError, match=told):
             load_llama(tmp_path)
+
+
+def test_no_setting_of_depths_is_lost(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mtp": "sequential", "mtp_heads": 2, "mtp_concat": "hidden_first"}
+    options |= {"mtp_hidden": "post_norm", "mtp_repeated_layer": True, "mtp_detach": True}
+    default = DecoderConfig(50)
+    assert options.keys() == {field.name for field in fields(DecoderConfig) if field.name.startswith("mtp")}
+    assert all(getattr(default, name) != value for name, value in options.items())
+    save_llama(decoder(**options), tmp_path, depths=True)
+    again = load_llama(tmp_path).config
+    assert {name: getattr(again, name) for name in options} == options
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
