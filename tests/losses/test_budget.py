@@ -423,7 +423,7 @@ def can_be(case: Case) -> bool:
 
 @pytest.mark.parametrize("case", covering(FACTORS, can_be), ids=lambda case: "-".join(map(str, case.values())))
 def test_any_two_options_together_keep_a_budget_on_a_cpu(case: Case) -> None:
-    N, D, V, ranks, kind = 64, 16, 4096, case["ranks"], case["kind"]
+    N, D, V, ranks, kind = 64, 16, 2048, case["ranks"], case["kind"]
     names = ("return_stats", "softcap", "logit_scale", *(OF_A_LOSS if kind != "log-probabilities" else ()))
     given = {name: case[name] for name in names if not (kind == "heads" and name == "reduction")}
     given |= {"K": case["K"]} if kind == "log-probabilities" else {"heads": 4} if kind == "heads" else {}
@@ -454,7 +454,7 @@ def test_any_two_options_together_keep_a_budget_on_a_cpu(case: Case) -> None:
     with pytest.raises(ValueError, match="memory_budget must be at least") as error:
         held(1)
     least = int(str(error.value).split("at least ")[1].split()[0])
-    for budget in (least, 2 * least, 1 << 20, 4 << 20):
+    for budget in (least, 2 * least, 1 << 20):
         assert budget < least or held(budget) <= budget, budget
 
 
