@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(f"--sections: {e}")
     if args.tune:
         sections = (*sections, TUNING)
+    sections = tuple(dict.fromkeys(sections))  # each once
     if not torch.cuda.is_available():
         return fail("doctor --full needs a GPU that torch can use, but there is none; `llmfast doctor` checks the CPU")
     files = {option: path for option in ("json", "markdown") if (path := getattr(args, option)) is not None}
