@@ -33,7 +33,7 @@ def train(folder: Path, name: str, settings: list[str]) -> int:
     """Train one run in its own process, unless it has finished before; return its peak memory in bytes."""
     if (folder / name / "finished").exists():
         return int((folder / name / "finished").read_text())
-    command = [sys.executable, "-m", "llmfast.cli", "train", "--overwrite", "--name", name]
+    command = [sys.executable, "-m", "llmfast", "train", "--overwrite", "--name", name]
     command += [f"--set={setting}" for setting in (f"runs={folder}", *settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)

@@ -44,11 +44,15 @@ class CommandParser(argparse.ArgumentParser):
         return found, unknown
 
     def _expect_known(self, args: Sequence[str]) -> None:
-        """Refuse an unknown option before a command: argparse would take its value for the command."""
+        """Refuse an unknown command, or an option before it: argparse would take its value for the command."""
         commands = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        for text in args if commands else ():
+        for i, text in enumerate(args if commands else ()):
             if text in commands[0]:
                 return
+            if i == 0 and not text.startswith("-"):  # a later one may be an option's value
+                near = difflib.get_close_matches(text, commands[0], n=1)
+                advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(commands[0])}"
+                self.error(f"unrecognized command {text}; {advice}")
             option = text.partition("=")[0]
             if option.startswith("--") and not any(known.startswith(option) for known in self._option_string_actions):
                 self._refuse(option)

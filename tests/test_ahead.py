@@ -29,7 +29,7 @@ def compiled(folder: Path, *arguments: str) -> str:
     """Run the command in `folder`, in a process that does not interpret kernels; return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-m", "llmfast.cli", "compile", "--gpu", "H100", *arguments]
+    command = [sys.executable, "-m", "llmfast", "compile", "--gpu", "H100", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

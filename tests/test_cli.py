@@ -1,12 +1,15 @@
 """Each option of the command line reaches what it is for."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+import llmfast
 from llmfast import cli
 from llmfast.cli import main
 from llmfast.data.reader import SUFFIXES as TEXTS
@@ -90,6 +93,24 @@ def test_an_unknown_option_is_not_taken_for_a_command(capsys: pytest.CaptureFixt
         assert left.value.code == 2 and message in capsys.readouterr().err
     assert main(["plan", "--flo", "1e20"]) == 0  # argparse completes what is unique
     assert main(["plan", "lr", "--lr=1", "--base-batch=1", "--batch=4"]) == 0
+
+
+def test_an_unknown_command_is_told_the_closest_or_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, advice in (("trian", "did you mean train?"), ("xyz", "choose from train, continue, generate, export")):
+        with pytest.raises(SystemExit) as left:
+            main([word, "--train.steps", "2"])
+        assert left.value.code == 2 and f"unrecognized command {word}; {advice}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["llmfast", "llmfast.cli"])
+def test_the_package_and_its_command_line_run_as_modules(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["llmfast", "--version"])
+    monkeypatch.delitem(sys.modules, "llmfast.cli", raising=False)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(module, run_name="__main__")
+    assert left.value.code == 0 and capsys.readouterr().out == f"llmfast {llmfast.__version__}\n"
 
 
 @pytest.mark.parametrize(("command", "option"), [(["train"], "--data.sources"), (["continue", "run"], "--target")])

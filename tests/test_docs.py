@@ -74,15 +74,15 @@ def test_commands_exist() -> None:
     ("command", "message"),
     [
         ("llmfast train --resume --train.steps 3000", "refuses train --resume"),
-        ("python -m llmfast.cli train --resume --name x --config run.toml", "refuses train --resume"),
-        ("torchrun --nproc-per-node 4 -m llmfast.cli train --resume", "refuses train --resume"),
+        ("python -m llmfast train --resume --name x --config run.toml", "refuses train --resume"),
+        ("torchrun --nproc-per-node 4 -m llmfast train --resume", "refuses train --resume"),
         ("llmfast train --resume --overwrite --name x", "does not take train --resume"),
         ("llmfast doctor --tune", "refuses doctor --tune"),
         (
-            "torchrun --nproc-per-node 4 -m llmfast.cli train --train.parallel hsdp --train.shard_size 3",
+            "torchrun --nproc-per-node 4 -m llmfast train --train.parallel hsdp --train.shard_size 3",
             "4 ranks refuse train",
         ),
-        ("torchrun --nnodes 3 --nproc-per-node 7 -m llmfast.cli train", "21 ranks refuse train"),
+        ("torchrun --nnodes 3 --nproc-per-node 7 -m llmfast train", "21 ranks refuse train"),
         ("llmfast doctor --full --sections losess", "refuses doctor --full"),
     ],
 )

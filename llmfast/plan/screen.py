@@ -155,7 +155,7 @@ def _launcher(gpus: int) -> tuple[list[str], int]:
     machines = max(1, gpus // NODE)
     several = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
     start = ["torchrun", *(several if machines > 1 else []), "--nproc-per-node", str(gpus // machines)]
-    return [*start, "-m", "llmfast.cli", "train"], machines
+    return [*start, "-m", "llmfast", "train"], machines
 
 
 def _wrapped(words: Sequence[str]) -> list[str]:

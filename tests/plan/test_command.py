@@ -287,7 +287,7 @@ def test_imports_without_the_packages_of_the_trainer() -> None:
 
 
 def test_a_closed_pipe_prints_no_error() -> None:
-    command = [sys.executable, "-m", "llmfast.cli", "plan", "--flops", "1e21"]
+    command = [sys.executable, "-m", "llmfast", "plan", "--flops", "1e21"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

@@ -94,7 +94,7 @@ def expect_command(words: list[str]) -> None:
     """Fail if the command names a sub-command, option, setting, make target or file that does not exist."""
     program, *rest = words
     if program == "torchrun":
-        own, arguments = rest[: rest.index("llmfast.cli")], rest[rest.index("llmfast.cli") + 1 :]
+        own, arguments = rest[: rest.index("llmfast")], rest[rest.index("llmfast") + 1 :]
         counts = [int(own[own.index(option) + 1]) for option in ("--nnodes", "--nproc-per-node") if option in own]
         expect_llmfast(arguments, ranks=math.prod(counts))
     elif Path(program).name == "llmfast":
@@ -105,7 +105,7 @@ def expect_command(words: list[str]) -> None:
         for arguments in more:
             if verb == "train" and arguments.startswith("ARGS="):
                 expect_llmfast(["train", *shlex.split(arguments.removeprefix("ARGS="))])
-    elif program.startswith("python") and rest[:2] == ["-m", "llmfast.cli"]:
+    elif program.startswith("python") and rest[:2] == ["-m", "llmfast"]:
         expect_llmfast(rest[2:])
     elif program.startswith("python") and rest[:2] == ["-m", "pytest"]:
         for path in (word for word in rest if word.startswith("tests/")):
