@@ -15,7 +15,7 @@ from torch import Tensor
 from llmfast._dispatch import KERNEL_DTYPES
 from llmfast.checkup.record import Case, Finding, Size
 from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy, reference
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
 
 GUARD = 4096  # elements on each side of a guarded tensor
 SENTINEL = 77.0
@@ -55,8 +55,8 @@ def cases(device: torch.device, size: Size) -> list[Case]:
         made.append(Case(f"mtp_cross_entropy, {heads}", partial(mtp, heads, device, sizes), 6.0))
     for cls, options in OPTIMIZERS[1:]:
         made += [_optimizer_case(cls, options, dtype, device, sizes) for dtype in dtypes[:2]]
-    for options in FORMATS:
-        made.append(_format_case(options, device, sizes))
+    for cls, options in FORMATS:
+        made.append(_format_case(cls, options, device, sizes))
     made.append(Case("offsets above 2^31", partial(wide, device, sizes), 15.0, 20 << 30))
     return made
 
@@ -379,13 +379,15 @@ OPTIMIZERS: list[tuple[type[FusedOptimizer], dict[str, Any]]] = [
     (FusedRMSprop, {"momentum": 0.9, "centered": True}),
     (FusedAdagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
 ]
-FORMATS: list[dict[str, Any]] = [
-    {"master_weights": "fp32", "state_dtype": torch.float32},
-    {"master_weights": "split16"},
-    {"master_weights": "split8", "state_dtype": "8bit"},
-    {"master_weights": "kahan"},
-    {"master_weights": "stochastic", "state_dtype": "8bit"},
-    {"max_grad_norm": 0.5, "ema_decay": 0.9, "zero_grads": True},
+# Precision formats, and the rule that torch lacks: what is compared with the CPU path.
+FORMATS: list[tuple[type[FusedOptimizer], dict[str, Any]]] = [
+    (FusedAdamW, {"master_weights": "fp32", "state_dtype": torch.float32}),
+    (FusedAdamW, {"master_weights": "split16"}),
+    (FusedAdamW, {"master_weights": "split8", "state_dtype": "8bit"}),
+    (FusedAdamW, {"master_weights": "kahan"}),
+    (FusedAdamW, {"master_weights": "stochastic", "state_dtype": "8bit"}),
+    (FusedAdamW, {"max_grad_norm": 0.5, "ema_decay": 0.9, "zero_grads": True}),
+    (FusedLion, {"weight_decay": 0.1}),
 ]
 STEPS = 3
 
@@ -439,21 +441,22 @@ def optimizer(
     yield same_bits("repeated", again, min(10, sizes.repeats))
 
 
-def _format_case(options: dict[str, Any], device: torch.device, sizes: Sizes) -> Case:
+def _format_case(cls: type[FusedOptimizer], options: dict[str, Any], device: torch.device, sizes: Sizes) -> Case:
     named = ", ".join(f"{name}={value}" for name, value in options.items())
-    return Case(f"FusedAdamW({named}), bfloat16", partial(formats, options, device, sizes), 5.0)
+    return Case(f"{cls.__name__}({named}), bfloat16", partial(formats, cls, options, device, sizes), 5.0)
 
 
-def formats(options: dict[str, Any], device: torch.device, sizes: Sizes) -> Iterator[Finding]:
-    """Compare precision formats with the same optimizer on the CPU, whose plain torch does the same bit for bit.
+def formats(cls: Any, options: dict[str, Any], device: torch.device, sizes: Sizes) -> Iterator[Finding]:
+    """Compare an optimizer with the same one on the CPU, whose plain torch does the same bit for bit.
 
-    A root or a quotient may be rounded differently there, so a few elements may come out one code or rounding apart.
+    A root or a quotient may be rounded differently there, so a few elements may come out one code or rounding apart,
+    or, with Lion, move the other way.
     """
     results: dict[str, list[Tensor]] = {}
     for where in (device, torch.device("cpu")):
         values, grads = _parameters(Inputs(where), torch.bfloat16, sizes)
         params = [v.requires_grad_() for v in values]
-        stepping = FusedAdamW(params, lr=1e-2, **options)
+        stepping = cls(params, lr=1e-2, **options)
         for now in grads:
             for p, g in zip(params, now):
                 p.grad = g

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmfast import optim
 from llmfast.checkup import behaviour, clock, here, memory, numerics, several, speed, training
 from llmfast.checkup.record import Finding
 from llmfast.checkup.sections import SECTIONS, named
@@ -51,6 +52,13 @@ def test_full_cases_fit_a_gpu_and_its_time(section: str) -> None:
     # What the cases are expected to take is an estimate, doubled: half of it fits a section's part of 8 minutes.
     part = 480 * named(section).share / sum(one.share for one in SECTIONS)
     assert sum(case.seconds for case in cases) / 2 / named(section).processes <= part
+
+
+@pytest.mark.parametrize("section", ["numerics", "behaviour"])
+def test_every_optimizer_is_looked_at(section: str) -> None:
+    cases = " ".join(case.name for case in named(section).cases(DEVICE, "full"))
+    offered = [name for name in optim.__all__ if name.startswith("Fused") and name != "FusedOptimizer"]
+    assert len(offered) >= 6 and [name for name in offered if f"{name}(" not in cases] == []
 
 
 def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
