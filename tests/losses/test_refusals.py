@@ -1,7 +1,9 @@
 """Every argument of every loss that does not fit is refused by its name, whatever else is right."""
 
 import inspect
+import typing
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,6 +12,9 @@ from torch import Tensor
 
 from llmfast.losses import (
     TeacherLogits,
+    TeacherProbabilities,
+    TeacherStates,
+    TeacherTopK,
     cross_entropy,
     linear_cross_entropy,
     linear_distillation,
@@ -18,6 +23,7 @@ from llmfast.losses import (
     mtp_cross_entropy,
     mtp_logprobs,
 )
+from llmfast.losses.teachers import AnyTeacher
 
 N, D, V = 4, 3, 7
 IDS = torch.tensor([0, 1, 2, 6])
@@ -183,3 +189,62 @@ def test_labels_are_called_labels(path: str, function: Any, label: float, error:
     hiddens, weight = torch.randn(2, 4, 3), torch.randn(7, 3)
     with pytest.raises(error, match=f"^labels must be {says}"):
         function(hiddens, weight, torch.full((4,), label))
+
+
+TEACHERS: list[Any] = [
+    TeacherStates(torch.zeros(N, 2), torch.zeros(V, 2), torch.zeros(V)),
+    TeacherLogits(torch.zeros(N, V)),
+    TeacherProbabilities(torch.ones(N, V)),
+    TeacherTopK(torch.arange(2).expand(N, 2), torch.zeros(N, 2)),
+]
+TAUGHT = [(teacher, name) for teacher in TEACHERS for name, t in vars(teacher).items() if isinstance(t, Tensor)]
+
+
+def learned(teacher: Any) -> Tensor:
+    return linear_distillation(torch.zeros(N, D), torch.zeros(V, D), teacher)
+
+
+@pytest.mark.parametrize(("teacher", "name"), TAUGHT, ids=lambda x: x if isinstance(x, str) else type(x).__name__)
+def test_a_tensor_of_a_teacher_that_does_not_fit_is_named(teacher: Any, name: str) -> None:
+    assert learned(teacher).isfinite()
+    t = getattr(teacher, name)
+    other = t.long() if t.is_floating_point() else t.float()
+    for wrong in (torch.cat([t, t[:1]]), t[:-1], t[..., :0], t[None], t[0], other, t.to("meta")):
+        with pytest.raises((ValueError, TypeError), match=rf"^teacher\.{name} must be .*; got "):
+            learned(replace(teacher, **{name: wrong}))
+
+
+def test_every_tensor_of_every_teacher_is_tried() -> None:
+    kinds = typing.get_args(AnyTeacher)
+    assert [type(teacher) for teacher in TEACHERS] == [*kinds]
+    assert {name for _, name in TAUGHT} == {f.name for kind in kinds for f in fields(kind) if "Tensor" in str(f.type)}
+
+
+@pytest.mark.parametrize("wrong", [-1, -101, V])
+def test_an_id_of_a_teacher_is_a_class_or_ignored(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"^teacher\.ids must be in \[0, 7\) or .*=-100; got tensor\(\[{wrong}\]\)$"):
+        learned(TeacherTopK(torch.tensor([[0, 1]] * 3 + [[2, wrong]]), torch.zeros(N, 2)))
+    with pytest.raises(ValueError, match=r"^teacher\.ids must differ within a token; got tensor\(\[5\]\) twice$"):
+        learned(TeacherTopK(torch.tensor([[0, 1, 2]] * 3 + [[5, -100, 5]]), torch.zeros(N, 3)))
+    assert learned(TeacherTopK(torch.tensor([[0, 1]] * 3 + [[2, -100]]), torch.zeros(N, 2))).isfinite()
+
+
+def test_what_is_nearly_too_much_is_taken() -> None:
+    """Take the limits themselves, and tensors that would learn where nothing does."""
+    z, h, w = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
+    learns = torch.ones(N, requires_grad=True)
+    assert cross_entropy(z, IDS, num_valid=0).isinf()
+    assert linear_cross_entropy(h, w, torch.full_like(IDS, -100), num_valid=0).isnan()
+    for smoothing in (0.0, 1.0):
+        assert cross_entropy(z, IDS, label_smoothing=smoothing).isfinite()
+    assert linear_cross_entropy(h, w, IDS, memory_budget=1 << 16, vocab_size=V).isfinite()
+    with torch.no_grad():
+        assert cross_entropy(z.clone().requires_grad_(), IDS, inplace=True).isfinite()
+        assert torch.equal(logprobs(z, IDS, temperature=learns), logprobs(z, IDS))
+        assert linear_distillation(h, w, TeacherLogits(z), temperature=learns).isfinite()
+        assert linear_cross_entropy(h, w, IDS, accumulate_into=torch.zeros(V, D)).isfinite()
+        assert cross_entropy(z, z.softmax(1).requires_grad_()).isfinite()
+        assert cross_entropy(z, IDS[:, None], target_weights=learns[:, None]).isfinite()
+        assert linear_distillation(h, w, TeacherLogits(z), token_weights=learns).isfinite()
+    for beta in (0.0, 1.0):
+        assert linear_distillation(h, w, TeacherLogits(z), kind="jsd", beta=beta).isfinite()
