@@ -373,6 +373,14 @@ def test_ids_to_ignore_may_be_a_class(path: str, ignore_index: int, tail: Any) -
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 1, 89])
+def test_without_targets_no_token_is_ignored(path: str, ignore_index: int) -> None:
+    h, w, teacher = torch.randn(4, D), torch.randn(90, D), TeacherLogits(torch.randn(4, 90))
+    want = outcome(reference.linear_distillation, [h, w], torch.ones(()), teacher)
+    found = outcome(linear_distillation, [h, w], torch.ones(()), teacher, ignore_index=ignore_index)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_impossible_classes_of_the_teacher(path: str, kind: str) -> None:
     h, w, t = torch.randn(4, D), torch.randn(40, D), torch.randn(4, 40)
