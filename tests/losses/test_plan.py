@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evidence.traffic import counting
+from llmfast._gpus import H100, MI300X, Gpu
 from llmfast._units import in_bytes
 from llmfast.losses import (
     CrossEntropyLoss,
@@ -22,7 +23,7 @@ from llmfast.losses import (
     linear_cross_entropy,
     reference,
 )
-from llmfast.losses.plan import planned
+from llmfast.losses.plan import may_hold, planned
 from support.devices import DEVICE
 from support.numerics import assert_close_in_norm
 from support.plans import SIZES, forced, least_budget
@@ -472,3 +473,64 @@ def test_what_a_plan_adds_up() -> None:
     assert plan.curve and all(each.budget == each.held_bytes for each in plan.curve)
     with pytest.raises(ValueError, match=r"^mode='chunk' cannot compute this call$"):
         LinearCrossEntropyPlan.make(**LLAMA, reduction="none", mode="chunk")
+
+
+@pytest.mark.parametrize("gpu", [H100, MI300X], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_modelled_time_is_that_of_all_launches(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Take the larger of moving and multiplying, and 2 us between launches, on the GPU that is asked for."""
+    plan = LinearCrossEntropyPlan.make(**LLAMA, dtype=dtype, memory_budget=1 << 30, gpu=gpu)
+    rate = 0.7 * gpu.tensor_cores if dtype == torch.bfloat16 else gpu.float32
+    times = [
+        float(step.calls) * 2e-6 + max(float(step.bytes) / (0.9 * gpu.bandwidth), float(step.flops) / rate)
+        for step in plan.steps
+    ]
+    assert plan.seconds == pytest.approx(sum(times), rel=1e-9)
+    assert all(other.gpu is gpu for other in (*plan.alternatives, *plan.curve)) and plan.alternatives
+    assert f"modelled on {gpu.name}" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"), [({}, 4 + 2), ({"accumulate_dtype": torch.bfloat16}, 0), ({"reduction": "none"}, 0)], ids=str
+)
+def test_the_default_budget_of_a_cpu_has_room_for_sums(changes: dict[str, Any], more: int) -> None:
+    """Count a float32 sum of a bfloat16 gradient, and the product that is added to it, which is rounded there."""
+    given: dict[str, Any] = {"N": 1024, "D": 512, "V": 50257, "device": "cpu", "kernels": False}
+    plan = LinearCrossEntropyPlan.make(**given, **changes)
+    assert plan.budget == (64 << 20) + more * 512 * 50257
+
+
+@pytest.mark.parametrize(("device", "memory"), [("cpu", None), ("cuda", None), ("cuda", 8 << 30)])
+def test_what_the_caller_has_taken_comes_on_top_of_the_default_budget(device: str, memory: int | None) -> None:
+    plan = LinearCrossEntropyPlan.make(**LLAMA, device=device, gpu_memory=memory)
+    other = planned(replace(plan.call, held=1000), "auto", torch.device(device), gpu_memory=memory)
+    assert other.budget == plan.budget + 1000 and other.held_bytes == plan.held_bytes + 1000
+
+
+def test_a_buffer_may_take_all_of_a_budget_and_no_more() -> None:
+    assert [may_hold(size, 100, torch.device("cpu")) for size in (100, 101)] == [True, False]
+
+
+def test_a_budget_that_is_too_small_is_told_the_sizes_of_the_call() -> None:
+    with pytest.raises(ValueError, match=r"^memory_budget must be at least \d+ bytes for N=512, D=64, V=1025; got 1$"):
+        LinearCrossEntropyPlan.make(512, 64, 1025, memory_budget=1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_rank_with_fewer_classes_goes_through_the_same_chunks(reduction: str) -> None:
+    """Ranks meet in every chunk. Of what a way sums and keeps, a rank takes as many columns as it has."""
+    plan = LinearCrossEntropyPlan.make(64, 32, 300, reduction=reduction, memory_budget=1 << 24)
+    ways = plan.call.ways()
+    assert {*ways.summed.tolist()} > {0, 300} or {*ways.kept.tolist()} > {0, 300}
+    for i in range(0, len(ways.rows), 5):
+        way = ways.at(i)
+        for V in (1, 100, 299):
+            own = replace(plan, way=way).narrowed(V)
+            assert (
+                own.call == replace(plan.call, V=V) and own.way[:3] == way[:3] and [*own] == [*replace(plan, way=way)]
+            )
+            assert own.way.summed == (V if way.summed == 300 else min(way.summed, V))
+            assert own.way.kept == (V if way.kept == 300 else min(way.kept, V - own.way.summed))
+            columns = [c for slab in own.column_slabs() for c in range(slab.start, slab.stop)]
+            assert columns == [*range(own.way.summed + own.way.kept, V)]
+            assert own.way.columns <= max(V, 1) and own.way.columns == min(way.columns, V)
