@@ -167,10 +167,10 @@ def test_each_term_goes_through_all_tiles_of_a_row(kernels: None, names: tuple[s
         with smallest_tiles():
             found = outcome(partial(cross_entropy, targets=y, **given, **more), logits)
         expect_same(found, outcome(partial(reference.cross_entropy, targets=y, **given, **more), logits.double()))
-    hidden, weight = drawn(2, D), drawn(WIDE, D)
+    leaves = [drawn(2, D), drawn(WIDE, D), drawn(WIDE)]
     with smallest_tiles():
-        found = outcome(lambda h, w: linear_cross_entropy(h, w, y, **given), hidden, weight)
-    expect_same(found, outcome(lambda h, w: reference.linear_cross_entropy(h, w, y, **given), hidden, weight))
+        found = outcome(lambda h, w, b: linear_cross_entropy(h, w, y, bias=b, **given), *leaves)
+    expect_same(found, outcome(lambda h, w, b: reference.linear_cross_entropy(h, w, y, bias=b, **given), *leaves))
 
 
 @unrecorded()

@@ -1,8 +1,11 @@
 """The row kernels themselves: what only a launch can show."""
 
 import ast
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import triton
 from torch import Tensor
 
 from llmfast_kernels import cross_entropy as rows
+from llmfast_kernels import distillation as pairs
+from llmfast_kernels import launch
 from llmfast_kernels import scale as scaling
 from llmfast_kernels.distillation import distillation, distillation_backward
 from llmfast_kernels.launch import Tile
@@ -123,6 +128,85 @@ def test_tiles_are_powers_of_two_that_the_threads_divide(V: int) -> None:
         assert triton.next_power_of_2(meta["BLOCK_V"]) == meta["BLOCK_V"]
         assert 1 <= meta["num_warps"] <= 32
     assert rows.tile(V)["THREADS"] == 32 * rows.tile(V)["num_warps"]
+
+
+def chosen_tile(**options: Any) -> int:
+    """Return the columns of the tile that a row of many classes takes."""
+    V, targets = 1 << 15, Targets(torch.zeros(1, 1).long())
+    results = {name: options.pop(name) for name in ("stats", "logprobs") if name in options}
+    found: list[int] = []
+    launcher = mock.MagicMock()
+    launcher.__getitem__.return_value = lambda **given: found.append(given["BLOCK_V"])
+    with mock.patch.object(rows, "cross_entropy_kernel", launcher):
+        rows.cross_entropy(torch.zeros(1, V), targets, Terms(V, **options), **results)
+    return found[0]
+
+
+def test_what_takes_registers_has_smaller_tiles() -> None:
+    """Take 16 elements per thread, 8 with terms that need registers, and half the threads with all results."""
+    few: list[dict[str, Any]] = [{}, {"z_loss": 0.1}, {"logit_scale": 2.0}, {"stats": True}, {"logprobs": True}]
+    assert [chosen_tile(**options) for options in few] == [16 * 1024] * 5
+    ones = torch.ones(1 << 15)
+    many = [{"softcap": 5.0}, {"bias": ones}, {"class_weights": ones}, {"label_smoothing": 0.1}]
+    assert [chosen_tile(**options) for options in many] == [8 * 1024] * 4
+    assert chosen_tile(stats=True, logprobs=True) == chosen_tile(stats=True, logprobs=True, softcap=5.0) == 8 * 512
+
+
+def test_pairs_that_take_registers_have_smaller_tiles() -> None:
+    V, ones, y = 1 << 15, torch.ones(1 << 15), Targets(torch.zeros(1, 1).long())
+
+    def chosen(beta: float = 0.0, hard: float | None = None, own: Any = None, **terms: Any) -> int:
+        found: list[int] = []
+        launcher = mock.MagicMock()
+        launcher.__getitem__.return_value = lambda **given: found.append(given["BLOCK_V"])
+        teacher = TeacherRows(Terms(V, **terms), logits=torch.zeros(1, V))
+        with mock.patch.object(pairs, "distillation_kernel", launcher):
+            distillation(torch.zeros(1, V), y, Terms(V, **(own or {})), teacher, Divergence(beta, 1.0, 1.0, hard))
+        return found[0]
+
+    assert chosen() == chosen(1.0) == chosen(own={"logit_scale": 2.0}) == chosen(logit_scale=2.0) == 8 * 512
+    assert chosen(0.5) == chosen(hard=0.1) == 8 * 128
+    for terms in ({"softcap": 5.0}, {"bias": ones}):
+        assert chosen(own=terms) == chosen(**terms) == 8 * 128
+    assert chosen(class_weights=ones) == 8 * 128
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_warps_hold_the_threads_of_a_program_on_every_target(size: int) -> None:
+    """AMD's wavefronts have 64 threads."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: SimpleNamespace(warp_size=size)))
+    with mock.patch.multiple(launch, INTERPRETED=False, driver=driver):
+        assert [launch.warps(threads) for threads in (1024, 64, 32, 1)] == [1024 // size, 64 // size, 1, 1]
+
+
+def launches(tree: ast.AST) -> list[ast.Call]:
+    """Return calls like `kernel[grid](...)`."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    return [call for call in calls if ast.unparse(call.func).split("[")[0].endswith("_kernel")]
+
+
+KERNELS = Path(rows.__file__).parent
+FILES = [path for path in sorted(KERNELS.rglob("*.py")) if launches(ast.parse(path.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(KERNELS)))
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(path: Path) -> None:
+    """Triton launches on the current GPU, which is another one where a process has several."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = [
+        call
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With) and any("device_of(" in ast.unparse(item) for item in block.items)
+        for call in launches(block)
+    ]
+    assert {call.lineno for call in launches(tree)} == {call.lineno for call in guarded}
+
+
+def test_every_kernel_is_launched_somewhere() -> None:
+    text = [path.read_text(encoding="utf-8") for path in KERNELS.rglob("*.py")]
+    kernels = {name for t in text for name in re.findall(r"^def (\w+_kernel)\(", t, re.MULTILINE)}
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    assert {ast.unparse(call.func).split("[")[0].split(".")[-1] for tree in trees for call in launches(tree)} == kernels
 
 
 TERMS = {"FEW_TERMS": Terms(40000), "MANY_TERMS": Terms(40000, softcap=20.0, label_smoothing=0.1, z_loss=1e-3)}
