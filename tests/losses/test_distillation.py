@@ -430,6 +430,16 @@ def test_a_teacher_learns_by_the_same_function(path: str) -> None:
     assert all(g.dtype == F32 and (g - t).norm() < 0.05 * t.norm() for g, t in zip(low, want))
 
 
+@pytest.mark.parametrize("beta", [1e-20, 1e-9])
+def test_a_mixture_with_almost_nothing_of_the_teacher_teaches_it_almost_nothing(path: str, beta: float) -> None:
+    """The sides are exchanged for it, and the share of the other one must not become all."""
+    h, w, t = torch.randn(4, D), torch.randn(40, D), torch.randn(4, 40)
+    for said in (TeacherLogits(t.requires_grad_()), TeacherStates(torch.randn(4, D).requires_grad_(), w)):
+        (leaf,) = (t for t in vars(said).values() if isinstance(t, Tensor) and t.requires_grad)
+        (found,) = torch.autograd.grad(linear_distillation(h, w, said, kind="jsd", beta=beta), leaf)
+        assert found.isfinite().all() and found.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("tail", ["drop", "bucket"])
 def test_nothing_is_learned_where_a_teachers_probability_is_0(path: str, tail: Any) -> None:
     h, w = torch.randn(2, D, requires_grad=True), torch.randn(9, D)

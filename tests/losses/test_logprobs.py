@@ -1,5 +1,6 @@
 """`logprobs` and `linear_logprobs` on both paths, against `log_softmax(...).gather`."""
 
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +25,7 @@ from llmfast.losses import (
     mtp_valid_counts,
     reference,
 )
+from llmfast.losses.linear_cross_entropy import made_ready
 from support.launched import unrecorded
 from support.numerics import assert_close_in_norm, assert_no_worse
 from support.plans import SIZES, forced
@@ -467,6 +469,66 @@ def test_heads_have_their_own_log_probabilities(path: str, form: str, documents:
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert mtp_logprobs(hiddens[:1], weight, labels).shape == (1, 2, T)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("ignore_index", [-100, 5])
+@unrecorded()
+def test_statistics_of_heads_are_those_of_their_rows(path: str, ignore_index: int, shared: bool) -> None:
+    """Take a token that has no label, and rows past whose end no head has one."""
+    K, T, V = 2, 4, 30
+    hiddens, weight, bias = torch.randn(1 if shared else K, T, D), torch.randn(V, D), torch.randn(V)
+    labels = torch.tensor([7, ignore_index, 29, 0])
+    moved = torch.stack([labels, torch.tensor([ignore_index, 29, 0, ignore_index])])
+    options: dict[str, Any] = {"bias": bias, "softcap": 3.0, "logit_scale": 0.7, "ignore_index": ignore_index}
+    options |= {"return_stats": True, "return_rank": True, "temperature": 1.3}
+    given = hiddens[0] if shared else hiddens
+    values, stats = mtp_logprobs(given, weight, labels, heads=K if shared else None, **options)
+    if shared:
+        want, of_rows = reference.linear_logprobs(hiddens[0], weight, moved.T, **options)
+        want, of_rows = want.T, of_rows._replace(rank=of_rows.rank.T)
+    else:
+        want, of_rows = reference.linear_logprobs(hiddens, weight, moved, **options)
+    assert [t.shape for t in stats] == [*[(T,) if shared else (K, T)] * 3, (K, T)]
+    torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(stats, of_rows, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "copies"), [("tensor", 0), ("list", 3), ("list of one", 0), ("shared", 0)])
+def test_what_heads_copy_counts_towards_the_budget(form: str, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold the ids of all heads, and the hidden states that were a list."""
+    held: list[int] = []
+    module = importlib.import_module("llmfast.losses.logprobs")
+    ready = module.ready_from_hidden
+    noted = lambda own, *rest, **more: held.append(own) or ready(own, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(module, "ready_from_hidden", noted)
+    hiddens, weight, labels = torch.randn(3, 2, 5, D), torch.randn(30, D), torch.zeros(2, 5).long()
+    given: Any = {"tensor": hiddens, "list": [*hiddens], "list of one": [hiddens[0]], "shared": hiddens[0]}[form]
+    heads = 1 if form == "list of one" else 3
+    mtp_logprobs(given, weight, labels, **({"heads": heads} if form == "shared" else {}))
+    assert held == [heads * 2 * 5 * 8 + copies * 2 * 5 * D * 4]
+
+
+@pytest.mark.parametrize("path", ["plain"], indirect=True)
+def test_copies_of_ids_and_temperatures_count_towards_the_budget(path: str) -> None:
+    """On a CPU the rows that have an id are copied, with all that belongs to them; their results are spread again."""
+    n, V, K = 6, 20, 2
+    weight, hidden, ids = torch.zeros(V, D), torch.zeros(n, D), torch.zeros(n, K).long()
+
+    def held(ids: Tensor = ids, **options: Any) -> int:
+        given: Any = {"reduction": "none", **options}
+        return int(made_ready(0, hidden, weight, ids, False, given, logprobs=True).arguments[0].held)
+
+    assert held() == held(temperature=torch.ones(n)) == 0
+    assert held(temperature=torch.ones(n, dtype=BF16)) == n * 4
+    assert held(ids=torch.zeros(K, n).long().T) == n * K * 8
+    some = ids.index_fill(0, torch.tensor([1, 4]), -100)
+    rows = 2 * 4 * D * 4 + 4 * K * 8 + n * K * 4
+    assert held(ids=some) == rows and held(ids=some, temperature=torch.ones(n)) == rows + 4 * 4
+    dense = torch.zeros(V, n).T
+    loss = made_ready(7, hidden, weight, dense, False, {}).arguments[0]
+    assert loss.held == 7 + n * V * 4 + n * 8  # and a number that stands for each row's class
 
 
 def test_heads_that_do_not_fit() -> None:

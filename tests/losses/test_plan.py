@@ -24,6 +24,8 @@ from llmfast.losses import (
     reference,
 )
 from llmfast.losses.plan import may_hold, planned
+from llmfast.losses.valid_rows import valid_rows
+from llmfast_kernels.terms import Targets
 from support.devices import DEVICE
 from support.numerics import assert_close_in_norm
 from support.plans import SIZES, forced, least_budget
@@ -212,6 +214,20 @@ def test_rows_gathered_in_vain_change_nothing(kernels: None, spare: int) -> None
             torch.autograd.grad(loss, (hidden, weight), up), torch.autograd.grad(truth, (hidden, weight), up)
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.cpu("the valid rows are counted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_valid_rows_are_copied_where_that_takes_a_quarter_of_the_budget_at_most(dtype: torch.dtype) -> None:
+    """Count the copy, which has a gradient too; a quarter is left to nothing but that."""
+    hidden, _, targets = tensors(dtype=dtype)
+    rows = Targets(targets[:, None])
+    copies = 2 * 34 * 8 * dtype.itemsize
+    found = valid_rows(hidden, rows, -100, None, 4 * copies)
+    assert found is not None and found.index.tolist() == [0, 1, 2, *range(9, 40)] and not found.surplus.any()
+    assert valid_rows(hidden, rows, -100, None, 4 * copies - 1) is None
+    assert valid_rows(hidden, rows, 77777, None, None) is None, "no row is ignored"
+    assert valid_rows(hidden[:0], Targets(targets[:0, None]), -100, None, None) is None
 
 
 def test_more_valid_rows_than_said_are_not_lost_silently(path: str) -> None:
