@@ -147,13 +147,15 @@ def estimate_memory(
     size, local = (sum(p.numel() for p in those) for those in (tensors.values(), own))
     D, V, rows = config.width, config.vocab_size, batch_size * seq_len * own_hidden_states(config)
 
-    copies = sum(p.numel() for name, p in tensors.items() if _is_matrix(name, p)) if compute != stored else 0
+    copied = compute != stored
+    copies = sum(p.numel() for name, p in tensors.items() if _is_matrix(name, p)) if copied else 0
+    of_one_block = sum(p.numel() for p in next(blocks_of(model)).parameters() if p.dim() == 2) if copied else 0
     on_gpu = device == "cuda"
     plan = LinearCrossEntropyPlan.make(
         rows, D, V, dtype=compute, weight_dtype=stored, device=device, kernels=on_gpu, gpu_memory=gpu_memory
     )
     torchs = not on_gpu and compute == torch.float32 and config.mtp == "none" and rows * V <= SMALL["hidden"]
-    cast = (rows + V) * D * compute.itemsize if compute != stored else 0  # inputs of the loss in autocast's dtype
+    cast = (rows + V) * D * compute.itemsize if copied else 0  # inputs of the loss in autocast's dtype
     unfused = unfused_loss_bytes(rows, D, V, stored)
     kept, recomputed = activation_bytes(
         config, batch_size, seq_len, stored=stored, compute=compute, device=device, checkpoint=checkpoint_activations
@@ -166,7 +168,7 @@ def estimate_memory(
         gradients=(max(p.numel() for p in own) if in_backward else local) * stored.itemsize,
         optimizer=stepping.state_bytes(),
         activations=kept,
-        recomputed=recomputed + (copies * compute.itemsize // len(model.blocks) if recomputed else 0),
+        recomputed=recomputed + (of_one_block * compute.itemsize if recomputed else 0),
         weight_copies=copies * compute.itemsize,
         loss=(unfused if torchs else plan.peak_bytes) + cast,
         loss_unfused=unfused + cast,

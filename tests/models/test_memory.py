@@ -291,6 +291,21 @@ def test_states_are_those_of_the_optimizer_that_is_asked_for() -> None:
         assert dataclasses.replace(estimate, optimizer=adamw.optimizer) == adamw
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("mtp", "heads"), [("none", 0), ("parallel", 3), ("sequential", 2), ("shared", 2)])
+def test_one_block_at_a_time_is_computed_again_whatever_heads_there_are(
+    mtp: Any, heads: int, layers: int, autocast: bool
+) -> None:
+    """A decoder of one layer whose heads are parallel has no block besides them."""
+    c = DecoderConfig(300, width=64, layers=layers, heads=4, mtp=mtp, mtp_heads=heads)
+    found = estimate_memory(c, batch_size=2, seq_len=16, autocast=autocast, checkpoint_activations=True)
+    compute = torch.bfloat16 if autocast else torch.float32
+    _, again = activation_bytes(c, 2, 16, stored=torch.float32, compute=compute, checkpoint=True)
+    copies = 2 * (4 * 64 * 64 + 3 * 64 * 192) if autocast else 0  # of its matrices, in bfloat16
+    assert again > 0 and found.recomputed == again + copies
+
+
 def test_what_makes_it_smaller() -> None:
     c = DecoderConfig(128_256, width=2048, layers=16, heads=16)
     usual = estimate_memory(c, batch_size=4, seq_len=4096)
