@@ -1,6 +1,8 @@
 """Compare estimated bytes with counted ones: of states, of what autograd keeps, and of whole training steps."""
 
+import collections
 import dataclasses
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -304,6 +306,32 @@ def test_one_block_at_a_time_is_computed_again_whatever_heads_there_are(
     _, again = activation_bytes(c, 2, 16, stored=torch.float32, compute=compute, checkpoint=True)
     copies = 2 * (4 * 64 * 64 + 3 * 64 * 192) if autocast else 0  # of its matrices, in bfloat16
     assert again > 0 and found.recomputed == again + copies
+
+
+def test_the_peak_is_that_of_the_largest_moment() -> None:
+    """Draw sizes at random, some of them 0: each of the four moments is the largest in some of the draws."""
+    draw, largest = random.Random(0), collections.Counter[int]()
+    kinds = [f.name for f in dataclasses.fields(MemoryEstimate) if f.name != "accumulate"]
+    for _ in range(400):
+        size = {name: draw.choice([0, 1, 10, 30]) * draw.randint(1, 100) for name in kinds}
+        size["begin"] *= draw.choice([1, 8])
+        e = MemoryEstimate(**size, accumulate=draw.random() < 0.5)
+        held = e.parameters + e.optimizer + e.gathered
+        earlier = e.unreduced if e.unreduced else e.gradients * e.accumulate
+        copies = e.weight_copies * (e.buffers > 0 and e.recomputed == 0)
+        backward = held + earlier + e.activations + e.loss_gradients + e.recomputed + e.buffers + copies
+        end = held + e.gradients + e.buffers + max(e.recomputed, e.tied_gradients)
+        for loss, found in ((e.loss, e.peak), (e.loss_unfused, e.peak_unfused)):
+            moments = [e.begin, held + earlier + e.activations + e.weight_copies + loss, backward, end]
+            assert found == max(moments)
+            largest[moments.index(found)] += 1
+    assert min(largest[i] for i in range(4)) > 20
+
+
+def test_of_one_shard_only_the_largest_gradient_remains_where_backward_steps() -> None:
+    c = DecoderConfig(300, width=64, layers=2, heads=4)
+    alone, e = (estimate_memory(c, batch_size=2, seq_len=16, in_backward=True, ranks=n, shards=n) for n in (1, 8))
+    assert alone.gradients == 4 * 384 * 64 and e.gradients == 4 * 384 * 64 // 8  # gate and up, in one piece
 
 
 def test_what_makes_it_smaller() -> None:
