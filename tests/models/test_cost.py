@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmfast._gpus import H100
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.models.cost import AGAIN, UTILISATION, formula
 from llmfast.plan import count_parameters, step_flops
 
 SHAPES: list[dict[str, Any]] = [
@@ -79,6 +80,23 @@ def test_seconds_are_modelled_from_the_data_sheet() -> None:
         again = step.seconds(H100, dtype, utilisation=0.5, again=True)
         assert again == pytest.approx(4 / 3 * step.flops / 494.5e12)
     assert step.seconds(H100, torch.float32, utilisation=1.0) == pytest.approx(step.flops / 66.9e12)
+
+
+def test_without_a_measurement_two_fifths_of_the_rate_are_assumed() -> None:
+    step = step_flops(config(), 1000, 100)
+    assert (UTILISATION, AGAIN) == (0.4, 4 / 3)
+    assert step.seconds(H100, torch.bfloat16) == step.seconds(H100, torch.bfloat16, utilisation=0.4)
+    assert step.flops == step.matrices + step.attention and step.tokens == 1000
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("gpus", [1, 2, 64])
+def test_the_formula_in_words_names_each_factor(gpus: int, again: bool) -> None:
+    first, second, third = formula(again=again, gpus=gpus)
+    assert first == "modelled seconds = (6 * matrix parameters * tokens + 12 * layers * row * width * tokens)"
+    devices, end = "" if gpus == 1 else f"{gpus} GPUs * ", " * 4 / 3" if again else ""
+    assert second == f"  / ({devices}utilisation * FLOPs per second of the data sheet){end}"
+    assert third == f"  launches{'' if gpus == 1 else ' and communication'} are not in it"
 
 
 def test_refuses() -> None:

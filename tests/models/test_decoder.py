@@ -1,5 +1,6 @@
 """The small decoder: it is causal, keeps documents apart, and learns."""
 
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from llmfast.models import Decoder, DecoderConfig
 from llmfast.models.blocks import blocks_of
 from llmfast.models.decoder import Block, rotate, rotation
 from llmfast.models.depths import SequentialDepths
+from llmfast.models.sampling import Sampler
 
 
 def small(**options: Any) -> Decoder:
@@ -289,6 +291,25 @@ def test_samples_from_the_last_tokens_at_a_temperature(temperature: float) -> No
             token = torch.multinomial(p, 1, generator=generator) if temperature else p.argmax()[None]
             wanted = torch.cat([wanted, token])
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"temperature": 2.0, "top_p": 0.6}])
+@pytest.mark.parametrize("context", [4, 40])
+def test_every_way_to_generate_has_the_settings_of_a_sampler(options: dict[str, float], context: int) -> None:
+    """Without any, the temperature is 0.8, and no token is left out."""
+    model, tokens = small(), torch.randint(0, 50, (7,))
+    random_weights(model)
+
+    def chance() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    sampler = Sampler(**{"temperature": 0.8, "top_p": 1.0} | options, generator=chance())
+    wanted = torch.cat([tokens, *islice(model.stream(tokens, context=context, sampler=sampler), 12)])
+    assert torch.equal(model.generate(tokens, 12, context=context, generator=chance(), **options), wanted)
+    (found,) = model.generate_batch([tokens], 12, context=context, generator=chance(), **options)
+    assert torch.equal(found, wanted)
+    greedy = torch.cat([tokens, *islice(model.stream(tokens, context=context), 12)])
+    assert torch.equal(greedy, model.generate(tokens, 12, context=context, temperature=0))
 
 
 def test_generating_keeps_nothing_for_gradients() -> None:

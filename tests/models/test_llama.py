@@ -1,6 +1,7 @@
 """The decoder under Hugging Face's names, there and back."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,54 @@ def test_a_model_of_others_is_told_where_it_goes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it is of a 'gemma' model and has no 'rope_theta'; another one can be") as e:
         load_llama(tmp_path)
     assert str(e.value).endswith(f"trained further: `llmfast train --model.pretrained {tmp_path}`")
+
+
+# Names in config.json of what a configuration's fields are, by the type that they must have.
+NUMBERS: dict[type, tuple[str, ...]] = {
+    int: ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    float: ("rope_theta", "rms_norm_eps"),
+    bool: ("tie_word_embeddings",),
+}
+OURS = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+OURS |= {"intermediate_size": "ffn_width", "rope_theta": "rope_base", "rms_norm_eps": "norm_eps"}
+OURS |= {"tie_word_embeddings": "tie_embeddings"}
+
+
+def config_of(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    save_llama(decoder(**options), tmp_path, depths=True)
+    values: dict[str, Any] = json.loads((tmp_path / "config.json").read_text())
+    return values
+
+
+def test_every_value_of_a_config_has_its_type_and_range(tmp_path: Path) -> None:
+    values = config_of(tmp_path)
+    for kind, names in NUMBERS.items():
+        for name in names:
+            field = OURS.get(name, name)
+            wrong: list[Any] = [1, "yes", None] if kind is bool else [True, 2.0**31 if kind is float else 2**31]
+            wrong += {int: [float(values[name])], float: [-1.0, -1, 2**31], bool: [0, 1.0]}[kind]
+            for value in wrong:
+                told = rf"its value for {field} is {re.escape(repr(value))}$|^width must be a multiple of"
+                with pytest.raises(ValueError, match=told):
+                    decoder_config_of(values | {name: value, "num_key_value_heads": value}, tmp_path / "config.json")
+    most = decoder_config_of(values | {"vocab_size": 2**31 - 1, "rms_norm_eps": 0, "rope_theta": 3}, tmp_path)
+    assert (most.vocab_size, most.norm_eps, most.rope_base) == (2**31 - 1, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["mtp_heads", "mtp_concat", "mtp_hidden", "mtp_repeated_layer", "mtp_detach"])
+def test_every_setting_of_depths_has_its_type(name: str, tmp_path: Path) -> None:
+    values = config_of(tmp_path, mtp="sequential", mtp_heads=2)
+    kinds = {"mtp_heads": [2.0, True], "mtp_repeated_layer": [0], "mtp_detach": [1.0, None]}
+    for value in kinds.get(name, ["first", 1]):
+        with pytest.raises(ValueError, match=rf"its value for {name} is|^{name} must be one of"):
+            decoder_config_of(values | {"llmfast": values["llmfast"] | {name: value}}, tmp_path)
+    # Without ours there are as many depths as the layout says, with the usual settings.
+    del values["llmfast"]
+    assert decoder_config_of(values, tmp_path) == decoder(ffn_width=128, mtp="sequential", mtp_heads=2).config
+
+
+@pytest.mark.parametrize("name", ["model_type", "num_key_value_heads", "hidden_act", "rope_scaling", "architectures"])
+def test_what_a_config_does_not_say_is_as_usual(name: str, tmp_path: Path) -> None:
+    values = config_of(tmp_path)
+    values.pop(name, None)
+    assert decoder_config_of(values, tmp_path) == decoder(ffn_width=128).config
