@@ -224,3 +224,76 @@ def test_a_device_that_is_not_waited_for_undoes_what_it_skips(skip: bool) -> Non
         for t in tensors:
             t[:, :1].fill_(5.0) if t.dim() == 2 else t.fill_(5.0)
     assert [set(t.flatten().tolist()) for t in tensors] == [{1.0}, {1.0}] if skip else [{5.0}, {5.0}]
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("size", "limit"), [(1e-6, 1e-6), (3e-6, 1e-6), (1e-7, 1e-3), (0.0, 1.0)])
+def test_a_tiny_norm_is_clipped_as_clip_grad_norm_does(path: str, size: float, limit: float, own: bool) -> None:
+    """Torch adds 1e-6 to the norm by which it divides, so that a gradient of that size is halved."""
+    p, q = (torch.zeros(4, requires_grad=True) for _ in range(2))
+    for t in (p, q):
+        t.grad = torch.full((4,), size / 2)
+    torch.nn.utils.clip_grad_norm_([q], limit)
+    assert q.grad is not None
+    if size == limit:
+        assert q.grad[0].item() == pytest.approx(size / 4, rel=1e-4)
+    group, whole = ({"max_grad_norm": limit}, {}) if own else ({}, {"max_grad_norm": limit})
+    optimizer = FusedSGD([{"params": [p], **group}], lr=1.0, **whole)  # type: ignore[arg-type]
+    optimizer.step()
+    torch.testing.assert_close(-p.detach(), q.grad, rtol=1e-5, atol=0)
+
+
+def test_a_step_without_any_gradient_measures_zero(path: str) -> None:
+    """The norm of the step before is not that of this one; without a limit there is none."""
+    params = [torch.ones(4, requires_grad=True) for _ in range(2)]
+    optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.5, max_grad_norm=9.0)
+    for own in ({}, {"max_grad_norm": 3.0}):
+        optimizer.group_options[1].update(own)
+        for p in params:
+            p.grad = torch.ones(4)
+        optimizer.step()
+        assert optimizer.grad_norm is not None and optimizer.grad_norm.item() == pytest.approx(8**0.5)
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = None
+        optimizer.step()
+        assert optimizer.grad_norm is not None and optimizer.grad_norm.tolist() == 0.0
+        assert all(torch.equal(p, old) for p, old in zip(params, before))
+    optimizer.options.max_grad_norm, optimizer.group_options[1]["max_grad_norm"] = None, None
+    params[0].grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
+@pytest.mark.parametrize("order", ["same", "another"])
+def test_a_norm_beyond_float16_is_finite(path: str, order: str) -> None:
+    p = torch.zeros(20, 15, dtype=torch.float16, requires_grad=True)
+    g = torch.full((15, 20), 6e4, dtype=torch.float16).T
+    p.grad = g.contiguous() if order == "same" else g
+    optimizer = FusedSGD([p], lr=1.0, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.item() == pytest.approx(6e4 * 300**0.5, rel=1e-3)
+    torch.testing.assert_close(p.detach(), torch.full_like(p, -(300**-0.5)), rtol=2e-3, atol=0)
+
+
+def test_more_tensors_than_one_program_prepares(kernels: None) -> None:
+    """Each has its own counter, group and gradient, and all have one norm."""
+    from llmfast_kernels.optimizer.coefficients import prepare_tile
+
+    count = 2 * prepare_tile()["BLOCK"] + 6
+    params = [torch.ones(3, requires_grad=True) for _ in range(count)]
+    rates = [0.5 if i < 50 else 0.25 for i in range(count)]
+    optimizer = FusedSGD([{"params": params[:50], "lr": 0.5}, {"params": params[50:], "lr": 0.25}], max_grad_norm=1.0)
+    wanted, steps = [1.0] * count, [0] * count
+    for period in (1, 3):  # then every third has no gradient
+        for i, p in enumerate(params):
+            p.grad = torch.full((3,), float(i)) if period == 1 or i % period else None
+        whole = norm(params)
+        for i, p in enumerate(params):
+            if p.grad is not None:
+                wanted[i], steps[i] = wanted[i] - rates[i] * i / whole, steps[i] + 1
+        optimizer.step()
+        assert optimizer.grad_norm is not None and optimizer.grad_norm.item() == pytest.approx(whole, rel=1e-6)
+        for p, value, number in zip(params, wanted, steps):
+            torch.testing.assert_close(p.detach(), torch.full((3,), value), rtol=1e-5, atol=1e-6)
+            assert optimizer.state[p]["step"] == number

@@ -60,3 +60,19 @@ def test_the_highest_rate_of_a_run_goes_on(kind: Any) -> None:
     if kind is FusedAdamW:
         resumed.load_state_dict(torchs)
         assert resumed.param_groups[0]["lr_max"] == 0.5
+
+
+@pytest.mark.parametrize("kind", [FusedAdamW, FusedLion])
+@pytest.mark.parametrize("mode", RATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_rate_in_a_tensor_shrinks_as_a_number_does(path: str, kind: Any, mode: Any, dtype: torch.dtype) -> None:
+    """Nothing moves where the rate in it is 0, whatever the share is."""
+    p, rate = torch.nn.Parameter(torch.full((3,), 2.0, dtype=dtype)), torch.tensor(0.5)
+    optimizer = kind([p], lr=rate, weight_decay=0.5, decay=mode)
+    wanted = 2.0
+    for lr in (0.5, 0.0, 0.25):
+        rate.fill_(lr)
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        wanted *= 1 - 0.5 * RATES[mode](lr, 0.5)
+        torch.testing.assert_close(p.detach(), torch.full_like(p, wanted), rtol=2.0**-8, atol=0)

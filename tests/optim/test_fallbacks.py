@@ -193,3 +193,23 @@ def test_betas_learn_through_a_differentiable_step() -> None:
         p.grad = torch.tensor([1.0, -2.0, 3.0])
         optimizer.step()
     assert all(g.abs() > 0 for g in torch.autograd.grad(p.square().sum(), betas))
+
+
+class Marked(Tensor):
+    """A tensor of a class of its own, whose operations may mean anything."""
+
+
+def test_a_parameter_of_another_class_goes_by_torch(kernels: None) -> None:
+    """Kernels would read its memory and ask nothing of the class."""
+    marked = torch.ones(4).as_subclass(Marked).requires_grad_()
+    parameter, tensor = torch.nn.Parameter(torch.ones(4)), torch.ones(4, requires_grad=True)
+    params: list[Tensor] = [parameter, marked, tensor]
+    optimizer = FusedAdamW(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(4)
+    with torch.no_grad():
+        plan, _ = optimizer.make_plan()
+    assert [row.param for batch in plan.batches for row in batch.rows] == [marked]
+    assert [p is q for table in plan.tables for p, q in zip(table._params, (parameter, tensor))] == [True, True]
+    optimizer.step()
+    torch.testing.assert_close(marked.detach().as_subclass(Tensor), parameter.detach())

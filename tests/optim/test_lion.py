@@ -1,5 +1,6 @@
 """Lion against its rule in float64; torch has no Lion, so that the third party is the rule in plain torch."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -194,3 +195,22 @@ def test_refuses_what_it_cannot_do(path: str) -> None:
     p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (5, 2), check_invariants=True)
     with pytest.raises(ValueError, match="sparse"):
         FusedLion([p]).step()
+
+
+def test_arguments_have_the_ranges_and_defaults_of_the_authors_code() -> None:
+    p = torch.ones(2)
+    bad: dict[str, list[Any]] = {
+        "lr": [-1e-9, torch.nan, torch.tensor(-1.0)],
+        "betas": [(-0.1, 0.9), (0.9, -0.1), (1.0, 0.9), (0.9, 1.0), (torch.nan, 0.9)],
+        "weight_decay": [-1e-9, torch.nan],
+    }
+    for name, values_of in bad.items():
+        for value in values_of:
+            with pytest.raises(ValueError, match=rf"^{name} must be .*; got "):
+                FusedLion([p], **{name: value})
+    FusedLion([p], lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
+    defaults = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
+    group = FusedLion([p]).param_groups[0]
+    assert {name: group[name] for name in defaults} == defaults
+    signature = inspect.signature(FusedLion).parameters
+    assert {name: signature[name].default for name in defaults} == defaults

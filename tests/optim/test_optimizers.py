@@ -302,6 +302,35 @@ def test_hyperparameters_that_are_tensors_stay_on_the_device(make: Any, monkeypa
     torch.testing.assert_close(params[1], params[0], rtol=1e-6, atol=1e-7)
 
 
+def test_tensors_of_several_groups_reach_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some groups have numbers, and others have tensors, which the device reads at every step."""
+    with pretending_cuda():
+        rates, betas = [0.1, 0.2, 0.4, 0.8], [(0.5, 0.75), (0.25, 0.5), (0.75, 0.5), (0.0, 0.25)]
+        found = []
+        for tensors in (False, True):
+            params = [torch.ones(8, requires_grad=True) for _ in rates]
+            groups = [{"params": [p], "lr": lr, "betas": pair} for p, lr, pair in zip(params, rates, betas)]
+            if tensors:
+                groups[1]["lr"] = torch.tensor(rates[1])
+                groups[3] |= {"lr": torch.tensor(rates[3]), "betas": (0.0, torch.tensor(betas[3][1]))}
+            optimizer = FusedAdamW(groups)
+            for step in range(3):
+                for p in params:
+                    p.grad = torch.linspace(-1, 1, 8) + step
+                for group in optimizer.param_groups:
+                    if step == 1 and isinstance(group["lr"], Tensor):
+                        group["lr"].mul_(2)
+                    elif step == 1:
+                        group["lr"] *= 2
+                with monkeypatch.context() as patch:
+                    if tensors:
+                        patch.setattr(Tensor, "__float__", None)
+                    optimizer.step()
+            found.append(params)
+    for p, q in zip(*found):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
 def gradients_after_a_scaled_step(
     make: Callable[..., Any], dtype: torch.dtype, max_norm: float | None = None, factor: float = 1.0
 ) -> list[Tensor | None]:

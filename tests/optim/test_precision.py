@@ -1,6 +1,7 @@
 """Parameters and states of fewer bytes, and how far training with them is from training in float32."""
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -130,6 +131,24 @@ def test_kernels_round_stochastically_as_plain_torch_does() -> None:
             return flat(train(master_weights="stochastic", cls=FusedSGD, lr=1e-3, steps=4)[1])
 
     assert torch.equal(run(False), run(True))
+
+
+def test_kernels_and_plain_torch_draw_the_same_noise_for_every_state_and_seed() -> None:
+    """All bits of a seed count; a code may differ where rounding in the rule decides."""
+    found: dict[int, list[Tensor]] = {}
+    for seed in (0, 1, 1 + (1 << 32), (1 << 53) - 1):
+        runs = []
+        for kernels in (False, True):
+            with kernels_on_cpu() if kernels else contextlib.nullcontext():
+                options: dict[str, Any] = {"state_dtype": "8bit", "master_weights": "stochastic", "seed": seed}
+                optimizer, (p,) = train(steps=2, shapes=[(3000,)], lr=0.01, **options)
+                codes = [optimizer.state[p][f"{name}_code"] for name in ("exp_avg", "exp_avg_sq")]
+                runs.append([p.detach(), *codes])
+        for a, b in zip(*runs):
+            assert (a != b).double().mean() < 0.01
+        found[seed] = runs[0]
+    for one, other in itertools.combinations(found.values(), 2):
+        assert all((a != b).double().mean() > 0.1 for a, b in zip(one, other))
 
 
 @pytest.mark.parametrize(("cls", "dtype"), [(FusedRMSprop, F32), (FusedAdamW, BF16)])

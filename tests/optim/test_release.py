@@ -388,3 +388,18 @@ def test_a_handle_that_was_removed_does_not_end_a_later_one() -> None:
     assert optimizer.steps_in_backward
     second.remove()
     assert not optimizer.steps_in_backward
+
+
+def test_a_closure_is_called_and_its_loss_returned(path: str) -> None:
+    net = model()
+    optimizer = FusedSGD(net.parameters(), lr=0.1)
+    optimizer_in_backward(net, optimizer)
+    before, found = net[0].weight.detach().clone(), []
+
+    def closure() -> Tensor:
+        found.append(loss(net, 0))
+        found[0].backward()
+        return found[0]
+
+    assert optimizer.step(closure) is found[0] and len(found) == 1
+    assert not torch.equal(net[0].weight, before) and optimizer.step() is None

@@ -562,6 +562,20 @@ def test_a_copy_has_options_of_its_own() -> None:
     assert optimizer.options.ema_decay == 0.5 and optimizer.group_options == [{"max_grad_norm": 1.0}]
 
 
+@pytest.mark.parametrize("master", [None, *MASTERS])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_value_that_was_asked_for_does_not_change_with_the_next_step(path: str, master: Any, dtype: Any) -> None:
+    (p,) = params = [torch.ones(300, dtype=dtype, requires_grad=True)]
+    optimizer = FusedAdamW(params, lr=0.1, master_weights=master)
+    for _ in range(2):
+        value = optimizer.master_value(p)
+        kept = value.clone()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert torch.equal(value, kept) and not torch.equal(optimizer.master_value(p), kept)
+        assert not value.requires_grad
+
+
 def test_what_torch_does_not_keep_is_not_saved_for_it() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones_like(p)
