@@ -132,3 +132,70 @@ def test_data_are_the_same_from_the_cache(kept: Path, tmp_path: Path, monkeypatc
     )
     *again, same = rows()
     assert again == expected and same.tolist() == ids.tolist()
+
+
+def test_how_much_is_kept() -> None:
+    assert (module.LEAST_CHARACTERS, module.MOST_BYTES) == (1_000_000, 20 * 2**30)
+
+
+def test_a_text_of_just_enough_characters_is_kept(kept: Path) -> None:
+    assert lengths(["abc", "de"])[1] and not lengths(["abc", "de"])[1]
+
+
+def test_the_cache_is_in_the_home_unless_told(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMFAST_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert lengths(["abcdef"])[1] and not lengths(["abcdef"])[1]
+    assert [path.suffix for path in (tmp_path / "home" / ".cache" / "llmfast").iterdir()] == [".npz"]
+    assert not kept.exists()
+
+
+def test_what_a_kill_leaves_is_known_by_its_name(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(os, "replace", lambda partial, file: names.append(Path(partial).name))
+    lengths(["abcdef"])
+    assert [path.name for path in kept.iterdir()] == names and module._ENTRY.fullmatch(names[0])
+
+
+def test_texts_of_half_a_character_are_told_apart(kept: Path) -> None:
+    for text in ("abcd\ud800", "abcd\ud801"):
+        assert lengths([text]) == ([[*map(ord, text)]], True) and not lengths([text])[1]
+
+
+def test_entries_that_just_fit_stay(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("first one", "again one"):
+        lengths([text])
+    monkeypatch.setattr(module, "MOST_BYTES", 3 * max(path.stat().st_size for path in kept.iterdir()))
+    lengths(["third one"])  # each takes as much
+    assert len(list(kept.iterdir())) == 3
+
+
+def test_ids_of_another_tokenizer_are_others(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same texts are encoded with tokenizers that differ in their merges alone."""
+    (tmp_path / "text.txt").write_text("".join(f"Line {i} is about the number {i}.\n" for i in range(200)))
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "other")]
+    for file, text in zip(files, ("is about the number", "tuoba si rebmun eht")):
+        BPETokenizer.train([text] * 9, 280).save(file)
+
+    def rows(file: str) -> Any:
+        data = prepare([f"mine={tmp_path / 'text.txt'}"], tokenizer=file, seq_len=16, held_out=0.1, say=[].append)
+        return data.train["mine"].batch([0, 1, 2]).tokens.tolist()
+
+    found = [rows(file) for file in files]
+    monkeypatch.setenv("LLMFAST_CACHE", "")
+    assert found == [rows(file) for file in files] and found[0] != found[1]
+
+
+def test_another_version_of_the_tokenizers_trains_and_encodes_again(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"Line {i} is about the number {i}.\n" for i in range(200)))
+
+    def entries() -> int:
+        prepare([str(tmp_path / "text.txt")], vocab_size=280, seq_len=16, held_out=0.1, say=[].append)
+        return len(list(kept.iterdir()))
+
+    first = entries()
+    assert entries() == first == 3  # the tokenizer, and the ids of both parts
+    monkeypatch.setattr(BPETokenizer, "recipe", lambda *_: "another")
+    assert entries() == 2 * first

@@ -1,4 +1,6 @@
+import inspect
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from llmfast.data import (
     prepare,
     write_ds,
 )
+from llmfast.data.dataset import source_name
+from llmfast.data.fim import FIMRows
 
 
 @pytest.fixture
@@ -304,3 +308,93 @@ def test_errors_name_the_argument(folders: list[str]) -> None:
     for sources, options, match in cases:
         with pytest.raises(ValueError, match=match):
             prepare(sources, **(usual | options))
+
+
+def test_defaults_are_what_the_reference_says() -> None:
+    parameters = inspect.signature(prepare).parameters
+    assert {name: p.default for name, p in parameters.items() if name != "sources"} == {
+        **{"tokenizer": "bpe", "vocab_size": 8192, "seq_len": 1024, "held_out": 0.05, "packing": "concat"},
+        **{"fim": None, "fim_unit": "context", "text_column": "text", "split": None, "say": None},
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "where"),
+    [
+        ("web=/data/web", "web", "/data/web"),
+        ("my-web_2=x", "my-web_2", "x"),
+        ("web=a=b", "web", "a=b"),
+        ("/data/web", "/data/web", "/data/web"),
+        *((path, path, path) for path in ("/data/a=b", "a b=c", "a.b=c", "=x", "code")),
+    ],
+)
+def test_a_name_of_a_source_is_a_word_before_its_place(source: str, name: str, where: str) -> None:
+    assert source_name(source) == (name, where)
+
+
+@pytest.mark.parametrize("fim", [None, partial(FIM, rate=1.0)])
+def test_both_parts_are_packed_as_asked(fim: Any, folders: list[str]) -> None:
+    """Only training rows are rearranged, whatever they are packed by."""
+    for packing, kind in (("concat", PackedRows), ("best_fit", BestFitRows)):
+        options: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 600, "held_out": 0.2, "fim": fim}
+        data = prepare(folders, packing=packing, **options)  # type: ignore[arg-type]
+        for folder in folders:
+            train: Any = data.train[folder]
+            assert type(train) is (kind if fim is None else FIMRows) and type(data.validation[folder]) is kind
+            assert fim is None or type(train.rows) is kind
+
+
+def test_files_of_tokens_are_rearranged_in_their_rows_alone(folders: list[str], tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    texts = [d.text for d in load(folders[0])]
+    write_ds(tmp_path / "x.ds", tokenizer.encode_batch(texts), vocab_size=264, eot_id=tokenizer.eot_id)
+    options: dict[str, Any] = {"tokenizer": str(tmp_path / "tokenizer.json"), "seq_len": 64, "fim": FIM}
+    name = str(tmp_path / "x.ds")
+    data = prepare([name], held_out=0.25, **options)
+    assert isinstance(data.train[name], FIMRows) and isinstance(data.validation[name], PackedRows)
+    whole = prepare([name], held_out=0, **options)
+    assert (
+        whole.validation == {} and len(whole.train[name]) == (sum(len(text.encode()) + 1 for text in texts) - 1) // 64
+    )
+    with pytest.raises(ValueError, match="fim_unit='document' needs texts; token files support fim_unit='context'"):
+        prepare([name], fim_unit="document", **options)
+    with pytest.raises(ValueError, match="fim_unit must be 'context' or 'document'; got 'row'"):
+        prepare(folders, fim_unit="row", seq_len=16)  # type: ignore[arg-type]
+
+
+def test_nothing_held_out_is_nothing_at_the_end_either(folders: list[str]) -> None:
+    one, said = folders[0], list[str]()
+    data = prepare([one], tokenizer="bytes", seq_len=16, held_out=0, split={one: "end"}, say=said.append)
+    assert data.validation == {} and said == []
+    assert len(stream_text(data.train[one], data.tokenizer)) == 40
+
+
+def test_what_there_is_to_say_is_a_warning_unless_somebody_listens(tmp_path: Path) -> None:
+    folder, _ = small(tmp_path, 1, 5000)
+    Path(folder, "x.pdf").touch()
+    options: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 64}
+    with pytest.warns(UserWarning, match="left out|validating") as warned:
+        prepare([folder], **options)
+    told = [str(w.message) for w in warned]
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare([folder], say=said.append, **options)
+    assert said == told and len(said) == 2
+    assert "1 file of another kind is left out: .pdf (1)" in said[0] and ": validating on the last " in said[1]
+
+
+def test_a_folder_with_the_suffix_of_tokens_holds_texts(tmp_path: Path) -> None:
+    for suffix in (".ds", ".bin"):
+        (folder := tmp_path / f"x{suffix}").mkdir()
+        (folder / "a.txt").write_text("some text " * 30)
+        data = prepare([str(folder)], tokenizer="bytes", seq_len=16, held_out=0)
+        assert text_of(data.train[str(folder)], data.tokenizer).startswith("some text")
+
+
+@pytest.mark.parametrize(("text", "advice"), [("a", ""), ("ab", ", or use a seq_len of at most 2")])
+def test_only_a_length_that_is_possible_is_advised(text: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"it has {len(text) + 1}; give it more text{advice}$"):
+        prepare([str(tmp_path / "a.txt")], tokenizer="bytes", seq_len=8, held_out=0)

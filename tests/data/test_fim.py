@@ -592,3 +592,16 @@ def test_prompts_that_cannot_be() -> None:
         fim_prompt(Plain(), "a", "b")
     with pytest.raises(ValueError, match="spm_variant must be 0, 1 or 2; got 3"):
         fim_prompt(BYTES, "a", "b", spm_variant=3)  # type: ignore[arg-type]
+
+
+def test_half_of_all_documents_are_rearranged_unless_told() -> None:
+    """Half of those have the suffix first."""
+    rule = FIM(BYTES)
+    found = (rule.rate, rule.spm_rate, rule.level, rule.spm_variant, rule.loss, rule.seed)
+    assert found == (0.5, 0.5, "char", 2, "all", 0)
+    assert fim_prompt(BYTES, "ab", "c").tolist() == [PRE, *b"ab", SUF, *b"c", MID]
+    assert FIM(BYTES, seed=LAST).seed == LAST
+    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\*\*64\)"):
+        FIM(BYTES, seed=2**64)
+    with pytest.raises(ValueError, match=r"keys must be pairs of integers in \[0, 2\*\*64\)"):
+        rule.rearrange([1], 2**64)

@@ -301,3 +301,27 @@ def test_a_run_too_long_to_be_counted_is_estimated() -> None:
 def test_what_is_no_state_of_a_mixture(state: Any) -> None:
     with pytest.raises(ValueError, match="this is not the state of a mixture"):
         Mixture({"a": 3}, {}, total=9).resumed(state, 3)
+
+
+def test_weights_may_have_any_number_of_points() -> None:
+    progress = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    for text, weights in (
+        ("0.9->0.5->0.3", [0.9, 0.7, 0.5, 0.4, 0.3]),
+        ("0.5:0.2, 0.75:0.6", [0.2, 0.2, 0.2, 0.6, 0.6]),
+        ("0.25", [0.25] * 5),
+        (3, [3.0] * 5),
+    ):
+        assert Curve.parse(text)(progress) == pytest.approx(weights)
+
+
+def test_a_source_that_is_only_validated_has_no_passes() -> None:
+    made = Mixture({"seen": 10, "held": 0, "off": 5}, {"seen": 2, "held": 0, "off": 0}, total=25)
+    assert made.epochs() == {"seen": 2.5, "off": 0.0}
+    assert made.table()[1:] == [
+        *(("seen", "10", "100%", "25", "2.50"), ("held", "0", "0%", "0", "-"), ("off", "5", "0%", "0", "0.00"))
+    ]
+
+
+def test_a_name_that_is_near_none_is_told_all() -> None:
+    with pytest.raises(ValueError, match=r"no source 'zzz' to give a weight; did you mean general, code, maths\?$"):
+        mixture(weights={"zzz": 1})

@@ -286,3 +286,85 @@ def test_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Path, "open", keep)
     load(str(tmp_path))
     assert opened and all(file.closed for file in opened)
+
+
+def test_line_ends_of_every_kind_become_line_feeds(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"old\rdos\r\nunix\n\r\rend")
+    assert load(str(tmp_path)) == [Document("a.txt", "old\ndos\nunix\n\n\nend")]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_suffixes_may_be_written_in_capitals(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix in (*PACKED, ".parquet"):
+        write_table(path, TEXTS)
+    else:
+        path.write_text(TEXTS[0], encoding="utf-8")
+    upper = path.rename(tmp_path / f"A{suffix.upper()}")
+    expected = TEXTS if suffix in (*PACKED, ".parquet") else TEXTS[:1]
+    for where in (tmp_path, upper):
+        assert [document.text for document in load(str(where), say=say_nothing)] == expected
+
+
+def test_rows_of_a_long_table_are_counted_through(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=[f"text {i}" if i != 2100 else " " for i in range(2500)])
+    found = list(read(tmp_path / "a.parquet", "a.parquet"))
+    assert [record.name for record in found] == [f"a.parquet/{i}" for i in range(2500)]
+    assert (found[2100].fault, found[2100].place) == ("blank", "a.parquet, row 2101")
+
+
+@pytest.mark.parametrize(("suffix", "told"), [(".jsonl.gz", "gzip"), (".jsonl.zst", "zstd"), (".parquet", "Parquet")])
+def test_damage_is_called_by_the_format(suffix: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(b"neither")
+    *_, last = read(tmp_path / f"a{suffix}", f"a{suffix}")
+    assert (last.fault, last.damaged, last.name) == (f"broken {told} from here on", True, f"a{suffix}/0")
+
+
+@pytest.mark.parametrize("count", [20, 21, 23])
+def test_at_most_twenty_columns_are_named(count: int, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({f"c{i}": i for i in range(count)}))
+    names = ", ".join(f"'c{i}'" for i in range(20)) + (f" and {count - 20} more" if count > 20 else "")
+    with pytest.raises(ValueError, match=rf"whose columns are {names}\)$"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("missing", [None, "text", "logs", "report.json", "report.md"])
+def test_a_folder_is_a_cleaned_one_if_it_has_all_its_parts(missing: str | None, tmp_path: Path) -> None:
+    for name in ("text/a.txt", "logs/a.txt", "mine.txt", "report.json", "report.md"):
+        if name.partition("/")[0] != missing:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("x")
+    found = find(tmp_path, SUFFIXES)
+    assert (found.cleaned == ["."]) == (missing is None)
+    assert [name for name, _ in found.files if name == "mine.txt"] == ([] if missing is None else ["mine.txt"])
+
+
+@pytest.mark.parametrize(("nulls", "fault"), [(2, None), (3, "not UTF-8")])
+def test_up_to_one_null_in_eight_characters_is_text(nulls: int, fault: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * (16 - nulls) + "\0" * nulls)
+    (record,) = read(tmp_path / "a.txt", "a.txt")
+    assert record.fault == fault and record.place == ("a.txt" if fault is None else f"a.txt, byte {16 - nulls}")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + " " * (3 - nulls) + "\0" * nulls)
+    assert [record.damaged for record in read(tmp_path / "a.jsonl", "a.jsonl")] == [nulls == 3]
+
+
+def test_names_that_start_with_a_dot_are_not_counted(tmp_path: Path) -> None:
+    for name in (".notes.txt", ".x.pdf", "in/.y.txt", "in/z.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    found = find(tmp_path, SUFFIXES)
+    assert [name for name, _ in found.files] == ["in/z.txt"] and not found.others
+
+
+def test_a_record_says_what_its_line_was(tmp_path: Path) -> None:
+    """Cleaning writes the other columns again, and what was wrong with a line as it stood."""
+    lines = ['{"a": 1, "body": "x", "b": [2]}', "{broken", '{"a": 1}', '{"body": " ", "a": 1}', "3"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = [(r.text, dict(r.columns), r.fault) for r in read(tmp_path / "a.jsonl", "a.jsonl", "body")]
+    assert found == [
+        ("x", {"a": 1, "b": [2]}, None),
+        (lines[1] + "\n", {}, "not JSON"),
+        (lines[2] + "\n", {"a": 1}, "no text"),
+        (" ", {"a": 1}, "blank"),
+        (lines[4], {}, "no text"),
+    ]

@@ -194,3 +194,48 @@ def test_import_leaves_optional_packages_alone() -> None:
     code = "import sys, llmfast.data; print(sorted({'tokenizers', 'pydoc_data.topics'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_docstrings_are_those_of_every_definition_in_turn() -> None:
+    source = """'''Of the module.'''
+class A:
+    '''Of a class.'''
+    async def f(self):
+        '''Of a coroutine,
+
+            indented.
+        '''
+def g():
+    '''Of a function.'''
+    def h():
+        'Of one within it.'
+x = 'no docstring'
+"""
+    assert sources._docstrings(source).split("\n\n") == [
+        *("Of the module.", "Of a class.", "Of a coroutine,", "indented.", "Of a function.", "Of one within it.")
+    ]
+
+
+@pytest.mark.parametrize("count", [199, 200])
+def test_files_with_few_docstrings_are_no_prose(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    text = "x" * count
+    monkeypatch.setattr(sources, "python_code", lambda: iter([Document("a.py", f"'{text}'"), Document("b.py", "1")]))
+    monkeypatch.setattr(sources, "_topics", lambda: iter([]))
+    monkeypatch.setattr(sources, "cached_texts", lambda texts, how, make: asked.append(how) or make())
+    assert list(python_prose()) == ([Document("docstrings/a.py", text)] if count >= 200 else [])
+    assert sys.version in asked[0]  # which decides how a docstring is read
+
+
+def test_a_folder_may_be_called_like_a_source(
+    code: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.txt").write_text("mine")
+    assert load("./code") == [Document("a.txt", "mine")] and load("code") == code
+
+
+def test_names_that_are_not_unicode_are_on_one_side() -> None:
+    named = [Document(f"{i}\udcff.txt", "") for i in range(200)]
+    assert 0 < sum(is_held_out(document, 0.5) for document in named) < 200

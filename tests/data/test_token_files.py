@@ -525,3 +525,29 @@ def test_the_smallest_file_that_has_an_end(tmp_path: Path) -> None:
 def test_split_shares(ds: Path, held_out: float) -> None:
     with pytest.raises(ValueError, match="held_out must be between 0 and 1"):
         read_ds(ds, vocab_size=VOCAB).split(held_out)
+
+
+@pytest.mark.parametrize(("name", "first"), [({}, "Unknown Tokenizer|2"), ({"tokenizer_name": "my/own"}, "my/own|2")])
+def test_metadata_say_who_wrote_how_many_tokens(name: dict[str, str], first: str, tmp_path: Path) -> None:
+    write_ds(tmp_path / "x.ds", [np.zeros(1500, int), np.zeros(3, int)], vocab_size=VOCAB, eot_id=EOT, **name)
+    assert (tmp_path / "x.ds.metadata").read_text() == f"{first}\n1505\n0.002 MT"
+    write_ds(tmp_path / "y.ds", [np.zeros(3, int)], vocab_size=2**31, eot_id=2**31 - 1)
+    assert (tmp_path / "y.ds.metadata").read_text() == "Unknown Tokenizer|4\n4\n0.000 MT"
+    assert read_ds(tmp_path / "y.ds", vocab_size=2**31).tokens.tolist() == [0, 0, 0, 2**31 - 1]
+
+
+def test_what_cannot_be_written_is_refused_before_any_file(tmp_path: Path) -> None:
+    document = [np.array([1])]
+    for path, options, message in (
+        ("x.bin", {}, r"path must end in \.ds; got '.*x\.bin'"),
+        ("x.ds", {"eot_id": -1}, r"eot_id must be in \[0, vocab_size=1000\); got -1"),
+        ("x.ds", {"tokenizer_name": "a\nb"}, "tokenizer_name must be one line without"),
+        ("x.ds", {"tokenizer_name": "a\rb"}, "tokenizer_name must be one line without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_ds(tmp_path / path, document, **{"vocab_size": VOCAB, "eot_id": EOT, **options})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x.ds.loss").touch()
+    with pytest.raises(ValueError, match=r"x\.ds\.loss must not exist: it masks the tokens of an earlier file"):
+        write_ds(tmp_path / "x.ds", document, vocab_size=VOCAB, eot_id=EOT)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ds.loss"]

@@ -1,3 +1,4 @@
+import inspect
 import json
 import pickle
 import signal
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfast.data import SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from llmfast.data import tokenizer as module
 from llmfast.data.tokenizer import LONGEST_WORD
 
 ROOT = Path(__file__).parents[2]
@@ -324,3 +326,34 @@ def test_a_byte_order_mark_before_a_tokenizer_is_no_content(kind: type, bpe: BPE
         load_tokenizer(path).encode("a b").tolist()
         == (bpe if kind is BPETokenizer else ByteTokenizer()).encode("a b").tolist()
     )
+
+
+def test_ids_of_bytes_stay_what_they_are(tmp_path: Path) -> None:
+    """Files of tokens and weights that were written with them mean the same for good."""
+    names = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|pad|>"]
+    tokenizer = ByteTokenizer()
+    assert tokenizer.special_ids == {name: 256 + i for i, name in enumerate(names)}
+    assert tokenizer.vocab_size == 264 and tokenizer.start_ids == () and tokenizer.decode([261, 262, 263, 97]) == "a"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    saved = {"type": "llmfast-bytes", "vocab_size": 264, "special_tokens": names}
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == saved
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved | {"vocab_size": 272}))
+    with pytest.raises(ValueError, match="has other byte tokens than this version's"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_what_occurs_twice_is_merged() -> None:
+    pytest.importorskip("tokenizers")
+    assert BPETokenizer.train(["ab\nab"], 600).vocab_size == 262 == BPETokenizer.train(["a b"], 600).vocab_size + 1
+    assert inspect.signature(BPETokenizer.train).parameters["vocab_size"].default == 8192
+
+
+def test_the_recipe_says_all_that_training_depends_on(bpe: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the cache are known by it: another version must not take them for its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    found = [BPETokenizer.recipe()]
+    for place, name in ((tokenizers, "__version__"), (module, "_WORDS"), (module, "SPECIAL_TOKENS")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, "other")
+            found.append(BPETokenizer.recipe())
+    assert len({*found}) == 4 and BPETokenizer.of(bpe.text()).text() == bpe.text()
