@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for processes that do not need torch
@@ -11,6 +12,11 @@ if TYPE_CHECKING:  # for processes that do not need torch
 def expect(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def worst(errors: Iterable[float]) -> float:
+    """Return the largest of errors, or NaN if one is NaN, which `max` passes over unless it comes first."""
+    return max(errors, key=lambda error: (error != error, error))
 
 
 def overlaps(t: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import llmfast
+from llmfast._checks import worst
 from llmfast._dispatch import KERNEL_DTYPES, use_kernels
 from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy, reference
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD
@@ -172,7 +173,7 @@ def _loss_error(ours: Callable[..., Any], truth: Callable[..., Any], *inputs: Te
     for loss, tensors in ((ours, inputs), (truth, wide)):
         value = loss(*tensors)
         results.append([value.detach(), *torch.autograd.grad(value, tensors)])
-    return max(_relative(a, b) for a, b in zip(*results))
+    return worst(_relative(a, b) for a, b in zip(*results))
 
 
 def _relative(ours: Tensor, truth: Tensor) -> float:

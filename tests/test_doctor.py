@@ -45,6 +45,21 @@ def test_it_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "ok    cpu, cross_entropy, float32" in output and "please report it" in output
 
 
+def test_a_gradient_that_is_not_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loss and the first gradient be right, and the last one NaN."""
+    right = doctor.linear_cross_entropy
+
+    def wrong(hidden: Any, weight: Any, targets: Any, **options: Any) -> Any:
+        odd = torch.nan_to_num(torch.sqrt((weight - weight.detach()).sum()), nan=0.0)  # a slope of infinity times 0
+        return right(hidden, weight, targets, **options) + 0 * odd
+
+    monkeypatch.setattr(doctor, "linear_cross_entropy", wrong)
+    monkeypatch.setattr(doctor, "KERNEL_DTYPES", (torch.float32,))
+    lines: list[str] = []
+    assert doctor.report(lines.append) is False
+    assert [line for line in lines if "WRONG" in line] == ["  WRONG cpu, linear_cross_entropy, float32: off by nan"]
+
+
 def test_it_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LIBRARIES", {"no_such_thing": "hf"})
     monkeypatch.setattr(doctor, "KERNEL_DTYPES", ())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmfast._checks import worst
 from llmfast.checkup import several
 from llmfast.checkup.numerics import Inputs
 from llmfast.checkup.record import Case, Finding, Size
@@ -67,13 +68,13 @@ def equal(what: str, ours: list[Tensor], wanted: list[Tensor]) -> Finding:
     """Say how many elements of ours are not what is wanted."""
     pairs = [(a.detach().cpu(), b.detach().cpu()) for a, b in zip(ours, wanted, strict=True)]
     wrong = sum(int((a != b).sum()) for a, b in pairs)
-    largest = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    largest = worst(float((a.double() - b.double()).abs().max()) for a, b in pairs)
     return Finding(what, wrong == 0, {"elements_that_differ": wrong, "largest_difference": largest})
 
 
 def close(what: str, ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> Finding:
     """Say how far ours is from what is wanted, as a share of its size."""
-    error = max(
+    error = worst(
         float((a.detach().cpu().double() - b.detach().cpu().double()).norm() / b.detach().cpu().double().norm())
         for a, b in zip(ours, wanted, strict=True)
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from llmfast._checks import worst
 from llmfast.checkup.numerics import Inputs
 from llmfast.checkup.record import Finding
 from llmfast.losses import linear_cross_entropy
@@ -27,7 +28,7 @@ def findings(device: torch.device, processes: int | None = None) -> Iterator[Fin
         spawn(_rank, (count, device.type, folder), nprocs=count)
         results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
     for what in results[0]:
-        error = max(float(result[what]) for result in results)
+        error = worst(float(result[what]) for result in results)
         yield Finding(what, error < 1e-4, {"relative_error": error, "devices": count})
 
 
@@ -63,7 +64,7 @@ def _vocab_parallel(device: torch.device, rank: int, count: int) -> float:
     assert group is not None
     linear_cross_entropy(part[0], part[1], targets, process_group=group, vocab_size=V).backward()
     wanted = whole[0].grad, None if whole[1].grad is None else whole[1].grad.chunk(count)[rank]
-    return max(_error(p.grad, w) for p, w in zip(part, wanted) if p.grad is not None and w is not None)
+    return worst(_error(p.grad, w) for p, w in zip(part, wanted) if p.grad is not None and w is not None)
 
 
 class _Model(nn.Module):
@@ -107,7 +108,7 @@ def _data_parallel(device: torch.device, rank: int, count: int) -> float:
         parallel(*_batch(device, step, rank)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return max(_error(p.detach(), w) for p, w in zip(model.parameters(), _reference(device, count)))
+    return worst(_error(p.detach(), w) for p, w in zip(model.parameters(), _reference(device, count)))
 
 
 def _sharded(device: torch.device, rank: int, count: int) -> float:
@@ -121,4 +122,4 @@ def _sharded(device: torch.device, rank: int, count: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
     ours = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]
-    return max(_error(p.detach(), w) for p, w in zip(ours, _reference(device, count)))
+    return worst(_error(p.detach(), w) for p, w in zip(ours, _reference(device, count)))

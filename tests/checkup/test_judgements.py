@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmfast.checkup import memory, numerics, training
+from llmfast.checkup import behaviour, memory, numerics, training
 
 EPS = torch.finfo(torch.float32).eps
 COARSE = torch.finfo(torch.bfloat16).eps
@@ -62,6 +62,23 @@ def test_a_norm_may_be_off_by_more_than_torchs(factor: float) -> None:
     for more in (-1e-6, 1e-6):
         ours = truth + torch.tensor([factor * 0.1 + slack + more, 0.0], dtype=torch.float64)
         assert numerics.excess_in_norm(ours, torchs.double(), truth, **options) == pytest.approx(more, abs=2e-8)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_the_worst_of_several_tensors_counts_and_nan_is_the_worst(at: int) -> None:
+    wanted = [torch.full((4,), 2.0) for _ in range(3)]
+    for by, error in ((0.5, 0.25), (math.nan, math.nan)):
+        ours = [t + by * (i == at) if i == at else t.clone() for i, t in enumerate(wanted)]
+        found = behaviour.close("step", ours, wanted, 0.2)
+        assert found.ok is False and found.figures == {"relative_error": approx(error), "allowed": 0.2}
+        assert behaviour.close("step", ours, wanted, 0.25).ok is (error == 0.25)
+        found = behaviour.equal("step", ours, wanted)
+        assert found.ok is False and found.figures == {"elements_that_differ": 4, "largest_difference": approx(by)}
+    assert behaviour.equal("step", wanted, wanted).ok is True
+
+
+def approx(x: float) -> Any:
+    return pytest.approx(x, nan_ok=True)
 
 
 def test_a_comparison_says_how_far_apart_they_are() -> None:
