@@ -1,5 +1,6 @@
 """The arithmetic of comparisons, and the benchmarks for GPUs, whose code has nowhere else to run."""
 
+import math
 import time
 from typing import Any
 
@@ -120,3 +121,70 @@ def test_the_roof_is_no_single_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = iter([1.0, 1.0, 100.0, 1.0, 1.0, *[2.0] * 5, *[3.0] * 5])
     monkeypatch.setattr(clock, "timed", lambda run: run() is None or next(samples))
     assert clock.linear_layer_seconds(torch.randn(4, 8), torch.randn(60, 8)) == 6.0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pretend a GPU, on which 1000 bytes are alive, and note what it is asked for."""
+    log: list[str] = []
+    peak = [5000]  # of what came before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0] + 640 * ("run" in log))
+    return log
+
+
+def test_a_gpus_peak_is_what_a_run_has_alive_beyond_what_was_there(gpu: list[str]) -> None:
+    assert clock.gpu_peak_bytes(lambda: gpu.append("run")) == 640
+    assert gpu == ["wait", "run", "wait"]
+
+
+def test_a_kernels_time_is_the_median_in_seconds(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def do_bench(run: clock.Run, **options: Any) -> float:
+        asked.append(options)
+        run()
+        return 2.5  # milliseconds
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    assert clock.kernel_seconds(lambda: gpu.append("run")) == 2.5e-3
+    assert gpu == ["run"] and [options["return_mode"] for options in asked] == ["median"]
+
+
+def test_the_hosts_time_is_without_that_of_the_device(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for the device before each call, and not within what is timed."""
+    now, lasts = [0.0], iter([1.0, 9.0, 2.0])
+
+    def wait() -> None:
+        gpu.append("wait")
+        now[0] += 100.0
+
+    def run() -> None:
+        gpu.append("run")
+        now[0] += next(lasts)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    assert clock.host_seconds(run, 3) == 2.0
+    assert gpu == ["wait", "run"] * 3 + ["wait"]
+    lasts = iter([3.0])
+    assert clock.timed(run) == 103.0, "what the device does counts"
+
+
+def test_a_large_layer_is_timed_in_slices_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a slice take at most 4 GiB; the products of all slices have the FLOPs of the whole."""
+    shapes: list[tuple[int, ...]] = []
+
+    def kernel_seconds(run: Any) -> float:
+        (a, b) = run.args
+        shapes.append((*a.shape, b.shape[1]))
+        return float(math.prod(shapes[-1]))
+
+    monkeypatch.setattr(clock, "kernel_seconds", kernel_seconds)
+    N, D, V = 5, 2, 1 << 30
+    hidden, weight = (torch.empty(n, D, device="meta", dtype=torch.bfloat16) for n in (N, V))
+    assert clock.linear_layer_seconds(hidden, weight) == 3 * N * D * V
+    assert shapes == [shape for n in (2, 2, 1) for shape in ((n, D, V), (n, V, D), (V, n, D))]
