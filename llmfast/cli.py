@@ -217,6 +217,8 @@ def _trained(run: Callable[[], None]) -> int:
         run()
     except ImportError as e:
         return _missing(e)
+    except BrokenPipeError:  # the reader has seen enough; it is an OSError too
+        raise
     except (ConfigError, NonFinite, OSError) as e:
         return fail(str(e))
     except (MemoryError, RuntimeError) as e:
