@@ -63,6 +63,7 @@ class FusedLion(DecoupledDecay, FusedOptimizer):
     """
 
     rule = staticmethod(lion)
+    late = frozenset({"step"})  # the authors' code has no counter
     cpu_kernel_dtypes = ()
     whole_arguments = ("decay",)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmfast._dtensor import is_dtensor
 from llmfast.optim.formats import LOW_BITS, LOW_NAMES, PARAM_FORMATS, param_format, sixteen
-from llmfast.optim.kept import OWN_NAMES
+from llmfast.optim.kept import OWN_NAMES, stored_name
 from llmfast.optim.options import Options
 from llmfast.optim.row import Place, places
 from llmfast.optim.state import StateKeeper
@@ -20,7 +20,11 @@ class StateLoader(StateKeeper):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of torch's or our optimizer. States that `Extras` keep in other dtypes are not cast."""
+        """Load a state dict of torch's or our optimizer. States that `Extras` keep in other dtypes are not cast.
+
+        Raises:
+            ValueError: a state lacks what the rule keeps, or a flattened one was saved under other settings.
+        """
         given: dict[str, Any] = {}
         # torch.distributed.checkpoint loses the settings of a group that has no parameters.
         mine = [
@@ -33,6 +37,9 @@ class StateLoader(StateKeeper):
             for i, place in self._numbered(loaded):
                 if i in state:
                     state[i] = self._of_one_format(place, self._readable(i, state[i]))
+                    self._expect_whole(
+                        i, self.param_groups[place.group] | loaded["param_groups"][place.group], state[i]
+                    )
             given.update(loaded, state=state)
             return given
 
@@ -79,6 +86,19 @@ class StateLoader(StateKeeper):
                 )
         names = {OLD_LOW_BITS: LOW_BITS}
         return {names.get(name, name): value for name, value in saved.items() if name not in empty}
+
+    def _expect_whole(self, i: Any, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Raise ValueError if a saved state lacks one that the group's rule would have made by then.
+
+        A moment of zeros beside a counter of many steps would make the next steps many times too large.
+        """
+        names = ["step"] * self.torch_counts_steps + [name for name in self._state_names(group) if name is not None]
+        lacking = [name for name in names if name not in self.late and saved.get(stored_name(saved, name)) is None]
+        if saved and lacking:
+            raise ValueError(
+                f"the state of parameter {i} must have {', '.join(names)} for {type(self).__name__}; got "
+                f"{', '.join(map(str, saved))}, without {', '.join(lacking)}"
+            )
 
     def _of_one_format(self, place: Place, saved: dict[str, Any]) -> dict[str, Any]:
         """Leave out entries that torch.distributed.checkpoint has added to a whole state dict (`full_state_dict`).

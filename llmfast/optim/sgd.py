@@ -60,6 +60,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
     rule = staticmethod(sgd)
     torch_counts_steps = False
+    late = frozenset({"momentum_buffer"})
     takes_sparse = True
     cpu_kernel_dtypes = (torch.float32, torch.float64)  # with fewer bits, it skips whole vectors: pytorch#191763
 

@@ -22,6 +22,8 @@ class StateKeeper(GroupedOptions, ABC):
 
     rule: ClassVar["staticmethod[..., None]"]  # for one tensor, in plain torch; the kernels' has the same name
     torch_counts_steps: ClassVar[bool] = True  # whether torch's optimizer keeps a step counter
+    # Names of states that may be missing after a step.
+    late: ClassVar[frozenset[str]] = frozenset()
     # Names of states that are never negative.
     squares: ClassVar[frozenset[str]] = frozenset()
     # Names of states that need more than 8 bits; they are float32 if the others have 8.

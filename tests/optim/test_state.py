@@ -15,6 +15,7 @@ from llmfast.optim import (
     FusedAdagrad,
     FusedAdam,
     FusedAdamW,
+    FusedLion,
     FusedOptimizer,
     FusedRMSprop,
     FusedSGD,
@@ -446,6 +447,40 @@ def test_8_bit_states_without_their_scales_are_refused(path: str) -> None:
     saved["state"][0]["exp_avg_scale"] = torch.ones(3)
     optimizer.load_state_dict(saved)
     with pytest.raises(ValueError, match=rf"{needs} \(3,\)"):
+        train(optimizer)
+
+
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+@pytest.mark.parametrize(("cls", "options"), [*MOMENTUM, (FusedLion, {})])
+def test_a_saved_state_without_what_the_rule_keeps_is_refused(cls: Any, options: Options, state_dtype: Any) -> None:
+    optimizer = cls(some_parameters(), state_dtype=state_dtype, **options)
+    train(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    free = optimizer.late if optimizer.torch_counts_steps else optimizer.late | {"step"}
+    # How many scales are needed, the next step knows.
+    needed = [n for n in saved["state"][0] if not n.endswith("_scale") and n.removesuffix("_code") not in free]
+    for name in needed:
+        part = copy.deepcopy(saved)
+        value = part["state"][0].pop(name)
+        with pytest.raises(ValueError, match=f"parameter 0 must have .*, without {name.removesuffix('_code')}$"):
+            optimizer.load_state_dict(part)
+        part["state"][0][f"{name}1"] = value  # as bitsandbytes and others name it
+        with pytest.raises(ValueError, match=rf"; got .*\b{name}1, without"):
+            optimizer.load_state_dict(part)
+        assert_same(optimizer.state_dict()["state"], saved["state"])
+    optimizer.load_state_dict({**saved, "state": {}})  # as before the first step
+
+
+def test_states_that_begin_late_may_be_missing() -> None:
+    assert FusedSGD.late == {"momentum_buffer"} and FusedLion.late == {"step"}
+    assert not any(cls.late for cls in (FusedAdam, FusedAdamW, FusedRMSprop, FusedAdagrad))
+    for cls, options in ((FusedSGD, {"momentum": 0.9}), (FusedLion, {})):
+        optimizer: FusedOptimizer = cls(some_parameters(), **options)  # type: ignore[operator]
+        train(optimizer)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for name in cls.late:
+            del saved["state"][0][name]
+        optimizer.load_state_dict(saved)
         train(optimizer)
 
 
