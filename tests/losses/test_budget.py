@@ -1,7 +1,8 @@
 """Tests that a linear loss holds what its plan says and keeps to its budget, counted at the sizes of real models."""
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -17,7 +18,19 @@ import llmfast_kernels.scale
 from evidence.dry_run import reserve
 from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import Counts, counting
-from llmfast.losses import linear_cross_entropy, linear_logprobs, mtp_cross_entropy, reference
+from llmfast import losses
+from llmfast.losses import (
+    LinearCrossEntropyPlan,
+    TeacherLogits,
+    TeacherStates,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_logprobs,
+    mtp_cross_entropy,
+    mtp_logprobs,
+    reference,
+)
+from llmfast.losses.options import FilterOptions, ProductOptions, declared
 from support.numerics import assert_close_in_norm
 from support.pairs import Case, covering
 from support.plans import chosen, forced
@@ -482,3 +495,71 @@ def test_copies_for_unrounded_logits_are_in_the_budget(learns: bool, options: di
     least = int(str(error.value).split("at least ")[1].split()[0])
     for budget in (least, 2 * least, 4 << 20, 16 << 20):
         assert budget < least or held(budget) <= budget
+
+
+# Options and the plan.
+
+LINEAR = [linear_cross_entropy, linear_logprobs, linear_distillation, mtp_cross_entropy, mtp_logprobs]
+# What an option decides of a call of bfloat16.
+DECIDES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "bias": (lambda: torch.zeros(40, dtype=BF16).requires_grad_(), {"wants": (True, True, True)}),
+    "memory_budget": (lambda: 1 << 17, {}),
+    "slab_dtype": (lambda: F32, {"slab_dtype": F32}),
+    "accumulate_into": (lambda: torch.zeros(40, 8), {"into": True}),
+    "accumulate_dtype": (lambda: BF16, {"accumulate_dtype": BF16}),
+    "grad_filter": (lambda: 1e-3, {"filtered": True}),
+}
+DECIDED = [(f, name) for f in LINEAR for name in DECIDES if name in inspect.signature(f).parameters]
+
+
+def planned_first(function: Any, *, grad_dtype: torch.dtype | None = None, **options: Any) -> LinearCrossEntropyPlan:
+    """Return the plan of a small call."""
+    several = function in (mtp_cross_entropy, mtp_logprobs)
+    hidden, weight = torch.randn(*([2] if several else []), 4, 8).to(BF16), torch.randn(40, 8).to(BF16).requires_grad_()
+    if grad_dtype is not None:
+        weight.grad_dtype = grad_dtype
+    given = TeacherLogits(torch.randn(4, 40)) if function is linear_distillation else torch.arange(4)
+    with chosen() as plans:
+        function(hidden.requires_grad_(), weight, given, **options)
+    return plans[-1]
+
+
+@pytest.mark.parametrize(("function", "name"), DECIDED, ids=lambda x: getattr(x, "__name__", x))
+def test_what_an_option_decides_reaches_the_plan(path: str, function: Any, name: str) -> None:
+    value, wanted = DECIDES[name]
+    usual, plan = planned_first(function), planned_first(function, **{name: value()})
+    assert {n: getattr(plan.call, n) for n in wanted} == wanted
+    assert not any(getattr(usual.call, n) == value for n, value in wanted.items())
+    assert (plan.budget == 1 << 17) == (name == "memory_budget")
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch 2.10")
+@pytest.mark.parametrize("function", LINEAR)
+def test_every_linear_loss_asks_a_weight_for_the_dtype_of_its_gradient(function: Any) -> None:
+    assert [planned_first(function, grad_dtype=dtype).call.weight_dtype for dtype in (F32, BF16, None)] == [
+        F32,
+        *[BF16] * 2,
+    ]
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch 2.10")
+def test_a_teachers_weight_has_a_gradient_and_logits_of_its_own_dtypes() -> None:
+    hidden, weight, theirs = (torch.randn(n, 8).to(BF16) for n in (4, 40, 40))
+    theirs.requires_grad_().grad_dtype = F32
+    for slab_dtype in (None, F32):
+        with chosen() as plans:
+            loss = linear_distillation(hidden, weight, TeacherStates(hidden, theirs), slab_dtype=slab_dtype)
+            theirs.grad = None
+            loss.backward()
+        call = plans[-1].call
+        assert theirs.grad is not None and theirs.grad.dtype == call.weight_dtype == F32
+        assert call.slab_dtype == (slab_dtype or BF16) and call.wants == (False, True, False)
+
+
+def test_every_option_that_says_how_to_compute_is_tried() -> None:
+    assert DECIDES.keys() == declared(ProductOptions).keys() | declared(FilterOptions).keys()
+    assert {f for name in losses.__all__ if "memory_budget" in parameters(f := getattr(losses, name))} == {*LINEAR}
+
+
+def parameters(function: Any) -> Any:
+    return inspect.signature(function).parameters if inspect.isfunction(function) else ()

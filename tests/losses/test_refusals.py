@@ -191,6 +191,40 @@ def test_labels_are_called_labels(path: str, function: Any, label: float, error:
         function(hiddens, weight, torch.full((4,), label))
 
 
+# What an option is if it is not given, in all functions that have it.
+DEFAULTS: dict[str, Any] = {
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "reduction": "mean",
+    "shift": 0,
+    "memory_budget": "auto",
+    "temperature": 1.0,
+    "kind": "forward_kl",
+    "soft_weight": 1.0,
+    "hard_weight": 0.0,
+    **dict.fromkeys(("inplace", "return_stats", "return_rank", "detach_unembedding"), False),
+    **dict.fromkeys(("softcap", "logit_scale", "class_weights", "token_weights", "target_weights", "document_ids")),
+    **dict.fromkeys(("num_valid", "process_group", "vocab_size", "bias", "slab_dtype", "accumulate_into")),
+    **dict.fromkeys(("accumulate_dtype", "grad_filter", "beta", "heads", "head_weights")),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_option_that_is_not_given_has_its_default(function: Callable[..., Any]) -> None:
+    """Most of these change nothing, so that a default which did would change results of code that does not name it."""
+    shown = {name: p.default for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert shown == {name: DEFAULTS[name] for name in shown}
+    given = positional(function)
+    idle = {name: value for name, value in DEFAULTS.items() if name in shown}
+    for one, other in zip(*(torch.atleast_1d(function(**given, **more)) for more in ({}, idle)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_option_has_a_default_here() -> None:
+    assert DEFAULTS.keys() == {name for function in FUNCTIONS for name in options_of(function)}
+
+
 TEACHERS: list[Any] = [
     TeacherStates(torch.zeros(N, 2), torch.zeros(V, 2), torch.zeros(V)),
     TeacherLogits(torch.zeros(N, V)),
