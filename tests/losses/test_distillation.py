@@ -352,6 +352,31 @@ def test_ignored_tokens_add_nothing(path: str, reduction: str, teacher: str, ups
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("teacher", ["states", "probabilities", "top K in a bucket"])
+def test_weights_of_ignored_tokens_may_be_nan(path: str, teacher: str, reduction: str, learns: bool) -> None:
+    """Compute mask / mask.sum() of a sequence without labels, which is 0 / 0."""
+    h, w, y = torch.randn(4, D), torch.randn(40, D), torch.tensor([7, -100, 39, -100])
+    said = in_dtype(draw_teacher(teacher, (4,), 40, 5, F32), F32, learns=learns)
+    options: dict[str, Any] = {"reduction": reduction, "hard_weight": 0.5}
+    upstream = torch.ones(4 if reduction == "none" else ())
+    found = [
+        outcome(
+            linear_distillation,
+            [h, w],
+            upstream,
+            said,
+            y,
+            token_weights=torch.tensor([0.5, none, 2.0, none]),
+            **options,
+        )
+        for none in (torch.nan, 0.0)
+    ]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
 @pytest.mark.parametrize("tail", ["drop", "bucket"])
 @pytest.mark.parametrize("ignore_index", [0, 8, 299, -1, 300])
 def test_ids_to_ignore_may_be_a_class(path: str, ignore_index: int, tail: Any) -> None:

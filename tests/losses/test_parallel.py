@@ -216,6 +216,44 @@ def check_dtensors(rank: int, world: int, V: int) -> None:
             linear_cross_entropy(*others, targets)
 
 
+def check_meshes(rank: int, world: int, V: int) -> None:
+    """Check a mesh of two dimensions, of which the classes are split over one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b"))
+    hidden, weight, bias, targets = inputs(V)
+    h, w, b = (t.clone().requires_grad_() for t in (hidden, weight, bias))
+    want = reference.linear_cross_entropy(h, w, targets, bias=b)
+    assert isinstance(want, Tensor)
+    gradients = torch.autograd.grad(want, (h, w, b))
+    everywhere = distribute_tensor(hidden, mesh, [Replicate()] * 2).requires_grad_()
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Replicate()]):
+        everywhere.grad = None
+        split = [distribute_tensor(t, mesh, placements).requires_grad_() for t in (weight, bias)]
+        loss = linear_cross_entropy(everywhere, split[0], targets, bias=split[1])
+        loss.backward()
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+        for leaf, gradient in zip((everywhere, *split), gradients):
+            assert isinstance(leaf.grad, DTensor)
+            torch.testing.assert_close(leaf.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-6)
+
+        # Every rank has tokens of its own (HSDP): gradients are averaged over the whole mesh.
+        split = [distribute_tensor(t, mesh, placements).requires_grad_() for t in (weight, bias)]
+        linear_cross_entropy(hidden * (rank + 1), split[0], targets, bias=split[1]).backward()
+        leaves = [t.clone().requires_grad_() for t in (weight, bias)]
+        losses = [
+            reference.linear_cross_entropy(hidden * (r + 1), leaves[0], targets, bias=leaves[1]) for r in range(world)
+        ]
+        (sum(losses) / world).backward()  # type: ignore[arg-type, operator]
+        for leaf, whole in zip(split, leaves):
+            assert isinstance(leaf.grad, DTensor)
+            torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-6)
+    both = distribute_tensor(weight, mesh, [Shard(0), Shard(0)])
+    with pytest.raises(ValueError, match="weight may be sharded over only one dimension of its mesh"):
+        linear_cross_entropy(everywhere, both, targets)
+
+
 def check_calls(rank: int, world: int, V: int) -> None:
     """Check what rows do not see: counts, dtypes, buffers, and a second backward pass."""
     hidden, weight, bias, targets = inputs(V)
@@ -370,6 +408,8 @@ def check(rank: int, world: int, V: int, kernels: bool) -> None:
             check_heads(rank, world, V)
     if not kernels:
         check_dtensors(rank, world, V)
+        if world == 4:
+            check_meshes(rank, world, V)
         check_fsdp(rank, world, V)
 
 

@@ -550,3 +550,38 @@ def test_a_rank_with_fewer_classes_goes_through_the_same_chunks(reduction: str) 
             columns = [c for slab in own.column_slabs() for c in range(slab.start, slab.stop)]
             assert columns == [*range(own.way.summed + own.way.kept, V)]
             assert own.way.columns <= max(V, 1) and own.way.columns == min(way.columns, V)
+
+
+# What a dtype or an option changes of a single chunk in bfloat16: bytes per number of the products' inputs (e), logits
+# (s), sums of the weight's gradient (g) and the gradient itself (w); passes over d_hidden and d_weight that scale.
+CHUNKS: list[tuple[dict[str, Any], dict[str, int], tuple[int, int]]] = [
+    ({}, {}, (0, 1)),
+    ({"dtype": torch.float32}, {"e": 4, "s": 4, "w": 4}, (0, 0)),
+    ({"dtype": torch.float16}, {}, (1, 1)),
+    ({"slab_dtype": torch.float32}, {"s": 4}, (0, 1)),
+    ({"weight_dtype": torch.float32}, {"w": 4}, (0, 0)),
+    ({"accumulate_dtype": torch.bfloat16}, {"g": 2}, (0, 0)),
+    ({"filtered": True}, {}, (1, 1)),
+    ({"wants": (True, False)}, {}, (0, 0)),
+    ({"wants": (False, True)}, {}, (0, 1)),
+    ({"wants": (False, False)}, {}, (0, 0)),
+]
+
+
+@pytest.mark.parametrize(("changes", "sizes", "scaled"), CHUNKS, ids=str)
+def test_a_chunk_moves_each_of_its_matrices_once(
+    changes: dict[str, Any], sizes: dict[str, int], scaled: tuple[int, int]
+) -> None:
+    """Write out what the products, the row kernel and the scaling read and write."""
+    N, D, V = 512, 128, 4096
+    plan = LinearCrossEntropyPlan.make(N, D, V, **changes)
+    hidden, weight = plan.call.wants[:2]
+    plan = replace(plan, way=plan.way._replace(in_forward=True, rows=N, finished=N, summed=V * weight, kept=0))
+    e, s, g, w = ({"e": 2, "s": 2, "g": 4, "w": 2} | sizes).values()
+    H, W, L = N * D, V * D, N * V
+    moved = (H + W) * e + L * s
+    moved += L * s + L * e * (hidden or weight)
+    moved += ((L + W) * e + H * e) * hidden + 2 * H * e * scaled[0]
+    moved += ((L + H) * e + W * g) * weight + W * (g + w) * scaled[1]
+    assert plan.hbm_bytes == moved and plan.flops == 2 * N * D * V * (1 + hidden + weight)
+    assert sum(step.calls for step in plan.steps) == 2 + 2 * (hidden + weight)  # some return at once
