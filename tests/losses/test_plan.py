@@ -558,6 +558,7 @@ CHUNKS: list[tuple[dict[str, Any], dict[str, int], tuple[int, int]]] = [
     ({}, {}, (0, 1)),
     ({"dtype": torch.float32}, {"e": 4, "s": 4, "w": 4}, (0, 0)),
     ({"dtype": torch.float16}, {}, (1, 1)),
+    ({"dtype": torch.float16, "weight_dtype": torch.float32}, {"w": 4}, (1, 1)),
     ({"slab_dtype": torch.float32}, {"s": 4}, (0, 1)),
     ({"weight_dtype": torch.float32}, {"w": 4}, (0, 0)),
     ({"accumulate_dtype": torch.bfloat16}, {"g": 2}, (0, 0)),
