@@ -238,6 +238,10 @@ def test_an_id_out_of_range_is_nan(kernels: None) -> None:
         found = logprobs(x, ids)
         assert found.isnan().tolist() == [[False, False], [True, False], [False, False]]
         (d_logits,) = torch.autograd.grad(found.nansum(), x)
+        for unknown in (70, -1):
+            ids[1, 0] = unknown
+            stats = logprobs(x, ids, return_stats=True, return_rank=True)[1]
+            assert stats.rank.ge(0).tolist() == [[True, True], [False, True], [False, True]]
     assert d_logits.isnan().all(1).tolist() == [False, True, False]
 
 
