@@ -586,3 +586,18 @@ def test_a_chunk_moves_each_of_its_matrices_once(
     moved += ((L + H) * e + W * g) * weight + W * (g + w) * scaled[1]
     assert plan.hbm_bytes == moved and plan.flops == 2 * N * D * V * (1 + hidden + weight)
     assert sum(step.calls for step in plan.steps) == 2 + 2 * (hidden + weight)  # some return at once
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_curve_has_the_plans_of_all_budgets(reduction: str) -> None:
+    """Each holds more than the one before, and is faster; a budget of what it holds leads to it, one byte less not."""
+    given: dict[str, Any] = {"N": 2048, "D": 512, "V": 50257, "reduction": reduction}
+    plans = LinearCrossEntropyPlan.make(**given).curve
+    assert len(plans) > 5
+    for small, large in pairwise(plans):
+        assert small.held_bytes < large.held_bytes and small.seconds > large.seconds
+    for small, large in [(plans[0], plans[1]), (plans[-2], plans[-1])]:
+        for spare, wanted in ((0, large), (-1, small)):
+            found = LinearCrossEntropyPlan.make(**given, memory_budget=large.held_bytes + spare)
+            assert (found.held_bytes, found.seconds) == (wanted.held_bytes, wanted.seconds)
+    assert LinearCrossEntropyPlan.make(**given, memory_budget=1 << 50).seconds == plans[-1].seconds

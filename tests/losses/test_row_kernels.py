@@ -2,6 +2,7 @@
 
 import ast
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +178,18 @@ def test_warps_hold_the_threads_of_a_program_on_every_target(size: int) -> None:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: SimpleNamespace(warp_size=size)))
     with mock.patch.multiple(launch, INTERPRETED=False, driver=driver):
         assert [launch.warps(threads) for threads in (1024, 64, 32, 1)] == [1024 // size, 64 // size, 1, 1]
+
+
+def test_another_tile_is_used_inside_the_context_only() -> None:
+    choice = launch.Choice(Tile(8, 256), Tile(16, 256), Tile(8, 128))
+    assert choice.tiles == (Tile(8, 256), Tile(16, 256), Tile(8, 128))
+    with choice.trying(Tile(16, 256)):
+        with choice.trying(Tile(8, 128)):
+            assert choice.chosen == Tile(8, 128)
+        assert choice.chosen == Tile(16, 256)
+    with suppress(KeyboardInterrupt), choice.trying(Tile(16, 256)):
+        raise KeyboardInterrupt
+    assert choice.chosen == Tile(8, 256)
 
 
 def launches(tree: ast.AST) -> list[ast.Call]:
