@@ -14,6 +14,15 @@ def expect(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def is_unicode(text: str) -> bool:
+    """Return True if UTF-8 can encode the text. Half a surrogate pair is not: JSON may escape it, arguments hold it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def worst(errors: Iterable[float]) -> float:
     """Return the largest of errors, or NaN if one is NaN, which `max` passes over unless it comes first."""
     return max(errors, key=lambda error: (error != error, error))

@@ -14,7 +14,8 @@ from uuid import UUID
 from datatrove.data import Document
 from datatrove.utils.stats import Stats
 
-from llmfast.data.reader import Record, is_unicode, read
+from llmfast._checks import is_unicode
+from llmfast.data.reader import Record, read
 
 LOST = "lost-value-"  # prefix of the counters of lost values, followed by the column
 _DEEPEST = 200  # levels of lists and objects; orjson, with which datatrove writes, accepts 254

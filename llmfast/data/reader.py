@@ -4,7 +4,8 @@
     .jsonl .jsonl.gz .jsonl.zst    each line is one: an object with the text in one of its columns
     .parquet                       each row is one
 
-Text is UTF-8 (a .py file may declare another encoding). A byte order mark is removed, and line ends become line feeds.
+Text is UTF-8 (a .py file may declare another encoding). A byte order mark is removed. Line ends become line feeds, but
+text in a column is taken as it is.
 Records that cannot be read are yielded too, with the reason, so that the caller can report what it skipped.
 """
 
@@ -28,6 +29,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
+
+from llmfast._checks import is_unicode
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -273,15 +276,6 @@ def _record(columns: dict[str, Any], name: str, place: str, text_column: str) ->
     if not is_unicode(text):
         return Record(name, place, text.encode("utf-8", "replace").decode("utf-8"), rest, "lone surrogate")
     return Record(name, place, text, rest, None if text.strip() else "blank")
-
-
-def is_unicode(text: str) -> bool:
-    """Return True if UTF-8 can encode the text; JSON can escape half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _rows(path: Path, name: str, text_column: str, whole: bool) -> Iterator[Record]:

@@ -67,10 +67,12 @@ class ByteTokenizer:
     start_ids: Sequence[int] = ()
 
     def encode(self, text: str) -> TokenIds:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
-        return [self.encode(text) for text in texts]
+        _expect_texts(texts)
+        _expect_unicode(texts)
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: npt.ArrayLike) -> str:
         known = _checked(ids, self.vocab_size)
@@ -99,6 +101,9 @@ class BPETokenizer:
         self._backend.encode_special_tokens = True  # encode special tokens in a text as ordinary text
         self._backend.no_truncation()  # files saved elsewhere may truncate and pad
         self._backend.no_padding()
+        for choice in ("dropout", "alpha", "nbest_size"):  # with which a text has other ids at each call
+            if getattr(backend.model, choice, None) is not None:
+                setattr(backend.model, choice, None)
         self.vocab_size = max(vocabulary.values()) + 1  # ids can have gaps
         self.special_ids: Mapping[str, int] = {t: vocabulary[t] for t in SPECIAL_TOKENS if t in vocabulary}
         self.eot_id, self._end_of_text = vocabulary[end_of_text], end_of_text
@@ -174,9 +179,14 @@ class BPETokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
-        encodings = _interruptible(
-            lambda: self._backend.encode_batch_fast(texts, add_special_tokens=False), sum(map(len, texts))
-        )
+        _expect_texts(texts)
+        try:
+            encodings = _interruptible(
+                lambda: self._backend.encode_batch_fast(texts, add_special_tokens=False), sum(map(len, texts))
+            )
+        except TypeError:
+            _expect_unicode(texts)  # which the library does not name
+            raise
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -200,6 +210,21 @@ class BPETokenizer:
     def recipe(cls) -> str:
         """Describe what `train` and `encode_batch` depend on besides their arguments and the vocabulary."""
         return f"bpe tokenizers={_tokenizers().__version__} {_WORDS} {SPECIAL_TOKENS}"
+
+
+def _expect_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        if not isinstance(text, str):  # `tokenizers` would join a pair of texts
+            raise TypeError(f"a text must be a string; got {type(text).__name__}")
+
+
+def _expect_unicode(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            message = f"a text must be valid Unicode; got {text[e.start]!a} at character {e.start}"
+            raise ValueError(message) from None
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:

@@ -38,7 +38,8 @@ class Sampler:
         expect(bool(logits.isfinite().all()), "the model's logits are not finite: there is nothing to sample from")
         if self.temperature == 0:
             return logits.argmax(keepdim=True)
-        p = torch.softmax(logits / self.temperature, -1)
+        below = logits - logits.max()  # so that no quotient overflows: 0 stays 0, all else tends to -inf
+        p = torch.softmax(torch.where(below < 0, below / self.temperature, 0.0), -1)
         if self.top_p < 1:
             likely, order = p.sort(descending=True, stable=True)
             before = likely.cumsum(0) - likely  # probability of all that are more likely

@@ -20,6 +20,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from llmfast._checks import is_unicode
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -340,6 +342,12 @@ def _lay(table: Tree, tree: Tree, places: dict[str, str], place: str, prefix: st
         if isinstance(value, dict) and isinstance(below, dict) and (value or not prefix):
             _lay(value, below, places, place, f"{name}.")
         else:
+            of_list, of_table = isinstance(value, list), isinstance(value, dict)
+            parts = [name, *value, *(value.values() if of_table else ())] if of_list or of_table else [name, value]
+            if not all(is_unicode(part) for part in parts if isinstance(part, str)):
+                raise ConfigError(
+                    f"{place}: {shown(name)[1:-1]} must be valid Unicode, to be saved; got {shown(value)}"
+                )
             tree[key] = value
         places[name] = place
 

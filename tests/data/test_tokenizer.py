@@ -357,3 +357,33 @@ def test_the_recipe_says_all_that_training_depends_on(bpe: BPETokenizer, monkeyp
             patch.setattr(place, name, "other")
             found.append(BPETokenizer.recipe())
     assert len({*found}) == 4 and BPETokenizer.of(bpe.text()).text() == bpe.text()
+
+
+def test_a_text_always_has_the_same_ids(bpe: BPETokenizer, tmp_path: Path) -> None:
+    content = json.loads(bpe.text())
+    content["model"]["dropout"] = 0.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    text = "the tokenizer tokenizes the text " * 5
+    for made in (BPETokenizer.load(path), BPETokenizer.of(path.read_text(encoding="utf-8"))):
+        again = pickle.loads(pickle.dumps(made))
+        made.save(tmp_path / "again.json")
+        others = made, again, BPETokenizer.load(tmp_path / "again.json")
+        assert all(np.array_equal(one.encode(text), bpe.encode(text)) for one in others for _ in range(5))
+    import tokenizers
+
+    pieces = [("<unk>", 0.0), (SPECIAL_TOKENS[0], -20.0), ("a", -1.0), ("b", -1.5), ("ab", -1.4), ("ba", -1.6)]
+    for nbest_size in (None, 8):
+        model = tokenizers.models.Unigram(pieces, unk_id=0, alpha=0.1, nbest_size=nbest_size)
+        sampling = BPETokenizer(tokenizers.Tokenizer(model))
+        assert len({tuple(sampling.encode("ab" * 8).tolist()) for _ in range(20)}) == 1
+
+
+def test_what_is_no_text_is_named(tokenizer: Tokenizer) -> None:
+    for texts in ([b"a"], ["a", None], [("a", "b")], [3]):
+        with pytest.raises(TypeError, match=rf"^a text must be a string; got {type(texts[-1]).__name__}$"):
+            tokenizer.encode_batch(texts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^a text must be valid Unicode; got '\\udce9' at character 3$"):
+        tokenizer.encode_batch(["caf\u00e9", "caf\udce9"])
+    with pytest.raises(TypeError, match="got bytes"):
+        tokenizer.encode(b"caf")  # type: ignore[arg-type]

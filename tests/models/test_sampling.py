@@ -84,3 +84,10 @@ def test_probabilities_are_float32_whatever_the_logits_are(monkeypatch: pytest.M
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         Sampler(temperature=0.7, top_p=0.9)(torch.randn(9).to(dtype))
     assert drawn == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-38, 1e-45, 1e-320])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float) -> None:
+    for logits in ([10.0, 9.0, -5.0], [-1e38, -2e38, -3e38], [3e38, -3e38, 0.0], [1e30, 1e30, 0.0]):
+        chosen = {int(Sampler(temperature, top_p=p)(torch.tensor(logits))) for p in (1.0, 0.9) for _ in range(20)}
+        assert chosen == ({0, 1} if logits[0] == logits[1] else {0})

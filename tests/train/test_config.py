@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,3 +261,19 @@ def test_a_value_that_no_file_or_flag_has_set_is_named_alone() -> None:
         load_config(None, base=base)
     with pytest.raises(ConfigError, match=r"^--set train\.steps=-1: train\.steps must be .*; got -1"):
         load_config(None, ["train.steps=-1"])
+
+
+def test_every_text_must_be_valid_unicode() -> None:
+    texts = [name for name, s in SCHEMA.settings.items() if isinstance(s.default, str | list | dict)]
+    assert {"name", "runs", "data.sources", "data.weights", "train.sample_prompt", "optimizer.name"} <= {*texts}
+    for name in texts:
+        kind = type(SCHEMA.settings[name].default)
+        value = {str: "n\udce9", list: ["n\udce9"], dict: {"n\udce9": 1.0}}[kind]
+        table: Any = value
+        for key in reversed(name.split(".")):
+            table = {key: table}
+        with pytest.raises(ConfigError, match=rf"^here: {name}\S* must be valid Unicode, to be saved; got "):
+            SCHEMA.read([(table, "here")])
+    with pytest.raises(ConfigError, match="name must be valid Unicode"):
+        load_config(None, ["name=n\udce9"])
+    assert load_config(None, ["name=n\u00e9\U0001f600"]).name == "n\u00e9\U0001f600"
