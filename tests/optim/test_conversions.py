@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from llmfast.optim import FusedAdamW, FusedLion, FusedOptimizer, FusedSGD
 from llmfast.optim.formats import MasterWeights, StateDtype
+from llmfast.optim.kept import OWN_NAMES
+from llmfast.optim.loading import _keeper_of
 from support.launched import unrecorded
 from support.training import Options, through_a_file
 
@@ -304,3 +306,18 @@ def test_older_checkpoints_are_read_under_the_name_they_have(master: Any, tmp_pa
     set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=states)
     settle(resumed)
     assert_holds(resumed, form, form, truth)
+
+
+def test_every_name_of_a_state_is_told_with_the_setting_that_keeps_it() -> None:
+    wanted = {
+        "master_param": "master_weights='fp32'",
+        "low_bits": "master_weights='split16' or 'split8'",
+        "kahan_comp": "master_weights='kahan'",
+        "ema_param": "ema_decay",
+        "exp_avg_code": "state_dtype='8bit'",
+        "exp_avg_scale": "state_dtype='8bit'",
+        "exp_avg": "a state_dtype other than '8bit'",
+        "sum": "a state_dtype other than '8bit'",
+    }
+    assert {name: _keeper_of(name) for name in wanted} == wanted
+    assert {*OWN_NAMES} <= wanted.keys()

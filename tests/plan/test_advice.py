@@ -12,9 +12,20 @@ from llmfast._gpus import chosen
 from llmfast.models.cost import AGAIN, count_parameters, step_flops
 from llmfast.models.memory import MemoryEstimate
 from llmfast.plan import BESIROGLU, laws, optimal_batch, optimal_lr
-from llmfast.plan.advice import READ_WHOLE, Advice, Machine, Wish, advise, decoder_for, size
+from llmfast.plan.advice import (
+    READ_WHOLE,
+    Advice,
+    Machine,
+    Shape,
+    Wish,
+    _settings,
+    _sized,
+    advise,
+    decoder_for,
+    size,
+)
 from llmfast.plan.command import add_arguments, run
-from llmfast.plan.screen import WIDTH, remedies
+from llmfast.plan.screen import WIDTH, _bytes_of, _doubts, remedies, smaller_model
 from llmfast.train.config import decoder_config, load_config
 from llmfast.train.estimate import estimate_run
 
@@ -77,6 +88,87 @@ def test_the_first_way_that_fits_is_taken() -> None:
     found, _ = advice("H100", 16, params=8e9, tokens=1e11)
     assert [t.fits for t in found.tried] == [False] * (len(found.tried) - 1) + [True]
     assert found.settings["train.parallel"] == "hsdp" and found.settings["train.shard_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("params", "seq_len", "vocab_size", "tied"),
+    [
+        *((1e6, 256, 8192, True), (9.99e6, 256, 8192, True), (1e7, 1024, 8192, True), (9.99e7, 1024, 8192, True)),
+        *((1e8, 2048, 32768, True), (9.99e8, 2048, 32768, True), (1e9, 4096, 32768, True)),
+        *((2.99e9, 4096, 32768, True), (3e9, 4096, 32768, False), (1e13, 4096, 32768, False)),
+    ],
+)
+def test_rows_and_vocabulary_grow_with_the_model(params: float, seq_len: int, vocab_size: int, tied: bool) -> None:
+    machine = Machine(chosen("H100"))
+    a, model, rows = _sized(machine, Wish(params=params, tokens=1e10), BESIROGLU, 1.0)
+    assert a.params == params and (rows, model.vocab_size, model.tie_embeddings) == (seq_len, vocab_size, tied)
+    own = Wish(params=params, tokens=1e10, seq_len=512, vocab_size=5000)
+    _, model, rows = _sized(machine, own, BESIROGLU, 1.0)
+    assert (rows, model.vocab_size) == (512, 5000)
+
+
+@pytest.mark.parametrize("params", [0.999e6, 1.001e13])
+def test_no_plan_is_made_for_smaller_or_larger_models(params: float) -> None:
+    with pytest.raises(ValueError, match=r"plans are made for 1.00 M to 10.0 T; ask for another --days, --gpus"):
+        _sized(Machine(chosen("H100")), Wish(params=params, tokens=1e10), BESIROGLU, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "warmup", "often"),
+    [
+        *((10**6, 1.0, 2000, 1800), (40_000, 1.0, 2000, 1800), (39_999, 1.0, 1999, 1800), (17_990, 1.0, 899, 1799)),
+        *((10**6, 7.0, 2000, 260), (10**6, 11.2, 2000, 160), (10**6, 5000.0, 2000, 1)),
+        *((19, 0.1, 0, 1), (9, 0.1, 0, 1), (20, 0.1, 1, 2)),
+    ],
+)
+def test_a_run_warms_up_and_saves_as_often_as_its_length_allows(
+    steps: int, seconds: float, warmup: int, often: int
+) -> None:
+    """A twentieth of the steps, at most 2000; every half hour by two digits of a number of steps, or ten times."""
+    shape = Shape(decoder_for(2e6, 8192), 256, 2_000_000, 8, steps, best_batch=2e3, lr=1e-3, seconds=seconds)
+    found = _settings(shape)
+    assert (found["optimizer.warmup_steps"], found["train.save_every"], found["train.eval_every"]) == (
+        *(warmup, often),
+        often,
+    )
+    assert found["train.steps"] == steps and found["train.batch_size"] == 8 and found["optimizer.lr"] == 1e-3
+
+
+@pytest.mark.parametrize(("steps", "mapped"), [(62_500, False), (62_501, True)])
+def test_more_than_a_billion_tokens_are_mapped(steps: int, mapped: bool) -> None:
+    shape = Shape(decoder_for(2e6, 8192), 1000, 2_000_000, 16, steps, best_batch=2e3, lr=1e-3, seconds=1.0)
+    found = _settings(shape)
+    assert shape.tokens == steps * 16_000 and shape.mapped == mapped
+    assert found["data.sources"] == ("path/to/tokens.ds" if mapped else "path/to/text")
+    assert found.get("data.vocab_size") == (None if mapped else 8192) and ("data.tokenizer" in found) == mapped
+
+
+@pytest.mark.parametrize(("seq_len", "rows"), [(1024, 32), (4200, 4), (40_000, 1)])
+def test_a_micro_batch_has_at_most_32768_tokens_or_a_row(seq_len: int, rows: int) -> None:
+    found, _ = advice("B200", 1, params=1e7, tokens=1e11, seq_len=seq_len)
+    assert found.tried[0].rows == rows and found.settings["train.micro_batch_size"] == rows
+
+
+def test_how_to_ask_for_a_smaller_model() -> None:
+    found = Advice(Shape(decoder_for(2e6, 8192), 256, 2_345_678, 8, 9, 2e3, 1e-3, 1.0), [], {})
+    for wish, told in (
+        (Wish(params=1e9), "fewer --params"),
+        (Wish(params=1e9, tokens=1e9), "fewer --params"),
+        (Wish(params=1e9, seconds=1e9), "fewer --params"),
+        (Wish(seconds=1e9), "--params below 2.35 M"),
+        (Wish(flops=1e20), "--params below 2.35 M"),
+        (Wish(tokens=1e9), "--params below 2.35 M"),
+        (Wish(tokens=1e9, flops=1e20), "a smaller --flops"),
+        (Wish(tokens=1e9, seconds=1e9), "fewer --days"),
+    ):
+        assert smaller_model(found, wish) == told, wish
+
+
+def test_a_batch_of_twice_the_best_one_is_no_doubt() -> None:
+    assert _doubts(1000.0, 2000, 8) == []
+    (line,) = _doubts(1000.0, 2001, 8)
+    assert line.strip().startswith("With 8 GPUs the batch is 2.0 times the best one")
+    assert [_bytes_of(n) for n in (4e8, 9.99e11, 1e12, 8e12)] == ["0.4 GB", "999 GB", "1 TB", "8 TB"]
 
 
 def test_what_is_given_is_kept() -> None:

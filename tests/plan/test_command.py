@@ -1,17 +1,24 @@
 """The output of `llmfast plan`."""
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from llmfast._commands import columns
 from llmfast._units import duration, number, short
-from llmfast.plan import BESIROGLU, ChinchillaLaw
-from llmfast.plan.command import add_arguments, run
+from llmfast.plan import BESIROGLU, ChinchillaLaw, PowerLaw, Run
+from llmfast.plan.advice import Wish
+from llmfast.plan.command import _wish, add_arguments, run
+from llmfast.plan.fit import Fit
 from support import gpus
 
 MakeRun = Callable[..., Path]
@@ -92,6 +99,81 @@ def test_a_law_of_ones_own_runs(
     assert float(cells[0]) * 1e6 == pytest.approx(best.params, rel=0.05)
     assert float(cells[-1]) == pytest.approx(best.loss, rel=0.01)
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+RUNS = [Run(f"run{i}", 10**6 * (2 + i), 10**6 * (1 + i), 10**7 * (6 - i) ** 2, 4.0 - 0.1 * i) for i in range(6)]
+
+
+@pytest.fixture
+def given_runs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Let names of runs stand for these, and collect what is fitted, by fits that are the same for any."""
+    seen: list[Any] = []
+    given = SimpleNamespace(runs=list(RUNS), seen=seen)
+
+    def fitting(fit: Any) -> Callable[..., Any]:
+        return lambda *columns, **options: (seen.append((*columns, options)), fit(len(columns[0]), **options))[1]
+
+    residuals = np.array([0.001, -0.0145, 0.3, 0.0, 0.0, 0.00555])
+    laws = [ChinchillaLaw(1.5 + i / 100, 300.0 + i, 400.0 + i, 0.3 + i / 1000, 0.28 + i / 1000) for i in range(41)]
+    powers = [PowerLaw(1e9 + 1e6 * i, 0.3 + i / 1000, 1.5 + i / 100) for i in range(41)]
+    for name, found in (("fit_chinchilla", laws), ("fit_power", powers)):
+        resampled = tuple(found)
+
+        def fit(count: int, resamples: int, laws: Any = resampled) -> Any:
+            return Fit(laws[20], residuals[:count], laws if resamples else ())
+
+        monkeypatch.setattr(f"llmfast.plan.command.{name}", fitting(fit))
+    monkeypatch.setattr("llmfast.plan.command.read_run", lambda folder: given.runs[int(str(folder)[3:])])
+    return given
+
+
+def test_the_screen_of_a_law_has_the_figures_of_its_fit(plan: Callable[..., str], given_runs: SimpleNamespace) -> None:
+    names = [each.name for each in RUNS]
+    text = plan("fit", *names, "--resamples", "41")
+    (N, D, losses, options) = given_runs.seen.pop()
+    assert (N, D, losses) == ([r.params for r in RUNS], [r.tokens for r in RUNS], [r.loss for r in RUNS])
+    assert options == {"resamples": 41}
+    assert text.startswith("L = E + A / N^alpha + B / D^beta of 6 runs, N with embeddings:\n")
+    for name, value, low, high in (  # the 2.5th and 97.5th of a hundred
+        *(("E", "1.7", "1.51", "1.89"), ("A", "320", "301", "339"), ("B", "420", "401", "439")),
+        *(("alpha", "0.32", "0.301", "0.339"), ("beta", "0.3", "0.281", "0.319")),
+    ):
+        assert line(text, f"{name} ").split() == [value, f"[{low},", f"{high}]"]
+    assert "(intervals: 95 % of 41 fits to resampled runs)" in text
+    for each, off in zip(RUNS, ("+0.10 %", "-1.45 %", "+30.00 %   outlier", "+0.00 %", "+0.00 %", "+0.56 %")):
+        cells = [short(each.params), short(each.tokens), f"{each.loss:.4f}", off]
+        assert line(text, each.name).split() == " ".join(cells).split()
+    largest, law = max(each.flops for each in RUNS), ChinchillaLaw(1.7, 320.0, 420.0, 0.32, 0.3)
+    budgets = text.partition("compute-optimal by this fit:\n")[2].splitlines()[1:4]
+    for row, budget in zip(budgets, (largest, 10 * largest, 100 * largest)):
+        best = law.optimal(budget)
+        cells = [f"{budget:.2e}", *short(best.params).split(), *short(best.tokens).split()]
+        cells += [f"{best.tokens_per_param:.1f}", f"{best.loss:.3f}"]
+        found, interval = re.sub(r"\[.*\]", "", row).split(), re.findall(r"[\d.]+ [kMB]", row.partition("[")[2])[:2]
+        assert found == cells
+        sizes = [ChinchillaLaw(1.5, 300.0 + i, 400.0 + i, 0.3 + i / 1000, 0.28 + i / 1000) for i in range(41)]
+        assert interval == [short(x) for x in np.quantile([s.optimal(budget).params for s in sizes], [0.025, 0.975])]
+    assert f"(the largest run took {largest:.2e}; what is far beyond that is a guess)" in text
+    text = plan("fit", *names, "--resamples", "0", "--flops", "1e16")
+    assert "[" not in text and "intervals" not in text
+    assert [row.split()[0] for row in text.partition("fit:\n")[2].splitlines()[1:-1]] == ["1.00e+16"]
+
+
+@pytest.mark.parametrize("varied", ["non_embedding", "tokens"])
+def test_the_screen_of_a_law_of_one_variable(
+    plan: Callable[..., str], given_runs: SimpleNamespace, varied: str
+) -> None:
+    same = {"tokens": RUNS[0].tokens} if varied == "non_embedding" else {"params": 7, "non_embedding": 5}
+    given_runs.runs = [replace(each, **same) for each in RUNS]
+    text = plan("fit", *(each.name for each in RUNS), "--resamples", "3")
+    (x, losses, options) = given_runs.seen.pop()
+    assert (x, losses) == ([getattr(each, varied) for each in given_runs.runs], [each.loss for each in RUNS])
+    label = {"non_embedding": "parameters N, without embeddings", "tokens": "tokens D"}[varied]
+    assert options == {"resamples": 3}
+    assert text.startswith(f"L = floor + (scale / x)^exponent of 6 runs, x: {label}:\n")
+    assert line(text, "floor").split() == ["1.7", "[1.51,", "1.89]"]
+    assert line(text, "scale").split() == ["1.02e+09", "[1.001e+09,", "1.039e+09]"]
+    assert line(text, "exponent").split() == ["0.32", "[0.301,", "0.339]"]
 
 
 def test_a_law_of_runs_that_vary_one_thing(plan: Callable[..., str], make_run: MakeRun, law: ChinchillaLaw) -> None:
@@ -226,6 +308,15 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
             ["--gpu", "H100", "--days", "1", "--seq-len", "1.5"],
             "--seq-len must be a whole number in [2, 2^24]; got 1.5",
         ),
+        *(
+            (["--gpu", "H100", "--days", "1", name, text], f"{name} must be a whole number in [2, 2^24]; got {text}")
+            for name in ("--seq-len", "--vocab-size")
+            for text in ("1.0", "16777217.0")
+        ),
+        *(
+            (["memory", f"--utilisation={text}"], f"above 0 and at most 1; got {text}")
+            for text in ("0.0", "1.01", "-1.0")
+        ),
         (["--gpu", "H100", "--params", "2M", "--vocab-size", "128k"], "a vocabulary of 128000 is too large for"),
         (["--gpu", "cpu", "--days", "3"], "--gpu must be one of A100, A100-40, H100, "),
         (["--gpu", "H100", "--days", "1", "memory"], "--days before memory has no meaning"),
@@ -263,6 +354,21 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
 )
 def test_mistakes_are_one_line(plan: Callable[..., str], arguments: list[str], message: str) -> None:
     assert message in plan(*arguments, code=2)
+
+
+def test_a_wish_is_what_was_asked_for() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = "--flops 1e20 --params 2B --seq-len 2 --vocab-size 16777216 --gpu H100"
+    asked = _wish(parser.parse_args(words.split()))
+    assert asked == Wish(flops=1e20, seconds=None, params=2e9, tokens=None, seq_len=2, vocab_size=2**24)
+    asked = _wish(parser.parse_args(["--days", "1.5", "--tokens", "3k", "--gpu", "H100"]))
+    assert asked == Wish(flops=None, seconds=129_600.0, params=None, tokens=3000.0)
+
+
+def test_all_of_the_rate_may_be_assumed(plan: Callable[..., str]) -> None:
+    assert "utilisation 1 assumed" in plan("memory", "--gpu", "H100", "--utilisation", "1")
+    assert "utilisation 0.4 assumed" in plan("memory", "--gpu", "H100")
 
 
 def test_too_few_runs(plan: Callable[..., str], make_run: MakeRun) -> None:

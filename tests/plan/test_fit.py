@@ -23,6 +23,7 @@ from llmfast.plan import (
     plot_power,
 )
 from llmfast.plan.fit import Fit, distinct
+from llmfast.plan.picture import _scientific
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NOISE = 0.005
@@ -179,6 +180,9 @@ def test_interval_of_one_variable() -> None:
 
 def test_numbers_within_2_percent_count_as_one() -> None:
     assert distinct([100.0, 1.0, 101.0, 1.01, 50.0]).tolist() == [2, 0, 2, 0, 1]
+    assert distinct([1.019, 1.0, 1.038, 1.061]).tolist() == [0, 0, 0, 1]  # each to its neighbour
+    with pytest.raises(ValueError, match=r"x must be finite and above 0; got \[0.0, -1.0, inf\]"):
+        distinct([1.0, 0.0, -1.0, np.inf, np.nan])
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -237,6 +241,71 @@ def test_a_picture_of_one_variable_shows_the_runs_and_the_law(drawn: list[Any], 
     assert set(floor.get_ydata()) == {fit.law.floor} and below.get_xlabel() == "tokens D"
 
 
+def test_a_picture_says_what_it_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("llmfast.plan.picture._save", lambda figure, picture: figures.append(figure))
+    law = ChinchillaLaw(E=1.25, A=482.0, B=208543.0, alpha=0.3478, beta=0.3658)
+    N, D, loss = runs(law, 0, noise=0.0, grid=3)
+    for off, rings in ((0.0, []), (0.2, ["outliers"])):
+        residuals = np.zeros(9)
+        residuals[4] = off
+        plot_chinchilla(Fit(law, residuals, ()), list(N), list(D), list(loss), tmp_path / "fit.png")
+        above, below, bar = figures[-1].axes
+        assert above.get_title() == r"$L = 1.25 + 482\,/\,N^{0.348} + 2.1 \cdot 10^{5}\,/\,D^{0.366}$"
+        told = [text.get_text() for text in above.get_legend().get_texts()]
+        assert sorted(told) == sorted(["compute-optimal", "E = 1.25", *rings])
+        labels = above.get_ylabel(), below.get_xlabel(), below.get_ylabel(), bar.get_ylabel()
+        assert labels == ("loss (nats per token)", "FLOPs, 6 N D", "fit off by, %", "parameters N")
+        assert above.get_xscale() == above.get_yscale() == below.get_xscale() == "log"
+        least = law.optimal(10 * (6 * N * D).max()).loss  # the floor is too far below to be shown
+        assert above.get_ylim() == pytest.approx((0.97 * least, 1.05 * loss.max())) and 0.4 * least > law.E
+        assert below.get_xlim() == above.get_xlim()
+    x = np.geomspace(1e6, 1e9, 5)
+    for floor, rings in ((1.5, ["floor 1.5"]), (0.0, [])):
+        power = PowerLaw(8.8e13, 0.076, floor)
+        losses = [power.loss(v) for v in x]
+        plot_power(Fit(power, np.zeros(5), ()), list(x), losses, tmp_path / "power.svg", xlabel="tokens D")
+        above, below = figures[-1].axes
+        assert above.get_title() == rf"$L = {floor:g} + (8.8 \cdot 10^{{13}}\,/\,x)^{{0.076}}$"
+        assert sorted(text.get_text() for text in above.get_legend().get_texts()) == ["fit", *rings]
+        assert (above.get_ylabel(), below.get_ylabel()) == ("loss (nats per token)", "fit off by, %")
+        assert above.get_ylim() == pytest.approx((0.97 * (floor or power.loss(1e10)), 1.05 * losses[0]))
+        line = above.lines[0].get_xdata()
+        assert (line[0], line[-1]) == pytest.approx((1e6 / 1.5, 1e10))
+
+
+def test_constants_in_titles_are_short() -> None:
+    wanted = {0.01: "0.01", 406.4: "406", 999.4: "999", 2085.43: "2085", 99999.0: "99999"}
+    wanted |= {1e5: r"1.0 \cdot 10^{5}", 0.00999: r"1.0 \cdot 10^{-2}", 8.8e13: r"8.8 \cdot 10^{13}"}
+    assert {x: _scientific(x) for x in wanted} == wanted
+
+
+def test_an_outlier_is_off_by_2_percent_and_by_5_deviations() -> None:
+    """The deviation is 1.4826 times the median of the sizes."""
+    assert Fit(PowerLaw(1.0, 0.5), np.array([0.0, 0.0, 0.02]), ()).outliers == []
+    for usual, limit in ((0.0, 0.02), (0.001, 0.02), (0.01, 0.07413)):
+        for off in (limit * 1.001, -limit * 1.001, limit * 0.999):
+            fit = Fit(PowerLaw(1.0, 0.5), np.array([usual, -usual, off, usual, -usual, usual]), ())
+            assert fit.outliers == ([2] if abs(off) > limit else []), (usual, off)
+
+
+def test_as_few_runs_as_there_may_be() -> None:
+    N, D = np.array([1e7, 1e8, 1e9] * 2), np.array([1e9, 1e9, 1e10, 1e11, 1e11, 1e10])
+    loss = [BESIROGLU.loss(n, d) for n, d in zip(N, D)]
+    assert np.abs(fit_chinchilla(N, D, loss).residuals).max() < 1e-3
+    truth, x = PowerLaw(1e9, 0.3, 1.5), np.array([1e6, 1e7, 1e8, 1e8])
+    found = fit_power(x, [truth.loss(v) for v in x])
+    assert found.law.exponent == pytest.approx(0.3, rel=5e-3) and found.resampled == ()
+
+
+def test_the_levels_of_intervals_are_shares() -> None:
+    fit = Fit(PowerLaw(1.0, 0.5), np.zeros(4), (PowerLaw(1.0, 0.5),))
+    for level in (0.0, 1.0, -0.5, 1.5):
+        with pytest.raises(ValueError, match=f"level must be between 0 and 1; got {level}"):
+            fit.interval(lambda law: law.scale, level)
+    assert fit.interval(lambda law: law.scale, 1e-9) == fit.interval(lambda law: law.scale, 1 - 1e-9) == (1.0, 1.0)
+
+
 def test_refuses_runs_that_do_not_determine_a_law() -> None:
     N, D, loss = runs(BESIROGLU, 0, grid=4)
     one = np.full_like(N, 1e9)
@@ -277,3 +346,9 @@ def test_refuses_exponents_at_the_end_of_the_search() -> None:
     x = np.geomspace(1e6, 1e7, 20)
     with pytest.raises(ValueError, match="do not determine an exponent of x"):
         fit_power(x, 2 + 3 * (1e6 / x) ** 6)
+    x = np.geomspace(1e6, 1e10, 20)
+    with pytest.raises(ValueError, match=r"do not determine an exponent of x: .* range, 0.01 to 3.0$"):
+        fit_power(x, (1e40 / x) ** 0.0095)
+    assert fit_power(x, (1e40 / x) ** 0.0105).law.exponent == pytest.approx(0.0105, rel=1e-3)
+    x = np.geomspace(1.0, 10.0, 20)
+    assert fit_power(x, 2 + (2 / x) ** 2.9).law.exponent == pytest.approx(2.9, rel=1e-3)
