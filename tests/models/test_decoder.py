@@ -93,6 +93,24 @@ def test_every_size_is_positive(name: str, size: int) -> None:
         DecoderConfig(**{"vocab_size": 50, "width": 32, "layers": 2, "heads": 2} | {name: size})
 
 
+def test_a_size_alone_makes_a_small_plain_decoder() -> None:
+    depths: dict[str, Any] = {"mtp_concat": "embedding_first", "mtp_hidden": "pre_norm"}
+    depths |= {"mtp_repeated_layer": False, "mtp_detach": False}
+    plain: dict[str, Any] = {"rope_base": 10_000.0, "norm_eps": 1e-5, "tie_embeddings": True, "mtp": "none"}
+    assert DecoderConfig(7) == DecoderConfig(7, 192, 6, 6, ffn_width=0, mtp_heads=0, **plain, **depths)
+
+
+@pytest.mark.parametrize(("width", "ffn"), [(24, 64), (26, 128), (48, 128), (50, 192), (192, 512), (4096, 10_944)])
+def test_the_feed_forward_layer_is_8_thirds_as_wide_rounded_up(width: int, ffn: int) -> None:
+    assert DecoderConfig(7, width, heads=1).hidden_ffn == ffn
+    assert DecoderConfig(7, width, heads=1, ffn_width=5).hidden_ffn == 5
+
+
+@pytest.mark.parametrize(("mtp", "targets"), [("none", 1), ("parallel", 3), ("sequential", 4), ("shared", 3)])
+def test_tokens_that_are_predicted_from_a_row(mtp: Any, targets: int) -> None:
+    assert DecoderConfig(7, mtp=mtp, mtp_heads=0 if mtp == "none" else 3).targets == targets
+
+
 KINDS: list[dict[str, Any]] = [
     {"mtp": "parallel", "mtp_heads": 3},
     {"mtp": "sequential", "mtp_heads": 2},

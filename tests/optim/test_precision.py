@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmfast._dispatch import kernels_on_cpu
-from llmfast.optim import FusedAdam, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast.optim import FusedAdam, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD, optimizer_in_backward
 from llmfast_kernels.launch import Choice
 from llmfast_kernels.optimizer.step import PAIRED_TILE, TILE
 
@@ -123,6 +123,26 @@ def test_stochastic_rounding_depends_on_seed_step_and_element_alone(path: str) -
     a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
     optimizer.step()
     assert not torch.equal(a, b)
+
+
+def test_noise_depends_on_the_place_among_all_parameters(path: str) -> None:
+    """Groups, and steps that are taken in backward, change nothing of it."""
+    found = []
+    for groups, in_backward in (((4,), False), ((1, 3), False), ((2, 2), True)):
+        params = [torch.nn.Parameter(torch.ones(500, dtype=BF16)) for _ in range(4)]
+        rest = iter(params)
+        optimizer = FusedSGD([{"params": [next(rest) for _ in range(n)]} for n in groups], lr=1e-3, seed=3)
+        optimizer.options.master_weights = "stochastic"
+        if in_backward:
+            optimizer_in_backward(torch.nn.ParameterList(params), optimizer)
+        for _ in range(2):
+            torch.stack([p.sum() for p in params]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach() for p in params])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found[0], 2))
 
 
 def test_kernels_round_stochastically_as_plain_torch_does() -> None:

@@ -23,7 +23,7 @@ from llmfast.plan import (
     plot_power,
 )
 from llmfast.plan.fit import Fit, distinct
-from llmfast.plan.picture import _scientific
+from llmfast.plan.picture import _scientific, expect_format
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NOISE = 0.005
@@ -272,6 +272,14 @@ def test_a_picture_says_what_it_shows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert above.get_ylim() == pytest.approx((0.97 * (floor or power.loss(1e10)), 1.05 * losses[0]))
         line = above.lines[0].get_xdata()
         assert (line[0], line[-1]) == pytest.approx((1e6 / 1.5, 1e10))
+
+
+def test_formats_are_known_by_suffixes_in_any_case() -> None:
+    for name in ("fit.png", "fit.PNG", "a.b.Svg", "fit.pdf"):
+        expect_format(Path(name))
+    for name in ("png", "fit.png.gz", ".png", "fit.jpeg"):
+        with pytest.raises(ValueError, match=f"must end in .png, .svg or .pdf; got '{name}'"):
+            expect_format(Path(name))
 
 
 def test_constants_in_titles_are_short() -> None:
