@@ -92,13 +92,27 @@ def test_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     save_deepseek(decoder(), tmp_path)
     file = str(tmp_path / "model.safetensors")
     tensors = load_file(file)
-    name = "model.layers.2.shared_head.head.weight"
-    save_file(tensors | {name: tensors[name] + 1}, file)
-    with pytest.raises(ValueError, match=r"shared_head.head.weight must equal the model's own"):
-        load_deepseek(tmp_path)
+    for name in (f"model.layers.{i}.{part}.weight" for i in (2, 3) for part in ("shared_head.head", "embed_tokens")):
+        save_file(tensors | {name: tensors[name] + 1}, file)
+        with pytest.raises(ValueError, match=rf"^{name} must equal the model's own, which it shares$"):
+            load_deepseek(tmp_path)
     save_file({k: t for k, t in tensors.items() if "enorm" not in k} | {"more": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"missing \['model.layers.2.enorm.weight', .*left over \['more'\]"):
         load_deepseek(tmp_path)
     save_file(tensors | {"model.norm.weight": torch.ones(31)}, file)
     with pytest.raises(ValueError, match=r"does not fit its config.json"):
+        load_deepseek(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["shared_head.head", "embed_tokens"])
+def test_copies_of_an_untied_model_are_of_what_they_are_called(part: str, tmp_path: Path) -> None:
+    save_deepseek(decoder(tie_embeddings=False), tmp_path)
+    file = str(tmp_path / "model.safetensors")
+    tensors = load_file(file)
+    own = {"shared_head.head": "lm_head.weight", "embed_tokens": "model.embed_tokens.weight"}
+    other = own["embed_tokens" if part == "shared_head.head" else "shared_head.head"]
+    name = f"model.layers.3.{part}.weight"
+    assert torch.equal(tensors[name], tensors[own[part]])
+    save_file(tensors | {name: tensors[other].clone()}, file)
+    with pytest.raises(ValueError, match=rf"^{name} must equal the model's own"):
         load_deepseek(tmp_path)

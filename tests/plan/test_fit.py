@@ -5,6 +5,7 @@ seeds: 98.7 % of the fits gave both exponents within 2 %, and all within 2.4 %. 
 was 99 %, and all within 2.2 %.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,26 @@ def test_interval_of_one_variable() -> None:
     assert low < 0.3 < high and high - low < 0.05
 
 
+def test_settings_of_a_fit_reach_it() -> None:
+    """Both forms have the same ones, with the same defaults."""
+    N, D, loss = runs(BESIROGLU, 0, grid=3)
+    loss[4] *= 1.2
+    fits = {
+        fit_chinchilla: lambda **given: fit_chinchilla(N, D, loss, **given),
+        fit_power: lambda **given: fit_power(*curve(PowerLaw(1e9, 0.3, 1.5), 0), **given),
+    }
+    for function, fit in fits.items():
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        assert (defaults["delta"], defaults["resamples"], defaults["seed"]) == (1e-3, 0, 0)
+        usual = fit()
+        assert usual.law == fit(delta=1e-3, resamples=0).law and usual.resampled == ()
+        assert fit(delta=1.0).law != usual.law
+        found = [fit(resamples=2, seed=seed) for seed in (0, 0, 1)]
+        assert found[0].law == usual.law and found[0].resampled == found[1].resampled != found[2].resampled
+    x, losses = curve(PowerLaw(1e9, 0.3, 1.5), 0)
+    assert fit_power(x, losses).law.floor > 1 and fit_power(x, losses, floor=False).law.floor == 0
+
+
 def test_numbers_within_2_percent_count_as_one() -> None:
     assert distinct([100.0, 1.0, 101.0, 1.01, 50.0]).tolist() == [2, 0, 2, 0, 1]
     assert distinct([1.019, 1.0, 1.038, 1.061]).tolist() == [0, 0, 0, 1]  # each to its neighbour
@@ -195,6 +216,9 @@ def test_pictures(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "power.svg").read_text()
     with pytest.raises(ValueError, match="x must be of the fit's 30 runs; got 1"):
         plot_power(fit_power(x, losses), [1.0], [1.0], tmp_path / "no.png", xlabel="N")
+    with pytest.raises(ValueError, match="N must be of the fit's 3 runs; got 2"):
+        plot_chinchilla(Fit(BESIROGLU, np.zeros(3), ()), [1.0] * 2, [1.0] * 2, [1.0] * 2, tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
 
 
 @pytest.fixture
