@@ -314,7 +314,7 @@ def test_samples_from_the_last_tokens_at_a_temperature(temperature: float) -> No
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"temperature": 2.0, "top_p": 0.6}])
 @pytest.mark.parametrize("context", [4, 40])
 def test_every_way_to_generate_has_the_settings_of_a_sampler(options: dict[str, float], context: int) -> None:
-    """Without any, the temperature is 0.8, and no token is left out."""
+    """The temperature is 0.8 where none is given, and no token is left out."""
     model, tokens = small(), torch.randint(0, 50, (7,))
     random_weights(model)
 

@@ -113,6 +113,12 @@ def test_no_plan_is_made_for_smaller_or_larger_models(params: float) -> None:
         _sized(Machine(chosen("H100")), Wish(params=params, tokens=1e10), BESIROGLU, 1.0)
 
 
+def shape_of(**changes: Any) -> Shape:
+    given: dict[str, Any] = {"model": decoder_for(2e6, 8192), "seq_len": 256, "params": 2_345_678, "batch": 8}
+    given |= {"steps": 100, "best_batch": 2e3, "lr": 1e-3, "seconds": 1.0}
+    return Shape(**given | changes)
+
+
 @pytest.mark.parametrize(
     ("steps", "seconds", "warmup", "often"),
     [
@@ -125,18 +131,15 @@ def test_a_run_warms_up_and_saves_as_often_as_its_length_allows(
     steps: int, seconds: float, warmup: int, often: int
 ) -> None:
     """A twentieth of the steps, at most 2000; every half hour by two digits of a number of steps, or ten times."""
-    shape = Shape(decoder_for(2e6, 8192), 256, 2_000_000, 8, steps, best_batch=2e3, lr=1e-3, seconds=seconds)
-    found = _settings(shape)
-    assert (found["optimizer.warmup_steps"], found["train.save_every"], found["train.eval_every"]) == (
-        *(warmup, often),
-        often,
-    )
+    found = _settings(shape_of(steps=steps, seconds=seconds))
+    assert found["optimizer.warmup_steps"] == warmup
+    assert found["train.save_every"] == found["train.eval_every"] == often
     assert found["train.steps"] == steps and found["train.batch_size"] == 8 and found["optimizer.lr"] == 1e-3
 
 
 @pytest.mark.parametrize(("steps", "mapped"), [(62_500, False), (62_501, True)])
 def test_more_than_a_billion_tokens_are_mapped(steps: int, mapped: bool) -> None:
-    shape = Shape(decoder_for(2e6, 8192), 1000, 2_000_000, 16, steps, best_batch=2e3, lr=1e-3, seconds=1.0)
+    shape = shape_of(seq_len=1000, batch=16, steps=steps)
     found = _settings(shape)
     assert shape.tokens == steps * 16_000 and shape.mapped == mapped
     assert found["data.sources"] == ("path/to/tokens.ds" if mapped else "path/to/text")
@@ -150,7 +153,7 @@ def test_a_micro_batch_has_at_most_32768_tokens_or_a_row(seq_len: int, rows: int
 
 
 def test_how_to_ask_for_a_smaller_model() -> None:
-    found = Advice(Shape(decoder_for(2e6, 8192), 256, 2_345_678, 8, 9, 2e3, 1e-3, 1.0), [], {})
+    found = Advice(shape_of(), [], {})
     for wish, told in (
         (Wish(params=1e9), "fewer --params"),
         (Wish(params=1e9, tokens=1e9), "fewer --params"),
