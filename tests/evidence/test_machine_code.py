@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -353,3 +354,40 @@ def test_tools_that_fail_are_quoted():
     assert _output_of("echo", "said") == "said\n"
     with pytest.raises(RuntimeError, match=r"(?s)^sh -c echo why >&2; exit 3 failed:\nwhy\n$"):
         _output_of("sh", "-c", "echo why >&2; exit 3")
+
+
+@pytest.mark.parametrize(("arch", "target"), [(80, "SM80"), (90, "SM90a"), (100, "SM100a")])
+def test_kernels_that_are_disassembled_together_are_told_apart(arch, target, monkeypatch):
+    """Let eleven instructions of the first kernel come before two of the second, whose addresses go on."""
+    commands = []
+
+    def output_of(*command):
+        commands.append(command)
+        assert Path(command[-1]).read_bytes() == b"a" * 16 * 11 + b"b" * 16 * 2
+        lines = [
+            f"        /*{16 * i:04x}*/  {'LDG.E' if i < 11 else 'STG.E'} R2, desc[UR4][R2.64] ;" for i in range(12)
+        ]
+        return "\n".join([*lines, "        /*00c0*/  BRA 0xb0 ;"])
+
+    monkeypatch.setattr(machine_code, "_output_of", output_of)
+    monkeypatch.setattr(machine_code, "_section", lambda elf, name: elf * 16 * {".text.a": 11, ".text.b": 2}[name])
+    metadata = dict(target=SimpleNamespace(arch=arch, backend="cuda"), num_warps=4, shared=24)
+    kernels = [
+        SimpleNamespace(asm={"cubin": name.encode()}, metadata=SimpleNamespace(name=name, **metadata)) for name in "ab"
+    ]
+    first, second = machine_code._disassembled(kernels, arch)
+    assert [one.opcode for one in first] == ["LDG.E"] * 11 and [one.opcode for one in second] == ["STG.E", "BRA"]
+    assert second[1].target == 0 and target in commands[0]
+    monkeypatch.setattr(machine_code, "_nvidia_resources", lambda kernel, code: RESOURCES | {"registers": len(code)})
+    monkeypatch.setattr(machine_code, "_is_nvidia", lambda kernel: True)
+    for order in ([0, 1], [1, 0]):
+        monkeypatch.setattr(
+            machine_code, "_disassembled", lambda ones, arch: [{"a": first, "b": second}[k.metadata.name] for k in ones]
+        )
+        found = machine_code.facts([kernels[i] for i in order])
+        assert [facts.registers for facts in found] == [[11, 2][i] for i in order]
+        assert [facts.code for facts in found] == [_count_nvidia([first, second][i]) for i in order]
+        assert [(facts.num_warps, facts.shared_bytes) for facts in found] == [(4, 24)] * 2
+
+
+RESOURCES = {"spill_bytes": 0, "stack_bytes": 0, "scalar_spills": 0, "occupancy": 1.0}

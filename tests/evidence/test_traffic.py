@@ -231,6 +231,9 @@ n, m = 4 * 30 * 40, 4 * 7 * 40  # bytes of X, and of its rows at INDEX
         (lambda: X.index_select(0, INDEX), m + 56, m),
         (lambda: F.embedding(INDEX, X), m + 56, m),
         (lambda: X.gather(0, INDEX[:, None]), 28 + 56, 28),
+        (lambda: F.nll_loss(X, torch.arange(30)), 30 * 4 + 30 * 8, 30 * 8 + 4 + 4),  # the loss and its divisor
+        (lambda: F.nll_loss(X, torch.arange(30), reduction="none"), 30 * 4 + 30 * 8, 30 * 8 + 30 * 4 + 4),
+        (lambda: F.nll_loss(X.bfloat16(), torch.arange(30)), n + 30 * 2 + 30 * 8, n // 2 + 30 * 8 + 2 + 2),
         (lambda: torch.zeros_like(X).index_add_(0, INDEX, X[INDEX]), (m + 56) + 2 * m + 56, n + m + m),
         (lambda: X.to(torch.bfloat16), n, n // 2),
         (lambda: torch._foreach_mul_([X.clone(), X.clone()], 1.0), 4 * n, 4 * n),
