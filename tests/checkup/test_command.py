@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmfast.checkup import command, runner
-from llmfast.checkup.page import COMPARED, check, comparison, page
+from llmfast.checkup.page import COMPARED, check, comparison, machine, page, verdict
+from llmfast.checkup.record import SCHEMA, VERSION
 from llmfast.checkup.sections import SECTIONS, Section
 from llmfast.cli import main
 
@@ -197,6 +198,50 @@ def test_a_folder_that_is_missing_is_said_before_any_work(
     path = tmp_path / "nowhere" / "a"
     assert main(["doctor", "--full", option, str(path)]) == 2 and pretended.made == []
     assert capsys.readouterr().err == f"llmfast: error: {option}: {path} must be a file in a folder that exists\n"
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_a_folder_is_no_file_for_results(
+    option: str, pretended: type[Pretended], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--full", option, str(tmp_path)]) == 2 and pretended.made == []
+    assert f"{option}: {tmp_path} must be a file in a folder that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan"])
+def test_a_check_up_needs_time(minutes: str, pretended: type[Pretended], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--full", f"--minutes={minutes}"]) == 2 and pretended.made == []
+    assert f"--minutes must be above 0; got {float(minutes)}" in capsys.readouterr().err
+
+
+def test_older_results_are_read_and_newer_ones_refused() -> None:
+    for version in ({}, {"version": 0}, {"version": VERSION}):
+        given = {"schema": SCHEMA, **version}
+        assert check(given) is given
+    with pytest.raises(ValueError, match=f"must be of version {VERSION} or older; got version {VERSION + 1}"):
+        check({"schema": SCHEMA, "version": VERSION + 1})
+
+
+def test_every_finding_of_a_page_is_counted_once() -> None:
+    found = results("H100", 0.8)
+    found["sections"].append(
+        found["sections"][0] | {"title": "Twice", "not_reached": {"a": "no time left", "b": "needs 9 bytes"}}
+    )
+    assert verdict(found) == (2, 2, 3)
+    assert "Not reached: a (no time left); b (needs 9 bytes)" in page(found).splitlines()
+    assert machine({"sections": []}) == "an unknown device"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "True"), (1234567, "1,234,567"), (0.123456, "0.1235"), (123456.0, "1.235e+05"), ("a", "a")],
+)
+def test_a_figure_is_written_for_people(value: Any, text: str) -> None:
+    found = results("H100", 0.8)
+    found["sections"][0]["findings"] = [
+        {"case": "c", "what": "w", "ok": None, "figures": {"x": value, "none": None, "curve": [1.0, 2.0]}}
+    ]
+    assert f"|  | c | w | x {text} |" in page(found).splitlines()
 
 
 def test_a_page_has_all_findings_and_the_time_they_took() -> None:

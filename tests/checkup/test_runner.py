@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,74 @@ def test_a_case_that_needs_more_memory_than_there_is_is_skipped(
     entries = list(journal.new_entries())
     assert [(entry.kind, entry.case) for entry in entries] == [("skip", "large"), ("begin", "fits"), ("end", "fits")]
     assert entries[0].content["why"] == "needs 100 bytes, and 50 are free"
+
+
+def test_a_worker_gives_each_process_its_cases_and_stops_at_a_broken_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made:
+        def cases(self, device: torch.device, size: str) -> list[Case]:
+            assert (device.type, size) == ("cpu", "small")
+            return [Case(f"{i}", lambda: [Finding("done", True)], 1.0, 10) for i in range(7)]
+
+    def ran(*options: str) -> tuple[int, list[tuple[str, int]]]:
+        journal = Journal(tmp_path / "journal")
+        journal.path.unlink(missing_ok=True)
+        status = worker.main(["m", "--journal", str(journal.path), "--device", "cpu", "--size", "small", *options])
+        return status, [(entry.case, entry.number) for entry in journal.new_entries() if entry.kind == "end"]
+
+    monkeypatch.setattr("gc.collect", lambda: 0)  # which takes a second among so many tests
+    monkeypatch.setattr(worker, "named", lambda name: Made())
+    monkeypatch.setattr(worker, "free_bytes", lambda device: 10)  # as many as a case needs
+    assert ran() == (0, [(f"{i}", i) for i in range(7)])
+    assert ran("--first", "2", "--processes", "3", "--process", "1") == (0, [("4", 4)])
+    assert ran("--processes", "3", "--process", "0") == (0, [("0", 0), ("3", 3), ("6", 6)])
+    monkeypatch.setattr(worker, "device_works", lambda device: False)
+    assert ran("--first", "5") == (worker.BROKEN_DEVICE, [("5", 5)])
+
+
+def test_an_exception_is_told_with_its_last_places(tmp_path: Path) -> None:
+    def inner() -> None:
+        raise KeyError("k" * 5000)
+
+    def outer() -> list[Finding]:
+        inner()
+        return []
+
+    journal = Journal(tmp_path / "journal")
+    worker.run(Case("c", outer), 3, journal)
+    begin, found, end = journal.new_entries()
+    assert (begin.kind, begin.content, end.kind) == ("begin", {"seconds": 5.0}, "end") and end.content["seconds"] >= 0
+    assert (found.case, found.number, found.content["what"], found.content["ok"]) == ("c", 3, "raised", False)
+    figures = found.content["figures"]
+    assert figures["error"].startswith("KeyError: 'kkk") and len(figures["error"]) == 2000
+    places = [place.split(":")[0] + " " + place.split(" ")[1] for place in figures["where"].split(" < ")]
+    assert places == ["test_runner.py inner", "test_runner.py outer", "worker.py run"]
+
+
+def test_a_device_that_does_not_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def illegal(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal)
+    assert worker.device_works(torch.device("cpu")) and not worker.device_works(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert worker.device_works(torch.device("cuda", 0))
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 80))
+    assert worker.free_bytes(torch.device("cuda", 0)) == 7 and emptied
+    assert worker.free_bytes(torch.device("cpu")) > 1 << 50
+
+
+def test_results_say_how_and_when_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    CheckUp(2.5, "cpu", "small", []).run(lambda now: written.append(now), lambda line: None)
+    (results,) = written
+    assert results["command"] == {"minutes": 2.5, "device": "cpu", "size": "small"}
+    assert results["llmfast"] == runner.llmfast.__version__
+    made = datetime.fromisoformat(results["date"])
+    assert made.utcoffset() == timedelta(0) and made.microsecond == 0
+    assert abs(datetime.now(timezone.utc) - made) < timedelta(minutes=5)
+    usual = CheckUp()
+    assert (usual.minutes, usual.device, usual.size, usual.sections) == (runner.MINUTES, "cuda", "full", SECTIONS)
