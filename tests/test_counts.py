@@ -153,7 +153,12 @@ STATED = {
         "in one of two ways",
         "with the two sides exchanged",
     ],
-    "docs/measured.md": ["linear loss on two CPU cores"],
+    "docs/measured.md": [
+        "Give llmfast 1 % more memory than another library holds",
+        "For Llama-3 and 8k tokens on an H200, Liger's authors report 53.0, 37.7 and 35.1 ms at C = 1, 8 and 16 "
+        "([Liger-Kernel#1472])",
+        "for sm_80, sm_90, sm_100, gfx942 and gfx950",
+    ],
     "docs/migration.md": ["V = 128,256, with four matrix products"],
     "docs/mtp.md": ["trains three small models"],
     "docs/planning.md": [
@@ -220,7 +225,7 @@ STATED = {
     ],
     "SECURITY.md": ["`torch.distributed.checkpoint` (2.13)"],
 }
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "kernels/README.md", "examples/README.md", "SECURITY.md")
+OUTSIDE = ("docs/measured.md", "README.md", "CONTRIBUTING.md", "kernels/README.md", "examples/README.md", "SECURITY.md")
 PAGES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "reference"}
     - {"docs/chapter.md"}  # which examples/chapter writes
@@ -230,8 +235,10 @@ PAGES = sorted(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_number_of_a_page_is_known(page: str) -> None:
-    """Look for numbers in words, and outside docs/ for figures too, that no sentence above has."""
+    """Look for numbers in words that no sentence above has, and for figures where tests/test_figures.py does not."""
     text = prose(page)
+    if page == "docs/measured.md":  # whose rows and modelled times tests/test_readme.py makes again
+        text = re.sub(r"\|[^|]+\|[^|]+\|[^|]*\| `make [\w-]+` \||The model says .*? at C = 8 and 16\.", "", text)
     known = {at for m in re.finditer(r"(?:^|(?<=[ |])|(?<=\*\* ))\d\. ", text) for at in range(*m.span())}
     for sentence in [*STATED.get(page, []), *(said for place, said in made() if place == page)]:
         places = [m.span() for m in re.finditer(re.escape(sentence), text)]

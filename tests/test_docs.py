@@ -24,7 +24,7 @@ from llmfast.data.sources import text_files
 from llmfast.losses import CrossEntropyLoss, linear_cross_entropy, linear_logprobs
 from llmfast.optim import FusedAdamW
 from llmfast.train.config import SCHEMA, load_config
-from support.code_blocks import ROOT, blocks, commands, expect_command, missing_modules, run_python
+from support.code_blocks import ROOT, blocks, checked, commands, expect_command, missing_modules, run_python
 from support.names import exists
 
 DOCS = ROOT / "docs"
@@ -61,6 +61,23 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         pytest.skip(f"needs {', '.join(sorted(missing))}")
     monkeypatch.chdir(tmp_path)
     run_python(page)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("x = torch.zeros(3, 4)  # (3, 4)", "(4, 3)"),
+        ("x = torch.zeros(3)  # (3,)", "(1,)"),
+        ("print(torch.zeros(3, 4).shape)  # (3, 4)", "(3, 4, 1)"),
+        ("print(6.6)  # about 7: whatever it is", "about 8"),
+        ("x = 6.6  # about 7", "about 6"),
+    ],
+)
+def test_results_in_comments_of_code_are_compared(line: str, wrong: str) -> None:
+    exec(checked(line), {"torch": torch})
+    with pytest.raises(AssertionError):
+        exec(checked(f"{line.partition('#')[0]}# {wrong}"), {"torch": torch})
+    assert checked(line.replace("#", "# so")) == line.replace("#", "# so"), "other comments are left"
 
 
 def test_commands_exist() -> None:

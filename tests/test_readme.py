@@ -147,6 +147,17 @@ def test_measured_figures_are_those_of_the_results() -> None:
     assert {what: found[what] for what in wanted} == wanted
 
 
+def test_each_measurement_is_made_by_the_command_next_to_it() -> None:
+    """Look in which results, or which tests, the table's figures are found; see the tests of its figures."""
+    made = {what: cells[2] for what, cells in measured().items()}
+    for what, reproduce in made.items():
+        counted_by_tests = what.startswith("AdamW, float32, 1 M") or "stochastic rounding" in what
+        trained = what.startswith("sequential depth")
+        wanted = "make test" if counted_by_tests else "make bench-mtp" if trained else "make bench"
+        assert reproduce == f"`{wanted}`", what
+    assert len(made) == 7
+
+
 def test_no_other_library_is_faster_with_the_bytes_that_it_holds() -> None:
     """Compare modelled times within few more bytes; cut-cross-entropy holds next to nothing, at a larger error.
 

@@ -68,12 +68,27 @@ def missing_modules(page: Path) -> set[str]:
     return {name for name in names if find_spec(name) is None}
 
 
+def checked(code: str) -> str:
+    """Add an assertion to each line whose comment states a result: `# (3, 4)` a shape, and `# about 7` a number."""
+
+    def asserting(line: str) -> str:
+        shown = re.fullmatch(r"(?:(\w+) = .+|print\((.+)\))  # (?:(\([\d, ]+\))|about ([\d.]+)\b.*)", line)
+        if shown is None:
+            return line
+        name, printed, shape, about = shown.groups()
+        found, size = printed or name, printed or f"{name}.shape"
+        holds = f"tuple({size}) == {shape}" if shape else f"abs({found} - {about}) < 0.5"
+        return f"{line.partition('  # ')[0]}; assert {holds}"
+
+    return "\n".join(map(asserting, code.split("\n")))
+
+
 def run_python(page: Path) -> int:
     """Run the page's Python blocks in order, in one namespace; how many there were. Tracebacks point into the page."""
     namespace: dict[str, Any] = {"__name__": page.stem}
     found = blocks(page.read_text(encoding="utf-8"), "python")
     for block in found:
-        lines = "\n" * (block.line - 1) + block.code
+        lines = "\n" * (block.line - 1) + checked(block.code)
         exec(compile(lines, str(page), "exec"), namespace)
     return len(found)
 
