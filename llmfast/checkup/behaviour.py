@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmfast._checks import worst
 from llmfast.checkup import several
-from llmfast.checkup.numerics import Inputs
+from llmfast.checkup.comparing import Inputs
 from llmfast.checkup.record import Case, Finding, Size
 from llmfast.losses import cross_entropy, linear_cross_entropy, mtp_cross_entropy
 from llmfast.optim import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from llmfast._checks import worst
-from llmfast.checkup.numerics import Inputs
+from llmfast.checkup.comparing import Inputs
 from llmfast.checkup.record import Finding
 from llmfast.losses import linear_cross_entropy
 from llmfast.optim import FusedAdamW

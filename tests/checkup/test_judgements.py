@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmfast.checkup import behaviour, memory, numerics, training
+from llmfast.checkup import behaviour, comparing, memory, training
 
 EPS = torch.finfo(torch.float32).eps
 COARSE = torch.finfo(torch.bfloat16).eps
@@ -39,7 +39,7 @@ def test_a_number_may_be_off_by_torchs_error_and_a_rounding(
 ) -> None:
     def excess(ours: float, dtype: torch.dtype = torch.float32) -> float:
         exact, plain = torch.tensor([truth, 1.0]).double(), torch.tensor([torchs, 1.0])
-        return numerics.excess(torch.tensor([ours, 1.0], dtype=dtype), plain, exact, scale)
+        return comparing.excess(torch.tensor([ours, 1.0], dtype=dtype), plain, exact, scale)
 
     assert excess(right) <= 0 < excess(wrong)
     if truth == torchs == 4.0:  # a rounding is one of the result's own dtype
@@ -49,9 +49,9 @@ def test_a_number_may_be_off_by_torchs_error_and_a_rounding(
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_must_be_where_the_truth_has_it(odd: float) -> None:
     for ours, truth, by in (([odd], [1.0], math.inf), ([1.0], [odd], math.inf), ([odd], [odd], 0.0)):
-        assert numerics.excess(torch.tensor(ours), torch.tensor(truth), torch.tensor(truth)) == by
+        assert comparing.excess(torch.tensor(ours), torch.tensor(truth), torch.tensor(truth)) == by
     finite = torch.ones(1)
-    assert numerics.excess_in_norm(torch.tensor([odd]), finite, finite) == math.inf
+    assert comparing.excess_in_norm(torch.tensor([odd]), finite, finite) == math.inf
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
@@ -61,7 +61,7 @@ def test_a_norm_may_be_off_by_more_than_torchs(factor: float) -> None:
     options = {} if factor == 1.5 else {"factor": factor}
     for more in (-1e-6, 1e-6):
         ours = truth + torch.tensor([factor * 0.1 + slack + more, 0.0], dtype=torch.float64)
-        assert numerics.excess_in_norm(ours, torchs.double(), truth, **options) == pytest.approx(more, abs=2e-8)
+        assert comparing.excess_in_norm(ours, torchs.double(), truth, **options) == pytest.approx(more, abs=2e-8)
 
 
 @pytest.mark.parametrize("at", range(3))
@@ -84,7 +84,7 @@ def approx(x: float) -> Any:
 def test_a_comparison_says_how_far_apart_they_are() -> None:
     ours, truth = torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])
     for by in (-1.0, 0.0, 1e-9):
-        found = numerics.told("loss", by, ours, truth)
+        found = comparing.told("loss", by, ours, truth)
         assert (found.what, found.ok) == ("loss", by <= 0)
         assert found.figures == {"excess": by, "relative_error": pytest.approx(0.1)}
 

@@ -1,15 +1,30 @@
 """Every section on a pretended GPU, at sizes that an interpreter can compute; and faults that each must find."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from evidence.launches import Recorder
+from evidence.observers import observing
 from llmfast import optim
-from llmfast.checkup import behaviour, clock, here, memory, numerics, several, speed, training
+from llmfast.checkup import (
+    behaviour,
+    clock,
+    comparing,
+    further_losses,
+    here,
+    memory,
+    numerics,
+    several,
+    speed,
+    training,
+)
 from llmfast.checkup.record import Finding
 from llmfast.checkup.sections import SECTIONS, named
+from support.code_blocks import ROOT
 from support.launched import unrecorded
 from support.pretended_gpu import pretending_a_gpu
 
@@ -36,9 +51,18 @@ def wrong(section: str, containing: str = "") -> list[tuple[str, str]]:
     return [key for key, found in findings(section, containing).items() if found.ok is False]
 
 
+def kernels_of_the_package() -> set[str]:
+    sources = (ROOT / "kernels" / "llmfast_kernels").rglob("*.py")
+    return {name for file in sources for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+
+
 @pytest.mark.parametrize("section", [section.name for section in SECTIONS])
 def test_a_section_finds_nothing_wrong(section: str) -> None:
-    found = findings(section)
+    recorder = Recorder()
+    with observing(recorder):
+        found = findings(section)
+    if section == "numerics":
+        assert {kind.name for kind in recorder.kinds.values()} == kernels_of_the_package()
     assert {key: one.figures for key, one in found.items() if one.ok is False} == {}
     judged = sum(one.ok is True for one in found.values())
     assert judged >= {"here": 0, "numerics": 110, "behaviour": 30, "memory": 8, "speed": 0, "training": 2}[section]
@@ -70,15 +94,42 @@ def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("cross_entropy", "cross_entropy, probabilities"),
+        ("logprobs", "logprobs"),
+        ("linear_distillation", "linear_distillation, forward_kl"),
+        ("linear_distillation", "linear_distillation, jsd"),
+    ],
+)
+def test_wrong_numbers_of_further_losses_are_found(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(further_losses, name)
+    monkeypatch.setattr(further_losses, name, lambda x, *args, **options: right(x * 1.05, *args, **options))
+    found = wrong("numerics", case)
+    assert {what.partition(" of ")[0] for _, what in found} == {"gradient", "loss"}
+
+
+def test_a_wrong_rank_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = further_losses.logprobs
+
+    def shifted(*args: Any, **options: Any) -> Any:
+        found, stats = right(*args, **options)
+        return found, stats if "return_rank" not in options else stats._replace(rank=stats.rank + 1)
+
+    monkeypatch.setattr(further_losses, "logprobs", shifted)
+    assert wrong("numerics", "logprobs") == [("logprobs", "ranks")]
+
+
 def test_numbers_that_change_from_run_to_run_are_found() -> None:
     counter = iter(range(100))
-    found = numerics.same_bits("repeated", lambda: (torch.tensor([1.0, float("nan"), float(next(counter) // 2)]),), 3)
+    found = comparing.same_bits("repeated", lambda: (torch.tensor([1.0, float("nan"), float(next(counter) // 2)]),), 3)
     assert not found.ok and found.figures == {"times": 3, "elements_that_differ": 1}
-    assert numerics.same_bits("repeated", lambda: (torch.tensor([float("nan")]),), 3).ok
+    assert comparing.same_bits("repeated", lambda: (torch.tensor([float("nan")]),), 3).ok
 
 
 def test_a_write_outside_is_found() -> None:
-    guarded = numerics.Guarded(torch.zeros(3, 5), offset=1)
+    guarded = comparing.Guarded(torch.zeros(3, 5), offset=1)
     guarded.tensor.fill_(1.0)
     assert guarded.finding().ok
     flat = guarded.tensor.as_strided((1,), (1,), guarded.tensor.storage_offset() + 15)
@@ -89,7 +140,7 @@ def test_a_write_outside_is_found() -> None:
 @pytest.mark.parametrize(("ours", "excess"), [(1.0, 0), (1.5, 0.25), (float("nan"), float("inf"))])
 def test_what_is_further_from_the_truth_than_torch_exceeds(ours: float, excess: float) -> None:
     truth, torchs = torch.tensor([1.0], dtype=torch.float64), torch.tensor([1.25])
-    by = numerics.excess(torch.tensor([ours]), torchs, truth)
+    by = comparing.excess(torch.tensor([ours]), torchs, truth)
     assert (by <= 0) if excess == 0 else by == pytest.approx(excess, rel=1e-5)
 
 
