@@ -13,6 +13,7 @@ from llmfast.data import ByteTokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
+from llmfast.integrations import decoding  # noqa: E402
 from llmfast.integrations.decoding import speculative_generate  # noqa: E402
 from llmfast.integrations.mtp import add_mtp, load_mtp  # noqa: E402
 from llmfast.integrations.transformers import fuse_loss  # noqa: E402
@@ -89,6 +90,38 @@ def test_a_pass_reads_what_is_new(make: Make) -> None:
     found = speculative_generate(model, prompt(30), 10)
     assert rows[0] == 30 and len(rows) == found.passes
     assert all(n <= 4 for n in rows[1:])  # the last token, two drafts, and a token that depths read drafts with
+
+
+def test_a_pass_makes_logits_of_what_it_checks_only(make: Make) -> None:
+    """Look at the rows of the model's own output embedding: a token's, and those of two drafts, after any prompt."""
+    model, rows = add_mtp(make("llama"), 2), []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: rows.extend([args[0].shape[1]] if args[0].dim() == 3 else []))
+    found = speculative_generate(model, prompt(30), 10)
+    assert rows[0] == 1 and len(rows) == found.passes and max(rows) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_are_those_of_heads_that_read_the_whole_text(
+    make: Make, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare what heads with caches draft with what they draft after reading everything again."""
+    model = add_mtp(make("llama"), 3, kind)
+    for p in model.mtp.parameters():
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    drafted: list[tuple[list[int], list[int]]] = []
+    draft = decoding._Drafts.make
+
+    def twice(self: Any, tokens: Tensor) -> Tensor:
+        found = draft(self, tokens)
+        fresh = decoding._Drafts(self._lm, self._seen)
+        fresh.check(tokens[:-1], tokens[:0])
+        drafted.append((found.tolist(), draft(fresh, tokens).tolist()))
+        return found
+
+    monkeypatch.setattr(decoding._Drafts, "make", twice)
+    speculative_generate(model, prompt(), 20)
+    assert len(drafted) > 5 and all(found == wanted and len(found) == 3 for found, wanted in drafted)
 
 
 def test_what_cannot_be_done_is_said(make: Make) -> None:
