@@ -11,7 +11,7 @@ import torch
 
 from evidence.compiler import TARGETS
 from llmfast import _gpus
-from llmfast.checkup import command
+from llmfast.checkup import command, implementations
 from llmfast.checkup.record import SCHEMA as RESULTS
 from llmfast.checkup.record import Finding
 from llmfast.checkup.runner import CheckUp, Outcome
@@ -137,6 +137,18 @@ def test_a_check_ups_sections_and_results_are_those_of_the_page() -> None:
     after = names(listed[2].partition("an object of")[0])
     assert set(after) - {"true", "false", "null"} == {f.name for f in fields(Finding)} | {"case"}
     assert f'`"{RESULTS}"`' in text and f"The section `{TUNING.name}`, which `--tune` adds" in text
+
+
+def test_libraries_that_are_compared_with_are_named() -> None:
+    """A GPU may have all of them; those that only other operations than these have are not named."""
+    text = " ".join(prose(ROOT / "docs" / "gpu.md").split())
+    listed = text.partition("any other installed library (")[2].partition(")")[0]
+    operations = ("cross_entropy", "linear_cross_entropy", "adamw")
+    wanted = {one.library.distribution for name in operations for one in implementations._IMPLEMENTATIONS[name]}
+    named = {name.lower() for name in listed.split(", ")}
+    assert len(named) == len(wanted - {"torch", "llmfast-torch"})
+    for name in wanted - {"torch", "llmfast-torch"}:
+        assert any(each in name.lower() for each in named), name
 
 
 def test_files_that_are_read_are_those_of_the_page() -> None:

@@ -197,6 +197,20 @@ def test_a_neighbour_that_is_read_in_place() -> None:
 
 
 @triton.jit
+def overlapping_kernel(x_ptr, first, second, BLOCK: tl.constexpr):
+    start = tl.where(tl.program_id(0) == 0, first, second)
+    tl.store(x_ptr + start + tl.arange(0, BLOCK), 1.0)
+
+
+@pytest.mark.parametrize(("first", "second", "element"), [(8, 5, 8), (5, 8, 8), (16, 9, 16), (0, 7, 7)])
+def test_the_first_element_that_two_programs_store_is_named(first: int, second: int, element: int) -> None:
+    with sanitizing(), pytest.raises(Fault, match=rf"stores what program 0 stored, in x_ptr: element {element}$"):
+        overlapping_kernel[(2,)](torch.zeros(32), first, second, BLOCK=8)
+    with sanitizing():
+        overlapping_kernel[(2,)](torch.zeros(32), first, first + 8, BLOCK=8)
+
+
+@triton.jit
 def duplicate_kernel(x_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(x_ptr + i // 2, i.to(tl.float32))
