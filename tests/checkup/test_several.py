@@ -19,7 +19,7 @@ def test_two_processes() -> None:
 @pytest.mark.parametrize(("error", "right"), [(0.9e-4, True), (1e-4, False), (math.nan, False)])
 @pytest.mark.parametrize("devices", [2, 3, 8])
 def test_the_worst_device_counts(error: float, right: bool, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most four devices take part, each by a process of its own."""
+    """Start a process for each device, of which at most four take part."""
     started: list[int] = []
 
     def spawn(run: Any, arguments: tuple[int, str, str], nprocs: int) -> None:
