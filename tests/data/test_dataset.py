@@ -398,3 +398,15 @@ def test_only_a_length_that_is_possible_is_advised(text: str, advice: str, tmp_p
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(ValueError, match=rf"it has {len(text) + 1}; give it more text{advice}$"):
         prepare([str(tmp_path / "a.txt")], tokenizer="bytes", seq_len=8, held_out=0)
+
+
+def test_documents_that_are_all_held_out_leave_nothing_to_train_on(folders: list[str]) -> None:
+    one = folders[0]
+    options: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "split": {one: "documents"}}
+    with pytest.raises(ValueError, match=r"has no document for training at held_out=0\.9999999; split='end' holds out"):
+        prepare([one], held_out=1 - 1e-7, **options)
+
+
+def test_a_unit_without_a_rule_is_of_no_meaning(folders: list[str]) -> None:
+    data = prepare(folders, tokenizer="bytes", seq_len=600, held_out=0, packing="best_fit", fim_unit="document")
+    assert all(isinstance(rows, BestFitRows) for rows in data.train.values())

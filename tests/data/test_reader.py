@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmfast.data import Document, load, text_files
+from llmfast.data import Document, load, reader, text_files
 from llmfast.data.reader import SUFFIXES, find, read
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -368,3 +369,40 @@ def test_a_record_says_what_its_line_was(tmp_path: Path) -> None:
         (" ", {"a": 1}, "blank"),
         (lines[4], {}, "no text"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "missing", "message"),
+    [
+        (["a.parquet", "a.jsonl.zst"], ["pyarrow"], r"\.parquet files needs pyarrow: "),
+        (["a.parquet", "a.jsonl.zst"], ["zstandard"], r"\.zst files needs zstandard: "),
+        (["A.PARQUET", "A.JSONL.ZST"], ["zstandard", "pyarrow"], r"\.parquet, \.zst files needs pyarrow, zstandard: "),
+        (["a.jsonl", "b.txt"], ["zstandard", "pyarrow"], ""),
+        (["a.parquet"], ["zstandard"], ""),
+    ],
+)
+def test_missing_packages_are_told_with_what_they_read(
+    names: list[str], missing: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "find_spec", lambda package: None if package in missing else object())
+    with pytest.raises(ImportError, match=rf"^reading {message}pip install") if message else nullcontext():
+        reader.expect_packages(names)
+
+
+def test_another_column_that_is_broken_costs_itself_alone(tmp_path: Path) -> None:
+    bad = pyarrow.array([b"\xff", b"a", b"\xff"], pyarrow.binary())
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, bad.buffers())
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, pyarrow.array([b"kept", b"\xff", b"\xff"], pyarrow.binary()).buffers()
+    )
+    parquet(tmp_path / "a.parquet", before=broken, text=texts, after=broken)
+    found = [(r.text, dict(r.columns), r.fault) for r in read(tmp_path / "a.parquet", "a.parquet", whole=True)]
+    assert found[0] == ("kept", {"before": None, "after": None}, None)
+    assert [fault for _, _, fault in found[1:]] == ["not UTF-8"] * 2 and found[1][1]["after"] == "a"
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "1 file of another kind is"), (2, "2 files of other kinds are")])
+def test_files_are_counted_in_good_english(count: int, told: str) -> None:
+    assert reader.others_left_out({".b": count}) == f"{told} left out: .b ({count})"
+    kinds = reader.others_left_out({".b": count, ".a": count, ".c": 9}).rpartition(": ")[2]
+    assert kinds == f".c (9), .a ({count}), .b ({count})"

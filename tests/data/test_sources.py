@@ -4,6 +4,7 @@ import queue
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,27 @@ def test_a_folder_may_be_called_like_a_source(
 def test_names_that_are_not_unicode_are_on_one_side() -> None:
     named = [Document(f"{i}\udcff.txt", "") for i in range(200)]
     assert 0 < sum(is_held_out(document, 0.5) for document in named) < 200
+
+
+def test_a_file_without_one_good_line_says_what_is_wrong(tmp_path: Path) -> None:
+    (file := tmp_path / "a.jsonl").write_text("{broken\n")
+    with pytest.raises(
+        ValueError, match=r"^no text in .*a\.jsonl; 1 document is left out: not JSON \(1, a\.jsonl, line 1\)$"
+    ):
+        load(str(file))
+    with pytest.raises(ValueError, match=r"^no text in \S+; looked for .*; 1 document is left out: not JSON"):
+        load(str(tmp_path))
+    file.write_text('{"body": "x"}')
+    with pytest.raises(
+        ValueError, match=r"^no text in a column 'text' \(text_column names another\) in \S+; 1 document"
+    ):
+        load(str(file))
+
+
+def test_a_suffix_that_is_unknown_is_a_warning_unless_somebody_listens(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.warns(UserWarning, match=r"a\.csv is read as plain text: its suffix is none of \.md, "):
+        load(str(tmp_path / "a.csv"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(str(tmp_path / "a.csv"), say=[].append)

@@ -6,7 +6,7 @@ import pytest
 
 from llmfast.cli import main
 from llmfast.data.dataset import source_name
-from llmfast.train.config import load_config
+from llmfast.train.config import dump_config, load_config
 from llmfast.train.continued import continued_config
 from llmfast.train.earlier import resumed_config
 from llmfast.train.metrics import read_metrics
@@ -133,3 +133,43 @@ def test_weights_change_on_resume_and_the_past_does_not(before: Path, other: Pat
     more_than_all = resumed_config(before.parent / "more", ["data.weights.new=1.5"])
     with pytest.raises(ConfigError, match=r"data.weights: .*must not sum to more than 1"):
         train(more_than_all, resume=True)
+
+
+def a_run(folder: Path, *settings: str) -> Path:
+    """Write the settings of a run, which is all that is read of it."""
+    folder.mkdir(parents=True)
+    text = dump_config(load_config(None, ["data.sources=['mine=texts', 'more']", *settings]))
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+def test_every_argument_reaches_the_weights_and_the_sources(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "all" / "old", "name=old", "runs=elsewhere", "data.seq_len=99")
+    config = continued_config(run, ["new=there", "x"], start=0.2, end=0.5, floor=0.3)
+    assert config.data.weights == {"new": "0.1->0.25", "x": "0.1->0.25", "mine": "rest", "more": "rest"}
+    assert config.data.sources == ["new=there", "x", "mine=texts", "more"] and config.data.seq_len == 99
+    assert (config.name, config.runs, config.train.init_from) == ("", str(tmp_path / "all"), str(run))
+    assert config.data.split == {"mine": "documents", "more": "documents"} and config.model.pretrained == ""
+    for share in ("start", "end"):
+        with pytest.raises(
+            ConfigError, match=rf"^{share} must be at most 0\.7, to leave floor=0\.3 for replay; got 0\.75"
+        ):
+            continued_config(run, ["new=there"], floor=0.3, **{"start": 0.2, "end": 0.5, share: 0.75})
+    other = continued_config(run, ["new=there"], general=["old=one", "mine=texts"], replay=False)
+    assert other.data.sources == ["new=there", "old=one", "mine=texts"]
+    assert other.data.weights == {"new": 1.0, "old": 0.0, "mine": 0.0} and other.data.split == {"mine": "documents"}
+    usual = continued_config(run, ["new=there"])
+    assert usual.data.weights == {"new": "0.1->0.7", "mine": "rest", "more": "rest"}
+
+
+def test_a_pretrained_model_goes_on_as_one(tmp_path: Path) -> None:
+    config = continued_config(a_run(tmp_path / "runs" / "old", "model.pretrained=qwen"), ["new=there"])
+    assert (config.model.pretrained, config.train.init_from) == (str(tmp_path / "runs" / "old"), "")
+    (theirs := tmp_path / "theirs").mkdir()
+    (theirs / "config.json").touch()
+    with pytest.raises(ConfigError, match=rf"^--general must name the old text: {theirs} is a model that does not say"):
+        continued_config(theirs, ["new=there"])
+    config = continued_config(theirs, ["new=there"], general=["old=texts"])
+    assert (config.model.pretrained, config.train.init_from, config.runs) == (str(theirs), "", "runs")
+    assert config.data.sources == ["new=there", "old=texts"] and config.data.split == {}
+    assert config.data.tokenizer == str(theirs / "tokenizer.json")

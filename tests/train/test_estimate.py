@@ -214,3 +214,22 @@ def test_a_batch_of_any_size_is_searched_at_once(monkeypatch: pytest.MonkeyPatch
     larger = min(n for n in range(rows + 1, 2 * rows + 1) if most % n == 0)
     changed.train.micro_batch_size = larger
     assert counted(changed, model, gpu_memory=80 * 10**9).peak > 0.9 * 80e9
+
+
+def test_each_way_has_a_name_and_its_settings() -> None:
+    spread: dict[str, dict[str, Any]] = {
+        "DDP": {"train.parallel": "ddp"},
+        "HSDP by 8": {"train.parallel": "hsdp", "train.shard_size": 8},
+        "FSDP2": {"train.parallel": "fsdp"},
+    }
+    again = {"train.checkpoint_activations": True}
+    small = {"train.param_dtype": "bfloat16", "optimizer.master_weights": "split16", "optimizer.state_dtype": "float32"}
+    wanted = [
+        (name + recomputing * bool(more) + bf16 * bool(formats), settings | more | formats)
+        for formats, bf16 in (({}, ""), (small, ", bf16"))
+        for more, recomputing in (({}, ""), (again, ", recomputing"))
+        for name, settings in spread.items()
+    ]
+    assert [(way.name, way.settings) for way in ways(16, small=True)] == wanted
+    assert [(way.name, way.settings) for way in ways(16)] == wanted[:6]
+    assert (Way().name, Way().settings) == ("one GPU", {})

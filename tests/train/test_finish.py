@@ -53,7 +53,7 @@ def finished(run: Path, model: Any, *more: str, **facts: Any) -> tuple[str, Any]
 
 def model_of(**more: Any) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(ByteTokenizer().vocab_size, width=32, layers=1, heads=2, **more))
+    return Decoder(DecoderConfig(ByteTokenizer().vocab_size, **{"width": 32, "layers": 1, "heads": 2} | more))
 
 
 def table(text: str) -> dict[str, str]:
@@ -213,3 +213,50 @@ def test_the_first_of_several_ranks_has_the_whole_model(
         assert t.dtype == dtype and torch.equal(t, model.state_dict()[name])
     world.size, trainer.model = 1, "its own"
     assert module.whole_model(config, trainer, ByteTokenizer()) == "its own"
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "guessed"),
+    [
+        ("none", 0, 0),
+        ("parallel", 1, 0),
+        ("parallel", 2, 1),
+        ("sequential", 1, 1),
+        ("sequential", 2, 2),
+        ("shared", 2, 0),
+    ],
+)
+def test_drafts_are_of_heads_that_predict_further_tokens(
+    kind: Any, heads: int, guessed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with one head has none of them; neither has one without heads of their own."""
+    monkeypatch.setattr(
+        module,
+        "speculative_generate",
+        lambda model, prompt, count: Speculation(prompt, 2, [2] * guessed, [1] * guessed),
+    )
+    model = model_of(mtp=kind, mtp_heads=heads) if kind != "parallel" else model_of(mtp=kind, mtp_heads=heads, layers=2)
+    said = table(finished(tmp_path, model, "train.sample_tokens=0")[0])
+    found = [line["acceptance"] for line in read_metrics(tmp_path / "metrics.jsonl") if "acceptance" in line]
+    assert found == ([[0.5] * guessed] if guessed else [])
+    assert said.get("guesses accepted, by head") == (", ".join(["50 %"] * guessed) if guessed else None)
+
+
+def test_a_model_of_transformers_is_saved_by_it_and_says_what_it_forgot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr(module, "save_pretrained", lambda model, run: saved.append((model, run)))
+    model = torch.nn.Linear(1, 1)
+    said = table(finished(tmp_path, model, "train.sample_tokens=0", "model.pretrained=x")[0])
+    assert saved == [(model, tmp_path)] and said["in the run folder"] == "loss.png, metrics.jsonl"
+    assert said["... of a"] == "4.000 -> 3.250, 0.750 better" and "... of b" in said
+
+
+def test_the_picture_has_the_entropy_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(module, "plot_loss", lambda *files, **how: drawn.append((files, how)))
+    said = table(finished(tmp_path, model_of(), "train.sample_tokens=0")[0])
+    ((files, how),) = drawn
+    assert files == (tmp_path / "metrics.jsonl", tmp_path / "loss.png") and how.keys() == {"unigram_entropy"}
+    assert said["unigram entropy of the same text"] == f"{how['unigram_entropy']:.3f}"

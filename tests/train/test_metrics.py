@@ -272,3 +272,20 @@ def test_what_is_said_is_printed_as_it_is() -> None:
     out = io.StringIO()
     print_table(Console(file=out, width=80), [("a", "[red]b"), ("longer", "c")])
     assert [line.split() for line in out.getvalue().splitlines()] == [["a", "[red]b"], ["longer", "c"]]
+
+
+def test_when_lines_and_dots_are_shown() -> None:
+    assert (PLAIN_SECONDS, FEW) == (15.0, 25)
+    assert weighted_mean({"a": (3.0, 1)}) == 3.0
+
+
+@pytest.mark.parametrize(("sources", "columns", "rows"), [(1, 1, 3), (5, 1, 7), (6, 2, 4), (40, 2, 21)])
+def test_the_picture_is_as_wide_as_a_page_and_has_a_row_for_each_pair_of_sources(
+    sources: int, columns: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[dict[str, Any]] = [{"step": 1, "tokens": 1000, "loss": 3.0}]
+    lines += [{"step": 1, "tokens": 1000, "validation": {f"s{i}": 3.0 for i in range(sources)}}]
+    figure = picture(lines, tmp_path, monkeypatch)
+    (legend,) = figure.legends
+    assert figure.get_size_inches().tolist() == pytest.approx([8, 3.9 + 0.21 * rows])
+    assert legend._ncols == columns and not legend.get_frame_on()
