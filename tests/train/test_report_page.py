@@ -248,6 +248,18 @@ def test_an_axis_holds_its_values_with_a_margin(low: float, high: float, options
     assert found == pytest.approx(ends)
 
 
+@pytest.mark.parametrize(
+    ("high", "labels"),
+    [(5.5, ["1", "2", "3", "4", "5"]), (9, ["1", "2", "5"]), (80, ["1", "2", "5", "10", "20", "50"])]
+    + [(95, ["1", "10", "100"])],
+)
+def test_ticks_of_a_logarithmic_axis_are_by_its_length(high: float, labels: list[str]) -> None:
+    """Even steps up to 0.9 decades, powers of ten alone from 2.1 decades on; the margins of the axis count."""
+    points = [Point(1, 1, value) for value in (1, high, math.nan)]
+    found = Chart("", "", "steps", log_y=True).draw([Series("", 0, points)])
+    assert isinstance(found, Drawn) and [label for _, label in found.y_ticks] == labels
+
+
 @pytest.mark.parametrize(("first", "begin"), [(1, 0), (2, 2)])
 def test_the_beginning_of_a_run_is_shown_if_most_of_it_is(first: int, begin: int) -> None:
     found = Chart("", "", "steps").draw([Series("", 0, [Point(s, 0, s) for s in (first, 10)])])
