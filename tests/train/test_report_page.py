@@ -250,8 +250,10 @@ def test_an_axis_holds_its_values_with_a_margin(low: float, high: float, options
 
 @pytest.mark.parametrize(
     ("high", "labels"),
-    [(5.5, ["1", "2", "3", "4", "5"]), (9, ["1", "2", "5"]), (80, ["1", "2", "5", "10", "20", "50"])]
-    + [(95, ["1", "10", "100"])],
+    [
+        *((5.5, ["1", "2", "3", "4", "5"]), (9, ["1", "2", "5"])),
+        *((80, ["1", "2", "5", "10", "20", "50"]), (95, ["1", "10", "100"])),
+    ],
 )
 def test_ticks_of_a_logarithmic_axis_are_by_its_length(high: float, labels: list[str]) -> None:
     """Even steps up to 0.9 decades, powers of ten alone from 2.1 decades on; the margins of the axis count."""
