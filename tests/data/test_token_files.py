@@ -555,7 +555,7 @@ def test_what_cannot_be_written_is_refused_before_any_file(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("boundary", "cut"), [(7000, 7000), (6999, 8000), (9000, 9000), (9001, 8000)])
 def test_an_end_begins_with_a_document_if_one_is_near(boundary: int, cut: int, tmp_path: Path) -> None:
-    """Of 10,000 tokens, the last 2,000 are wanted: a document may begin up to half as many before or after that."""
+    """The last 2,000 of 10,000 tokens are wanted: a document may begin up to half as many before or after that."""
     np.zeros(10_000, np.uint16).tofile(tmp_path / "x.ds")
     np.array([boundary, 10_000], np.uint64).tofile(tmp_path / "x.ds.index")
     train, validation = read_ds(tmp_path / "x.ds", vocab_size=VOCAB).split(0.2, "end")

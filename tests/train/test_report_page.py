@@ -56,7 +56,8 @@ Call = tuple[Chart, list[tuple[str, int, str]], bool]
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Note each chart with the name, number and style of its series that have values, and whether it has a legend."""
     calls: list[Call] = []
-    empty = Drawn("", "", "", "", [], "", "[]", (0, 1, 0), (0, 1, 0), [(0, "")], [(0, "")])
+    parts: dict[str, Any] = dict.fromkeys(("title", "unit", "over", "note", "svg"), "") | {"legend": [], "names": "[]"}
+    empty = Drawn(**parts, x=(0, 1, 0), y=(0, 1, 0), x_ticks=[(0, "")], y_ticks=[(0, "")])
 
     def noted(self: Chart, series: Sequence[Series], *, legend: bool = True) -> Drawn:
         calls.append((self, [(s.name, s.number, s.style) for s in series if s.points], legend))

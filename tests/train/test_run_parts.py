@@ -1,4 +1,4 @@
-"""What a run hands to its parts, without training: tests/train/test_run.py trains."""
+"""Parts of a run, as they are handed on, without training; tests/train/test_run.py trains."""
 
 import io
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What every setting is unless told, what it takes, and how settings are listed and written."""
+"""Settings: their defaults, the values they take, and how they are listed and written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +165,7 @@ def test_a_list_of_settings_has_values_and_defaults() -> None:
         "    decay of the first moment; lion: its share in a step (in [0, 1); 0.9 for adamw, adam, lion)",
     ]
     assert SCHEMA.listing("TENSORBOARD") == ["train.tensorboard = false", "    also write events for TensorBoard"]
-    # By what others call it, and by what it means.
+    # Find one by what others call it, and by what it means.
     for word in ("Warmup_Ratio", "rises from"):
         assert SCHEMA.listing(word) == [
             "optimizer.warmup_steps = 50",
