@@ -90,7 +90,7 @@ class StateLoader(StateKeeper):
     def _expect_whole(self, i: Any, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Raise ValueError if a saved state lacks one that the group's rule would have made by then.
 
-        A moment of zeros beside a counter of many steps would make the next steps many times too large.
+        A moment of zeros with a counter of many steps would make the next steps many times too large.
         """
         names = ["step"] * self.torch_counts_steps + [name for name in self._state_names(group) if name is not None]
         lacking = [name for name in names if name not in self.late and saved.get(stored_name(saved, name)) is None]
