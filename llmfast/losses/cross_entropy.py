@@ -19,6 +19,7 @@ from llmfast.losses.options import (
     check,
     complete,
     defaults,
+    expect_inputs,
     only,
     takes,
 )
@@ -111,6 +112,10 @@ def made_ready(
     logits: Tensor, targets: Tensor, return_stats: bool, given: CrossEntropyOptions, *, logprobs: bool = False
 ) -> Ready:
     """Prepare `cross_entropy`, or `logprobs`."""
+    if logprobs:
+        expect_inputs("logprobs", logits=logits, ids=targets)
+    else:
+        expect_inputs("cross_entropy", logits=logits, targets=targets)
     options = complete("cross_entropy", _LOGPROBS if logprobs else _DEFAULTS, given)
     group, shape = options["process_group"], logits.shape[:-1]
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):

@@ -20,10 +20,20 @@ from llmfast.losses.options import (
     complete,
     declared,
     defaults,
+    expect_inputs,
     takes,
 )
 from llmfast.losses.targets import Ready, prepare, restore
-from llmfast.losses.teachers import LEARNING, AnyTeacher, Taught, TeacherStates, TeacherTopK, flattened, learning
+from llmfast.losses.teachers import (
+    LEARNING,
+    AnyTeacher,
+    Taught,
+    TeacherStates,
+    TeacherTopK,
+    expect_teacher,
+    flattened,
+    learning,
+)
 from llmfast_kernels.teaching import Divergence
 
 if TYPE_CHECKING:
@@ -97,6 +107,9 @@ def made_ready(
     hidden: Tensor, weight: Tensor, teacher: AnyTeacher, targets: Tensor | None, given: DistillationOptions
 ) -> Ready:
     """Prepare `linear_distillation`."""
+    given_targets = {} if targets is None else {"targets": targets}
+    expect_inputs("linear_distillation", hidden=hidden, weight=weight, **given_targets)
+    expect_teacher(teacher)
     _check_matrices(hidden, weight, split=False)
     options = complete("linear_distillation", _DEFAULTS, given)
     V, shape, dtype = weight.shape[0], hidden.shape[:-1], _compute_dtype(hidden, weight)

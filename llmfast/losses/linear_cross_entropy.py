@@ -20,6 +20,7 @@ from llmfast.losses.options import (
     check,
     complete,
     defaults,
+    expect_inputs,
     only,
     takes,
 )
@@ -123,6 +124,10 @@ def made_ready(
     logprobs: bool = False,
 ) -> Ready:
     """Prepare `linear_cross_entropy`, or `linear_logprobs`, for a caller that has taken `held` bytes of the budget."""
+    if logprobs:
+        expect_inputs("linear_logprobs", hidden=hidden, weight=weight, ids=targets)
+    else:
+        expect_inputs("linear_cross_entropy", hidden=hidden, weight=weight, targets=targets)
     _check_matrices(hidden, weight, split=options.get("process_group") is not None)
     hidden, weight, given = local_weight(hidden, weight, options)
     options = complete("linear_cross_entropy", _LOGPROBS if logprobs else _DEFAULTS, given)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kind
 from llmfast.losses.cross_entropy import made_ready as ready_from_logits
 from llmfast.losses.linear_cross_entropy import made_ready as ready_from_hidden
-from llmfast.losses.mtp import expect_labels, head_targets, stacked
+from llmfast.losses.mtp import HIDDENS, expect_labels, head_targets, stacked
 from llmfast.losses.options import (
     TABLE,
     LinearLogprobOptions,
@@ -16,6 +17,7 @@ from llmfast.losses.options import (
     RankedLogprobOptions,
     complete,
     defaults,
+    expect_inputs,
     takes,
 )
 from llmfast.losses.targets import LogprobStats
@@ -173,6 +175,8 @@ def mtp_logprobs(
     Raises:
         ValueError, TypeError: as `linear_logprobs`, or the heads do not fit each other.
     """
+    expect_inputs("mtp_logprobs", weight=weight, labels=labels)
+    expect_kind("hiddens", hiddens, HIDDENS)
     rest: Any = complete("mtp_logprobs", _FROM_HEADS, options)
     heads, document_ids = rest.pop("heads"), rest.pop("document_ids")
     copied = 0

@@ -7,13 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kind, expect_kinds, expect_tensors, kind_of
 from llmfast.losses.cross_entropy import cross_entropy
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy
-from llmfast.losses.options import Reduction
+from llmfast.losses.options import KINDS, Reduction
 from llmfast.losses.targets import weights_that_count
 
 # Further keywords that mean nothing where a token has a target for each place of `out_features`.
 _NOT_OF_PLACES = ("token_weights", "target_weights", "shift", "document_ids", "return_stats")
+
+
+_SIZES = {"in_features": kind_of(int), "num_classes": kind_of(int)}
+
+
+def _expect_kinds(weight: Any, ignore_index: Any, label_smoothing: Any, options: dict[str, Any]) -> None:
+    """Raise TypeError for an option that is of another kind than the functions declare."""
+    expect_kind("weight", weight, KINDS["class_weights"])
+    expect_kinds(KINDS, {"ignore_index": ignore_index, "label_smoothing": label_smoothing, **options})
 
 
 def _refuse_one_hot(target: Tensor, shape: torch.Size) -> None:
@@ -46,11 +56,13 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         expect(size_average is None and reduce is None, "size_average and reduce must be None; pass reduction")
+        _expect_kinds(weight, ignore_index, label_smoothing, options)
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
         self.options = options
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
+        expect_tensors(input=input, target=target)
         _refuse_one_hot(target, input.shape)
         if input.dim() > 2:
             # torch has classes on dimension 1: (N, V, d1, ...) with targets (N, d1, ...), or probabilities like input.
@@ -102,6 +114,8 @@ class LinearCrossEntropyLoss(nn.Module):
         )
         given = [name for name in _NOT_OF_PLACES if name in more]
         expect(not (given and out_features), f"out_features must be () with {', '.join(given)}; got {out_features}")
+        expect_kinds(_SIZES, {"in_features": in_features, "num_classes": num_classes})
+        _expect_kinds(weight, -100 if ignore_index is None else ignore_index, label_smoothing, more)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = nn.Linear(
             in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
@@ -111,6 +125,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.reduction, self.label_smoothing, self.options = reduction, label_smoothing, more
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
+        expect_tensors(input=input, target=target)
         _refuse_one_hot(target, torch.Size((*input.shape[:-1], self.num_classes, *self.out_features)))
         if not self.out_features:
             return self._loss(input, self.linear.weight, self.linear.bias, target, {})

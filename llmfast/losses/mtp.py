@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kind, expect_kinds, kind_of, kinds_of
 from llmfast.losses.linear_cross_entropy import linear_cross_entropy, made_ready
 from llmfast.losses.options import (
     TABLE,
@@ -25,6 +26,7 @@ from llmfast.losses.options import (
     check_targets,
     complete,
     defaults,
+    expect_inputs,
     takes,
 )
 from llmfast.losses.plain import final_logits
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 # dividing by it.
 NEGLIGIBLE = 1e-20
 _DEFAULTS: MTPOptions = defaults(MTPOptions)
+_KINDS = kinds_of(MTPOptions)
+HIDDENS = kind_of(Tensor | Sequence[Tensor])
 
 
 class MTPStats(NamedTuple):
@@ -106,12 +110,14 @@ def mtp_cross_entropy(
     Raises:
         ValueError, TypeError: as `linear_cross_entropy`, or the heads do not fit each other.
     """
+    expect_inputs("mtp_cross_entropy", weight=weight, labels=labels)
+    expect_kind("hiddens", hiddens, HIDDENS)
     for name in _NOT_HERE:
         expect(
             name not in options,
             f"{name} must be left out: each head has a mean, its own shift and one target per token",
         )
-    rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options)
+    rest: Any = complete("mtp_cross_entropy", _DEFAULTS, options, _KINDS)
     document_ids, head_weights, num_valid, detach_unembedding = (rest.pop(name) for name in _OWN)
     shared = isinstance(hiddens, Tensor) and hiddens.shape[:-1] == labels.shape
     copied = 0
@@ -165,9 +171,14 @@ def mtp_valid_counts(
     Raises:
         ValueError: `heads` is not positive, or the document ids do not fit the labels.
     """
+    given = {"labels": labels, "heads": heads, "document_ids": document_ids, "ignore_index": ignore_index}
+    expect_kinds(_COUNTED, given)
     expect(heads > 0, f"heads must be positive; got {heads}")
     expect_documents(document_ids, labels)
     return (head_targets(labels, heads, document_ids, ignore_index) != ignore_index).flatten(1).sum(1)
+
+
+_COUNTED = kinds_of(mtp_valid_counts)
 
 
 def expect_labels(

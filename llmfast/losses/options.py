@@ -1,5 +1,7 @@
 """The options of the losses. Each is declared once, here: its name, type, default and check.
 
+The type is checked too: `complete` refuses a value that the annotation does not allow.
+
 A function takes the options of a `TypedDict` as `**options: Unpack[...]`, which type checkers read; `takes` shows them
 one by one in the signature that `help()` prints. An option that is a field of `llmfast_kernels.terms.Terms` reaches the
 rows, and the operators of `torch.compile`, by that name alone.
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from llmfast._checks import describe, expect, overlaps
 from llmfast._dispatch import has_no_data
+from llmfast._kinds import ArgumentKind, expect_kinds, expect_tensors, kinds_of
 from llmfast.losses.parallel import ProcessGroup
 
 Numbers = Tensor | Sequence[float]
@@ -338,6 +341,9 @@ def defaults(kind: type) -> Any:
 
 
 TABLE = declared(CrossEntropyOptions) | declared(LinearOptions) | declared(LogprobOptions)
+# Of all options by name, but for those of `mtp_cross_entropy`, which takes numbers for each head.
+KINDS = kinds_of(CrossEntropyOptions) | kinds_of(LinearOptions) | kinds_of(MTPLogprobOptions)
+KINDS |= kinds_of(DistillationOptions)
 AnyOptions = TypeVar("AnyOptions", bound=TargetOptions)
 
 
@@ -361,11 +367,18 @@ def takes(kind: type) -> Callable[[Function], Function]:
     return decorate
 
 
-def complete(function: str, defaults: AnyOptions, given: AnyOptions) -> AnyOptions:
+def expect_inputs(function: str, **tensors: Any) -> None:
+    """Raise TypeError unless `function` was given tensors."""
+    expect_tensors(**tensors)
+
+
+def complete(
+    function: str, defaults: AnyOptions, given: AnyOptions, kinds: Mapping[str, ArgumentKind] = KINDS
+) -> AnyOptions:
     """Return the options of a call: those `given`, and `defaults` for the others.
 
     Raises:
-        TypeError: `function` has no option of that name.
+        TypeError: `function` has no option of that name, or a value is not of its kind.
     """
     options = cast(AnyOptions, {**defaults, **given})
     if len(options) > len(defaults):
@@ -374,7 +387,8 @@ def complete(function: str, defaults: AnyOptions, given: AnyOptions) -> AnyOptio
         close = [known] if known in defaults else get_close_matches(name, defaults, n=1)
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
-    return options
+    plain = expect_kinds(kinds, cast("dict[str, Any]", given))
+    return options if plain is given else cast(AnyOptions, {**options, **plain})
 
 
 def check(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmfast.losses.options import DistillationOptions, LogprobOptions, LossOptions, complete, defaults, takes
+from llmfast._kinds import expect_kind, expect_tensors
+from llmfast.losses.options import KINDS, DistillationOptions, LogprobOptions, LossOptions, complete, defaults, takes
 from llmfast.losses.targets import LogprobStats, LossStats
-from llmfast.losses.teachers import AnyTeacher, TeacherLogits, TeacherProbabilities, TeacherStates
+from llmfast.losses.teachers import AnyTeacher, TeacherLogits, TeacherProbabilities, TeacherStates, expect_teacher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,6 +32,7 @@ def cross_entropy(
     **options: "Unpack[LossOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Compute what `llmfast.losses.cross_entropy` means."""
+    expect_tensors(logits=logits, targets=targets)
     o: dict[str, Any] = {**complete("cross_entropy", _DEFAULTS, options)}
     x = _final(logits, o)
     V, shape = x.shape[-1], x.shape[:-1]
@@ -99,8 +101,8 @@ def linear_cross_entropy(
     **options: "Unpack[LossOptions]",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Compute what `llmfast.losses.linear_cross_entropy` means."""
-    logits = hidden @ weight.T
-    return cross_entropy(logits if bias is None else logits + bias, targets, return_stats=return_stats, **options)
+    logits = _product(hidden, weight, bias)
+    return cross_entropy(logits, targets, return_stats=return_stats, **options)
 
 
 @takes(LogprobOptions)
@@ -112,6 +114,7 @@ def logprobs(
     **options: "Unpack[LogprobOptions]",
 ) -> Tensor | tuple[Tensor, LogprobStats]:
     """Compute what `llmfast.losses.logprobs` means."""
+    expect_tensors(logits=logits, ids=ids)
     o: dict[str, Any] = {**complete("logprobs", _LOGPROBS, options)}
     x, temperature = _final(logits, o), o["temperature"]
     x = x / (temperature.to(x.dtype)[..., None] if isinstance(temperature, Tensor) else temperature)
@@ -141,8 +144,8 @@ def linear_logprobs(
     **options: "Unpack[LogprobOptions]",
 ) -> Tensor | tuple[Tensor, LogprobStats]:
     """Compute what `llmfast.losses.linear_logprobs` means."""
-    logits = hidden @ weight.T
-    return logprobs(logits if bias is None else logits + bias, ids, return_stats=return_stats, **options)
+    logits = _product(hidden, weight, bias)
+    return logprobs(logits, ids, return_stats=return_stats, **options)
 
 
 @takes(DistillationOptions)
@@ -154,9 +157,10 @@ def linear_distillation(
     **options: "Unpack[DistillationOptions]",
 ) -> Tensor:
     """Compute what `llmfast.losses.linear_distillation` means; options on how to compute change nothing."""
+    expect_tensors(hidden=hidden, weight=weight, **({} if targets is None else {"targets": targets}))
+    expect_teacher(teacher)
     o: dict[str, Any] = {**complete("linear_distillation", _DISTILLATION, options)}
-    logits = hidden @ weight.T
-    x = _final(logits if o["bias"] is None else logits + o["bias"], o)
+    x = _final(_product(hidden, weight, o["bias"]), o)
     if isinstance(o["temperature"], Tensor):
         o["temperature"] = o["temperature"].to(x.dtype)[..., None]
     q = (x / o["temperature"]).log_softmax(-1)
@@ -211,6 +215,13 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     """Return KL(p || q) of log-probabilities on the last axis."""
     none = p == -torch.inf
     return torch.where(none, 0.0, p.exp() * torch.where(none, 0.0, p - q)).sum(-1)
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    expect_tensors(hidden=hidden, weight=weight)
+    expect_kind("bias", bias, KINDS["bias"])
+    logits = hidden @ weight.T
+    return logits if bias is None else logits + bias
 
 
 def _final(logits: Tensor, o: dict[str, Any]) -> Tensor:

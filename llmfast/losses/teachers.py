@@ -1,13 +1,14 @@
 """Teachers to learn from: their hidden states, logits, probabilities, or most probable tokens."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
 from llmfast._dispatch import autocasting, has_no_data
+from llmfast._kinds import expect_kind, kinds_of, what
 from llmfast.losses.products import Products
 from llmfast_kernels.teaching import TeacherRows
 from llmfast_kernels.terms import Targets, Terms
@@ -120,6 +121,20 @@ class Taught(Targets):
         return Taught(own.classes, own.weights, own.token_weights, own.temperatures, teacher=self.teacher[rows])
 
 
+_KINDS = {kind: kinds_of(kind) for kind in get_args(AnyTeacher)}
+
+
+def expect_teacher(teacher: AnyTeacher) -> None:
+    """Raise TypeError unless this is a teacher, and all it has is of the declared kind."""
+    kinds = next((kinds for cls, kinds in _KINDS.items() if isinstance(teacher, cls)), None)
+    if kinds is None:
+        raise TypeError(
+            f"teacher must be a TeacherStates, TeacherLogits, TeacherProbabilities or TeacherTopK; got {what(teacher)}"
+        )
+    for name, kind in kinds.items():
+        expect_kind(f"teacher.{name}", getattr(teacher, name), kind)
+
+
 def flattened(teacher: AnyTeacher, hidden: Tensor, V: int, ignore_index: int) -> Teacher:
     """Check a teacher of tokens that have these hidden states, and return its rows.
 
@@ -139,12 +154,7 @@ def flattened(teacher: AnyTeacher, hidden: Tensor, V: int, ignore_index: int) ->
         t = teacher.probabilities
         _expect_floats("teacher.probabilities", t, (*tokens, V), hidden.device)
         return Teacher(probabilities=_rows(t, V))
-    if isinstance(teacher, TeacherTopK):
-        return _top(teacher, hidden, V, ignore_index)
-    raise TypeError(
-        "teacher must be a TeacherStates, TeacherLogits, TeacherProbabilities or TeacherTopK; "
-        f"got {type(teacher).__name__}"
-    )
+    return _top(teacher, hidden, V, ignore_index)
 
 
 def _states(teacher: TeacherStates, like: Tensor, V: int) -> Teacher:

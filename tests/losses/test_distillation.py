@@ -662,7 +662,7 @@ def test_the_table_in_the_documentation() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"teacher": torch.zeros(4, 9)}, TypeError, "teacher must be a TeacherStates, .*; got Tensor"),
+        ({"teacher": torch.zeros(4, 9)}, TypeError, "teacher must be a TeacherStates, .*; got a tensor"),
         ({"teacher": TeacherLogits(torch.zeros(4, 8))}, ValueError, r"teacher\.logits must be \(4, 9\) on cpu"),
         ({"teacher": TeacherLogits(torch.zeros(4, 9).int())}, TypeError, r"teacher\.logits must be floating point"),
         ({"teacher": TeacherStates(torch.zeros(3, 5), torch.zeros(9, 5))}, ValueError, r"teacher\.hidden must be \(4"),

@@ -1,16 +1,20 @@
 """Every argument of every loss that does not fit is refused by its name, whatever else is right."""
 
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from llmfast.losses import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
     TeacherLogits,
     TeacherProbabilities,
     TeacherStates,
@@ -22,6 +26,8 @@ from llmfast.losses import (
     logprobs,
     mtp_cross_entropy,
     mtp_logprobs,
+    mtp_valid_counts,
+    reference,
 )
 from llmfast.losses.teachers import AnyTeacher
 
@@ -282,3 +288,104 @@ def test_what_is_nearly_too_much_is_taken() -> None:
         assert linear_distillation(h, w, TeacherLogits(z), token_weights=learns).isfinite()
     for beta in (0.0, 1.0):
         assert linear_distillation(h, w, TeacherLogits(z), kind="jsd", beta=beta).isfinite()
+
+
+# What an annotation allows by its words, and values that it never does.
+NO_TENSORS: list[Any] = [[1, 2], np.zeros((N, V)), torch.nn.Linear(D, V), "x", None]
+NO_NUMBERS: list[Any] = ["-100", None, [1, 2], True, torch.nn.Linear(D, V)]
+DEFINED = [reference.cross_entropy, reference.linear_cross_entropy, reference.logprobs, reference.linear_logprobs]
+EVERYWHERE = [*FUNCTIONS, *DEFINED, reference.linear_distillation, mtp_valid_counts]
+
+
+def annotated(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what the signature says about each argument: "Tensor | None"."""
+    hints = {name: p.annotation for name, p in inspect.signature(function).parameters.items()}
+    return {name: hint.__name__ if isinstance(hint, type) else str(hint) for name, hint in hints.items()}
+
+
+def of_kind(*wanted: str) -> list[tuple[Callable[..., Any], str]]:
+    found = [(f, name) for f in EVERYWHERE for name, hint in annotated(f).items() if any(w in hint for w in wanted)]
+    return [(f, name) for f, name in found if name not in ("return_stats", "process_group", "teacher")]
+
+
+def refused(function: Callable[..., Any], name: str, values: list[Any]) -> None:
+    hint = annotated(function)[name]
+    given = {"labels": IDS, "heads": 2} if function is mtp_valid_counts else positional(function)
+    for value in values:
+        allowed = (value is None and "None" in hint) or (isinstance(value, list) and "Sequence[float]" in hint)
+        if not allowed and not (value is True and "bool" in hint):
+            with pytest.raises(TypeError, match=rf"^{name}(\[0\])? must be .*; got (a|an|None|True|'|1\b)"):
+                function(**given | {name: value})
+
+
+@pytest.mark.parametrize(("function", "name"), of_kind("Tensor"), ids=named)
+def test_what_is_no_tensor_is_refused_by_its_name(function: Callable[..., Any], name: str) -> None:
+    refused(function, name, NO_TENSORS)
+
+
+@pytest.mark.parametrize(("function", "name"), of_kind("int", "float", "bool"), ids=named)
+def test_what_is_no_number_is_refused_by_its_name(function: Callable[..., Any], name: str) -> None:
+    refused(function, name, NO_NUMBERS)
+
+
+@pytest.mark.parametrize("name", ["reduction", "kind", "memory_budget"])
+def test_a_word_is_refused_by_the_name_of_its_option(name: str) -> None:
+    for function in (f for f in FUNCTIONS if name in annotated(f)):
+        for value in (None, [1], torch.zeros(1)):
+            with pytest.raises(TypeError, match=rf"^{name} must be .*; got (None|a (list|tensor))$"):
+                function(**positional(function) | {name: value})
+
+
+def test_the_message_says_what_was_wanted_and_what_came() -> None:
+    given = torch.zeros(N, V), IDS
+    for options, message in (
+        ({"ignore_index": None}, "ignore_index must be an int; got None"),
+        ({"z_loss": "1"}, "z_loss must be a number; got '1'"),
+        ({"class_weights": [1.0]}, "class_weights must be a tensor or None; got a list"),
+        ({"num_valid": 1.5}, "num_valid must be an int, a tensor or None; got 1.5"),
+        ({"reduction": None}, "reduction must be 'mean', 'sum' or 'none'; got None"),
+    ):
+        wrong: Any = options
+        with pytest.raises(TypeError, match=rf"^{re.escape(message)}$"):
+            cross_entropy(*given, **wrong)
+    with pytest.raises(TypeError, match=r"^hiddens\[1\] must be a tensor; got a list$"):
+        mtp_cross_entropy([torch.zeros(N, D), [0.0]], torch.zeros(V, D), IDS)  # type: ignore[list-item]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    logits, targets = torch.randn(N, V), IDS.clone()
+    targets[0] = 3
+    numpys: Any = {"ignore_index": np.int64(3), "softcap": np.float32(5.0), "z_loss": np.float64(0.5)}
+    plain: Any = {name: value.item() for name, value in numpys.items()}
+    assert torch.equal(cross_entropy(logits, targets, **numpys), cross_entropy(logits, targets, **plain))
+
+
+@pytest.mark.parametrize("taught", [linear_distillation, reference.linear_distillation], ids=["ours", "reference"])
+@pytest.mark.parametrize(("teacher", "name"), TAUGHT, ids=lambda x: x if isinstance(x, str) else type(x).__name__)
+def test_what_is_no_tensor_of_a_teacher_is_refused(taught: Callable[..., Any], teacher: Any, name: str) -> None:
+    for value in NO_TENSORS[: -1 if name == "bias" else None]:
+        with pytest.raises(TypeError, match=rf"^teacher\.{name} must be a tensor( or None)?; got (an? |None|'x')"):
+            taught(torch.zeros(N, D), torch.zeros(V, D), replace(teacher, **{name: value}))
+    with pytest.raises(TypeError, match=r"^teacher must be a TeacherStates, .*; got a tensor$"):
+        taught(torch.zeros(N, D), torch.zeros(V, D), torch.zeros(N, V))
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+def test_the_modules_refuse_what_is_no_tensor(value: Any) -> None:
+    for module, width in ((CrossEntropyLoss(), V), (LinearCrossEntropyLoss(D, V), D)):
+        for given in ({"input": value, "target": IDS}, {"input": torch.zeros(N, width), "target": value}):
+            with pytest.raises(TypeError, match=r"^(input|target) must be a tensor; got "):
+                module(**given)
+    if value is not None:
+        for make in (CrossEntropyLoss, lambda **given: LinearCrossEntropyLoss(D, V, **given)):
+            with pytest.raises(TypeError, match=r"^weight must be a tensor or None; got "):
+                make(weight=value)
+
+
+@pytest.mark.parametrize("name", ["ignore_index", "label_smoothing", "z_loss"])
+def test_the_modules_refuse_options_when_they_are_made(name: str) -> None:
+    for make in (CrossEntropyLoss, lambda **given: LinearCrossEntropyLoss(D, V, **given)):
+        with pytest.raises(TypeError, match=rf"^{name} must be (an int|a number); got '1'$"):
+            make(**{name: "1"})
+    with pytest.raises(TypeError, match=r"^num_classes must be an int; got '7'$"):
+        LinearCrossEntropyLoss(D, "7")  # type: ignore[arg-type]
