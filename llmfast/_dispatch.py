@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +36,11 @@ def has_no_data(t: Tensor) -> bool:
     # A fake tensor cannot exist before its module, which is slow to import.
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and isinstance(t, fake.FakeTensor)
+
+
+def in_transform() -> bool:
+    """Return True inside a transform of torch.func, such as `grad` or `vmap`, that torch.compile does not trace."""
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
 def autocasting(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llmfast._dispatch import has_no_data
+from llmfast._dispatch import has_no_data, in_transform
 from llmfast.losses.loss import Loss, Returned
 from llmfast.losses.targets import NO_STATS, RowStats
 from llmfast_kernels.terms import Softmax
@@ -42,6 +42,11 @@ class EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if in_transform():
+            raise TypeError(
+                "gradients of this loss must be made outside of torch.func's transforms; "
+                "those of llmfast.losses.reference may be made inside"
+            )
         if torch.is_grad_enabled():  # True only with create_graph=True
             raise RuntimeError(
                 "this loss cannot be differentiated twice; use torch.nn.functional.cross_entropy for that"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect, overlaps
-from llmfast._dispatch import has_no_data
+from llmfast._dispatch import has_no_data, in_transform
 from llmfast._kinds import ArgumentKind, expect_kinds, expect_tensors, kinds_of
 from llmfast.losses.parallel import ProcessGroup
 
@@ -368,7 +368,15 @@ def takes(kind: type) -> Callable[[Function], Function]:
 
 
 def expect_inputs(function: str, **tensors: Any) -> None:
-    """Raise TypeError unless `function` was given tensors."""
+    """Raise TypeError unless a loss outside of torch.func's transforms was given tensors: the first thing it does.
+
+    The losses look at addresses and write gradients in place, so that some would fail there, and others not.
+    """
+    if in_transform():
+        raise TypeError(
+            f"{function} must be called outside of torch.func's transforms (grad, vjp, jvp, vmap and others); "
+            f"inside, use llmfast.losses.reference.{function.replace('mtp', 'linear')}"
+        )
     expect_tensors(**tensors)
 
 

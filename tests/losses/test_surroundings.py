@@ -1,5 +1,6 @@
 """Tests of a call's surroundings: autocast, CUDA graph capture, and tensors with shapes but no data."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evidence.pretend_cuda import pretending_cuda
-from llmfast import _dispatch
+from llmfast import _dispatch, losses
 from llmfast.losses import (
     TeacherLogits,
     cross_entropy,
@@ -19,6 +20,8 @@ from llmfast.losses import (
     linear_logprobs,
     logprobs,
     mtp_cross_entropy,
+    mtp_logprobs,
+    reference,
 )
 from llmfast.losses.targets import on_device
 from llmfast.train.objective import FurtherTokens
@@ -268,3 +271,69 @@ def test_a_target_out_of_range_is_nan_where_classes_have_weights(kernels: None) 
         assert loss.isnan().tolist() == [False, True, False, True]
         assert cross_entropy(logits, targets, class_weights=weights).isnan()
         assert cross_entropy(logits[::2], targets[::2], class_weights=weights).isfinite()
+
+
+H, W, Y = torch.randn(4, 6), torch.randn(9, 6), torch.arange(4)
+# Every public loss, as a scalar function of hidden states and targets.
+EVERY: dict[str, Loss] = {
+    "cross_entropy": lambda h, y, **more: cross_entropy(h @ W.to(h).T, y, **more),
+    "linear_cross_entropy": lambda h, y, **more: linear_cross_entropy(h, W.to(h), y, **more),
+    "linear_distillation": lambda h, y, **more: linear_distillation(
+        h, W.to(h), TeacherLogits(h @ W.to(h).T), y, **more
+    ),
+    "logprobs": lambda h, y, **more: logprobs(h @ W.to(h).T, y, **more).sum(),
+    "linear_logprobs": lambda h, y, **more: linear_logprobs(h, W.to(h), y, **more).sum(),
+    "mtp_cross_entropy": lambda h, y, **more: mtp_cross_entropy(h[None], W.to(h), y, **more),
+    "mtp_logprobs": lambda h, y, **more: mtp_logprobs(h[None], W.to(h), y, **more).sum(),
+}
+TRANSFORMS: dict[str, Callable[[Loss], Any]] = {
+    "grad": lambda loss: torch.func.grad(loss)(H, Y),
+    "vjp": lambda loss: torch.func.vjp(lambda h: loss(h, Y), H),
+    "jvp": lambda loss: torch.func.jvp(lambda h: loss(h, Y), (H,), (H,)),
+    "hessian": lambda loss: torch.func.hessian(lambda h: loss(h, Y))(H),
+    "vmap": lambda loss: torch.func.vmap(loss)(H.expand(2, 4, 6), Y.expand(2, 4)),
+    "gradients per sample": lambda loss: torch.func.vmap(torch.func.grad(loss))(H[:, None], Y[:, None]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", EVERY)
+def test_transforms_of_torch_func_are_refused_in_one_sentence(name: str, transform: str) -> None:
+    """The answer is the same for all options and dtypes, and the sentence names a function that works."""
+    other = name.replace("mtp", "linear")
+    for options, dtype in (({}, None), ({"softcap": 5.0}, None), ({}, torch.float64)):
+
+        def loss(h: Tensor, y: Tensor, options: Any = options, dtype: Any = dtype) -> Any:
+            return EVERY[name](h if dtype is None else h.to(dtype), y, **options)
+
+        with pytest.raises(
+            TypeError, match=rf"^{name} must be called outside of .*; inside, use .*\.reference\.{other}$"
+        ):
+            TRANSFORMS[transform](loss)
+    assert {*EVERY} == {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))} - {
+        "mtp_valid_counts"
+    }
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "linear_logprobs", "linear_distillation"])
+def test_the_definitions_work_inside_transforms(name: str, transform: str) -> None:
+    defined = getattr(reference, name)
+
+    def loss(h: Tensor, y: Tensor) -> Any:
+        if name == "linear_distillation":
+            return defined(h, W, TeacherLogits(h.detach() @ W.T), y, softcap=5.0)
+        return defined(h @ W.T if name == "cross_entropy" else h, *(() if name == "cross_entropy" else (W,)), y).sum()
+
+    TRANSFORMS[transform](loss)
+
+
+def test_gradients_are_not_made_inside_transforms() -> None:
+    hidden = H.clone().requires_grad_()
+    for loss in (cross_entropy(hidden @ W.T, Y, softcap=5.0), linear_logprobs(hidden, W, Y).sum()):
+
+        def gradient(upstream: Tensor, loss: Tensor = loss) -> Tensor:
+            return torch.autograd.grad(loss, hidden, upstream)[0]
+
+        with pytest.raises(TypeError, match=r"^gradients of this loss must be made outside of torch\.func's "):
+            torch.func.vmap(gradient)(torch.ones(3))
