@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kinds, expect_tensors, kind_of, kinds_of, what
 from llmfast.models.cache import KeyValues
 from llmfast.models.depths import ConcatOrder, HiddenKind, SequentialDepths
 from llmfast.models.heads import ParallelHeads
@@ -42,6 +43,7 @@ class DecoderConfig:
     mtp_detach: bool = False
 
     def __post_init__(self) -> None:
+        expect_kinds(_CONFIG, vars(self))
         for name, kinds in (("mtp", MTP), ("mtp_concat", ConcatOrder), ("mtp_hidden", HiddenKind)):
             choices = get_args(kinds)
             value = getattr(self, name)
@@ -66,6 +68,9 @@ class DecoderConfig:
         return self.ffn_width or -(-8 * self.width // (3 * 64)) * 64
 
 
+_CONFIG = kinds_of(DecoderConfig)
+
+
 class Trunk(NamedTuple):
     """Input and output of a decoder's `blocks`."""
 
@@ -80,6 +85,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        if not isinstance(config, DecoderConfig):
+            raise TypeError(f"config must be a DecoderConfig; got {what(config)}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         in_trunk = config.layers - (config.mtp == "parallel")
@@ -153,6 +160,8 @@ class Decoder(nn.Module):
         cache: Sequence[KeyValues] | None = None,
     ) -> Trunk:
         """Run the part before the final norm and the heads, with the same arguments as the whole model."""
+        optional = {"positions": positions, "document_ids": document_ids}
+        expect_tensors(tokens=tokens, **{name: t for name, t in optional.items() if t is not None})
         expect(
             cache is None or document_ids is None, "document_ids must be None with a cache, which is of one document"
         )
@@ -179,6 +188,8 @@ class Decoder(nn.Module):
         Raises:
             ValueError: The model's logits are not finite, so that there is nothing to sample from.
         """
+        expect_tensors(tokens=tokens)
+        expect_kinds(_NUMBERS, {"context": context})
         choose, cache = sampler or Sampler(), self.new_cache()
         while True:
             if len(tokens) <= context:
@@ -204,6 +215,8 @@ class Decoder(nn.Module):
         Raises:
             ValueError: The model's logits are not finite, or `temperature` or `top_p` is out of range.
         """
+        expect_tensors(tokens=tokens)
+        expect_kinds(_NUMBERS, {"count": count, "context": context})
         sampler = Sampler(temperature, top_p, generator)
         return torch.cat([tokens, *islice(self.stream(tokens, context=context, sampler=sampler), count)])
 
@@ -230,7 +243,9 @@ class Decoder(nn.Module):
         Raises:
             ValueError: As `generate`; or a prompt is not (T,) with T > 0, or `count` is negative.
         """
+        expect_kinds(_NUMBERS, {"count": count, "context": context, "stop": stop})
         for i, prompt in enumerate(prompts):
+            expect_tensors(**{f"prompts[{i}]": prompt})
             ok = prompt.dim() == 1 and len(prompt) > 0
             expect(ok, f"prompts must be (T,) with T > 0; got {describe(prompt)} at {i}")
         expect(count >= 0, f"count must not be negative; got {count}")
@@ -252,6 +267,9 @@ class Decoder(nn.Module):
                         ends[i] = length + 1
             length += 1
         return [row[:end] for row, end in zip(rows, ends)]
+
+
+_NUMBERS = {name: kind_of(kind) for name, kind in (("count", int), ("context", int), ("stop", int | None))}
 
 
 class Block(nn.Module):

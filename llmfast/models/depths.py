@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kinds, expect_tensors, kind_of
 
 ConcatOrder = Literal["embedding_first", "hidden_first"]
 HiddenKind = Literal["pre_norm", "post_norm"]
+
+
+_SIZES = {"depths": kind_of(int), "width": kind_of(int), "norm_eps": kind_of(float)}
 
 
 class SequentialDepths(nn.Module):
@@ -48,6 +52,7 @@ class SequentialDepths(nn.Module):
                 handles the unembedding: `mtp_cross_entropy(detach_unembedding=)`.
         """
         super().__init__()
+        expect_kinds(_SIZES, {"depths": depths, "width": width, "norm_eps": norm_eps})
         expect(depths >= 1, f"depths must be at least 1; got {depths}")
         expect(width >= 1, f"width must be at least 1; got {width}")
         for name, value, kinds in (("concat_order", concat_order, ConcatOrder), ("hidden", hidden, HiddenKind)):
@@ -70,6 +75,8 @@ class SequentialDepths(nn.Module):
 
         If token t + k is outside the row or in another document, its embedding is replaced by zeros.
         """
+        optional = {} if document_ids is None else {"document_ids": document_ids}
+        expect_tensors(hidden=hidden, embeddings=embeddings, **optional)
         expect(
             hidden.dim() == 3 and hidden.shape[-1] == self.width,
             f"hidden must be (B, T, {self.width}); got {describe(hidden)}",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmfast._checks import expect
+from llmfast._kinds import expect_kind, expect_tensors, kind_of
 
 
 class ParallelHeads(nn.Module):
@@ -17,9 +18,11 @@ class ParallelHeads(nn.Module):
 
     def __init__(self, make_block: Callable[[], nn.Module], n: int) -> None:
         super().__init__()
+        expect_kind("n", n, kind_of(int))
         expect(n >= 1, f"n must be at least 1; got {n}")
         self.blocks = nn.ModuleList([make_block() for _ in range(n)])
 
     def forward(self, trunk_out: Tensor, *args: Any) -> Tensor:
         """Map (B, T, D) to (n, B, T, D); `args` go to every block."""
+        expect_tensors(trunk_out=trunk_out)
         return torch.stack([block(trunk_out, *args) for block in self.blocks])

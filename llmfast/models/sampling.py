@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
+from llmfast._kinds import expect_kinds, expect_tensors, kinds_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        expect_kinds(_KINDS, vars(self))
         ok = 0 <= self.temperature < math.inf
         expect(ok, f"temperature must be finite and not negative; got {self.temperature}")
         expect(0 < self.top_p <= 1, f"top_p must be in (0, 1]; got {self.top_p}")
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose a token, (1,) int64, from logits (V,); ValueError if they are not finite."""
+        expect_tensors(logits=logits)
         logits = logits.float()
         expect(bool(logits.isfinite().all()), "the model's logits are not finite: there is nothing to sample from")
         if self.temperature == 0:
@@ -45,3 +48,6 @@ class Sampler:
             before = likely.cumsum(0) - likely  # probability of all that are more likely
             p = p.index_fill(0, order[before >= self.top_p], 0.0)
         return torch.multinomial(p, 1, generator=self.generator)
+
+
+_KINDS = kinds_of(Sampler)

@@ -5,7 +5,9 @@ tensor, so that they can change every step without a recompile.
 """
 
 from llmfast._checks import expect
+from llmfast._kinds import expect_kinds, kind_of
 
+_KINDS = {"K": kind_of(int), "fraction": kind_of(float), "weight": kind_of(float), "final": kind_of(float)}
 SCHEDULES = ("constant", "linear", "staged")
 
 
@@ -61,6 +63,7 @@ def head_weights(
 
 
 def _check(K: int, *, fraction: float = 0.0, weight: float = 0.0, final: float = 0.0) -> None:
+    expect_kinds(_KINDS, {"K": K, "fraction": fraction, "weight": weight, "final": final})
     expect(K >= 1, f"K must be at least 1; got {K}")
     expect(0 <= fraction <= 1, f"fraction must be in [0, 1]; got {fraction}")
     for name, value in (("weight", weight), ("final", final)):

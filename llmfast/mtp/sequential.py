@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import expect
+from llmfast._kinds import expect_tensors
 
 
 def sequential_backward(
@@ -30,6 +31,7 @@ def sequential_backward(
     Returns:
         The losses of the heads, (K,), detached.
     """
+    expect_tensors(trunk_out=trunk_out)
     inputs = trunk_out.detach().requires_grad_(trunk_out.requires_grad)
     losses: list[Tensor] = []
     for k, head in enumerate(heads):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kind, expect_tensors, kind_of
 from llmfast.models.cache import KeyValues
 from llmfast.models.decoder import Trunk, rotation
 from llmfast.models.depths import SequentialDepths
@@ -62,6 +63,8 @@ def speculative_passes(
     Raises:
         ValueError: `tokens` is not (T,) with T > 0, `count` is negative, or the model has no heads that can draft.
     """
+    expect_tensors(tokens=tokens)
+    expect_kind("count", count, kind_of(int))
     expect(tokens.dim() == 1 and len(tokens) > 0, f"tokens must be (T,) with T > 0; got {describe(tokens)}")
     expect(count >= 0, f"count must not be negative; got {count}")
     expect(model.mtp is not None, f"model must have mtp='parallel' or 'sequential'; got {model.config.mtp!r}")

@@ -1,12 +1,13 @@
 """Lion (Chen et al. 2023, arXiv:2302.06675): steps of size lr in the direction of a sign."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmfast._checks import expect
+from llmfast._kinds import expect_kind, kind_of
 from llmfast.optim.base import FusedOptimizer, TorchCall
 from llmfast.optim.decay import DecayMode, DecoupledDecay
 from llmfast.optim.options import Extras
@@ -78,6 +79,9 @@ class FusedLion(DecoupledDecay, FusedOptimizer):
         decay: DecayMode = "lr",
         **extras: "Unpack[Extras]",
     ) -> None:
+        expect_kind("lr", lr, kind_of(float | Tensor))
+        expect_kind("betas", betas, kind_of(Sequence[float]))
+        expect_kind("weight_decay", weight_decay, kind_of(float))
         expect(bool(lr >= 0), f"lr must be at least 0; got {lr}")
         expect(all(0 <= beta < 1 for beta in betas), f"betas must be in [0, 1); got {betas}")
         expect(weight_decay >= 0, f"weight_decay must be at least 0; got {weight_decay}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmfast._checks import describe, expect
+from llmfast._kinds import expect_kinds, kinds_of
 from llmfast.optim.formats import (
     PARAM_FORMATS,
     STATE_FORMATS,
@@ -77,14 +78,15 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        expect_kinds(_NUMBERS, vars(self))
         norm, decay = self.max_grad_norm, self.ema_decay
         expect(norm is None or norm > 0, f"max_grad_norm must be greater than 0, or None; got {norm}")
         expect(
-            self.master_weights is None or self.master_weights in PARAM_FORMATS,
+            self.master_weights is None or self.master_weights in [*PARAM_FORMATS],
             f"master_weights must be None or one of {[*PARAM_FORMATS]}; got {self.master_weights!r}",
         )
         expect(
-            self.state_dtype in STATE_FORMATS,
+            self.state_dtype in [*STATE_FORMATS],
             f"state_dtype must be None or one of {[f for f in STATE_FORMATS if f is not None]}; "
             f"got {self.state_dtype!r}",
         )
@@ -148,3 +150,6 @@ class Options:
                 "master_weights, state_dtype and ema_decay must be None for complex parameters; got "
                 f"{name}, {describe(p)}"
             )
+
+
+_NUMBERS = {n: kind for n, kind in kinds_of(Options).items() if n not in ("master_weights", "state_dtype")}

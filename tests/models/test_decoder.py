@@ -1,17 +1,23 @@
 """The small decoder: it is causal, keeps documents apart, and learns."""
 
+import re
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from llmfast.losses import linear_cross_entropy
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.models.blocks import blocks_of
 from llmfast.models.decoder import Block, rotate, rotation
 from llmfast.models.depths import SequentialDepths
+from llmfast.models.heads import ParallelHeads
 from llmfast.models.sampling import Sampler
+from llmfast.mtp import constant_weights, sequential_backward, speculative_generate, staged_weights
 
 
 def small(**options: Any) -> Decoder:
@@ -340,3 +346,66 @@ def test_generating_keeps_nothing_for_gradients() -> None:
         assert torch.is_grad_enabled()
         model(prompt[None])
     assert kept
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1, 2], np.ones((1, 2)), None, nn.Linear(2, 2)], ids=lambda wrong: type(wrong).__name__
+)
+def test_what_is_no_tensor_is_refused_by_its_name(wrong: Any) -> None:
+    model, tokens = small(mtp="sequential", mtp_heads=1), torch.arange(4)
+    depths = model.mtp
+    assert depths is not None
+    h = torch.zeros(1, 4, 32)
+    calls: dict[str, list[Any]] = {
+        "tokens": [model, model.trunk, lambda t: next(model.stream(t, context=4)), lambda t: generated(model, t)],
+        "prompts[1]": [lambda t: model.generate_batch([tokens, t], 2, context=4)],
+        "hidden": [lambda t: depths(t, h)],
+        "embeddings": [lambda t: depths(h, t)],
+        "trunk_out": [ParallelHeads(nn.Identity, 2), lambda t: sequential_backward(t, [nn.Identity()], lambda k, x: x)],
+        "logits": [Sampler()],
+    }
+    if wrong is not None:
+        calls["positions"] = [lambda t: model(tokens[None], positions=t)]
+        calls["document_ids"] = [lambda t: model(tokens[None], document_ids=t), lambda t: depths(h, h, document_ids=t)]
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(TypeError, match=rf"^{re.escape(name)} must be a tensor; got (an? |None)"):
+                function(wrong)
+
+
+def generated(model: Decoder, tokens: Any) -> Any:
+    return speculative_generate(model, tokens, 2)
+
+
+@pytest.mark.parametrize("wrong", ["2", None, [1], True], ids=str)
+def test_what_is_no_number_is_refused_by_its_name(wrong: Any) -> None:
+    model, tokens = small(mtp="sequential", mtp_heads=1), torch.arange(4)
+    calls: dict[str, list[Any]] = {
+        "count": [
+            lambda n: model.generate(tokens, n, context=4),
+            lambda n: model.generate_batch([tokens], n, context=4),
+            lambda n: speculative_generate(model, tokens, n),
+        ],
+        "context": [lambda n: model.generate(tokens, 2, context=n)],
+        "temperature": [Sampler],
+        "top_p": [lambda n: Sampler(0.5, n)],
+        "n": [lambda n: ParallelHeads(nn.Identity, n)],
+        "depths": [lambda n: SequentialDepths(nn.Identity, n, 8)],
+        "width": [lambda n: SequentialDepths(nn.Identity, 2, n)],
+        "K": [lambda n: constant_weights(n, 1.0)],
+        "weight": [lambda n: constant_weights(2, n)],
+        "fraction": [lambda n: staged_weights(n, 2)],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(TypeError, match=rf"^{name} must be (an int|a number); got "):
+                function(wrong)
+    for field in fields(DecoderConfig):
+        if field.type in (int, float):
+            with pytest.raises(TypeError, match=rf"^{field.name} must be (an int|a number); got "):
+                DecoderConfig(**{"vocab_size": 50, field.name: wrong})
+
+
+def test_a_decoder_takes_its_config() -> None:
+    with pytest.raises(TypeError, match=r"^config must be a DecoderConfig; got a dict$"):
+        Decoder({"vocab_size": 50})  # type: ignore[arg-type]

@@ -214,3 +214,9 @@ def test_arguments_have_the_ranges_and_defaults_of_the_authors_code() -> None:
     assert {name: group[name] for name in defaults} == defaults
     signature = inspect.signature(FusedLion).parameters
     assert {name: signature[name].default for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("lr", "0.1"), ("betas", None), ("betas", 0.9), ("weight_decay", None)])
+def test_a_number_of_another_kind_is_refused_by_its_name(name: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be (a number|a sequence of numbers).*; got "):
+        FusedLion([torch.nn.Parameter(torch.ones(3))], **{name: wrong})

@@ -107,3 +107,10 @@ def test_float32_parameters_need_no_more_bits(path: str, master: Any) -> None:
         optimizer.step()
         found.append((wide.detach(), optimizer.state[wide].keys()))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_an_option_of_another_kind_is_refused_by_its_name(name: str) -> None:
+    for wrong in ("1", [1], *([True] if name in ("max_grad_norm", "ema_decay", "seed") else [])):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} must be .*; got "):
+            FusedAdamW([torch.nn.Parameter(torch.ones(3))], **{name: wrong})
