@@ -1,9 +1,7 @@
 """The command line: `llmfast train`, `continue`, `generate`, `export`, `clean`, `plan`, `report` and others."""
 
 import argparse
-import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import llmfast
 from llmfast._commands import CommandParser, fail
+from llmfast._output import Lasting, OutputLost, going_on, standard_streams
 from llmfast.ahead import add_arguments as add_compile_arguments
 from llmfast.ahead import run as run_compile
 from llmfast.checkup.command import add_arguments as add_checkup_arguments
@@ -29,9 +28,43 @@ from llmfast.plan.command import run as run_plan
 from llmfast.train.report import add_arguments as add_report_arguments
 from llmfast.train.report import run as run_report
 
+_WRITERS = ("train", "continue", "export", "clean", "report", "compile", "examples")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code. A user's mistake is one line on stderr and code 2."""
+    """Run a command; return the exit code. A user's mistake is one line on stderr and code 2.
+
+    A command that writes files goes on without its output if that cannot be written; others end.
+    """
+    with standard_streams() as out:
+        try:
+            return _run(arguments, out)
+        except OutputLost as e:
+            return 1 if isinstance(e.__cause__, BrokenPipeError) else fail(str(e))  # a reader may stop, as `head` does
+
+
+def _run(arguments: Sequence[str] | None, out: Lasting) -> int:
+    try:
+        args = _parser().parse_args(arguments)
+    except SystemExit:  # after --help, or a mistake
+        out.flush()
+        raise
+    if _writes_files(args):
+        out.lost = going_on
+    run: Callable[[argparse.Namespace], int] = args.run
+    status = run(args)
+    out.flush()
+    return status
+
+
+def _writes_files(args: argparse.Namespace) -> bool:
+    """Return whether a command's output only tells of its work."""
+    if args.command == "doctor":
+        return args.json is not None or args.markdown is not None
+    return args.command in _WRITERS and not getattr(args, "dry_run", False)
+
+
+def _parser() -> CommandParser:
     parser = CommandParser(prog="llmfast", description="Fused losses, optimizers and a thin trainer for LLMs.")
     parser.add_argument("--version", action="version", version=f"llmfast {llmfast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -109,17 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_checkup_arguments(doctor)
     doctor.set_defaults(run=_doctor)
 
-    args = parser.parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = args.run
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are: names of files need not be Unicode
-    try:
-        status = run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader stopped early, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
-        return 1
+    return parser
 
 
 def _schema() -> Any:
@@ -217,8 +240,6 @@ def _trained(run: Callable[[], None]) -> int:
         run()
     except ImportError as e:
         return _missing(e)
-    except BrokenPipeError:  # the reader has seen enough; it is an OSError too
-        raise
     except (ConfigError, NonFinite, OSError) as e:
         return fail(str(e))
     except (MemoryError, RuntimeError) as e:

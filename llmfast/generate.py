@@ -69,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as e:
         advice = "" if "pip install" in str(e) else "; generating needs the extra: pip install 'llmfast-torch[train]'"
         return fail(f"{e}{advice}")
-    except BrokenPipeError:  # the reader has seen enough
-        raise
     except (ValueError, OSError) as e:
         return fail(str(e))
     except KeyboardInterrupt:

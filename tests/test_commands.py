@@ -3,10 +3,10 @@
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 
 from llmfast import _commands, cli
 from llmfast.cli import main
+from llmfast.generate import _print
 from llmfast.train.config import SCHEMA
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import NonFinite
@@ -27,16 +28,6 @@ def raising(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return run
-
-
-def main_without_a_reader(arguments: list[str]) -> int:
-    """Return the exit code; stdout must be replaced by /dev/null, because what is left in it has no reader."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stdout", io.StringIO())
-        patch.setattr(sys.stdout, "fileno", lambda: 7)
-        patch.setattr("os.open", lambda path, flags: {os.devnull: 5}[path])
-        patch.setattr("os.dup2", lambda new, old: {(5, 7): None}[new, old])
-        return main(arguments)
 
 
 # What may go wrong while a command trains: the exit code, and the line on stderr.
@@ -55,7 +46,7 @@ WRONG: list[tuple[BaseException, int, str]] = [
     ),
     (KeyboardInterrupt("step 3 was saved"), 130, "llmfast: interrupted; step 3 was saved\n"),
     (KeyboardInterrupt(), 130, "llmfast: interrupted\n"),
-    (BrokenPipeError(), 1, ""),
+    (BrokenPipeError(32, "Broken pipe"), 2, "llmfast: error: [Errno 32] Broken pipe\n"),  # of a file, not of stdout
 ]
 
 
@@ -73,8 +64,7 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(
     monkeypatch.setattr("llmfast.train.continued.continued_config", raising(error))
     if command == "settings":
         monkeypatch.setattr(type(SCHEMA), "listing", raising(error))
-    run = main_without_a_reader if isinstance(error, BrokenPipeError) else main
-    assert run([command, *(["run", "--target=x"] if command == "continue" else [])]) == status
+    assert main([command, *(["run", "--target=x"] if command == "continue" else [])]) == status
     captured = capsys.readouterr()
     assert captured.err == says and captured.out == ""
 
@@ -107,9 +97,18 @@ def test_a_missing_extra_is_named(
 def test_a_reader_that_stops_early_ends_generating_without_a_word(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llmfast.train.loading.open_run", raising(BrokenPipeError()))
-    assert main_without_a_reader(["generate", "run", "--prompt=a"]) == 1
-    assert capsys.readouterr().err == ""
+    """End with the first text that nobody reads."""
+    out, printed = SimpleNamespace(write=raising(BrokenPipeError(32, "Broken pipe"))), list[int]()
+
+    def generate(args: argparse.Namespace) -> None:
+        for i in range(3):
+            printed.append(i)
+            _print(f"{i}")
+
+    monkeypatch.setattr("llmfast.generate._generate", generate)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["generate", "run", "--prompt=a"]) == 1
+    assert capsys.readouterr().err == "" and printed == [0]
 
 
 @pytest.mark.parametrize("before", [0, 4078, 4079, 9000])
