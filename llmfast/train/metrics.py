@@ -6,9 +6,10 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llmfast._checks import expect
+from llmfast._output import Lasting, going_on
 from llmfast.train.durable import write_whole
 
 PLAIN_SECONDS = 15.0  # between lines, or one step if that is longer, where the output is not a terminal
@@ -178,6 +180,25 @@ def peak_memory_bytes(device: torch.device) -> int:
 def say(console: Console, text: str) -> None:
     """Print a line as it is: nothing in it is markup, and terminals may wrap it."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def outliving(console: Console) -> Iterator[None]:
+    """Let a console whose output fails go quiet, and say so on stderr, instead of ending the work that it tells of."""
+    given, file = console._file, console.file
+
+    def lost(error: Exception) -> None:
+        console.quiet = True
+        going_on(error)
+
+    if isinstance(file, Lasting):  # of the command line, or of a caller
+        yield
+        return
+    console.file = cast(TextIO, Lasting(file, lost))
+    try:
+        yield
+    finally:
+        console._file = given  # without one, a console prints to what sys.stdout is at the time
 
 
 def print_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:

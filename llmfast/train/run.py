@@ -1,6 +1,7 @@
 """A run from its settings to its closing table: what `llmfast train` does."""
 
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from llmfast.train.earlier import (
 )
 from llmfast.train.estimate import estimate_run, is_modelled
 from llmfast.train.finish import finish, held_out_entropy, whole_model
-from llmfast.train.metrics import plot_loss, print_table, read_metrics, say
+from llmfast.train.metrics import outliving, plot_loss, print_table, read_metrics, say
 from llmfast.train.parallel import World, micro_batch_size, shard_count
 from llmfast.train.parts import (
     choose_device,
@@ -46,6 +47,7 @@ from llmfast.train.parts import (
 )
 from llmfast.train.pretrained import copy_files, open_pretrained
 from llmfast.train.settings import ConfigError
+from llmfast.train.signals import handled
 from llmfast.train.trainer import Hooks, Trainer
 
 
@@ -70,14 +72,29 @@ def train(
             that is resumed in what cannot change.
         FileExistsError: the named run exists, and neither `resume` nor `overwrite` was given.
         FileNotFoundError: there is nothing to resume.
-        KeyboardInterrupt: SIGINT or SIGTERM ended the run before its last step. It can be resumed, unless that was
-            before the first step: then no folder is left.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP ended the run before its last step. It can be resumed, unless that
+            was before the first step: then no folder is left.
         NonFinite, OSError: see `Trainer.fit`.
     """
-    started, t = time.perf_counter(), config.train
     device, dtype = choose_device(config)
     world = World.join(device)
     console = console or Console(quiet=not world.main)
+    with outliving(console):
+        return _train(config, world, dtype, console, resume=resume, overwrite=overwrite, dry=dry_run, profile=profile)
+
+
+def _train(
+    config: Config,
+    world: World,
+    dtype: torch.dtype,
+    console: Console,
+    *,
+    resume: bool,
+    overwrite: bool,
+    dry: bool,
+    profile: bool,
+) -> Path:
+    started, t = time.perf_counter(), config.train
     run = Path(world.agreed(str(_choose_run(config, resume=resume, overwrite=overwrite) if world.main else "")))
     config.name = run.name
     if resume:
@@ -104,7 +121,7 @@ def train(
     model.to(world.device)
     torch.manual_seed(t.seed + world.rank)  # random numbers in training must differ between ranks
     _print_plan(config, data, order, model, f"{world.device} in {dtype}", world, console)
-    if dry_run:
+    if dry:
         say(console, f"{_memory_in_words(config, model, world.size)}nothing was trained")
         world.leave()
         return run
@@ -126,7 +143,7 @@ def train(
         _resume(trainer, config, run)
     if world.main and overwrite and run.exists():  # only now, after everything else has worked
         _remove(run, console)
-    with _interruptible(trainer, config, run, console, resume=resume):
+    with handled(signal.default_int_handler), _interruptible(trainer, config, run, console, resume=resume):
         if world.main:
             _write_settings(trainer, data, run, resume=resume)
         say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")

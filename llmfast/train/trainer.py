@@ -1,11 +1,10 @@
 """The training loop: steps, evaluation and checkpoints of whatever model, loss and data it is given."""
 
-import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +19,12 @@ from llmfast.optim import FusedOptimizer
 from llmfast.train.batch import on_device
 from llmfast.train.checkpoint import Checkpoints, settings_of
 from llmfast.train.config import Config
-from llmfast.train.metrics import MetricsFile, ProgressDisplay, peak_memory_bytes, say, weighted_mean
+from llmfast.train.metrics import MetricsFile, ProgressDisplay, outliving, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
 from llmfast.train.parallel import World, clip_grad_norm_, micro_batch_size, prepare_blocks, spread, syncing
 from llmfast.train.schedule import described, lr_of_step
 from llmfast.train.settings import ConfigError
+from llmfast.train.signals import handled
 from llmfast.train.vocab_parallel import OfAllRanks, split_unembedding
 
 SPIKE = 6.0  # standard deviations of the last lines' losses that a line's loss may be above their mean
@@ -211,13 +211,20 @@ class Trainer:
         self.checkpoints.retire_newer()
 
     def fit(self) -> bool:
-        """Train to the last step and save a checkpoint; False if SIGINT or SIGTERM ended the run before that.
+        """Train to the last step and save a checkpoint; False if SIGINT, SIGTERM or SIGHUP ended the run before that.
+
+        One rank stops after the step in which the signal came, several after the next step that is logged: only then do
+        they ask each other. If nothing more can be printed, training goes on in silence, with a word on stderr.
 
         Raises:
             NonFinite: more than `train.max_skipped` steps had to be skipped.
             OSError: a checkpoint or metrics.jsonl could not be written; the message names the last good checkpoint.
             FileExistsError: the run's folder holds checkpoints that this run has neither written nor resumed from.
         """
+        with outliving(self.console):
+            return self._fit()
+
+    def _fit(self) -> bool:
         t = self.config.train
         if self.checkpoints is not None:
             self.checkpoints.expect_own()
@@ -229,7 +236,7 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         clock = time.perf_counter()
-        with self._stop_signals(), closing(self.metrics) if self.metrics is not None else nullcontext():
+        with handled(self._stop_soon), closing(self.metrics) if self.metrics is not None else nullcontext():
             with ProgressDisplay(self.console, t.steps, self.step, t.log_every) as self._display:
                 while self.step < t.steps and not self._must_stop():
                     for hook in self.hooks:
@@ -437,25 +444,17 @@ class Trainer:
     # Signals.
 
     def _must_stop(self) -> bool:
-        """Return True on all ranks after a signal to one of them, or a checkpoint that could not be written."""
+        """Return True on all ranks after a signal to one of them, or a checkpoint that could not be written.
+
+        Several ranks look only at steps that are logged, where they wait for each other anyway.
+        """
         stop = self._stop or (self.checkpoints is not None and self.checkpoints.failed)
         if self.world.size == 1:
             return stop
         return self.step % self.config.train.log_every == 0 and self.world.any(stop)
 
-    @contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the current step; a second one is not caught."""
-
-        def stop(number: int, frame: Any) -> None:
-            self._stop = True
+    def _stop_soon(self, number: int, frame: Any) -> None:
+        """End the run after a step; a second SIGINT or SIGTERM is not caught. A closed terminal may send several."""
+        self._stop = True
+        if number != signal.SIGHUP:
             signal.signal(number, signal.default_int_handler)
-
-        before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # not in the main thread, where nobody sends signals
-            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -22,6 +22,7 @@ from llmfast.train.metrics import (
     MetricsFile,
     ProgressDisplay,
     number,
+    outliving,
     peak_memory_bytes,
     plot_loss,
     print_table,
@@ -289,3 +290,18 @@ def test_the_picture_is_as_wide_as_a_page_and_has_a_row_for_each_pair_of_sources
     (legend,) = figure.legends
     assert figure.get_size_inches().tolist() == pytest.approx([8, 3.9 + 0.21 * rows])
     assert legend._ncols == columns and not legend.get_frame_on()
+
+
+def test_a_console_follows_stdout_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard a console once, and not at all one of a command, whose stdout is guarded."""
+    first, second = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", first)
+    console = Console()
+    with outliving(console):
+        guarded = console.file
+        with outliving(console):
+            say(console, "one")
+            assert console.file is guarded is not first
+    monkeypatch.setattr(sys, "stdout", second)
+    say(console, "two")
+    assert (first.getvalue(), second.getvalue()) == ("one\n", "two\n")

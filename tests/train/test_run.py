@@ -187,15 +187,18 @@ def test_a_signal_saves_and_stops(settings: list[str], capsys: pytest.CaptureFix
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-00000004", "checkpoint-00000006"]
 
 
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_before_the_first_step_leaves_nothing(
-    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Interrupt the first evaluation, which no signal handler guards; then start the same run."""
+    """Interrupt the first evaluation, as the signals do by their own handler; then start the same run."""
     original = Trainer.evaluate
 
     def interrupted(self: Trainer) -> Any:
         assert (folder / "config.toml").exists()
-        raise KeyboardInterrupt
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.raise_signal(number)
 
     folder = Path(settings[0].removeprefix("runs=")) / "first"
     monkeypatch.setattr(Trainer, "evaluate", interrupted)

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from llmfast.train.config import Config
 from llmfast.train.objective import NextToken, Summed
 from llmfast.train.parts import make_optimizer
 from llmfast.train.settings import ConfigError
+from llmfast.train.signals import handled
 from llmfast.train.trainer import Hooks, NonFinite, Stream, Trainer, on_device
 from support.programs import (
     OPTIMIZERS,
@@ -498,7 +500,8 @@ def test_thirty_lines_are_remembered() -> None:
     assert trainer._recent == written["loss"][-30:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_ends_the_run_after_the_step_and_the_second_at_once(number: int) -> None:
     before, calls = signal.getsignal(number), list[int]()
 
@@ -512,11 +515,37 @@ def test_the_first_signal_ends_the_run_after_the_step_and_the_second_at_once(num
 
     trainer, _ = trainer_of(hooks=[Stop()])
     assert not trainer.fit() and calls == [1, 2, 3] and signal.getsignal(number) is before
-    with trainer._stop_signals():
+    with handled(trainer._stop_soon):
         signal.raise_signal(number)
-        with pytest.raises(KeyboardInterrupt):
+        # A closed terminal sends several signals, of the system and of the shell.
+        with nullcontext() if number == signal.SIGHUP else pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_console_that_fails_does_not_end_training(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Break the pipe before step 3 of 6; all else of the run is written, and a word on stderr."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal)
+
+    def broken(text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    class Break(Hooks):
+        def before_step(self, trainer: Trainer) -> None:
+            if trainer.step == 2:
+                stream.write = broken  # type: ignore[method-assign]
+
+    trainer, written = trainer_of(settings(steps=6), hooks=[Break()], console=console, run=tmp_path)
+    assert trainer.fit() and len(written["loss"]) == 6
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000006"]
+    console.print("nothing of this is written")
+    assert console.quiet and console.file is stream
+    told = "llmfast: output could not be written, and ends here; all else goes on: [Errno 32] Broken pipe\n"
+    assert capsys.readouterr().err == told
 
 
 def test_every_group_must_skip_bad_steps() -> None:
