@@ -1,6 +1,7 @@
 """The command `llmfast examples`: a copy of the example programs that come with the package."""
 
 import argparse
+import os
 import shutil
 from fnmatch import filter as matching
 from pathlib import Path
@@ -35,7 +36,7 @@ def copy_examples(to: Path) -> None:
     expect_new(to)
     installed = _HERE / "_examples"  # as pyproject.toml lays out a wheel; a checkout has them next to the package
     source = installed if installed.is_dir() else _HERE.parent / "examples"
-    shutil.copytree(source, to, ignore=_left_out, dirs_exist_ok=True)
+    shutil.copytree(source, os.path.realpath(to), ignore=_left_out, dirs_exist_ok=True)
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """The command `llmfast export`: a run's model as a folder that Hugging Face's transformers opens."""
 
 import argparse
-import shutil
+import os
 import sys
 from pathlib import Path
 
@@ -52,9 +52,11 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
     """
     from llmfast.data.for_transformers import ids_for_transformers, save_for_transformers
     from llmfast.models import save_llama
+    from llmfast.train.durable import remove
     from llmfast.train.loading import open_run
 
     expect_new(to)
+    to = Path(os.path.realpath(to))
     opened = open_run(run)
     expect(
         opened.shape is not None,
@@ -69,7 +71,7 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
     )
     ids = ids_for_transformers(tokenizer)
     partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     try:
         save_llama(model, partial, depths=depths, more={"max_position_embeddings": context, **ids})
         save_for_transformers(tokenizer, partial, max_length=context)
@@ -77,4 +79,4 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
             to.rmdir()
         partial.rename(to)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)

@@ -20,6 +20,12 @@ def test_a_copy_of_all_programs_and_settings(tmp_path: Path, capsys: pytest.Capt
         assert (to / path.relative_to(EXAMPLES)).read_bytes() == path.read_bytes()
 
 
+def test_a_link_to_no_folder_yet_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "to").symlink_to(tmp_path / "disk" / "to")
+    assert main(["examples", str(tmp_path / "to")]) == 0
+    assert (tmp_path / "to").is_symlink() and (tmp_path / "disk" / "to" / "README.md").exists()
+
+
 def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text("mine")
     for to in (tmp_path, tmp_path / "mine.py"):

@@ -76,3 +76,19 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "to")]) == 130
     assert capsys.readouterr().err == "llmfast: interrupted; nothing was written\n"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_link_to_a_new_folder_is_kept(tmp_path: Path) -> None:
+    """Write where it points to; neither it nor what an interrupted export left is in the way."""
+    write_run(tmp_path / "run")
+    for name in ("empty", "missing"):
+        to, target = tmp_path / name, tmp_path / "disk" / name
+        to.symlink_to(target)
+        target.parent.mkdir(exist_ok=True)
+        (target.parent / f".{name}.partial").symlink_to(tmp_path / "run")
+        if name == "empty":
+            target.mkdir()
+        assert main(["export", str(tmp_path / "run"), str(to)]) == 0
+        assert to.is_symlink() and (target / "config.json").exists()
+    assert {p.name for p in (tmp_path / "disk").iterdir()} == {"empty", "missing"}
+    assert (tmp_path / "run" / "config.toml").exists()

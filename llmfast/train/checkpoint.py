@@ -36,7 +36,7 @@ from torch.distributed.tensor import distribute_tensor
 from llmfast._dtensor import is_dtensor
 from llmfast._units import in_bytes
 from llmfast.optim import FusedOptimizer, formats
-from llmfast.train.durable import sync
+from llmfast.train.durable import remove, sync
 from llmfast.train.parallel import World, plain
 from llmfast.train.reading import Planner, Reader
 
@@ -139,7 +139,7 @@ class Checkpoints:
         except (OSError, *_UNREADABLE) as e:
             problem = f"{final.name} could not be written: {_last_line(e)}; {self.last_good()}"
             if self._world.main:  # free the space for others
-                shutil.rmtree(_partial(final), ignore_errors=True)
+                remove(_partial(final))
         self._agree_on(problem)
 
     def load(
@@ -218,7 +218,7 @@ class Checkpoints:
         """Make room for a checkpoint; return a description of the problem, "" if there is none."""
         try:
             for stale in self.run.glob(".*.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
+                remove(stale)
             free = shutil.disk_usage(self.run).free
             if free < 1.05 * needed:
                 raise OSError(f"it takes about {in_bytes(needed)}, and {in_bytes(free)} are free")
@@ -237,7 +237,7 @@ class Checkpoints:
         sync(self.run)  # the new name is on disk before old ones go
         for old in _checkpoints(self.run)[: -self._keep_last]:
             if not self._keep_every or _step_of(old) % self._keep_every:
-                shutil.rmtree(_retire(old), ignore_errors=True)
+                remove(_retire(old))
 
     # While reading.
 
@@ -459,5 +459,5 @@ def _partial(checkpoint: Path) -> Path:
 def _retire(checkpoint: Path) -> Path:
     """Rename a checkpoint that will be removed: a half-removed one must not have its name."""
     gone = _partial(checkpoint)
-    shutil.rmtree(gone, ignore_errors=True)
+    remove(gone)
     return checkpoint.rename(gone)

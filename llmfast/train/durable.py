@@ -1,7 +1,9 @@
-"""Files that survive a power failure: either complete, or as they were before."""
+"""Files that survive a power failure, complete or as they were before; folders that may be links."""
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,3 +27,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if there is none; where a link points to nothing, make it there."""
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, as far as that is possible; of a link or file only itself, not what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -22,6 +22,7 @@ from llmfast.models.llama import CONFIG
 from llmfast.models.sampling import Sampler
 from llmfast.train.checkpoint import load_weights, newest_step
 from llmfast.train.config import SCHEMA, Config
+from llmfast.train.durable import remove
 from llmfast.train.earlier import content, saved_settings
 from llmfast.train.objective import NextToken, Sums
 from llmfast.train.settings import ConfigError, shown
@@ -113,7 +114,7 @@ def copy_files(folder: Path, run: Path) -> None:
 def save_pretrained(model: Any, run: Path) -> None:
     """Write the weights and config.json into the run's folder, each whole, next to the tokenizer."""
     partial = run / ".pretrained.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     model.save_pretrained(partial)
     mode = (partial / CONFIG).stat().st_mode
     for file in sorted(partial.iterdir()):

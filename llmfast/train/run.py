@@ -1,6 +1,6 @@
 """A run from its settings to its closing table: what `llmfast train` does."""
 
-import shutil
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from llmfast.models import Decoder
 from llmfast.models.cost import step_flops
 from llmfast.train.checkpoint import load_weights
 from llmfast.train.config import Config, decoder_config, dump_config, expect_resumable
-from llmfast.train.durable import write_whole
+from llmfast.train.durable import make_folder, remove, write_whole
 from llmfast.train.earlier import (
     digest,
     expect_checkpoint_resumable,
@@ -218,16 +218,35 @@ def _resume(trainer: Trainer, config: Config, run: Path) -> None:
 
 
 def _remove(run: Path, console: Console) -> None:
-    """Remove a run, first of all its name: a kill must not leave half a run."""
+    """Remove a run, first of all its name: a kill must not leave half a run.
+
+    What is elsewhere, behind a link or a mount point, stays there: only what it holds is removed, config.toml last.
+    """
     gone = run.with_name(f".{run.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    shutil.rmtree(run.rename(gone), ignore_errors=True)
-    if gone.exists():
-        say(console, f"not all of the run before could be removed; the rest is in {gone}")
+    remove(gone)
+    if elsewhere := _is_elsewhere(run):
+        gone = run / gone.name
+        remove(gone)
+        gone.mkdir(exist_ok=True)
+        for entry in sorted({*run.iterdir()} - {gone}, key=lambda entry: entry.name == "config.toml"):
+            try:
+                entry.rename(gone / entry.name)
+            except OSError:
+                remove(entry)
+    else:
+        run.rename(gone)
+    remove(gone)
+    if os.path.lexists(gone) or (elsewhere and any(run.iterdir())):
+        rest = gone if os.path.lexists(gone) else run
+        say(console, f"not all of the run before could be removed; the rest is in {rest}")
+
+
+def _is_elsewhere(run: Path) -> bool:
+    return run.is_symlink() or os.path.ismount(run)
 
 
 def _write_settings(trainer: Trainer, data: Dataset, run: Path, *, resume: bool) -> None:
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     if not resume:  # a resumed run has read its tokenizer from there
         write_whole(run / "tokenizer.json", data.tokenizer.save)
         if trainer.config.model.pretrained:
@@ -247,7 +266,8 @@ def _interruptible(trainer: Trainer, config: Config, run: Path, console: Console
         if trainer.step == 0 and not resume:
             if run.exists():
                 _remove(run, console)
-            raise KeyboardInterrupt(f"no step was taken, and {run} was removed") from e
+            done = "emptied" if _is_elsewhere(run) else "removed"
+            raise KeyboardInterrupt(f"no step was taken, and {run} was {done}") from e
         if any(run.glob("checkpoint-*")):
             raise KeyboardInterrupt(
                 f"go on from the last checkpoint with: {resume_command(config.name, config.runs)}"

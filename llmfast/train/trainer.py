@@ -19,6 +19,7 @@ from llmfast.optim import FusedOptimizer
 from llmfast.train.batch import on_device
 from llmfast.train.checkpoint import Checkpoints, settings_of
 from llmfast.train.config import Config
+from llmfast.train.durable import make_folder
 from llmfast.train.metrics import MetricsFile, ProgressDisplay, outliving, peak_memory_bytes, say, weighted_mean
 from llmfast.train.objective import Objective, Summed, Sums, WithLoss
 from llmfast.train.parallel import World, clip_grad_norm_, micro_batch_size, prepare_blocks, spread, syncing
@@ -229,7 +230,7 @@ class Trainer:
         if self.checkpoints is not None:
             self.checkpoints.expect_own()
         if self.run is not None and self.world.main:
-            self.run.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run)
             self.metrics = MetricsFile(self.run / "metrics.jsonl", resume_at=self.step, tensorboard=t.tensorboard)
         self._say_schedule()
         self.module.train()

@@ -283,6 +283,20 @@ def test_old_checkpoints_go(keep_last: int, keep_every: int, kept: list[int], tm
     assert saved(tmp_path) == kept and not list(tmp_path.glob(".*"))
 
 
+def test_an_old_checkpoint_elsewhere_loses_its_link(tmp_path: Path) -> None:
+    """Leave what was moved to another disk there, and no link to it: that was the next one's `.partial`."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    trainer, _ = trainer_of(settings(steps=3, save_every=10, keep_last=1), run=run)
+    trainer.fit()
+    (run / "checkpoint-00000003").rename(disk)
+    (run / "checkpoint-00000003").symlink_to(disk)
+    (run / ".checkpoint-00000004.partial").symlink_to(disk)
+    trainer.config.train.steps = 4
+    trainer.fit()
+    assert [f.name for f in run.iterdir() if "checkpoint" in f.name] == ["checkpoint-00000004"]
+    assert (disk / "meta.json").exists()
+
+
 def cut(checkpoint: Path) -> None:
     file = next(checkpoint.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])

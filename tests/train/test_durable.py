@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmfast.train.durable import write_whole
+from llmfast.train.durable import make_folder, remove, write_whole
 from support.disk import Disk
 
 
@@ -56,3 +56,20 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         write_whole(file, full)
     assert file.read_text() == "before"
+
+
+def test_what_a_link_points_to_is_made_and_never_removed(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "disk" / "target"
+    link.symlink_to(target)
+    make_folder(link)
+    make_folder(link)
+    assert link.is_symlink() and target.is_dir()
+    (target / "kept").touch()
+    remove(link)
+    assert not link.is_symlink() and (target / "kept").exists()
+    link.symlink_to(tmp_path / "nowhere")
+    remove(link)
+    remove(target / "kept")
+    remove(target.parent)
+    remove(target)  # is gone
+    assert list(tmp_path.iterdir()) == []
