@@ -122,6 +122,18 @@ def test_no_setting_of_depths_is_lost(tmp_path: Path) -> None:
     assert {name: getattr(again, name) for name in options} == options
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_decoder_with_depths_comes_back_with_every_weight(tied: bool, repeated: bool, tmp_path: Path) -> None:
+    model = decoder(mtp="sequential", mtp_heads=2, mtp_repeated_layer=repeated, tie_embeddings=tied)
+    save_llama(model, tmp_path, depths=True)
+    weights, again = model.state_dict(), load_llama(tmp_path).state_dict()
+    assert weights.keys() == again.keys() and all(torch.equal(again[name], t) for name, t in weights.items())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        heads = [file.get_tensor(name) for name in file.keys() if name.endswith("shared_head.head.weight")]
+    assert heads and all(torch.equal(head, model.unembedding) for head in heads)
+
+
 def test_damaged_weights(tmp_path: Path) -> None:
     save_llama(decoder(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
