@@ -130,7 +130,7 @@ def test_a_decoder_with_depths_comes_back_with_every_weight(tied: bool, repeated
     weights, again = model.state_dict(), load_llama(tmp_path).state_dict()
     assert weights.keys() == again.keys() and all(torch.equal(again[name], t) for name, t in weights.items())
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        heads = [file.get_tensor(name) for name in file.keys() if name.endswith("shared_head.head.weight")]
+        heads = [file.get_tensor(name) for name in list(file.keys()) if name.endswith("shared_head.head.weight")]
     assert heads and all(torch.equal(head, model.unembedding) for head in heads)
 
 

@@ -347,6 +347,7 @@ def test_refuses_runs_that_do_not_determine_a_law() -> None:
         ((one, D, loss), "N must take at least 3 values, more than 2 % apart, for an exponent; got 1"),
         ((N, one * np.linspace(1, 1.01, 16), loss), "D must take at least 3 values"),
         ((N, 20 * N, loss), "vary only together"),
+        ((N, 6e18 / N, loss), "vary only together"),  # runs of the same FLOPs
         ((N, D, -loss), r"loss must be finite and above 0; got \["),
         ((N, np.where(D.max() == D, 0, D), loss), r"D must be finite and above 0; got \[0.0"),
         ((N, D, loss * np.nan), "loss must be finite"),
