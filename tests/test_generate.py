@@ -74,6 +74,21 @@ def test_several_prompts(settings: list[str], tmp_path: Path, capsys: pytest.Cap
     assert out == "" and "--prompt 2 of 2 must be shorter than the model's context of 64 tokens; got 80" in err
 
 
+def test_a_text_begins_with_what_its_tokenizer_puts_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, start = tmp_path / "run", (7, 8)
+    model = write_run(run)
+    monkeypatch.setattr(ByteTokenizer, "start_ids", start)
+    for prompts in (["def f"], ["def f", "x = "]):
+        assert main(["generate", str(run), *(f"--prompt={prompt}" for prompt in prompts), "--max-tokens=12"]) == 0
+        out = capsys.readouterr().out
+        for prompt in prompts:
+            ids = torch.cat([torch.tensor(start), encoded(run, prompt)])
+            assert text_after(model, run, ids, 12) != text_after(model, run, ids[2:], 12)
+            assert text_after(model, run, ids, 12) in out
+
+
 def test_stops_at_the_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_model
 

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from llmfast.models import Decoder, DecoderConfig, load_llama, save_llama
 from llmfast.models.llama import decoder_config_of
+from support.pairs import Case, covering
 
 
 def decoder(**options: Any) -> Decoder:
@@ -122,16 +123,49 @@ def test_no_setting_of_depths_is_lost(tmp_path: Path) -> None:
     assert {name: getattr(again, name) for name in options} == options
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("repeated", [True, False])
-def test_a_decoder_with_depths_comes_back_with_every_weight(tied: bool, repeated: bool, tmp_path: Path) -> None:
-    model = decoder(mtp="sequential", mtp_heads=2, mtp_repeated_layer=repeated, tie_embeddings=tied)
-    save_llama(model, tmp_path, depths=True)
-    weights, again = model.state_dict(), load_llama(tmp_path).state_dict()
-    assert weights.keys() == again.keys() and all(torch.equal(again[name], t) for name, t in weights.items())
+# Values of the settings of a decoder, without its sizes.
+SETTINGS: dict[str, list[Any]] = {
+    "mtp": list(get_args(get_type_hints(DecoderConfig)["mtp"])),
+    "mtp_heads": [0, 2, 3],
+    "mtp_concat": list(get_args(get_type_hints(DecoderConfig)["mtp_concat"])),
+    "mtp_hidden": list(get_args(get_type_hints(DecoderConfig)["mtp_hidden"])),
+    "mtp_repeated_layer": [True, False],
+    "mtp_detach": [True, False],
+    "tie_embeddings": [True, False],
+    "rope_base": [500.0, 10000.0],
+    "norm_eps": [1e-6, 1e-5],
+    "ffn_width": [0, 48],
+    "depths": [True, False],
+}
+
+
+def test_every_setting_of_a_decoder_is_among_them() -> None:
+    sizes = {"vocab_size", "width", "layers", "heads"}
+    assert {field.name for field in fields(DecoderConfig)} - sizes == SETTINGS.keys() - {"depths"}
+
+
+def can_be(case: Case) -> bool:
+    heads, mtp = case.get("mtp_heads"), case.get("mtp")
+    return mtp is None or heads is None or (heads == 0) == (mtp == "none")
+
+
+@pytest.mark.parametrize("case", covering(SETTINGS, can_be), ids=lambda case: "-".join(map(str, case.values())))
+def test_any_two_settings_together_come_back(case: Case, tmp_path: Path) -> None:
+    depths = case.pop("depths") and case["mtp"] == "sequential"
+    model, tokens = decoder(**case), torch.randint(0, 50, (2, 6))
+    save_llama(model, tmp_path, depths=depths)
+    again = load_llama(tmp_path)
+    assert torch.equal(model(tokens), again(tokens))
+    weights, found = model.state_dict(), again.state_dict()
+    if case["mtp"] != "parallel":  # whose first head becomes the last block
+        assert all(torch.equal(t, weights[name]) for name, t in found.items())
+    own = [name for name in case if name != "ffn_width" and (depths or not name.startswith("mtp"))]
+    assert {name: getattr(again.config, name) for name in own} == {name: case[name] for name in own}
+    assert again.config.hidden_ffn == model.config.hidden_ffn
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         heads = [file.get_tensor(name) for name in list(file.keys()) if name.endswith("shared_head.head.weight")]
-    assert heads and all(torch.equal(head, model.unembedding) for head in heads)
+    assert bool(heads) == depths and all(torch.equal(head, model.unembedding) for head in heads)
+    assert depths <= (weights.keys() == found.keys())
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
