@@ -38,6 +38,11 @@ def statistics(policy: TinyGPT, packed: Packing, temperatures: Tensor) -> tuple[
     return found, stats.entropy
 
 
+def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """Return the gain of each token, without a reward for moving further than CLIP from the old policy."""
+    return torch.min(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+
+
 def train(
     steps: int, group: int = 8, device: str = "cpu", statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
 ) -> tuple[list[float], list[float]]:
@@ -65,7 +70,7 @@ def train(
         for _ in range(2):
             new, entropy = statistics(policy, packed, temperatures)
             ratio = (new - old).exp()
-            gain = torch.min(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage) + BONUS * entropy
+            gain = clipped(ratio, advantage) + BONUS * entropy
             loss = -gain[known].mean()
             loss.backward()
             optimizer.step()

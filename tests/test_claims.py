@@ -301,6 +301,20 @@ def as_in_the_reference() -> Iterable[tuple[Tensor, Tensor]]:
     yield linear_cross_entropy(**given), reference.linear_cross_entropy(**given)
 
 
+def limits_of_groups() -> Iterable[tuple[Tensor, Tensor]]:
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(4)]
+    own: tuple[dict[str, Any], ...] = ({}, {"max_grad_norm": None}, {"max_grad_norm": 3.0}, {})
+    groups = [{"params": [p], **limit} for p, limit in zip(params, own)]
+    optimizer = FusedSGD(groups, lr=1.0, max_grad_norm=5.0)
+    for p, size in zip(params, (3.0, 7.0, 2.0, 4.0)):
+        p.grad = torch.full((4,), size)
+    optimizer.step()
+    norms = torch.stack([p.detach().norm() for p in params])  # of what each moved by
+    yield norms, torch.tensor([5 * 3 / 5, 14.0, 3.0, 5 * 4 / 5])
+    assert optimizer.grad_norm is not None
+    yield optimizer.grad_norm, torch.tensor(6.0**2 + 4.0**2 + 8.0**2).sqrt()
+
+
 CLAIMS: dict[str, tuple[str, Callable[[], Iterable[tuple[Any, Any]]]]] = {
     "float16 gradients, which would underflow": ("how-it-works/chunk-plan.md", divides_late),
     'With `reduction="none"`, the upstream gradients of the tokens are known only in backward.': (
@@ -315,6 +329,10 @@ CLAIMS: dict[str, tuple[str, Callable[[], Iterable[tuple[Any, Any]]]]] = {
     "adds a multiple of the squared logsumexp, with the same divisor as the mean": ("losses.md", the_same_divisor),
     "llmfast divides the whole loss by the sum of the weights": ("migration.md", the_same_divisor),
     "`fused=`, `foreach=` and `capturable=` are accepted and have no effect": ("migration.md", without_effect),
+    "A group that sets `None` is neither clipped nor measured. `grad_norm` is the norm of all measured gradients": (
+        "optimizers.md",
+        limits_of_groups,
+    ),
     "torch's `options` argument is rejected; use `memory_budget` instead.": ("migration.md", rejected),
     "It computes `F.cross_entropy(F.linear(hidden, weight), targets)` without holding all logits": (
         "losses.md",

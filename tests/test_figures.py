@@ -441,7 +441,11 @@ STATED = {
         "Each GPU also holds 5 times the largest block",
         "(6 · matrix parameters · tokens + 12 · layers · row · width · tokens)",
     ],
-    "trainer.md": ["the command exits with 130", "usually takes 1e-5 to 1e-4 with AdamW"],
+    "trainer.md": [
+        "the command exits with 130",
+        "usually takes 1e-5 to 1e-4 with AdamW",
+        "less than the 30 seconds that torchrun waits",
+    ],
 }
 # What looks like a figure and is a name, an example or the number of a heading.
 NAMES = re.compile(

@@ -174,6 +174,13 @@ def test_grpo_of_packed_sequences_is_that_of_each_alone() -> None:
     assert len({*ours[0]}) == 6
 
 
+def test_the_gain_of_grpo_ends_where_the_policy_has_moved_far() -> None:
+    module = recipe("grpo")
+    ratio, advantage = torch.tensor([2.0, 0.5, 2.0, 0.5, 1.1]), torch.tensor([1.0, 1.0, -1.0, -1.0, 3.0])
+    bounded = torch.tensor([1 + module.CLIP, 0.5, -2.0, -(1 - module.CLIP), 3.3])
+    torch.testing.assert_close(module.clipped(ratio, advantage), bounded)
+
+
 def test_grpo_learns_what_is_rewarded() -> None:
     _, rewards = recipe("grpo").train(8)
     assert rewards[-1] > rewards[0] + 0.1
