@@ -381,7 +381,7 @@ STATED = {
         "if not padded, are read 2 or 4 bytes at a time",
         "for an H100 in bfloat16 at V = 50,257",
     ],
-    "index.md": ["trains a 4 M parameter model"],
+    "index.md": ["trains a 4 M parameter model", "`OMP_NUM_THREADS=1 make train` can be several times as fast"],
     "integrations.md": ["in less than half of its memory at a vocabulary of 128k"],
     "limits.md": [
         "(6 · matrix parameters · tokens + 12 · layers · row · width · tokens) /",

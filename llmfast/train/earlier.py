@@ -2,6 +2,8 @@
 
 import hashlib
 import shlex
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +30,9 @@ def resume_command(name: str, runs: str, *changes: str) -> str:
     """Return the command that resumes a run with such changes, `section.key=value`."""
     settings = [*([] if runs == Config().runs else [f"runs={runs}"]), *changes]
     flags = [word for setting in settings for word in ("--set", setting)]
-    return shlex.join(["llmfast", "train", "--resume", "--name", name, *flags])
+    # As this one was called, where the command is not on the PATH: `.venv/bin/llmfast`, as `make train` calls it.
+    here = sys.argv[0] if Path(sys.argv[0]).name == "llmfast" and shutil.which("llmfast") is None else "llmfast"
+    return shlex.join([here, "train", "--resume", "--name", name, *flags])
 
 
 def runs_in(folder: Path) -> str:

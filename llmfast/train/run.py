@@ -146,7 +146,8 @@ def _train(
     with handled(signal.default_int_handler), _interruptible(trainer, config, run, console, resume=resume):
         if world.main:
             _write_settings(trainer, data, run, resume=resume)
-        say(console, f"run folder {run}, ready after {time.perf_counter() - started:.0f} s")
+        begun = f"going on after step {trainer.step}, " if resume else ""
+        say(console, f"run folder {run}, {begun}ready after {time.perf_counter() - started:.0f} s")
         finished = _fit(trainer, config, data, console)
     world.leave()
     if not finished:

@@ -125,11 +125,11 @@ def expect_command(words: list[str]) -> None:
     elif program.startswith("python") and rest[:2] == ["-m", "pytest"]:
         for path in (word for word in rest if word.startswith("tests/")):
             assert (ROOT / path).exists(), f"{path} is not there"
-    elif program.startswith("python"):
+    elif program.startswith("python") and rest[:2] != ["-m", "venv"]:
         script = next(word for word in rest if word.endswith(".py"))
         assert (ROOT / script).exists(), f"{script} is not there"
     else:
-        assert program in ("pip", "git", "cd"), f"what is {program}?"
+        assert program in ("pip", "git", "cd", "source") or rest[:2] == ["-m", "venv"], f"what is {program}?"
 
 
 def expect_llmfast(arguments: list[str], *, ranks: int = 1) -> None:

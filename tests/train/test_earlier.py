@@ -28,6 +28,21 @@ def test_the_command_that_goes_on(name: str, runs: str, changes: tuple[str, ...]
     assert shlex.split(command)[:5] == ["llmfast", "train", "--resume", "--name", name]
 
 
+def test_a_command_that_is_not_on_the_path_is_named_as_it_was_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "llmfast"
+    for called, path, named in (
+        (str(program), "", str(program)),
+        (str(program), str(tmp_path), "llmfast"),
+        ("-c", "", "llmfast"),
+    ):
+        program.touch(0o755)
+        monkeypatch.setattr("sys.argv", [called, "train"])
+        monkeypatch.setenv("PATH", path)
+        assert resume_command("a", "runs") == f"{named} train --resume --name a"
+
+
 def test_the_command_is_one_that_is_understood(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
