@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import re
 import shutil
 import sys
@@ -302,7 +303,9 @@ def test_fewer_steps_than_are_done_are_refused(copied: Path) -> None:
 def test_a_run_that_was_moved_says_where_it_is(copied: Path) -> None:
     moved = copied.rename(copied.with_name("moved"))
     assert load_config(moved / "config.toml").name == "base"
-    assert train(resumed_config(moved, ["train.steps=3"]), resume=True, console=QUIET) == moved
+    console = Console(file=io.StringIO(), width=400)
+    assert train(resumed_config(moved, ["train.steps=3"]), resume=True, console=console) == moved
+    assert f"run folder {moved}, going on after step 2, ready after" in console.file.getvalue()  # type: ignore[attr-defined]
     config = load_config(moved / "config.toml")
     assert (config.name, config.runs, config.train.steps) == ("moved", str(moved.parent), 3)
 
