@@ -27,7 +27,13 @@ _CLASSES: dict[Any, tuple[type, ...]] = {
     float: (int, float, torch.SymInt, torch.SymFloat),
     bool: (bool, torch.SymBool),
 }
-_PLURALS = {"a number": "numbers", "a bool": "bools", "a tensor": "tensors", "an int": "ints"}
+_PLURALS = {
+    "a number or a tensor": "numbers or tensors",
+    "a number": "numbers",
+    "a bool": "bools",
+    "a tensor": "tensors",
+    "an int": "ints",
+}
 Given = TypeVar("Given")
 
 

@@ -67,12 +67,12 @@ class ByteTokenizer:
     start_ids: Sequence[int] = ()
 
     def encode(self, text: str) -> TokenIds:
-        return self.encode_batch([text])[0]
+        _expect_texts([text])
+        _expect_unicode([text])
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
-        _expect_texts(texts)
-        _expect_unicode(texts)
-        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: npt.ArrayLike) -> str:
         known = _checked(ids, self.vocab_size)

@@ -67,7 +67,7 @@ def cross_entropy(
             `return_stats`, and an `ignore_index` that is not negative.
         ignore_index: target value that counts in neither the sum nor the mean.
         reduction: "mean", "sum", or "none" for one loss per token.
-        num_valid: what the mean divides by instead, as an int or a one-element tensor: the number of valid tokens
+        num_valid: what the mean divides by instead, as a number or a one-element tensor: the number of valid tokens
             of the whole step under gradient accumulation or data parallelism.
         label_smoothing: share of each target spread evenly over the classes, in [0, 1].
         z_loss: coefficient of logsumexp^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).

@@ -83,7 +83,7 @@ def linear_distillation(
         token_weights: (...), factors of the tokens' losses.
         reduction: "mean", "sum", or "none" for one loss per token. The mean divides by the sum of `token_weights` of
             what is not ignored, which without weights is the number of those tokens.
-        num_valid: what the mean divides by instead, as an int or a one-element tensor.
+        num_valid: what the mean divides by instead, as a number or a one-element tensor.
         bias, memory_budget, slab_dtype, accumulate_into, accumulate_dtype: as in `linear_cross_entropy`. There are two
             slabs of logits, the student's and the one that is made of a `TeacherStates`. `slab_dtype` is that of both;
             `accumulate_into` and `accumulate_dtype` are for the student's weight.

@@ -99,7 +99,7 @@ def tensor(*shapes: str, floating: bool = True, differentiable: bool = False) ->
 _PER_TOKEN = tensor("T")
 
 
-def _num_valid(name: str, value: int | Tensor, inputs: Inputs, options: "LossOptions") -> None:
+def _num_valid(name: str, value: float | Tensor, inputs: Inputs, options: "LossOptions") -> None:
     reduction = options["reduction"]
     expect(reduction == "mean", f"{name} needs reduction='mean', which it divides; got reduction={reduction!r}")
     if isinstance(value, Tensor):
@@ -230,7 +230,7 @@ class LossOptions(RowOptions, total=False):
     reduction: Annotated[
         Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", lambda x: x in get_args(Reduction)))
     ]
-    num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
+    num_valid: Annotated[float | Tensor | None, Option(None, _num_valid)]
     target_weights: Annotated[
         Tensor | None, Option(None, _indices, _target_weights, tensor("K", "TK"))
     ]  # (K,) or (..., K)
@@ -318,7 +318,7 @@ class DistillationOptions(TargetOptions, LogitOptions, ProductOptions, total=Fal
     reduction: Annotated[
         Reduction, Option("mean", must("be 'mean', 'sum' or 'none'", lambda x: x in get_args(Reduction)))
     ]
-    num_valid: Annotated[int | Tensor | None, Option(None, _num_valid)]
+    num_valid: Annotated[float | Tensor | None, Option(None, _num_valid)]
 
 
 class MTPOptions(RowOptions, RankOptions, ProductOptions, FilterOptions, total=False):

@@ -169,7 +169,7 @@ def shifted(targets: Tensor, shift: int, document_ids: Tensor | None, ignore_ind
     return torch.cat([moved, tail], dim=axis)
 
 
-def count_of(num_valid: int | Tensor | None, targets: Targets, terms: Terms, dtype: torch.dtype) -> Tensor:
+def count_of(num_valid: float | Tensor | None, targets: Targets, terms: Terms, dtype: torch.dtype) -> Tensor:
     """Return the divisor of a mean, () on the targets' device: `num_valid`, or the sum of valid targets' weights."""
     classes = targets.classes
     if isinstance(num_valid, Tensor):

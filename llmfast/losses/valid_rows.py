@@ -44,7 +44,7 @@ class ValidRows:
 
 
 def valid_rows(
-    hidden: Tensor, targets: Targets, ignore_index: int, num_valid: int | Tensor | None, budget: int | None
+    hidden: Tensor, targets: Targets, ignore_index: int, num_valid: float | Tensor | None, budget: int | None
 ) -> ValidRows | None:
     """Find the rows to compute: at most `num_valid` where that is an int; on a CPU just the valid ones. None for all.
 

@@ -48,6 +48,7 @@ def adam(
 class _Adam(DecoupledDecay, FusedOptimizer):
     rule = staticmethod(adam)
     squares = frozenset({"exp_avg_sq"})
+    late = frozenset({"max_exp_avg_sq"})
     never_coded = frozenset({"max_exp_avg_sq"})  # a maximum would accumulate the rounding errors
 
     def _state_names(self, group: dict[str, Any]) -> Names:

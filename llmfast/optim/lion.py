@@ -80,8 +80,8 @@ class FusedLion(DecoupledDecay, FusedOptimizer):
         **extras: "Unpack[Extras]",
     ) -> None:
         expect_kind("lr", lr, kind_of(float | Tensor))
-        expect_kind("betas", betas, kind_of(Sequence[float]))
-        expect_kind("weight_decay", weight_decay, kind_of(float))
+        expect_kind("betas", betas, kind_of(Sequence[float | Tensor]))
+        expect_kind("weight_decay", weight_decay, kind_of(float | Tensor))
         expect(bool(lr >= 0), f"lr must be at least 0; got {lr}")
         expect(all(0 <= beta < 1 for beta in betas), f"betas must be in [0, 1); got {betas}")
         expect(weight_decay >= 0, f"weight_decay must be at least 0; got {weight_decay}")

@@ -66,6 +66,7 @@ class FusedRMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     rule = staticmethod(rmsprop)
     squares = frozenset({"square_avg"})
+    late = frozenset({"momentum_buffer", "grad_avg"})
     cpu_kernel_dtypes = ()
 
     def __init__(

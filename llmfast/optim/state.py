@@ -22,7 +22,7 @@ class StateKeeper(GroupedOptions, ABC):
 
     rule: ClassVar["staticmethod[..., None]"]  # for one tensor, in plain torch; the kernels' has the same name
     torch_counts_steps: ClassVar[bool] = True  # whether torch's optimizer keeps a step counter
-    # Names of states that may be missing after a step.
+    # Names of states that may begin after the first step, because a setting asks for them only then.
     late: ClassVar[frozenset[str]] = frozenset()
     # Names of states that are never negative.
     squares: ClassVar[frozenset[str]] = frozenset()

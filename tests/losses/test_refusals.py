@@ -342,7 +342,7 @@ def test_the_message_says_what_was_wanted_and_what_came() -> None:
         ({"ignore_index": None}, "ignore_index must be an int; got None"),
         ({"z_loss": "1"}, "z_loss must be a number; got '1'"),
         ({"class_weights": [1.0]}, "class_weights must be a tensor or None; got a list"),
-        ({"num_valid": 1.5}, "num_valid must be an int, a tensor or None; got 1.5"),
+        ({"num_valid": "2"}, "num_valid must be a number, a tensor or None; got '2'"),
         ({"reduction": None}, "reduction must be 'mean', 'sum' or 'none'; got None"),
     ):
         wrong: Any = options
