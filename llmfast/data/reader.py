@@ -215,7 +215,10 @@ def in_utf8(path: Path) -> str:
     elif content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         encoding, name = "UTF-16", "UTF-16"
     elif content.count(0) > len(content) // _MANY_NULLS:
-        encoding, name = ("UTF-16BE" if content[::2].count(0) > content[1::2].count(0) else "UTF-16LE"), "UTF-16"
+        even, odd = content[::2].count(0), content[1::2].count(0)
+        if min(even, odd) > max(even, odd) // 4:  # letters of UTF-16 have them on one side
+            return "it looks like a binary file: leave it out"
+        encoding, name = ("UTF-16BE" if even > odd else "UTF-16LE"), "UTF-16"
     else:
         with contextlib.suppress(UnicodeDecodeError):
             content.decode("utf-8")

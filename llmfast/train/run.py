@@ -200,7 +200,7 @@ def _memory_in_words(config: Config, model: nn.Module, gpus: int) -> str:
     if not is_modelled(config, gpus):
         return "what train.vocab_parallel takes on several GPUs is not modelled; "
     peak = in_bytes(estimate_run(config, model.config, gpus=gpus).peak)
-    return f"about {peak} on {'each' if gpus > 1 else 'a'} GPU, by `llmfast plan memory`; "
+    return f"{'each' if gpus > 1 else 'a'} GPU would hold about {peak}, by `llmfast plan memory`; "
 
 
 def _resume(trainer: Trainer, config: Config, run: Path) -> None:

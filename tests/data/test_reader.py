@@ -245,6 +245,14 @@ def test_files_in_other_encodings_are_told_with_the_command_that_converts_them(
         assert [document.text for document in load(str(folder))] == [text]
 
 
+def test_a_binary_file_is_called_one(tmp_path: Path) -> None:
+    (program := tmp_path / "program.txt").write_bytes(
+        b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\0\x3e\0\x01\0\0\0" * 20
+    )
+    with pytest.raises(ValueError, match=r"is not UTF-8 text: .*; it looks like a binary file: leave it out$"):
+        load(str(program))
+
+
 @pytest.mark.parametrize(("encoding", "by"), [("utf-16", "UTF-16"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32")])
 def test_lines_of_wide_characters_are_an_error_of_the_file(encoding: str, by: str, tmp_path: Path) -> None:
     # datasets#5969: as broken lines they were left out of a folder whose other files were read.
