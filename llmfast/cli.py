@@ -135,7 +135,7 @@ def _parser() -> CommandParser:
 
     doctor = commands.add_parser(
         "doctor",
-        help="say what is installed, which path each operation takes here, and whether results are right",
+        help="say what is installed, what runs how here, and whether results are right",
         description="Versions, paths, and a small check of each operation on each device: begin bug reports with this. "
         "With --full: numbers, behaviour, memory and speed on a GPU; see docs/gpu.md.",
     )

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export what the arguments say; return the exit code, 2 for a user's mistake."""
     try:
-        export(args.run_folder, args.to, depths=args.depths)
+        step = export(args.run_folder, args.to, depths=args.depths)
     except ImportError as e:
         return fail(f"{e}; exporting needs the extra: pip install 'llmfast-torch[train]'")
     except (ValueError, OSError) as e:
@@ -33,10 +33,12 @@ def run(args: argparse.Namespace) -> int:
         print("llmfast: interrupted; nothing was written", file=sys.stderr)
         return 130
     print(args.to)
+    if step is not None:
+        print(f"llmfast: the run has not finished; this is its model after step {step}", file=sys.stderr)
     return 0
 
 
-def export(run: Path, to: Path, *, depths: bool = False) -> None:
+def export(run: Path, to: Path, *, depths: bool = False) -> int | None:
     """Write a run's model as a `LlamaForCausalLM`, with its tokenizer; the folder is either complete or absent.
 
     Of a model with further heads, only the part that predicts the next token is written. transformers is not needed.
@@ -45,6 +47,9 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
         run: The folder of a run.
         to: The folder to write: new, or empty.
         depths: Also write sequential depths, under DeepSeek-V3's names.
+
+    Returns:
+        The step of the checkpoint that was written, None if the run has finished.
 
     Raises:
         ValueError: `run` is not the folder of a run, or has no depths to write.
@@ -80,3 +85,4 @@ def export(run: Path, to: Path, *, depths: bool = False) -> None:
         partial.rename(to)
     finally:
         remove(partial)
+    return opened.unfinished_at

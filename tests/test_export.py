@@ -8,7 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from llmfast.cli import main
+from llmfast.export import export
 from llmfast.models.decoder import MTP
+from llmfast.train import loading
 from support.runs import write_run
 
 
@@ -17,7 +19,7 @@ def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(run, "model.mtp=parallel", "model.mtp_heads=3", "model.tie_embeddings=false")
     to.mkdir()  # empty, so that it can be written to
     assert main(["export", str(run), str(to)]) == 0
-    assert capsys.readouterr().out == f"{to}\n"
+    assert capsys.readouterr() == (f"{to}\n", "")
     assert {p.name for p in to.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }
@@ -28,6 +30,22 @@ def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (config["model_type"], config["num_hidden_layers"], config["max_position_embeddings"]) == ("llama", 2, 64)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 256, 260)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_run_that_has_not_finished_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    model = write_run(run, "train.steps=8")
+    (run / "model.safetensors").unlink()
+    monkeypatch.setattr(loading, "newest_step", lambda folder: 5)
+    monkeypatch.setattr(
+        loading, "load_weights", lambda folder, empty, accept: empty.load_state_dict(model.state_dict())
+    )
+    assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+    told = "llmfast: the run has not finished; this is its model after step 5\n"
+    assert capsys.readouterr() == (f"{tmp_path / 'hf'}\n", told)
+    assert export(run, tmp_path / "again") == 5
 
 
 def test_depths_are_written_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -57,14 +57,20 @@ class Opened:
         with torch.device("meta"):  # which draws no random numbers
             model = Decoder(self.shape)
         model = model.to(getattr(torch, self.settings.train.param_dtype)).to_empty(device="cpu")
-        step, file = newest_step(self.folder), self.folder / WEIGHTS
-        if file.exists() and (step is None or step >= self.settings.train.steps):
-            _load(model, file)
-        elif step is None:
-            raise FileNotFoundError(f"{self.folder} has no weights yet: neither a checkpoint nor {WEIGHTS}")
-        else:
+        file = self.folder / WEIGHTS
+        if self.unfinished_at is not None:
             load_weights(self.folder, model, lambda about: None)
+        elif file.exists():
+            _load(model, file)
+        else:
+            raise FileNotFoundError(f"{self.folder} has no weights yet: neither a checkpoint nor {WEIGHTS}")
         return model.eval()
+
+    @property
+    def unfinished_at(self) -> int | None:
+        """The step of the newest checkpoint, if that has the weights: the run has not finished."""
+        step, steps = newest_step(self.folder), 0 if self.settings is None else self.settings.train.steps
+        return None if step is None or ((self.folder / WEIGHTS).exists() and step >= steps) else step
 
 
 def open_run(run: str | Path) -> Opened:
