@@ -181,7 +181,7 @@ def test_rows_and_ids_must_fit_the_model(
 def test_which_weights_of_a_folder_are_read(
     ours: bool, step: int | None, weights: bool, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of its files are of a run's last step, and older than the checkpoints of a run that goes on."""
+    """Read the files of the last step of a run, unless it went on: its checkpoints are newer then."""
     done: list[Any] = []
     model = SimpleNamespace(tie_weights=lambda: done.append("tied"))
 
