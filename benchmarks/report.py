@@ -153,27 +153,34 @@ def by_size(rows: list[Row], operation: str, title: str) -> str:
     )
 
 
-HEADLINE = [("Llama-3", 16384), ("Llama-3", 8192), ("Gemma-2", 16384), ("Qwen-3", 16384)]
+_COLUMNS = [("Llama-3", 16384), ("Llama-3", 8192), ("Gemma-2", 16384), ("Qwen-3", 16384)]
+HEADLINE = {f"{model}, {N // 1024}k": {"N": N, **dict(zip("DV", MODELS[model], strict=True))} for model, N in _COLUMNS}
+
+
+def at_headline(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return the rows of every implementation of the linear loss at the sizes of `HEADLINE`."""
+    real = chosen(rows, section="real sizes", operation="linear_cross_entropy", dtype="bfloat16")
+    ways = unique(row["way"] for row in real)
+    return {way: [row for size in HEADLINE.values() for row in chosen(real, way=way, size=size)] for way in ways}
 
 
 def headline(rows: list[Row]) -> str:
-    """Return the README's table: every implementation of the linear loss at the sizes of real models."""
-    linear = chosen(rows, operation="linear_cross_entropy", dtype="bfloat16")
-    real, small = chosen(linear, section="real sizes"), chosen(linear, section="compared")
+    """Return the README's table: GiB held at each size; milliseconds, products and bytes moved at the first one."""
+    small = chosen(rows, section="compared", operation="linear_cross_entropy", dtype="bfloat16")
     body = []
-    for way in unique(row["way"] for row in real):
-        cells: list[str] = []
-        for model, N in HEADLINE:
-            D, V = MODELS[model]
-            (row,) = chosen(real, way=way, size={"N": N, "D": D, "V": V})
-            held = row["peak_bytes"] - 2 * (N * D + V * D)
-            if not cells:
-                cells = [f"{row['dot_flops'] / (2 * N * D * V):.1f}", f"{row['dram'] / 2**30:.0f}"]
-            cells.append(f"{gib(held)}, {row['seconds'][H100.name] * 1e3:.1f}")
+    for way, at in at_headline(rows).items():
+        N, D, V = at[0]["size"].values()
+        first = h100(at[0]), f"{at[0]['dot_flops'] / (2 * N * D * V):.1f}", f"{at[0]['dram'] / 2**30:.0f}"
+        held = [gib(row["peak_bytes"] - 2 * D * (N + V)) for row in at for N, D, V in [row["size"].values()]]
         (errors,) = (row["errors"] for row in chosen(small, way=way))
-        body.append([way, *cells, *(f"{errors[name]:.1e}".replace("e-0", "e-") for name in ("hidden", "weight"))])
-    sizes = [f"{model}, {N // 1024}k" for model, N in HEADLINE]
-    return table(["", "products", "GiB moved", *sizes, "error, hidden", "error, weight"], body)
+        body.append([way, *held, *first, *(f"{errors[e]:.1e}".replace("e-0", "e-") for e in ("hidden", "weight"))])
+    columns = "ms", "products", "GiB moved", "error, hidden", "error, weight"
+    return table(["GiB held", *HEADLINE, *columns], body)
+
+
+def h100(row: Row) -> str:
+    """Format the milliseconds that are modelled for an H100."""
+    return f"{row['seconds'][H100.name] * 1e3:.1f}"
 
 
 def gib(bytes_: float) -> str:
@@ -187,6 +194,7 @@ def real_sizes(rows: list[Row], folder: Path) -> str:
         return ""
     ways = unique(row["way"] for row in mine)
     by_gpu = {row["way"]: row["seconds"] for row in mine if row["size"] == SHOWN}
+    first = table(["", *HEADLINE], ([way, *map(h100, at)] for way, at in at_headline(rows).items()))
     second = table(
         ["", *(gpu.name for gpu in GPUS)],
         [[way, *(f"{by_gpu[way][gpu.name] * 1e3:.1f} ms" for gpu in GPUS)] for way in ways if way in by_gpu],
@@ -196,9 +204,10 @@ def real_sizes(rows: list[Row], folder: Path) -> str:
     shape = ", ".join(f"{axis} = {SHOWN[axis]}" for axis in SHOWN)
     return (
         "## The linear loss at realistic sizes\n\n"
-        "Forward and backward, bfloat16. Products of N·D·V and GiB moved are those of the first model. For each model: "
-        f"GiB held beyond inputs and gradients, counted, and ms on an {H100.name}, modelled. Errors as above.\n\n"
-        f"{headline(rows)}\n\nModelled, {shape}:\n\n{second}\n\n![modelled time by N and V](time.svg)\n\n"
+        "Forward and backward, bfloat16. GiB held beyond inputs and gradients, counted. Modelled ms, products of N·D·V "
+        "and GiB moved are those of the first column. Errors as above.\n\n"
+        f"{headline(rows)}\n\nModelled ms on an {H100.name}:\n\n{first}\n\n"
+        f"Modelled, {shape}:\n\n{second}\n\n![modelled time by N and V](time.svg)\n\n"
         "![peak memory by N](memory.svg)"
     )
 

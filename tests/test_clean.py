@@ -405,7 +405,7 @@ def test_nothing_is_left(text: str, tmp_path: Path, tokenizer: Path, capsys: pyt
     corpus, output = tmp_path / "in", tmp_path / "out"
     corpus.mkdir()
     (corpus / "a.txt").write_text(text)
-    assert run(arguments(corpus, output, "--tokenizer", tokenizer)) == 0
+    assert run(arguments(corpus, output, "--tokenizer", tokenizer)) == 1
     assert "nothing was kept" in capsys.readouterr().err
     report = json.loads((output / "report.json").read_text())
     assert report["tokens"] == 0 and report["stages"][-1]["documents_out"] == 0

@@ -178,7 +178,8 @@ STATED = {
         "## Three commands They need a fresh clone, Linux and Python 3.10",
         "several GB, or 0.5 GB if it is `PIP_EXTRA_INDEX_URL",
         "## Two lines",
-        "Errors are relative to float64, at N=1024, D=256, V=16384; rounding to bfloat16 alone costs 1.6e-3.",
+        "for batches of 16k and 8k tokens",
+        "relative to float64, at N=1024, D=256, V=16384; rounding to bfloat16 alone costs 1.6e-3.",
         "a five-minute introduction",
     ],
     "CONTRIBUTING.md": [

@@ -18,6 +18,7 @@ from evidence.roofline import H100
 from llmfast import _gpus
 from llmfast.checkup import command, numerics, record, speed, tuning
 from llmfast.checkup.shapes import MODELS, SMALL
+from llmfast.clean.command import EMPTY
 from llmfast.data import cache, reader, split, tokenizer
 from llmfast.losses import LinearCrossEntropyPlan, linear_cross_entropy, plan
 from llmfast.losses.plan import row_width
@@ -223,6 +224,7 @@ def data() -> Iterator[str]:
     assert reader._NEEDED.keys() == {".parquet", ".zst"}
     yield f"`.parquet` and `.zst` need the extra `{formats}`."
     yield f"The command needs the extra `{extras()['datatrove']}`"
+    yield f"if nothing was kept, the exit code is {EMPTY}."
 
 
 def extras() -> dict[str, str]:

@@ -8,6 +8,9 @@ from llmfast._commands import fail
 from llmfast.clean.folder import clean
 from llmfast.data.reader import SUFFIXES, TEXT_COLUMN
 
+EMPTY = 1
+"""Exit code if nothing was kept, so that a script does not go on to train on nothing."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments to the parser of `llmfast clean`; `run` takes the parsed result."""
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cleaning with the parsed arguments and return the exit code, which is 2 for a user error."""
+    """Clean what the arguments say; return the exit code, 1 if nothing was kept and 2 for a user's mistake."""
     try:
         report = clean(
             args.input,
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"removed documents and reasons: {args.output / 'report.md'}")
     if not report.documents:
         _say("nothing was kept")
+        return EMPTY
     return 0
 
 

@@ -170,10 +170,10 @@ class Mixture:
         return {name: given[name] / rows for name, rows in self.rows.items() if rows}
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return a line per source: rows, share at the start and at the end, sequences and epochs of the whole run."""
+        """Return a line per source: rows, share at the start and at the end, rows read and epochs of the whole run."""
         first, last = self._with(self.phases[:1]).shares(0.0), self.shares(1.0)
         given, epochs = self._given(), self.epochs()
-        lines: list[tuple[str, ...]] = [("source", "rows", "share", "sequences", "epochs")]
+        lines: list[tuple[str, ...]] = [("source", "rows", "share", "rows read", "epochs")]
         for name, rows in self.rows.items():
             ends = list(dict.fromkeys(f"{share[name]:.0%}" for share in (first, last)))
             times = f"{epochs[name]:.2f}" if rows else "-"

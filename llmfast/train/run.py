@@ -186,6 +186,7 @@ def _print_plan(
         f"vocabulary of {data.tokenizer.vocab_size}; {t.steps} steps of {t.batch_size * row} tokens",
     )
     print_table(console, order.mixture.table())
+    say(console, f"a row is {row} tokens; epochs are how often the whole run reads each row of a source")
     for doubt in doubts(config, order.mixture, sum(p.numel() for p in model.parameters())):
         say(console, f"warning: {doubt}")
     for name, rows in data.train.items():

@@ -259,7 +259,7 @@ def test_ten_million_sequences_are_planned_in_two_seconds() -> None:
 
 def test_the_table_shows_shares_and_epochs() -> None:
     head, general, code, maths = mixture().table()
-    assert head == ("source", "rows", "share", "sequences", "epochs")
+    assert head == ("source", "rows", "share", "rows read", "epochs")
     counts = mixture().counts(20_000)
     assert general == ("general", "500", "90% -> 30%", f"{counts['general']:,}", f"{counts['general'] / 500:.2f}")
     assert code[2] == "10% -> 60%" and maths[2] == "0% -> 10%"

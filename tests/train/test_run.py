@@ -469,7 +469,7 @@ def test_a_dry_run_only_says_what_it_would_do(
 ) -> None:
     assert cli(settings, "--dry-run") == 0
     output = " ".join(capsys.readouterr().out.split())
-    assert "8 steps of 64 tokens" in output and "source rows share sequences epochs" in output
+    assert "8 steps of 64 tokens" in output and "source rows share rows read epochs" in output
     assert re.search(r"a GPU would hold about [\d.]+ [KM]iB, .*; nothing was trained", output)
     assert not (tmp_path / "runs").exists()
 
@@ -534,7 +534,11 @@ def test_the_plan_counts_the_tokens_of_all_ranks_once(ranks: int, settings: list
     world, order = World(torch.device("cpu"), size=ranks), Mixed(data, make_mixture(config, data))
     _print_plan(config, data, order, torch.nn.Linear(10, 5), "cpu", world, console)
     told = written.getvalue()
-    assert "8 steps of 128 tokens" in told and told.startswith("55 parameters on cpu")
+    assert (
+        "8 steps of 128 tokens" in told
+        and "\na row is 32 tokens; epochs are how often" in told
+        and told.startswith("55 parameters on cpu")
+    )
     assert (f"on cpu, {ranks} ranks, ddp;" in told) == (ranks > 1)
     rows = sum(map(len, data.train.values()))
     assert f"; {short(rows * 32)} training tokens, vocabulary of {data.tokenizer.vocab_size};" in told
