@@ -62,6 +62,12 @@ def _leave_something(arguments: Sequence[str]) -> int:
     return _good(arguments)
 
 
+def _keep_nothing(arguments: Sequence[str]) -> int:
+    _leave_something(arguments)
+    print("llmfast: nothing was kept", file=sys.stderr)
+    return 1
+
+
 def _hang(arguments: Sequence[str]) -> int:
     time.sleep(60)
     return 0
@@ -95,6 +101,7 @@ def _no_message(arguments: Sequence[str]) -> int:
         (_overwrite, ("kept",), []),
         (_remove_and_fail, ("kept",), ["changed: kept/text"]),
         (_leave_something, (), ["left behind: half"]),
+        (_keep_nothing, (), []),
         (_hang, (), ["it did not end"]),
         (_crash, (), ["killed by SIGKILL"]),
         (_much_memory, (), ["exit status 1", "a traceback"]),

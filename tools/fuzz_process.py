@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmfast.clean.command import EMPTY, NOTHING
+
 SECONDS = 90.0  # limit per case, generous for a busy machine
 MEMORY = 4 * 2**30  # bytes of address space per case, beyond that of the parent process
 MESSAGE = re.compile(r"^llmfast( \w+)*: error: .+$", re.MULTILINE)
@@ -135,18 +137,19 @@ def judge(case: Case, outcome: Outcome) -> list[str]:
     if outcome.status is None:
         return ["it did not end"]
     faults = []
+    emptied = outcome.status == EMPTY and outcome.err.endswith(f"{NOTHING}\n")  # `clean` has written a report of why
     if outcome.status < 0:
         faults.append(f"killed by {signal.Signals(-outcome.status).name}")
-    elif outcome.status not in (0, 2):
+    elif outcome.status not in (0, 2) and not emptied:
         faults.append(f"exit status {outcome.status}")
     if "Traceback (most recent call last)" in outcome.err:
         faults.append("a traceback")
-    elif outcome.status:
+    elif outcome.status and not emptied:
         last = outcome.err.rstrip("\n").rpartition("\n")[2]
         broken = any("\n" in argument for argument in case.arguments)  # argparse repeats arguments unchanged
         if not MESSAGE.search(outcome.err if broken else last):
             faults.append(f"the last line of stderr is not a message: {last[:200]!r}")
-    whole = outcome.status == 0 or BEGUN in outcome.out
+    whole = outcome.status == 0 or emptied or BEGUN in outcome.out
     allowed = case.may_change if whole else ()
     changed = [
         name for name in outcome.changed if not any(Path(a) in (Path(name), *Path(name).parents) for a in allowed)

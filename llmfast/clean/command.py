@@ -8,6 +8,7 @@ from llmfast._commands import fail
 from llmfast.clean.folder import clean
 from llmfast.data.reader import SUFFIXES, TEXT_COLUMN
 
+NOTHING = "nothing was kept"
 EMPTY = 1
 """Exit code if nothing was kept, so that a script does not go on to train on nothing."""
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print(report.table())
     print(f"removed documents and reasons: {args.output / 'report.md'}")
     if not report.documents:
-        _say("nothing was kept")
+        _say(NOTHING)
         return EMPTY
     return 0
 
