@@ -51,7 +51,7 @@ def compile_jobs(jobs: Sequence[tuple[Specialization, str]]) -> list[Compiled]:
     """Compile each kind of launch for its target, in two worker processes.
 
     Raises:
-        RuntimeError: A launch did not compile; the message includes the compiler's.
+        RuntimeError: A launch did not compile; the message has the end of the compiler's output.
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
         halves = pool.map(_run_worker, [jobs[0::2], jobs[1::2]])
@@ -75,7 +75,7 @@ def _run_worker(jobs: Sequence[tuple[Specialization, str]]) -> list[Compiled]:
         return [Compiled(kind, target, fact) for (kind, target), fact in zip(jobs, facts)]
 
 
-# In the worker process.
+# What follows runs in the worker process.
 
 
 BATCH = 64  # kernels that a worker compiles before it reads their code
@@ -85,11 +85,12 @@ def _work(given: str, answer: str) -> None:
     jobs = [(Specialization(**fields), target) for fields, target in json.loads(Path(given).read_text())]
     facts: list[Fields] = []
     for start in range(0, len(jobs), BATCH):
-        facts += _facts([_named_compile(kind, target) for kind, target in jobs[start : start + BATCH]])
+        facts += _facts([_compile_or_explain(kind, target) for kind, target in jobs[start : start + BATCH]])
     Path(answer).write_text(json.dumps(facts))
 
 
-def _named_compile(kind: Specialization, target: str) -> Any:
+def _compile_or_explain(kind: Specialization, target: str) -> Any:
+    """Compile, and name the launch in any error."""
     try:
         return _compile(kind, target)
     except Exception as error:
@@ -97,21 +98,21 @@ def _named_compile(kind: Specialization, target: str) -> Any:
 
 
 def _facts(kernels: Sequence[Any]) -> list[Fields]:
-    """Return facts as JSON values; they are cached next to Triton's cache to avoid repeated disassembly."""
+    """Return facts as JSON values; they are cached inside Triton's cache to avoid repeated disassembly."""
     from triton import knobs
 
     from evidence import machine_code
 
-    reader = sha256(Path(machine_code.__file__).read_bytes()).hexdigest()[:16]
-    folder = Path(knobs.cache.dir) / "llmfast-facts" / reader
+    version = sha256(Path(machine_code.__file__).read_bytes()).hexdigest()[:16]  # another reader reads again
+    folder = Path(knobs.cache.dir) / "llmfast-facts" / version
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [folder / f"{kernel.hash}.json" for kernel in kernels]
-    fresh = [i for i, file in enumerate(kept) if not file.exists()]
-    for i, found in zip(fresh, machine_code.facts([kernels[i] for i in fresh])):
+    files = [folder / f"{kernel.hash}.json" for kernel in kernels]
+    missing = [i for i, file in enumerate(files) if not file.exists()]
+    for i, found in zip(missing, machine_code.facts([kernels[i] for i in missing])):
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
             json.dump(dataclasses.asdict(found), file)
-        os.replace(file.name, kept[i])
-    return [json.loads(file.read_text()) for file in kept]
+        os.replace(file.name, files[i])
+    return [json.loads(file.read_text()) for file in files]
 
 
 def _compile(kind: Specialization, target: str) -> Any:
@@ -120,9 +121,10 @@ def _compile(kind: Specialization, target: str) -> Any:
     with compiling_for(target):
         arguments = {name: _decode(value) for name, value in kind.arguments.items()}
         options = dict(kind.options)
-        if kind.kernel.startswith("llmfast_kernels."):
-            from llmfast_kernels.launch import warps  # launches are recorded where a warp has 32 threads
+        if kind.kernel.startswith("llmfast_kernels."):  # our launchers ask for threads, those of others for warps
+            from llmfast_kernels.launch import warps
 
+            # Launches are recorded where a warp has 32 threads.
             options["num_warps"] = warps(32 * options["num_warps"])
         return kernel.run(grid=(1,), warmup=True, **arguments, **options)
 
@@ -143,6 +145,7 @@ class _Pointer:
         import torch
 
         self.dtype = getattr(torch, dtype)
+        # Any values on the right side of 16-byte alignment and of 2 GiB do.
         self._address = 0 if aligned else self.dtype.itemsize
         self._bytes = 2**30 if below_2_gib else 2**40
 

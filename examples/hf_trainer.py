@@ -1,9 +1,9 @@
-"""Hugging Face's stock Trainer with two lines of llmfast: a loss without logits, one optimizer launch per step.
+"""Hugging Face's stock Trainer with llmfast's loss, which needs no logits, and its optimizer.
 
 pip install '.[hf]' && python examples/hf_trainer.py
 """
 
-import argparse  # the model learns its source
+import argparse  # its source is the text to learn
 import tempfile
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from llmfast.optim import FusedAdamW
 
 
 def train(steps: int) -> list[float]:
-    """Train a small Llama byte by byte on one of Python's modules and return the loss of each step."""
-    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
-    rows = [{"input_ids": row, "labels": row} for row in text.unfold(0, 64, 64)]
+    """Train a small Llama on the bytes of one of Python's modules and return the loss of each step."""
+    tokens = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
+    rows = [{"input_ids": row, "labels": row} for row in tokens.unfold(0, 64, 64)]
 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -27,18 +27,20 @@ def train(steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            # The optimizer clips during its update, so the Trainer does not.
             TrainingArguments(
                 folder,
                 max_steps=steps,
                 per_device_train_batch_size=8,
                 logging_steps=1,
-                max_grad_norm=0.0,
+                max_grad_norm=0.0,  # off: the optimizer clips
                 save_strategy="no",
                 report_to=[],
             ),
             train_dataset=rows,
-            optimizer_cls_and_kwargs=(FusedAdamW, {"lr": 3e-3, "max_grad_norm": 1.0}),  # llmfast
+            optimizer_cls_and_kwargs=(
+                FusedAdamW,
+                {"lr": 3e-3, "max_grad_norm": 1.0},
+            ),  # llmfast: clip and update in one
         )
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 MISTAKE = 2
-"""Exit code for a user error."""
+"""Exit code of a command that ended with a message of one line, for most a user's mistake."""
 WRITTEN = "written by llmfast"
-"""Marker in the first or last bytes of every file that a command writes to `--out`."""
+"""Marker near the start or the end of each single file that a command writes to `--out`."""
 _MARKED = 4096  # bytes searched at either end
 _METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", list: "LIST", dict: "TABLE"}
 
@@ -25,10 +25,10 @@ class CommandParser(argparse.ArgumentParser):
     _missing: ImportError | None = None  # why there are no settings
 
     def take_settings(self, load: Callable[[], Any]) -> None:
-        """Add `--set` and, once this parser is used, a flag per setting: `load` returns those of the trainer."""
+        """Add `--set` now, and a flag per setting at the first parse: `load` returns the trainer's settings."""
         self._load_settings = load
         self.formatter_class = partial(argparse.HelpFormatter, max_help_position=32)
-        text = "override a setting, as the flags below do; values are TOML, or text where they are not"
+        text = "override a setting, as the flags below do; a value is read as TOML, or as text if it is not valid TOML"
         self.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=text)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -38,13 +38,13 @@ class CommandParser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if wrong := [text for text in unknown if text.startswith("--")]:
             self._refuse(wrong[0].partition("=")[0])
-        if unknown and self._settings is not None and Path(unknown[0]).exists():  # text, by all appearances
+        if unknown and self._settings is not None and Path(unknown[0]).exists():  # probably text to train on
             option = next(name for name in ("--target", "--data.sources") if name in self._option_string_actions)
             self.error(f"unrecognized argument {unknown[0]}; did you mean {option} {unknown[0]}?")
         return found, unknown
 
     def _expect_known(self, args: Sequence[str]) -> None:
-        """Refuse an unknown command, or an option before it: argparse would take its value for the command."""
+        """Refuse an unknown command or option before it: argparse would take the option's value for the command."""
         commands = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         for i, text in enumerate(args if commands else ()):
             if text in commands[0]:
@@ -67,7 +67,7 @@ class CommandParser(argparse.ArgumentParser):
         groups = {name: self.add_argument_group(name, kind.__doc__) for name, kind in schema.sections.items()}
         for name, s in schema.settings.items():
             group = groups.get(name.partition(".")[0], self)
-            if f"--{name}" in self._option_string_actions:  # --name, which takes no TOML
+            if f"--{name}" in self._option_string_actions:  # --name: an option of its own, whose value is plain text
                 continue
             notes = filter(None, (s.values, f"default: {s.by or json.dumps(s.default)}"))
             group.add_argument(
@@ -83,7 +83,7 @@ class CommandParser(argparse.ArgumentParser):
         if self._missing is not None and "." in option:
             self.error(f"{self._missing}; {option} needs the extra: pip install 'llmfast-torch[train]'")
         known = dict(zip(self._option_string_actions, self._option_string_actions))
-        # What an option takes may be in its name elsewhere: --gpu-count is --gpus COUNT.
+        # Other programs put what an option takes into its name: --gpu-count for --gpus COUNT.
         known |= {f"{o}-{a.metavar.lower()}": o for o, a in self._option_string_actions.items() if _is_word(a.metavar)}
         if self._settings is not None:
             known |= {f"--{alias}": f"--{name}" for alias, name in self._settings.aliases.items()}
@@ -104,13 +104,13 @@ def fail(message: str) -> int:
 
 
 def expect_new(folder: Path) -> None:
-    """Raise FileExistsError unless a command may write `folder`: it does not exist, or is empty."""
+    """Raise FileExistsError if `folder` exists and is not an empty folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: remove it first, or choose another DIR")
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align cells below a header: the first column and columns of words to the left, numbers to the right."""
+    """Align rows, of which the first is the header, as lines: words to the left, columns of numbers to the right."""
     _, *body = rows
     lines = [""] * len(rows)
     for i, cells in enumerate(zip(*rows)):
@@ -124,7 +124,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def expect_replaceable(out: Path) -> None:
-    """Raise FileExistsError for a file that is not empty and that no command wrote: a name is easily wrong."""
+    """Raise FileExistsError for a non-empty file that no command wrote, so that a mistyped name destroys nothing."""
     if not out.is_file() or out.stat().st_size == 0:
         return
     with out.open("rb") as file:

@@ -116,7 +116,7 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
-    """Send CPU tensors to the kernels, which Triton's interpreter runs. For tests."""
+    """Send CPU tensors to the kernels: for tests in Triton's interpreter, and to compile without a GPU."""
     global _kernels_on_cpu
     before, _kernels_on_cpu = _kernels_on_cpu, True
     try:

@@ -1,7 +1,7 @@
 """The command `llmfast compile`: binaries of kernels for a GPU that need not be here.
 
 Triton compiles a kernel when it is first launched, which takes a second or more, again on every machine. This command
-fills a folder such as Triton keeps for itself: a process that has its path in `TRITON_CACHE_DIR` compiles nothing.
+fills a folder like Triton's own cache: a process with `TRITON_CACHE_DIR` set to it need not compile these kernels.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments to the parser of `llmfast compile`; `run` takes the parsed result."""
     parser.description = (
         "Compile the kernels of losses and optimizers for a GPU, here or elsewhere, so that no process has to compile "
-        "them at its first step. Triton must have the same version in both places."
+        "them at its first step. Both machines need the same versions of llmfast and Triton."
     )
     parser.add_argument("--gpu", required=True, choices=sorted(ARCHITECTURES), help="the GPU to compile for")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a folder for the binaries")
     parser.add_argument("--at", type=Path, metavar="DIR", help="where that folder will be used (default: --out)")
-    parser.add_argument("--vocab", type=int, default=128256, help="classes of the loss (default: %(default)s)")
-    parser.add_argument("--softcap", action="store_true", help="also for a loss whose logits are capped")
+    parser.add_argument("--vocab", type=int, default=128256, help="size of the vocabulary (default: %(default)s)")
+    parser.add_argument("--softcap", action="store_true", help="also compile the loss with capped logits")
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -54,10 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=OPTIMIZERS,
         default=["adamw"],
-        help="with and without clipping (default: adamw)",
+        help="optimizers to compile, each with and without clipping (default: adamw)",
     )
     parser.add_argument(
-        "--master-weights", choices=[name for name in PARAM_FORMATS if name], help="extra bits of 16-bit parameters"
+        "--master-weights",
+        choices=[name for name in PARAM_FORMATS if name],
+        help="how 16-bit parameters keep their precision, as in the optimizers (default: not at all)",
     )
     parser.add_argument(
         "--state-dtype", choices=["8bit", *DTYPES], help="dtype of the states (default: the parameters')"
@@ -77,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with compiled_ahead(ARCHITECTURES[args.gpu], args.out) as binaries:
             for name in args.dtypes:
-                launch_losses(DTYPES[name], args.vocab, softcap=None)
+                compile_losses(DTYPES[name], args.vocab, softcap=None)
                 if args.softcap:
-                    launch_losses(DTYPES[name], args.vocab, softcap=30.0)
+                    compile_losses(DTYPES[name], args.vocab, softcap=30.0)
                 for optimizer in args.optimizers:
-                    launch_optimizers(OPTIMIZERS[optimizer], DTYPES[name], **options)
+                    compile_optimizers(OPTIMIZERS[optimizer], DTYPES[name], **options)
         at = (args.at or args.out).absolute()
         settle(args.out, at)
     except (ValueError, TypeError, RuntimeError, OSError) as e:
@@ -91,45 +93,49 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def launch_losses(dtype: torch.dtype, V: int, *, softcap: float | None) -> None:
-    """Launch the kernels of losses without options, on logits of `V` columns and on the linear loss's own slab."""
-    from llmfast_kernels import cross_entropy as rows
+def compile_losses(dtype: torch.dtype, V: int, *, softcap: float | None) -> None:
+    """Call the launchers of losses with no option but `softcap`; inside `compiled_ahead` they only compile.
+
+    The logits have `V` columns, as a user's have, or a multiple of 64, as the linear loss pads its own.
+    """
+    from llmfast_kernels import cross_entropy as row_kernels
     from llmfast_kernels.scale import scale
     from llmfast_kernels.terms import Targets, Terms, Upstream
 
-    N, factor = 16, _empty((), torch.float32)
-    targets, terms = Targets(_empty((N, 1), torch.int64)), Terms(V, softcap=softcap)
+    N, factor = 16, _zeros((), torch.float32)
+    targets, terms = Targets(_zeros((N, 1), torch.int64)), Terms(V, softcap=softcap)
     for width in {V, -(-V // 64) * 64}:
-        logits = _empty((N, width), dtype)
+        logits = _zeros((N, width), dtype)
         for d_logits, grad_scale in product((None, logits), (None, factor)):
-            rows.cross_entropy(logits, targets, terms, V=V, d_logits=d_logits, grad_scale=grad_scale)
-        made = rows.cross_entropy(logits, targets, terms, V=V)
-        rows.cross_entropy_backward(logits, targets, terms, made.softmax, Upstream(made.loss), V=V, d_logits=logits)
+            row_kernels.cross_entropy(logits, targets, terms, V=V, d_logits=d_logits, grad_scale=grad_scale)
+        made = row_kernels.cross_entropy(logits, targets, terms, V=V)
+        upstream = Upstream(made.loss)
+        row_kernels.cross_entropy_backward(logits, targets, terms, made.softmax, upstream, V=V, d_logits=logits)
         scale(logits, factor)
-    summed = _empty((4096,), torch.float32)
+    summed = _zeros((4096,), torch.float32)  # a gradient that was summed in float32, scaled where it is or when rounded
     scale(summed, factor)
-    scale(summed, factor, out=_empty((4096,), dtype))
+    scale(summed, factor, out=_zeros((4096,), dtype))
 
 
-def launch_optimizers(cls: Any, dtype: torch.dtype, **options: Any) -> None:
-    """Launch steps of an optimizer with and without clipping."""
+def compile_optimizers(cls: Any, dtype: torch.dtype, **options: Any) -> None:
+    """Call an optimizer's step with and without clipping; inside `compiled_ahead` its kernels are only compiled."""
     given = {name: value for name, value in options.items() if value is not None}
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # such parameters keep their precision
         given.pop("master_weights", None)
     for clipping in ({}, {"max_grad_norm": 1.0}):
-        params = [_empty((64, 64), dtype).requires_grad_() for _ in range(2)]
+        params = [_zeros((64, 64), dtype).requires_grad_() for _ in range(2)]
         for p in params:
-            p.grad = _empty((64, 64), dtype)
+            p.grad = _zeros((64, 64), dtype)
         with kernels_on_cpu():
             cls(params, lr=1e-3, **clipping, **given).step()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def settle(folder: Path, at: Path) -> None:
-    """Let Triton find the files of `folder` where it will be: it notes the absolute path of each."""
+    """Rewrite the absolute paths in Triton's group files, so that the folder works at `at`."""
     for group in folder.glob("*/__grp__*.json"):
         noted = json.loads(group.read_text(encoding="utf-8"))
         noted["child_paths"] = {name: str(at / group.parent.name / name) for name in noted["child_paths"]}

@@ -158,7 +158,9 @@ def test_options_of_other_libraries_are_translated(head: str) -> None:
 
 def test_kinds_of_heads_and_their_schedules_are_listed() -> None:
     assert {kind for kind, *_ in table("mtp.md", "kind | description")} == {*get_args(MTP)} - {"none"}
-    (shown,) = re.findall(r'each head\'s weight during the run \(((?:"\w+"(?:, )?)+)\)', words_of("mtp.md"))
+    (shown,) = re.findall(
+        r'the heads\' weights at a given fraction of the run \(((?:"\w+"(?:, )?)+)\)', words_of("mtp.md")
+    )
     assert tuple(re.findall(r'"(\w+)"', shown)) == schedules.SCHEDULES
 
 
@@ -465,7 +467,7 @@ PROVEN: dict[str, list[tuple[str, str]]] = {
     ],
     "mtp.md": [
         (
-            "Positions past the end of a sequence or document are not predicted.",
+            "Positions past the end of a sequence, or of a document if `document_ids` is given, are not predicted.",
             "losses/test_mtp.py::test_counts_of_valid_tokens",
         ),
         (
@@ -475,10 +477,10 @@ PROVEN: dict[str, list[tuple[str, str]]] = {
         ("so only one head's activations are in memory", "mtp/test_sequential.py::test_one_head_is_alive_at_a_time"),
         ("The output equals greedy decoding.", "mtp/test_speculative.py::test_the_same_text_in_fewer_passes"),
         (
-            "every token takes one random number, so the text is that of plain sampling",
+            "every token takes one random number, so that with the same seed the text is that of plain sampling",
             "mtp/test_speculative.py::test_sampled_text_is_that_of_plain_sampling",
         ),
-        ("so a pass costs the rows that it adds", "mtp/test_speculative.py::test_a_pass_costs_the_rows_that_it_adds"),
+        ("so a pass computes only the new rows", "mtp/test_speculative.py::test_a_pass_costs_the_rows_that_it_adds"),
         ("regardless of the number of heads", "losses/test_mtp.py::test_memory_does_not_grow_with_heads"),
         ("under DeepSeek-V3's parameter names", "mtp/test_export.py::test_the_names_are_deepseeks"),
     ],

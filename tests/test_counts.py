@@ -71,7 +71,7 @@ def from_code() -> Iterator[tuple[str, str]]:
         ("docs/index.md", "machine code compiled for {} GPUs"),
         ("CONTRIBUTING.md", "compile the launches the tests made, for {} targets"),
         ("CONTRIBUTING.md", "what `make test` compiles for {} targets"),
-        ("kernels/README.md", "whatever the tests launch is compiled for {} GPUs"),
+        ("kernels/README.md", "a selection of what the tests launch for {} GPUs"),
     ):
         yield page, text.format(gpus)
     lines = {path: len((ROOT / path).read_text("utf-8").splitlines()) for path in LION}
@@ -214,8 +214,10 @@ STATED = {
         "64-bit offsets",
         "can pass 2^31: `tl.program_id(0)",
         "16-byte accesses into 2-byte ones",
-        "a binary for each number that is 1 or a multiple of 16",
+        "separate binaries for sizes that are 1, that are multiples of 16",
         "Triton before 3.7 has two limits",
+        "since Triton turns its default off from 3.10 on",
+        "in which any two properties of a launch meet",
     ],
     "examples/README.md": [
         "with the two original lines as comments",

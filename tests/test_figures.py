@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.mtp_runs import WAYS
 from benchmarks.report import SHOWN, bytes_per_parameter, gib, unique
 from evidence.roofline import H100
 from llmfast import _gpus
@@ -94,7 +95,8 @@ ROOFLINE = (
 
 
 def multi_token() -> Iterator[str]:
-    names = {"sequential depths, D = 1": "sequential depth, D = 1"}
+    settings = {way: dict(each.removeprefix("model.").split("=") for each in given) for way, given in WAYS.items()}
+    names = {way: f"{given['mtp']}, `mtp_heads={given['mtp_heads']}`" for way, given in settings.items() if given}
     rows = results("mtp.json")
     for row in rows:
         accepted = ", ".join(f"{100 * share:.0f} %" for share in row.get("acceptance", []))

@@ -1,4 +1,4 @@
-"""Eight optimizers, each at its best learning rate of a sweep, and how wide the range of good rates is."""
+"""Eight optimizers, each at the best learning rate of a sweep, and the widths of their ranges of good rates."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from examples.chapter.parts import Part
 from examples.chapter.runs import SEEDS, Run, grid
 from examples.chapter.told import Found, Row, best, compared, found, listed
 
-GOOD = 0.1  # nats above the best loss, within which a learning rate counts as good; more where seeds differ by more
+GOOD = 0.1  # a rate is good up to this many nats above the best loss, or up to the spread over seeds if that is larger
 WAYS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "SGD": (("name=sgd", "momentum=0.0"), (0.1, 0.3, 1.0, 3.0)),
-    "momentum": (("name=sgd",), (0.03, 0.1, 0.3, 1.0)),
+    "momentum": (("name=sgd",), (0.03, 0.1, 0.3, 1.0)),  # the trainer's default, 0.9
     "Nesterov": (("name=sgd", "nesterov=true"), (0.03, 0.1, 0.3, 1.0, 3.0)),
     "AdaGrad": (("name=adagrad",), (0.01, 0.03, 0.1, 0.3)),
     "RMSProp": (("name=rmsprop",), (0.001, 0.003, 0.01, 0.03)),
@@ -56,21 +56,22 @@ def told(rows: list[Row]) -> list[str]:
         body.append(
             [way, f"{rate:g}{edge}", str(least[way]), f"{min(good):g} to {max(good):g}", f"{max(good) / min(good):.0f}"]
         )
-    columns = ["", "best rate", "loss at the best rate", "good rates", "largest / smallest"]
+    columns = ["", "best rate", "loss at the best rate", "good rates", "largest / smallest good rate"]
     sgd = best([least[way] for way in ("SGD", "momentum", "Nesterov")])
     adaptive = [least[way] for way in WAYS if way not in ("SGD", "momentum", "Nesterov")]
     worst = max(adaptive, key=lambda each: each.mean)
     return [
         listed(
-            "The best and the worst of the methods that scale each parameter's step, against the best of the others",
+            "The best and the worst adaptive method, against the best of SGD, momentum and Nesterov",
             [compared(best(adaptive), sgd), compared(worst, sgd)],
         ),
         table(columns, body),
-        listed("Some pairs", [compared(least[a], least[b]) for a, b in PAIRS]),
-        f"Good rates are those within {GOOD} nats of the best, or within its range over seeds if that is larger. Rates "
-        "are about three times apart. The sweep has one seed; the best rate of each was repeated with two others.",
-        "Chen et al. 2023 ([arXiv:2302.06675](https://arxiv.org/abs/2302.06675)), who found Lion, did best with 4,096 "
-        "images per batch, and with 256 for AdamW. Here a batch is 16 rows of 64 bytes.",
+        listed("Each method against the one that it refines", [compared(least[a], least[b]) for a, b in PAIRS]),
+        f"A rate is good if its loss is at most {GOOD} nats, or the range over seeds if that is larger, above that of "
+        "the same optimizer's best rate. Rates are about three times apart. The sweep has one seed; each optimizer's "
+        "best rate was repeated with two more seeds.",
+        "Chen et al. 2023 ([arXiv:2302.06675](https://arxiv.org/abs/2302.06675)), who introduced Lion, report their "
+        "best results at 4,096 images per batch for Lion and 256 for AdamW. Here a batch is 16 rows of 64 bytes.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Sentences from numbers: a difference is only told if it is larger than the spread over seeds."""
+"""Sentences from numbers: a difference is reported only if it is larger than the spread over seeds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """Results of one kind of run, with each seed."""
+    """One number of one kind of run, per seed; infinite where the run diverged."""
 
     name: str
     values: tuple[float, ...]
@@ -21,7 +21,7 @@ class Found:
 
     @property
     def spread(self) -> float:
-        """The largest value less the smallest."""
+        """The largest value minus the smallest; infinite if a seed diverged."""
         return max(self.values) - min(self.values) if self.mean < inf else inf
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Found:
 
 
 def found(rows: Iterable[Row], name: str = "", key: str = "loss", **labels: Any) -> Found:
-    """Collect a number over the seeds of the rows with these labels."""
+    """Collect `key` from the rows with these labels, one value per seed; None becomes infinity."""
     mine = [row for row in rows if all(row.get(label) == value for label, value in labels.items())]
     if not mine:
         raise ValueError(f"labels must be those of a run; got {labels}")
@@ -40,7 +40,7 @@ def found(rows: Iterable[Row], name: str = "", key: str = "loss", **labels: Any)
 
 
 def differ(a: Found, b: Found) -> bool:
-    """Say whether the means differ by more than either changes with the seed."""
+    """Say whether the means differ by more than either changes with the seed, or only one of them diverged."""
     if a.mean == inf or b.mean == inf:
         return a.mean != b.mean
     return abs(a.mean - b.mean) > max(a.spread, b.spread)
@@ -77,6 +77,6 @@ def best(candidates: Sequence[Found]) -> Found:
 
 
 def as_good_as_best(candidates: Sequence[Found]) -> list[Found]:
-    """Return those that cannot be told from the best one."""
+    """Return those that do not differ from the best one by more than the spread over seeds."""
     least = best(candidates)
     return [each for each in candidates if not differ(each, least)]
