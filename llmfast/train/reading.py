@@ -6,6 +6,7 @@ name the types that metadata consists of, and the second what `weights_only` all
 
 import io
 import pickle
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,17 @@ _KNOWN = {
 }
 
 
+def _member(owner: Any, name: str) -> Any:
+    """Stand in for getattr, by which some releases of Python 3.11 pickle the members of an enumeration."""
+    if isinstance(owner, EnumMeta) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"its .metadata asks {owner!r:.100} for {name!r:.100}, which no checkpoint needs")
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint needs")

@@ -1,12 +1,15 @@
 """A checkpoint crafted to run code is rejected and runs none."""
 
+import io
 import pickle
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -48,6 +51,34 @@ def test_metadata_runs_nothing(folder: Path) -> None:
     with pytest.raises(CheckpointException, match="which no checkpoint needs"):
         read(folder)
     assert not proof.exists()
+
+
+class AsPython3112(pickle._Pickler):
+    """Pickler that writes members of an enumeration as Python 3.11.2, for one, does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_another_python_is_read(folder: Path) -> None:
+    buffer = io.BytesIO()
+    AsPython3112(buffer).dump(Reader(folder).read_metadata())
+    assert b"getattr" in buffer.getvalue()
+    (folder / ".metadata").write_bytes(buffer.getvalue())
+    test_what_was_saved_is_read(folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Metadata, "__init__"), (PosixPath, "touch"), (_MEM_FORMAT_ENCODING, "mro")]
+)
+def test_metadata_gets_nothing_but_members(owner: type, name: str, folder: Path) -> None:
+    class Asked:
+        def __reduce__(self) -> Any:
+            return getattr, (owner, name)
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Asked()))
+    with pytest.raises(pickle.UnpicklingError, match=r"asks .* which no checkpoint needs"):
+        Reader(folder).read_metadata()
 
 
 def test_values_run_nothing(folder: Path, tmp_path: Path) -> None:
