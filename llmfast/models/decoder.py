@@ -186,10 +186,11 @@ class Decoder(nn.Module):
         token costs `context` rows, because the positions of all others change. The default sampler is greedy.
 
         Raises:
-            ValueError: The model's logits are not finite, so that there is nothing to sample from.
+            ValueError: The model's logits are not finite, so that there is nothing to sample from; or `tokens` is not
+                (T,) with T > 0, or `context` is not above 0.
         """
-        expect_tensors(tokens=tokens)
-        expect_kinds(_NUMBERS, {"context": context})
+        _expect_context(context)
+        _expect_prompt("tokens", tokens)
         choose, cache = sampler or Sampler(), self.new_cache()
         while True:
             if len(tokens) <= context:
@@ -213,10 +214,11 @@ class Decoder(nn.Module):
         """Return `tokens` followed by `count` from `stream`, sampled as `Sampler` says.
 
         Raises:
-            ValueError: The model's logits are not finite, or `temperature` or `top_p` is out of range.
+            ValueError: As `stream`; or `temperature` or `top_p` is out of range, or `count` is negative.
         """
-        expect_tensors(tokens=tokens)
-        expect_kinds(_NUMBERS, {"count": count, "context": context})
+        _expect_prompt("tokens", tokens)
+        _expect_count(count)
+        _expect_context(context)
         sampler = Sampler(temperature, top_p, generator)
         return torch.cat([tokens, *islice(self.stream(tokens, context=context, sampler=sampler), count)])
 
@@ -241,14 +243,13 @@ class Decoder(nn.Module):
         alone, except where two logits are so close that the rounding of products of several rows decides.
 
         Raises:
-            ValueError: As `generate`; or a prompt is not (T,) with T > 0, or `count` is negative.
+            ValueError: As `generate`.
         """
-        expect_kinds(_NUMBERS, {"count": count, "context": context, "stop": stop})
+        expect_kinds(_NUMBERS, {"stop": stop})
         for i, prompt in enumerate(prompts):
-            expect_tensors(**{f"prompts[{i}]": prompt})
-            ok = prompt.dim() == 1 and len(prompt) > 0
-            expect(ok, f"prompts must be (T,) with T > 0; got {describe(prompt)} at {i}")
-        expect(count >= 0, f"count must not be negative; got {count}")
+            _expect_prompt("prompts", prompt, i)
+        _expect_count(count)
+        _expect_context(context)
         if count == 0:
             return list(prompts)
         choose, cache, rows = Sampler(temperature, top_p, generator), self.new_cache(), list(prompts)
@@ -270,6 +271,22 @@ class Decoder(nn.Module):
 
 
 _NUMBERS = {name: kind_of(kind) for name, kind in (("count", int), ("context", int), ("stop", int | None))}
+
+
+def _expect_prompt(name: str, prompt: Tensor, index: int | None = None) -> None:
+    expect_tensors(**{name if index is None else f"{name}[{index}]": prompt})
+    at = "" if index is None else f" at {index}"
+    expect(prompt.dim() == 1 and len(prompt) > 0, f"{name} must be (T,) with T > 0; got {describe(prompt)}{at}")
+
+
+def _expect_count(count: int) -> None:
+    expect_kinds(_NUMBERS, {"count": count})
+    expect(count >= 0, f"count must not be negative; got {count}")
+
+
+def _expect_context(context: int) -> None:
+    expect_kinds(_NUMBERS, {"context": context})
+    expect(context > 0, f"context must be above 0; got {context}")
 
 
 class Block(nn.Module):

@@ -373,6 +373,32 @@ def test_what_is_no_tensor_is_refused_by_its_name(wrong: Any) -> None:
                 function(wrong)
 
 
+@pytest.mark.parametrize("way", ["stream", "generate", "generate_batch"])
+def test_no_way_to_generate_takes_what_it_cannot_go_on_from(way: str) -> None:
+    model, prompt = small(), torch.arange(3)
+
+    def call(tokens: torch.Tensor, count: int, context: int) -> Any:
+        if way == "stream":
+            return [*islice(model.stream(tokens, context=context), count)]
+        if way == "generate":
+            return model.generate(tokens, count, context=context)
+        return model.generate_batch([prompt, tokens], count, context=context)
+
+    name, at = ("prompts", " at 1") if way == "generate_batch" else ("tokens", "")
+    for wrong in (prompt[:0], prompt[None]):
+        told = rf"^{name} must be \(T,\) with T > 0; got {re.escape(str(tuple(wrong.shape)))} torch.int64 on cpu{at}$"
+        with pytest.raises(ValueError, match=told):
+            call(wrong, 1, 4)
+    for context in (0, -2):
+        with pytest.raises(ValueError, match=rf"^context must be above 0; got {context}$"):
+            call(prompt, 1, context)
+    if way != "stream":
+        with pytest.raises(ValueError, match=r"^count must not be negative; got -1$"):
+            call(prompt, -1, 4)
+        assert len(call(prompt, 0, 1)) == {"generate": 3, "generate_batch": 2}[way]
+    assert len(call(prompt, 1, 1)) == {"stream": 1, "generate": 4, "generate_batch": 2}[way]
+
+
 def generated(model: Decoder, tokens: Any) -> Any:
     return speculative_generate(model, tokens, 2)
 
