@@ -34,8 +34,9 @@ class DecoupledDecay(GroupedOptions):
 
     def _complete_group(self, group: dict[str, Any], options: Options) -> None:
         super()._complete_group(group, options)
-        if self.decay == "relative" and "lr_max" not in group:
-            group["lr_max"] = float(group["lr"])
+        if self.decay == "relative":
+            if "lr_max" not in group:
+                group["lr_max"] = float(group["lr"])
             expect(
                 group["lr_max"] > 0, f"decay='relative' needs a group's lr, or lr_max, above 0; got {group['lr_max']}"
             )

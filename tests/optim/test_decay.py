@@ -42,6 +42,9 @@ def test_the_highest_rate_is_given_or_the_first_and_never_zero(kind: Any) -> Non
     assert type(first.param_groups[0]["lr_max"]) is float and first.param_groups[0]["lr_max"] == 0.5
     with pytest.raises(ValueError, match=r"^decay='relative' needs a group's lr, or lr_max, above 0; got 0.0$"):
         kind([p], lr=0.0, decay="relative")
+    for most in (0.0, -1.0):  # the one would divide by zero in the first step, the other let parameters grow
+        with pytest.raises(ValueError, match=rf"^decay='relative' needs a group's lr, or lr_max, above 0; got {most}$"):
+            kind([{"params": [p], "lr_max": most}], lr=0.5, decay="relative")
     for mode in ("lr", "independent"):
         assert "lr_max" not in kind([p], lr=0.0, decay=mode).param_groups[0]
     with pytest.raises(ValueError, match=r"^decay must be one of \('lr', 'independent', 'relative'\); got 'cosine'$"):
