@@ -171,23 +171,23 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
         index, fused = batch.kind.group, batch.kind.fused
         group = _with_numbers_on(batch.kind.device, self.param_groups[index])
         params = [row.local for row in rows]
-        if self._decay_before_torch(group):
-            for p in params:
-                p.mul_(1 - self._total_decay(group))
-            group = group | {"weight_decay": 0.0}
-        used = grads if fused else [amount.scaled(g) for g in grads]
         differentiable = bool(group["differentiable"])
-        call = TorchCall(
-            group=group,
-            params=params,
-            grads=used,
-            states=[row.named_states for row in rows],
-            fused=fused,
-            grad_scale=amount.divisor() if fused else None,
-            differentiable=differentiable,
-            has_complex=batch.has_complex,
-        )
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable):  # also through what comes before torch's update
+            if self._decay_before_torch(group):
+                for p in params:
+                    p.mul_(1 - self._total_decay(group))
+                group = group | {"weight_decay": 0.0}
+            used = grads if fused else [amount.scaled(g) for g in grads]
+            call = TorchCall(
+                group=group,
+                params=params,
+                grads=used,
+                states=[row.named_states for row in rows],
+                fused=fused,
+                grad_scale=amount.divisor() if fused else None,
+                differentiable=differentiable,
+                has_complex=batch.has_complex,
+            )
             self._torch_update(call)
         if (ema_decay := self.option(index, "ema_decay")) is not None:
             for row in rows:

@@ -115,6 +115,60 @@ def test_gradients_can_flow_through_a_differentiable_step(path: str, ours: Any, 
     torch.testing.assert_close(through(ours), through(theirs))
 
 
+THROUGH: list[tuple[Any, dict[str, Any]]] = [
+    *((FusedAdamW, {"decay": decay}) for decay in ("lr", "independent", "relative")),
+    *((FusedAdam, {"decoupled_weight_decay": decoupled, "maximize": True}) for decoupled in (False, True)),
+    *((FusedSGD, {}), (FusedRMSprop, {"momentum": 0.9}), (FusedAdagrad, {})),  # torch detaches the momentum of SGD
+]
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize(("cls", "options"), THROUGH)
+def test_gradients_through_a_step_are_those_of_differences(cls: Any, options: Any, scale: float | None) -> None:
+    """They flow through weight decay of any form too, and through gradients that a GradScaler has scaled."""
+
+    def stepped(start: Tensor) -> Tensor:
+        p = start.clone()
+        optimizer = cls([p], lr=0.1, weight_decay=0.25, differentiable=True, **options)
+        if scale is not None:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        for step in (1.0, 2.0):
+            p.grad = step * start**2 * (scale or 1.0)
+            optimizer.step()
+        return p
+
+    start = torch.linspace(0.5, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(stepped, start, rtol=1e-5)
+
+
+def test_gradients_flow_through_what_is_clipped() -> None:
+    """The norm counts as a constant."""
+    start = torch.full((4,), 3.0, requires_grad=True)
+    p = start.clone()
+    optimizer = FusedSGD([p], lr=0.5, max_grad_norm=1.0, differentiable=True)
+    p.grad = start * 2
+    optimizer.step()
+    torch.testing.assert_close(torch.autograd.grad(p.sum(), start)[0], torch.full((4,), 1 - 0.5 * 2 / 12.0))
+
+
+@pytest.mark.parametrize("cls", [FusedSGD, FusedAdamW])
+def test_a_group_may_become_differentiable_between_steps(path: str, cls: Any) -> None:
+    start = torch.linspace(0.5, 1, 4, requires_grad=True)
+    found = []
+    for from_the_start in (True, False):
+        p = start.clone()
+        p.retain_grad()  # without it, torch refuses what is no leaf
+        optimizer = cls([p], lr=0.1, differentiable=from_the_start)
+        for differentiable in (from_the_start, True):
+            optimizer.param_groups[0]["differentiable"] = differentiable
+            p.grad = start * 2 if differentiable else (start * 2).detach()
+            optimizer.step()
+        found.append(p.detach().clone())
+        (through,) = torch.autograd.grad(p.sum(), start)
+        assert not torch.equal(through, torch.ones(4))
+    torch.testing.assert_close(*found)
+
+
 def test_odd_parameters_are_skipped_with_the_others(path: str) -> None:
     params = [torch.ones(4, requires_grad=True), torch.ones(3, dtype=torch.complex64, requires_grad=True)]
     params += [torch.ones(3, dtype=torch.float64, requires_grad=True)]
