@@ -77,12 +77,17 @@ class Kept:
             state[name] = _laid_like(t if wanted is None else t.to(wanted), p)
 
     def keep_average(self) -> None:
-        """Create the average if `ema_decay` is set. Otherwise delete it, so that a later one does not start from it."""
+        """Create the average if `ema_decay` is set, or lay out the existing one like the parameter.
+
+        Otherwise delete it, so that a later one does not start from it.
+        """
         if self._options.ema_decay is None:
             if self.state.pop("ema_param", None) is not None:
                 self._warn("an average (ema_param) of {}, which ema_decay=None discards")
         elif "ema_param" not in self.state:
             self.state["ema_param"] = self.value().to(torch.float32, copy=True)
+        else:
+            self.state["ema_param"] = _laid_like(self.state["ema_param"], self.param)
 
     def keep_low(self, loaded: bool) -> None:
         """Create the additional bits of the parameter's format, converting those of another format if there are any."""

@@ -17,6 +17,7 @@ from llmfast.optim import FusedAdamW
 from llmfast.optim.formats import PARAM_FORMATS, STATE_FORMATS
 from support.launched import unrecorded
 from support.layouts import LAYOUTS, WRITABLE
+from support.training import through_a_file
 
 CLASSES = [
     c
@@ -119,3 +120,43 @@ def test_gradients_at_odd_addresses_change_no_bit(path: str, dtype: torch.dtype,
     for offset in (1, 8 // dtype.itemsize):
         for a, b in zip(step(offset), aligned, strict=True):
             assert torch.equal(a, b)
+
+
+# Every two of the formats, with and without averages; a third of them with kernels.
+MOVED = [
+    pytest.param(path, master, state, (i + j) % 2 == 0, id=f"{path}-{master}-{state}")
+    for i, master in enumerate([None, *PARAM_FORMATS])
+    for j, state in enumerate([None, torch.float32, "8bit"])
+    for path in ("plain", "kernels")
+    if path == "plain" or j == i // 2
+]
+
+
+@pytest.mark.parametrize(("path", "master", "state", "averaged"), MOVED, indirect=["path"])
+@unrecorded()
+def test_a_run_goes_on_in_another_memory_order(path: str, master: Any, state: Any, averaged: bool) -> None:
+    """States that are loaded have the order of the run that saved them."""
+    given: dict[str, Any] = {"master_weights": master, "state_dtype": state, "ema_decay": 0.5 if averaged else None}
+    start, gradients = torch.randn(8, 12).bfloat16(), torch.randn(4, 8, 12).bfloat16()
+    source = FusedAdamW([nn.Parameter(start.clone())], lr=0.01, **given)
+    (p,) = source.param_groups[0]["params"]
+    for g in gradients[:2]:
+        p.grad = g
+        source.step()
+    q = nn.Parameter(p.detach().T.contiguous().T)
+    other = FusedAdamW([q], lr=0.01, **given)
+    other.load_state_dict(through_a_file(source.state_dict()))
+    for g in gradients[2:]:
+        p.grad, q.grad = g, g.T.contiguous().T
+        source.step(), other.step()
+    noise = 0.05 if state == "8bit" or master == "stochastic" else 0.0  # it goes by the order in memory
+    held = [
+        {"weight": each.master_value(t).float(), **each.torch_state_dict()["state"][0]}
+        for each, t in ((source, p), (other, q))
+    ]
+    if averaged:
+        for found, each, t in ((held[0], source, p), (held[1], other, q)):
+            found["average"] = each.state[t]["ema_param"]
+    assert held[0].keys() == held[1].keys()
+    for name, mine in held[0].items():
+        torch.testing.assert_close(held[1][name], mine, rtol=max(noise, 2e-7), atol=noise * mine.abs().max().item())
