@@ -297,3 +297,66 @@ def test_more_tensors_than_one_program_prepares(kernels: None) -> None:
         for p, value, number in zip(params, wanted, steps):
             torch.testing.assert_close(p.detach(), torch.full((3,), value), rtol=1e-5, atol=1e-6)
             assert optimizer.state[p]["step"] == number
+
+
+# Gradients that reach the norm by different ways: dtype, factor, and how they are stored.
+STORED: dict[str, tuple[torch.dtype, float, str]] = {
+    "float32": (torch.float32, 1.0, "usual"),
+    "another order": (torch.float32, 1.0, "transposed"),
+    "one element for a row": (torch.float32, 1.0, "expanded"),
+    "bfloat16": (torch.bfloat16, 1.0, "usual"),
+    "float64 beyond the squares of float32": (torch.float64, 1e30, "usual"),
+    "complex": (torch.complex64, 1.0, "usual"),
+    "complex in float64": (torch.complex128, 1e30, "usual"),
+    "sparse": (torch.float32, 1.0, "sparse"),
+    "sparse float64": (torch.float64, 1e30, "sparse"),
+}
+
+
+@pytest.mark.parametrize(("scale", "skip"), [(None, False), (4.0, False), (4.0, True)])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", STORED)
+def test_a_gradient_of_any_kind_is_clipped(path: str, name: str, own: bool, scale: float | None, skip: bool) -> None:
+    """It is measured with another one of the same size, or alone; a skipped step changes neither."""
+    dtype, size, how = STORED[name]
+    params = [torch.zeros(4, 3, dtype=kind).requires_grad_() for kind in (dtype, torch.float64)]
+    whole = [torch.randn(4, 3, dtype=dtype) * size, torch.randn(4, 3, dtype=torch.float64) * size]
+    whole[0] = whole[0][:, :1].expand(4, 3) if how == "expanded" else whole[0]
+    for p, g in zip(params, whole):
+        p.grad = g * (scale or 1.0)
+    if how == "transposed":
+        params[0].grad = (whole[0] * (scale or 1.0)).T.contiguous().T
+    elif how == "expanded":
+        params[0].grad = (whole[0][:, :1] * (scale or 1.0)).expand(4, 3)
+    elif how == "sparse":
+        params[0].grad = (whole[0] * (scale or 1.0)).to_sparse()
+    groups: list[Any] = [{"params": params[:1], **({"max_grad_norm": 0.5} if own else {})}, {"params": params[1:]}]
+    optimizer: Any = FusedSGD(groups, lr=1.0, max_grad_norm=None if own else 0.5)
+    if scale is not None:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(skip))
+    optimizer.step()
+    norms = [torch.linalg.vector_norm(g.to(torch.complex128)).item() for g in whole]
+    norm = norms[0] if own else math.hypot(*norms)
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-5)
+    for p, g, limit in zip(params, whole, (0.5, None if own else 0.5)):
+        wanted = g * (0 if skip else 1 if limit is None else limit / norm)
+        torch.testing.assert_close(-p.detach(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("odd", ["complex", "sparse"])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_what_goes_by_torch_waits_to_know_whether_it_is_skipped(path: str, odd: str, found_inf: float) -> None:
+    """The kernels of a GPU read it there; torch's functions for these gradients cannot."""
+    with pretending_cuda():
+        kind = torch.complex64 if odd == "complex" else torch.float32
+        params = [torch.ones(4, 2, dtype=kind, requires_grad=True), torch.ones(3, requires_grad=True)]
+        optimizer: Any = FusedSGD(params, lr=0.5)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if odd == "sparse":
+            params[0].grad = torch.ones(4, 2).to_sparse()
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(found_inf)
+        optimizer.step()
+        for p in params:
+            assert torch.equal(p.detach(), torch.full_like(p, 1.0 if found_inf else 0.5))
+            assert optimizer.state[p]["step"] == 1 - found_inf

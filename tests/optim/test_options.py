@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llmfast.optim import FusedAdamW
+from llmfast.optim import FusedAdamW, FusedSGD
 from llmfast.optim.formats import PARAM_FORMATS
 from llmfast.optim.options import Options
 
@@ -107,6 +107,42 @@ def test_float32_parameters_need_no_more_bits(path: str, master: Any) -> None:
         optimizer.step()
         found.append((wide.detach(), optimizer.state[wide].keys()))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("odd", ["is sparse", "is of a differentiable group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("own", [False, True])
+def test_which_options_gradients_that_go_by_torch_may_have(odd: str, dtype: torch.dtype, own: bool) -> None:
+    """Those that add nothing to the parameter, and keep states as torch does; nothing changes where one is refused."""
+    for name, (good, _) in RANGES.items():
+        if own and name not in Options.PER_GROUP:
+            continue
+        for value in good:
+            beside, p = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, 2, dtype=dtype))
+            params = [beside, p if odd == "is sparse" else p.clone()]
+            second: dict[str, Any] = {"params": params[1:], **({name: value} if own else {})}
+            first = {"params": params[:1], "differentiable": False}
+            whole: dict[str, Any] = {} if own else {name: value}
+            optimizer = FusedSGD([first, second], lr=0.5, differentiable=odd != "is sparse", **whole)
+            beside.grad, params[1].grad = torch.ones(2), torch.full((2, 2), 0.5, dtype=dtype)
+            if odd == "is sparse":
+                params[1].grad = params[1].grad.to_sparse()
+            adds = name == "master_weights" and value is not None and dtype == torch.bfloat16
+            if adds or (name == "state_dtype" and value is not None):
+                message = (
+                    rf"^the gradient of parameter 0 of group 1, .* {odd}: master_weights and state_dtype must be None"
+                )
+                with pytest.raises(ValueError, match=message):
+                    optimizer.step()
+                assert torch.equal(beside, torch.ones(2)) and len(optimizer.state) == 0
+            else:
+                optimizer.step()
+                assert all(optimizer.state[each]["step"] == 1 for each in params)
+                if name == "ema_decay" and value is not None:
+                    wanted = 1 + (1 - value) * (params[1].detach().float() - 1)
+                    torch.testing.assert_close(optimizer.state[params[1]]["ema_param"], wanted)
+                if name == "zero_grads" and value:
+                    assert not params[1].grad.to_dense().any()
 
 
 @pytest.mark.parametrize("name", RANGES)

@@ -403,3 +403,34 @@ def test_a_closure_is_called_and_its_loss_returned(path: str) -> None:
 
     assert optimizer.step(closure) is found[0] and len(found) == 1
     assert not torch.equal(net[0].weight, before) and optimizer.step() is None
+
+
+@pytest.mark.parametrize("master", ["fp32", "split16", "kahan"])
+def test_loaded_bits_that_belong_to_other_weights_are_none_of_these(path: str, master: Any) -> None:
+    """Each parameter is looked at when it is first stepped, whichever came before it."""
+
+    def made() -> tuple[nn.ParameterList, FusedAdamW]:
+        net = nn.ParameterList([torch.full((4,), 1.0 + i).bfloat16() for i in range(3)])
+        return net, FusedAdamW(net.parameters(), lr=1e-3, master_weights=master)
+
+    def backward(net: nn.ParameterList) -> None:
+        torch.stack([p.float().square().sum() for p in net]).sum().backward()
+
+    net, source = made()
+    backward(net)
+    source.step()
+    found = []
+    for in_backward in (True, False):
+        other, optimizer = made()
+        optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
+        with torch.no_grad():
+            for p in other:
+                p.mul_(4)
+        if in_backward:
+            optimizer_in_backward(other, optimizer)
+        backward(other)
+        optimizer.step()
+        found.append([optimizer.master_value(p) for p in other])
+    for i, (a, b) in enumerate(zip(*found)):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.float(), torch.full((4,), 4.0 * (1 + i)), rtol=1e-2, atol=0)

@@ -570,6 +570,22 @@ def test_states_of_parameters_that_come_later_start_as_those_of_the_others(path:
     assert torch.equal(first, later)
 
 
+def test_states_of_complex_parameters_that_come_later_start_as_torchs(path: str) -> None:
+    found = []
+    for cls in (FusedAdagrad, torch.optim.Adagrad):
+        first, later = (torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)) for _ in range(2))
+        ours = cls is FusedAdagrad
+        optimizer: Any = cls([first] if ours else [first, later], lr=0.5, initial_accumulator_value=9.0)
+        if ours:
+            optimizer.add_param_group({"params": [later]})
+        for p in (first, later):
+            p.grad = torch.full_like(p, 3 + 4j)
+        optimizer.step()
+        found.append([later.detach(), optimizer.state[later]["sum"]])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_a_loss_of_bits_is_told_where_the_step_is_taken() -> None:
     p = torch.nn.Parameter(torch.ones(3, dtype=BF16))
     for options in ({"master_weights": "split16"}, {"ema_decay": 0.5}):
