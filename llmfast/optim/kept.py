@@ -56,6 +56,8 @@ class Kept:
         p, state, wanted = self.param, self.state, self._options.state_format.dtype
         stored = stored_name(state, name)
         t = state.get(stored)
+        if t is not None and t.layout != torch.strided:  # of torch's SGD with sparse gradients
+            t = t.to_dense()
         if t is None and code is None:
             value = complex(first, first) if p.is_complex() else first
             state[name] = torch.full_like(p, value, dtype=wanted, memory_format=torch.preserve_format)

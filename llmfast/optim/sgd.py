@@ -92,6 +92,8 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
     def _torch_update(self, call: TorchCall) -> None:
         group, params, grads, states, *_ = call
+        if group["momentum"] != 0:  # torch's buffer of sparse gradients is sparse too, and what it adds has to be
+            grads = [g if g.layout == torch.strided else g.to_dense() for g in grads]
         # Torch creates the buffer from the first gradient, undamped and detached. Here the buffer exists before that.
         started = [bool(state["step"] > 0) for state in states]
         for first in (False, True):
