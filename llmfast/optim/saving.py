@@ -66,4 +66,5 @@ class StateSaver(StateKeeper):
         public = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in methods}
         own = [dict(options) for options in self.group_options]
         public |= {"options": dataclasses.replace(self.options), "group_options": own}
+        public["_loaded"] = self._loaded  # what a step still has to look at is looked at by the copy's too
         return public | super().__getstate__()

@@ -266,6 +266,8 @@ def check_fsdp(rank: int, world: int, path: str) -> None:
                     optimizer.zero_grad()
                 torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
         assert_same(ours, alone)
+        held = [t.to_local() if isinstance(t, DTensor) else t for state in a.state.values() for t in state.values()]
+        assert a.state_bytes() == sum(t.nbytes for t in held) < b.state_bytes()  # of this rank's pieces
         with a.ema_weights(), b.ema_weights():
             assert_same(ours, alone)
 

@@ -368,6 +368,25 @@ def test_averages_of_some_groups(path: str) -> None:
     assert all(torch.equal(p, value) for p, value in zip(params, after))
 
 
+@pytest.mark.parametrize("averaged", [0, 1])
+@pytest.mark.parametrize("whole", [None, 0.5])
+def test_an_average_of_one_group_is_enough(path: str, averaged: int, whole: float | None) -> None:
+    own: list[Options] = [{}, {}]
+    own[averaged], own[1 - averaged] = {"ema_decay": 0.5}, {"ema_decay": None}
+    params = parameters(F32)
+    optimizer = FusedAdamW(grouped(params, *own), lr=0.1, ema_decay=whole)
+    gradients(params, 1)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    with optimizer.ema_weights():
+        changed = [not torch.equal(p, value) for p, value in zip(params, before)]
+    assert changed == [i // 2 == averaged for i in range(4)]
+    assert all(torch.equal(p, value) for p, value in zip(params, before))
+    optimizer.group_options[averaged]["ema_decay"] = None
+    with pytest.raises(ValueError, match="ema_weights needs an optimizer with ema_decay"), optimizer.ema_weights():
+        pass
+
+
 def test_stepping_in_backward_keeps_formats_and_refuses_a_clip(path: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))

@@ -149,6 +149,7 @@ def test_a_run_goes_on_in_another_memory_order(path: str, master: Any, state: An
     for g in gradients[2:]:
         p.grad, q.grad = g, g.T.contiguous().T
         source.step(), other.step()
+    assert other._plan is not None and len(other._plan.tables) == (path == "kernels")  # in which it stays
     noise = 0.05 if state == "8bit" or master == "stochastic" else 0.0  # it goes by the order in memory
     held = [
         {"weight": each.master_value(t).float(), **each.torch_state_dict()["state"][0]}

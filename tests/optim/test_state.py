@@ -294,6 +294,24 @@ def test_a_weight_that_is_set_alone_follows_its_float32_copy_until_a_state_is_lo
         assert torch.equal(touched, untouched)
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_a_copy_that_is_made_after_loading_knows_what_was_loaded(
+    path: str, clone: Callable[[FusedOptimizer], FusedOptimizer]
+) -> None:
+    """Its first step then looks whether the loaded copies of weights belong to the loaded weights."""
+    source, other = (
+        FusedAdamW([torch.full((3,), x, dtype=BF16, requires_grad=True)], lr=0.01, master_weights="fp32")
+        for x in (1.0, 5.0)
+    )
+    train(source, 1)
+    other.load_state_dict(source.state_dict())
+    twin = clone(other)
+    for optimizer in (other, twin):
+        train(optimizer, 1)
+    assert (other.master_value(of(other)[0]) - 5.0).abs().max() < 0.1
+    assert torch.equal(twin.master_value(of(twin)[0]), other.master_value(of(other)[0]))
+
+
 @pytest.mark.parametrize("source", MASTERS)
 def test_lost_bits_are_told_of(path: str, source: Any) -> None:
     optimizer = FusedAdamW([torch.ones(3, dtype=BF16, requires_grad=True)], lr=0.01, master_weights=source)
