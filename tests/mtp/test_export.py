@@ -96,6 +96,11 @@ def test_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         save_file(tensors | {name: tensors[name] + 1}, file)
         with pytest.raises(ValueError, match=rf"^{name} must equal the model's own, which it shares$"):
             load_deepseek(tmp_path)
+    save_file({k: t for k, t in tensors.items() if k != "model.embed_tokens.weight"}, file)
+    with pytest.raises(
+        ValueError, match=r"^model.layers.\d.\w+(.head)?.weight must equal the model's own, which it shares$"
+    ):
+        load_deepseek(tmp_path)
     save_file({k: t for k, t in tensors.items() if "enorm" not in k} | {"more": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"missing \['model.layers.2.enorm.weight', .*left over \['more'\]"):
         load_deepseek(tmp_path)

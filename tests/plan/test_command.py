@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -156,6 +157,8 @@ def test_the_screen_of_a_law_has_the_figures_of_its_fit(plan: Callable[..., str]
     assert f"(the largest run took {largest:.2e}; what is far beyond that is a guess)" in text
     text = plan("fit", *names, "--resamples", "0", "--flops", "1e16")
     assert "[" not in text and "intervals" not in text
+    plan("fit", *names)
+    assert [fitted[-1] for fitted in given_runs.seen] == [{"resamples": 0}, {"resamples": 100}]
     assert [row.split()[0] for row in text.partition("fit:\n")[2].splitlines()[1:-1]] == ["1.00e+16"]
 
 
@@ -354,6 +357,14 @@ def test_a_learning_rate_for_another_batch(plan: Callable[..., str]) -> None:
 )
 def test_mistakes_are_one_line(plan: Callable[..., str], arguments: list[str], message: str) -> None:
     assert message in plan(*arguments, code=2)
+
+
+def test_what_is_not_installed_is_told_with_the_extra_that_has_it(
+    plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmfast.plan.command._memory", Mock(side_effect=ImportError("No module named 'pydantic'")))
+    told = "No module named 'pydantic'; this needs the extra: pip install 'llmfast-torch[train]'\n"
+    assert plan("memory", code=2) == f"llmfast: error: {told}"
 
 
 def test_a_wish_is_what_was_asked_for() -> None:

@@ -330,6 +330,37 @@ def test_as_few_runs_as_there_may_be() -> None:
     assert found.law.exponent == pytest.approx(0.3, rel=5e-3) and found.resampled == ()
 
 
+def test_resamples_that_determine_nothing_are_left_out() -> None:
+    """Every resample of at least three sizes and lengths gives the law itself, as there is no noise."""
+    truth, x = PowerLaw(1e9, 0.3, 1.5), np.array([1e6, 1e7, 1e8, 1e8])
+    found = fit_power(x, [truth.loss(v) for v in x], resamples=40).resampled
+    assert 0 < len(found) < 40
+    assert [law.exponent for law in found] == pytest.approx([0.3] * len(found), rel=0.01)
+    N, D = np.array([1e7, 1e8, 1e9] * 3), np.array([1e9] * 3 + [1e10] * 3 + [1e11] * 3)
+    both = fit_chinchilla(N, D, [BESIROGLU.loss(n, d) for n, d in zip(N, D)], resamples=40).resampled
+    assert 0 < len(both) < 40
+    for law in both:
+        assert (law.alpha, law.beta) == pytest.approx((BESIROGLU.alpha, BESIROGLU.beta), rel=0.05)
+
+
+def test_resamples_that_do_not_fall_are_left_out() -> None:
+    """A law without one of its terms has no exponent of it, and no best size."""
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e9, 3), np.geomspace(1e8, 1e11, 4)))
+    flat, noise = ChinchillaLaw(1.5, 3.0, 400.0, 0.3, 0.3), np.random.default_rng(8).normal(0, 0.01, 12)
+    for turned in (False, True):
+        law = ChinchillaLaw(1.5, 400.0, 3.0, 0.3, 0.3) if turned else flat
+        sizes, lengths = (D, N) if turned else (N, D)
+        losses = np.array([law.loss(n, d) for n, d in zip(sizes, lengths)]) * np.exp(noise)
+        fit = fit_chinchilla(sizes, lengths, losses, resamples=8)
+        assert 3 < len(fit.resampled) < 8 and all(each.A > 0 and each.B > 0 for each in fit.resampled)
+        low, high = fit.interval(lambda each: each.optimal(1e18).params)
+        assert 0 < low < high < np.inf
+    x, noise = np.geomspace(1e6, 1e8, 6), np.random.default_rng(2).normal(0, 0.02, 6)
+    losses = np.array([PowerLaw(1e3, 0.3, 1.5).loss(v) for v in x]) * np.exp(noise)
+    resampled = fit_power(x, losses, resamples=8).resampled
+    assert 3 < len(resampled) < 8 and all(each.scale > 0 for each in resampled)
+
+
 def test_the_levels_of_intervals_are_shares() -> None:
     fit = Fit(PowerLaw(1.0, 0.5), np.zeros(4), (PowerLaw(1.0, 0.5),))
     for level in (0.0, 1.0, -0.5, 1.5):
