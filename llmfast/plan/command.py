@@ -35,6 +35,8 @@ SOURCES = {
 # Options without a topic, by the names of their parsed values: those of any budget, and those of a planned run.
 BUDGET = {"flops": "--flops", "params": "--params", "tokens": "--tokens"}
 PLANNED = {"days": "--days", "seq_len": "--seq-len", "vocab_size": "--vocab-size", "settings": "--out"}
+GPUS = {"gpu": "--gpu", "gpus": "--gpus", "utilisation": "--utilisation"}
+DEFAULTS = {"law": "besiroglu", "gpus": 1, "utilisation": cost.UTILISATION}  # None for the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flops", metavar="C", help="FLOPs of the whole training, e.g. 1e21")
     parser.add_argument("--params", metavar="N", help="parameters with embeddings, e.g. 2.8B")
     parser.add_argument("--tokens", metavar="D", help="training tokens, e.g. 60B")
-    parser.add_argument("--law", choices=SOURCES, default="besiroglu", help="scaling law (default: %(default)s)")
+    parser.add_argument("--law", choices=SOURCES, default=DEFAULTS["law"], help="scaling law (default: %(default)s)")
     _add_gpu(parser, "plan a run for it")
     parser.add_argument("--days", metavar="DAYS", help="how long the run may take, in place of --flops")
     parser.add_argument("--seq-len", metavar="TOKENS", help="tokens per row (default: by the model's size)")
@@ -109,7 +111,9 @@ def _add_gpu(parser: argparse.ArgumentParser, purpose: str, *, again: bool = Fal
         return argparse.SUPPRESS if again else value  # a topic's default would hide what was given before the topic
 
     parser.add_argument("--gpu", default=default(None), metavar="NAME", help=f"{purpose}: {', '.join(_gpus.KNOWN)}")
-    parser.add_argument("--gpus", type=int, default=default(1), metavar="COUNT", help="number of GPUs (default: 1)")
+    parser.add_argument(
+        "--gpus", type=int, default=default(DEFAULTS["gpus"]), metavar="COUNT", help="number of GPUs (default: 1)"
+    )
     parser.add_argument(
         "--utilisation",
         type=float,
@@ -129,8 +133,9 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         if args.topic is not None:
-            for name, option in (BUDGET | PLANNED).items():
-                expect(getattr(args, name) is None, f"{option} before {args.topic} has no meaning")
+            unused = BUDGET | PLANNED | {"law": "--law"} | ({} if args.topic == "memory" else GPUS)
+            for name, option in unused.items():
+                expect(not _is_given(args, name), f"{option} before {args.topic} has no meaning")
         expect(args.gpus > 0, f"--gpus must be above 0; got {args.gpus}")
         expect(0 < args.utilisation <= 1, f"--utilisation must be above 0 and at most 1; got {args.utilisation}")
         lines = topics[args.topic](args)
@@ -142,6 +147,11 @@ def run(args: argparse.Namespace) -> int:
         return fail(f"these numbers are too large or too small to compute with: {e}")
     print("\n".join(lines))
     return 0
+
+
+def _is_given(args: argparse.Namespace, name: str) -> bool:
+    """Return True for an option that has another value than without it."""
+    return bool(getattr(args, name) != DEFAULTS.get(name))
 
 
 # A budget.
@@ -162,8 +172,9 @@ def _budget(args: argparse.Namespace) -> list[str]:
             f"no way fits: {remedies(need, machine.gpu.memory, model=smaller, rows='a shorter --seq-len')}"
         )
     for name, option in PLANNED.items():
-        expect(getattr(args, name) is None, f"{option} needs --gpu, for which a run is planned")
-    expect(args.gpus == 1, f"--gpus needs --gpu, one of {', '.join(_gpus.KNOWN)}")
+        expect(not _is_given(args, name), f"{option} needs --gpu, for which a run is planned")
+    for name, option in GPUS.items():
+        expect(not _is_given(args, name), f"{option} needs --gpu, one of {', '.join(_gpus.KNOWN)}")
     given = sum(x is not None for x in (wish.flops, wish.params, wish.tokens))
     chosen = wish.allocated(law, wish.flops)
     budget = chosen.flops

@@ -367,6 +367,25 @@ def test_what_is_not_installed_is_told_with_the_extra_that_has_it(
     assert plan("memory", code=2) == f"llmfast: error: {told}"
 
 
+GIVEN = {"--flops": "1e21", "--params": "1B", "--tokens": "1B", "--days": "3", "--seq-len": "512"}
+GIVEN |= {"--vocab-size": "5000", "--out": "x.toml", "--law": "hoffmann", "--gpu": "H100", "--gpus": "4"}
+GIVEN |= {"--utilisation": "0.3"}
+
+
+@pytest.mark.parametrize("topic", ["fit runs/a", "lr --lr 1 --base-batch 1 --batch 2", "memory"])
+@pytest.mark.parametrize("option", GIVEN)
+def test_an_option_that_a_topic_does_not_read_is_refused(plan: Callable[..., str], option: str, topic: str) -> None:
+    name, *words = topic.split()
+    read = name == "memory" and option in ("--gpu", "--gpus", "--utilisation")
+    text = plan(option, GIVEN[option], name, *words, code=0 if read else 2)
+    assert (f"error: {option} before {name} has no meaning" in text) != read
+
+
+@pytest.mark.parametrize("option", sorted(GIVEN.keys() - {"--flops", "--params", "--tokens", "--law", "--gpu"}))
+def test_an_option_of_a_run_needs_a_gpu(plan: Callable[..., str], option: str) -> None:
+    assert f"error: {option} needs --gpu" in plan("--params", "1B", option, GIVEN[option], code=2)
+
+
 def test_a_wish_is_what_was_asked_for() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
