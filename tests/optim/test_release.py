@@ -16,9 +16,19 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llmfast.optim import FusedAdamW, FusedSGD, optimizer_in_backward
+from llmfast.optim import (
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamW,
+    FusedLion,
+    FusedRMSprop,
+    FusedSGD,
+    optimizer_in_backward,
+)
 from llmfast.optim.kept import Kept
 from support.devices import DEVICE
+from support.launched import unrecorded
+from support.pairs import covering
 
 
 def model() -> nn.Module:
@@ -403,6 +413,59 @@ def test_a_closure_is_called_and_its_loss_returned(path: str) -> None:
 
     assert optimizer.step(closure) is found[0] and len(found) == 1
     assert not torch.equal(net[0].weight, before) and optimizer.step() is None
+
+
+TOGETHER: dict[str, list[Any]] = {
+    "path": ["plain", "kernels"],
+    "cls": [FusedAdamW, FusedAdam, FusedSGD, FusedRMSprop, FusedAdagrad, FusedLion],
+    "dtype": [torch.float32, torch.bfloat16, torch.float64],
+    "master_weights": [None, "fp32", "split16", "split8", "kahan", "stochastic"],
+    "state_dtype": [None, torch.float32, "8bit"],
+    "ema_decay": [None, 0.5],
+    "zero_grads": [False, True],
+    "maximize": [False, True],
+    "own": [{}, {"ema_decay": 0.75}, {"state_dtype": torch.float32}, {"master_weights": None}],
+    "copied": [False, True],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "case"),
+    [pytest.param(c["path"], c, id=f"{i}-{c['cls'].__name__}") for i, c in enumerate(covering(TOGETHER))],
+    indirect=["path"],
+)
+@unrecorded()
+def test_any_two_settings_step_in_backward_as_after_it(path: str, case: dict[str, Any]) -> None:
+    """Two groups have rates of their own; a state that was saved in the midst goes on either way."""
+    names = ("master_weights", "state_dtype", "ema_decay", "zero_grads", "maximize")
+    found: list[list[Any]] = []
+    for in_backward in (True, False):
+        torch.manual_seed(0)
+        saved: dict[str, Any] = {}
+        net = nn.ParameterList([torch.randn(n).to(case["dtype"]) for n in (200, 3, 40)])
+        for attempt in range(1 + case["copied"]):
+            groups = [{"params": list(net)[:1]}, {"params": list(net)[1:], "lr": 0.02, **case["own"]}]
+            optimizer = case["cls"](groups, lr=0.01, seed=5, **{name: case[name] for name in names})
+            if attempt:
+                optimizer.load_state_dict(saved)
+            if in_backward:
+                optimizer_in_backward(net, optimizer)
+            for step in range(2):
+                x = [
+                    torch.randn(p.shape, generator=torch.Generator().manual_seed(7 * step + i))
+                    for i, p in enumerate(net)
+                ]
+                torch.stack([(p.float() * y).square().sum() for p, y in zip(net, x)]).sum().backward()
+                assert not in_backward or all(p.grad is None for p in net)
+                optimizer.step()
+                optimizer.zero_grad()
+            saved = copy.deepcopy(optimizer.state_dict())
+            net = nn.ParameterList([p.detach().clone() for p in net]) if not attempt and case["copied"] else net
+        found.append([*(p.detach() for p in net), saved["state"]])
+    (*mine, states), (*theirs, others) = found
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs)) and states.keys() == others.keys()
+    for i, state in states.items():
+        assert state.keys() == others[i].keys() and all(torch.equal(t, others[i][name]) for name, t in state.items())
 
 
 @pytest.mark.parametrize("master", ["fp32", "split16", "kahan"])

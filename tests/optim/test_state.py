@@ -630,6 +630,22 @@ def test_a_state_on_another_device_is_refused(path: str) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("master", MASTERS)
+def test_states_are_loaded_onto_the_device_of_their_parameter(master: Any) -> None:
+    """A checkpoint is usually read on the CPU, and the parameters are elsewhere."""
+    source = FusedAdamW([torch.ones(300, dtype=BF16, requires_grad=True)], master_weights=master, state_dtype="8bit")
+    source.options.ema_decay = 0.5
+    train(source, 1)
+    p = torch.empty(300, dtype=BF16, device="meta", requires_grad=True)
+    optimizer = FusedAdamW([p], master_weights=master, state_dtype="8bit", ema_decay=0.5)
+    optimizer.load_state_dict(source.state_dict())
+    kept = {name: t for name, t in optimizer.state[p].items() if name != "step"}
+    assert len(kept) == 6 and all(t.device.type == "meta" for t in kept.values())
+    assert {name: t.dtype for name, t in kept.items()} == {
+        name: t.dtype for name, t in source.state_dict()["state"][0].items() if name != "step"
+    }
+
+
 def test_loading_leaves_no_hook_behind() -> None:
     optimizer = FusedAdamW([torch.nn.Parameter(torch.ones(3))])
     saved = optimizer.state_dict()
