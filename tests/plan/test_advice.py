@@ -237,6 +237,10 @@ def test_the_command_starts_the_run_that_was_planned(
     assert written[-1].endswith(f" --config {tmp_path}/run.toml")
     intro = next(i for i, line in enumerate(lines) if line.startswith(("put ", "so much text")))
     assert written[:intro] == lines[:intro]
+    into = [
+        line.removesuffix(":") + f" in {tmp_path}/run.toml; then:" for line in lines[intro:start] if " of path" in line
+    ]
+    assert into and into[-1] in written and (machines in written) == (gpus > 8)
 
 
 def test_only_a_file_of_its_own_is_replaced(plan: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:

@@ -162,6 +162,32 @@ def test_the_screen_of_a_law_has_the_figures_of_its_fit(plan: Callable[..., str]
     assert [row.split()[0] for row in text.partition("fit:\n")[2].splitlines()[1:-1]] == ["1.00e+16"]
 
 
+@pytest.mark.parametrize("varied", ["both", "non_embedding", "tokens"])
+def test_a_picture_is_of_what_was_fitted(
+    plan: Callable[..., str],
+    given_runs: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    varied: str,
+    tmp_path: Path,
+) -> None:
+    same = {"both": {}, "non_embedding": {"tokens": 9}, "tokens": {"params": 7, "non_embedding": 5}}[varied]
+    given_runs.runs, drawn = [replace(each, **same) for each in RUNS], list[Any]()
+    for name in ("plot_chinchilla", "plot_power"):
+        monkeypatch.setattr(f"llmfast.plan.command.{name}", lambda *args, **options: drawn.append((args, options)))
+    names, out = [each.name for each in RUNS], tmp_path / "fit.svg"
+    text = plan("fit", *names, "--out", out)
+    assert text.endswith(f"\n\npicture: {out}\n")
+    (((fit, *columns, picture), options),) = drawn
+    *fitted, _ = given_runs.seen.pop()
+    losses = [each.loss for each in RUNS]
+    wanted = [[getattr(each, name) for each in given_runs.runs] for name in ("params", "tokens")]
+    wanted = [*wanted, losses] if varied == "both" else [[getattr(r, varied) for r in given_runs.runs], losses]
+    assert columns == fitted == wanted and picture == out and len(fit.resampled) == 41
+    label = {"non_embedding": "parameters N, without embeddings", "tokens": "tokens D"}.get(varied)
+    assert options == ({} if label is None else {"xlabel": label})
+    assert "picture" not in plan("fit", *names) and len(drawn) == 1
+
+
 @pytest.mark.parametrize("varied", ["non_embedding", "tokens"])
 def test_the_screen_of_a_law_of_one_variable(
     plan: Callable[..., str], given_runs: SimpleNamespace, varied: str

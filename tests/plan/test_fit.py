@@ -243,9 +243,16 @@ def test_a_picture_shows_the_runs_and_the_law(drawn: list[Any], tmp_path: Path) 
     np.testing.assert_allclose(shown, [6 * N * D, loss])
     np.testing.assert_allclose(rings, [6 * N[[3]] * D[[3]], loss[[3]]])
     np.testing.assert_allclose(points_of(below)[0], [6 * N * D, 100 * fit.residuals])
+    dots = above.collections[0], below.collections[0]
+    for some in dots:  # in the colours of the bar, by the number of parameters
+        np.testing.assert_allclose(some.get_array(), N)
+        assert (some.norm.vmin, some.norm.vmax) == pytest.approx((N.min() / 1.2, N.max() * 1.2))
     *sizes, best, floor = above.lines
-    for line, size in zip(sizes, np.unique(N)):
+    for line, size in zip(sizes, np.unique(N), strict=True):
         x, y = line.get_data()
+        assert line.get_color() == pytest.approx(dots[0].to_rgba(size))
+        own = 6 * size * D[size == N]
+        assert (x[0], x[-1]) == pytest.approx((own.min() / 1.5, own.max() * 1.5))
         np.testing.assert_allclose(y, [fit.law.spent(size, flops).loss for flops in x])
     x, y = best.get_data()
     assert (x[0], x[-1]) == pytest.approx(((6 * N * D).min(), 10 * (6 * N * D).max()))
@@ -284,6 +291,12 @@ def test_a_picture_says_what_it_shows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         least = law.optimal(10 * (6 * N * D).max()).loss  # the floor is too far below to be shown
         assert above.get_ylim() == pytest.approx((0.97 * least, 1.05 * loss.max())) and 0.4 * least > law.E
         assert below.get_xlim() == above.get_xlim()
+        low, high = above.get_ylim()
+        ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, *(i / 2 for i in range(3, 9)), 5, 6, 7, 8, 10, 12, 15, 20, 30)]
+        assert (
+            above.get_yticks().tolist() == [t for t in ticks if low <= t <= high]
+            and not above.get_yticks(minor=True).size
+        )
     x = np.geomspace(1e6, 1e9, 5)
     for floor, rings in ((1.5, ["floor 1.5"]), (0.0, [])):
         power = PowerLaw(8.8e13, 0.076, floor)
