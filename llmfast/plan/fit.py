@@ -172,6 +172,7 @@ def _search(runs: _Runs, resamples: int, seed: int) -> _Found:
     exponents = np.exp(best)
     coefficients, predicted = _project(exponents[:, None], runs, counts)
     coefficients = coefficients[:, 0]
+    coefficients[coefficients < 1e-9 * runs.loss.mean()] = 0.0  # rounding, of a loss that does not depend on x
     coefficients[:, 1:] *= np.exp(exponents * runs.middle[:, 0])
     return _Found(exponents, coefficients, np.log(predicted[0, 0] / runs.loss))
 

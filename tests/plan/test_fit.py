@@ -419,6 +419,18 @@ def test_refuses_runs_that_do_not_determine_a_law() -> None:
         fit_power(x, losses, resamples=5).interval(lambda law: law.exponent, level=95)
 
 
+def test_a_loss_that_stays_the_same_does_not_fall() -> None:
+    N, D, _ = runs(BESIROGLU, 0, grid=4)
+    losses = {"N": 1.5 + 400 / D**0.3, "D": 1.5 + 400 / N**0.3}
+    for name, loss in losses.items():
+        with pytest.raises(ValueError, match=f"^the loss of these runs does not fall with {name}$"):
+            fit_chinchilla(N, D, loss)
+    for level in (1e-3, 1.0, 1e3):
+        for floor in (False, True):
+            with pytest.raises(ValueError, match=r"does not fall with x$|do not determine an exponent of x"):
+                fit_power(N, np.full(16, level), floor=floor)
+
+
 def test_refuses_exponents_at_the_end_of_the_search() -> None:
     x = np.geomspace(1e6, 1e7, 20)
     with pytest.raises(ValueError, match="do not determine an exponent of x"):
