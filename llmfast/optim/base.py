@@ -155,6 +155,8 @@ class FusedOptimizer(Planner, StateSaver, StateLoader):
         if sums and (len(plan.clips) > 1 or self.grad_norm is None):
             device, each = next(iter(sums.items()))
             self.grad_norm = Amount.of(_on(device, amp[0]), None, torch.cat([*each.values()]), math.inf).norm
+        elif plan.waiting and not sums and plan.clips != {None}:  # no parameter has had a gradient so far
+            self.grad_norm = torch.zeros((), dtype=torch.float32, device=plan.waiting[0].device)
 
     def _limit(self, clip: int | None) -> float | None:
         """Return the norm to which the gradients of a clip are limited; None without a clip."""

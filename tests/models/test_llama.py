@@ -123,6 +123,12 @@ def test_no_setting_of_depths_is_lost(tmp_path: Path) -> None:
     assert {name: getattr(again, name) for name in options} == options
 
 
+def test_many_depths_of_one_layer_need_few_tensors(tmp_path: Path) -> None:
+    model = decoder(layers=1, mtp="sequential", mtp_heads=99, mtp_repeated_layer=True)
+    save_llama(model, tmp_path, depths=True)
+    assert len(model.state_dict()) < 99 and load_llama(tmp_path).config.mtp_heads == 99
+
+
 # Values of the settings of a decoder, without its sizes.
 SETTINGS: dict[str, list[Any]] = {
     "mtp": list(get_args(get_type_hints(DecoderConfig)["mtp"])),

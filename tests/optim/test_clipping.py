@@ -265,6 +265,23 @@ def test_a_step_without_any_gradient_measures_zero(path: str) -> None:
     assert optimizer.grad_norm is None
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_norm_is_zero_from_the_first_step_without_a_gradient_on(path: str, own: bool) -> None:
+    params = [torch.ones(4, requires_grad=True) for _ in range(2)]
+    groups: list[Any] = [{"params": params[:1], **({"max_grad_norm": 1.0} if own else {})}, {"params": params[1:]}]
+    optimizer = FusedSGD(groups, lr=0.5, max_grad_norm=None if own else 1.0)
+    for grads in ((False, False), (False, True), (False, False), (True, True)):
+        for p, there in zip(params, grads):
+            p.grad = torch.ones(4) if there else None
+        optimizer.step()
+        measured = sum(grads[:1] if own else grads)
+        assert optimizer.grad_norm is not None and optimizer.grad_norm.dtype == torch.float32
+        assert optimizer.grad_norm.tolist() == pytest.approx(2 * measured**0.5)
+    plain = FusedSGD(params, lr=0.5)
+    plain.step()
+    assert plain.grad_norm is None
+
+
 @pytest.mark.parametrize("order", ["same", "another"])
 def test_a_norm_beyond_float16_is_finite(path: str, order: str) -> None:
     p = torch.zeros(20, 15, dtype=torch.float16, requires_grad=True)
