@@ -1,5 +1,6 @@
 """Tests of `make check`: which tests belong to a file, and that time ends."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from tools import check
 
 ROOT = Path(__file__).parents[1]
+OF_PAGES = ("docs", "figures", "readme", "statements", "claims", "counts", "pages", "contributing")
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,9 @@ ROOT = Path(__file__).parents[1]
         ("evidence/roofline.py", ["tests/evidence/test_roofline.py", "tests/evidence/test_compiler.py"]),
         ("tests/optim/test_lion.py", ["tests/optim/test_lion.py"]),
         ("docs/losses.md", ["tests/test_docs.py", "tests/test_figures.py", "tests/test_readme.py"]),
+        ("README.md", [f"tests/test_{name}.py" for name in OF_PAGES]),
+        ("docs/hooks.py", ["tests/test_docs.py"]),
+        ("tools/check.py", ["tests/test_check.py"]),
     ],
 )
 def test_the_tests_of_a_changed_file_come_first(changed: str, first: list[str]) -> None:
@@ -32,6 +37,26 @@ def test_the_tests_of_a_changed_file_come_first(changed: str, first: list[str]) 
     assert found[:always] == [f"tests/{name}" for name in check.ALWAYS]
     assert found[always : always + len(first)] == first
     assert len(found) == len(set(found)) and all((ROOT / path).is_file() for path in found)
+
+
+def test_the_time_is_that_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave room within what the pages say for starting the tests, and for those that have begun."""
+    given: list[list[str]] = []
+    monkeypatch.setattr(check, "changed", lambda base: [])
+    monkeypatch.setattr(check, "left", lambda branch: "HEAD")
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        given.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert check.main([]) == 0
+    mypy, tests = given
+    seconds = float(tests[tests.index("--seconds") + 1])
+    assert mypy[-1] == "mypy" and seconds == 70
+    for page in ("CONTRIBUTING.md", "Makefile", "tools/check.py"):
+        times = re.findall(r"(\d+) seconds", (ROOT / page).read_text(encoding="utf-8"))
+        assert times and {*times} == {"90"}, page
 
 
 def test_the_sample_exists_and_comes_last() -> None:

@@ -22,7 +22,11 @@ FOLDERS = {
     "benchmarks": "benchmarks",
     "evidence": "evidence",
     "examples": "examples",
+    "tools": "",
+    "docs": "",
 }
+# Of a page: its code, figures, names and statements.
+OF_PAGES = ("docs", "figures", "readme", "statements", "claims", "counts", "pages", "contributing")
 ALWAYS = ("test_house.py", "test_layering.py", "test_prose.py")
 # A few tests of each area, those first that find most: see which tests fail when something is broken on purpose.
 SAMPLE = (
@@ -101,7 +105,7 @@ def _own(file: Path) -> Iterator[Path]:
     if file.parts[0] == "tests":
         yield from [file] if file.name.startswith("test_") else []
     elif file.suffix == ".md":
-        yield from (Path("tests", name) for name in ("test_docs.py", "test_figures.py", "test_readme.py"))
+        yield from (Path("tests", f"test_{name}.py") for name in OF_PAGES)
     elif (folder := _folder(file)) is not None:
         yield folder / f"test_{file.stem}.py"
         yield Path("tests", f"test_{file.parent.name}.py")
