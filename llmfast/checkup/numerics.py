@@ -246,6 +246,7 @@ FORMATS: list[tuple[type[FusedOptimizer], dict[str, Any]]] = [
     (FusedAdamW, {"master_weights": "kahan"}),
     (FusedAdamW, {"master_weights": "stochastic", "state_dtype": "8bit"}),
     (FusedAdamW, {"max_grad_norm": 0.5, "ema_decay": 0.9, "zero_grads": True}),
+    (FusedSGD, {"momentum": 0.9, "max_grad_norm": 0.5}),  # Adam's steps are the same for any clip of them all
     (FusedLion, {"weight_decay": 0.1}),
 ]
 STEPS = 3
@@ -312,6 +313,7 @@ def formats(cls: Any, options: dict[str, Any], device: torch.device, sizes: Size
     or, with Lion, move the other way.
     """
     results: dict[str, list[Tensor]] = {}
+    averages: dict[str, list[Tensor]] = {}
     for where in (device, torch.device("cpu")):
         values, grads = _parameters(Inputs(where), torch.bfloat16, sizes)
         params = [v.requires_grad_() for v in values]
@@ -320,10 +322,22 @@ def formats(cls: Any, options: dict[str, Any], device: torch.device, sizes: Size
             for p, g in zip(params, now):
                 p.grad = g
             stepping.step()
-        results["device" if where is device else "cpu"] = [p.detach().cpu().float() for p in params]
+        name = "device" if where is device else "cpu"
+        results[name] = [p.detach().cpu().float() for p in params]
+        averages[name] = [state["ema_param"].cpu().float() for state in stepping.state.values() if "ema_param" in state]
+        if where is device and options.get("zero_grads"):
+            left = sum(int(p.grad.count_nonzero()) for p in params if p.grad is not None)
+            yield Finding("gradients are zero", left == 0, {"elements_that_are_not": left})
     start, _ = _parameters(Inputs(torch.device("cpu")), torch.bfloat16, sizes)
-    moved = torch.cat([b - s.float() for b, s in zip(results["cpu"], start)])
-    missed = torch.cat([a - b for a, b in zip(results["device"], results["cpu"])])
+    for what, found in (("parameters", results), ("averages", averages)):
+        if found["cpu"]:
+            yield _apart(what, found, start)
+
+
+def _apart(what: str, results: dict[str, list[Tensor]], start: list[Tensor]) -> Finding:
+    """Compare how far both have moved from where they started."""
+    moved = torch.cat([b - s.float() for b, s in zip(results["cpu"], start, strict=True)])
+    missed = torch.cat([a - b for a, b in zip(results["device"], results["cpu"], strict=True)])
     share = float((missed != 0).float().mean())
     error = float(missed.norm() / moved.norm())
-    yield Finding("parameters", error < 0.02 and share < 0.02, {"relative_error": error, "share_that_differs": share})
+    return Finding(what, error < 0.02 and share < 0.02, {"relative_error": error, "share_that_differs": share})

@@ -1,8 +1,9 @@
 """Several GPUs: data parallel, FSDP2 and vocab-parallel, by a process per device."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from llmfast._checks import worst
 from llmfast.checkup.comparing import Inputs
 from llmfast.checkup.record import Finding
 from llmfast.losses import linear_cross_entropy
-from llmfast.optim import FusedAdamW
+from llmfast.optim import FusedAdamW, FusedSGD
 
 MOST = 4  # devices: more say no more
 N, D, V = 24, 16, 261
@@ -88,38 +89,54 @@ def _batch(device: torch.device, step: int, rank: int) -> tuple[Tensor, Tensor]:
     return inputs.normal(N, D), inputs.classes(V, N)
 
 
-def _reference(device: torch.device, count: int) -> list[Tensor]:
-    """Return the parameters that one device has after the steps of all ranks."""
-    model = _Model(device)
-    optimizer = FusedAdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
+# Adam's steps are the same for any clip of them all, and SGD's are not.
+OPTIMIZERS: tuple[tuple[Any, dict[str, float]], ...] = ((FusedAdamW, {}), (FusedSGD, {"momentum": 0.9}))
+
+
+def _trained(model: nn.Module, rule: int, backward: Callable[[int], None]) -> list[Tensor]:
+    """Return a model's parameters after a few steps."""
+    cls, options = OPTIMIZERS[rule]
+    optimizer = cls(model.parameters(), lr=1e-2, max_grad_norm=1.0, **options)
     for step in range(3):
-        for rank in range(count):
-            (model(*_batch(device, step, rank)) / count).backward()
+        backward(step)
         optimizer.step()
         optimizer.zero_grad()
     return [p.detach() for p in model.parameters()]
 
 
-def _data_parallel(device: torch.device, rank: int, count: int) -> float:
+def _reference(device: torch.device, count: int, rule: int) -> list[Tensor]:
+    """Return the parameters that one device has after the steps of all ranks."""
     model = _Model(device)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = FusedAdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
-    for step in range(3):
-        parallel(*_batch(device, step, rank)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return worst(_error(p.detach(), w) for p, w in zip(model.parameters(), _reference(device, count)))
+
+    def backward(step: int) -> None:
+        for rank in range(count):
+            (model(*_batch(device, step, rank)) / count).backward()
+
+    return _trained(model, rule, backward)
+
+
+def _data_parallel(device: torch.device, rank: int, count: int) -> float:
+    def parameters(rule: int) -> list[Tensor]:
+        model = _Model(device)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        return _trained(model, rule, lambda step: parallel(*_batch(device, step, rank)).backward())
+
+    return _worst(device, count, parameters)
 
 
 def _sharded(device: torch.device, rank: int, count: int) -> float:
     from torch.distributed.fsdp import fully_shard
 
-    model = _Model(device)
-    fully_shard(model)
-    optimizer = FusedAdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
-    for step in range(3):
-        model(*_batch(device, step, rank)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ours = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]
-    return worst(_error(p.detach(), w) for p, w in zip(ours, _reference(device, count)))
+    def parameters(rule: int) -> list[Tensor]:
+        model = _Model(device)
+        fully_shard(model)
+        found: list[Any] = _trained(model, rule, lambda step: model(*_batch(device, step, rank)).backward())
+        return [p.full_tensor() for p in found]
+
+    return _worst(device, count, parameters)
+
+
+def _worst(device: torch.device, count: int, parameters: Callable[[int], list[Tensor]]) -> float:
+    """Return how far any parameter, by any rule, is from that of one device."""
+    rules = range(len(OPTIMIZERS))
+    return worst(_error(p, w) for r in rules for p, w in zip(parameters(r), _reference(device, count, r), strict=True))
