@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from llmfast.checkup import behaviour, comparing, memory, training
+from llmfast.models import Decoder, DecoderConfig
+from llmfast.optim import FusedAdamW
 
 EPS = torch.finfo(torch.float32).eps
 COARSE = torch.finfo(torch.bfloat16).eps
@@ -111,3 +113,50 @@ def test_a_run_that_learns_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(training, "trained", lambda *args: ([2.0, 2.0, 2.0], 1.0))
     found = training.curves(None, 3, 1, 1, torch.device("cpu"))  # type: ignore[arg-type]
     assert [one.ok for one in found] == [True, False, None, None]
+
+
+@pytest.mark.parametrize(("steps", "warm"), [(3, 1), (8, 4), (24, 10)])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_step_is_timed_without_those_of_warming_up(
+    ours: bool, steps: int, warm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train on the same bytes, by the same settings, whichever kernels compute."""
+    made: list[tuple[str, dict[str, Any]]] = []
+    data = [torch.full((1, 5), step) for step in range(steps)]
+    seen: list[int] = []
+    in_time: list[int] = []
+
+    def timed(run: Any) -> float:
+        before = len(seen)
+        run()
+        in_time.append(len(seen) - before)
+        return 6.0
+
+    class Model(Decoder):
+        def forward(self, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            seen.append(int(tokens[0, 0]))
+            assert tokens.shape == (1, 4)
+            return super().forward(tokens, *args, **options)
+
+    def noting(name: str, make: Any) -> Any:
+        return lambda parameters, **options: made.append((name, options)) or make(parameters, **options)
+
+    monkeypatch.setattr(training, "batches", lambda *args: iter(data))
+    monkeypatch.setattr(training, "Decoder", Model)
+    monkeypatch.setattr(training.clock, "timed", timed)
+    monkeypatch.setattr(training, "FusedAdamW", noting("ours", FusedAdamW))
+    monkeypatch.setattr(torch.optim, "AdamW", noting("torch", torch.optim.AdamW))
+    config = DecoderConfig(256, width=8, layers=1, heads=2)
+    losses, seconds = training.trained(ours, config, steps, 1, 4, torch.device("cpu"))
+    assert len(losses) == steps and seen == list(range(steps))
+    assert in_time == [steps - warm] and seconds == 6.0 / (steps - warm)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    assert made == [("ours", settings) if ours else ("torch", {"fused": True, **settings})]
+
+
+def test_both_trainings_read_the_same_bytes_of_pythons_sources() -> None:
+    first, second = (list(training.batches(3, 2, 7, torch.device("cpu"))) for _ in range(2))
+    assert [batch.shape for batch in first] == [(2, 8)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second)) and not torch.equal(first[0], first[1])
+    text = "".join(map(chr, torch.cat([batch.flatten() for batch in first]).tolist()))
+    assert text.isascii() and torch.cat(first).max() > 32

@@ -17,7 +17,7 @@ from llmfast.checkup import runner, worker
 from llmfast.checkup.page import page
 from llmfast.checkup.record import Case, Finding, Journal
 from llmfast.checkup.runner import CheckUp, write_json
-from llmfast.checkup.sections import SECTIONS, Section
+from llmfast.checkup.sections import SECTIONS, TUNING, Section, named
 
 # A worker of a section, with a case per letter of MADE, or of MADE_<its name>. It computes nothing, and does without
 # torch, whose import would take most of its time; tests/checkup/test_command.py runs the worker as it is.
@@ -205,6 +205,17 @@ def test_time_that_one_section_leaves_goes_to_the_next(monkeypatch: pytest.Monke
 
 def test_shares_are_of_one() -> None:
     assert sum(section.share for section in SECTIONS) == pytest.approx(1.0)
+
+
+def test_what_is_measured_has_the_device_to_itself() -> None:
+    """Share cases among processes where compiling takes longest, and nowhere else."""
+    processes = {section.name: section.processes for section in (*SECTIONS, TUNING)}
+    assert [name for name, count in processes.items() if count > 1] == ["numerics", "behaviour"]
+    assert processes.keys() == {"here", "numerics", "behaviour", "memory", "speed", "training", "tuning"}
+    for section in (*SECTIONS, TUNING):
+        assert named(section.name) is section
+    with pytest.raises(ValueError, match=r"section must be one of \['here', .*'training'\]; got 'sped'"):
+        named("sped")
 
 
 def test_a_line_that_is_being_written_is_left(tmp_path: Path) -> None:
