@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from evidence.compiler import _run_worker
 from evidence.launches import Recorder
 from evidence.observers import observing
 from evidence.pretend_cuda import pretending_cuda
-from llmfast import _gpus
+from llmfast import _gpus, ahead, optim
 from llmfast.cli import main
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.optim import FusedAdamW
@@ -104,3 +106,57 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     assert main(["compile", "--gpu", "H100", "--out", str(tmp_path), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+OPTIMIZERS = {
+    **{"adamw": optim.FusedAdamW, "adam": optim.FusedAdam, "sgd": optim.FusedSGD},
+    **{"rmsprop": optim.FusedRMSprop, "adagrad": optim.FusedAdagrad, "lion": optim.FusedLion},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "losses", "steps"),
+    [
+        ([], [(BF16, 128256, None)], [(optim.FusedAdamW, BF16, {})]),
+        (["--optimizers"], [(BF16, 128256, None)], []),
+        (
+            ["--dtypes", "float32", "float16", "--softcap", "--vocab", "9"],
+            [(dtype, 9, cap) for dtype in (torch.float32, torch.float16) for cap in (None, 30.0)],
+            [(optim.FusedAdamW, dtype, {}) for dtype in (torch.float32, torch.float16)],
+        ),
+        (
+            ["--optimizers", *OPTIMIZERS, "--state-dtype", "float32", "--master-weights", "kahan"],
+            [(BF16, 128256, None)],
+            [(cls, BF16, {"state_dtype": torch.float32, "master_weights": "kahan"}) for cls in OPTIMIZERS.values()],
+        ),
+        (
+            ["--state-dtype", "8bit", "--dtypes", "float32"],
+            [(torch.float32, 128256, None)],
+            [(optim.FusedAdamW, torch.float32, {"state_dtype": "8bit"})],
+        ),
+    ],
+)
+def test_every_flag_reaches_what_is_compiled(
+    arguments: list[str], losses: list[Any], steps: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[Any]] = {"losses": [], "steps": [], "for": []}
+
+    @contextmanager
+    def compiled_ahead(architecture: str, folder: Path) -> Iterator[list[str]]:
+        found["for"].append((architecture, folder))
+        yield ["a"]
+
+    def launch_losses(dtype: torch.dtype, V: int, *, softcap: float | None) -> None:
+        found["losses"].append((dtype, V, softcap))
+
+    def launch_optimizers(cls: Any, dtype: torch.dtype, **options: Any) -> None:
+        found["steps"].append((cls, dtype, {name: value for name, value in options.items() if value is not None}))
+
+    monkeypatch.setattr("llmfast_kernels.ahead.compiled_ahead", compiled_ahead)
+    monkeypatch.setattr(ahead, "launch_losses", launch_losses)
+    monkeypatch.setattr(ahead, "launch_optimizers", launch_optimizers)
+    for gpu, architecture in (("H100", "sm_90"), ("MI300X", "gfx942")):
+        assert main(["compile", "--gpu", gpu, "--out", str(tmp_path / "a" / "b"), *arguments]) == 0
+        assert found == {"losses": losses, "steps": steps, "for": [(architecture, tmp_path / "a" / "b")]}
+        for listed in found.values():
+            listed.clear()

@@ -1,11 +1,13 @@
 """`llmfast generate`: what it prints, what it refuses, and that text comes in whole characters."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from llmfast import generate
 from llmfast.cli import main
 from llmfast.data import ByteTokenizer, fim_prompt, load_tokenizer
 from llmfast.generate import TextStream
@@ -245,3 +247,60 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(TextStream, "put", interrupted)
     assert main(["generate", str(tmp_path / "run"), "--prompt=abc"]) == 130
     assert capsys.readouterr().out == "xx\n"
+
+
+def test_numbers_that_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write 200 tokens at most, greedily, on what there is, and draft where the model has heads."""
+    given: list[argparse.Namespace] = []
+    monkeypatch.setattr(generate, "_generate", given.append)
+    assert main(["generate", "run", "--prompt=a"]) == 0
+    (args,) = given
+    assert (args.max_tokens, args.temperature, args.top_p, args.seed) == (200, 0.0, 1.0, None)
+    assert (args.device, args.speculative, args.prompt, args.prefix, args.suffix) == ("auto", None, ["a"], None, None)
+    assert generate._device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(("count", "left"), [(13, 14), (14, 14), (15, 14)])
+def test_the_end_of_the_context_is_told_where_more_was_asked_for(
+    count: int, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tell nothing where the last token that was asked for is also the last of the context, or the text has ended."""
+    write_run(tmp_path / "run")
+    ends = [False]
+    plain = lambda model, opened, prompt, count, sampler: iter([97] * (count - 1) + [256 if ends[0] else 98])  # noqa: E731
+    monkeypatch.setattr(generate, "_plain", plain)
+    for ends[0] in (False, True):
+        assert main(["generate", str(tmp_path / "run"), f"--prompt={'x' * 50}", f"--max-tokens={count}"]) == 0
+        out, err = capsys.readouterr()
+        assert out == "a" * (min(count, left) - 1) + "b" * (not ends[0]) + "\n"
+        assert err.startswith(f"llmfast: {min(count, left) - ends[0]} tokens, ")
+        assert err.endswith("; stopped at the end of the context of 64\n") is (count > left and not ends[0])
+
+
+def test_what_was_made_is_told() -> None:
+    made = generate._Made()
+    made.tokens, made.seconds = 3000, 2.0
+    assert str(made) == "3000 tokens, 1,500 per second"
+    made.passes = 1200
+    assert str(made) == "3000 tokens, 1,500 per second; 2.50 per pass, drafts accepted by head: none made"
+    made.guessed.update({0: 8, 1: 4, 2: 2})
+    made.accepted.update({0: 6, 2: 1})
+    assert str(made).endswith("; 2.50 per pass, drafts accepted by head: 75 %, 0 %, 50 %")
+
+
+def test_a_piece_waits_for_at_most_seven_tokens() -> None:
+    """Hold back what may still become a character; release eight tokens that do not."""
+
+    class Slow(ByteTokenizer):
+        def decode(self, ids: object) -> str:
+            return "\ufffd" * len(list(ids))  # type: ignore[call-overload]
+
+    stream = TextStream(Slow(), [1] * 20)
+    assert [len(stream.put(1)) for _ in range(17)] == [0] * 7 + [8] + [0] * 7 + [8] + [0]
+    assert len(stream.rest()) == 1
+    assert TextStream(ByteTokenizer(), []).ends_line is False
+    for text, ends in (("a\n", True), ("a", False)):
+        stream = TextStream(ByteTokenizer(), [])
+        for byte in text.encode():
+            stream.put(byte)
+        assert stream.rest() == "" and stream.ends_line is ends

@@ -58,6 +58,51 @@ def test_each_has_its_own_name_and_rates_in_order() -> None:
     assert _gpus.H200.tensor_cores == _gpus.H100.tensor_cores
 
 
+# From the data sheets: GB, TB/s, TFLOP/s of 16-bit products and of float32, multiprocessors, GHz; and what compilers
+# call it. A second list, so that a slip of the pen in the first is noticed.
+SHEETS = {
+    "A100": (80, 2.039, 312, 19.5, 108, 1.41, "sm_80"),
+    "A100-40": (40, 1.555, 312, 19.5, 108, 1.41, "sm_80"),
+    "H100": (80, 3.35, 989, 66.9, 132, 1.98, "sm_90"),
+    "H100-PCIe": (80, 2.0, 756, 51, 114, 1.755, "sm_90"),
+    "H100-NVL": (94, 3.9, 835, 60, 132, 1.785, "sm_90"),
+    "H200": (141, 4.8, 989, 66.9, 132, 1.98, "sm_90"),
+    "H200-NVL": (141, 4.8, 835, 60, 132, 1.785, "sm_90"),
+    "B200": (180, 8.0, 2250, 74.5, 148, 1.965, "sm_100"),
+    "B300": (288, 8.0, 2250, 75, 148, 1.92, "sm_103"),
+    "GB200": (186, 8.0, 2500, 80, 148, 1.965, "sm_100"),
+    "MI300X": (192, 5.3, 1307, 163.4, 304, 2.1, "gfx942"),
+    "MI325X": (256, 6.0, 1307, 163.4, 304, 2.1, "gfx942"),
+    "L40S": (48, 0.864, 362, 91.6, 142, 2.52, "sm_89"),
+    "RTX3090": (24, 0.936, 71, 35.6, 82, 1.695, "sm_86"),
+    "RTX4090": (24, 1.008, 165.2, 82.6, 128, 2.52, "sm_89"),
+    "RTX5070": (12, 0.672, 61.7, 30.9, 48, 2.51, "sm_120"),
+    "RTX5070Ti": (16, 0.896, 87.9, 43.9, 70, 2.45, "sm_120"),
+    "RTX5080": (16, 0.96, 112.6, 56.3, 84, 2.62, "sm_120"),
+    "RTX5090": (32, 1.792, 209.5, 104.8, 170, 2.41, "sm_120"),
+}
+
+
+@pytest.mark.parametrize("short", _gpus.KNOWN)
+def test_figures_are_those_of_the_data_sheets(short: str) -> None:
+    """Take 16 lanes for special functions on each multiprocessor."""
+    gpu = _gpus.KNOWN[short]
+    memory, bandwidth, products, float32, processors, gigahertz, architecture = SHEETS[short]
+    assert (gpu.memory, _gpus.ARCHITECTURES[short]) == (memory * 10**9, architecture)
+    found = [gpu.bandwidth, gpu.tensor_cores, gpu.float32, gpu.special]
+    wanted = [bandwidth * 1e12, products * 1e12, float32 * 1e12, processors * gigahertz * 16e9]
+    assert found == pytest.approx(wanted)
+    low, wide = (gpu.product_rate(dtype) for dtype in (torch.float16, torch.float32))
+    assert low == gpu.product_rate(torch.bfloat16) == pytest.approx(0.7 * products * 1e12)
+    assert wide == gpu.product_rate(torch.float64) == pytest.approx(float32 * 1e12)
+    assert gpu.name.replace(" ", "").startswith(short.partition("-")[0])
+
+
+def test_the_list_is_of_every_gpu_and_times_are_of_these() -> None:
+    assert SHEETS.keys() == _gpus.KNOWN.keys()
+    assert [gpu.name for gpu in _gpus.GPUS] == ["A100 80 GB SXM", "H100 SXM", "H200", "B200", "MI300X"]
+
+
 @pytest.mark.parametrize(("driver", "known"), [("NVIDIA H200", True), ("Quadro 1", False)])
 def test_the_trainer_logs_mfu_or_says_why_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], driver: str, known: bool

@@ -81,6 +81,32 @@ def test_a_command_that_writes_files_goes_on(
     assert out.tries == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "writes"),
+    [
+        (["train"], True),
+        (["train", "--dry-run"], False),
+        (["continue", "run", "--target", "x"], True),
+        (["generate", "run"], False),
+        (["export", "run", "to"], True),
+        (["clean", "from", "to"], True),
+        (["plan"], False),
+        (["plan", "memory"], False),
+        (["report", "run"], True),
+        (["compile", "--gpu", "H100", "--out", "x"], True),
+        (["examples", "to"], True),
+        (["settings"], False),
+        (["doctor"], False),
+        (["doctor", "--full"], False),
+        (["doctor", "--full", "--json", "x"], True),
+        (["doctor", "--full", "--markdown", "x"], True),
+    ],
+    ids=str,
+)
+def test_what_writes_files(arguments: list[str], writes: bool) -> None:
+    assert cli._writes_files(cli._parser().parse_args(arguments)) is writes
+
+
 def test_a_broken_stderr_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     err = Broken()
     monkeypatch.setattr(sys, "stderr", err)
