@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import llmfast
-from llmfast._commands import CommandParser, fail
+from llmfast._commands import MISTAKE, CommandParser, fail
 from llmfast._output import Lasting, OutputLost, going_on, standard_streams
 from llmfast.ahead import add_arguments as add_compile_arguments
 from llmfast.ahead import run as run_compile
@@ -44,8 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, out: Lasting) -> int:
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return MISTAKE
     try:
-        args = _parser().parse_args(arguments)
+        args = parser.parse_args(arguments)
     except SystemExit:  # after --help, or a mistake
         out.flush()
         raise
@@ -76,7 +80,7 @@ def _parser() -> CommandParser:
     train.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML")
     existing = _add_settings(train)
     existing.add_argument("--resume", action="store_true", help="go on with the named run from its last checkpoint")
-    train.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    _add_dry_run(train)
     train.add_argument("--profile", action="store_true", help="also trace a few steps, into the run's trace.json")
     train.set_defaults(run=_train)
 
@@ -101,6 +105,7 @@ def _parser() -> CommandParser:
         further.add_argument(f"--{name}", type=float, default=value, help=f"{text} (default: %(default)s)")
     further.add_argument("--no-replay", action="store_true", help="train on new text only; old text is only validated")
     _add_settings(further)
+    _add_dry_run(further)
     further.set_defaults(run=_continue)
 
     generate = commands.add_parser("generate", help="let a run's model continue a text, or fill a gap in one")
@@ -159,6 +164,10 @@ def _add_settings(parser: CommandParser) -> "argparse._MutuallyExclusiveGroup":
     return existing
 
 
+def _add_dry_run(parser: CommandParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
 def _overrides(args: argparse.Namespace) -> list[str]:
     if args.name is None:
         return list(args.set)
@@ -205,7 +214,7 @@ def _continue(args: argparse.Namespace) -> int:
             replay=not args.no_replay,
             overrides=_overrides(args),
         )
-        train(config, overwrite=args.overwrite)
+        train(config, overwrite=args.overwrite, dry_run=args.dry_run)
 
     return _trained(run)
 

@@ -92,7 +92,7 @@ def _path(t: Tensor) -> str:
     if use_kernels(t):
         return "Triton kernels"
     if t.device.type == "cpu":
-        return "plain torch: a CPU"
+        return "plain torch: this is a CPU"
     if t.dtype not in KERNEL_DTYPES:
         return "plain torch: the kernels compute in float32"
     return "plain torch: Triton is not installed"

@@ -162,6 +162,14 @@ def test_names_that_are_not_unicode_are_printed(monkeypatch: pytest.MonkeyPatch)
     assert written.getvalue() == b"a\\udcff\\u4e2d\n"
 
 
+def test_no_arguments_list_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["llmfast"])
+    for given in ([], None):
+        assert main(given) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and "train a small model on text" in told.err and "doctor" in told.err
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--version"])

@@ -176,10 +176,13 @@ STATED = {
     "README.md": [
         "for two expensive parts of LLM training",
         "## Three commands They need a fresh clone, Linux and Python 3.10",
-        "several GB, or 0.5 GB if it is `PIP_EXTRA_INDEX_URL",
+        "several GB, or 0.5 GB with `PIP_EXTRA_INDEX_URL",
         "## Two lines",
-        "for batches of 16k and 8k tokens",
-        "relative to float64, at N=1024, D=256, V=16384; rounding to bfloat16 alone costs 1.6e-3.",
+        "for 16k or 8k tokens",
+        "On a busy machine, `OMP_NUM_THREADS=1 make train`",
+        "MiB are budgets; the first row has none",
+        "less memory, up to twice its error",
+        "relative to float64, at N=1024 tokens, D=256, V=16384 classes; rounding to bfloat16 alone costs 1.6e-3.",
         "a five-minute introduction",
     ],
     "CONTRIBUTING.md": [

@@ -25,7 +25,7 @@ def test_it_says_what_is_there_and_that_all_is_well(capsys: pytest.CaptureFixtur
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
     assert f"torch         {torch.__version__}" in output
-    assert "float32   plain torch: a CPU" in output
+    assert "float32   plain torch: this is a CPU" in output
     errors = [float(x) for x in re.findall(r"ok    cpu, [\w, ]+: off by (\S+)", output)]
     assert len(errors) == 9 * 3 and max(errors) < 2e-2
     assert output.endswith("all is well\n")
@@ -162,8 +162,8 @@ def test_a_device_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("device", "dtype", "kernels", "says"),
     [
-        ("cpu", torch.float32, False, "plain torch: a CPU"),
-        ("cpu", torch.float64, False, "plain torch: a CPU"),
+        ("cpu", torch.float32, False, "plain torch: this is a CPU"),
+        ("cpu", torch.float64, False, "plain torch: this is a CPU"),
         ("meta", torch.bfloat16, True, "Triton kernels"),
         ("meta", torch.float64, False, "plain torch: the kernels compute in float32"),
         ("meta", torch.float32, False, "plain torch: Triton is not installed"),

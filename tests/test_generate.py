@@ -250,7 +250,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_numbers_that_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write 200 tokens at most, greedily, on what there is, and draft where the model has heads."""
+    """Write 200 tokens at most, greedily, on this device, and draft where the model has heads."""
     given: list[argparse.Namespace] = []
     monkeypatch.setattr(generate, "_generate", given.append)
     assert main(["generate", "run", "--prompt=a"]) == 0

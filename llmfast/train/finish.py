@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from llmfast._units import in_bytes
 from llmfast.data import Dataset, Tokenizer, unigram_entropy
@@ -59,7 +60,7 @@ def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_b
         [
             ("validation loss, first", f"{validation[0]:.3f} nats per token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
-            ("unigram entropy of the same text", f"{entropy:.3f}"),
+            ("the same from token frequencies alone", f"{entropy:.3f}"),
             *(_changes(lines) if t.init_from or config.model.pretrained else []),
             *guesses,
             ("tokens per second", f"{speed:,.0f}" if trainer.seconds else "-"),
@@ -69,7 +70,7 @@ def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_b
         ],
     )
     if text:
-        console.rule("a sample")
+        console.rule(f"a sample, begun with {escape(t.sample_prompt)}")
         say(console, text)
 
 

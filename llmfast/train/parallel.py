@@ -75,8 +75,9 @@ class World:
         return bool(self.sum(torch.tensor(int(flag), dtype=torch.int64, device=self.device)).item())
 
     def leave(self) -> None:
-        """End the process group."""
+        """End the process group when every rank is done: if one process fails at its exit, torchrun ends the others."""
         if self.size > 1 and dist.is_initialized():
+            dist.barrier(group=self.background)
             dist.destroy_process_group()
 
 

@@ -73,8 +73,7 @@ def doubts(config: Config, mixture: Mixture, parameters: int) -> Iterator[str]:
             )
     if t.steps <= o.warmup_steps:
         yield (
-            f"the learning rate rises to the last step: optimizer.warmup_steps={o.warmup_steps} must be below "
-            f"train.steps={t.steps} for it to fall again"
+            f"the learning rate never falls: optimizer.warmup_steps={o.warmup_steps} is not below train.steps={t.steps}"
         )
 
 

@@ -44,6 +44,15 @@ def test_several_processes_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert world.any(False) is True
 
 
+def test_a_group_ends_when_all_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", lambda group: done.append(("barrier", group)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy"))
+    World(CPU, 1, 3, "background").leave()
+    assert done == [("barrier", "background"), "destroy"]
+
+
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [

@@ -83,7 +83,7 @@ def test_doubts_about_the_length_of_a_run() -> None:
 
     assert told(10, 9) == []
     (rising,) = told(10, 10)
-    assert rising.startswith("the learning rate rises to the last step: optimizer.warmup_steps=10 must be below")
+    assert rising.startswith("the learning rate never falls: optimizer.warmup_steps=10 is not below")
     (often,) = told(10, 9, total=410)
     assert often.startswith("the run reads a 4.1 times. After 4 passes")
 

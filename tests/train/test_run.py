@@ -71,7 +71,13 @@ def test_a_run_leaves_everything_behind(settings: list[str], capsys: pytest.Capt
     assert validation[-1] < 0.8 * validation[0]
 
     output = capsys.readouterr().out
-    for expected in ("validation loss, first", "unigram entropy", "tokens per second", "peak memory", "a sample"):
+    for expected in (
+        "validation loss, first",
+        "from token frequencies alone",
+        "tokens per second",
+        "peak memory",
+        "a sample",
+    ):
         assert expected in output
 
 
