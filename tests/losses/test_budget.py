@@ -260,6 +260,63 @@ def test_the_gradients_of_two_kinds_of_heads_are_joined_within_the_budget(detach
         assert counts.peak_bytes - hidden.nbytes - weight.nbytes <= budget
 
 
+# Any two of these, on a GPU; the sizes are such that hidden states, the weight or the logits are the most.
+OF_A_CALL: dict[str, list[Any]] = {
+    "K": [0, 1, 8],  # of log-probabilities; 0 for a loss
+    "dtype": [BF16, F32, F16],
+    "slab_dtype": [None, F32],
+    "wants": [(True, True), (True, False), (False, True)],
+    "bias": [False, True],
+    "ranks": [0, 4],
+    "return_stats": [False, True],
+    "return_rank": [False, True],
+    "reduction": ["mean", "none"],
+    "accumulate_into": [False, True],
+    "grad_filter": [None, 1e-4],
+    "size": ["small", "middle", "most"],
+    "shape": [(256, 64, 2048), (64, 256, 2048), (128, 512, 256)],
+}
+
+
+def can_be_held(case: Case) -> bool:
+    """Return False for options that exclude each other."""
+    given, K = case.get, case.get("K")
+    return (
+        not (K and (given("reduction") == "none" or given("grad_filter")))
+        and not (K == 0 and given("return_rank"))
+        and not (given("return_rank") and given("return_stats") is False)
+        and not (given("grad_filter") and (given("ranks") or given("reduction") == "none"))
+        and not (given("accumulate_into") and not given("wants", BOTH)[1])
+    )
+
+
+CALLS_HELD = [case for seed in (0, 1) for case in covering(OF_A_CALL, can_be_held, seed)]
+
+
+@pytest.mark.parametrize("case", CALLS_HELD, ids=lambda case: "-".join(map(str, case.values())))
+def test_any_two_options_hold_what_the_plan_says(case: Case) -> None:
+    """Compare with what is counted, but for numbers per row, which are not all there at the same time."""
+    (N, D, V), K, ranks = case["shape"], case["K"], case["ranks"]
+    hidden, weight = (leaf(n, D, dtype=case["dtype"], grad=g) for n, g in zip((N, V), case["wants"], strict=True))
+    given: dict[str, Any] = {"slab_dtype": case["slab_dtype"], "return_stats": case["return_stats"], "K": K}
+    given |= {"return_rank": case["return_rank"]} if K else {n: case[n] for n in ("reduction", "grad_filter")}
+    leaves = [t for t in (hidden, weight) if t.requires_grad]
+    if case["bias"]:
+        leaves.append(leaf(V, dtype=F32))
+        given["bias"] = leaves[-1]
+    if case["accumulate_into"]:
+        given["accumulate_into"] = reserve(V, D, dtype=F32)
+        leaves = [t for t in leaves if t is not weight]
+    if ranks:
+        given |= {"process_group": "ranks", "vocab_size": V * ranks}
+    targets = torch.zeros(N, *([K] if K else []), dtype=torch.int64)
+    of_ranks = first_of_ranks(ranks) if ranks else nullcontext()
+    with of_ranks, forced(None, case["size"]) as plans, counted_memory() as counts:
+        run(hidden, weight, targets, **given)
+    spare = plans[0].held_bytes - (counts.peak_bytes - sum(t.nbytes for t in leaves))
+    assert 0 <= spare <= (64 + 60 * max(1, K) + 25 * ranks) * N + 8 * V * case["bias"]
+
+
 n, d, v = 1024, 64, 2048
 # What a call of these sizes copies of its arguments, and the bytes that this takes.
 COPIED: list[tuple[dict[str, Any], int]] = [
