@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, reference
+from support.pairs import Case, covering
 
 N, D, V = 10, 6, 13
 CLASSES = torch.linspace(0.5, 2.0, V)
@@ -90,6 +91,64 @@ def test_hidden_states_as_a_linear_layer_and_torchs_module(options: dict[str, An
     assert len(leaves) == (3 if options.get("bias") else 2) and module.linear.weight.shape == (V, D)
     rest = {name: value for name, value in options.items() if name != "bias"}
     expect_same(module(hidden, targets), nn.CrossEntropyLoss(**rest)(module.linear(hidden), targets), leaves, leaves)
+
+
+AROUND: dict[str, list[Any]] = {
+    "module": [CrossEntropyLoss, LinearCrossEntropyLoss],
+    "places": [(), (2,), (2, 3), (1,)],  # axes after the classes: a module of logits has them too
+    "probabilities": [False, True],
+    "reduction": ["mean", "sum", "none"],
+    "weight": [None, CLASSES],
+    "label_smoothing": [0.0, 0.1],
+    "ignore_index": [None, 3],
+    "ignored": ["none", "some", "all"],
+    "bias": [False, True],
+    "num_valid": [None, 99],
+}
+
+
+def fits(case: Case) -> bool:
+    """Return False for arguments that exclude each other."""
+    given, indices = case.get, {"ignore_index": None, "ignored": "none"}
+    return (
+        not (given("num_valid") and given("reduction", "mean") != "mean")
+        and not (given("probabilities") and any(given(name, value) != value for name, value in indices.items()))
+        and not (given("module") is CrossEntropyLoss and given("bias"))
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for seed in range(4) for case in covering(AROUND, fits, seed)],
+    ids=lambda case: "-".join(str(getattr(v, "__name__", v)) for v in case.values()),
+)
+def test_any_two_arguments_are_torchs(case: Case) -> None:
+    """Compare losses and gradients with those of torch's own loss, classes on axis 1."""
+    linear, places = case["module"] is LinearCrossEntropyLoss, case["places"]
+    shared = {name: case[name] for name in ("weight", "reduction", "label_smoothing")}
+    shared |= {} if case["ignore_index"] is None else {"ignore_index": case["ignore_index"]}
+    more = {} if case["num_valid"] is None else {"num_valid": case["num_valid"]}
+    target = torch.rand(N, V, *places).softmax(1)
+    if not case["probabilities"]:
+        target = torch.randint(4, V, (N, *places))  # none is ignored by chance
+        every = slice(None) if case["ignored"] == "all" else slice(0, 0) if case["ignored"] == "none" else slice(1, 3)
+        target[every] = -100 if case["ignore_index"] is None else case["ignore_index"]
+    if linear:
+        module: Any = LinearCrossEntropyLoss(D, V, out_features=places, bias=case["bias"], **shared, **more)
+        inputs, leaves = random(N, D), [*module.parameters()]
+        logits = module.linear(inputs).view(N, V, *places)
+    else:
+        module, inputs, leaves = CrossEntropyLoss(**shared, **more), random(N, V, *places), []
+        logits = inputs
+    leaves = [inputs, *leaves]
+    wanted = F.cross_entropy(logits, target, **{**shared, **({"reduction": "sum"} if more else {})})
+    wanted = wanted / case["num_valid"] if more else wanted
+    found = module(inputs, target)
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+    upstream = torch.randn(found.shape)
+    pairs = zip(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(wanted, leaves, upstream))
+    for a, b in pairs:  # with nothing to average torch's are NaN or zero, ours are zero
+        torch.testing.assert_close(a, b.nan_to_num(0.0), rtol=1e-4, atol=1e-6)
 
 
 def test_places_of_a_token(path: str) -> None:
