@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.traffic import counting
 from llmfast.losses import (
     TeacherLogits,
     TeacherProbabilities,
@@ -163,3 +164,32 @@ def test_any_of_the_gradients_with_any_two_settings(path: str, case: Case) -> No
         a, b, c = (t.double() for t in (a, b, c))
         error, allowed, slack = (a - c).norm(), (b - c).norm(), max(eps, 1e-13) * (c.norm() + 1)
         assert error <= 1.5 * allowed + slack, f"error {error:.3g}, torch's {allowed:.3g}, slack {slack:.3g}"
+
+
+@pytest.mark.cpu("bytes that plain torch holds are counted")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("teacher", ["states", "logits", "probabilities", "drop", "bucket"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_numbers_of_many_tokens_keep_to_the_least_budget(teacher: str, learns: bool, autocast: bool) -> None:
+    """Let numbers per token be the most that is held: there are few classes, and a teacher says much of them."""
+    n, v, k = 64, 40, 32
+    hidden, weight = torch.randn(n, 16).requires_grad_(), torch.randn(v, 16).requires_grad_()
+    values, ids = torch.randn(n, v).log_softmax(1).topk(k)
+    said: Any = {
+        "states": lambda: TeacherStates(torch.randn(n, 4), torch.randn(v, 4)),
+        "logits": lambda: TeacherLogits(torch.randn(n, v)),
+        "probabilities": lambda: TeacherProbabilities(torch.rand(n, v).softmax(1)),
+    }.get(teacher, lambda: TeacherTopK(ids, values, teacher))()  # type: ignore[arg-type]
+    said, theirs = learning(said, "everything" if learns else "")
+    leaves, targets = [hidden, weight, *theirs], torch.zeros(n, dtype=torch.int64)
+
+    def held(budget: int) -> int:
+        with counting() as counts, torch.autocast("cpu", BF16, enabled=autocast):
+            loss = linear_distillation(hidden, weight, said, targets, memory_budget=budget, hard_weight=0.5)
+            torch.autograd.grad(loss, leaves)
+        return counts.peak_bytes - sum(t.nbytes for t in leaves)
+
+    with pytest.raises(ValueError, match="memory_budget must be at least") as error:
+        held(1)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    assert held(least) <= least
