@@ -18,7 +18,7 @@ OF_PAGES = ("docs", "figures", "readme", "statements", "claims", "counts", "page
     [
         ("llmfast/losses/plan.py", ["tests/losses/test_plan.py", "tests/losses/test_budget.py"]),
         ("llmfast/train/config.py", ["tests/train/test_config.py", "tests/train/test_batch.py"]),
-        ("llmfast/clean/recipe.py", ["tests/test_clean.py"]),
+        ("llmfast/clean/recipe.py", ["tests/clean/test_recipe.py", "tests/test_clean.py"]),
         ("llmfast/export.py", ["tests/test_export.py"]),
         ("kernels/llmfast_kernels/row.py", ["tests/losses/test_budget.py", "tests/losses/test_calls.py"]),
         ("kernels/llmfast_kernels/optimizer/rules.py", ["tests/optim/test_clipping.py"]),

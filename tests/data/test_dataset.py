@@ -410,3 +410,52 @@ def test_documents_that_are_all_held_out_leave_nothing_to_train_on(folders: list
 def test_a_unit_without_a_rule_is_of_no_meaning(folders: list[str]) -> None:
     data = prepare(folders, tokenizer="bytes", seq_len=600, held_out=0, packing="best_fit", fim_unit="document")
     assert all(isinstance(rows, BestFitRows) for rows in data.train.values())
+
+
+def test_what_is_just_allowed_is_taken(folders: list[str]) -> None:
+    """The size of a new vocabulary is of no meaning to another tokenizer."""
+    pytest.importorskip("tokenizers")
+    one = folders[0]
+    usual: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 16, "held_out": 0}
+    assert prepare([one], **usual | {"seq_len": 2}).train[one].batch([0]).tokens.shape == (1, 2)
+    assert prepare([one], **usual, vocab_size=1).tokenizer.vocab_size == 264
+    assert prepare([one], **usual | {"tokenizer": "bpe"}, vocab_size=261).tokenizer.vocab_size == 261
+    for wrong, message in (
+        ({"tokenizer": "bpe", "vocab_size": 260}, "got 260"),
+        ({"held_out": -0.1}, "held_out must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare([one], **usual | wrong)
+
+
+def test_each_source_is_split_by_its_own_choice(folders: list[str], tmp_path: Path) -> None:
+    """The end is held out of one that asks for it, of one file, and of two whose second is too short for a row."""
+    (one := tmp_path / "file").mkdir()
+    (two := tmp_path / "files").mkdir()
+    (one / "0.txt").write_text("one text " * 600)
+    (two / "0.txt").write_text("another text " * 500)
+    (two / "14.txt").write_text("abc")  # which is held out by its name
+    asked, usual = folders
+    sources, said = [asked, usual, str(one), str(two)], list[str]()
+    options: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 64, "held_out": 0.1}
+    data = prepare(sources, split={asked: "end"}, say=said.append, **options)
+    assert data.split == {asked: "end", usual: "documents", str(one): "end", str(two): "end"}
+    few = "; it has too few documents to hold out whole ones"
+    told = {asked: "", str(one): few, str(two): few}
+    assert [(line.partition(": ")[0], line.partition("% of its text")[2]) for line in said] == [*told.items()]
+    for source, how in data.split.items():
+        alone = prepare([source], split={source: how}, say=[].append, **options)
+        for part, same in ((data.train, alone.train), (data.validation, alone.validation)):
+            assert text_of(part[source], data.tokenizer) == text_of(same[source], data.tokenizer)
+
+
+def test_tokens_need_the_tokenizer_that_they_are_of(tmp_path: Path) -> None:
+    tokenizer, path = ByteTokenizer(), tmp_path / "x.ds"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    write_ds(path, [np.array([1, 2, 300])] * 40, vocab_size=8192, eot_id=tokenizer.eot_id)
+    options: dict[str, Any] = {"seq_len": 16, "held_out": 0}
+    for named in ("bpe", "bytes"):
+        with pytest.raises(ValueError, match=rf"the tokenizer\.json they were written with; got tokenizer='{named}'"):
+            prepare([str(path)], tokenizer=named, **options)
+    with pytest.raises(ValueError, match=r"is 300; ids must be in \[0, vocab_size=264\)"):
+        prepare([str(path)], tokenizer=str(tmp_path / "tokenizer.json"), **options)

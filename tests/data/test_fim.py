@@ -157,6 +157,20 @@ def test_incomplete_characters_stay_at_the_ends() -> None:
             piece.decode()  # raises if it is no text
 
 
+@pytest.mark.parametrize("begin", range(4))
+@pytest.mark.parametrize("end", range(4))
+def test_up_to_three_bytes_of_a_character_stay_at_each_end(begin: int, end: int) -> None:
+    """Rows begin and end inside characters of four bytes; every cut is still between characters."""
+    text = "\U0001f600\U0001d518" * 4
+    ids = np.frombuffer(text.encode()[begin : len(text.encode()) - end], dtype=np.uint8)
+    f = FIM(BYTES, rate=1.0, spm_rate=0.0)
+    before, after = (0 if begin == 0 else 4 - begin), (0 if end == 0 else 4 - end)
+    for sample in range(20):
+        prefix, suffix, middle = bytes_between(f.rearrange(ids, sample).ids)
+        for piece in (prefix[before:], middle, suffix[: len(suffix) - after]):
+            piece.decode()  # raises if it is no text
+
+
 def bytes_between(psm: np.ndarray) -> tuple[bytes, bytes, bytes]:
     ids = psm.tolist()
     s, m = ids.index(SUF), ids.index(MID)

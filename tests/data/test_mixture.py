@@ -325,3 +325,30 @@ def test_a_source_that_is_only_validated_has_no_passes() -> None:
 def test_a_name_that_is_near_none_is_told_all() -> None:
     with pytest.raises(ValueError, match=r"no source 'zzz' to give a weight; did you mean general, code, maths\?$"):
         mixture(weights={"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ({"general": "rest", "code": 0.7, "maths": 0.3}, (0, 0.7, 0.3)),  # which leaves nothing
+        ({"general": "rest", "code": "0:1, 1:0", "maths": "0:0, 1:1"}, (0, 0.5, 0.5)),
+        ({"general": 2, "code": 6, "maths": 0}, (0.25, 0.75, 0)),
+        ({"general": "0->0.5", "code": "0.5->0", "maths": "0"}, (0.5, 0.5, 0)),
+        ({"general": "rest", "code": "rest", "maths": "0.5:0.2"}, (0.8 * 500 / 590, 0.8 * 90 / 590, 0.2)),
+    ],
+)
+def test_weights_that_just_go_together(weights: dict[str, Any], shares: tuple[float, ...]) -> None:
+    assert tuple(mixture(weights=weights).shares(0.5).values()) == pytest.approx(shares)
+
+
+def test_what_is_just_out_of_range_is_refused() -> None:
+    for weight in ("inf", math.inf, "0.5->inf"):
+        with pytest.raises(ValueError, match="weights must be finite and not negative"):
+            mixture(weights={"general": weight, "code": 1, "maths": 1})
+    with pytest.raises(ValueError, match=r"weights must not sum to more than 1; got 1\.01"):
+        mixture(weights={"general": "rest", "code": 0.71, "maths": 0.3})
+    made = mixture()
+    assert [len(part) for part in made.sequences(7, 7)] == [0, 0]
+    for start, stop in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match=rf"must satisfy 0 <= start <= stop; got {start} and {stop}$"):
+            made.sequences(start, stop)

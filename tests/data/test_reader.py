@@ -1,12 +1,14 @@
 """Every kind of file gives the same documents, and what is not read is said."""
 
 import builtins
+import codecs
 import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -414,3 +416,86 @@ def test_files_are_counted_in_good_english(count: int, told: str) -> None:
     assert reader.others_left_out({".b": count}) == f"{told} left out: .b ({count})"
     kinds = reader.others_left_out({".b": count, ".a": count, ".c": 9}).rpartition(": ")[2]
     assert kinds == f".c (9), .a ({count}), .b ({count})"
+
+
+def test_a_frame_may_look_back_further_than_usual(tmp_path: Path) -> None:
+    """Read a frame by hand, with a window of 256 MiB, as `zstd --long=28` writes it, and one block that is stored."""
+    content = json.dumps({"text": "far"}).encode()
+    block = (len(content) << 3 | 1).to_bytes(3, "little")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\x90" + block + content)
+    assert load(str(tmp_path)) == [Document("a.jsonl.zst/0", "far")]
+
+
+def test_what_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    for suffix in (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"):
+        with pytest.raises(FileNotFoundError):
+            list(read(tmp_path / f"gone{suffix}", f"gone{suffix}"))
+
+
+@pytest.mark.parametrize("fault", [gzip.BadGzipFile, zlib.error])
+def test_damage_within_a_file_is_told_with_its_place(fault: type[Exception], tmp_path: Path) -> None:
+    """Lines before it are documents. Damage is found by the checksum at the end, or by a block that cannot be."""
+    lines = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(3))
+    whole = gzip.compress(lines, mtime=0)
+    # A block of deflate has type 0, 1 or 2.
+    broken = whole[:-8] + bytes(8) if fault is gzip.BadGzipFile else whole[:10] + b"\x07" + whole[11:]
+    with pytest.raises(fault):
+        gzip.decompress(broken)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes((whole if fault is zlib.error else b"") + broken)
+    *texts, last = read(path, path.name)
+    assert [record.text for record in texts] == [f"line {i}" for i in range(len(texts))] and len(texts) <= 3
+    place = f"a.jsonl.gz, line {len(texts) + 1}"
+    assert (last.fault, last.damaged, last.place) == ("broken gzip from here on", True, place)
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.gz is damaged, broken gzip from here on: {place}$"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (codecs.BOM_UTF32_LE, "UTF-32"),
+        (codecs.BOM_UTF32_BE, "UTF-32"),
+        (codecs.BOM_UTF16_LE + b"ab", "UTF-16"),
+        (codecs.BOM_UTF16_BE + b"ab", "UTF-16"),
+        (b"a\0b\0c\0", "UTF-16LE"),
+        (b"\0a\0b\0c", "UTF-16BE"),
+        (b"a\0b\0c\0d\0\0e", "UTF-16LE"),  # one of five on the other side
+        (b"a\0b\0c\0\0e", "binary"),
+        (b"\0\0\0\0", "binary"),
+        (b"abcdef\xe9\0", "WINDOWS-1252"),  # one null in eight
+        (b"abcdef\xe9\0\0", "binary"),
+        (b"\xe9", "WINDOWS-1252"),
+        (b"abc", "declares"),
+        (b"", "declares"),
+    ],
+)
+def test_how_to_convert_a_file_follows_from_its_content(content: bytes, advice: str, tmp_path: Path) -> None:
+    (file := tmp_path / "a.txt").write_bytes(content)
+    told = {"binary": "it looks like a binary file: ", "declares": "correct the encoding that it declares, "}
+    found = reader.in_utf8(file)
+    assert found.startswith(told[advice]) if advice in told else f"iconv -f {advice} -t UTF-8 {file} > NEW" in found
+
+
+def test_columns_are_told_with_the_lines_without_text_alone(tmp_path: Path) -> None:
+    """The first of several lines without the column tells its columns."""
+    lines = ["{broken", '{"b": 1, "c": 2}', '{"text": " "}', '{"d": 1}', '{"text": "kept"}', "{broken"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    said: list[str] = []
+    assert [document.text for document in load(str(tmp_path), say=said.append)] == ["kept"]
+    assert said == [
+        f"{tmp_path}: 5 documents are left out: not JSON (2, the first in a.jsonl, line 1), no text (2, the first in "
+        "a.jsonl, line 2, whose columns are 'b', 'c'), blank (1, a.jsonl, line 3)"
+    ]
+
+
+def test_a_link_to_a_file_is_the_file(tmp_path: Path) -> None:
+    """Links to folders are counted, but for those that would not be entered."""
+    (tmp_path / "there").mkdir()
+    (real := tmp_path / "real.txt").write_text("text")
+    (root := tmp_path / "in").mkdir()
+    (root / "a.txt").symlink_to(real)
+    for name in ("folder", ".hidden", "skipped"):
+        (root / name).symlink_to(tmp_path / "there")
+    found = find(root, SUFFIXES, ("skipped",))
+    assert found.files == [("a.txt", root / "a.txt")] and found.others == {"link to a folder": 1}

@@ -264,3 +264,15 @@ def test_a_suffix_that_is_unknown_is_a_warning_unless_somebody_listens(tmp_path:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(str(tmp_path / "a.csv"), say=[].append)
+
+
+def test_a_table_without_a_text_column_is_text_as_it_stands(tmp_path: Path) -> None:
+    (file := tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    said: list[str] = []
+    assert load(str(file), text_column="", say=said.append) == [Document("a.jsonl", '{"text": "x"}\n')]
+    assert said == [f"{file} is read as plain text: its suffix is none of .md, .py, .rst, .txt"]
+    with pytest.raises(
+        ValueError, match=r"no text in \S+; looked for \.md, \.py, \.rst, \.txt; 1 file of another kind"
+    ):
+        load(str(tmp_path), text_column="")
+    assert load(str(file), say=said.append) == [Document("a.jsonl/0", "x")] and len(said) == 1

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfast.data import BPETokenizer, pack
+from llmfast.data import BPETokenizer, pack, token_files
 from llmfast.data.split import Split
 from llmfast.data.token_files import MEGATRON_DTYPES, TokenFile, open_token_file, read_ds, read_megatron, write_ds
 
@@ -560,3 +560,43 @@ def test_an_end_begins_with_a_document_if_one_is_near(boundary: int, cut: int, t
     np.array([boundary, 10_000], np.uint64).tofile(tmp_path / "x.ds.index")
     train, validation = read_ds(tmp_path / "x.ds", vocab_size=VOCAB).split(0.2, "end")
     assert (train.num_tokens, validation.num_tokens) == (cut, 10_000 - cut)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 9, 20])
+def test_every_token_is_verified_wherever_it_is(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first, the last, and those around the bounds of what is read at once; opening reads none of them here."""
+    monkeypatch.setattr(token_files, "CHUNK", chunk)
+    monkeypatch.setattr(TokenFile, "_expect_sample", lambda file: None)
+    np.array([2, 9], np.uint64).tofile(tmp_path / "x.ds.index")
+    for wrong in range(9):
+        ids = np.zeros(9, np.uint16)
+        ids[wrong] = VOCAB
+        ids.tofile(tmp_path / "x.ds")
+        with pytest.raises(ValueError, match=rf"token {wrong} \(byte {2 * wrong}\) is 1000; "):
+            read_ds(tmp_path / "x.ds", vocab_size=VOCAB).verify()
+    read_ds(tmp_path / "x.ds", vocab_size=VOCAB + 1).verify()
+
+
+def test_the_least_that_a_file_can_have(tmp_path: Path) -> None:
+    """One id, two tokens, rows of one, and metadata of either width and of no width."""
+    for size, dtype in ((2, np.uint16), (4, np.uint32), (None, np.uint16)):
+        np.zeros(2, dtype).tofile(tmp_path / "x.ds")
+        np.array([2], np.uint64).tofile(tmp_path / "x.ds.index")
+        (tmp_path / "x.ds.metadata").write_text(f"name{'' if size is None else f'|{size}'}\n2")
+        file = read_ds(tmp_path / "x.ds", vocab_size=1)
+        assert file.dtype == dtype and file.rows(1).batch([0]).labels.tolist() == [[0]] and file.rows(1).dropped == 0
+    for line in ("name|3\n2", "name|\n2", "name|2", "name|2\nmany"):
+        (tmp_path / "x.ds.metadata").write_text(line)
+        with pytest.raises(ValueError, match=r"x\.ds\.metadata: line [12] must "):
+            read_ds(tmp_path / "x.ds", vocab_size=1)
+    right = "; it would be right for {}-byte tokens"
+    for nbytes, hint in ((6, ""), (0, ""), (8, right.format(4)), (2, right.format(1))):
+        (tmp_path / "x.ds.metadata").unlink(missing_ok=True)
+        (tmp_path / "x.ds").write_bytes(bytes(nbytes))
+        with pytest.raises(ValueError, match=rf"\(byte {nbytes}\){hint}$"):
+            read_ds(tmp_path / "x.ds", vocab_size=1)
+    np.array([0], np.uint64).tofile(tmp_path / "x.ds.index")
+    with pytest.raises(
+        ValueError, match=r"the last entry ends at token 0 \(byte 0\); \S+ goes on to token 1 \(byte 2\)$"
+    ):
+        read_ds(tmp_path / "x.ds", vocab_size=1)

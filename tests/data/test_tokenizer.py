@@ -4,6 +4,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -387,3 +388,31 @@ def test_what_is_no_text_is_named(tokenizer: Tokenizer) -> None:
         tokenizer.encode_batch(["caf\u00e9", "caf\udce9"])
     with pytest.raises(TypeError, match="got bytes"):
         tokenizer.encode(b"caf")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inside", ["the main thread", "another thread"])
+def test_long_calls_give_and_raise_what_short_ones_do(
+    inside: str, bpe: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long call runs in a thread of its own, unless it is in another one already: then none is made."""
+    started: list[str] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(module, "_LARGE", 5)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name) or start(thread))
+
+    def calls() -> None:
+        found.append([ids.tolist() for ids in bpe.encode_batch(["def f", "x"])])
+        with pytest.raises(ValueError, match=r"must be valid Unicode; got '\\udce9' at character 5$"):
+            bpe.encode("long \udce9")
+        assert BPETokenizer.train(["ab\nab " * 9], 270).vocab_size > 261
+
+    found: list[Any] = []
+    if inside == "the main thread":
+        calls()
+        assert len(started) == 3
+    else:
+        (thread := threading.Thread(target=calls)).start()
+        thread.join()
+        assert started == [thread.name]
+    monkeypatch.setattr(module, "_LARGE", 1 << 20)
+    assert found == [[bpe.encode("def f").tolist(), bpe.encode("x").tolist()]]

@@ -173,3 +173,25 @@ def test_a_pretrained_model_goes_on_as_one(tmp_path: Path) -> None:
     assert (config.model.pretrained, config.train.init_from, config.runs) == (str(theirs), "", "runs")
     assert config.data.sources == ["new=there", "old=texts"] and config.data.split == {}
     assert config.data.tokenizer == str(theirs / "tokenizer.json")
+
+
+def test_what_was_held_out_stays_so_under_whatever_name(tmp_path: Path) -> None:
+    """A source is known by its place, also behind a link; of new ones nothing is known."""
+    (texts := tmp_path / "texts").mkdir()
+    (tmp_path / "link").symlink_to(texts)
+    split = ["data.split.mine=end", "data.split.more=documents"]
+    run = a_run(tmp_path / "runs" / "old", f"data.sources=['mine={texts}', 'more', 'code']", *split)
+    usual = {"more": "documents", "code": "documents"}
+    for target, general, wanted in (
+        (["new=there"], [], {"mine": "end", **usual}),
+        ([f"new={tmp_path}/link"], [], {"new": "end", **usual}),
+        (["new=there"], [f"other={texts}/.", "more"], {"other": "end", "more": "documents"}),
+        (["mine=there"], ["more"], {"more": "documents"}),
+        (["new=there", "newer=elsewhere"], ["x=nowhere"], {}),
+    ):
+        config = continued_config(run, target, general=general)
+        assert config.data.split == wanted
+        replayed = general or [s for s in (f"mine={texts}", "more", "code") if "link" not in target[0] or s in usual]
+        assert config.data.sources == [*target, *replayed]
+    with pytest.raises(ConfigError, match=rf"^--target new={tmp_path}/link must not be replayed as well"):
+        continued_config(run, [f"new={tmp_path}/link"], general=[f"mine={texts}"])

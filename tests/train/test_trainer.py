@@ -694,3 +694,15 @@ def test_a_log_may_also_be_events(tensorboard: bool, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "MetricsFile", lambda path, **how: made.append(how) or original(path))
     trainer_of(settings(steps=1, tensorboard=tensorboard), run=tmp_path)[0].fit()
     assert made == [{"resume_at": 0, "tensorboard": tensorboard}]
+
+
+@pytest.mark.parametrize(("most", "ends"), [(0, None), (1, 2), (3, 4), (6, None)])
+def test_a_run_ends_with_one_skipped_step_more_than_it_may_have(most: int, ends: int | None) -> None:
+    """None of six gradients is finite, and 0 sets no limit."""
+    trainer, _ = trainer_of(settings(max_skipped=most), fused, data=batches(bad=tuple(range(6))), loss=weighted)
+    if ends is None:
+        assert trainer.fit() and trainer.skipped == 6
+    else:
+        with pytest.raises(NonFinite, match=rf"^{ends} steps had a gradient .*, more than train\.max_skipped={most}$"):
+            trainer.fit()
+        assert trainer.step == ends
