@@ -317,6 +317,16 @@ def test_tokens_are_the_text(cleaned: tuple[Path, Report], tokenizer: Path) -> N
     ]
 
 
+def test_documents_are_shuffled_within_a_file_of_tokens_and_name_no_other_file(
+    cleaned: tuple[Path, Report], tokenizer: Path
+) -> None:
+    output, _ = cleaned
+    (ds,) = (output / "tokens").glob("*.ds")
+    found, texts = documents(ds, BPETokenizer.load(tokenizer)), [record["text"] for record in records(output / "text")]
+    assert found != texts and sorted(found) == sorted(texts) and len(texts) > 4
+    assert not any("file_path" in record["metadata"] for record in records(output / "text"))  # of a temporary folder
+
+
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the workers' parts in turns in this process."""
     from llmfast.clean import pipelines

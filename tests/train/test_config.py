@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from llmfast.train.config import SCHEMA, Config, dump_config, load_config, tomllib
+from llmfast.train.config import (
+    SCHEMA,
+    Config,
+    dump_config,
+    expect_resumable,
+    expect_same_weights,
+    load_config,
+    tomllib,
+)
 from llmfast.train.metrics import read_metrics
 from llmfast.train.optimizers import OPTIMIZERS
 from llmfast.train.settings import ConfigError
@@ -277,3 +286,45 @@ def test_every_text_must_be_valid_unicode() -> None:
     with pytest.raises(ConfigError, match="name must be valid Unicode"):
         load_config(None, ["name=n\udce9"])
     assert load_config(None, ["name=n\u00e9\U0001f600"]).name == "n\u00e9\U0001f600"
+
+
+@pytest.mark.parametrize("name", [name for name, s in SCHEMA.settings.items() if type(s.default) in (int, float)])
+def test_no_number_is_more_than_an_int64_holds(name: str) -> None:
+    """Refuse the next integer, and any larger number; the largest one may be too large for another reason."""
+    setting = SCHEMA.settings[name]
+    chosen = [f"optimizer.name={next(iter(setting.by))}"] if setting.by else []
+    for value in ("1e19", f"{2**63}") if type(setting.default) is int else ("1e19", "1e300"):
+        with pytest.raises(ConfigError, match=rf"{name} must be (at most {2**63 - 1}|in .*); got "):
+            load_config(None, [f"{name}={value}", *chosen])
+
+
+HEADS = {
+    "none": [],
+    "shared": ["model.mtp=shared", "model.mtp_heads=3"],
+    "parallel": ["model.mtp=parallel", "model.mtp_heads=2"],
+    "three": ["model.mtp=parallel", "model.mtp_heads=3"],
+    "sequential": ["model.mtp=sequential", "model.mtp_heads=2"],
+}
+
+
+@pytest.mark.parametrize("before", HEADS)
+@pytest.mark.parametrize("after", HEADS)
+def test_weights_begin_a_run_whose_heads_have_the_same(before: str, after: str) -> None:
+    """Heads that share the model's hidden states have no weights of their own, however many targets they predict."""
+    then, now = (load_config(None, [*HEADS[kind], "train.epochs=0"]) for kind in (before, after))
+    alike = {before, after} <= {"none", "shared"} or before == after
+    with nullcontext() if alike else pytest.raises(ConfigError, match=r"model\.mtp\w* must be that of the weights"):
+        expect_same_weights(then, now, Path("there"))
+
+
+def test_what_a_resumed_run_keeps_is_told_with_the_way_out() -> None:
+    """Another run may begin with these weights, unless they would mean something else in it."""
+    before = Config()
+    for name, value, way_out in (("data.seq_len", 99, True), ("train.seed", 7, True), ("model.width", 8, False)):
+        after = load_config(None, [f"{name}={value}"])
+        with pytest.raises(
+            ConfigError, match=rf"^{name} cannot change on --resume: it has \S+; got {value}\. "
+        ) as error:
+            expect_resumable(before, after, Path("there"), "it")
+        assert str(error.value).endswith("; train.init_from=there begins it with these weights") == way_out
+    expect_resumable(before, load_config(None, ["train.steps=7", "optimizer.lr=0.5"]), Path("there"), "it")

@@ -100,6 +100,8 @@ def test_a_line_has_all_figures_and_the_time_left(monkeypatch: pytest.MonkeyPatc
         ([90.0, *[0.5] * 99], {}, [3, 6, 30, 60, 90, 100]),  # the first step compiles
         ([0.5] * 20 + [9.0] * 40, {}, [3, 30, 33, 36, 39, 42, 45, 48, 51, 54, 57, 60]),  # a run that becomes slow
         ([60.0] * 11, {}, [3, 6, 9, 11]),
+        ([0.5] * 30 + [2.0] * 60, {}, [3, 30, 60, 90]),  # lines a minute apart are not too far
+        ([0.5] * 30 + [2.1] * 60, {}, [3, 30, 60, 66, 72, 78, 84, 90]),
     ],
 )
 def test_lines_are_at_even_steps(

@@ -1,5 +1,7 @@
 """Compare the minimised and logged losses with torch's own cross-entropy of each part."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,3 +165,14 @@ def test_one_target_alone_is_the_next_tokens_loss_to_the_last_bit() -> None:
     assert torch.equal(alone, linear_cross_entropy(hidden, model.unembedding, batch.labels, num_valid=count[0]))
     shared = FurtherTokens(1, lambda step: [0.5], shared=True, detached=False)(model, batch, count, 0, False)[0]
     torch.testing.assert_close(shared, 0.5 * alone)
+
+
+def test_rows_that_do_not_say_their_source_have_one_loss() -> None:
+    batch = replace(batch_of([0, 1], [1, 2], seed=1), sources=None)
+    objective, model = NextToken(SOURCES), Bigrams()
+    loss, sums = objective(model, batch, objective.num_valid(batch), 0, True)
+    wanted = F.cross_entropy(
+        (model.embedding[batch.tokens] @ model.unembedding.T).flatten(0, 1), batch.labels.flatten()
+    )
+    torch.testing.assert_close(loss, wanted)
+    assert list(sums) == ["loss"] and objective.logged(sums, 1) == {}

@@ -1,5 +1,6 @@
 """Tests of `model.pretrained` that need no transformers; tests/integrations/test_pretrained.py has the rest."""
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -238,3 +239,45 @@ def test_what_is_kept_apart_from_a_pretrained_model() -> None:
         pretrained._expect_alone(config)
     config.model.pretrained = "there"
     pretrained._expect_alone(config)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("scale", [0.01, 40.0])
+def test_a_model_must_compute_the_loss_of_each_document_alone(
+    dtype: torch.dtype, close: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare with the plain loss of four rows of four tokens, up to rounding: of a large loss, a share of it."""
+    V, off = 5, [0.0]
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(V, 3, dtype=dtype)
+
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return self.embedding
+
+        def forward(self, input_ids: torch.Tensor, position_ids: Any = None, use_cache: bool = True) -> SimpleNamespace:
+            assert input_ids.shape == (4, 4) and not use_cache
+            return SimpleNamespace(logits=scale * torch.nn.functional.one_hot(input_ids, V).to(dtype))
+
+    class Loss:
+        def __call__(self, model: Any, batch: Batch, count: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
+            assert count.item() == batch.num_valid == batch.labels.numel() == 16
+            assert batch.positions.tolist() == [[0, 1, 2, 3] * 2] * 2 and batch.labels.shape == (2, 8)
+            return torch.tensor(plain + off[0]), {}
+
+    # A label is the next token of its row of eight, the last one's the first: modulo V, some are the token itself.
+    ids = (torch.arange(1, 17) % V).view(2, 8)
+    logits = (scale * torch.nn.functional.one_hot(ids, V).to(dtype)).float()
+    plain = torch.nn.functional.cross_entropy(logits.view(16, V), ids.roll(-1, 1).flatten()).item()
+    assert (plain > 10) == (scale > 1)
+    parts = SimpleNamespace(fuse_loss=lambda model: model, unchanged=lambda model: nullcontext())
+    monkeypatch.setitem(sys.modules, "llmfast.integrations.transformers", parts)  # type: ignore[arg-type]
+    monkeypatch.setattr(pretrained, "OwnLoss", Loss)
+    model, most = Model(), close * max(1.0, plain)
+    for off[0] in (0.0, 0.98 * most, -0.98 * most):
+        assert pretrained._with_own_loss(model) is model
+    for off[0] in (1.02 * most, -1.02 * most, math.nan):
+        with pytest.raises(ValueError, match="Model cannot be trained on rows of several documents: its loss is "):
+            pretrained._with_own_loss(model)

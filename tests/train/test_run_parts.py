@@ -12,10 +12,14 @@ import torch
 from rich.console import Console
 
 import llmfast.train.run as module
+from llmfast._gpus import named
+from llmfast._units import in_bytes
 from llmfast.data import FIM, ByteTokenizer, Dataset, Mixed, prepare
 from llmfast.models import Decoder, DecoderConfig
+from llmfast.models.cost import step_flops
 from llmfast.train.config import Config, decoder_config, dump_config, load_config
 from llmfast.train.earlier import digest
+from llmfast.train.estimate import estimate_run
 from llmfast.train.objective import NextToken
 from llmfast.train.parallel import World
 from llmfast.train.settings import ConfigError
@@ -139,3 +143,35 @@ def test_every_setting_of_the_model_reaches_the_decoder() -> None:
     config.model.pretrained = "there"
     with pytest.raises(ConfigError, match=r"^model\.pretrained must be '' for a decoder of .* shape; got 'there'$"):
         decoder_config(config, 77)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_dry_run_tells_what_each_gpu_would_hold(parallel: str) -> None:
+    model = Decoder(DecoderConfig(300, width=32, layers=2, heads=2))
+    config = load_config(None, [f"train.parallel={parallel}", "train.batch_size=4", "data.seq_len=64"])
+    told = [module._memory_in_words(config, model, gpus) for gpus in (1, 2, 4)]
+    peaks = [in_bytes(estimate_run(config, model.config, gpus=gpus).peak) for gpus in (1, 2, 4)]
+    assert len({*peaks}) == 3, "too alike to tell"
+    told_of = zip(("a", "each", "each"), peaks)
+    assert told == [f"{of} GPU would hold about {peak}, by `llmfast plan memory`; " for of, peak in told_of]
+
+
+@pytest.mark.parametrize("gpu", ["", "NVIDIA H100 80GB HBM3", "Unheard-of"])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_share_of_the_peak_is_of_all_gpus(gpu: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU and on a GPU that is not known, there is none; of the latter it is said."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    out, model = io.StringIO(), Decoder(DecoderConfig(300, width=32, layers=2, heads=2))
+    config = load_config(None, ["data.seq_len=64"])
+    world = World(torch.device("cuda" if gpu else "cpu"), size=ranks)
+    hook = module.Utilisation(config, model, world, Console(file=out, width=200))
+    values: dict[str, Any] = {"tokens_per_s": 1e6}
+    trainer: Any = None
+    hook.on_log(trainer, values)
+    told = "no MFU is logged: the peak rate of Unheard-of is not known\n" if gpu == "Unheard-of" else ""
+    assert out.getvalue() == told and ("mfu" in values) == ("H100" in gpu)
+    if "H100" in gpu:
+        known = named(gpu)
+        assert known is not None
+        per_token = step_flops(model.config, 1, 64).flops
+        assert values["mfu"] == pytest.approx(1e6 * per_token / (known.tensor_cores * ranks))
