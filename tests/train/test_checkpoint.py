@@ -739,3 +739,13 @@ def test_settings_of_groups_are_noted_in_full() -> None:
     optimizer.param_groups[0] |= {"lr": torch.tensor(0.123456789), "param_names": ["a"]}
     (noted,) = settings_of(optimizer)
     assert noted["lr"] == repr(torch.tensor(0.123456789).item()) and not noted.keys() & {"params", "param_names"}
+
+
+def test_the_last_good_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
+    trainer_of(settings(steps=6, save_every=2, keep_last=3), run=tmp_path)[0].fit()
+    found = Checkpoints(tmp_path, World(torch.device("cpu")))
+    for step in (6, 4, 2):
+        assert found.last_good() == f"the last good one is {tmp_path / f'checkpoint-0000000{step}'}"
+        assert found._newest() == tmp_path / f"checkpoint-0000000{step}"
+        cut(tmp_path / f"checkpoint-0000000{step}")
+    assert found.last_good() == "there is no earlier one" and checkpoint.newest_step(tmp_path) == 6

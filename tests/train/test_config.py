@@ -328,3 +328,38 @@ def test_what_a_resumed_run_keeps_is_told_with_the_way_out() -> None:
             expect_resumable(before, after, Path("there"), "it")
         assert str(error.value).endswith("; train.init_from=there begins it with these weights") == way_out
     expect_resumable(before, load_config(None, ["train.steps=7", "optimizer.lr=0.5"]), Path("there"), "it")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "a/b", "/a", "a/", "../a", "a\0"])
+def test_a_name_is_that_of_one_folder_below_runs(name: str) -> None:
+    """A run that were called like the folder of all runs, or the one around it, could be replaced by --overwrite."""
+    kind = "must not hold a null character" if "\0" in name else "must be a folder name"
+    with pytest.raises(ConfigError, match=rf"^--set .*: name {kind}; got "):
+        load_config(None, [f"name={json.dumps(name)}"])
+
+
+@pytest.mark.parametrize("name", ["name", "runs", "model.pretrained", "train.init_from"])
+def test_no_path_holds_a_null_character(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--set .*: {name} must not hold a null character; got 'a\\x00'$"):
+        load_config(None, [f'{name}="a\\u0000"'])
+
+
+@pytest.mark.parametrize("name", ["", "...", ".x", "x..", "a b", "-", "é", "x.y-2_3", "~"])
+def test_any_other_name_is_one(name: str) -> None:
+    assert load_config(None, [f"name={json.dumps(name)}"]).name == name
+
+
+@pytest.mark.parametrize(
+    ("weight", "refused"),
+    [
+        *((good, "") for good in (0, 1, 0.5, "0.5", "rest", "0->1", "0:0.9, 0.5:0.9, 1:0.3")),
+        *((bad, "must be a number or a string; got ") for bad in (True, False, [1], {"a": 1})),
+        *((bad, ": a weight must be written like 0.3, ") for bad in ("many", "Rest", "", "0.5,", "0.1 0.2", "1:")),
+        *((bad, "weights must be finite and not negative; got ") for bad in (-1, -0.5, "-1", "0.5->-1", float("nan"))),
+        *((bad, "points must ascend; got ") for bad in ("0:1, 0:2", "1:0, 0:1")),
+        ("0:1, 1.5:1", "points must be shares of the run, 0 to 1; got "),
+    ],
+)
+def test_weights_are_checked_before_any_text_is_read(weight: Any, refused: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.weights\.a.*{refused}") if refused else nullcontext():
+        assert SCHEMA.read([({"data": {"weights": {"a": weight}}}, "")]).data.weights == {"a": weight}

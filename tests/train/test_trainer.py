@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice, pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -706,3 +706,38 @@ def test_a_run_ends_with_one_skipped_step_more_than_it_may_have(most: int, ends:
         with pytest.raises(NonFinite, match=rf"^{ends} steps had a gradient .*, more than train\.max_skipped={most}$"):
             trainer.fit()
         assert trainer.step == ends
+
+
+@pytest.mark.parametrize(("log", "evaluate", "save"), list(permutations((2, 3, 5))))
+def test_each_thing_is_done_as_often_as_its_own_setting_says(
+    log: int, evaluate: int, save: int, tmp_path: Path
+) -> None:
+    """Everything is done after the last of seven steps, too, and only the evaluation before the first."""
+    done: dict[str, list[int]] = {"log": [], "evaluate": [], "save": []}
+
+    class Note(Hooks):
+        def on_log(self, trainer: Trainer, values: dict[str, Any]) -> None:
+            done["log"].append(trainer.step)
+
+        def on_evaluate(self, trainer: Trainer, losses: dict[str, float]) -> None:
+            done["evaluate"].append(trainer.step)
+
+        def on_save(self, trainer: Trainer) -> None:
+            done["save"].append(trainer.step)
+
+    config = settings(steps=7, log_every=log, eval_every=evaluate, save_every=save)
+    trainer, _ = trainer_of(config, fused, run=tmp_path, hooks=[Note()], validation={"x": lambda: [next(batches())]})
+    trainer.fit()
+    every = {"log": log, "evaluate": evaluate, "save": save}
+    assert done == {
+        name: [0] * (name == "evaluate") + [i for i in range(1, 8) if i % n == 0 or i == 7] for name, n in every.items()
+    }
+
+
+def test_one_label_is_enough_to_validate() -> None:
+    batch = next(batches())
+    batch["labels"].flatten()[1:] = -100
+    trainer, _ = trainer_of(validation={"one": lambda: [batch], "twice": lambda: [batch, batch]})
+    loss = loss_of(copy.deepcopy(trainer.model).eval(), batch).item()
+    assert int((batch["labels"] != -100).sum()) == 1 and loss > 0
+    assert trainer.evaluate() == {"one": (pytest.approx(loss), 1), "twice": (pytest.approx(loss), 2)}
