@@ -4,6 +4,7 @@ import builtins
 import codecs
 import gzip
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -499,3 +500,28 @@ def test_a_link_to_a_file_is_the_file(tmp_path: Path) -> None:
         (root / name).symlink_to(tmp_path / "there")
     found = find(root, SUFFIXES, ("skipped",))
     assert found.files == [("a.txt", root / "a.txt")] and found.others == {"link to a folder": 1}
+
+
+def test_of_a_line_that_cannot_be_used_as_much_is_kept_as_can_be(tmp_path: Path) -> None:
+    """Cleaning writes it to what was removed, where each character that cannot be is replaced."""
+    digits = b"9" * 5000
+    lines = {
+        b'{"body": "\\udc00", "n": 1}': ('{"body": "\\udc00", "n": 1}\n', {"n": 1}, "lone surrogate"),
+        b'{"body": "caf\xe9"}': ('{"body": "caf\ufffd"}\n', {}, "not UTF-8"),
+        b'{"body": "x", "n": ' + digits + b"}": ("x", {"n": math.inf}, None),  # more than Python converts
+        b'{"n": ' + digits + b"}": ('{"n": ' + digits.decode() + "}\n", {"n": math.inf}, "no text"),
+        b"[" * 100_000: ("[" * 100_000 + "\n", {}, "nested too deeply"),
+        b'{"body": null, "n": 1}': ('{"body": null, "n": 1}\n', {"body": None, "n": 1}, "no text"),
+        b'{"body": "\\n"}': ("\n", {}, "blank"),
+    }
+    (tmp_path / "a.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    found = list(read(tmp_path / "a.jsonl", "a.jsonl", "body"))
+    assert [(r.text, dict(r.columns), r.fault) for r in found] == list(lines.values())
+    assert [r.place for r in found] == [f"a.jsonl, line {i + 1}" for i in range(len(lines))]
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"# coding: nonsense\n\xe9", b"a\0b\0"])
+def test_a_file_that_is_no_text_is_read_as_far_as_it_goes(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(content)
+    (record,) = read(tmp_path / "a.py", "a.py")
+    assert (record.fault, record.damaged, record.text) == ("not UTF-8", True, content.decode("utf-8", "replace"))

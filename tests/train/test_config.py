@@ -363,3 +363,46 @@ def test_any_other_name_is_one(name: str) -> None:
 def test_weights_are_checked_before_any_text_is_read(weight: Any, refused: str) -> None:
     with pytest.raises(ConfigError, match=rf"^data\.weights\.a.*{refused}") if refused else nullcontext():
         assert SCHEMA.read([({"data": {"weights": {"a": weight}}}, "")]).data.weights == {"a": weight}
+
+
+@pytest.mark.parametrize("override", ["train.steps=7", " train.steps = 7 ", "train.steps =7", "train.steps= 7e0"])
+def test_space_around_a_key_and_its_value_means_nothing(override: str) -> None:
+    assert load_config(None, [override]).train.steps == 7
+    assert load_config(None, [" name =  my run "]).name == "my run"
+    assert load_config(None, [" data.weights.my texts = 0.5"]).data.weights == {"my texts": 0.5}
+
+
+@pytest.mark.parametrize("override", ["", "=", "=3", " =3", "\t = ", "train.steps", "train.steps:7"])
+def test_an_override_is_a_key_and_a_value(override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--set {re.escape(override)}: expected section\.key=value$"):
+        load_config(None, [override])
+
+
+def test_of_several_values_the_last_counts_and_is_named() -> None:
+    assert load_config(None, ["train.steps=7", "train.steps=8", "train.seed=1"]).train.steps == 8
+    with pytest.raises(ConfigError, match=r"^--set train\.steps=-1: train\.steps must be at least 1; got -1$"):
+        load_config(None, ["train.steps=0", "train.seed=1", "train.steps=-1"])
+    with pytest.raises(ConfigError, match=r"^two: train\.steps must be at least 1; got 0$"):
+        SCHEMA.read([({"train": {"steps": 5}}, "one"), ({"train": {"steps": 0}}, "two"), ({"name": "x"}, "three")])
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_file_of_settings_may_have_a_mebibyte(more: int, tmp_path: Path) -> None:
+    text = "train.steps = 7\n"
+    (file := tmp_path / "c.toml").write_text(text + "#" * (2**20 - len(text) + more))
+    with pytest.raises(ConfigError, match=r"is more than 1 MiB, too much") if more else nullcontext():
+        assert load_config(file).train.steps == 7
+
+
+def test_settings_of_one_run_are_not_those_of_the_next() -> None:
+    """Change lists and tables in place, of new settings and of settings that others were made from."""
+    base = load_config(None, ["data.weights.a=1"])
+    for made in (Config(), load_config(None), load_config(None, base=base)):
+        before = {name: json.dumps(s.of(Config())) for name, s in SCHEMA.settings.items()}
+        made.data.sources.append("mine")
+        made.data.weights["mine"], made.data.split["mine"] = 0.5, "end"
+        assert {name: json.dumps(s.of(Config())) for name, s in SCHEMA.settings.items()} == before
+        assert {name: json.dumps(s.default) for name, s in SCHEMA.settings.items() if not s.by} == {
+            name: value for name, value in before.items() if not SCHEMA.settings[name].by
+        }
+        assert base.data.weights == {"a": 1} and "mine" not in base.data.sources and base.data.split == {}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmfast.models.decoder import MTP
-from llmfast.train.config import Config
+from llmfast.train.config import Config, load_config
 from llmfast.train.schedule import described, head_weights_at, highest_lr, lr_at, lr_of_step
 
 
@@ -117,3 +117,26 @@ def test_a_run_of_warm_up_alone_ends_and_goes_on(schedule: str) -> None:
 def test_wsd_falls_in_the_last_fifth_unless_told() -> None:
     given: dict[str, Any] = {"lr": 1.0, "steps": 10, "warmup_steps": 0, "schedule": "wsd", "final_lr": 0.0}
     assert [lr_at(step, **given) for step in (6, 7, 8, 9)] == pytest.approx([1, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("scaled", "times"),
+    [("", ""), ("=1", "times 2 for the batch size"), ("=16", "times 0.5 for the batch size"), ("=4", "")],
+)
+@pytest.mark.parametrize("warmup", [0, 1, 50])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "wsd"])
+def test_a_schedule_in_words_has_each_part_that_changes_a_rate(
+    scaled: str, times: str, warmup: int, schedule: str
+) -> None:
+    """The rate is for one row, for sixteen, or for the four that there are."""
+    more = ["optimizer.lr_scaling=sqrt", f"optimizer.base_batch_size{scaled}"] if scaled else []
+    config = load_config(
+        None,
+        [
+            *("train.batch_size=4", "train.steps=99", f"optimizer.schedule={schedule}", "optimizer.final_lr=0.25"),
+            *(f"optimizer.warmup_steps={warmup}", *more),
+        ],
+    )
+    parts = [times, f"{warmup} steps of warm-up" * bool(warmup)]
+    parts.append(f"{schedule} to 25 % at step 99" if schedule != "constant" else "")
+    assert described(config) == ", then ".join(filter(None, parts))
