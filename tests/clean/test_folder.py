@@ -49,6 +49,9 @@ def test_the_report_says_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
         }
         column = options.get("text_column", "text")
         assert asked[-1] == (workers, column, corpus, ["a.txt", "b.txt"], *passed) and report.documents == 2
+    # Another model may know a language that py3langid does not.
+    other = clean(corpus, tmp_path / "other", language="frr", language_model=corpus / "model")
+    assert other.settings["language"] == "frr" and asked[-1][-2:] == ("frr", corpus / "model")
 
 
 @pytest.mark.parametrize(

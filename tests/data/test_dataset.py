@@ -459,3 +459,12 @@ def test_tokens_need_the_tokenizer_that_they_are_of(tmp_path: Path) -> None:
             prepare([str(path)], tokenizer=named, **options)
     with pytest.raises(ValueError, match=r"is 300; ids must be in \[0, vocab_size=264\)"):
         prepare([str(path)], tokenizer=str(tmp_path / "tokenizer.json"), **options)
+
+
+def test_a_split_of_nothing_is_by_documents(folders: list[str], tmp_path: Path) -> None:
+    """Also of a single file, which would be cut if any of it were held out; there is nothing to say of that."""
+    folder, _ = small(tmp_path, 1, 5000)
+    for sources in ([folder], [*folders, folder]):
+        said: list[str] = []
+        data = prepare(sources, tokenizer="bytes", seq_len=16, held_out=0, say=said.append)
+        assert data.split == dict.fromkeys(sources, "documents") and data.validation == {} and said == []

@@ -589,6 +589,12 @@ def test_the_least_that_a_file_can_have(tmp_path: Path) -> None:
         (tmp_path / "x.ds.metadata").write_text(line)
         with pytest.raises(ValueError, match=r"x\.ds\.metadata: line [12] must "):
             read_ds(tmp_path / "x.ds", vocab_size=1)
+    for count in (0, 1, 3):
+        (tmp_path / "x.ds.metadata").write_text(f"name|2\n{count}")
+        with pytest.raises(ValueError, match=rf"line 2 says {count} tokens; \S+ and its index have 2$"):
+            read_ds(tmp_path / "x.ds", vocab_size=1)
+    (tmp_path / "x.ds.metadata").write_bytes(b"\xef\xbb\xbfn\xe9m|2\r\n2\r\n")  # a name in Latin-1, on Windows
+    assert read_ds(tmp_path / "x.ds", vocab_size=1).num_tokens == 2
     right = "; it would be right for {}-byte tokens"
     for nbytes, hint in ((6, ""), (0, ""), (8, right.format(4)), (2, right.format(1))):
         (tmp_path / "x.ds.metadata").unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import functools
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -384,3 +385,13 @@ def test_the_script_shows_the_values_under_the_pointer() -> None:
         ["right", "near 0 tokens\nb: 0\na: 7.5"],
     ]
     assert left == [0, 1]
+
+
+def test_names_that_are_not_unicode_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
+    runs = [tmp_path / os.fsdecode(name) for name in (b"run\xff", b"other")]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "loss": 3.0}\n')
+    report.write_report([*runs, runs[0]], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "run?, other" in text and text.count("run?") > 1

@@ -27,6 +27,7 @@ from llmfast.models import Decoder, DecoderConfig
 from llmfast.optim import FusedAdamW, optimizer_in_backward
 from llmfast.train.config import Config
 from llmfast.train.objective import NextToken, Summed
+from llmfast.train.parallel import World
 from llmfast.train.parts import make_optimizer
 from llmfast.train.settings import ConfigError
 from llmfast.train.signals import handled
@@ -741,3 +742,11 @@ def test_one_label_is_enough_to_validate() -> None:
     loss = loss_of(copy.deepcopy(trainer.model).eval(), batch).item()
     assert int((batch["labels"] != -100).sum()) == 1 and loss > 0
     assert trainer.evaluate() == {"one": (pytest.approx(loss), 1), "twice": (pytest.approx(loss), 2)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_prints(rank: int, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(torch.device("cpu"), rank)
+    trainer, _ = trainer_of(settings(steps=1), fused, world=world, console=None)
+    trainer.say("a line of the first")
+    assert capsys.readouterr().out == ("a line of the first\n" if rank == 0 else "")
