@@ -8,6 +8,8 @@ The stock interpreter keeps a bfloat16 value as its 16 bits in an unsigned integ
 * Every other operation on bfloat16 values is an error. Our kernels upcast right after the load and round only at the
   store, so emulating bfloat16 arithmetic would hide a mistake rather than help. Other people's kernels may do
   otherwise: inside `bfloat16_arithmetic()` each operation is done in float32 and rounded.
+* Lanes that the mask of `tl.load` leaves out are NaN or very large by turns, unless `other` says what they are: stock
+  Triton has 0 there, a GPU anything.
 * `tl.multiple_of` checks its hint. A GPU would take a false hint for a fact.
 * The functions of libdevice exist as far as NumPy has them; see `evidence.libdevice`.
 * `tl.fma` rounds once in float32 and float16. (float64 is left to Triton: before 3.9 it rounds twice.)
@@ -60,6 +62,9 @@ _NEVER_ON_BFLOAT16 = ("create_atomic_rmw", "create_atomic_cas")
 # Operations that make a pointer from a pointer, and the position of the latter among their arguments.
 _POINTERS_FROM_POINTERS = {"addptr": 0, "bitcast": 0, "broadcast": 0, "expand_dims": 0, "reshape": 0, "trans": 0}
 _POINTERS_FROM_POINTERS |= {"splat": 1, "unsplat": 0}
+
+# Turn by turn in lanes that nothing defines: NaN, which no sum hides, and 3.39e38, which no maximum hides.
+UNDEFINED = np.repeat(np.array([0x7FF5, 0x7F7F], np.uint16), 4)
 
 _REPLACED = {
     "": (
@@ -306,13 +311,19 @@ def _patch_memory(interpreter: Any) -> None:
         values: Array = mask.data if isinstance(mask, interpreter.TensorHandle) else mask
         return values
 
-    def load(self: Any, pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def undefined(pointers: Any) -> Any:
+        values = UNDEFINED.view(interpreter._get_np_dtype(kind := pointers.get_element_ty()))
+        return interpreter.TensorHandle(np.resize(values, pointers.data.shape), kind)
+
+    def load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+        if other is None and not array(mask).all():
+            other = undefined(pointers)
         if not observers.active:
-            return stock_load(self, pointers, mask, *args, **kwargs)
+            return stock_load(self, pointers, mask, other, *args, **kwargs)
         access = lanes(pointers, array(mask))
         for observer in observers.active:
             observer.load(access)
-        result = stock_load(self, pointers, mask, *args, **kwargs)
+        result = stock_load(self, pointers, mask, other, *args, **kwargs)
         values = np.ravel(result.data[array(mask)])
         for observer in observers.active:
             observer.loaded(access, values)

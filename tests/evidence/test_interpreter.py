@@ -70,6 +70,27 @@ def test_float32_rounds_to_bfloat16_as_torch_does(kernel):
     same_bfloat16(run_copy(cases, torch.bfloat16, kernel), cases.to(torch.bfloat16))
 
 
+@triton.jit
+def left_out_kernel(source, target, count, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    if OTHER is None:
+        x = tl.load(source + offsets, mask=offsets < count)
+    else:
+        x = tl.load(source + offsets, mask=offsets < count, other=OTHER)
+    tl.store(target + offsets, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int8])
+def test_nobody_can_rely_on_what_a_mask_leaves_out(dtype):
+    source, target = torch.ones(16).to(dtype), torch.ones(16).to(dtype)
+    left_out_kernel[(1,)](source, target, 4, OTHER=None, BLOCK=16)
+    assert target[:4].eq(1).all() and target[4:].double().nan_to_num(1e4).abs().gt(9).all()
+    if dtype.is_floating_point:
+        assert target[4:].isnan().any() and (dtype == torch.float16 or target[4:].gt(1e38).any())
+    left_out_kernel[(1,)](source, target, 4, OTHER=0, BLOCK=16)
+    assert target.tolist() == [1] * 4 + [0] * 12
+
+
 def test_bfloat16_widens_exactly():
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     for dtype in (torch.float32, torch.float64):
