@@ -161,3 +161,11 @@ def test_accesses_are_as_wide_as_every_address_allows() -> None:
         assert vectors(*(whole | {name: moved}).values()) == {"VECTOR": 1, "VECTOR_TAIL": True}
         odd = torch.zeros(t.shape[0], t.shape[1] + 2)[:, : t.shape[1]]
         assert vectors(*(whole | {name: odd}).values())["VECTOR"] == 2
+
+
+def test_more_blocks_live_than_a_byte_counts() -> None:
+    """A vocabulary of 50257 has 393 blocks of columns."""
+    K = 130 * BLOCK - 5
+    alive = torch.ones(1, 130, dtype=torch.int8)
+    alive[0, 7] = 0
+    check(torch.randn(1, K).half(), torch.randn(K, 4).half(), alive, torch.empty(1, 4), add=False)
