@@ -146,15 +146,15 @@ def test_every_flag_reaches_what_is_compiled(
         found["for"].append((architecture, folder))
         yield ["a"]
 
-    def launch_losses(dtype: torch.dtype, V: int, *, softcap: float | None) -> None:
+    def compile_losses(dtype: torch.dtype, V: int, *, softcap: float | None) -> None:
         found["losses"].append((dtype, V, softcap))
 
-    def launch_optimizers(cls: Any, dtype: torch.dtype, **options: Any) -> None:
+    def compile_optimizers(cls: Any, dtype: torch.dtype, **options: Any) -> None:
         found["steps"].append((cls, dtype, {name: value for name, value in options.items() if value is not None}))
 
     monkeypatch.setattr("llmfast_kernels.ahead.compiled_ahead", compiled_ahead)
-    monkeypatch.setattr(ahead, "launch_losses", launch_losses)
-    monkeypatch.setattr(ahead, "launch_optimizers", launch_optimizers)
+    monkeypatch.setattr(ahead, "compile_losses", compile_losses)
+    monkeypatch.setattr(ahead, "compile_optimizers", compile_optimizers)
     for gpu, architecture in (("H100", "sm_90"), ("MI300X", "gfx942")):
         assert main(["compile", "--gpu", gpu, "--out", str(tmp_path / "a" / "b"), *arguments]) == 0
         assert found == {"losses": losses, "steps": steps, "for": [(architecture, tmp_path / "a" / "b")]}

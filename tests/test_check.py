@@ -21,7 +21,7 @@ OF_PAGES = ("docs", "figures", "readme", "statements", "claims", "counts", "page
         ("llmfast/clean/recipe.py", ["tests/clean/test_recipe.py", "tests/test_clean.py"]),
         ("llmfast/export.py", ["tests/test_export.py"]),
         ("kernels/llmfast_kernels/row.py", ["tests/losses/test_budget.py", "tests/losses/test_calls.py"]),
-        ("kernels/llmfast_kernels/optimizer/rules.py", ["tests/optim/test_clipping.py"]),
+        ("kernels/llmfast_kernels/optimizer/rules.py", ["tests/optim/test_by_torch.py"]),
         ("evidence/roofline.py", ["tests/evidence/test_roofline.py", "tests/evidence/test_compiler.py"]),
         ("tests/optim/test_lion.py", ["tests/optim/test_lion.py"]),
         ("docs/losses.md", ["tests/test_docs.py", "tests/test_figures.py", "tests/test_readme.py"]),

@@ -60,7 +60,7 @@ def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_b
         [
             ("validation loss, first", f"{validation[0]:.3f} nats per token"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
-            ("the same from token frequencies alone", f"{entropy:.3f}"),
+            ("by token frequencies alone", f"{entropy:.3f}"),
             *(_changes(lines) if t.init_from or config.model.pretrained else []),
             *guesses,
             ("tokens per second", f"{speed:,.0f}" if trainer.seconds else "-"),

@@ -13,7 +13,7 @@ from llmfast.clean import Report, Stage, add_arguments, run
     ("ended", "code", "told"),
     [
         (3, 0, ""),
-        (0, 0, "llmfast: nothing was kept\n"),
+        (0, 1, "llmfast: nothing was kept\n"),
         *((kind("why"), 2, "llmfast: error: why\n") for kind in (ValueError, FileExistsError, ImportError)),
         (KeyboardInterrupt(), 130, "llmfast: interrupted; nothing was written\n"),
     ],

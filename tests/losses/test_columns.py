@@ -184,7 +184,7 @@ def test_a_group_of_columns_counts_from_the_threshold_on(kernels: None, grad_sca
 
 
 def test_a_group_whose_gradients_are_all_negative_counts_too(kernels: None) -> None:
-    """With smoothing, an improbable class has a gradient of -0.3 / 300."""
+    """Smoothing gives an improbable class a gradient of -0.3 / 300."""
     x = torch.full((1, 384), -1e4)
     x[0, 5] = 0.0
     for threshold, wanted in ((5e-4, [1, 1, 1]), (2e-3, [1, 0, 0])):

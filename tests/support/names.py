@@ -30,7 +30,7 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Yield the commands' parsers by name, those of commands within commands included."""
     stop = mock.patch.object(CommandParser, "parse_args", autospec=True, side_effect=SystemExit)
     with stop as called, contextlib.suppress(SystemExit):
-        cli.main([])
+        cli.main(["--help"])
     left: list[tuple[str, argparse.ArgumentParser]] = [("llmfast", called.call_args.args[0])]
     while left:
         name, parser = left.pop(0)

@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_behind(settings: list[str], capsys: pytest.Capt
     output = capsys.readouterr().out
     for expected in (
         "validation loss, first",
-        "from token frequencies alone",
+        "by token frequencies alone",
         "tokens per second",
         "peak memory",
         "a sample",
@@ -508,7 +508,10 @@ def test_a_run_as_long_as_passes_over_its_text(settings: list[str], capsys: pyte
         ("train.epochs=4.2", ["the run reads corpus 4.2 times. After 4 passes, repeated text teaches less and less"]),
         ("optimizer.warmup_steps=7", []),
         ("optimizer.lr=1.0", []),  # which may be meant for a model that begins from nothing
-        ("optimizer.warmup_steps=8", ["optimizer.warmup_steps=8 must be below train.steps=8 for it to fall again"]),
+        (
+            "optimizer.warmup_steps=8",
+            ["the learning rate never falls: optimizer.warmup_steps=8 is not below train.steps=8"],
+        ),
     ],
 )
 def test_doubtful_lengths_are_told_of(
