@@ -193,11 +193,8 @@ def update_tile(
     scale1_ptr = elements(at.scale1, start // PER_SCALE, group, False)
     grad_type: tl.constexpr = at.grad.dtype.element_ty
 
-    g = load_grad(at.grad, start, i, mask, grad_aligned, ALIGNED).to(tl.float32) * scalars.grad_factor
-    if UNSCALE:
-        # grad_factor is negative to maximize, but the stored gradient keeps its sign.
-        unscaled = tl.where(scalars.grad_factor < 0.0, -g, g).to(grad_type)
-        store_grad(at.grad, start, i, unscaled, mask, grad_aligned, ALIGNED)
+    raw = load_grad(at.grad, start, i, mask, grad_aligned, ALIGNED)
+    g = raw.to(tl.float32) * scalars.grad_factor
     p = READ(p_ptr, mask, load(low_ptr, pairs[2], HALF, mask))
     s0 = read_state(s0_ptr, pairs[0], scale0_ptr, HALF, mask, group_mask)
     s1 = read_state(s1_ptr, pairs[1], scale1_ptr, HALF, mask, group_mask)
@@ -228,6 +225,11 @@ def update_tile(
     if ema_ptr is not None:
         ema = tl.load(ema_ptr, mask=mask)
         tl.store(ema_ptr, ema + scalars.ema_rate * (p - ema), mask=mask)
+    if UNSCALE:
+        # grad_factor is negative to maximize, but the stored gradient keeps its sign. If it is stored earlier, SGD on
+        # bfloat16 spills a register for sm_90.
+        unscaled = (raw.to(tl.float32) * tl.abs(scalars.grad_factor)).to(grad_type)
+        store_grad(at.grad, start, i, unscaled, mask, grad_aligned, ALIGNED)
     if ZERO:
         store_grad(at.grad, start, i, tl.zeros_like(i).to(grad_type), mask, grad_aligned, ALIGNED)
     return s0, s1, low
