@@ -1,12 +1,8 @@
 """Tiny models of Hugging Face's real classes, with random weights and logits that are large enough to tell."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-
-# Before anything imports transformers: nothing is to be asked of the network, and no bar drawn.
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 import pytest
 import torch

@@ -52,15 +52,18 @@ def _chosen() -> str:
 
 DEVICE = _chosen()
 ON_GPU = DEVICE == "cuda"
+# Hugging Face's libraries ask nothing of the network and draw no bars.
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def environment() -> dict[str, str]:
-    """Return environment variables to be set before NumPy, torch and Triton are imported."""
+    """Return environment variables to be set before NumPy, torch, Triton and transformers are imported."""
+    always = {"LLMFAST_CACHE": "", **QUIET}
     if ON_GPU:
-        return {"LLMFAST_CACHE": ""}
+        return always
     # There is one worker per core: more threads, of NumPy or of processes that tests start, would wait for each other.
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return {"LLMFAST_CACHE": "", "TRITON_INTERPRET": "1", **threads, **gpus.hiding()}
+    return {**always, "TRITON_INTERPRET": "1", **threads, **gpus.hiding()}
 
 
 def install() -> None:
