@@ -244,6 +244,7 @@ def test_what_stays_is_whole(cleaned: tuple[Path, Report]) -> None:
     assert texts["bees.rst"] == BEES.replace("dry hollow", "café with a dry hollow").strip()  # without JavaScript
     documentation = [name for name in texts if name.startswith(("stdlib/", "installed/"))]
     assert documentation  # which of them stay is up to the versions that are installed
+    assert len(documentation) < (len(MODULES) + len(DISTRIBUTIONS)) / 2
 
 
 def test_no_address_is_left_anywhere(cleaned: tuple[Path, Report]) -> None:

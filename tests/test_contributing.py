@@ -1,6 +1,8 @@
 """Names, commands and figures of CONTRIBUTING.md, SECURITY.md and the folders' READMEs are those of the code."""
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +69,27 @@ def test_commands_exist(page: str) -> None:
     assert verbs <= set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["test", "ARGS=-k cross_entropy -x"], "bin/python -m pytest --machine-code -rs -n 2 -k cross_entropy -x"),
+        (["test-gpu"], "bin/python -m pytest --device cuda tests/losses tests/optim "),
+        (["train", "ARGS=--set train.steps=200"], "bin/llmfast train --set train.steps=200"),
+        (
+            ["train", "PYTHON=python3.12", "VENV=elsewhere"],
+            "python3.12 tools/setup_env.py --venv elsewhere --extras train",
+        ),
+        (["train", "CONSTRAINTS="], "--extras train\n"),
+    ],
+)
+def test_what_make_runs(arguments: list[str], wanted: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    command = ["make", "-n", "-B", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and wanted in re.sub(" +\n", "\n", done.stdout), done.stdout + done.stderr
+
+
 def test_the_files_of_the_kernels_are_all_listed() -> None:
     rows = dict(re.findall(r"^\| `([\w.]+/?)` \| (.*) \|$", text_of("kernels/README.md"), re.MULTILINE))
     package = ROOT / "kernels" / "llmfast_kernels"
@@ -75,6 +98,17 @@ def test_the_files_of_the_kernels_are_all_listed() -> None:
     for name, text in rows.items():
         if "no Triton" in text:
             assert not re.search(r"^(?:import|from) triton", (package / name).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_no_kernel_is_of_a_layer() -> None:
+    """Norms, rotary embeddings, attention and activations are left to others: `norm_kernel` measures gradients."""
+    sources = (ROOT / "kernels" / "llmfast_kernels").rglob("*.py")
+    found = [
+        name for path in sources for name in re.findall(r"^def (\w+)_kernel\(", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    of_losses = ["cross_entropy", "distillation", "count_above", "filtered_matmul", "scale"]
+    backward = ["cross_entropy_backward", "distillation_backward"]
+    assert sorted(found) == sorted([*of_losses, *backward, "prepare", "update", "norm", "sum"])
 
 
 RECIPES = re.findall(

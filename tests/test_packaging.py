@@ -134,11 +134,13 @@ def copied_examples() -> list[Path]:
 
 
 def test_wheel_holds_the_two_packages_only(built: dict[str, Path]) -> None:
-    names = zipfile.ZipFile(built["wheel"]).namelist()
+    wheel = zipfile.ZipFile(built["wheel"])
+    names = wheel.namelist()
     top = {name.split("/")[0] for name in names}
     (info,) = [name for name in top if name.endswith(".dist-info")]
     assert top == {"llmfast", "llmfast_kernels", info}
     assert {"llmfast/py.typed", "llmfast_kernels/py.typed", f"{info}/licenses/LICENSE"} <= set(names)
+    assert b"License-Expression: Apache-2.0" in wheel.read(f"{info}/METADATA").splitlines()
     sources = {str(path.relative_to(ROOT)) for path in parsed("llmfast")}
     sources |= {str(path.relative_to(ROOT / "kernels")) for path in parsed("kernels/llmfast_kernels")}
     examples = {f"llmfast/_examples/{path.relative_to(ROOT / 'examples')}" for path in copied_examples()}
@@ -270,6 +272,19 @@ def test_no_file_that_is_read_can_run_code(folder: str) -> None:
             if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.serialization", "pickle"):
                 names = {alias.name for alias in node.names} & {"load", "loads", "Unpickler"}
                 assert not names, f"{path}:{node.lineno} hides where {names} comes from"
+
+
+NETWORK = {"aiohttp", "asyncio", "ftplib", "http", "httpx", "huggingface_hub", "requests", "smtplib", "socket"}
+NETWORK |= {"socketserver", "ssl", "telnetlib", "urllib", "urllib3", "webbrowser", "websockets", "xmlrpc"}
+
+
+@pytest.mark.parametrize("folder", ["llmfast", "kernels/llmfast_kernels"])
+def test_nothing_of_ours_uses_the_network(folder: str) -> None:
+    for path, tree in parsed(folder).items():
+        for node in ast.walk(tree):
+            for name in imported(node):
+                assert name.split(".")[0] not in NETWORK, f"{path}:{node.lineno} imports {name}"  # type: ignore[attr-defined]
+            assert dotted(node) not in ("torch.hub", "torch.distributed.TCPStore"), path
 
 
 @pytest.fixture

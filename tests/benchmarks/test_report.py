@@ -3,7 +3,9 @@
 import json
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -164,3 +166,17 @@ def test_a_part_replaces_its_own_rows(tmp_path: Path) -> None:
     ]
     assert [again["what"] for again in results["about"]["again"]] == [["clock: adamw"]]
     assert "clock: adamw: run again on" in (tmp_path / "README.md").read_text()
+
+
+def test_a_part_writes_results_only_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    conftest = pytest.importorskip(
+        "benchmarks.conftest", reason="needs pytest-benchmark: make bench", exc_type=ImportError
+    )
+    written: list[Any] = []
+    monkeypatch.setattr(store, "write", lambda folder, rows, part: written.append((folder, part)))
+    for keyword, folder in (("kernels", None), ("kernels", tmp_path), ("", None)):
+        chosen = dict(keyword=keyword, markexpr="", deselect=None, collectonly=False, benchmark_disable=False)
+        config = mock.Mock(stash={conftest.RESULTS: [{}]}, args=[str(Path(conftest.__file__).parent)])
+        config.option = SimpleNamespace(results=folder, **chosen)
+        conftest.pytest_sessionfinish(SimpleNamespace(config=config), 0)
+    assert written == [(tmp_path, True), (store.default_folder(), False)]

@@ -8,6 +8,7 @@ import ast
 import difflib
 import functools
 import importlib
+import json
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from evidence.pretend_cuda import pretending_cuda
 from evidence.traffic import counting
 from llmfast.losses import targets
 from llmfast.optim import FusedAdamW
+from llmfast.train.config import Config, dump_config
 from support import gpus
 from support.ranks import Ranks
 from support.waiting import NoWaiting
@@ -254,6 +256,29 @@ def test_perplexity_takes_the_same_memory_for_any_length() -> None:
             module.measured(model, text, rows=4, context=64)
         peaks.append(counts.peak_bytes)
     assert peaks[0] == peaks[1]
+
+
+def test_prose_then_code_with_and_without_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run only writes its settings here, and losses that stand for those of training."""
+    module, weights = recipe("continued_pretraining"), {}
+
+    def train(config: Config, **_: Any) -> Path:
+        run, forgets = Path(config.runs) / config.name, config.name == "without-replay"
+        weights[config.name] = config.data.weights
+        run.mkdir()
+        (run / "config.toml").write_text(dump_config(config))
+        losses = [{"prose": 3.0, "code": 4.0}, {"prose": 3.0 + forgets, "code": 3.0}]
+        lines = [{"step": step, "tokens": 9 * step, "validation": each} for step, each in enumerate(losses)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    found = module.main(tmp_path)
+    assert weights.pop("prose") == {"prose": 1, "code": 0}
+    replayed, not_replayed = {"code": "0.1->0.7", "prose": "rest"}, {"code": 1.0, "prose": 0.0}
+    assert weights == {"with-replay": replayed, "without-replay": not_replayed}
+    assert found == {"with replay": {"prose": 0.0, "code": -1.0}, "without replay": {"prose": 1.0, "code": -1.0}}
 
 
 # torch.compile.

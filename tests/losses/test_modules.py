@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, reference
+from llmfast.losses import CrossEntropyLoss, LinearCrossEntropyLoss, modules, reference
 
 N, D, V = 10, 6, 13
 CLASSES = torch.linspace(0.5, 2.0, V)
@@ -170,6 +170,16 @@ def test_places_of_a_token(path: str) -> None:
             LinearCrossEntropyLoss(D, 5, out_features=(2,), **{name: 1})
 
 
+def test_places_are_computed_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = LinearCrossEntropyLoss(D, 5, out_features=(2, 3)), []
+    one = modules.linear_cross_entropy
+    monkeypatch.setattr(
+        modules, "linear_cross_entropy", lambda h, w, *a, **o: seen.append(w.shape) or one(h, w, *a, **o)
+    )
+    module(torch.randn(4, D), torch.randint(0, 5, (4, 2, 3)))
+    assert seen == [(5, D)] * 6
+
+
 def test_places_are_divided_by_what_is_said() -> None:
     h, y = torch.randn(4, D), torch.randint(0, 5, (4, 2))
     losses = []
@@ -206,3 +216,5 @@ def test_every_argument_is_tried() -> None:
     for kind in (CrossEntropyLoss, LinearCrossEntropyLoss):
         named = {name for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
         assert named <= tried | refused
+        if theirs := getattr(nn, kind.__name__, None):  # torch 2.13 has both
+            assert {*inspect.signature(theirs).parameters} <= named

@@ -152,6 +152,16 @@ def test_a_fifth_of_a_gibibyte_is_enough_for_four_products() -> None:
     assert per_token.products <= 5.0
 
 
+@pytest.mark.parametrize("mebibytes", [16, 200, 1024, 1536])
+def test_a_column_that_is_not_summed_costs_its_share_of_a_fourth_product(mebibytes: int) -> None:
+    plan = LinearCrossEntropyPlan.make(**LLAMA, memory_budget=mebibytes << 20)
+    N, D, V = LLAMA["N"], LLAMA["D"], LLAMA["V"]
+    assert plan.mode == "two-stage" and plan.way.kept == 0
+    assert plan.products == pytest.approx(4 - plan.way.summed / V)
+    sums, slab = 4 * plan.way.summed * D, 2 * N * plan.way.columns
+    assert plan.held_bytes == pytest.approx(max(slab, sums), abs=16 * N)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("D", "V"), [(4096, 128256), (2304, 256000), (2560, 151936)])
 def test_chunks_of_rows_take_the_bytes_of_a_gradient_that_is_not_made_yet(D: int, V: int, reduction: str) -> None:

@@ -98,6 +98,20 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_else(target: 
         assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
+def test_one_program_takes_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids, kernel = [], rows.cross_entropy_kernel
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(rows, "cross_entropy_kernel", Noted())
+    for N in (1, 5):
+        forward(torch.randn(N, 70), torch.zeros(N, dtype=torch.int64), 70)
+    assert grids == [(1,), (5,)]
+
+
 @pytest.mark.cpu("a failed assertion leaves a GPU unusable to the process")
 def test_a_target_out_of_range_asserts_in_debug_mode() -> None:
     logits, out = torch.randn(1, 70), torch.empty(1)

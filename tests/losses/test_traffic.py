@@ -44,6 +44,18 @@ def test_linear_loss_with_a_slab_of_a_quarter() -> None:
     assert total.syncs == 0
 
 
+def test_float32_logits_take_the_same_products() -> None:
+    N, D, V = 64, 32, 512
+    found = []
+    for slab_dtype in (None, torch.float32):
+        with pretending_cuda():
+            hidden, weight = (torch.randn(n, D, dtype=torch.bfloat16).requires_grad_() for n in (N, V))
+            with forced("chunk"), counting(dry=True) as counts:
+                linear_cross_entropy(hidden, weight, torch.randint(0, V, (N,)), slab_dtype=slab_dtype).backward()
+        found.append(counts.total().dot_flops)
+    assert found == [{"bfloat16": 6 * N * D * V}] * 2
+
+
 @pytest.mark.parametrize(("dtype", "bytes_per_element"), [(torch.bfloat16, 0), (torch.float32, 0), (torch.float16, 4)])
 def test_a_mean_is_divided_without_a_pass(dtype: torch.dtype, bytes_per_element: int) -> None:
     """Test sums in the weight's dtype, which no pass casts. float16 would underflow, and is divided in the end."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedRMSprop, FusedSGD
+from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedOptimizer, FusedRMSprop, FusedSGD
 from support.launched import unrecorded
 from support.training import LATE, Options, gradients, parameters
 
@@ -47,6 +47,10 @@ def torchs(ours: type[FusedOptimizer], params: Any, options: Options, **more: An
     return info_of(ours).optim_cls(params, foreach=False, **kept, **more)
 
 
+def test_torch_has_no_lion() -> None:
+    assert not hasattr(torch.optim, "Lion") and FusedLion not in OURS
+
+
 def assert_same(ours: Any, theirs: Any, mine: list[Tensor], yours: list[Tensor], what: str) -> None:
     for p, q in zip(mine, yours):
         loose = {"rtol": 2e-6, "atol": 1e-6} if q.dtype in (torch.float32, torch.complex64) else {}
@@ -70,6 +74,7 @@ def test_every_configuration(path: str, ours: type[FusedOptimizer], kind: str) -
     for what, options in configurations(ours):
         mine, yours = params_of(kind), params_of(kind)
         a, b = ours(mine, **copy.deepcopy(options)), torchs(ours, yours, options)
+        assert isinstance(a, type(b))
         for step in STEPS:
             gradients(step, mine), gradients(step, yours)
             a.step(), b.step()

@@ -2,12 +2,14 @@
 
 import io
 import pickle
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -88,6 +90,20 @@ def test_values_run_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointException, match=r"(?i)weights.only"):
         read(tmp_path / "bad")
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("where", ["metadata", "values"])
+def test_torchs_own_reader_runs_what_it_reads(where: str, tmp_path: Path) -> None:
+    """SECURITY.md says so; where this fails, torch protects its readers itself."""
+    proof, weight = tmp_path / "proof", torch.ones(2)
+    save({"weight": weight, "lr": Attack(proof)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    if where == "metadata":
+        (tmp_path / "saved" / ".metadata").write_bytes(pickle.dumps(Attack(proof)))
+        with suppress(AttributeError):  # after it has run it
+            FileSystemReader(tmp_path / "saved").read_metadata()
+    else:
+        load({"weight": weight, "lr": 0.0}, storage_reader=FileSystemReader(tmp_path / "saved"), no_dist=True)
+    assert proof.exists()
 
 
 def test_a_file_that_is_cut_short_is_refused(folder: Path) -> None:
