@@ -363,7 +363,8 @@ STATED = {
         "costs 4·D bytes of memory",
         "its 2·V·D bytes are free for the slab of rows: 1 GiB in this example",
         "Hence 16 MiB are enough for four products",
-        "a call takes 4 \N{MINUS SIGN} r products and holds slab + r · 4·V·D + about 12·N bytes",
+        "a call takes 4 \N{MINUS SIGN} r products.",
+        "so a call holds max(slab of columns, r · 4·V·D) + about 12·N bytes.",
         "at 2·N bytes per column in bfloat16. That is less than 4·D if N < 2·D",
         "| materialise | makes all logits, which are kept | turns them into gradients | 3 |",
         "| chunk | makes all gradients | none | 3 |",
@@ -484,6 +485,47 @@ def test_figures_of_a_page(page: str) -> None:
     assert found
     for sentence in found:
         assert " ".join(sentence.split()) in text, f"docs/{page} does not say: {sentence}"
+
+
+def test_what_pages_say_of_bytes_is_so_of_the_results() -> None:
+    """Compare what each way moves and holds, and what that costs, at the size of the pictures."""
+    found = {row["way"]: row for row in ROWS if row.get("section") == "real sizes" and row["size"] == SHOWN}
+    found = {way: row for way, row in found.items() if row["operation"] == "linear_cross_entropy"}
+    moved, cut = {way: row["dram"] for way, row in found.items()}, "cut-cross-entropy"
+    assert min(found, key=held) == min(moved, key=lambda way: moved[way]) == cut
+    assert held(cut) < 16 * SHOWN["N"] * 8, "some numbers per row, and no logits"
+    assert found[cut]["moved"] > 100 * moved[cut], "what caches would have to serve"
+    large = min((way for way in moved if way != cut), key=lambda way: moved[way])
+    assert large == "Liger, C = 16"
+    errors = {way: linear(way, small=True)["errors"] for way in found}
+    assert errors[large]["weight"] > 1.3 * errors["Liger, float32 sums"]["weight"]
+    assert errors[cut]["hidden"] > 10 * errors["llmfast"]["hidden"], "its filter"
+
+
+def test_which_log_probabilities_are_fastest() -> None:
+    found = [row for row in ROWS if row.get("section") == "real sizes" and row["operation"] == "linear_logprobs"]
+    for size in unique(str(row["size"]) for row in found):
+        at = {row["way"]: row for row in found if str(row["size"]) == size}
+        assert min(at, key=lambda way: at[way]["seconds"][H100.name]) == "TRL"
+        products = {way: row["dot_flops"] / (2 * math.prod(row["size"].values())) for way, row in at.items()}
+        assert products["TRL"] == 3 and products["llmfast"] > 3.5
+
+
+def test_what_further_tokens_cost_the_next_one() -> None:
+    found = {row["way"]: mean(row["validation"]) for row in results("mtp.json")}
+    alone = found.pop("next token only")
+    depth = found.pop("sequential depths, D = 1")
+    assert 0 < depth - alone < 0.01 and len(found) == 3
+    assert all(loss > alone + 0.05 for loss in found.values())
+
+
+def test_nothing_in_the_table_is_better_than_rounding_to_nearest() -> None:
+    table = {
+        text.split(" | ")[0]: text for text in STATED["how-it-works/chunk-plan.md"] if "e-" in text and "|" in text
+    }
+    nearest, *others = ([float(cell) for cell in text.strip("| ").split(" | ")[1:]] for text in table.values())
+    assert next(iter(table)) == "| rounded to nearest" and len(others) == 2 and len(nearest) == 7
+    assert all(a <= b for other in others for a, b in zip(nearest, other, strict=True))
 
 
 def test_errors_of_float32_logits() -> None:
