@@ -538,7 +538,7 @@ def test_compiled_the_graph_breaks() -> None:
     ours, want = (torch.autograd.grad(f(h, w), [h, w]) for f in (torch.compile(step, backend="aot_eager"), step))
     torch.testing.assert_close(ours, want)
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+    with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(step, backend="aot_eager", fullgraph=True)(h, w)
 
 
