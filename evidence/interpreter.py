@@ -311,9 +311,13 @@ def _patch_memory(interpreter: Any) -> None:
         values: Array = mask.data if isinstance(mask, interpreter.TensorHandle) else mask
         return values
 
+    @functools.cache
+    def undefined_values(dtype: Any, shape: tuple[int, ...]) -> Array:
+        return np.resize(UNDEFINED.view(dtype), shape)
+
     def undefined(pointers: Any) -> Any:
-        values = UNDEFINED.view(interpreter._get_np_dtype(kind := pointers.get_element_ty()))
-        return interpreter.TensorHandle(np.resize(values, pointers.data.shape), kind)
+        kind = pointers.get_element_ty()
+        return interpreter.TensorHandle(undefined_values(interpreter._get_np_dtype(kind), pointers.data.shape), kind)
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         if other is None and not array(mask).all():

@@ -60,18 +60,15 @@ def _remember_block_types(block_type: Any) -> None:
 
 def _remember_shapes(tensor: Any) -> None:
     stock = tensor.__init__
-    known: dict[tuple[int, ...], dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
 
     def init(self: Any, handle: Any, type: Any) -> None:
-        shape = tuple(type.shape.values) if type.is_block() else ()
-        fields = known.get(shape)
+        fields = known.get(type.name)  # which says the shape too
         if fields is None:
             stock(self, handle, type)
-            own = ("handle", "type", "dtype")
-            known[shape] = {name: value for name, value in vars(self).items() if name not in own}
+            known[type.name] = dict(vars(self))
         else:
-            self.__dict__.update(fields)
-            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.__dict__ = {**fields, "handle": handle, "type": type, "dtype": type.scalar}
 
     tensor.__init__ = init
 
