@@ -312,16 +312,12 @@ def _patch_memory(interpreter: Any) -> None:
         return values
 
     @functools.cache
-    def undefined_values(dtype: Any, shape: tuple[int, ...]) -> Array:
-        return np.resize(UNDEFINED.view(dtype), shape)
-
-    def undefined(pointers: Any) -> Any:
-        kind = pointers.get_element_ty()
-        return interpreter.TensorHandle(undefined_values(interpreter._get_np_dtype(kind), pointers.data.shape), kind)
+    def undefined(kind: Any, shape: tuple[int, ...]) -> Any:
+        return interpreter.TensorHandle(np.resize(UNDEFINED.view(interpreter._get_np_dtype(kind)), shape), kind)
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         if other is None and not array(mask).all():
-            other = undefined(pointers)
+            other = undefined(pointers.get_element_ty(), pointers.data.shape)
         if not observers.active:
             return stock_load(self, pointers, mask, other, *args, **kwargs)
         access = lanes(pointers, array(mask))
