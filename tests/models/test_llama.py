@@ -9,10 +9,13 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from llmfast.models import Decoder, DecoderConfig, load_llama, save_llama
 from llmfast.models.llama import decoder_config_of
 from support.pairs import Case, covering
+
+OWN = ("model.embed_tokens.weight", "lm_head.weight")  # which depths may have copies of
 
 
 def decoder(**options: Any) -> Decoder:
@@ -177,6 +180,25 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_are_those_of_the_config(tied: bool, tmp_path: Path) -> None:
+    """Leave out each tensor in turn, cut it, and add one that only another model has."""
+    save_llama(decoder(layers=1, mtp="sequential", mtp_heads=1, tie_embeddings=tied), tmp_path, depths=True)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    shared = {name for name in whole if re.search("[.](embed_tokens|shared_head.head)[.]", name)} - {*OWN}
+    for name, t in whole.items():
+        changed: list[tuple[dict[str, Any], str]] = [({name: t[:-1]}, "does not fit|must equal the model's own")]
+        if name not in shared:  # depths need no copies of what they share
+            changed.append(({name: None}, f"missing .*{re.escape(name)}|must equal the model's own"))
+        changed.append(({f"{name.removesuffix('weight')}bias": t[..., 0].clone()}, "left over .*bias"))
+        changed.append(({f"model.layers.7.{name}": t.clone()}, r"left over .*model\.layers\.7"))
+        for change, message in changed:
+            save_file({n: x for n, x in (whole | change).items() if x is not None}, file)
+            with pytest.raises(ValueError, match=message):
+                load_llama(tmp_path)
 
 
 def test_settings_of_depths_that_are_not_there_are_not_read(tmp_path: Path) -> None:
