@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmfast.generate import _print
 from llmfast.train.config import SCHEMA
 from llmfast.train.settings import ConfigError
 from llmfast.train.trainer import NonFinite
+from support.names import parsers
 
 TRAIN = "; training needs the extra: pip install 'llmfast-torch[train]'"
 ADVICE = "out of memory; try a smaller train.micro_batch_size, data.seq_len or model: "
@@ -160,6 +162,19 @@ def test_names_that_are_not_unicode_are_printed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cli, "_settings", lambda args: print("a\udcff\u4e2d") or 0)
     assert main(["settings"]) == 0
     assert written.getvalue() == b"a\\udcff\\u4e2d\n"
+
+
+def test_a_default_in_a_help_text_is_the_options() -> None:
+    found = 0
+    for command, parser in parsers():
+        for action in parser._actions:
+            told = re.search(r"\(default: ([^()]*)\)", str(action.help) % {"default": action.default})
+            if told is None or action.default in (argparse.SUPPRESS, None, []):
+                continue
+            default = action.default if isinstance(action.default, list) else [action.default]
+            assert told[1] == " ".join(map(str, default)), f"{command}: {action.help}"
+            found += 1
+    assert found > 10
 
 
 def test_no_arguments_list_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

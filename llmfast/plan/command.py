@@ -35,6 +35,7 @@ SOURCES = {
 # Options without a topic, by the names of their parsed values: those of any budget, and those of a planned run.
 BUDGET = {"flops": "--flops", "params": "--params", "tokens": "--tokens"}
 PLANNED = {"days": "--days", "seq_len": "--seq-len", "vocab_size": "--vocab-size", "settings": "--out"}
+BUDGETS = (1, 10, 100)  # for which `fit` plans, as multiples of the largest run's
 GPUS = {"gpu": "--gpu", "gpus": "--gpus", "utilisation": "--utilisation"}
 DEFAULTS = {"law": "besiroglu", "gpus": 1, "utilisation": cost.UTILISATION}  # None for the others
 
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flops",
         dest="budget",
         metavar="C",
-        help="the budget to plan for (default: 1, 10 and 100 times the largest run)",
+        help="the budget to plan for (default: {}, {} and {} times the largest run)".format(*BUDGETS),
     )
     fit.add_argument(
         "--resamples", type=int, default=RESAMPLES, help="resamples for the intervals; 0: none (default: %(default)s)"
@@ -268,7 +269,7 @@ def _fit_both(runs: list[Run], budget: float | None, args: argparse.Namespace) -
     lines += [f"  {name:<7}{_value(fit, lambda law, name=name: float(getattr(law, name)))}" for name in names]
     lines += [*_interval_note(fit), "", *_residuals(fit, runs), "", "compute-optimal by this fit:"]
     largest = max(r.flops for r in runs)
-    budgets = [largest, 10 * largest, 100 * largest] if budget is None else [budget]
+    budgets = [times * largest for times in BUDGETS] if budget is None else [budget]
     rows: list[Sequence[str]] = [("FLOPs", "parameters", "", "tokens", "tokens/N", "loss")]
     for c in budgets:
         best = fit.law.optimal(c)

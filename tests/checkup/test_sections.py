@@ -128,11 +128,13 @@ def test_numbers_that_change_from_run_to_run_are_found() -> None:
     assert comparing.same_bits("repeated", lambda: (torch.tensor([float("nan")]),), 3).ok
 
 
-def test_a_write_outside_is_found() -> None:
-    guarded = comparing.Guarded(torch.zeros(3, 5), offset=1)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("place", [-comparing.GUARD, -1, 15, 14 + comparing.GUARD])
+def test_a_write_outside_is_found(offset: int, place: int) -> None:
+    guarded = comparing.Guarded(torch.zeros(3, 5), offset=offset)
     guarded.tensor.fill_(1.0)
     assert guarded.finding().ok
-    flat = guarded.tensor.as_strided((1,), (1,), guarded.tensor.storage_offset() + 15)
+    flat = guarded.tensor.as_strided((1,), (1,), guarded.tensor.storage_offset() + place - offset * (place > 15))
     flat.zero_()
     assert not guarded.finding().ok and guarded.finding().figures == {"elements_written": 1}
 

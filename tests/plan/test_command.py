@@ -516,3 +516,10 @@ def test_numbers_are_read_as_they_are_written() -> None:
         assert short(number("--params", text.replace(" ", "")) or 0) == text
     assert number("--params", "2K") == number("--params", "2k") == 2000
     assert number("--params", None) is None
+
+
+def test_the_help_of_a_fit_names_its_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    add_arguments(parser := argparse.ArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["fit", "--help"])
+    assert "(default: 1, 10 and 100 times the largest run)" in " ".join(capsys.readouterr().out.split())

@@ -481,6 +481,20 @@ def test_a_run_goes_on_with_other_ranks(ranks: Any, kind: str, sizes: tuple[int,
     assert_same(found[0][1], five_steps(bool(classes)))
 
 
+def check_generators(rank: int, size: int, folder: str) -> None:
+    world, config = world_of(rank, size), settings(steps=2, save_every=1)
+    trainer = trainer_of(config, world, run=Path(folder))
+    torch.manual_seed(100 + rank)
+    assert trainer.fit()
+    before = torch.get_rng_state()
+    trainer_of(config, world, run=Path(folder)).resume()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_rank_goes_on_with_random_numbers_of_its_own(ranks: Any, tmp_path: Path) -> None:
+    ranks(2).run(check_generators, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
