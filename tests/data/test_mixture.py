@@ -198,6 +198,27 @@ def test_wrong_weights_are_named(weights: dict[str, Any], message: str) -> None:
         mixture(weights=weights)
 
 
+@pytest.mark.parametrize("where", ["0", "0.3", "0.5", "1"])
+@pytest.mark.parametrize(
+    ("usual", "once", "others", "message"),
+    [
+        (0.2, 0.8, {"code": 0.5, "maths": 0.0, "none": 0.0}, "weights must not sum to more than 1; got 1.3"),
+        (0.5, 0.0, {"code": 0.0, "maths": 0.0, "none": 0.0, "general": 0.0}, "some source must have a weight"),
+        (0.0, 0.1, {"code": 0.5, "maths": 0.1}, "source 'none' has a weight but no rows"),
+    ],
+)
+def test_a_wrong_weight_at_a_single_point_of_the_run_is_named(
+    where: str, usual: float, once: float, others: dict[str, Any], message: str
+) -> None:
+    points = {"0": usual, "0.2": usual, "0.4": usual, "0.6": usual, "1": usual, where: once}
+    curve = ", ".join(f"{at}:{points[at]}" for at in sorted(points, key=float))
+    changing = "none" if "none" not in others else "maths"
+    weights: dict[str, Any] = {"general": "rest", **others, changing: curve}
+    with pytest.raises(ValueError, match=message):
+        Mixture({**ROWS, "none": 0}, weights, total=100)
+    Mixture({**ROWS, "none": 0}, weights | {changing: usual}, total=100)
+
+
 def test_a_run_has_sequences_and_sources() -> None:
     assert sum(mixture(total=1).counts(1).values()) == 1
     with pytest.raises(ValueError, match="total must be positive; got 0"):

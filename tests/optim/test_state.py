@@ -45,6 +45,10 @@ MOMENTUM = [
     Case(FusedAdagrad, {"lr_decay": 0.1}),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CLASSES_WITH_STATES: list[tuple[type[FusedOptimizer], Options]] = [
+    *((FusedAdamW, {"amsgrad": True}), (FusedSGD, {"momentum": 0.9}), (FusedLion, {}), (FusedAdagrad, {})),
+    (FusedRMSprop, {"momentum": 0.5}),
+]
 
 
 def some_parameters(dtype: torch.dtype = FP32) -> list[Tensor]:
@@ -697,3 +701,28 @@ def test_a_buffer_that_has_seen_no_gradient_is_not_saved(path: str, state_dtype:
         optimizer.step()
         state = optimizer.state_dict()["state"].get(0, {})
         assert any(name.startswith("momentum_buffer") for name in state) == saved
+
+
+COUNTED = [
+    (low, states, CLASSES_WITH_STATES[(i + j) % len(CLASSES_WITH_STATES)], 0.9 if (i + j) % 2 else None)
+    for i, low in enumerate((None, "fp32", "split16", "split8", "kahan", "stochastic"))
+    for j, states in enumerate((None, "8bit", FP32, BF16))
+]
+
+
+@pytest.mark.parametrize(("low", "states", "rule", "ema"), COUNTED)
+def test_bytes_are_those_that_parameters_of_any_dtype_will_need(
+    low: str | None, states: Any, rule: tuple[type[FusedOptimizer], Options], ema: float | None
+) -> None:
+    """Ask before the first step, of meta tensors too, and count after it."""
+    (cls, options), shapes = rule, ((300, 2), (7,), ())
+    made = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes for dtype in (BF16, FP32)]
+    more = {"master_weights": low, "state_dtype": states, "ema_decay": ema, **options}
+    optimizer = cls(made, lr=0.1, **more)
+    elsewhere = cls([p.detach().to("meta").requires_grad_() for p in made], lr=0.1, **more)
+    told = optimizer.state_bytes()
+    for p in made:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    assert told == elsewhere.state_bytes() == optimizer.state_bytes() == held

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llmfast.models import Decoder, DecoderConfig
 from llmfast.train import parallel
 from llmfast.train.config import load_config
 from llmfast.train.parallel import World, clip_grad_norm_, micro_batch_size, plain, prepare_blocks, shard_count, syncing
@@ -124,6 +125,36 @@ def test_ranks_that_share_parameters(kind: str, ranks: int, shards: int) -> None
         return
     with pytest.raises(ConfigError, match=r"train.shard_size must divide the number of ranks, 6, .*; got 4$"):
         shard_count(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "shard_size", "mesh"),
+    [
+        *(("fsdp", 2, 0, (2,)), ("fsdp", 8, 0, (8,)), ("hsdp", 2, 1, (2, 1)), ("hsdp", 2, 2, (1, 2))),
+        *(("hsdp", 8, 1, (8, 1)), ("hsdp", 8, 2, (4, 2)), ("hsdp", 8, 4, (2, 4)), ("hsdp", 6, 3, (2, 3))),
+    ],
+)
+def test_the_last_axis_of_a_mesh_shards(
+    kind: str, ranks: int, shard_size: int, mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HSDP shards over `train.shard_size` ranks and replicates over the others; every block is given the same mesh."""
+    made: list[Any] = []
+    given: list[Any] = []
+
+    def make(device: str, shape: tuple[int, ...], mesh_dim_names: Any = None) -> str:
+        made.append((device, shape, mesh_dim_names))
+        return "mesh"
+
+    monkeypatch.setattr(parallel, "init_device_mesh", make)
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: given.append((module, options)))
+    config = load_config(None, [f"train.parallel={kind}", f"train.shard_size={shard_size}"])
+    model = Decoder(DecoderConfig(9, width=8, layers=2, heads=2))
+    parallel.spread(model, config, World(CPU, size=ranks), own=["norm.weight"])
+    assert made == [("cpu", mesh, ("replicate", "shard") if kind == "hsdp" else None)]
+    assert given == [
+        *((block, {"mesh": "mesh"}) for block in model.blocks),
+        (model, {"mesh": "mesh", "ignored_params": {model.norm.weight}}),
+    ]
 
 
 @pytest.mark.parametrize("again", [False, True])
