@@ -86,7 +86,7 @@ def settings() -> Iterator[str]:
             parts.append(f"of {', '.join(map(str, get_args(s.kind)))}")
         parts += [f"by name: {s.by}"] * bool(s.by) + [f"kept by a {s.declared['kept']}"] * bool(s.declared["kept"])
         parts += [f"also {', '.join(aliases[name])}"] if name in aliases else []
-        yield "; ".join(parts)
+        yield f"{'; '.join(parts)} | {s.meaning}"
 
 
 def flags() -> Iterator[str]:
@@ -102,7 +102,9 @@ def flags() -> Iterator[str]:
                 continue
             facts = {"nargs": action.nargs, "choices": action.choices and list(action.choices), "const": action.const}
             facts |= {"default": shown(action.default), "required": action.required or None}
-            yield f"{command}: {names} " + ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, "None"))
+            listed = ", ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, "None"))
+            told = "" if action.help == argparse.SUPPRESS else str(action.help) % {"default": action.default}
+            yield f"{command}: {names} {listed} | {told}"
 
 
 def data_sheets() -> Iterator[str]:

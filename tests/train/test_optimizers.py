@@ -290,3 +290,15 @@ def test_the_plan_knows_its_states(chosen: list[str], settings: list[str]) -> No
     kept = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values())
     assert estimate_run(trainer.config, trainer.model.config).optimizer == kept
     assert make_optimizer(trainer.config, model).state_bytes() == kept
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_formats_given_to_make_take_precedence_over_the_settings(name: str) -> None:
+    formats = ["optimizer.master_weights=split8", "optimizer.state_dtype=bfloat16"]
+    config = load_config(None, [f"optimizer.name={name}", *formats])
+    params = [nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))]
+    given = {"master_weights": "kahan", "state_dtype": torch.float32}
+    for extras in ({}, {"master_weights": "kahan"}, {"state_dtype": torch.float32}, given):
+        options = config.optimizer.make(params, **extras).options
+        wanted = {"master_weights": "split8", "state_dtype": torch.bfloat16} | extras
+        assert {name: getattr(options, name) for name in wanted} == wanted
