@@ -179,7 +179,7 @@ class _Made:
         self.guessed, self.accepted = Counter[int](), Counter[int]()
 
     def __str__(self) -> str:
-        line = f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):,.0f} per second"
+        line = f"{self.tokens} tokens after the prompt, {self.tokens / max(self.seconds, 1e-9):,.0f} per second"
         if not self.passes:
             return line
         shares = (100 * self.accepted[k] / n for k, n in sorted(self.guessed.items()))

@@ -54,7 +54,7 @@ def test_the_text_is_the_models(
             out, err = capsys.readouterr()
             assert out == wanted + "\n" * (not wanted.endswith("\n"))
             drafted = settings[:1] in (["model.mtp=parallel"], ["model.mtp=sequential"]) and more == []
-            pattern = r"llmfast: \d+ tokens, [\d,]+ per second"
+            pattern = r"llmfast: \d+ tokens after the prompt, [\d,]+ per second"
             if drafted:
                 pattern += r"; \d\.\d\d per pass, drafts accepted by head: \d+ %, \d+ %"
             assert re.fullmatch(pattern + "\n", err), err
@@ -273,16 +273,16 @@ def test_the_end_of_the_context_is_told_where_more_was_asked_for(
         assert main(["generate", str(tmp_path / "run"), f"--prompt={'x' * 50}", f"--max-tokens={count}"]) == 0
         out, err = capsys.readouterr()
         assert out == "a" * (min(count, left) - 1) + "b" * (not ends[0]) + "\n"
-        assert err.startswith(f"llmfast: {min(count, left) - ends[0]} tokens, ")
+        assert err.startswith(f"llmfast: {min(count, left) - ends[0]} tokens after the prompt, ")
         assert err.endswith("; stopped at the end of the context of 64\n") is (count > left and not ends[0])
 
 
 def test_what_was_made_is_told() -> None:
     made = generate._Made()
     made.tokens, made.seconds = 3000, 2.0
-    assert str(made) == "3000 tokens, 1,500 per second"
+    assert str(made) == "3000 tokens after the prompt, 1,500 per second"
     made.passes = 1200
-    assert str(made) == "3000 tokens, 1,500 per second; 2.50 per pass, drafts accepted by head: none made"
+    assert str(made) == "3000 tokens after the prompt, 1,500 per second; 2.50 per pass, drafts accepted by head: none made"
     made.guessed.update({0: 8, 1: 4, 2: 2})
     made.accepted.update({0: 6, 2: 1})
     assert str(made).endswith("; 2.50 per pass, drafts accepted by head: 75 %, 0 %, 50 %")

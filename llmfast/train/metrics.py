@@ -220,15 +220,16 @@ def plot_loss(metrics: Path, picture: Path, *, unigram_entropy: float) -> None:
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    train = [(line["tokens"] / 1e6, line["loss"]) for line in lines if "loss" in line]
+    unit, size = ("million", 1e6) if max((x["tokens"] for x in lines), default=0) >= 1e6 else ("thousand", 1e3)
+    train = [(line["tokens"] / size, line["loss"]) for line in lines if "loss" in line]
     if train:
         axes.plot(*zip(*train), color="0.65", linewidth=1, label="training")
     for source in sorted({name for line in lines for name in line.get("validation", {})}):
-        points = [(x["tokens"] / 1e6, x["validation"][source]) for x in lines if source in x.get("validation", {})]
+        points = [(x["tokens"] / size, x["validation"][source]) for x in lines if source in x.get("validation", {})]
         form = "o" if len(points) <= FEW else "o-"
         axes.plot(*zip(*points), form, markersize=4, label=f"validation: {source}")
     axes.axhline(unigram_entropy, linestyle=":", color="black", linewidth=1, label="unigram entropy of held-out text")
-    axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
+    axes.set(title=metrics.parent.name, xlabel=f"{unit} tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.2)
     labels = axes.get_legend_handles_labels()[1]
     columns = max(1, min(len(labels) // 4, 96 // (max(map(len, labels)) + 6)))  # 8 inches are about 96 characters wide

@@ -262,7 +262,7 @@ class Schema:
         if error["type"] == "unexpected_keyword_argument":
             near = self.near(name)
             hint = f"did you mean {near[0]}?{self.said(name)}" if near else f"valid keys are {', '.join(self.settings)}"
-            return f"unknown key {name} = {shown(got)}; {hint}"
+            return f"unknown key {name}; {hint}"
         if known is None:
             keys = ", ".join(n for n in self.settings if n.startswith(f"{name}."))
             return f"{name} = {shown(got)} is a section; its keys are {keys}"

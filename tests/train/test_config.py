@@ -53,11 +53,11 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stpes=7", "unknown key train.stpes = 7; did you mean train.steps?"),
-        ("steps=7", "unknown key steps = 7; did you mean train.steps?"),
-        ("train.lr=7", "unknown key train.lr = 7; did you mean optimizer.lr?"),
-        ("zzz=7", "unknown key zzz = 7; valid keys are name, runs, model.width, "),
-        ("optimiser.lr=7", "unknown key optimiser = {'lr': 7}; did you mean optimizer?"),
+        ("train.stpes=7", "unknown key train.stpes; did you mean train.steps?"),
+        ("steps=7", "unknown key steps; did you mean train.steps?"),
+        ("train.lr=7", "unknown key train.lr; did you mean optimizer.lr?"),
+        ("zzz=7", "unknown key zzz; valid keys are name, runs, model.width, "),
+        ("optimiser.lr=7", "unknown key optimiser; did you mean optimizer?"),
         ("train.steps.x=7", "train.steps must be int; got {'x': 7} (dict)"),
         ("train.steps=many", "train.steps must be int; got 'many' (str)"),
         ("train.steps=1.5", "train.steps must be int; got 1.5 (float)"),
@@ -213,7 +213,7 @@ def test_a_wrong_line_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("[optimizer]\nlearning_rate = 0.1\n")
     with pytest.raises(
-        ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate = 0\.1; did you mean optimizer\.lr\?"
+        ConfigError, match=r"c\.toml: unknown key optimizer\.learning_rate; did you mean optimizer\.lr\?"
     ):
         load_config(file)
     file.write_text("[optimizer\n")

@@ -162,6 +162,20 @@ def test_the_picture_joins_evaluations_if_they_are_many(
     assert not legend.get_window_extent(renderer).overlaps(axes.get_window_extent(renderer))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "places", "unit"), [(999_000, 999, "thousand tokens"), (1_000_000, 1, "million tokens")]
+)
+def test_the_picture_has_the_name_of_its_run_and_a_unit_that_its_tokens_fill(
+    tokens: int, places: float, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"step": 1, "tokens": tokens // 2, "loss": 5.0}]
+    lines += [{"step": 2, "tokens": tokens, "loss": 4.0, "validation": {"code": 4.5}}]
+    (axes,) = picture(lines, tmp_path, monkeypatch).axes
+    assert (axes.get_title(), axes.get_xlabel()) == (tmp_path.name, unit)
+    training, validation, _ = axes.lines
+    assert list(training.get_xdata()) == [places / 2, places] and list(validation.get_xdata()) == [places]
+
+
 @pytest.mark.parametrize("name", ["source{}", "a/rather/long/path/to/the/folder/of/texts/number{}"])
 def test_a_legend_of_many_sources_leaves_the_picture_its_size(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -335,7 +335,7 @@ def test_overwrite_only_removes_runs(settings: list[str], tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set=train.stpes=3"], "unknown key train.stpes = 3; did you mean train.steps?"),
+        (["--set=train.stpes=3"], "unknown key train.stpes; did you mean train.steps?"),
         (["--set=train.device=tpu7"], "train.device = 'tpu7' is not usable"),
         (["--set=train.device=meta"], "train.device = 'meta' is not usable"),
         (["--set=train.seed=-1"], "train.seed must be at least 0; got -1"),
