@@ -280,9 +280,10 @@ def test_the_end_of_the_context_is_told_where_more_was_asked_for(
 def test_what_was_made_is_told() -> None:
     made = generate._Made()
     made.tokens, made.seconds = 3000, 2.0
-    assert str(made) == "3000 tokens after the prompt, 1,500 per second"
+    plain = "3000 tokens after the prompt, 1,500 per second"
+    assert str(made) == plain
     made.passes = 1200
-    assert str(made) == "3000 tokens after the prompt, 1,500 per second; 2.50 per pass, drafts accepted by head: none made"
+    assert str(made) == f"{plain}; 2.50 per pass, drafts accepted by head: none made"
     made.guessed.update({0: 8, 1: 4, 2: 2})
     made.accepted.update({0: 6, 2: 1})
     assert str(made).endswith("; 2.50 per pass, drafts accepted by head: 75 %, 0 %, 50 %")
