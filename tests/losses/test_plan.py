@@ -516,9 +516,20 @@ def test_the_modelled_time_is_that_of_all_launches(gpu: Gpu, dtype: torch.dtype)
     assert f"modelled on {gpu.name}" in str(plan)
 
 
-@pytest.mark.parametrize(
-    ("changes", "more"), [({}, 4 + 2), ({"accumulate_dtype": torch.bfloat16}, 0), ({"reduction": "none"}, 0)], ids=str
-)
+NO_SUMS: list[dict[str, Any]] = [
+    {"accumulate_dtype": torch.bfloat16},
+    {"reduction": "none"},
+    {"wants": (True, False)},
+    {"wants": (False, False)},
+]
+
+
+@pytest.mark.parametrize("changes", NO_SUMS, ids=str)
+def test_the_default_budget_of_a_gpu_has_no_room_for_sums_that_are_not_made(changes: dict[str, Any]) -> None:
+    assert LinearCrossEntropyPlan.make(**LLAMA, **changes).budget == 1 << 30
+
+
+@pytest.mark.parametrize(("changes", "more"), [({}, 4 + 2), *[(changes, 0) for changes in NO_SUMS]], ids=str)
 def test_the_default_budget_of_a_cpu_has_room_for_sums(changes: dict[str, Any], more: int) -> None:
     """Count a float32 sum of a bfloat16 gradient, and the product that is added to it, which is rounded there."""
     given: dict[str, Any] = {"N": 1024, "D": 512, "V": 50257, "device": "cpu", "kernels": False}
