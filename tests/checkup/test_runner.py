@@ -258,6 +258,26 @@ def test_a_case_that_needs_more_memory_than_there_is_is_skipped(
     assert entries[0].content["why"] == "needs 100 bytes, and 50 are free"
 
 
+@pytest.mark.parametrize(("given", "seconds"), [(["--seconds", "10"], 10.0), ([], 60.0)])
+def test_a_case_may_begin_until_the_time_is_up(
+    given: list[str], seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+
+    class Made:
+        def cases(self, device: torch.device, size: str) -> list[Case]:
+            later = (lambda by=by: now.__setitem__(0, now[0] + by) or [] for by in (seconds, 0.25, 1.0))
+            return [Case(name, run) for name, run in zip("abc", later)]
+
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker, "named", lambda name: Made())
+    journal = Journal(tmp_path / "journal")
+    assert worker.main(["made", "--journal", str(journal.path), "--device", "cpu", *given]) == 0
+    ended = [(entry.kind, entry.case, entry.content) for entry in journal.new_entries() if entry.kind != "begin"]
+    took = [("end", "a", {"seconds": seconds}), ("end", "b", {"seconds": 0.25})]
+    assert ended == [*took, ("skip", "c", {"why": "no time left"})]
+
+
 def test_a_worker_gives_each_process_its_cases_and_stops_at_a_broken_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Figures of a check-up's times, from pretended times: shares, ratios, and whose failures are ours."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from llmfast._gpus import H100
 from llmfast.checkup import clock, speed
 from llmfast.checkup.clock import Timing
+from llmfast.checkup.shapes import MODELS, PARAMETERS
 from llmfast.losses import LinearCrossEntropyPlan
 from llmfast.optim import FusedAdamW
 
@@ -131,3 +133,45 @@ def test_what_a_call_costs_the_host_next_to_torch(raced: list[list[str]], monkey
     assert [one.what for one in found] == ["cross_entropy", "linear_cross_entropy", "AdamW of 2 tensors"]
     for one in found:
         assert one.ok is None and one.figures == {"seconds": 3.0, "torch_seconds": 2.0, "ours_to_torch": 1.5}
+
+
+def test_full_cases_are_called_by_the_sizes_that_they_time() -> None:
+    found: dict[str, Any] = {case.name: case.run for case in speed.cases(torch.device("cpu"), "full")}
+    wanted: dict[str, tuple[Any, ...]] = {
+        "row kernel, Llama-3 N=4096": (speed.row_kernels, 4096, 128256, True),
+        "host": (speed.host, 300, 50),
+        "AdamW, formats": (speed.formats, PARAMETERS["124M"]),
+        "AdamW, 8B, bfloat16": (speed.one_optimizer, PARAMETERS["8B"]),
+    }
+    for model, (D, V) in MODELS.items():
+        wanted[f"linear_cross_entropy, {model} N=8192"] = speed.linear, model, 8192, D, V
+    for name in ("124M", "1B"):
+        for dtype in (torch.bfloat16, torch.float32):
+            wanted[f"AdamW, {name}, {str(dtype).removeprefix('torch.')}"] = speed.adamw, PARAMETERS[name], dtype
+    for V in (32768, 128256, 256000):
+        for N in (256, 4096, 16384):
+            wanted[f"row kernel, N={N} V={V}"] = speed.row_kernels, N, V, True
+    assert {name: (run.func, *run.args) for name, run in found.items()} == wanted
+
+
+@pytest.mark.parametrize(
+    ("N", "asked", "judged"), [(4095, True, False), (4096, True, True), (4097, True, True), (4096, False, False)]
+)
+def test_only_many_rows_of_a_full_size_are_judged(
+    N: int, asked: bool, judged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(speed, "row_kernel", lambda *given: made.append(given))
+    monkeypatch.setattr(speed, "kernel_finding", lambda what, kernel, *, judged: (what, judged))
+    assert list(speed.row_kernels(N, 70, asked)) == [(what, judged) for what in speed.ROW_KERNELS]
+    assert made == [(what, N, 70) for what in speed.ROW_KERNELS]
+
+
+def test_ways_take_turns_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that load affects all of them equally."""
+    order: list[str] = []
+    monkeypatch.setattr(clock, "timed", lambda run: (run(), float(len(order)))[1])
+    found = speed.race({name: partial(order.append, name) for name in "ab"})
+    assert order == ["a", "b"] * 5
+    assert [found[name].seconds for name in "ab"] == [5.0, 6.0]
+    assert found["b"].ratio == 5 / 6
