@@ -1,9 +1,11 @@
 """Tests of `make check`: which tests belong to a file, and that time ends."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +59,55 @@ def test_the_time_is_that_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     for page in ("CONTRIBUTING.md", "Makefile", "tools/check.py"):
         times = re.findall(r"(\d+) seconds", (ROOT / page).read_text(encoding="utf-8"))
         assert times and {*times} == {"90"}, page
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, Any]]]:
+    """Note commands instead of running them; those with the word `fails` fail. Each takes two seconds."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    now = [0.0]
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-m"]
+        found.append((command[2:], options))
+        now[0] += 2.0
+        return subprocess.CompletedProcess(command, 7 * any("fails" in word for word in command))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(check.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(check, "left", lambda branch: f"left {branch}")
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["py", "ipynb", "md"])
+def test_code_that_changed_is_read_before_all_types_and_tests(
+    suffix: str, ran: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    file = Path(f"docs/page.{suffix}")
+    monkeypatch.setattr(check, "changed", lambda base: compared.append(base) or [file, Path("notes.txt")])
+    assert check.main(["--base", "abc", "--seconds", "31"]) == 0 == check.main([])
+    assert compared == ["abc", "left main"]
+    of_code = [["ruff", "check", str(file)], ["ruff", "format", "--check", str(file)]] * (suffix != "md")
+    for i, seconds in enumerate((31, 70)):
+        *before, (tests, options) = ran[i * len(ran) // 2 : (i + 1) * len(ran) // 2]
+        assert [command for command, _ in before] == [*of_code, ["mypy"]]
+        assert all(given == {"cwd": ROOT} for _, given in before)
+        left = seconds - 2 * len(before)
+        given = ["-n", "2", "-q", "-rs", "--maxfail", "5", "-p", "support.hurry", "--seconds", f"{left}"]
+        assert tests == ["pytest", *given, *check.tests_of([file])] and options["cwd"] == ROOT
+        paths = options["env"]["PYTHONPATH"].split(os.pathsep)
+        assert [Path(path) for path in paths] == [ROOT, ROOT / "kernels", ROOT / "tests"]
+        assert options["env"].items() >= {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}.items()
+
+
+@pytest.mark.parametrize(("name", "last"), [("fails.py", "ruff"), ("a.py", "pytest")])
+def test_the_first_check_that_fails_is_the_last(
+    name: str, last: str, ran: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "changed", lambda base: [Path(name)])
+    monkeypatch.setattr(check, "tests_of", lambda files: ["tests/test_fails.py"])
+    assert check.main([]) == 7 and ran[-1][0][0] == last and len(ran) == (1 if last == "ruff" else 4)
 
 
 def test_the_sample_exists_and_comes_last() -> None:
