@@ -151,7 +151,15 @@ def test_a_kernels_time_is_the_median_in_seconds(gpu: list[str], monkeypatch: py
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     assert clock.kernel_seconds(lambda: gpu.append("run")) == 2.5e-3
-    assert gpu == ["run"] and [options["return_mode"] for options in asked] == ["median"]
+    assert gpu == ["run"] and asked == [{"warmup": 10, "rep": 50, "return_mode": "median"}]
+
+
+def test_a_kernels_time_without_a_gpu_is_that_of_five_runs_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    lasts, ran = iter([9.0, 1.0, 4.0, 3.0, 2.0]), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(clock, "timed", lambda run: (run(), next(lasts))[1])
+    assert clock.kernel_seconds(lambda: ran.append("run")) == 3.0
+    assert len(ran) == 6 and list(lasts) == []
 
 
 def test_the_hosts_time_is_without_that_of_the_device(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,3 +142,14 @@ def test_what_is_skipped_is_written_with_its_reason(world: Any) -> None:
     assert outcome.not_reached == {"0": "no time left"} and outcome.cases == {"1": 2.0}
     assert outcome.findings == [{"case": "1", "what": "w", "ok": True, "figures": {"x": 1}}]
     assert outcome.seconds == 4.0
+
+
+def test_each_of_many_lost_cases_is_followed_by_the_next(world: Any) -> None:
+    def ends(case: int) -> Script:
+        return Script([(1.0, "begin", f"{case}", {"seconds": 1.0})], ends=2.0, code=9)
+
+    outcome, _, commands = world(*map(ends, range(20)), Script([], ends=1.0), budget=1000.0)
+    assert [case for case, _ in whats(outcome)] == [f"{case}" for case in range(20)]
+    assert [command[command.index("--first") + 1] for command in commands] == [f"{case}" for case in range(21)]
+    left = [float(command[command.index("--seconds") + 1]) for command in commands]
+    assert left == [1000.0 - 2.0 * number for number in range(21)]
