@@ -1,5 +1,6 @@
 """Cases of a check-up at full size: each runs what its name says, on the device, and in the order of their worth."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -7,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llmfast.checkup import behaviour, clock, further_losses, here, numerics, several, speed, tuning
+from llmfast.checkup import behaviour, clock, further_losses, here, memory, numerics, several, speed, tuning
 from llmfast.checkup.record import Case
 from support.launched import unrecorded
 from support.pretended_gpu import pretending_a_gpu
@@ -143,3 +144,37 @@ def test_each_kernel_is_launched_with_the_tile_that_is_tried() -> None:
             wide = [tile.elements * tile.threads for tile in tuned.tiles]
             most = 4096 if "V=2100" in case.name else 1 << 16  # no row's block is twice as long as the row
             assert blocks == [min(block, most) for block in wide], case.name
+
+
+def tensors(run: Any) -> int:
+    """Return the bytes of a case's own tensors: inputs, gradients, and the states of one optimizer."""
+    kind, args = run.func, run.args
+    if kind in (memory.linear, memory.rows, numerics.wide):
+        N, D, V = args[0] if kind is not numerics.wide else (args[1].wide[0], 0, args[1].wide[1])
+        return 4 * (N * D + V * D if kind is memory.linear else N * V)
+    if kind is speed.row_kernels:
+        return 4 * args[0] * args[1]
+    if kind is speed.row_kernel:
+        return 4 * args[1] * args[2]
+    if kind is speed.linear:  # logits and their gradient exist where nothing is fused
+        _, N, D, V = args
+        return 4 * (N * V + N * D + V * D)
+    if kind in (speed.adamw, speed.one_optimizer):
+        dtype = args[1] if kind is speed.adamw else torch.bfloat16
+        return 4 * dtype.itemsize * sum(map(math.prod, args[0]))
+    if kind is tuning.tiles:
+        return tensors(args[1])
+    if kind is tuning.adamw:
+        return 4 * args[0] * (1 if run.keywords else args[1].itemsize)
+    return 2 * args[0] if kind in (tuning.norm, speed.scale_and_cast) else 0
+
+
+def test_a_case_asks_for_the_memory_that_its_tensors_take() -> None:
+    """A case that asks for less would be begun where it fails."""
+    taken: dict[str, int] = {}
+    for section in (memory, numerics, speed, tuning):
+        for case in section.cases(CPU, "full"):
+            taken[case.name] = tensors(case.run)
+            assert case.gpu_bytes >= taken[case.name], case.name
+    assert sum(least > 1 << 30 for least in taken.values()) > 30
+    assert taken["offsets above 2^31"] > 1 << 33 and taken["AdamW, 8B, bfloat16"] > 59 << 30
