@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmfast.optim import watch as watch_module
 from llmfast.optim.watch import Watch
 
 Groups = list[dict[str, Any]]
@@ -75,3 +76,25 @@ def test_states_that_are_no_tensors_are_told_apart() -> None:
     assert not watch.holds(groups, state)
     first(state)["more"] = one
     assert watch.holds(groups, state)
+
+
+@pytest.mark.parametrize("only", [False, True])
+@pytest.mark.parametrize("what", ["nothing", "of the parameter", "of its state", "of another"])
+def test_pieces_of_tensors_are_watched_instead_of_them(what: str, only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that is another tensor at the same address may have another shape; that of a state is an address."""
+    groups, state = watched()
+    (p, other), average = groups[0]["params"], first(state)["exp_avg"]
+    pieces = {id(t): torch.zeros(2) for t in (p, other, average)}
+    monkeypatch.setattr(watch_module, "is_dtensor", lambda t: id(t) in pieces)
+    monkeypatch.setattr(watch_module, "local", lambda t: pieces.get(id(t), t))
+    watch = Watch(groups, state, p if only else None)
+    average.set_(torch.ones(4))  # type: ignore[call-overload]  # whose own memory nothing reads
+    assert watch.holds(groups, state)
+    kept = dict(pieces)
+    if what == "of the parameter":
+        pieces[id(p)] = kept[id(p)].view(2)
+    elif what == "of its state":
+        pieces[id(average)] = torch.zeros(2)
+    elif what == "of another":
+        pieces[id(other)] = kept[id(other)].view(2)
+    assert watch.holds(groups, state) == (what == "nothing" or (only and what == "of another"))
