@@ -1,4 +1,4 @@
-"""Sizes that the benchmarks time and count, which are those that their names say; and what pictures of them show."""
+"""Sizes that the benchmarks time and count, which are those that their names say."""
 
 import math
 import re
@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from benchmarks import report, test_counted, test_data, test_losses, test_optimizers
 from llmfast.checkup.shapes import HEADS, MODELS, PARAMETERS
@@ -14,7 +13,6 @@ from llmfast.models import Decoder
 from llmfast.plan import model_config
 from llmfast.train.config import Config
 
-H100 = report.H100.name
 LLAMA = {"N": 16384, "D": 4096, "V": 128256}
 
 
@@ -75,58 +73,3 @@ def test_times_of_data_say_of_how_many_tokens_they_are(what: str, shape: str) ->
     ]
     tokens = {"batches": 100 * 8 * 1024, "packing": 4096 * 1024}[what]
     assert shape == f"{tokens / 1e6:.1f} M tokens"
-
-
-def rows() -> list[dict[str, Any]]:
-    """Return rows of two ways around Llama-3's size: 7 ps per logit and way, and a GiB per 1024 rows."""
-    found = []
-    for number, way in enumerate(("llmfast", "other"), 1):
-        sizes = [LLAMA, LLAMA | {"N": 1024}, LLAMA | {"V": 8192}, {"N": 1024, "D": 768, "V": 50257}]
-        for size in sizes:
-            seconds = {H100: 7e-12 * number * size["N"] * size["V"], "B200": 1e9}
-            found.append({"way": way, "size": size, "seconds": seconds, "peak_bytes": number * size["N"] << 20})
-    return found
-
-
-def lines(axes: Any) -> dict[str, list[tuple[float, float]]]:
-    return {line.get_label(): [*zip(*line.get_data())] for line in axes.get_lines()}
-
-
-def test_a_picture_of_times_varies_one_size_at_a_time() -> None:
-    figure = Figure()
-    report.draw_time(figure, rows(), ["llmfast", "other"])
-    by_rows, by_classes = figure.axes
-    for axes, at in ((by_rows, (1024, 16384)), (by_classes, (8192, 128256))):
-        shown = lines(axes)
-        for number, way in enumerate(("llmfast", "other"), 1):
-            assert shown[way] == [pytest.approx((x, 7.0 * number)) for x in at]
-    assert (by_rows.get_xlabel(), by_classes.get_xlabel()) == ("tokens N", "vocabulary V")
-    assert by_rows.get_ylabel() == f"ps per logit, modelled on an {H100}"
-    assert (by_rows.get_title(), by_classes.get_title()) == ("D = 4096, V = 128256", "N = 16384, D = 4096")
-    assert [line.get_linewidth() for line in by_rows.get_lines()] == [2.2, 1.0]
-
-
-def test_a_picture_of_memory_is_in_gib() -> None:
-    figure = Figure()
-    report.draw_memory(figure, rows(), ["llmfast", "other"])
-    (axes,) = figure.axes
-    assert lines(axes) == {"llmfast": [(1024, 1.0), (16384, 16.0)], "other": [(1024, 2.0), (16384, 32.0)]}
-    assert axes.get_ylabel().endswith("GiB") and axes.get_title() == "Memory: D = 4096, V = 128256, counted"
-    text = axes.xaxis.get_major_formatter()
-    assert [text(value, 0) for value in (512, 1024, 65536)] == ["512", "1k", "64k"]
-
-
-def test_a_picture_of_optimizers_has_a_half_per_dtype() -> None:
-    figure = Figure()
-    numel = 8_030_261_248
-    given = [
-        {"way": way, "dtype": dtype, "size": {"parameters": "8B"}, "dram": numel * value}
-        for dtype, values in (("float32", (28.0, 32.5)), ("bfloat16", (14.0, 16.5)))
-        for way, value in zip(("llmfast", "other"), values)
-    ]
-    report.draw_optimizers(figure, given)
-    for axes, dtype, values in zip(figure.axes, ("float32", "bfloat16"), ((28.0, 32.5), (14.0, 16.5))):
-        assert [bar.get_width() for bar in axes.patches] == [*values]
-        assert [text.get_text() for text in axes.texts] == [f" {value}" for value in values]
-        assert axes.get_title() == f"parameters and gradients in {dtype}"
-        assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
