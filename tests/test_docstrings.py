@@ -106,7 +106,7 @@ def test_a_formula_gives_what_the_code_does(name: str) -> None:
 
 def test_lion_is_what_its_docstring_says() -> None:
     numbers: dict[str, Any] = {"lr": 0.25, "beta1": 0.75, "beta2": 0.5, "weight_decay": 0.125}
-    p, g, average = torch.tensor([2.0, -1.0, 3.0]), torch.tensor([1.0, -8.0, 0.0]), torch.tensor([-8.0, 1.0, 0.0])
+    p, g, average = torch.tensor([2.0, -1.0, 3.0]), torch.tensor([1.0, -2.0, 0.0]), torch.tensor([-8.0, 1.0, 0.0])
     numbers |= {"p": p, "g": g, "exp_avg": average, "sign": torch.sign}
     fall = value_of(formula_of(FusedLion, r"p decreases by (.*?), and then exp_avg"), **numbers)
     later = value_of(formula_of(FusedLion, r"exp_avg becomes (.*?)\. "), **numbers)

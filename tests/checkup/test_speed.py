@@ -168,7 +168,7 @@ def test_only_many_rows_of_a_full_size_are_judged(
 
 
 def test_ways_take_turns_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that load affects all of them equally."""
+    """Let load affect all of them equally."""
     order: list[str] = []
     monkeypatch.setattr(clock, "timed", lambda run: (run(), float(len(order)))[1])
     found = speed.race({name: partial(order.append, name) for name in "ab"})
