@@ -4,6 +4,7 @@ Modelled times stand next to measured ones, with their ratio. A time says nothin
 here have no verdict; what is slower than `EXPECTED` allows is marked.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from llmfast.losses import LinearCrossEntropyPlan
 # The share of the copy bandwidth below which a kernel is marked as slow. Large sizes only: small ones are latency.
 EXPECTED = 0.5
 ROUNDS = 5
+AT_ONCE = 12  # values per parameter: itself, its gradient, and two states each of five libraries' optimizers
 
 
 class Kernel(NamedTuple):
@@ -41,7 +43,12 @@ def cases(device: torch.device, size: Size) -> list[Case]:
         for model, (D, V) in linear_models.items()
     ]
     made += [
-        Case(f"AdamW, {name}, {str(dtype).removeprefix('torch.')}", partial(adamw, shapes, dtype), 8.0, 24 << 30)
+        Case(
+            f"AdamW, {name}, {str(dtype).removeprefix('torch.')}",
+            partial(adamw, shapes, dtype),
+            8.0,
+            AT_ONCE * sum(map(math.prod, shapes)) * dtype.itemsize + (1 << 30),
+        )
         for name, shapes in (
             {name: PARAMETERS[name] for name in ("124M", "1B")} if full else {"tiny": [(33, 7), (300,)]}
         ).items()

@@ -1,6 +1,7 @@
 """Cases of a check-up at full size: each runs what its name says, on the device, and in the order of their worth."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llmfast.checkup import behaviour, clock, further_losses, here, memory, numerics, several, speed, tuning
+from llmfast.checkup.implementations import _IMPLEMENTATIONS
 from llmfast.checkup.record import Case
 from support.launched import unrecorded
 from support.pretended_gpu import pretending_a_gpu
@@ -147,7 +149,7 @@ def test_each_kernel_is_launched_with_the_tile_that_is_tried() -> None:
 
 
 def tensors(run: Any) -> int:
-    """Return the bytes of a case's own tensors: inputs, gradients, and the states of one optimizer."""
+    """Return the bytes of a case's own tensors: inputs, gradients, and the states of all optimizers compared."""
     kind, args = run.func, run.args
     if kind in (memory.linear, memory.rows, numerics.wide):
         N, D, V = args[0] if kind is not numerics.wide else (args[1].wide[0], 0, args[1].wide[1])
@@ -159,9 +161,12 @@ def tensors(run: Any) -> int:
     if kind is speed.linear:  # logits and their gradient exist where nothing is fused
         _, N, D, V = args
         return 4 * (N * V + N * D + V * D)
-    if kind in (speed.adamw, speed.one_optimizer):
-        dtype = args[1] if kind is speed.adamw else torch.bfloat16
-        return 4 * dtype.itemsize * sum(map(math.prod, args[0]))
+    if kind is speed.one_optimizer:
+        return 4 * torch.bfloat16.itemsize * sum(map(math.prod, args[0]))
+    if kind is speed.adamw:
+        others = [one for one in _IMPLEMENTATIONS["adamw"] if not re.search("8-bit|one by one", one.name)]
+        assert {"llmfast", "torch fused", "apex"} < {one.name for one in others}
+        return (2 + 2 * len(others)) * args[1].itemsize * sum(map(math.prod, args[0]))
     if kind is tuning.tiles:
         return tensors(args[1])
     if kind is tuning.adamw:
