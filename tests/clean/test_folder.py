@@ -1,5 +1,6 @@
 """Arguments of a cleaning, without running it; tests/test_clean.py runs it."""
 
+import re
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmfast.clean import Stage, clean, folder
-from llmfast.data.tokenizer import BPETokenizer
+from llmfast.data.tokenizer import BPETokenizer, ByteTokenizer
 
 for needed in folder.NEEDED:
     pytest.importorskip(needed)
@@ -80,3 +81,30 @@ def test_what_is_replaced_was_written_by_it(
     with pytest.raises(FileExistsError, match=f"^output exists: {file}; llmfast clean did not write it"):
         folder._check_folders(source, file, overwrite)
     folder._check_folders(source, tmp_path / "new", overwrite)
+
+
+def test_what_is_wrong_with_an_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are whole; nothing is written."""
+    (source := tmp_path / "in").mkdir()
+    (source / "a.txt").write_text("x")
+    (other := tmp_path / "other").mkdir()
+    (other / "mine").touch()
+    monkeypatch.setattr(folder.os.path, "ismount", lambda path: Path(path).name == "mounted")
+    byte = tmp_path / "bytes.json"
+    ByteTokenizer().save(byte)
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("new", {"text_column": ""}, "text_column must name a column; got ''"),
+        ("new", {"workers": 0}, "workers must be at least 1; got 0"),
+        ("in/new", {}, f"output and inputs must not contain each other; got {source}/new and {source}"),
+        ("mounted", {}, f"output must be a folder that is not a mount point; got {tmp_path}/mounted"),
+        ("new", {"language_model": tmp_path / "no.bin"}, f"no such file: language_model {tmp_path}/no.bin"),
+        ("other", {}, f"output exists: {other}; llmfast clean did not write it and will not replace it"),
+        (
+            *("new", {"tokenizer": byte}),
+            f"tokenizer must be a tokenizer.json that `tokenizers` reads; {byte} is llmfast's byte tokenizer",
+        ),
+    ]
+    for output, options, message in cases:
+        with pytest.raises((ValueError, OSError), match=f"^{re.escape(message)}$"):
+            clean(source, tmp_path / output, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.json", "in", "other"]

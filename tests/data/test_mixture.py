@@ -391,3 +391,11 @@ def test_only_what_is_left_of_a_run_decides_whether_it_is_counted(start: int, mo
             found = {name: int(line[3].replace(",", "")) for name, line in zip(ROWS, made.table()[1:])}
         assert {*drawn} == {1000 if counted == 1000 - start else start}
         assert all(abs(found[name] - exact[name]) <= (0 if counted == 1000 - start else 5) for name in ROWS)
+
+
+def test_the_order_of_a_seed_is_always_the_same() -> None:
+    """A run that is resumed by a later version must read on as it began."""
+    source, row = Mixture({"a": 5, "b": 3}, {"a": "0.9->0.3", "b": "rest"}, total=20, seed=3).sequences(0, 20)
+    assert source.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1]
+    assert row.tolist() == [0, 1, 2, 2, 4, 0, 3, 3, 0, 1, 1, 2, 4, 1, 2, 0, 2, 3, 1, 2]
+    assert permutation(6, 3, 0, 1).tolist() == [4, 3, 2, 5, 0, 1]

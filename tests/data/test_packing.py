@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfast.data import IGNORE_INDEX, PackedRows, pack, unigram_entropy
+from llmfast.data import IGNORE_INDEX, PackedRows, pack, pack_best_fit, unigram_entropy
 from llmfast.data.packing import joined
 
 EOT = 99
@@ -144,6 +145,13 @@ def test_pack_errors() -> None:
     for eot in (-1, 2**31):
         with pytest.raises(ValueError, match=rf"eot_id must be in \[0, 2\*\*31\); got {eot}"):
             pack([ok], 2, eot)
+
+
+@pytest.mark.parametrize("pack_texts", [pack, pack_best_fit])
+def test_a_row_may_be_one_token(pack_texts: Callable[..., PackedRows]) -> None:
+    packed = pack_texts(arrays([[5], [6]]), 1, EOT)
+    batch = packed.batch(range(len(packed)))
+    assert batch.tokens[batch.labels == EOT].tolist() == [5, 6] and batch.num_valid == 2
 
 
 def test_unigram_entropy() -> None:

@@ -606,3 +606,13 @@ def test_the_least_that_a_file_can_have(tmp_path: Path) -> None:
         ValueError, match=r"the last entry ends at token 0 \(byte 0\); \S+ goes on to token 1 \(byte 2\)$"
     ):
         read_ds(tmp_path / "x.ds", vocab_size=1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_the_size_that_tokens_may_have_is_told(size: int, ds: Path) -> None:
+    ds.write_bytes(bytes(11 * size))
+    with pytest.raises(ValueError, match=rf"\d\)?; it would be right for {size}-byte tokens$"):
+        read_ds(ds, vocab_size=VOCAB)
+    ds.write_bytes(bytes(11 * 3))
+    with pytest.raises(ValueError, match=r"whole number of 2-byte tokens; it ends at byte 33$"):
+        read_ds(ds, vocab_size=VOCAB)
