@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
 
 from llmfast.cli import main
+from llmfast.data import ByteTokenizer
 from llmfast.export import export
 from llmfast.models.decoder import MTP
 from llmfast.train import loading
+from llmfast.train.config import Config
 from support.runs import write_run
 
 
@@ -110,3 +113,31 @@ def test_a_link_to_a_new_folder_is_kept(tmp_path: Path) -> None:
         assert to.is_symlink() and (target / "config.json").exists()
     assert {p.name for p in (tmp_path / "disk").iterdir()} == {"empty", "missing"}
     assert (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_model_of_transformers_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "open_run", lambda run: loading.Opened(run, ByteTokenizer(), 64, Config(), None))
+    theirs = (
+        "RUN must have trained llmfast's own decoder; hf trains a Hugging Face model, and transformers opens its "
+        "folder as it is once the run has finished"
+    )
+    with pytest.raises(ValueError, match=f"^{theirs}$"):
+        export(Path("hf"), tmp_path / "to")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "arguments", "doing"),
+    [
+        ("llmfast.train.loading", "no torch", ["export", "run", "new"], "exporting"),
+        ("llmfast.train.loading", "no torch", ["generate", "run", "--prompt=x"], "generating"),
+        ("llmfast.train.loading", "pip install this", ["generate", "run", "--prompt=x"], ""),
+    ],
+)
+def test_what_is_missing_to_open_a_run(
+    module: str, error: str, arguments: list[str], doing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = f"; {doing} needs the extra: pip install 'llmfast-torch[train]'" if doing else ""
+    with mock.patch(f"{module}.open_run", side_effect=ImportError(error)):
+        assert main(arguments) == 2
+    assert capsys.readouterr() == ("", f"llmfast: error: {error}{advice}\n")

@@ -160,7 +160,7 @@ def test_an_exported_model_writes_the_same(tmp_path: Path, capsys: pytest.Captur
     [
         (["--prompt=a", "--suffix=b"], "give either --prompt, or --prefix and --suffix"),
         ([], "give either --prompt, or --prefix and --suffix"),
-        (["--prompt="], "--prompt must not be empty"),
+        (["--prompt="], "--prompt must not be empty: a text begins with its own first token\n"),
         (["--prompt=" + "x" * 64], "the prompt must be shorter than the model's context of 64 tokens; got 64"),
         (["--prefix=a"], "need a model that was trained to fill in the middle; "),
         (["--prompt=a", "--max-tokens=0"], "--max-tokens must be at least 1; got 0"),

@@ -87,9 +87,9 @@ def test_compiled_blocks_are_not_compiled_for_every_length() -> None:
 
 def test_refuses() -> None:
     model, tokens = small(), torch.randint(0, 50, (1, 3))
-    with pytest.raises(ValueError, match="cache must be None with all_heads"):
+    with pytest.raises(ValueError, match=r"^cache must be None with all_heads: the further heads have none$"):
         model(tokens, all_heads=True, cache=model.new_cache())
-    with pytest.raises(ValueError, match="document_ids must be None with a cache"):
+    with pytest.raises(ValueError, match=r"^document_ids must be None with a cache, which is of one document$"):
         model(tokens, document_ids=torch.zeros_like(tokens), cache=model.new_cache())
 
 

@@ -82,9 +82,9 @@ def test_generates() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 30, "heads": 4}, "width must be a multiple of 2"),
+        ({"width": 30, "heads": 4}, r"^width must be a multiple of 2 \* heads, 8; got 30$"),
         ({"layers": 0}, "layers must be positive; got 0"),
-        ({"ffn_width": -1}, "ffn_width must not be negative"),
+        ({"ffn_width": -1}, "^ffn_width must not be negative; got -1$"),
     ],
 )
 def test_refuses(options: dict[str, Any], message: str) -> None:
