@@ -18,6 +18,7 @@ from llmfast.data import (
     PackedRows,
     Rows,
     Tokenizer,
+    dataset,
     is_held_out,
     load,
     open_token_file,
@@ -468,3 +469,37 @@ def test_a_split_of_nothing_is_by_documents(folders: list[str], tmp_path: Path) 
         said: list[str] = []
         data = prepare(sources, tokenizer="bytes", seq_len=16, held_out=0, say=said.append)
         assert data.split == dict.fromkeys(sources, "documents") and data.validation == {} and said == []
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_every_text_begins_with_the_tokenizers_own_ids(
+    kind: str, packing: Any, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts for training as for validation; of an empty one there is nothing."""
+    tokenizer: Tokenizer = BPETokenizer.train(["lorem ipsum"] * 2, 270) if kind == "bpe" else ByteTokenizer()
+    tokenizer.save(path := tmp_path / "tokenizer.json")
+    options: dict[str, Any] = {"tokenizer": str(path), "seq_len": 600, "packing": packing, "held_out": 0.3}
+    plain = prepare(folders, **options)
+    start = (1, 2)
+    monkeypatch.setattr(dataset, "load_tokenizer", lambda name: starting(tokenizer, start))
+    begun = prepare(folders, **options)
+    for folder in folders:
+        for part, same in ((begun.train, plain.train), (begun.validation, plain.validation)):
+            found, wanted = (documents_of(rows[folder]) for rows in (part, same))
+            assert [d[:2] for d in found] == [[*start]] * len(found)
+            n = min(len(found), len(wanted)) - 1
+            if packing == "concat":
+                assert n > 1 and [d[2:] for d in found[:n]] == wanted[:n]
+    assert [ids.tolist() for ids in dataset._encoded(["", "a"], starting(ByteTokenizer(), start))] == [[], [1, 2, 97]]
+
+
+def starting(tokenizer: Tokenizer, start: tuple[int, ...]) -> Tokenizer:
+    tokenizer.start_ids = start  # type: ignore[misc]
+    return tokenizer
+
+
+def documents_of(rows: Rows) -> list[list[int]]:
+    assert isinstance(rows, PackedRows)
+    found = [part.tolist() for part in np.split(rows.tokens, rows.document_starts[1:])]
+    return [ids for ids in found if ids[0] >= 0]

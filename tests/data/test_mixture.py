@@ -399,3 +399,8 @@ def test_the_order_of_a_seed_is_always_the_same() -> None:
     assert source.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1]
     assert row.tolist() == [0, 1, 2, 2, 4, 0, 3, 3, 0, 1, 1, 2, 4, 1, 2, 0, 2, 3, 1, 2]
     assert permutation(6, 3, 0, 1).tolist() == [4, 3, 2, 5, 0, 1]
+
+
+def test_large_numbers_of_the_table_are_in_thousands() -> None:
+    made = Mixture({"a": 12_345, "b": 2000}, {"a": 1, "b": 1}, total=3000)
+    assert made.table()[1:] == [("a", "12,345", "50%", "1,499", "0.12"), ("b", "2,000", "50%", "1,501", "0.75")]

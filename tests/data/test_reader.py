@@ -525,3 +525,17 @@ def test_a_file_that_is_no_text_is_read_as_far_as_it_goes(content: bytes, tmp_pa
     (tmp_path / "a.py").write_bytes(content)
     (record,) = read(tmp_path / "a.py", "a.py")
     assert (record.fault, record.damaged, record.text) == ("not UTF-8", True, content.decode("utf-8", "replace"))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 17])
+def test_a_frame_may_be_longer_than_what_is_read_at_a_time(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{i} text {i * i}" for i in range(200)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    content = zstandard.compress(lines)
+    assert len(content) > 7 and zst(lines) != content
+    monkeypatch.setattr(reader, "_CHUNK", chunk)
+    for name, frames in (("one.jsonl.zst", content), ("two.jsonl.zst", zst(lines)), ("more.jsonl.zst", content * 2)):
+        (tmp_path / name).write_bytes(frames)
+        assert [document.text for document in load(str(tmp_path / name))] == texts * (1 + (name[0] == "m"))
