@@ -250,9 +250,9 @@ class Decoder(nn.Module):
             _expect_prompt("prompts", prompt, i)
         _expect_count(count)
         _expect_context(context)
-        if count == 0:
-            return list(prompts)
         choose, cache, rows = Sampler(temperature, top_p, generator), self.new_cache(), list(prompts)
+        if count == 0:
+            return rows
         ends = [len(prompt) + count for prompt in prompts]
         length = min(map(len, prompts), default=0)  # of what the model reads
         while any(length < end for end in ends):

@@ -399,6 +399,25 @@ def test_no_way_to_generate_takes_what_it_cannot_go_on_from(way: str) -> None:
     assert len(call(prompt, 1, 1)) == {"stream": 1, "generate": 4, "generate_batch": 2}[way]
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"context": 0}, "context must be above 0; got 0"),
+        ({"temperature": -1.0}, "temperature must be finite and not negative; got -1.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
+    ],
+)
+def test_arguments_are_checked_even_if_nothing_is_generated(wrong: dict[str, Any], message: str, count: int) -> None:
+    model, prompt, options = small(), torch.arange(3), {"context": 4} | wrong
+    for call in (
+        lambda: model.generate(prompt, count, **options),
+        lambda: model.generate_batch([prompt], count, **options),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            call()
+
+
 def generated(model: Decoder, tokens: Any) -> Any:
     return speculative_generate(model, tokens, 2)
 
