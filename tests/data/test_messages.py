@@ -151,6 +151,7 @@ def test_what_is_wrong_with_a_file_of_tokens(tmp_path: Path) -> None:
         (lambda: written(tmp_path, tokenizer_name="a|b"), "tokenizer_name must be one line without |; got 'a|b'"),
         (lambda: file.split(0.5, "rows"), "how must be one of 'documents', 'end'; got 'rows'"),
         (lambda: file.split(0.5), "held_out=0.5 of 1 documents leaves a part without any"),
+        (lambda: file.split(0.9), "held_out=0.9 of 1 documents leaves a part without any"),
         (lambda: file.rows(0), "seq_len must be at least 1; got 0"),
         (lambda: file.rows(3), f"one row of seq_len=3 needs 4 tokens; the documents of {file.path} have 3"),
     ):

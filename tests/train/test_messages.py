@@ -22,6 +22,7 @@ from llmfast.train.config import Config, dump_config, load_config
 from llmfast.train.continued import continued_config
 from llmfast.train.loading import open_run
 from llmfast.train.metrics import read_metrics
+from llmfast.train.parallel import World
 from llmfast.train.parts import doubts
 from llmfast.train.reading import _Unpickler
 from llmfast.train.report import write_report
@@ -29,7 +30,7 @@ from llmfast.train.report.logs import Log, flat
 from llmfast.train.report.page import _differences, _summary
 from llmfast.train.run import _choose_run, _remove
 from llmfast.train.settings import ConfigError
-from support.programs import batches, fused, settings, trainer_of, weighted
+from support.programs import batches, fused, model_of, settings, trainer_of, weighted
 from support.runs import write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -313,3 +314,40 @@ def test_what_the_trainer_says(capsys: pytest.CaptureFixture[str]) -> None:
         "cosine to 10 % at step 6. With schedule='constant', warmup_steps=0 and lr_scaling='none' in config.optimizer "
         "the rate stays as it is"
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"parallel": "fsdp"}, "train.parallel='fsdp'"),
+        ({"parallel": "hsdp", "shard_size": 2}, "train.parallel='hsdp'"),
+        ({"vocab_parallel": True}, "train.vocab_parallel"),
+        ({"vocab_parallel": True, "parallel": "fsdp"}, "train.parallel='fsdp'"),
+    ],
+)
+def test_an_optimizer_of_parameters_that_are_replaced(values: dict[str, Any], what: str) -> None:
+    model = model_of()
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    message = (
+        f"with {what} optimizer must be a function that makes one for the model, whose parameters are replaced; got "
+        "AdamW"
+    )
+    with pytest.raises(TypeError, match=says(message)):
+        trainer_of(settings(**values), optimizer, model=model, world=World(torch.device("cpu"), size=2))
+    alone, _ = trainer_of(settings(**values), optimizer, model=model)  # one rank replaces nothing
+    assert alone.optimizer is optimizer
+
+
+def test_a_damaged_checkpoint_is_told_of_where_the_trainer_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer_of(settings(save_every=3), fused, run=tmp_path)[0].fit()
+    last = tmp_path / "checkpoint-00000006"
+    size = (last / "meta.json").stat().st_size
+    (last / "meta.json").write_bytes(b"x" * (size - 1))
+    out = io.StringIO()
+    again, _ = trainer_of(settings(), fused, run=tmp_path, console=Console(file=out, width=999))
+    again.resume()
+    why = f"meta.json has {size - 1} bytes of {size}"
+    assert out.getvalue() == f"{last} is damaged ({why}); trying the one before it\n"
+    assert again.step == 3 and capsys.readouterr().out == ""
