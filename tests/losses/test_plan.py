@@ -357,6 +357,21 @@ def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) ->
     assert found[128].eq(-0.75).all() and found[:128].eq(0).all()
 
 
+@pytest.mark.parametrize("threshold", [0.125, 0.126])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_filter_looks_at_the_size_of_gradients_of_either_sign(path: str, threshold: float, sign: float) -> None:
+    """Without a target's part, smoothing alone pulls at 128 classes of probability 0, by 32 / 256 each."""
+    hidden, weight, bias = torch.ones(1, 8), torch.zeros(256, 8, requires_grad=True), torch.zeros(256)
+    bias[128:] = -1e4
+    weights, y = torch.tensor([32.0 * sign]), torch.tensor([0])
+    loss = linear_cross_entropy(
+        hidden, weight, y, bias=bias, label_smoothing=1.0, token_weights=weights, reduction="sum", grad_filter=threshold
+    )
+    (found,) = torch.autograd.grad(loss, weight)
+    kept = 0.125 * sign if threshold == 0.125 else 0.0
+    assert found[:128].eq(kept).all() and found[128:].eq(-kept).all()
+
+
 @pytest.mark.parametrize("rows", [140, 70])
 def test_a_gradient_filter_that_keeps_nothing_leaves_the_bias_alone(path: str, rows: int) -> None:
     hidden, weight, bias = (torch.randn(*shape).mul(0.1).requires_grad_() for shape in ((140, 8), (300, 8), (300,)))
