@@ -377,3 +377,18 @@ def test_what_goes_by_torch_waits_to_know_whether_it_is_skipped(path: str, odd: 
         for p in params:
             assert torch.equal(p.detach(), torch.full_like(p, 1.0 if found_inf else 0.5))
             assert optimizer.state[p]["step"] == 1 - found_inf
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_step_that_the_device_skips_leaves_gradients_scaled(found_inf: float) -> None:
+    """No kernel takes float64: the step is taken, and undone on the device, together with the division."""
+    with pretending_cuda():
+        p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        p.grad = torch.full_like(p, 8.0)
+        optimizer: Any = FusedAdamW([p], lr=0.5, eps=0.0, weight_decay=0.0)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
+        optimizer.step()
+        assert torch.equal(p.grad, torch.full_like(p, 8.0 if found_inf else 2.0))
+        for t, wanted in ((p.detach(), 0.5), (optimizer.state[p]["exp_avg"], 0.2)):
+            start = 1.0 if t.data_ptr() == p.data_ptr() else 0.0
+            torch.testing.assert_close(t, torch.full_like(t, start if found_inf else wanted), rtol=1e-12, atol=0)
