@@ -22,6 +22,7 @@ from llmfast import losses
 from llmfast.losses import (
     LinearCrossEntropyPlan,
     TeacherLogits,
+    TeacherProbabilities,
     TeacherStates,
     linear_cross_entropy,
     linear_distillation,
@@ -31,6 +32,7 @@ from llmfast.losses import (
     reference,
 )
 from llmfast.losses.options import FilterOptions, ProductOptions, declared
+from llmfast.losses.plain_distillation import BLOCKS
 from support.numerics import assert_close_in_norm
 from support.pairs import Case, covering
 from support.plans import chosen, forced
@@ -611,6 +613,26 @@ def test_a_teachers_weight_has_a_gradient_and_logits_of_its_own_dtypes() -> None
         call = plans[-1].call
         assert theirs.grad is not None and theirs.grad.dtype == call.weight_dtype == F32
         assert call.slab_dtype == (slab_dtype or BF16) and call.wants == (False, True, False)
+
+
+@pytest.mark.parametrize(("teacher", "blocks"), [(TeacherLogits, 0), (TeacherProbabilities, BLOCKS)])
+def test_what_plain_torch_makes_for_a_teacher_has_room(kernels: None, teacher: Any, blocks: int) -> None:
+    """No kernel makes gradients of probabilities: their blocks of rows count, though the student's loss has none."""
+    said = torch.full((4, 40), 1 / 40).requires_grad_()
+    with chosen() as plans:
+        linear_distillation(torch.randn(4, 8), torch.randn(40, 8), teacher(said), kind="reverse_kl").backward()
+    assert plans[0].call.blocks == 0 and plans[-1].call.blocks == blocks
+
+
+def test_autocasts_copies_of_the_student_are_held_while_its_teacher_learns() -> None:
+    held = []
+    for dtype in (BF16, F32):
+        hidden, weight, *theirs = (torch.randn(n, 8) for n in (4, 40, 4, 40))
+        teacher = TeacherStates(*(t.to(BF16).requires_grad_() for t in theirs))
+        with chosen() as plans, torch.autocast("cpu", BF16, enabled=dtype == F32):
+            linear_distillation(hidden.to(dtype), weight.to(dtype), teacher).backward()
+        held.append([plan.call.held for plan in (plans[0], plans[-1])])
+    assert [b - a for a, b in zip(*held)] == [2 * 44 * 8] * 2
 
 
 def test_every_option_that_says_how_to_compute_is_tried() -> None:
