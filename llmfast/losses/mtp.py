@@ -379,6 +379,8 @@ def _shared(
             x = (hidden * weight[y].to(hidden.dtype)).sum(-1, dtype=factors.dtype)
             x = final_logits(x, None if bias is None else bias[y], terms)
             token_loss = found.lse.detach() - x
+            if terms.class_weights is not None:  # the mean divides by them
+                token_loss = token_loss * terms.class_weights[y]
             token_loss = token_loss if moved is None else token_loss * moved[k]
             sums.append(torch.where(valid, token_loss, 0.0).sum())  # the weight of an ignored label may be NaN
     return loss, torch.stack(sums), heads.hits(found)

@@ -496,6 +496,23 @@ def test_statistics_with_every_option_that_changes_them(form: str, token_weights
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("divided", [False, True])
+@unrecorded()
+def test_the_losses_of_heads_are_weighted_by_class(path: str, shared: bool, divided: bool) -> None:
+    labels, documents = batch("packed")
+    hiddens, weight = leaves(3, shared, torch.float32)
+    class_weights, divisors = torch.rand(V) + 0.5, torch.tensor([20.0, 18.0, 16.0])
+    options: dict[str, Any] = {"document_ids": documents, "class_weights": class_weights}
+    options |= {"num_valid": divisors} if divided else {}
+    _, stats = mtp_cross_entropy(hiddens, weight, labels, head_weights=WEIGHTS[:3], return_stats=True, **options)
+    for k, target in enumerate(head_targets(labels, 3, documents, -100)):
+        logits, wide = (hiddens if shared else hiddens[k]).double() @ weight.double().T, class_weights.double()
+        wanted = F.cross_entropy(logits.flatten(0, 1), target.flatten(), wide, reduction="sum").detach()
+        wanted /= divisors[k] if divided else wide[target[target != -100]].sum()
+        torch.testing.assert_close(stats.head_loss[k].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_detached_unembedding_takes_its_bias_along(shared: bool, detached: bool) -> None:
     labels, _ = batch("padded")
