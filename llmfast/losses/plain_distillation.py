@@ -217,7 +217,9 @@ def _said(teacher: TeacherRows, s: Tensor, rows: slice, T: float | Tensor) -> _S
     if teacher.bucket:
         rest = torch.log(-torch.expm1(known.clamp(max=0.0)))
         students = _put(s.clone(), ids, s.new_full((), -torch.inf).expand_as(logprobs), 0).logsumexp(1)
-        ratio = torch.where(rest == -torch.inf, rest, rest - students)
+        # Where the ids are all classes, there is no bucket, and what rounding leaves of 1 belongs nowhere.
+        empty = (rest == -torch.inf) | ((ids >= 0).sum(1) == s.shape[1])
+        ratio = torch.where(empty, -torch.inf, rest - students)
     else:
         logprobs = logprobs - known[:, None]
     return _Said(_put(s + ratio[:, None], ids, logprobs, 0), ratio, none if teacher.bucket else known, None)

@@ -497,6 +497,22 @@ def test_probabilities_of_the_top_may_add_up_to_a_little_more_than_1(path: str, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("more", [0.0, 1e-6, -1e-6])
+def test_the_top_may_be_all_classes(path: str, kind: Any, more: float) -> None:
+    """The bucket of all others is empty then, also where the probabilities add up to a little less than 1."""
+    leaves = [torch.randn(2, D), torch.randn(4, D), torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25] * 4]).log() + more]
+    ids, found = torch.tensor([[3, 1, 0, 2], [0, 1, 2, 3]]), []
+    for function, dtype in ((linear_distillation, F32), (reference.linear_distillation, F64)):
+        h, w, said = (t.to(dtype).requires_grad_() for t in leaves)
+        p = torch.zeros(2, 4, dtype=dtype).scatter(1, ids, said.exp())
+        teacher = TeacherTopK(ids, said, "bucket") if dtype == F32 else TeacherProbabilities(p)
+        loss = function(h, w, teacher, kind=kind)
+        found.append([t.float() for t in (loss.detach(), *torch.autograd.grad(loss, (h, w, said)))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_second_backward_and_a_change_of_the_teacher() -> None:
     h, w = torch.randn(7, D, requires_grad=True), torch.randn(300, D, requires_grad=True)
     teacher = TeacherStates(torch.randn(7, TEACHER_D), torch.randn(300, TEACHER_D))
@@ -720,6 +736,8 @@ def test_copies_of_arguments_count_towards_the_budget() -> None:
     assert held(targets=None) == N * 8
     assert held(targets=torch.zeros(N, 2, dtype=torch.int64)[:, 0]) == N * 8
     assert held(token_weights=torch.ones(N, dtype=BF16)) == N * 4
+    assert held(temperature=torch.ones(N)) == 0
+    assert held(temperature=torch.ones(N, dtype=BF16)) == N * 4
     assert (
         held(
             hidden=torch.zeros(3, 2, D).transpose(0, 1),
@@ -734,3 +752,7 @@ def test_copies_of_arguments_count_towards_the_budget() -> None:
     assert held(TeacherStates(turned(N, D), states[1])) == N * D * 4
     assert held(TeacherStates(*states, torch.zeros(V, 2)[:, 0])) == V * 4
     assert held(TeacherTopK(ids, said)) == N * K * (8 + 4)
+    batch = {"hidden": torch.zeros(2, 3, D), "targets": torch.zeros(2, 3).long()}
+    for learns in (False, True):  # what it learns by is one more copy
+        logits = torch.zeros(3, 2, V).requires_grad_(learns).transpose(0, 1)
+        assert held(TeacherLogits(logits), **batch) == (1 + learns) * N * V * 4
