@@ -250,9 +250,11 @@ def test_more_valid_rows_than_said_are_not_lost_silently(path: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_accumulates_into_a_main_grad(path: str, mode: str) -> None:
-    hidden, weight, targets = tensors(dtype=torch.bfloat16)
-    main_grad = torch.full((300, 8), 2.0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_accumulates_into_a_main_grad(path: str, mode: str, dtype: torch.dtype, turned: bool) -> None:
+    hidden, weight, targets = tensors(dtype=dtype)
+    main_grad = torch.full((8, 300), 2.0).T if turned else torch.full((300, 8), 2.0)
     with forced(mode):
         for _ in range(2):
             loss = linear_cross_entropy(hidden, weight, targets, accumulate_into=main_grad)
