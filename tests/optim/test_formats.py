@@ -248,3 +248,14 @@ def test_codes_survive_being_decoded_and_encoded() -> None:
         code, scale = formats.encoded(x, bits(1024), signed)
         again, scale_again = formats.encoded(formats.decoded(code, scale), None, signed)
         assert torch.equal(code, again) and torch.equal(scale, scale_again)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(("away", "known"), [(0.25, True), (0.75, True), (1.0, True), (1.25, False), (-0.75, True)])
+def test_bits_are_kept_for_either_neighbour_of_a_value(bits: int, away: float, known: bool) -> None:
+    """A parameter further away than its neighbour was set by the user, and is all that is known."""
+    kept = formats.PARAM_FORMATS["split16" if bits == 16 else "split8"]
+    p, value = torch.tensor([1.0, -1.0], dtype=torch.bfloat16), torch.tensor([1.0, -1.0]) * (1 + away * 2.0**-7)
+    low = torch.ones(2, dtype=kept.dtype)
+    kept.keep(p, low, value)
+    assert torch.equal(kept.read(p, low, torch.float32), value if known else torch.tensor([1.0, -1.0]))

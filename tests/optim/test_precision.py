@@ -256,6 +256,16 @@ def test_nan_and_infinity_survive(path: str, options: dict[str, Any]) -> None:
     assert p[200:].isfinite().all()
 
 
+def test_what_overflows_float16_stays_infinite(path: str) -> None:
+    """The rounding error of a finite value that becomes infinite is infinite too, and would make it NaN."""
+    p = torch.tensor([65504.0, -65504.0, 1.0], dtype=F16).requires_grad_()
+    optimizer = FusedSGD([p], lr=100.0, master_weights="kahan")
+    for size in (1.0, 0.0):
+        p.grad = torch.tensor([-size, size, 0.0], dtype=F16)
+        optimizer.step()
+        assert p.tolist() == [torch.inf, -torch.inf, 1.0] and optimizer.state[p]["kahan_comp"].tolist() == [0.0] * 3
+
+
 def test_an_average_of_the_weights(path: str) -> None:
     def run(**options: Any) -> tuple[FusedOptimizer, Tensor, Tensor]:
         p = torch.linspace(-1, 1, 700).requires_grad_()
