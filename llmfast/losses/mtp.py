@@ -45,7 +45,11 @@ HIDDENS = kind_of(Tensor | Sequence[Tensor])
 
 
 class MTPStats(NamedTuple):
-    """Statistics of each head, detached and on the device. NaN where a head has no valid token."""
+    """Statistics of each head, detached and on the device.
+
+    NaN where a head has no valid token, except that `head_loss` is zero there if `num_valid` is given. What is float32
+    is float64 for hidden states in float64.
+    """
 
     head_loss: Tensor  # (K,) float32: mean loss of its tokens; with shared logits, mean of -log p alone
     accuracy: Tensor  # (K,) float32: share of its targets that are the most probable token
@@ -152,7 +156,7 @@ def mtp_cross_entropy(
     if not return_stats:
         return loss
     counts = heads.valid.flatten(1).sum(1)
-    return loss, MTPStats(head_loss / divisors, hits / counts, counts)
+    return loss, MTPStats((head_loss / divisors).to(wide), hits / counts, counts)
 
 
 def mtp_valid_counts(

@@ -716,3 +716,22 @@ def test_statistics_of_shared_logits_need_every_class() -> None:
     given: dict[str, Any] = {"head_weights": [1.0, 1.0], "process_group": object()}
     with pytest.raises(ValueError, match="return_stats of shared logits needs every class's unembedding"):
         mtp_cross_entropy(torch.randn(B, T, D), torch.randn(V, D), labels, return_stats=True, **given)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [None, [4, 4, 4], [4.0] * 3, torch.full((3,), 4), torch.full((3,), 4.0).double()])
+def test_statistics_have_their_dtypes_whatever_is_given(
+    path: str, given: Any, dtype: torch.dtype, shared: bool
+) -> None:
+    """Of the heads, the last has no valid token."""
+    hidden, weight = torch.randn(5, 8).to(dtype), torch.randn(30, 8).to(dtype)
+    labels = torch.tensor([-100, 3, -100, -100, -100])
+    hiddens = hidden if shared else hidden.expand(3, 5, 8)
+    _, stats = mtp_cross_entropy(hiddens, weight, labels, head_weights=[1.0] * 3, num_valid=given, return_stats=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert [t.dtype for t in stats] == [wide, wide, torch.int64] and stats.num_valid.tolist() == [1, 1, 0]
+    assert stats.accuracy[2].isnan() and not stats.accuracy[:2].isnan().any()
+    assert stats.head_loss[2].isnan() if given is None else stats.head_loss[2] == 0
+    rows = torch.nn.functional.cross_entropy(hidden[:2].double() @ weight.double().T, labels[[1, 1]], reduction="none")
+    torch.testing.assert_close(stats.head_loss[:2].double(), rows.flip(0) / (given is None or 4), rtol=2e-2, atol=0)
