@@ -404,3 +404,16 @@ def test_the_order_of_a_seed_is_always_the_same() -> None:
 def test_large_numbers_of_the_table_are_in_thousands() -> None:
     made = Mixture({"a": 12_345, "b": 2000}, {"a": 1, "b": 1}, total=3000)
     assert made.table()[1:] == [("a", "12,345", "50%", "1,499", "0.12"), ("b", "2,000", "50%", "1,501", "0.75")]
+
+
+def test_what_a_caller_changes_later_does_not_change_a_mixture() -> None:
+    rows, first, second = {"a": 5, "b": 3}, {"a": 1, "b": 0}, {"a": 0, "b": 1}
+    made = Mixture(rows, first, total=20)
+    later, kept = made.from_here_on(8, second, total=20), made.counts(20)
+    for changed in (rows, first, second):
+        changed.update(a=7, c=9)
+    assert made.state()["phases"] == [{"start": 0, "total": 20, "weights": {"a": 1, "b": 0}}]
+    assert later.state()["phases"][1:] == [{"start": 8, "total": 20, "weights": {"a": 0, "b": 1}}]
+    assert made.state()["rows"] == later.state()["rows"] == {"a": 5, "b": 3}
+    again = made.resumed(made.state(), 10)
+    assert again.counts(20) == made.counts(20) == kept and later.counts(20) == {"a": 8, "b": 12}

@@ -265,6 +265,27 @@ def test_lines_of_wide_characters_are_an_error_of_the_file(encoding: str, by: st
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-be", "utf-16-le"])
+def test_lines_of_wide_characters_are_known_by_their_mark_if_few_are_latin(encoding: str, tmp_path: Path) -> None:
+    (old := tmp_path / "b.jsonl").write_bytes(f'\ufeff{{"text": "{"本" * 300}"}}\n'.encode(encoding))
+    with pytest.raises(
+        ValueError, match=rf"b\.jsonl, line 1; if it is UTF-16, .* iconv -f UTF-16 -t UTF-8 {old} > NEW"
+    ):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "faults"), [("utf-16", "not UTF-8, not JSON"), ("utf-16-le", "not JSON, not JSON")]
+)
+def test_a_compressed_file_of_wide_characters_gets_no_command_for_what_it_contains(
+    encoding: str, faults: str, tmp_path: Path
+) -> None:
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress('{"text": "b"}\n'.encode(encoding)))
+    found = [(r.place, r.fault, r.damaged) for r in read(tmp_path / "b.jsonl.gz", "b.jsonl.gz")]
+    wanted = [(f"b.jsonl.gz, line {i}", fault, False) for i, fault in enumerate(faults.split(", "), 1)]
+    assert found == wanted
+
+
 def test_a_later_line_of_wide_characters_costs_that_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + '{"text": "b"}'.encode("utf-16-le") + b'\n{"text": "c"}\n')
     said: list[str] = []

@@ -157,11 +157,11 @@ def test_of_pythons_folder_only_what_is_hand_written_is_read(tmp_path: Path, mon
 
 def test_a_topic_that_mostly_repeats_a_longer_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     several = "one\n\ntwo\n\nthree\n\nfour and more"
-    topics = {"b": several, "half": "one\n\n two\n\nnew\n\nmore", "most": "one\n\ntwo\n\nnew too", "blank": " \n"}
+    topics = {"several": several, "half": "one\n\n two\n\nnew\n\nmore", "most": "one\n\ntwo\n\nnew too", "blank": " \n"}
     monkeypatch.setattr("pydoc_data.topics.topics", topics)
     assert [(d.name, d.text) for d in sources._topics()] == [
-        ("topics/b", several),
         ("topics/half", topics["half"]),
+        ("topics/several", several),
     ]
 
 
