@@ -1,5 +1,6 @@
 """Decoding with kept keys and values: the numbers of reading everything again, at the cost of the new rows."""
 
+import re
 from typing import Any
 
 import pytest
@@ -129,3 +130,9 @@ def test_a_batch_shares_passes_and_its_random_numbers_repeat(monkeypatch: pytest
         model.generate_batch([prompts[0], prompts[0][:0]], 3, context=20)
     with pytest.raises(ValueError, match="count must not be negative; got -1"):
         model.generate_batch(prompts, -1, context=20)
+
+
+@pytest.mark.parametrize(("wrong", "told"), [("5", "'5'"), (5.0, "5.0"), ([5], "a list"), (True, "True")])
+def test_a_token_to_stop_at_is_a_number(wrong: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=rf"^stop must be an int or None; got {re.escape(told)}$"):
+        small().generate_batch([torch.tensor([1])], 0, context=20, stop=wrong)

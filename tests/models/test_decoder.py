@@ -395,6 +395,8 @@ def test_no_way_to_generate_takes_what_it_cannot_go_on_from(way: str) -> None:
     if way != "stream":
         with pytest.raises(ValueError, match=r"^count must not be negative; got -1$"):
             call(prompt, -1, 4)
+        with pytest.raises(ValueError, match=rf"^{name} must be "):
+            call(prompt[:0], 0, 4)
         assert len(call(prompt, 0, 1)) == {"generate": 3, "generate_batch": 2}[way]
     assert len(call(prompt, 1, 1)) == {"stream": 1, "generate": 4, "generate_batch": 2}[way]
 

@@ -5,6 +5,7 @@ import dataclasses
 import random
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -334,6 +335,31 @@ def test_of_one_shard_only_the_largest_gradient_remains_where_backward_steps() -
     assert alone.gradients == 4 * 384 * 64 and e.gradients == 4 * 384 * 64 // 8  # gate and up, in one piece
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(("precision", "autocast"), [(PRECISIONS[0], True), (PRECISIONS[0], False), (SPLIT16, True)])
+@pytest.mark.parametrize(("mtp", "heads", "V"), [("none", 0, 300), ("none", 0, 9000), ("sequential", 2, 300)])
+def test_the_loss_is_planned_for_what_is_trained(
+    mtp: Any, heads: int, V: int, precision: Precision, autocast: bool, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, torch's loss is used for few float32 logits; elsewhere a plan says what the fused one takes."""
+    asked: list[Any] = []
+    made = SimpleNamespace(make=lambda *shape, **how: asked.append((shape, how)) or SimpleNamespace(peak_bytes=7))
+    monkeypatch.setattr("llmfast.models.memory.LinearCrossEntropyPlan", made)
+    c = DecoderConfig(V, width=64, layers=1, heads=4, mtp=mtp, mtp_heads=heads)
+    how: dict[str, Any] = {"precision": precision, "autocast": autocast, "device": device, "gpu_memory": 5}
+    e = estimate_memory(c, batch_size=2, seq_len=16, **how)
+    stored = precision.parameters
+    compute = torch.bfloat16 if autocast else stored
+    N = 2 * 16 * (1 + heads)
+    kinds = {"dtype": compute, "weight_dtype": stored, "device": device, "kernels": device == "cuda", "gpu_memory": 5}
+    assert asked == [((N, 64, V), kinds)]
+    cast_inputs = 2 * (N + V) * 64 if compute != stored else 0
+    unfused = unfused_loss_bytes(N, 64, V, stored)
+    torchs = device == "cpu" and compute == torch.float32 and mtp == "none" and V == 300
+    assert e.loss == (unfused if torchs else 7) + cast_inputs and e.loss_unfused == unfused + cast_inputs
+    assert e.loss_gradients == (N + V) * 64 * stored.itemsize
+
+
 def test_what_makes_it_smaller() -> None:
     c = DecoderConfig(128_256, width=2048, layers=16, heads=16)
     usual = estimate_memory(c, batch_size=4, seq_len=4096)
@@ -395,6 +421,7 @@ def test_ranks_with_models_of_their_own_keep_the_gradients_that_they_reduce() ->
     c = DecoderConfig(300, width=64, layers=2, heads=4)
     alone = estimate_memory(c, batch_size=2, seq_len=16)
     ddp = estimate_memory(c, batch_size=2, seq_len=16, ranks=4)
+    assert (alone.tied_gradients, alone.gathered, alone.buffers, alone.unreduced) == (2 * 300 * 64 * 4, 0, 0, 0)
     assert ddp == dataclasses.replace(alone, accumulate=True, tied_gradients=3 * 300 * 64 * 4)
     assert ddp == dataclasses.replace(estimate_memory(c, batch_size=2, seq_len=16, accumulate=2), accumulate=True)
 
@@ -413,6 +440,7 @@ def test_what_shards_hold_by_hand(accumulate: int, again: bool) -> None:
     assert e.optimizer == pytest.approx(2 * own, rel=0.01)
     assert e.gathered == 4 * outside and e.buffers == 4 * 5 * block and e.begin == alone.parameters
     assert e.unreduced == (alone.gradients if accumulate > 1 else 0)
+    assert e.tied_gradients == 4 * (3 * 300 * 64 if accumulate > 1 else 2 * outside)
     for name in ("activations", "recomputed", "weight_copies", "loss", "loss_unfused", "loss_gradients"):
         assert getattr(e, name) == getattr(alone, name)
     held = e.parameters + e.optimizer + e.gathered

@@ -23,7 +23,12 @@ def _alike(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([t + 10 * (rank - RANK) for rank in range(SIZE)], dim)
 
     monkeypatch.setattr(module, "_gathered", gathered)
-    monkeypatch.setattr(module.DTensor, "from_local", lambda t, mesh, placements, run_check: t)
+
+    def placed(t: Tensor, mesh: Any, placements: Any, run_check: bool) -> Tensor:
+        assert (mesh, placements, run_check) == (MESH, [module.Replicate()], False)  # a check would send it again
+        return t
+
+    monkeypatch.setattr(module.DTensor, "from_local", placed)
 
 
 class Plus(nn.Module):
@@ -125,3 +130,20 @@ def test_rows_of_the_unembedding_stay_where_it_was(monkeypatch: pytest.MonkeyPat
     head.weight.requires_grad_(False)
     assert split_unembedding(model, MESH) == "inner.head.weight"
     assert head.weight.shape == (1, 2) and not head.weight.requires_grad and asked == [(MESH, [module.Shard(0)])]
+
+
+def test_each_rank_takes_its_sequences_of_the_gradients_of_all_heads() -> None:
+    class Heads(Plus):
+        def forward(self, tokens: Tensor, *, positions: Tensor) -> Tensor:
+            return super().forward(torch.stack([tokens, 100 * tokens]), positions=positions)  # (K, B, T, 1)
+
+    def weighted(model: Any, batch: Any, *rest: Any) -> Any:
+        hidden = model(batch, positions=batch)
+        assert hidden.shape == (2, SIZE, 1, 1)
+        return (hidden[..., 0, 0] * torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])).sum(), {}
+
+    model, inner = Heads().train(), SimpleNamespace(num_valid=None, logged=None)
+    objective = OfAllRanks(inner, MESH)  # type: ignore[arg-type]
+    objective._objective = weighted  # type: ignore[assignment]
+    objective(model, torch.tensor([[3.0]]), torch.tensor([1]), 0, True)[0].backward()
+    assert model.weight.grad is not None and model.weight.grad.item() == 2 * 3 + 6 * 300
