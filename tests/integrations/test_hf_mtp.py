@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from llmfast.optim import FusedAdamW
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: make test-integrations")
 
-from llmfast.integrations.mtp import Block, _documents, add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
+from llmfast.integrations.mtp import Block, _documents, _layers, add_mtp, load_mtp, remove_mtp, set_head_weights  # noqa: E402
 from llmfast.integrations.transformers import fuse_loss, unfuse_loss  # noqa: E402
 
 Make = Callable[..., Any]
@@ -252,6 +253,61 @@ def test_documents_begin_where_positions_do_not_go_on() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_may_be_given_in_place_of_ids(make: Make, kind: Any) -> None:
+    model, usual = add_mtp(make("llama"), 2, kind), batch()
+    embedded = {"inputs_embeds": model.get_input_embeddings()(usual["input_ids"]), "labels": usual["labels"]}
+    assert model(**embedded).loss.item() == pytest.approx(model(**usual).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_of_fewer_rows_has_the_documents_of_these(make: Make, kind: Any) -> None:
+    """A loss that leaves out the last row of each sequence equals one that ignores it."""
+
+    def shifted(logits: Any, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        return F.cross_entropy(logits[..., :-1, :].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
+
+    model = add_mtp(make("llama"), 2, kind)
+    positions = torch.cat([torch.arange(n) for n in (5, 4, 3)]).expand(2, -1)
+    packed = {**batch(), "position_ids": positions, "use_cache": False}
+    wanted = gradients(model, packed)
+    model.loss_function = shifted
+    assert_same(gradients(model, packed), wanted)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_heads_are_copies_of_the_last_of_any_number_of_layers(make: Make, layers: int) -> None:
+    given: dict[str, Any] = {"detach": True}
+    model = add_mtp(make("llama", num_hidden_layers=layers), 1, "sequential", head_weights=[0.5, 2], depths=given)
+    given["detach"] = False
+    assert model.config.llmfast_mtp == {
+        "heads": 1,
+        "kind": "sequential",
+        "head_weights": [0.5, 2.0],
+        "depths": {"detach": True},
+        "layer": f"model.layers.{layers - 1}",
+        "norm": "model.norm",
+    }
+    last = model.model.layers[-1].state_dict()
+    copied = model.mtp.layers[0].block.layer.state_dict()
+    assert last.keys() == copied.keys() and all(torch.equal(last[name], t) for name, t in copied.items())
+    assert model.mtp_weights.tolist() == [0.5, 2.0]
+
+
+def test_layers_are_those_of_the_text_model_of_a_config_of_several() -> None:
+    model: Any = nn.ModuleDict({"seeing": nn.ModuleList([nn.Identity()] * 3), "text": nn.ModuleList([nn.Identity()])})
+    text = SimpleNamespace(num_hidden_layers=1)
+    model.config = SimpleNamespace(num_hidden_layers=3, get_text_config=lambda: text)
+    assert _layers(model) == "text"
+
+
+def test_a_model_is_loaded_as_from_pretrained_is_told(make: Make, tmp_path: Path) -> None:
+    add_mtp(make("llama"), 1).save_pretrained(tmp_path)
+    loaded = load_mtp(tmp_path, torch_dtype=torch.bfloat16, attn_implementation="eager")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_hooks_hear_of_the_models_own_layer_alone(make: Make, kind: Any) -> None:
     model, heard = make("llama"), []
     for module in model.model.layers[-1].modules():
@@ -268,7 +324,9 @@ def test_hooks_hear_of_the_models_own_layer_alone(make: Make, kind: Any) -> None
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_new_norms_are_like_the_models(make: Make, eps: float) -> None:
     model = add_mtp(make("llama", rms_norm_eps=eps), 2, "sequential")
-    assert {module.eps for module in model.mtp.modules() if isinstance(module, nn.RMSNorm)} == {eps}
+    other = add_mtp(make("gpt2"), 2, "sequential")  # whose config names no such number
+    for made, wanted in ((model, eps), (other, 1e-5)):
+        assert {module.eps for module in made.mtp.modules() if isinstance(module, nn.RMSNorm)} == {wanted}
 
 
 def test_no_logits_of_any_head(make: Make) -> None:
