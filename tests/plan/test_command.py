@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from llmfast import _gpus
 from llmfast._commands import columns
 from llmfast._units import duration, number, short
 from llmfast.plan import BESIROGLU, ChinchillaLaw, PowerLaw, Run
@@ -523,3 +524,83 @@ def test_the_help_of_a_fit_names_its_budgets(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         parser.parse_args(["fit", "--help"])
     assert "(default: 1, 10 and 100 times the largest run)" in " ".join(capsys.readouterr().out.split())
+
+
+GIVE = "--flops, --params or --tokens, or one of fit, memory, lr; see llmfast plan --help"
+CARDS = ", ".join(_gpus.KNOWN)
+THIRD = "of a budget (--flops or --days), --params and --tokens, two determine the third; leave one out"
+LIMITS = "and plans are made for 1.00 M to 10.0 T; ask for another --days, --gpus, --flops, --params or --tokens"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", f"plan needs {GIVE}"),
+        ("--gpu H100", f"plan needs --days, {GIVE}"),
+        ("--days 3", "--days needs --gpu, for which a run is planned"),
+        ("--params 1B --out a.toml", "--out needs --gpu, for which a run is planned"),
+        ("--params 1B --gpus 2", f"--gpus needs --gpu, one of {CARDS}"),
+        ("--params 1B --utilisation 0.3", f"--utilisation needs --gpu, one of {CARDS}"),
+        ("--gpu H100 --days 1 --flops 1e21", "--flops and --days are both a budget; leave one out"),
+        ("--gpu H100 --days 1 --params 1B --tokens 1B", THIRD),
+        ("--flops 1e20 --params 1B --tokens 1B", THIRD),
+        ("--gpu H100 --params 1k --tokens 1M", f"this would be a model of 1.00 k parameters, {LIMITS}"),
+        (
+            "--gpu H100 --params 2M --vocab-size 128k",
+            "a vocabulary of 128000 is too large for a model of 2.00 M parameters",
+        ),
+        ("--flops 1 --gpus 0", "--gpus must be above 0; got 0"),
+        ("--flops 1 --utilisation 2", "--utilisation must be above 0 and at most 1; got 2.0"),
+        ("--flops 1 fit a", "--flops before fit has no meaning"),
+        ("lr --lr 1 --base-batch x --batch 2", "--base-batch must be a number, such as 2.8e9 or 2.8B; got 'x'"),
+        ("lr --lr 1 --base-batch 2 --batch 0", "--batch must be finite and above 0; got '0'"),
+        ("fit a --flops x", "--flops must be a number, such as 2.8e9 or 2.8B; got 'x'"),
+    ],
+)
+def test_mistakes_are_told_word_for_word(plan: Callable[..., str], command: str, message: str) -> None:
+    assert plan(*command.split(), code=2) == f"llmfast: error: {message}\n"
+
+
+def test_runs_that_vary_too_little_are_told_word_for_word(
+    plan: Callable[..., str], given_runs: SimpleNamespace
+) -> None:
+    less = "runs must vary the model's size or the tokens: at least 3 values; got"
+    for changes, words, message in (
+        ([{}] * 6, (), f"{less} 1 sizes and 1 numbers of tokens"),
+        ([{"params": 10**6 * (1 + i % 2)} for i in range(6)], (), f"{less} 2 sizes and 1 numbers of tokens"),
+        ([{"tokens": 10**6 * (1 + i % 2)} for i in range(6)], (), f"{less} 1 sizes and 2 numbers of tokens"),
+        (
+            [{"tokens": 10**6 * (1 + i)} for i in range(6)],
+            ("--flops", "1e9"),
+            "--flops needs runs that vary both the model's size and the tokens",
+        ),
+    ):
+        given_runs.runs = [replace(RUNS[0], **more) for more in changes]
+        said = plan("fit", *(f"run{i}" for i in range(6)), *words, code=2)
+        assert said == f"llmfast: error: {message}\n" and given_runs.seen == []
+
+
+@pytest.mark.parametrize("missing", ["--lr", "--base-batch", "--batch"])
+def test_each_number_of_a_learning_rate_is_required(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--lr": "1", "--base-batch": "2", "--batch": "3"}
+    add_arguments(parser := argparse.ArgumentParser())
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["lr", *(word for name in given.keys() - {missing} for word in (name, given[name]))])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: the following arguments are required: {missing}\n")
+
+
+def test_a_topic_has_no_gpu_unless_it_is_given(plan: Callable[..., str]) -> None:
+    """What is given before the topic counts, unless it is given after it too."""
+    before, after, both = (
+        plan(*words.split())
+        for words in (
+            "--gpu A100 --utilisation 0.5 memory",
+            "memory --gpu A100 --utilisation 0.5",
+            "--gpu H100 --utilisation 0.3 memory --gpu A100 --utilisation 0.5",
+        )
+    )
+    assert before == after == both and "modelled on A100" in before and "utilisation 0.5 assumed" in before
+    assert "modelled" not in plan("memory")
+    own = plan("memory", "--gpu", "A100", "--gpu-memory", "24GiB")
+    assert "(24.00 GiB)" in own and "modelled on A100" in own

@@ -6,6 +6,7 @@ was 99 %, and all within 2.2 %.
 """
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -441,3 +442,36 @@ def test_refuses_exponents_at_the_end_of_the_search() -> None:
     assert fit_power(x, (1e40 / x) ** 0.0105).law.exponent == pytest.approx(0.0105, rel=1e-3)
     x = np.geomspace(1.0, 10.0, 20)
     assert fit_power(x, 2 + (2 / x) ** 2.9).law.exponent == pytest.approx(2.9, rel=1e-3)
+
+
+def test_seeds_and_deltas_reach_the_fit() -> None:
+    N, D, loss = runs(BESIROGLU, 0, grid=4)
+    x, losses = curve(PowerLaw(1e9, 0.3, 1.5), 0)
+    loss[3] *= 1.2
+    losses[3] *= 1.2
+    for fit in (lambda **how: fit_chinchilla(N, D, loss, **how), lambda **how: fit_power(x, losses, **how)):
+        zero, again, default, other = (fit(resamples=2, **how) for how in ({"seed": 0}, {"seed": 0}, {}, {"seed": 1}))
+        assert zero.resampled == again.resampled == default.resampled != other.resampled
+        assert zero.law == other.law == fit(delta=1e-3).law
+        outlier = [abs(fit(delta=delta).residuals[3]) for delta in (1e-3, 1.0)]
+        assert outlier[0] == pytest.approx(np.log(1.2), abs=0.05) and outlier[1] < outlier[0]
+
+
+def test_what_runs_do_not_determine_is_told_word_for_word() -> None:
+    N, D, loss = runs(BESIROGLU, 0, grid=4)
+    x = np.geomspace(1e6, 1e10, 20)
+    together = (
+        "N and D of these runs vary only together, as with a fixed number of tokens per parameter: which of the two "
+        "lowers the loss cannot be told. Train some of the models on more or fewer tokens"
+    )
+    ends = "these runs do not determine an exponent of x: the best one is at an end of the searched range, 0.01 to 3.0"
+    few = "must take at least 3 values, more than 2 % apart, for an exponent; got"
+    for call, message in (
+        (lambda: fit_chinchilla(N, 20 * N, loss), together),
+        (lambda: fit_power(x, (1e40 / x) ** 0.0095), ends),
+        (lambda: fit_chinchilla(np.where(np.median(N) < N, 2e8, 1e8), D, loss), f"N {few} 2"),
+        (lambda: fit_power(np.linspace(1, 1.01, 20), np.ones(20)), f"x {few} 1"),
+        (lambda: fit_power(x, -x), f"loss must be finite and above 0; got {[-v for v in x[:3].tolist()]}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            call()

@@ -1,5 +1,6 @@
 """Tests of reading points from run folders."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +107,16 @@ def test_one_evaluation_is_enough(make_run: MakeRun) -> None:
     log.write_text('{"step": 500, "tokens": 3, "loss": 1.0}\n')
     with pytest.raises(ValueError, match=f"{folder.name} has no validation loss in its metrics.jsonl"):
         read_run(folder)
+
+
+def test_why_a_run_is_no_point_word_for_word(make_run: MakeRun) -> None:
+    stopped, began = make_run(64, 500, stopped_at=400), make_run(64, 600, "train.init_from=runs/other")
+    none = make_run(64, 700)
+    (none / "metrics.jsonl").write_text('{"step": 700, "tokens": 1, "loss": 2.0}\n')
+    for folder, message in (
+        (stopped, "stopped at step 400 of 500: its loss is not that of a whole run"),
+        (began, "began with the weights of runs/other: its loss is not due to its own tokens alone"),
+        (none, "has no validation loss in its metrics.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{folder} {message}')}$"):
+            read_run(folder)
