@@ -1,4 +1,4 @@
-"""What models of Hugging Face are refused for, word for word."""
+"""Messages about models of Hugging Face, word for word."""
 
 import re
 from collections.abc import Callable

@@ -591,7 +591,7 @@ def test_each_number_of_a_learning_rate_is_required(missing: str, capsys: pytest
 
 
 def test_a_topic_has_no_gpu_unless_it_is_given(plan: Callable[..., str]) -> None:
-    """What is given before the topic counts, unless it is given after it too."""
+    """An option before the topic counts, unless it is given after it too."""
     before, after, both = (
         plan(*words.split())
         for words in (

@@ -444,19 +444,6 @@ def test_refuses_exponents_at_the_end_of_the_search() -> None:
     assert fit_power(x, 2 + (2 / x) ** 2.9).law.exponent == pytest.approx(2.9, rel=1e-3)
 
 
-def test_seeds_and_deltas_reach_the_fit() -> None:
-    N, D, loss = runs(BESIROGLU, 0, grid=4)
-    x, losses = curve(PowerLaw(1e9, 0.3, 1.5), 0)
-    loss[3] *= 1.2
-    losses[3] *= 1.2
-    for fit in (lambda **how: fit_chinchilla(N, D, loss, **how), lambda **how: fit_power(x, losses, **how)):
-        zero, again, default, other = (fit(resamples=2, **how) for how in ({"seed": 0}, {"seed": 0}, {}, {"seed": 1}))
-        assert zero.resampled == again.resampled == default.resampled != other.resampled
-        assert zero.law == other.law == fit(delta=1e-3).law
-        outlier = [abs(fit(delta=delta).residuals[3]) for delta in (1e-3, 1.0)]
-        assert outlier[0] == pytest.approx(np.log(1.2), abs=0.05) and outlier[1] < outlier[0]
-
-
 def test_what_runs_do_not_determine_is_told_word_for_word() -> None:
     N, D, loss = runs(BESIROGLU, 0, grid=4)
     x = np.geomspace(1e6, 1e10, 20)
