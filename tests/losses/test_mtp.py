@@ -724,7 +724,7 @@ def test_statistics_of_shared_logits_need_every_class() -> None:
 def test_statistics_have_their_dtypes_whatever_is_given(
     path: str, given: Any, dtype: torch.dtype, shared: bool
 ) -> None:
-    """Of the heads, the last has no valid token."""
+    """Test it with a last head that has no valid token."""
     hidden, weight = torch.randn(5, 8).to(dtype), torch.randn(30, 8).to(dtype)
     labels = torch.tensor([-100, 3, -100, -100, -100])
     hiddens = hidden if shared else hidden.expand(3, 5, 8)
