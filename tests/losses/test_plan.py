@@ -362,7 +362,7 @@ def test_a_block_whose_gradient_just_reaches_the_threshold_is_kept(path: str) ->
 @pytest.mark.parametrize("threshold", [0.125, 0.126])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_filter_looks_at_the_size_of_gradients_of_either_sign(path: str, threshold: float, sign: float) -> None:
-    """Test it without a target's part, smoothing alone pulls at 128 classes of probability 0, by 32 / 256 each."""
+    """Smoothing pulls, without a part of the target, at 128 classes of probability 0, by 32 / 256 each."""
     hidden, weight, bias = torch.ones(1, 8), torch.zeros(256, 8, requires_grad=True), torch.zeros(256)
     bias[128:] = -1e4
     weights, y = torch.tensor([32.0 * sign]), torch.tensor([0])
