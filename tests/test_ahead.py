@@ -20,6 +20,7 @@ from llmfast import _gpus, ahead, optim
 from llmfast.cli import main
 from llmfast.losses import cross_entropy, linear_cross_entropy
 from llmfast.optim import FusedAdamW
+from llmfast_kernels.ahead import CompileOnlyDriver
 from support.launched import unrecorded
 from support.plans import forced
 
@@ -160,3 +161,9 @@ def test_every_flag_reaches_what_is_compiled(
         assert found == {"losses": losses, "steps": steps, "for": [(architecture, tmp_path / "a" / "b")]}
         for listed in found.values():
             listed.clear()
+
+
+def test_triton_remembers_no_kernel_of_another_target_or_folder() -> None:
+    """Triton keeps the kernels that it has compiled by device."""
+    drivers = [CompileOnlyDriver(*given) for given in (("sm_90",), ("sm_90", "a"), ("sm_90", "b"), ("gfx942", "a"))]
+    assert len({driver.get_current_device() for driver in drivers}) == 4

@@ -16,6 +16,7 @@ from llmfast.data.tokenizer import MIN_BPE_VOCAB_SIZE, SPECIAL_TOKENS, BPETokeni
 from llmfast.models import Decoder, DecoderConfig
 from llmfast.models.cost import step_flops
 from llmfast.mtp.schedules import staged_weights
+from llmfast.train import Trainer
 from llmfast.train.metrics import ProgressDisplay
 
 
@@ -46,6 +47,7 @@ def sentences() -> Iterator[tuple[Any, str]]:
     yield text_files, f"A {', '.join(first)} or {last} file is a document,"
     *first, last = TABLE_SUFFIXES
     yield text_files, f"so is a line of {', '.join(first[:-1])} or {first[-1]} and a row of {last}."
+    yield Trainer, "a function of model and batch that returns the sum of its valid tokens' losses."
     yield step_flops, f"Attention takes {per_token:g} * seq_len * width FLOPs per token and block"
 
 

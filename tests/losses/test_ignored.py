@@ -163,3 +163,14 @@ def test_every_mode_is_tried() -> None:
     assert mode() == "materialise"
     assert mode(memory_budget=CHUNKED) == "chunk"
     assert mode(memory_budget=CHUNKED, reduction="none") == "recompute"
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -100, 0, V - 1, V])
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_ignored_token_is_no_hit(path: str, linear: bool, ignore_index: int) -> None:
+    """Test it also where its target is what stands for no argmax, or the argmax itself."""
+    hidden, weight = torch.eye(V)[[0, 1, V - 1]], torch.eye(V)
+    targets = torch.tensor([ignore_index, 1, ignore_index])
+    call = linear_cross_entropy if linear else lambda h, w, y, **o: cross_entropy(h @ w.T, y, **o)
+    _, stats = call(hidden, weight, targets, ignore_index=ignore_index, return_stats=True)
+    assert stats.accuracy == 1.0

@@ -1,6 +1,7 @@
 """`logprobs` and `linear_logprobs` on both paths, against `log_softmax(...).gather`."""
 
 import importlib
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -303,8 +304,8 @@ def test_equal_logits_share_a_rank(path: str) -> None:
     x[0, 1299] = 600.0
     x[1, :5] = -torch.inf
     ids = torch.tensor([[0, 699, 700, 1299], [0, 5, 1299, -100]])
-    for softcap in (None, 2.0):
-        stats = logprobs(x, ids, softcap=softcap, return_stats=True, return_rank=True)[1]
+    for softcap, compute in itertools.product((None, 2.0), (logprobs, reference.logprobs)):
+        stats = compute(x, ids, softcap=softcap, return_stats=True, return_rank=True)[1]
         assert stats.rank.tolist() == [[600, 600, 1, 0], [1295, 0, 0, -1]]
     stats = logprobs(x, ids, logit_scale=-1.0, return_stats=True, return_rank=True)[1]
     assert stats.rank.tolist() == [[0, 0, 700, 1299], [0, 5, 5, -1]]

@@ -395,3 +395,15 @@ def test_names_that_are_not_unicode_are_shown_as_far_as_they_go(tmp_path: Path) 
     report.write_report([*runs, runs[0]], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "run?, other" in text and text.count("run?") > 1
+
+
+@pytest.mark.parametrize(("inside", "typed"), [("mine", "."), ("mine/checkpoints", ".."), (".", "link")])
+def test_a_run_has_the_name_of_the_folder_that_a_path_leads_to(
+    inside: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "mine" / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "loss": 2.0}\n')
+    (tmp_path / "link").symlink_to("mine")
+    monkeypatch.chdir(tmp_path / inside)
+    report.write_report([Path(typed)], tmp_path / "page.html")
+    assert "<title>mine" in (tmp_path / "page.html").read_text("utf-8")
