@@ -25,8 +25,8 @@ SOURCES, PAGES = files(".py"), files(".md")
 FRAGMENTS = set(
     re.split(
         r"\W+",
-        "and as at beside but by else for from how if in nor of or so though to what whatever when where whether which "
-        "who whose with within without",
+        "and as at beside but by else for from how if in nor of or so those though to what whatever when where whether "
+        "which who whose with within without",
     )
 )
 # A function's docstring opens with an imperative verb, which is neither of these nor a plural such as "Bytes". A test's

@@ -113,7 +113,7 @@ def test_float32_parameters_need_no_more_bits(path: str, master: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("own", [False, True])
 def test_which_options_gradients_that_go_by_torch_may_have(odd: str, dtype: torch.dtype, own: bool) -> None:
-    """Those that add nothing to the parameter, and keep states as torch does; nothing changes where one is refused."""
+    """Take what adds nothing to the parameter and keeps states as torch does; change nothing where one is refused."""
     for name, (good, _) in RANGES.items():
         if own and name not in Options.PER_GROUP:
             continue
