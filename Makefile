@@ -31,7 +31,7 @@ chapter: $(STAMP)-train,clean ## test statements of textbooks by small runs (an 
 check: $(STAMP)-train,test,dev ## check a change in 90 seconds: lint, its tests, and a few of all others
 	$(PY) -m tools.check $(ARGS)
 
-test: $(STAMP)-train,test ## run the tests: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
+test: $(STAMP)-train,test ## run the tests in ten minutes: make test ARGS="-k optim", PYTEST_FLAGS="-n 0"
 	$(PY) -m pytest --machine-code -rs $(PYTEST_FLAGS) $(ARGS)
 
 test-gpu: $(STAMP)-train,test ## run the tests of losses and optimizers on a GPU, with compiled kernels

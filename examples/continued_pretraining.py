@@ -9,7 +9,7 @@ The same from the command line:
     llmfast continue runs/prose --target code --general prose --name without --no-replay
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from llmfast.train import load_config, train
@@ -62,4 +62,8 @@ def draw(curves: dict[str, list[dict[str, dict[str, float]]]], picture: Path) ->
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/continued"), *sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/continued"), help="a folder for the runs")
+    parser.add_argument("settings", nargs="*", help="such as train.steps=100")
+    given = parser.parse_args()
+    main(given.folder, *given.settings)

@@ -11,6 +11,8 @@ from typing import Any, NoReturn, TypeGuard
 
 MISTAKE = 2
 """Exit code of a command that ended with a message of one line, for most a user's mistake."""
+INTERRUPTED = 130
+"""Exit code of a command that SIGINT ended, as shells report it."""
 WRITTEN = "written by llmfast"
 """Marker near the start or the end of each single file that a command writes to `--out`."""
 _MARKED = 4096  # bytes searched at either end
@@ -39,7 +41,8 @@ class CommandParser(argparse.ArgumentParser):
         if wrong := [text for text in unknown if text.startswith("--")]:
             self._refuse(wrong[0].partition("=")[0])
         if unknown and self._settings is not None and Path(unknown[0]).exists():  # probably text to train on
-            option = next(name for name in ("--target", "--data.sources") if name in self._option_string_actions)
+            likely = ("--config", "--target") if unknown[0].endswith(".toml") else ("--target",)
+            option = next(name for name in (*likely, "--data.sources") if name in self._option_string_actions)
             self.error(f"unrecognized argument {unknown[0]}; did you mean {option} {unknown[0]}?")
         return found, unknown
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import llmfast
-from llmfast._commands import MISTAKE, CommandParser, fail
+from llmfast._commands import INTERRUPTED, MISTAKE, CommandParser, fail
 from llmfast._output import Lasting, OutputLost, going_on, standard_streams
 from llmfast.ahead import add_arguments as add_compile_arguments
 from llmfast.ahead import run as run_compile
@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments, out)
         except OutputLost as e:
             return 1 if isinstance(e.__cause__, BrokenPipeError) else fail(str(e))  # a reader may stop, as `head` does
+        except KeyboardInterrupt:  # before a run has begun, which would say more
+            print("llmfast: interrupted", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _run(arguments: Sequence[str] | None, out: Lasting) -> int:
@@ -257,7 +260,7 @@ def _trained(run: Callable[[], None]) -> int:
         return fail(f"out of memory; try a smaller train.micro_batch_size, data.seq_len or model: {e}")
     except KeyboardInterrupt as e:  # also after a checkpoint: what follows `&&` must not take the run for finished
         print("; ".join(filter(None, ("llmfast: interrupted", str(e)))), file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

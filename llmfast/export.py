@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from llmfast._checks import expect
-from llmfast._commands import expect_new, fail
+from llmfast._commands import INTERRUPTED, expect_new, fail
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(str(e))
     except KeyboardInterrupt:
         print("llmfast: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(args.to)
     if step is not None:
         print(f"llmfast: the run has not finished; this is its model after step {step}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmfast._checks import expect
-from llmfast._commands import fail
+from llmfast._commands import INTERRUPTED, fail
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(str(e))
     except KeyboardInterrupt:
         print()
-        return 130
+        return INTERRUPTED
     return 0
 
 

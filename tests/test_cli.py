@@ -1,5 +1,6 @@
 """Each option of the command line reaches what it is for."""
 
+import argparse
 import json
 import runpy
 import sys
@@ -113,11 +114,27 @@ def test_the_package_and_its_command_line_run_as_modules(
     assert left.value.code == 0 and capsys.readouterr().out == f"llmfast {llmfast.__version__}\n"
 
 
-@pytest.mark.parametrize(("command", "option"), [(["train"], "--data.sources"), (["continue", "run"], "--target")])
-def test_text_without_an_option_is_told_where_it_goes(
-    command: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("arguments", [["settings"], ["plan", "budget", "--flops=1e20"], ["train", "--dry-run"]])
+def test_an_interrupt_before_a_run_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "text.txt"
+    """Interrupt the reading of arguments, which imports the trainer."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr() == ("", "llmfast: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["text.txt", "mine.toml"])
+@pytest.mark.parametrize(("command", "option"), [(["train"], "--data.sources"), (["continue", "run"], "--target")])
+def test_a_file_without_an_option_is_told_where_it_goes(
+    command: list[str], option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / name
+    option = "--config" if (name, command) == ("mine.toml", ["train"]) else option
     text.write_text("hello")
     with pytest.raises(SystemExit) as left:
         main([*command, str(text), "--target=x"][: len(command) + 1 + (option == "--target")])

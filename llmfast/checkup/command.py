@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmfast._commands import fail
+from llmfast._commands import INTERRUPTED, fail
 from llmfast.checkup.page import check, comparison, page, verdict
 from llmfast.checkup.runner import MINUTES, CheckUp, write_json
 from llmfast.checkup.sections import SECTIONS, TUNING, named
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         written = "".join(f"; finished sections are in {path}" for path in files.values())
         print(f"llmfast: interrupted{written}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     right, wrong, left = verdict(results)
     print(f"{right} right, {wrong} wrong, {left} not reached")
     for path in files.values():

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llmfast._commands import fail
+from llmfast._commands import INTERRUPTED, fail
 from llmfast.clean.folder import clean
 from llmfast.data.reader import SUFFIXES, TEXT_COLUMN
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(str(error))
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")
-        return 130
+        return INTERRUPTED
     print(report.table())
     print(f"removed documents and reasons: {args.output / 'report.md'}")
     if not report.documents:

@@ -311,7 +311,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), base: Config |
         ConfigError: naming the key, the value that came and the closest valid key.
     """
     config: Config = SCHEMA.read([] if path is None else [(_read_toml(path), str(path))], base)
-    config = SCHEMA.read([(_parse_override(override), f"--set {override}") for override in overrides], config)
+    config = SCHEMA.read([(_parse_override(override), override) for override in overrides], config)
     _expect_consistent(config)
     return config
 
@@ -399,7 +399,7 @@ def _parse_override(override: str) -> Tree:
     """Read `a.b=value` as nested tables; the value is TOML, or a string where it is not."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: expected section.key=value")
+        raise ConfigError(f"a setting must be section.key=value; got {override!r}")
     *sections, leaf = _parts(key.strip())
     tree: Tree = {leaf: read_value(text)}
     for section in reversed(sections):

@@ -18,8 +18,10 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     """Read the settings of a run, wherever it has been moved to, with overrides of what may change.
 
     Raises:
-        ConfigError: the run has no readable settings, or an override changes what a resumed run keeps.
+        ConfigError: the run does not exist, has no readable settings, or an override changes what a resumed run keeps.
     """
+    if not run.exists():
+        raise ConfigError(f"there is no run {run}{runs_in(run.parent)}")
     config = saved_settings(run, overrides)
     config.name, config.runs = run.name, str(run.parent)
     expect_resumable(saved_settings(run), config, run, str(run))

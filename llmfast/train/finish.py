@@ -54,13 +54,14 @@ def finish(config: Config, trainer: Trainer, model: Any, data: Dataset, tokens_b
     plot_loss(run / "metrics.jsonl", run / "loss.png", unigram_entropy=entropy)
     lines = read_metrics(run / "metrics.jsonl")
     validation = [line["validation_mean"] for line in lines if "validation_mean" in line]
+    several = ", averaged over the held-out tokens of all sources" if len(data.validation) > 1 else ""
     speed = (trainer.tokens - tokens_before) / max(trainer.seconds, 1e-9)
     print_table(
         console,
         [
-            ("validation loss, first", f"{validation[0]:.3f} nats per token"),
+            ("validation loss, first", f"{validation[0]:.3f} nats per token{several}"),
             ("validation loss, last", f"{validation[-1]:.3f}"),
-            ("by token frequencies alone", f"{entropy:.3f}"),
+            ("unigram entropy of held-out text", f"{entropy:.3f}"),
             *(_changes(lines) if t.init_from or config.model.pretrained else []),
             *guesses,
             ("tokens per second", f"{speed:,.0f}" if trainer.seconds else "-"),

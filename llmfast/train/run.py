@@ -146,13 +146,20 @@ def _train(
     with handled(signal.default_int_handler), _interruptible(trainer, config, run, console, resume=resume):
         if world.main:
             _write_settings(trainer, data, run, resume=resume)
-        begun = f"going on after step {trainer.step}, " if resume else ""
-        say(console, f"run folder {run}, {begun}ready after {time.perf_counter() - started:.0f} s")
+        say(console, f"run folder {run}, {_begun(trainer, resume)}ready after {time.perf_counter() - started:.0f} s")
         finished = _fit(trainer, config, data, console)
     world.leave()
     if not finished:
         raise KeyboardInterrupt
     return run
+
+
+def _begun(trainer: Trainer, resume: bool) -> str:
+    if not resume:
+        return ""
+    if trainer.step >= trainer.config.train.steps:
+        return f"all {trainer.step} steps were done before: more need a larger train.steps; "
+    return f"going on after step {trainer.step}, "
 
 
 def _hooks(
@@ -186,7 +193,11 @@ def _print_plan(
         f"vocabulary of {data.tokenizer.vocab_size}; {t.steps} steps of {t.batch_size * row} tokens",
     )
     print_table(console, order.mixture.table())
-    say(console, f"a row is {row} tokens; epochs are how often the whole run reads each row of a source")
+    say(
+        console,
+        f"a row is {row} tokens, and one more as the last target; epochs are how often the whole run reads each row of "
+        "a source",
+    )
     for doubt in doubts(config, order.mixture, sum(p.numel() for p in model.parameters())):
         say(console, f"warning: {doubt}")
     for name, rows in data.train.items():

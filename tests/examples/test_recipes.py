@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,17 @@ def test_perplexity_takes_the_same_memory_for_any_length() -> None:
             module.measured(model, text, rows=4, context=64)
         peaks.append(counts.peak_bytes)
     assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--steps=3", 2)])
+def test_a_flag_is_not_taken_for_a_folder(
+    argument: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["continued_pretraining.py", argument])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "continued_pretraining.py"), run_name="__main__")
+    assert ended.value.code == status and list(tmp_path.iterdir()) == []
 
 
 def test_prose_then_code_with_and_without_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_other_types_are_refused(s: Setting) -> None:
             continue
         with pytest.raises(ConfigError) as caught:
             load_config(None, [f"{s.name}={toml(value)}"])
-        assert str(caught.value).startswith(f"--set {s.name}={toml(value)}: {s.name} must")
+        assert str(caught.value).startswith(f"{s.name}={toml(value)}: {s.name} must")
 
 
 def test_conditions_between_settings() -> None:

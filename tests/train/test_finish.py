@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +65,8 @@ def table(text: str) -> dict[str, str]:
 
 def test_every_figure_of_the_table(tmp_path: Path) -> None:
     said = table(finished(tmp_path, model_of())[0])
-    assert said["validation loss, first"] == "3.500 nats per token"
+    averaged = "averaged over the held-out tokens of all sources"
+    assert said["validation loss, first"] == f"3.500 nats per token, {averaged}"
     assert said["validation loss, last"] == "3.125"
     assert said["tokens per second"] == "12"  # those since this start: (80 - 30) / 4
     assert said["steps skipped"] == "2"
@@ -73,7 +76,7 @@ def test_every_figure_of_the_table(tmp_path: Path) -> None:
     labels = torch.cat([rows.batch([0, 1, 2]).labels.flatten() for rows in data_of().validation.values()])
     share = torch.bincount(labels[labels >= 0]).double() / (labels >= 0).sum()
     entropy = -(share[share > 0] * share[share > 0].log()).sum()
-    assert said["by token frequencies alone"] == f"{entropy:.3f}"
+    assert said["unigram entropy of held-out text"] == f"{entropy:.3f}"
     assert said["peak memory"].endswith("iB")
     assert not any(name.startswith(("...", "guesses")) for name in said)
     assert table(finished(tmp_path, model_of(), seconds=0.0)[0])["tokens per second"] == "-"
@@ -253,10 +256,17 @@ def test_a_model_of_transformers_is_saved_by_it_and_says_what_it_forgot(
     assert said["... of a"] == "4.000 -> 3.250, 0.750 better" and "... of b" in said
 
 
+def test_the_loss_of_one_source_is_no_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of()
+    one = replace(data, validation=dict([*data.validation.items()][:1]))
+    monkeypatch.setattr(sys.modules[__name__], "data_of", lambda: one)
+    assert table(finished(tmp_path, model_of())[0])["validation loss, first"] == "3.500 nats per token"
+
+
 def test_the_picture_has_the_entropy_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(module, "plot_loss", lambda *files, **how: drawn.append((files, how)))
     said = table(finished(tmp_path, model_of(), "train.sample_tokens=0")[0])
     ((files, how),) = drawn
     assert files == (tmp_path / "metrics.jsonl", tmp_path / "loss.png") and how.keys() == {"unigram_entropy"}
-    assert said["by token frequencies alone"] == f"{how['unigram_entropy']:.3f}"
+    assert said["unigram entropy of held-out text"] == f"{how['unigram_entropy']:.3f}"

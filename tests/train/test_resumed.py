@@ -300,12 +300,22 @@ def test_fewer_steps_than_are_done_are_refused(copied: Path) -> None:
     assert contents(copied) == before
 
 
+def test_a_run_that_is_not_there_is_told_those_that_are(copied: Path) -> None:
+    missing = copied.with_name("nope")
+    for run, others in ((missing, f"; it holds runs: {copied.name}"), (missing / "nope", "")):
+        with pytest.raises(ConfigError, match=f"^there is no run {run}{others}$"):
+            resumed_config(run, [])
+
+
 def test_a_run_that_was_moved_says_where_it_is(copied: Path) -> None:
     moved = copied.rename(copied.with_name("moved"))
     assert load_config(moved / "config.toml").name == "base"
     console = Console(file=io.StringIO(), width=400)
     assert train(resumed_config(moved, ["train.steps=3"]), resume=True, console=console) == moved
     assert f"run folder {moved}, going on after step 2, ready after" in console.file.getvalue()  # type: ignore[attr-defined]
+    train(resumed_config(moved, []), resume=True, console=console)
+    done = "all 3 steps were done before: more need a larger train.steps; ready after"
+    assert f"run folder {moved}, {done}" in console.file.getvalue()  # type: ignore[attr-defined]
     config = load_config(moved / "config.toml")
     assert (config.name, config.runs, config.train.steps) == ("moved", str(moved.parent), 3)
 

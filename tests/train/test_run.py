@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_behind(settings: list[str], capsys: pytest.Capt
     output = capsys.readouterr().out
     for expected in (
         "validation loss, first",
-        "by token frequencies alone",
+        "unigram entropy of held-out text",
         "tokens per second",
         "peak memory",
         "a sample",
@@ -545,7 +545,7 @@ def test_the_plan_counts_the_tokens_of_all_ranks_once(ranks: int, settings: list
     told = written.getvalue()
     assert (
         "8 steps of 128 tokens" in told
-        and "\na row is 32 tokens; epochs are how often" in told
+        and "\na row is 32 tokens, and one more as the last target; epochs are how often" in told
         and told.startswith("55 parameters on cpu")
     )
     assert (f"on cpu, {ranks} ranks, ddp;" in told) == (ranks > 1)

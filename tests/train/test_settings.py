@@ -238,5 +238,5 @@ def test_the_place_of_a_wrong_value_is_that_of_its_layer(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=rf"^{file}: train\.steps must be at least 1; got 0$"):
         load_config(file, ["train.batch_size=3"])
     file.write_text("[train]\nbatch_size = 2\n")
-    with pytest.raises(ConfigError, match=r"^--set train\.batch_size=0: train\.batch_size must be at least 1; got 0$"):
+    with pytest.raises(ConfigError, match=r"^train\.batch_size=0: train\.batch_size must be at least 1; got 0$"):
         load_config(file, ["train.steps=1", "train.batch_size=0"])
