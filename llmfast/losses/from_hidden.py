@@ -152,7 +152,7 @@ class LinearCrossEntropy(Loss):
             rest = new(call.N - way.finished, call.D, dtype=call.wide)
         if d_weight is None and way.summed > 0:
             columns = way.summed if plan.separate else call.V
-            sums = new(columns, call.D, dtype=call.sum_dtype(way))
+            sums = new(columns, call.D, dtype=plan.sum_dtype)
         d_bias = new(call.V, dtype=call.wide).zero_() if wants[2] else None
         if way.finished > 0 and call.V > 0:
             finished = Gradients(d_hidden, sums if d_weight is None else d_weight, None if later else d_bias)
@@ -301,7 +301,7 @@ class LinearCrossEntropy(Loss):
             d_hidden = new(call.N, call.D, dtype=call.wide if call.ranks else call.hidden_dtype)
         if wants[1]:
             columns = way.summed if plan.separate else call.V
-            d_weight = new(columns, call.D, dtype=call.sum_dtype(way))
+            d_weight = new(columns, call.D, dtype=plan.sum_dtype)
         if wants[2]:
             d_bias = hidden.new_zeros(call.V, dtype=call.wide)
         return Gradients(d_hidden, d_weight, d_bias)

@@ -153,6 +153,11 @@ class LinearCrossEntropyPlan:
         return bool(self.call.separate(self.way))
 
     @cached_property
+    def sum_dtype(self) -> torch.dtype:
+        """The dtype of what the row stage makes of the weight's gradient."""
+        return self.call.weight_dtype if self.call.single(self.way) else self.call.accumulate_dtype
+
+    @cached_property
     def forgets(self) -> bool:
         """True if a chunk of rows leaves nothing but the sum of its losses."""
         return bool(self.call.forgets(self.way))

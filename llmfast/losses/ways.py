@@ -257,10 +257,6 @@ class Call:
         able = self.weight_dtype == self.dtype and not (self.kernels or self.is_half or self.functional or self.into)
         return (np.where(way.in_forward, self.N, way.finished) <= way.rows) & able
 
-    def sum_dtype(self, way: Way) -> torch.dtype:
-        """Return the dtype of what the row stage makes of the weight's gradient."""
-        return self.weight_dtype if self.single(way) else self.accumulate_dtype
-
     def _sum_bytes(self, way: Way) -> Any:
         return np.where(self.single(way), self.weight_dtype.itemsize, self.accumulate_dtype.itemsize)
 
