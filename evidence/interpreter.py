@@ -107,23 +107,36 @@ def _widened(handle: Any) -> Any:
     return dataclasses.replace(handle, data=bfloat16_to_float32(handle.data), dtype=tl.float32)
 
 
-def _guard_bfloat16(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        for arg in args:  # a plain loop, because this runs at every operation
-            if getattr(arg, "holds_bfloat16", False):  # of a handle, see `interpreter_types`
-                break
-        else:
-            return method(*args, **kwargs)
-        if not _emulate_bfloat16 or name in _NEVER_ON_BFLOAT16:
-            operation = name.removeprefix("create_")
-            raise NotImplementedError(f"{operation} on bfloat16 values: upcast to float32 right after the load")
-        result = method(*(_widened(arg) if _is_bfloat16(arg) else arg for arg in args), **kwargs)
-        if result.data.dtype == np.bool_:
-            return dataclasses.replace(result, dtype=tl.int1)
-        return dataclasses.replace(result, data=float32_to_bfloat16(result.data), dtype=tl.bfloat16)
+def _in_float32(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a method of the builder with bfloat16 values, if it may have them."""
+    if not _emulate_bfloat16 or name in _NEVER_ON_BFLOAT16:
+        operation = name.removeprefix("create_")
+        raise NotImplementedError(f"{operation} on bfloat16 values: upcast to float32 right after the load")
+    result = method(*(_widened(arg) if _is_bfloat16(arg) else arg for arg in args), **kwargs)
+    if result.data.dtype == np.bool_:
+        return dataclasses.replace(result, dtype=tl.int1)
+    return dataclasses.replace(result, data=float32_to_bfloat16(result.data), dtype=tl.bfloat16)
 
-    return guarded
+
+def _watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of the builder: notify observers of it, and let none compute with bfloat16 unless it is allowed."""
+    operation, takes_all = name.removeprefix("create_"), name in _ALLOWED_ON_BFLOAT16
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = method
+        if not takes_all:
+            for arg in args:  # a plain loop, because this runs at every operation
+                if getattr(arg, "holds_bfloat16", False):  # of a handle, see `interpreter_types`
+                    function = functools.partial(_in_float32, name, method)
+        result = function(self, *args, **kwargs)
+        if observers.computing and hasattr(result, "data"):
+            elements = result.data.size * (args[0].data.shape[-1] if operation == "dot" else 1)
+            for observer in observers.computing:
+                observer.compute(operation, elements, dtype_name(args[0]))
+        return result
+
+    return run
 
 
 def _check_version(interpreter: Any) -> None:
@@ -233,8 +246,7 @@ def _patch_arithmetic(interpreter: Any) -> None:
     # Refusing all but a list keeps operations that a later Triton adds on the safe side.
     for name, method in list(vars(builder).items()):
         if name.startswith("create_"):
-            guarded = method if name in _ALLOWED_ON_BFLOAT16 else _guard_bfloat16(name, method)
-            setattr(builder, name, _heard(name.removeprefix("create_"), guarded))
+            setattr(builder, name, _watched(name, method))
 
     # Reductions and scans work on the arrays without asking the builder. (tl.max and tl.min upcast bfloat16 first.)
     reductions = interpreter.ReduceScanOpInterface
@@ -284,55 +296,41 @@ def _reduce_by_halves(interpreter: Any) -> Callable[..., Any]:
     return reduce
 
 
-def _heard(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of the builder so that observers are notified of it."""
-
-    @functools.wraps(method)
-    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not observers.computing:
-            return method(self, *args, **kwargs)
-        result = method(self, *args, **kwargs)
-        if hasattr(result, "data"):
-            elements = result.data.size * (args[0].data.shape[-1] if operation == "dot" else 1)
-            for observer in observers.computing:
-                observer.compute(operation, elements, dtype_name(args[0]))
-        return result
-
-    return heard
-
-
 def _patch_memory(interpreter: Any) -> None:
     builder = interpreter.InterpreterBuilder
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
     stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
     relaxed = interpreter._ir.MEM_SEMANTIC.RELAXED
 
-    def array(mask: Any) -> Array:
-        values: Array = mask.data if isinstance(mask, interpreter.TensorHandle) else mask
-        return values
-
     @functools.cache
     def undefined(kind: Any, shape: tuple[int, ...]) -> Any:
         return interpreter.TensorHandle(np.resize(UNDEFINED.view(interpreter._get_np_dtype(kind)), shape), kind)
 
+    def some(mask: Any) -> Array | None:
+        """Return the mask, or None if it leaves nothing out."""
+        values: Array = mask.data if isinstance(mask, interpreter.TensorHandle) else mask
+        return None if values.all() else values
+
     def load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
-        if other is None and not array(mask).all():
+        kept = some(mask)
+        if other is None and kept is not None:
             other = undefined(pointers.get_element_ty(), pointers.data.shape)
         if not observers.active:
             return stock_load(self, pointers, mask, other, *args, **kwargs)
-        access = lanes(pointers, array(mask))
+        access = lanes(pointers, kept)
         for observer in observers.active:
             observer.load(access)
         result = stock_load(self, pointers, mask, other, *args, **kwargs)
-        values = np.ravel(result.data[array(mask)])
+        values = np.ravel(result.data if kept is None else result.data[kept])
         for observer in observers.active:
             observer.loaded(access, values)
         return result
 
     def store(self: Any, pointers: Any, values: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         if observers.active:
-            access = lanes(pointers, array(mask))
-            stored = np.ravel(np.broadcast_to(values.data, pointers.data.shape)[array(mask)])
+            kept = some(mask)
+            access, stored = lanes(pointers, kept), np.broadcast_to(values.data, pointers.data.shape)
+            stored = np.ravel(stored if kept is None else stored[kept])
             for observer in observers.active:
                 observer.store(access, stored)
         return stock_store(self, pointers, values, mask, *args, **kwargs)
@@ -343,7 +341,7 @@ def _patch_memory(interpreter: Any) -> None:
 
     def rmw(self: Any, operation: Any, pointers: Any, values: Any, mask: Any, semantics: Any, *args: Any) -> Any:
         if observers.active:
-            tell_atomic(lanes(pointers, array(mask)), semantics)
+            tell_atomic(lanes(pointers, some(mask)), semantics)
         return stock_rmw(self, operation, pointers, values, mask, semantics, *args)
 
     def cas(self: Any, pointers: Any, compare: Any, values: Any, semantics: Any, *args: Any) -> Any:

@@ -6,7 +6,8 @@ Values and errors stay the same. What is replaced:
 * An operation of two tensors of one type, or of a tensor and a Python number, skips the search for a common type.
 * Integer arithmetic is checked for overflow only where the check can fail: at launches with `debug=True`.
 * A handle's type is compared with its array's by a table, which also says whether it is bfloat16.
-* A function of `tl` is called without the wrapper that asks for `_semantic`, and a tensor is known to be no constexpr.
+* A function of `tl` is called without the wrapper that asks for `_semantic`.
+* Which types may hold a constexpr is remembered.
 """
 
 import functools
@@ -77,15 +78,16 @@ def _compare_sizes_by_table(handle: Any) -> None:
     stock = handle.__post_init__
     fits: dict[tuple[str, int], bool] = {}
 
-    def check(self: Any) -> None:
-        key = (self.dtype.name, self.data.itemsize)
+    def init(self: Any, data: Array, dtype: Any, attr: dict[Any, Any] | None = None) -> None:
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        key = (dtype.name, data.itemsize)
         bfloat16 = fits.get(key)
         if bfloat16 is None:
             stock(self)
-            bfloat16 = fits[key] = self.dtype.scalar.name == "bf16"
+            bfloat16 = fits[key] = dtype.scalar.name == "bf16"
         self.holds_bfloat16 = bfloat16
 
-    handle.__post_init__ = check
+    handle.__init__ = init
 
 
 def _call_functions_directly(interpreter: Any) -> None:
@@ -102,11 +104,15 @@ def _call_functions_directly(interpreter: Any) -> None:
 
 
 def _unwrapped(stock: Callable[..., Any]) -> Callable[..., Any]:
-    others = frozenset((core.tensor, int, float, bool, type(None)))
+    containers = (list, tuple, core.tuple, core.constexpr)
+    contains: dict[type, bool] = {}
 
     @functools.wraps(stock)
     def unwrapped(value: Any) -> Any:
-        return value if type(value) in others else stock(value)
+        kind = type(value)
+        if kind not in contains:
+            contains[kind] = issubclass(kind, containers)
+        return stock(value) if contains[kind] else value
 
     return unwrapped
 

@@ -11,7 +11,8 @@
 * A result that depends on unwritten memory. New tensors are filled with a pattern; if a kernel reads it, its programs
   run again over another pattern. (Reading padding and masking it is fine, so reads alone are not faults.)
 * An output that a launch fills only in part.
-* A result that depends on the order of the programs: the first launch of each kind runs again in reverse order.
+* A result that depends on the order of the programs: a process's first launch of each kind and grid runs again in
+  reverse order.
 
 Limits: interactions between the threads of one program are not modelled, and only code that a test runs is checked.
 """
@@ -23,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ class _Memory:
     stored: Array = field(init=False)
     loaded: Array = field(init=False)
     updated: Array = field(init=False)  # updated atomically
+    changed: bool = False  # whether any element was stored or updated
 
     def __post_init__(self) -> None:
         self.bytes = _memory_at(self.low, self.high - self.low)
@@ -127,8 +129,9 @@ class _Bounds:
 class Sanitizer(Observer):
     """Observer that raises `Fault`. Install it last, as the innermost observer, because it runs programs repeatedly."""
 
+    _in_order: ClassVar[set[tuple[str, tuple[int, int, int]]]] = set()  # launches whose order was seen not to matter
+
     def __init__(self) -> None:
-        self._known_order: set[str] = set()
         self._hidden = _HiddenTensors()
 
     # A launch.
@@ -147,10 +150,10 @@ class Sanitizer(Observer):
         self._check_outputs()
         if self._undefined:
             self._check_influence(programs, run)
-        kind = specialization(launch).key
-        if len(programs) > 1 and kind not in self._known_order:
-            self._known_order.add(kind)
+        kind = (specialization(launch).key, launch.grid)
+        if len(programs) > 1 and kind not in self._in_order:
             self._check_order(programs, run)
+            self._in_order.add(kind)
 
     def _add_memories(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
         """Create memories for the tensors, one per group of overlapping tensors."""
@@ -225,8 +228,9 @@ class Sanitizer(Observer):
 
     def load(self, access: Access) -> None:
         for memory, at in self._find(access, "load"):
-            self._refuse_unordered(memory.stored, at, memory, "loads", "stored")
-            self._refuse_unordered(memory.updated, at, memory, "loads", "updated")
+            if memory.changed:
+                self._refuse_unordered(memory.stored, at, memory, "loads", "stored")
+                self._refuse_unordered(memory.updated, at, memory, "loads", "updated")
             others = self._unordered(memory.loaded[at])
             memory.loaded[at] = np.where(others, -1, self._program + 1)
 
@@ -243,6 +247,7 @@ class Sanitizer(Observer):
             self._refuse_unordered(memory.loaded, at, memory, "stores", "loaded")
             self._refuse_unordered(memory.updated, at, memory, "stores", "updated")
             memory.stored[at] = self._program + 1
+            memory.changed = True
         if not access.consecutive:
             order = np.argsort(access.addresses, kind="stable")
             addresses, words = access.addresses[order], values[order].view(f"u{values.itemsize}")
@@ -262,6 +267,7 @@ class Sanitizer(Observer):
         for memory, at in touched:
             others = self._unordered(memory.updated[at])
             memory.updated[at] = np.where(others, -1, self._program + 1)
+            memory.changed = True
 
     def _find(self, access: Access, verb: str) -> list[tuple[_Memory, Index]]:
         """Return the memories that an access touches, with the elements it touches there."""

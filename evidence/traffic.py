@@ -19,6 +19,7 @@ sample of a launch's programs represents the rest, and large memory is reserved 
 values of large tensors are then meaningless.
 """
 
+import functools
 import math
 import weakref
 from collections import Counter
@@ -26,14 +27,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from evidence.dry_run import run_dry
@@ -306,6 +306,38 @@ def _bytes(t: Tensor) -> int:
     return math.prod(n for n, stride in zip(t.shape, t.stride()) if stride != 0) * t.element_size()
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument or a result of an operator, which may be a list."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for member in value for t in _tensors(member)] if isinstance(value, list | tuple) else []
+
+
+class _Argument(NamedTuple):
+    """Argument of an operator, as its schema describes it."""
+
+    name: str
+    writes: bool
+    reads: bool
+    positional: bool
+
+
+@functools.cache  # torch takes longer to answer than to run a small operator
+def _arguments(func: Any) -> list[_Argument]:
+    packet, found = func._overloadpacket, []
+    for argument in func._schema.arguments:
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        only_written = writes and (argument.is_out or packet in _WRITE_ONLY)
+        reads = not only_written and packet not in _ONLY_SHAPE_OF_INPUT
+        found.append(_Argument(argument.name, writes, reads, not argument.kwarg_only))
+    return found
+
+
+@functools.cache
+def _moves_nothing(func: Any) -> bool:
+    return bool(func.is_view) or func._overloadpacket in _NO_TRAFFIC
+
+
 class _TorchCounter(TorchDispatchMode):
     def __init__(self, counts: Counts, dry: bool) -> None:
         super().__init__()
@@ -320,12 +352,12 @@ class _TorchCounter(TorchDispatchMode):
             with self:  # consists of operators itself
                 return custom._init_fn(*args, **kwargs)
         outputs = run_dry(func, args, kwargs) if self._dry else func(*args, **kwargs)
-        inputs, results = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), outputs))
+        inputs, results = _tensors([*args, *kwargs.values()]), _tensors(outputs)
         given = {t.untyped_storage()._cdata for t in inputs}
         for t in results:
             if t.untyped_storage()._cdata not in given:
                 self._track(t)
-        if not (func.is_view or func._overloadpacket in _NO_TRAFFIC) and (inputs or results):
+        if not _moves_nothing(func) and (inputs or results):
             self._counts.traffic.append(_operator_traffic(func, args, kwargs, results))
         return outputs
 
@@ -345,19 +377,17 @@ class _TorchCounter(TorchDispatchMode):
 
 
 def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Traffic:
-    packet = func._overloadpacket
-    schema = func._schema
-    bound = dict(zip((a.name for a in schema.arguments), args)) | kwargs
+    packet, arguments = func._overloadpacket, _arguments(func)
+    bound = dict(zip((a.name for a in arguments), args)) | kwargs
     read: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     written: list[Tensor] = []
-    for argument in schema.arguments:
-        tensors = [t for t in tree_leaves(bound.get(argument.name)) if isinstance(t, Tensor)]
-        writes = argument.alias_info is not None and argument.alias_info.is_write
+    for argument in arguments:
+        tensors, writes = _tensors(bound.get(argument.name)), argument.writes
         if packet in _FUSED_UPDATES and argument.name == "grads":
             writes = bound.get("grad_scale") is not None  # if so, gradients are unscaled in place
         if writes:
             written += tensors
-        if not (writes and (argument.is_out or packet in _WRITE_ONLY)) and packet not in _ONLY_SHAPE_OF_INPUT:
+        if argument.reads:
             read |= {(t.data_ptr(), tuple(t.shape)): t for t in tensors}
     loaded, stored = sum(map(_bytes, read.values())), sum(map(_bytes, written or results))
     if packet in _PICKS:
@@ -369,7 +399,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
         stored = min(touched, stored)
     elif packet is _aten.nll_loss_backward:
         loaded -= _bytes(bound["self"])  # only its shape is used
-    traffic = Traffic(schema.name.split("::")[1], "torch", loaded=loaded, stored=stored)
+    traffic = Traffic(func._schema.name.split("::")[1], "torch", loaded=loaded, stored=stored)
     traffic.unique_loaded, traffic.unique_stored = loaded, stored
     traffic.sectors = loaded + stored
     traffic.syncs = int(packet in _SYNCS or (packet in _BY_INDEX and _has_mask(bound["indices"])))
@@ -378,7 +408,7 @@ def _operator_traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) 
         traffic.dot_flops[_name(a.dtype)] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
     elif packet in flop_registry:
         dtype = next(t.dtype for t in read.values())
-        operands = [bound[a.name] for a in schema.arguments if a.name in bound and not a.kwarg_only]
+        operands = [bound[a.name] for a in arguments if a.name in bound and a.positional]
         flops = flop_registry[packet](*operands, out_val=results[0] if len(results) == 1 else tuple(results))
         traffic.dot_flops[_name(dtype)] += int(flops)
     return traffic

@@ -6,6 +6,7 @@ The environment variable must be set before Triton is imported, and GPUs must be
 interpreter yields no machine code; worker processes check it after the tests: see support/launched.py.
 """
 
+import gc
 import os
 
 from support import devices
@@ -30,11 +31,16 @@ from support.launched import (  # noqa: F401  pytest finds its hooks here
     unrecorded,
 )
 
+gc.disable()  # until the tests are collected, which makes a million objects and no garbage
 devices.install()
 torch.set_num_threads(1)  # there is one worker per core, and most tensors here are small
 # Shapes are drawn but times are not measured: a busy machine must not fail a test.
 settings.register_profile("llmfast", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("llmfast")
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(params=["plain", "kernels"])
@@ -77,7 +83,8 @@ def _recorded_where_there_is_something_new(request: pytest.FixtureRequest) -> It
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    # `torch.manual_seed` would also note this line of code, with all that called it, for each kind of accelerator.
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture

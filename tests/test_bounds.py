@@ -12,6 +12,7 @@ import pytest
 
 from support.bounds import Bounds, told
 from support.code_blocks import ROOT
+from support.sources import tree_of
 
 # These import what need not be installed.
 FOLDERS = [p for p in (ROOT / "llmfast").iterdir() if p.is_dir() and p.name not in ("integrations", "__pycache__")]
@@ -58,7 +59,7 @@ def conditions(tree: ast.Module) -> Iterator[tuple[int, ast.expr, bool, ast.expr
 
 def checks_of(path: Path) -> Iterator[Check]:
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
-    for line, condition, holds, message in conditions(ast.parse(path.read_text(encoding="utf-8"))):
+    for line, condition, holds, message in conditions(tree_of(path)):
         text, varying = parts_of(message, module)
         # What came is told last, and the condition is about that.
         inside = [ast.dump(n) for n in ast.walk(condition)]

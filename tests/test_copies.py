@@ -15,6 +15,7 @@ from torch import Tensor
 from llmfast.losses import linear_cross_entropy, mtp_cross_entropy
 from llmfast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedLion, FusedRMSprop, FusedSGD
 from llmfast.train.batch import on_device
+from support.sources import tree_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +24,7 @@ def test_only_copies_to_an_accelerator_are_not_waited_for() -> None:
     """Each such call asks for the device that the copy goes to."""
     asked = 0
     for path in sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             method, where = node.func.attr, f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"

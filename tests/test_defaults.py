@@ -30,6 +30,7 @@ from llmfast.train import Config, Trainer
 from llmfast.train.objective import FurtherTokens, NextToken
 from support.defaults import DEFAULTS, assert_same, defaults
 from support.launched import unrecorded
+from support.sources import tree_of
 
 ROOT = Path(__file__).parent.parent
 # Functions of torch that make a tensor of no other tensor. `from_numpy` has the array's memory and dtype.
@@ -45,7 +46,7 @@ N, D, V = 12, 8, 50
 def calls(names: set[str]) -> Iterator[tuple[str, ast.Call]]:
     """Return the calls of torch functions with these names, and their positions."""
     for path in sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
                 owner = node.func.value
                 if isinstance(owner, ast.Name) and owner.id == "torch":
@@ -62,7 +63,7 @@ def test_whatever_makes_a_tensor_says_its_device_and_dtype() -> None:
 def test_factories_have_no_other_name() -> None:
     """Forbid `from torch import zeros`, which would hide a call from the test above."""
     for path in sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
                 assert not FACTORIES & {alias.name for alias in node.names}, path
 

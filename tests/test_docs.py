@@ -26,6 +26,7 @@ from llmfast.optim import FusedAdamW
 from llmfast.train.config import SCHEMA, load_config
 from support.code_blocks import ROOT, blocks, checked, commands, expect_command, missing_modules, run_python
 from support.names import exists
+from support.sources import tree_of
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -225,9 +226,9 @@ def documented(module: str, name: str) -> bool:
     """Return True if the source has a docstring; Python may generate `__doc__` for dataclasses and constants."""
     where = ROOT.joinpath(*module.split("."))
     if (where / f"{name}.py").exists() and name == "reference":
-        return ast.get_docstring(ast.parse((where / f"{name}.py").read_text(encoding="utf-8"))) is not None
+        return ast.get_docstring(tree_of(where / f"{name}.py")) is not None
     file = where / "__init__.py" if where.is_dir() else where.with_suffix(".py")
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     for node, following in zip(tree.body, [*tree.body[1:], None]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name and ast.get_docstring(node):
             return True

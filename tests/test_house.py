@@ -19,6 +19,7 @@ from llmfast.optim.formats import PARAM_FORMATS, STATE_FORMATS
 from llmfast.train.optimizers import OPTIMIZERS
 from llmfast_kernels.optimizer import rules
 from support.code_blocks import ROOT
+from support.sources import tree_of
 
 LIBRARY = sorted([*(ROOT / "llmfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TOOLS = sorted(
@@ -67,11 +68,6 @@ def is_test(path: Path) -> bool:
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-@cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def arguments_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:

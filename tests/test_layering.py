@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.sources import tree_of
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {"llmfast": ROOT / "llmfast", "llmfast_kernels": ROOT / "kernels" / "llmfast_kernels"}
 Graph = dict[str, set[str]]
@@ -43,7 +45,7 @@ def needed(tree: ast.Module, known: set[str]) -> Iterator[str]:
 
 
 def graph_of(files: dict[str, Path]) -> Graph:
-    return {name: {*needed(ast.parse(path.read_text()), {*files})} - {name} for name, path in files.items()}
+    return {name: {*needed(tree_of(path), {*files})} - {name} for name, path in files.items()}
 
 
 def packages(graph: Graph) -> Graph:

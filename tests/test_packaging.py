@@ -15,6 +15,8 @@ from types import ModuleType
 
 import pytest
 
+from support.sources import tree_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ("", ".losses", ".optim", ".models", ".mtp", ".data", ".train", ".plan", ".clean", ".integrations", ".cli")
 
@@ -28,7 +30,7 @@ def run_python(code: str, *argv: str) -> str:
 
 
 def parsed(folder: str) -> dict[Path, ast.Module]:
-    files = {path: ast.parse(path.read_text(), str(path)) for path in sorted((ROOT / folder).rglob("*.py"))}
+    files = {path: tree_of(path) for path in sorted((ROOT / folder).rglob("*.py"))}
     assert len(files) > 1, f"no source found in {folder}"
     return files
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.code_blocks import ROOT
+from support.sources import tree_of
 
 FOLDERS = ("llmfast", "kernels", "evidence", "benchmarks", "tools", "examples", "docs", "tests")
 
@@ -61,8 +62,7 @@ def name_of(path: Path) -> str:
 
 def docstrings(source: Path) -> Iterator[tuple[ast.AST, int, str]]:
     """Yield each docstring with its node and line."""
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:

@@ -94,12 +94,16 @@ class Decoder(nn.Module):
         self.mtp = _mtp(config)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        if not self.embedding.weight.is_meta:  # for which torch takes longer than for the numbers of a small model
+            self._draw_weights()
+
+    def _draw_weights(self) -> None:
         self.apply(_init)
         # Residual branches start small, so that depth does not scale the residual stream (GPT-2).
         for block in self.modules():
             if isinstance(block, Block):
                 for out in (block.attention.out, block.ffn.out):
-                    nn.init.normal_(out.weight, std=0.02 / (2 * config.layers) ** 0.5)
+                    nn.init.normal_(out.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
 
     @property
     def unembedding(self) -> Tensor:
