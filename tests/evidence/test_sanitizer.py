@@ -428,15 +428,17 @@ def test_patterns_are_repeated_in_the_order_of_memory() -> None:
             assert bool(bits.isnan().all()) == nan and bool(bits.isfinite().all()) != nan
 
 
-def test_a_launch_is_tried_backwards_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_is_tried_backwards_once_per_kind_and_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
+    monkeypatch.setattr(Sanitizer, "_in_order", set())
     original = Sanitizer._check_order
     monkeypatch.setattr(
         Sanitizer,
         "_check_order",
         lambda self, programs, run: tried.append(len(programs)) or original(self, programs, run),
     )
-    with sanitizing():
-        for numel in (48, 48, 16, 33):  # of which one has one program, and one another divisibility
-            copy(numel, numel, numel)
-    assert tried == [3, 3]
+    for numels in ((48, 48, 16), (33, 48, 64)):  # one has one program, one another divisibility, one more programs
+        with sanitizing():
+            for numel in numels:
+                copy(numel, numel, numel)
+    assert tried == [3, 3, 4]
