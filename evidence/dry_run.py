@@ -1,6 +1,7 @@
 """Dry execution of torch operators on tensors too large to compute with: results in memory that is never touched."""
 
 import mmap
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +27,44 @@ def _reserve_like(meta: Tensor) -> Tensor:
     return torch.empty(0, dtype=meta.dtype).set_(storage, 0, meta.shape, meta.stride())
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What comes of an operator for arguments of certain shapes."""
+
+    runs: bool  # on small tensors: compute it
+    results: Any = None  # meta tensors
+    given: dict[int, int] = field(default_factory=dict)  # which argument each meta tensor stands for, by its id
+
+
+_outcomes: dict[object, _Outcome] = {}  # operators are repeated for each chunk, and asking torch takes longer
+
+
 def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
     """Return the operator's result: computed if all tensors are small, otherwise tensors of the right shape."""
     if func.is_view:
         return func(*args, **kwargs)
-    given: dict[int, Tensor] = {}  # by the id of the corresponding meta tensor
+    tensors: list[Tensor] = []
+    key = (func, _outline(args, tensors), *((name, _outline(value, tensors)) for name, value in kwargs.items()))
+    outcome = _outcomes.get(key)
+    if outcome is None:
+        outcome = _outcomes[key] = _outcome_of(func, args, kwargs, tensors)
+    return func(*args, **kwargs) if outcome.runs else _made(outcome.results, outcome.given, tensors)
+
+
+def _outline(value: Any, tensors: list[Tensor]) -> object:
+    """Describe an argument by all that its operator's result depends on but numbers, and collect its tensors."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        same = next(i for i, t in enumerate(tensors) if t is value)
+        return same, value.dtype, tuple(value.shape), value.stride()
+    if isinstance(value, list | tuple):
+        return tuple([_outline(member, tensors) for member in value])
+    return type(value), value  # 1, 1.0 and True are equal, but lead to other dtypes
+
+
+def _outcome_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> _Outcome:
+    given: dict[int, int] = {}
+    metas: list[Tensor] = []
 
     def outline(value: Any) -> Any:
         if isinstance(value, torch.device):
@@ -38,13 +72,14 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        given[id(meta)] = value
+        given[id(meta)] = len(metas)
+        metas.append(meta)
         return meta
 
     meta_args, meta_kwargs = tree_map(outline, args), tree_map(outline, kwargs)
-    small = all(t.numel() <= LARGE for t in given.values())
+    small = all(t.numel() <= LARGE for t in tensors)
     if not small and not func._schema.returns:
-        return None  # it only changes its arguments, and the values of large tensors do not matter
+        return _Outcome(False)  # it only changes its arguments, and the values of large tensors do not matter
     try:
         results = (
             _product_into_float32(meta_args, meta_kwargs)
@@ -53,17 +88,20 @@ def run_dry(func: Any, args: Any, kwargs: Any) -> Any:
         )
     except (NotImplementedError, RuntimeError):
         if small:
-            return func(*args, **kwargs)  # the result depends on values, as that of item and nonzero does
+            return _Outcome(True)  # the result depends on values, as that of item and nonzero does
         raise
     if small and all(t.numel() <= LARGE for t in tree_leaves(results) if isinstance(t, Tensor)):
-        return func(*args, **kwargs)
+        return _Outcome(True)
+    return _Outcome(False, results, given)
 
-    def made(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return given[id(value)] if id(value) in given else _reserve_like(value)
 
-    return tree_map(made, results)
+def _made(result: Any, given: dict[int, int], tensors: list[Tensor]) -> Any:
+    """Return the result of meta tensors for these arguments."""
+    if isinstance(result, Tensor):
+        return tensors[given[id(result)]] if id(result) in given else _reserve_like(result)
+    if isinstance(result, list | tuple):
+        return type(result)([_made(member, given, tensors) for member in result])
+    return result
 
 
 def _product_into_float32(args: Any, kwargs: Any) -> Tensor:

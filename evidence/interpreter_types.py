@@ -7,17 +7,20 @@ Values and errors stay the same. What is replaced:
 * Integer arithmetic is checked for overflow only where the check can fail: at launches with `debug=True`.
 * A handle's type is compared with its array's by a table, which also says whether it is bfloat16.
 * A function of `tl` is called without the wrapper that asks for `_semantic`.
+* Arithmetic, comparisons and offsets of pointers go to NumPy at once where an operation needs nothing else: where no
+  observer counts arithmetic, and operands have one type, or one is a number that this type can hold.
 * Which types may hold a constexpr is remembered.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
 from triton.language import core, semantic
 
+from evidence import observers
 from evidence.observers import Array
 
 # Types that stay what they are in an operation of two tensors, whichever it is.
@@ -26,6 +29,36 @@ _FLOATING = frozenset(("fp32", "fp64"))
 _KEPT = _INTEGERS | _FLOATING
 _WIDE = _FLOATING | {"int32", "int64"}  # take any number of 32 bits
 _MANY = 4096  # constants to remember
+
+
+class _Operator(NamedTuple):
+    """Operator of `tl.tensor`, for operands of certain types."""
+
+    function: Callable[[Array, Array], Array]
+    kinds: frozenset[str]
+    compares: bool = False
+
+
+def _swapped(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    return lambda a, b: function(b, a)
+
+
+_OPERATORS = {
+    "__add__": _Operator(np.add, _WIDE),
+    "__radd__": _Operator(_swapped(np.add), _WIDE),
+    "__sub__": _Operator(np.subtract, _WIDE),
+    "__rsub__": _Operator(_swapped(np.subtract), _WIDE),
+    "__mul__": _Operator(np.multiply, _WIDE),
+    "__rmul__": _Operator(_swapped(np.multiply), _WIDE),
+    "__and__": _Operator(np.bitwise_and, _INTEGERS),
+    "__or__": _Operator(np.bitwise_or, _INTEGERS),
+    "__lt__": _Operator(np.less, _WIDE, compares=True),
+    "__le__": _Operator(np.less_equal, _WIDE, compares=True),
+    "__gt__": _Operator(np.greater, _WIDE, compares=True),
+    "__ge__": _Operator(np.greater_equal, _WIDE, compares=True),
+    "__eq__": _Operator(np.equal, _WIDE, compares=True),
+    "__ne__": _Operator(np.not_equal, _WIDE, compares=True),
+}
 
 
 def install(interpreter: Any) -> None:
@@ -98,9 +131,91 @@ def _call_functions_directly(interpreter: Any) -> None:
             kwargs["_semantic"] = its_semantic
             return function(*args, **kwargs)
 
+        if owner is core.tensor and name in _OPERATORS:
+            call = _at_once(_OPERATORS[name], call, interpreter)
+            call = _offset(call, interpreter) if name == "__add__" else call
         scope.set_attr(owner, name, call)
 
     interpreter._patch_attr = patch
+
+
+def _at_once(operator: _Operator, stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
+    """Return the operator without the search for what to do, where that is known."""
+    builder, handle = interpreter.interpreter_builder, interpreter.TensorHandle
+    function, kinds, compares = operator
+    boolean: dict[str, Any] = {}  # types of comparisons, by the name of the operands' type
+
+    def run(self: Any, other: Any) -> Any:
+        dtype, kind = self.dtype, self.type
+        if dtype.name not in kinds or observers.computing or builder.options.debug:
+            return stock(self, other)
+        if type(other) is tl.tensor:
+            if other.type.name != kind.name:
+                if other.dtype.name != dtype.name or other.type.is_block() == kind.is_block():
+                    return stock(self, other)
+                kind = kind if kind.is_block() else other.type
+            theirs = other.handle.data
+        elif _takes(self, other):
+            theirs = _constant(interpreter, other, self).handle.data
+        else:
+            return stock(self, other)
+        result = function(self.handle.data, theirs)
+        if compares:
+            if kind.name not in boolean:
+                boolean[kind.name] = kind.with_element_ty(tl.int1)
+            kind = boolean[kind.name]
+        return tl.tensor(handle(result, dtype), kind)
+
+    return run
+
+
+def _offset(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
+    """Return `pointer + offsets` likewise, and `stock` for all else."""
+    handle = interpreter.TensorHandle
+
+    def run(self: Any, other: Any) -> Any:
+        pointer = self.handle.dtype
+        if not isinstance(pointer, tl.pointer_type) or type(other) is not tl.tensor or observers.computing:
+            return stock(self, other)
+        kind, theirs = self.type, other.type
+        if other.dtype.name not in ("int32", "int64") or (
+            kind.is_block() and theirs.is_block() and kind.shape.values != theirs.shape.values
+        ):
+            return stock(self, other)
+        if theirs.is_block() and not kind.is_block():
+            kind = theirs.with_element_ty(kind)
+        size = max(1, pointer.element_ty.primitive_bitwidth // 8)
+        result = handle(self.handle.data + size * other.handle.data.astype(np.uint64), pointer)
+        argument = self.handle.attr.get("argument")
+        if argument is not None:
+            result.attr["argument"] = argument
+        return tl.tensor(result, kind)
+
+    return run
+
+
+def _takes(tensor: Any, value: Any) -> bool:
+    """Return True for a Python number that has the tensor's type in an operation with it."""
+    if type(value) is int:
+        return tensor.dtype.name in _WIDE and -(2**31) <= value < 2**31
+    return type(value) is float and tensor.dtype.name in _FLOATING
+
+
+_constants: dict[tuple[str, Any], Array] = {}
+
+
+def _constant(interpreter: Any, value: Any, like: Any) -> Any:
+    """Return a tensor full of a number, with the type of another."""
+    key = (like.type.name, value or str(value))  # 0.0 and -0.0 are equal but differ
+    array = _constants.get(key)
+    if array is None:
+        if len(_constants) >= _MANY:
+            _constants.clear()
+        array = interpreter.interpreter_semantic.scalar_constant(value, like.dtype).handle.data
+        array = np.full(like.type.shape.values if like.type.is_block() else (1,), array)
+        array.flags.writeable = False
+        _constants[key] = array
+    return tl.tensor(interpreter.TensorHandle(array, like.dtype), like.type)
 
 
 def _unwrapped(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,28 +233,8 @@ def _unwrapped(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    handle = interpreter.TensorHandle
-    known: dict[tuple[str, Any], Array] = {}
-
-    def constant(self: Any, value: Any, like: Any) -> Any:
-        key = (like.type.name, value or str(value))  # 0.0 and -0.0 are equal but differ
-        array = known.get(key)
-        if array is None:
-            if len(known) >= _MANY:
-                known.clear()
-            array = self.scalar_constant(value, like.dtype).handle.data
-            array = np.full(like.type.shape.values if like.type.is_block() else (1,), array)
-            array.flags.writeable = False
-            known[key] = array
-        return tl.tensor(handle(array, like.dtype), like.type)
-
     def is_tensor(value: Any) -> bool:
         return type(value) is tl.tensor
-
-    def takes(tensor: Any, value: Any) -> bool:
-        if type(value) is int:
-            return tensor.dtype.name in _WIDE and -(2**31) <= value < 2**31
-        return type(value) is float and tensor.dtype.name in _FLOATING
 
     @functools.wraps(stock)
     def check(
@@ -159,10 +254,10 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
             if allow_lhs_ptr and lhs.dtype.is_ptr() and rhs.dtype.name in _INTEGERS:
                 return self.broadcast_impl_value(lhs, rhs)
         elif arithmetic_check:
-            if is_tensor(lhs) and takes(lhs, rhs):
-                return lhs, constant(self, rhs, lhs)
-            if is_tensor(rhs) and takes(rhs, lhs):
-                return constant(self, lhs, rhs), rhs
+            if is_tensor(lhs) and _takes(lhs, rhs):
+                return lhs, _constant(interpreter, rhs, lhs)
+            if is_tensor(rhs) and _takes(rhs, lhs):
+                return _constant(interpreter, lhs, rhs), rhs
         return stock(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     return check

@@ -7,7 +7,6 @@ interpreter patched by `evidence.interpreter`, without changes to that code.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,28 +56,31 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from leaves(f"{name}[{i}]" if fields is None else f"{name}.{fields[i]}", member)
 
 
-@dataclass(frozen=True)
 class Access:
-    """Memory operation of one program."""
+    """Memory operation of one program: a class of few parts, because there are millions."""
 
-    addresses: Array  # int64, flat, only of active lanes
-    lanes: int  # active or masked off
-    size: int  # bytes per element
-    argument: str | None  # the argument from whose pointer the addresses were computed, if known
+    def __init__(self, addresses: Array, lanes: int, size: int, argument: str | None) -> None:
+        self.addresses = addresses  # int64, flat, only of active lanes
+        self.lanes = lanes  # active or masked off
+        self.size = size  # bytes per element
+        self.argument = argument  # the argument from whose pointer the addresses were computed, if known
+        self._consecutive: bool | None = None
 
-    @cached_property
+    @property
     def ends(self) -> tuple[int, int]:
-        """Return the first and the last address; there must be at least one."""
+        """The first and the last address; there must be at least one."""
         return int(self.addresses[0]), int(self.addresses[-1])
 
-    @cached_property
+    @property
     def consecutive(self) -> bool:
-        """Return True if the elements are contiguous from the first address to the last."""
-        count = self.addresses.size
-        return count <= 1 or bool(
-            self.ends[1] - self.ends[0] == (count - 1) * self.size
-            and (self.addresses[1:] - self.addresses[:-1] == self.size).all()
-        )
+        """True if the elements are contiguous from the first address to the last."""
+        if self._consecutive is None:
+            count = self.addresses.size
+            self._consecutive = count <= 1 or bool(
+                self.addresses[-1] - self.addresses[0] == (count - 1) * self.size
+                and (self.addresses[1:] - self.addresses[:-1] == self.size).all()
+            )
+        return self._consecutive
 
 
 class Observer:

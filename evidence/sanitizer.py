@@ -142,6 +142,12 @@ class Sanitizer(Observer):
         self._bounds = {name: _Bounds.of(t) for name, t in tensors}
         self._memories: list[_Memory] = []
         self._add_memories(tensors)
+        # Where a tensor without gaps lies, in which most accesses need no search.
+        self._own = {
+            name: next(m for m in self._memories if m.low <= bounds.low < m.high)
+            for name, bounds in self._bounds.items()
+            if not bounds.axes
+        }
         self._released: dict[int, set[int]] = {}
         # Argument, addresses and element size of each load of undefined memory.
         self._undefined: list[tuple[str, Array, int]] = []
@@ -231,8 +237,7 @@ class Sanitizer(Observer):
             if memory.changed:
                 self._refuse_unordered(memory.stored, at, memory, "loads", "stored")
                 self._refuse_unordered(memory.updated, at, memory, "loads", "updated")
-            others = self._unordered(memory.loaded[at])
-            memory.loaded[at] = np.where(others, -1, self._program + 1)
+            self._mark(memory.loaded, at)
 
     def loaded(self, access: Access, values: Array) -> None:
         # Any 16 bits are an ordinary integer; the pattern stands out only in floating-point numbers or wider types.
@@ -265,14 +270,23 @@ class Sanitizer(Observer):
             self._ordered |= released
             released |= self._ordered | {self._program + 1}
         for memory, at in touched:
-            others = self._unordered(memory.updated[at])
-            memory.updated[at] = np.where(others, -1, self._program + 1)
+            self._mark(memory.updated, at)
             memory.changed = True
+
+    def _mark(self, programs: Array, at: Index) -> None:
+        """Note that this program accessed elements, and where others did before without an order between them."""
+        before = programs[at]
+        programs[at] = np.where(self._unordered(before), -1, self._program + 1) if before.any() else self._program + 1
 
     def _find(self, access: Access, verb: str) -> list[tuple[_Memory, Index]]:
         """Return the memories that an access touches, with the elements it touches there."""
         if access.addresses.size == 0:
             return []
+        if access.consecutive and access.argument in self._own and access.size == self._own[access.argument].granule:
+            memory, whole, (first, last) = self._own[access.argument], self._bounds[access.argument], access.ends
+            if whole.low <= first and last + access.size <= whole.high:
+                begin = (first - memory.low) // access.size
+                return [(memory, slice(begin, begin + access.addresses.size))]
         if access.argument is not None:
             bounds = self._bounds.get(access.argument)
             wrong = access.addresses if bounds is None else bounds.outside(access)

@@ -203,7 +203,7 @@ def _check_matrices(hidden: Tensor, weight: Tensor, *, split: bool) -> None:
 
 def _copied(given: Any, used: Tensor | None) -> int:
     """Return the bytes of `used` if it is a copy of `given`, else 0."""
-    if given is None or used is None or has_no_data(used) or used.data_ptr() == given.data_ptr():
+    if given is None or used is None or used is given or has_no_data(used) or used.data_ptr() == given.data_ptr():
         return 0
     return used.nbytes
 

@@ -5,6 +5,7 @@ one `exp_` takes 20 and `logsumexp` 27 (two cores, torch 2.13). The functions ha
 launchers, where `llmfast_kernels.cross_entropy` says what they compute.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -43,20 +44,19 @@ class _Weights:
         self.ignored = ~self.counts.any(1)  # (N,)
         self.here = self.counts & (classes >= terms.v_start) & (classes < terms.v_start + V)
         self.columns = torch.where(self.here, classes - terms.v_start, 0).long()  # (N, K)
-        known = torch.where(self.counts, classes, 0).long()
-        plain = classes.shape[1] == 1 and targets.weights is None and terms.class_weights is None
+        # Each row's weights add up to 1, however they are smoothed.
+        self.whole = classes.shape[1] == 1 and targets.weights is None and terms.class_weights is None
         self.a = None  # (N, K)
         self.b = None  # (N,)
-        weights = self.counts.to(dtype)
-        if targets.weights is not None:
-            weights = torch.where(self.counts, targets.weights, 0)  # the weight of an ignored target may be NaN
-        if terms.label_smoothing is not None:
-            self.b = weights.sum(1) * (terms.label_smoothing / terms.V)
-            weights = weights * (1 - terms.label_smoothing)
-        if terms.class_weights is not None:
-            weights = weights * terms.class_weights[known]
-        self.whole = plain  # each row's weights add up to 1, however they are smoothed
-        if not (plain and terms.label_smoothing is None):
+        if not self.whole or terms.label_smoothing is not None:
+            weights = self.counts.to(dtype)
+            if targets.weights is not None:
+                weights = torch.where(self.counts, targets.weights, 0)  # the weight of an ignored target may be NaN
+            if terms.label_smoothing is not None:
+                self.b = weights.sum(1) * (terms.label_smoothing / terms.V)
+                weights = weights * (1 - terms.label_smoothing)
+            if terms.class_weights is not None:
+                weights = weights * terms.class_weights[torch.where(self.counts, classes, 0).long()]
             self.a = weights
         self.c = None if terms.class_weights is None else terms.class_weights[terms.v_start : terms.v_start + V]
         self.t = targets.token_weights
@@ -285,9 +285,9 @@ def scale(x: Tensor, factor: Tensor, *, out: Tensor | None = None, add: bool = F
 
     `x` may be written over in any case.
     """
-    if x.is_cpu and factor.isfinite():  # on a CPU looking is cheaper than two more passes
-        if factor != 1:
-            x.mul_(factor)
+    if x.is_cpu and math.isfinite(number := factor.item()):  # on a CPU looking is cheaper than two more passes
+        if number != 1:
+            x.mul_(number)
         if out is None:
             return x
         return out.add_(x) if add else out.copy_(x)  # faster than a product into another dtype

@@ -578,7 +578,7 @@ ON_A_CPU: list[tuple[str, dict[str, Any]]] = [
     ids=str,
 )
 def test_a_budget_is_kept_on_a_cpu(name: str, options: dict[str, Any], dtype: torch.dtype, learns: bool) -> None:
-    N, V = 32, 4096
+    N, V = 16, 4096
     hidden, weight = (torch.randn(n, 32).to(dtype).requires_grad_() for n in (N, V))
     teacher, targets = draw_teacher(name, (N,), V, 16, dtype), torch.randint(0, V, (N,))
     teacher = in_dtype(teacher, dtype, learns=learns)

@@ -249,9 +249,16 @@ def test_more_valid_rows_than_said_are_not_lost_silently(path: str) -> None:
         assert linear_cross_entropy(hidden, weight, targets, num_valid=5).isnan()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "dtype", "turned"),
+    [
+        (mode, dtype, turned)
+        for i, mode in enumerate(MODES)
+        for j, dtype in enumerate((torch.bfloat16, torch.float16))
+        for k, turned in enumerate((False, True))
+        if (i + j + k) % 2 == 0  # any two meet
+    ],
+)
 def test_accumulates_into_a_main_grad(path: str, mode: str, dtype: torch.dtype, turned: bool) -> None:
     hidden, weight, targets = tensors(dtype=dtype)
     main_grad = torch.full((8, 300), 2.0).T if turned else torch.full((300, 8), 2.0)
