@@ -29,7 +29,7 @@ def _reserve_like(meta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What comes of an operator for arguments of certain shapes."""
+    """Result of an operator for arguments of certain shapes."""
 
     runs: bool  # on small tensors: compute it
     results: Any = None  # meta tensors

@@ -132,17 +132,18 @@ def _call_functions_directly(interpreter: Any) -> None:
             return function(*args, **kwargs)
 
         if owner is core.tensor and name in _OPERATORS:
-            call = _at_once(_OPERATORS[name], call, interpreter)
-            call = _offset(call, interpreter) if name == "__add__" else call
+            call = _direct(name, call, interpreter)
         scope.set_attr(owner, name, call)
 
     interpreter._patch_attr = patch
 
 
-def _at_once(operator: _Operator, stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    """Return the operator without the search for what to do, where that is known."""
+def _direct(name: str, stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
+    """Return an operator of `tl.tensor` without the search for what to do, where that is known."""
     builder, handle = interpreter.interpreter_builder, interpreter.TensorHandle
-    function, kinds, compares = operator
+    function, kinds, compares = _OPERATORS[name]
+    if name == "__add__":
+        stock = _offset(stock, interpreter)
     boolean: dict[str, Any] = {}  # types of comparisons, by the name of the operands' type
 
     def run(self: Any, other: Any) -> Any:
@@ -155,7 +156,7 @@ def _at_once(operator: _Operator, stock: Callable[..., Any], interpreter: Any) -
                     return stock(self, other)
                 kind = kind if kind.is_block() else other.type
             theirs = other.handle.data
-        elif _takes(self, other):
+        elif _takes(self, other) and not (compares and type(other) is float):  # which Triton compares by its own type
             theirs = _constant(interpreter, other, self).handle.data
         else:
             return stock(self, other)

@@ -1,5 +1,6 @@
 """Tests of the interpreter's bookkeeping of types: it gives what Triton's own gives, values and errors included."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 
-from evidence import interpreter
+from evidence import interpreter, interpreter_types, observers
+from evidence.observers import Observer
 
 interpreter.install()
 
@@ -19,7 +21,7 @@ TYPES = [
 ]
 SHAPES: list[tuple[int, ...]] = [(), (4,), (8,), (2, 4), (2, 1)]
 NUMBERS = [0, 1, -1, 2**31 - 1, 2**31, -(2**31) - 1, 2**63, 2**65, True, 0.0, -0.0, 1.5, -2.5, 1e300, float("inf")]
-NUMBERS += [float("nan")]
+NUMBERS += [float("nan"), 0.1]
 FLAGS = [(), (True, True), (False, False, True, True), (False, False, False)]
 
 
@@ -39,7 +41,19 @@ def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:
         return type(error), str(error)
     many = found if isinstance(found, tuple) else (found,)
-    return [(t.type, str(t.type), t.dtype, t.shape, t.numel, t.handle.data.dtype, t.handle.data.tolist()) for t in many]
+    return [
+        (
+            t.type,
+            str(t.type),
+            t.dtype,
+            t.shape,
+            t.numel,
+            str(t.handle.dtype),
+            t.handle.data.dtype,
+            t.handle.data.tolist(),
+        )
+        for t in many
+    ]
 
 
 def same(method: str, *arguments: Any) -> None:
@@ -68,6 +82,50 @@ def test_shapes_meet() -> None:
 def test_casts() -> None:
     for a, b, shape in product(TYPES[:-1], TYPES[:-1], SHAPES):
         same("cast", tensor(a, shape), b)
+
+
+@pytest.mark.parametrize("name", interpreter_types._OPERATORS)
+def test_operators(name: str) -> None:
+    import triton.runtime.interpreter as stock
+
+    member = vars(tl.tensor)[name].__wrapped__
+
+    def theirs(semantic: Any, a: Any, b: Any) -> Any:
+        return member(a, b, _semantic=semantic)
+
+    def ours(semantic: Any, a: Any, b: Any) -> Any:
+        return interpreter_types._direct(name, lambda a, b: member(a, b, _semantic=semantic), stock)(a, b)
+
+    for kind, shape in product(TYPES, SHAPES):
+        others = [tensor(*other) for other in product(TYPES, SHAPES)]
+        for other in (*others, *NUMBERS, None, tl.constexpr(3)):
+            found, wanted = (outcome(function, tensor(kind, shape), other) for function in (ours, theirs))
+            assert repr(found) == repr(wanted), (kind, shape, other)
+
+
+def test_an_offset_pointer_is_of_the_same_argument() -> None:
+    import triton.runtime.interpreter as stock
+
+    add = interpreter_types._direct("__add__", vars(tl.tensor)["__add__"], stock)
+    pointer = tensor(TYPES[-1], ())
+    for argument in (None, "x_ptr"):
+        pointer.handle.attr = {} if argument is None else {"argument": argument}
+        assert add(pointer, tensor(tl.int32, (4,))).handle.attr == pointer.handle.attr
+
+
+@pytest.mark.parametrize("why", ["an observer", "debug"])
+def test_operators_that_are_listened_to_or_checked_take_the_long_way(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.runtime.interpreter as stock
+
+    if why == "debug":
+        options = dataclasses.replace(stock.interpreter_builder.options, debug=True)
+        monkeypatch.setattr(stock.interpreter_builder, "options", options)
+    else:
+        monkeypatch.setattr(observers, "computing", [Observer()])
+    for name in interpreter_types._OPERATORS:
+        for kind in (tl.int32, TYPES[-1]) if name == "__add__" and why != "debug" else (tl.int32,):
+            run = interpreter_types._direct(name, lambda *_: "the long way", stock)
+            assert run(tensor(kind, (4,)), tensor(tl.int32, (4,))) == "the long way"
 
 
 def test_constants_are_not_shared_for_writing() -> None:

@@ -43,7 +43,7 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, leaves)
 
 
-@pytest.mark.parametrize(("mode", "size"), itertools.product(MODES, SIZES))
+@pytest.mark.parametrize(("mode", "size"), list(itertools.product(MODES, SIZES)))
 def test_modes_and_slabs_agree(path: str, mode: str, size: str) -> None:
     reduction = ["mean", "sum"][(MODES.index(mode) + [*SIZES].index(size)) % 2]
     hidden, weight, targets = tensors(17)
