@@ -3,6 +3,7 @@
 In training it returns hidden states instead of logits: the loss takes them together with the unembedding matrix.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -57,6 +58,8 @@ class DecoderConfig:
         twice = 2 * self.heads  # rotary embeddings turn pairs of a head's numbers
         expect(self.width % twice == 0, f"width must be a multiple of 2 * heads, {twice}; got {self.width}")
         expect(self.ffn_width >= 0, f"ffn_width must not be negative; got {self.ffn_width}")
+        expect(0 < self.rope_base < math.inf, f"rope_base must be finite and above 0; got {self.rope_base}")
+        expect(0 <= self.norm_eps < math.inf, f"norm_eps must be finite and not negative; got {self.norm_eps}")
 
     @property
     def targets(self) -> int:

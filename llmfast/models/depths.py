@@ -1,5 +1,6 @@
 """Sequential depths: each predicts one token further from the depth before it (DeepSeek-V3, arXiv:2412.19437)."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -55,6 +56,7 @@ class SequentialDepths(nn.Module):
         expect_kinds(_SIZES, {"depths": depths, "width": width, "norm_eps": norm_eps})
         expect(depths >= 1, f"depths must be at least 1; got {depths}")
         expect(width >= 1, f"width must be at least 1; got {width}")
+        expect(0 <= norm_eps < math.inf, f"norm_eps must be finite and not negative; got {norm_eps}")
         for name, value, kinds in (("concat_order", concat_order, ConcatOrder), ("hidden", hidden, HiddenKind)):
             choices = get_args(kinds)
             expect(value in choices, f"{name} must be one of {str(choices)[1:-1]}; got {value!r}")

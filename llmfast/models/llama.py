@@ -199,7 +199,7 @@ def decoder_config_of(values: dict[str, Any], file: Path) -> DecoderConfig:
         )
     except KeyError as e:
         raise ValueError(f"{wrote}; it is of a {values.get('model_type')!r} model and has no {e}; {other}") from e
-    except (TypeError, AttributeError) as e:
+    except (TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{wrote}; {e}") from e
     must = {"model_type": "llama", "num_key_value_heads": c.heads, "hidden_act": "silu", "rope_scaling": None}
     for field in fields(c):

@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 from itertools import islice
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -85,11 +86,17 @@ def test_generates() -> None:
         ({"width": 30, "heads": 4}, r"^width must be a multiple of 2 \* heads, 8; got 30$"),
         ({"layers": 0}, "layers must be positive; got 0"),
         ({"ffn_width": -1}, "^ffn_width must not be negative; got -1$"),
+        *(({"rope_base": x}, f"^rope_base must be finite and above 0; got {x}$") for x in (0.0, -1.0, inf, nan)),
+        *(({"norm_eps": x}, f"^norm_eps must be finite and not negative; got {x}$") for x in (-1e-5, inf, nan)),
     ],
 )
 def test_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_norms_may_have_no_epsilon() -> None:
+    assert small(norm_eps=0.0).norm.eps == 0.0
 
 
 @pytest.mark.parametrize("size", [0, -2])

@@ -145,6 +145,12 @@ def test_blocks_receive_the_further_arguments_and_advance_goes_depth_by_depth() 
             assert torch.equal(state, out) == (module.hidden == "post_norm")
 
 
+@pytest.mark.parametrize("eps", [-1e-5, float("inf"), float("nan")])
+def test_refuses_an_epsilon_that_is_none(eps: float) -> None:
+    with pytest.raises(ValueError, match=f"^norm_eps must be finite and not negative; got {eps}$"):
+        SequentialDepths(nn.Identity, 1, 4, norm_eps=eps)
+
+
 def test_refuses_no_width() -> None:
     with pytest.raises(ValueError, match="width must be at least 1; got 0"):
         SequentialDepths(nn.Identity, 1, 0)
