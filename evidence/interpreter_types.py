@@ -150,7 +150,7 @@ def _direct(name: str, stock: Callable[..., Any], interpreter: Any) -> Callable[
         dtype, kind = self.dtype, self.type
         if dtype.name not in kinds or observers.computing or builder.options.debug:
             return stock(self, other)
-        if type(other) is tl.tensor:
+        if _is_tensor(other):
             if other.type.name != kind.name:
                 if other.dtype.name != dtype.name or other.type.is_block() == kind.is_block():
                     return stock(self, other)
@@ -176,7 +176,7 @@ def _offset(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
 
     def run(self: Any, other: Any) -> Any:
         pointer = self.handle.dtype
-        if not isinstance(pointer, tl.pointer_type) or type(other) is not tl.tensor or observers.computing:
+        if not isinstance(pointer, tl.pointer_type) or not _is_tensor(other) or observers.computing:
             return stock(self, other)
         kind, theirs = self.type, other.type
         if other.dtype.name not in ("int32", "int64") or (
@@ -193,6 +193,10 @@ def _offset(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
         return tl.tensor(result, kind)
 
     return run
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value) is tl.tensor
 
 
 def _takes(tensor: Any, value: Any) -> bool:
@@ -234,9 +238,6 @@ def _unwrapped(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    def is_tensor(value: Any) -> bool:
-        return type(value) is tl.tensor
-
     @functools.wraps(stock)
     def check(
         self: Any,
@@ -247,7 +248,7 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
         arithmetic_check: bool = True,
         div_or_mod: bool = False,
     ) -> Any:
-        if is_tensor(lhs) and is_tensor(rhs):
+        if _is_tensor(lhs) and _is_tensor(rhs):
             if lhs.type.name == rhs.type.name and lhs.dtype.name in _KEPT:
                 return lhs, rhs
             if lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in _KEPT:
@@ -255,9 +256,9 @@ def _common_type(stock: Callable[..., Any], interpreter: Any) -> Callable[..., A
             if allow_lhs_ptr and lhs.dtype.is_ptr() and rhs.dtype.name in _INTEGERS:
                 return self.broadcast_impl_value(lhs, rhs)
         elif arithmetic_check:
-            if is_tensor(lhs) and _takes(lhs, rhs):
+            if _is_tensor(lhs) and _takes(lhs, rhs):
                 return lhs, _constant(interpreter, rhs, lhs)
-            if is_tensor(rhs) and _takes(rhs, lhs):
+            if _is_tensor(rhs) and _takes(rhs, lhs):
                 return _constant(interpreter, lhs, rhs), rhs
         return stock(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
