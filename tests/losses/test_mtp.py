@@ -111,6 +111,18 @@ def test_is_a_loop_over_heads(path: str, K: int, form: str, kind: str, dtype: to
             assert_close_in_norm(ours.grad, theirs.grad, true.grad)
 
 
+@unrecorded()
+def test_heads_of_either_kind_take_the_weights_of_tokens(path: str) -> None:
+    labels, _ = batch("prompts")
+    hiddens, weight = leaves(3, False, torch.float32)
+    weights, found = torch.rand(B, T), []
+    for detached in (False, [True, False, True]):
+        loss = mtp_cross_entropy(hiddens, weight, labels, token_weights=weights, detach_unembedding=detached)
+        found.append((loss.detach(), *torch.autograd.grad(loss, hiddens)))
+    for one, some in zip(*found):
+        torch.testing.assert_close(some, one, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "z_loss": 1e-3, "label_smoothing": 0.1, "num_valid": 30}])
 @unrecorded()
 def test_one_head_is_the_linear_loss_bit_for_bit(path: str, options: dict[str, Any]) -> None:
